@@ -1,0 +1,87 @@
+"""The one interface of a PEFT method: what it reads, what it costs, where it touches the forward pass.
+
+A method knows nothing of the engine, of tenants, or of HTTP. Adding one is a file beside this one and a
+line in `__init__.METHODS`.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from server.adapters.formats.safetensors import TensorInfo
+from server.adapters.sites import Base, Site
+
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class AdapterFiles:
+    """An upload as data: the parsed config and the weights' header. No tensor bytes yet."""
+
+    config: dict[str, Any]
+    tensors: dict[str, TensorInfo]
+
+
+@dataclass(frozen=True)
+class Packed:
+    """An adapter ready for a device: one flat host buffer, and where each piece lies in it.
+
+    The flat buffer is what every tier counts: `nbytes` on disk-to-RAM, in RAM, and on the device.
+    """
+
+    flat: torch.Tensor  # [n], the engine's dtype; pinned when the device is CUDA
+    layout: Any  # the method's own: offsets, ranks
+
+    @property
+    def nbytes(self) -> int:
+        return self.flat.numel() * self.flat.element_size()
+
+
+@dataclass
+class Rows:
+    """The batch as banks see it: which slot each packed token uses. Slot 0 is "no adapter".
+
+    Tokens of one row are contiguous; `spans` lists (slot, first token, end) for rows with an adapter.
+    """
+
+    slots: torch.Tensor  # int64 [T]
+    spans: list[tuple[int, int, int]]
+
+    @property
+    def active(self) -> bool:
+        return bool(self.spans)
+
+
+class Bank(Protocol):
+    """A method's device memory for several adapters, addressed by slot."""
+
+    def put(self, slot: int, packed: Packed) -> None: ...
+    def clear(self, slot: int) -> None: ...
+    def affine(self, site: Site, x: torch.Tensor, y: torch.Tensor, rows: Rows) -> None:
+        """Change y [T, out] = W x + b in place by what each token's adapter adds; x is [T, in]."""
+
+
+class Spec(Protocol):
+    """What `parse` made of an upload: frozen, complete, JSON-able."""
+
+    @property
+    def rank(self) -> int: ...
+
+
+class Method(Protocol[S]):
+    name: str
+
+    def parse(self, files: AdapterFiles, base: Base) -> S:
+        """Read a config and tensor names. Raises InvalidAdapter on anything unknown or unservable."""
+
+    def shapes(self, spec: S, base: Base) -> dict[str, tuple[int, ...]]:
+        """The exact tensors: upload check, cache cost and training shapes all come from here."""
+
+    def init(self, spec: S, base: Base, rng: torch.Generator) -> Tensors:
+        """Where training starts."""
+
+    def pack(self, spec: S, base: Base, tensors: Tensors, weights: Tensors, dtype: torch.dtype) -> Packed:
+        """Fold scalings and norms in, once, off the hot path. `weights`: the base's own, read-only."""
+
+    def bank(self, base: Base, slots: int, device: torch.device, dtype: torch.dtype) -> Bank: ...

@@ -1,0 +1,142 @@
+"""What crosses between the API and the engine, and nothing else does.
+
+msgspec structs over ZeroMQ (ipc://): the engine binds a ROUTER, each API process connects a DEALER.
+The API speaks tokens, never text: tokenising, chat templates and stop strings are its business.
+"""
+
+from typing import Literal
+
+import msgspec
+
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+
+
+class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
+    """How one row turns logits into tokens. Ranges are checked by the API; the engine trusts them."""
+
+    max_tokens: int
+    temperature: float = 1.0  # 0 = greedy
+    top_p: float = 1.0
+    top_k: int = 0  # 0 = all
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = {}
+    seed: int | None = None  # None: drawn by the API, so that a preempted row repeats itself
+    stop_token_ids: tuple[int, ...] = ()  # the base's end-of-text ids are added by the engine
+    ignore_eos: bool = False
+    min_tokens: int = 0  # no end-of-text or stop token before this many
+    logprobs: int | None = None  # None: none; k: the chosen token's and the k best
+    grammar: str | None = None  # JSON schema the text must match (structured output)
+
+
+class AdapterRef(msgspec.Struct, frozen=True):
+    """One immutable adapter version, as the registry resolved it."""
+
+    tenant: str
+    name: str
+    version: int
+    digest: str  # content hash: cache key, prefix-cache key, system_fingerprint
+    method: str
+    manifest_key: str  # where the manifest lies in the object store
+
+
+class Generate(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
+    id: str
+    tenant: str
+    prompt: list[int]
+    sampling: Sampling
+    adapter: AdapterRef | None = None
+    deadline: float | None = None  # time.time() after which the row ends with deadline_exceeded
+    weight: float = 1.0  # the tenant's share when tenants queue
+    after: str | None = None  # wait for this sibling's prefill (n > 1): its prompt blocks are shared
+
+
+class Cancel(msgspec.Struct, frozen=True, tag=True):
+    id: str
+
+
+class Check(msgspec.Struct, frozen=True, tag=True):
+    """Load a staged version through the ordinary loader and say whether this base can serve it.
+
+    `manifest` is the JSON of a manifest not yet written: the version becomes visible only after a yes.
+    """
+
+    id: str
+    manifest: bytes
+
+
+class Prefetch(msgspec.Struct, frozen=True, tag=True):
+    """Bring a version towards the device before anybody asks for it."""
+
+    adapter: AdapterRef
+
+
+class Forget(msgspec.Struct, frozen=True, tag=True):
+    """A deleted version: drop it from every tier once no row uses it."""
+
+    digest: str
+
+
+class Hello(msgspec.Struct, frozen=True, tag=True):
+    """First message of an API process; the engine answers Ready when it is."""
+
+
+Command = Generate | Cancel | Check | Prefetch | Forget | Hello
+
+
+class Ready(msgspec.Struct, frozen=True, tag=True):
+    """The engine is up. `boot` differs after every restart: rows of another boot are lost."""
+
+    boot: str
+    base: bytes  # JSON of server.adapters.sites.Base
+    limits: dict[str, int]  # max_seqs, max_model_len, kv_blocks, block_size, adapter_slots, ...
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    logprob: float
+    top: list[tuple[int, float]]  # best first
+
+
+class Chunk(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
+    """What one step gave one row. `finish` is set exactly once, in the row's last chunk."""
+
+    id: str
+    tokens: list[int] = []
+    logprobs: list[TokenLogprobs] = []
+    cached_tokens: int = 0  # of the prompt, from the prefix cache (first chunk only)
+    finish: FinishReason | None = None
+    stop_token: int | None = None  # the token that ended the row; it is in no `tokens`
+    error: tuple[str, str] | None = None  # (code, message) with finish="error"
+
+
+class Chunks(msgspec.Struct, frozen=True, tag=True):
+    """One message a step and API process, however many rows it carries."""
+
+    chunks: list[Chunk]
+
+
+class Checked(msgspec.Struct, frozen=True, tag=True):
+    id: str
+    error: tuple[str, str, str | None] | None = None  # (code, message, param)
+    facts: dict[str, float | int | str] = {}  # parameters, rank, bytes ...: goes into the manifest
+
+
+class Stats(msgspec.Struct, frozen=True, tag=True):
+    """Engine figures, about once a second, for /metrics.
+
+    gauges and counters are absolute since the engine's start; observations are new since the last.
+    """
+
+    boot: str
+    gauges: dict[str, float]
+    counters: dict[str, float]
+    observations: list[tuple[str, str, float]]  # (name, label, value), e.g. ("adapter_load_seconds", "disk", 0.02)
+
+
+Event = Ready | Chunks | Checked | Stats
+
+encode = msgspec.msgpack.Encoder().encode
+decode_command = msgspec.msgpack.Decoder(Command).decode
+decode_event = msgspec.msgpack.Decoder(Event).decode

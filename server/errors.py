@@ -1,0 +1,140 @@
+"""Every error this project raises on purpose, one tree.
+
+PolypeftError                           500  our fault unless a subclass says otherwise
+├── InvalidRequest                      400  the request cannot be understood
+│   ├── ContextTooLong                  400  prompt and max_tokens over the model's context
+│   └── InvalidField                    422  one field holds a value we refuse
+│       └── InvalidAdapter              422  an uploaded adapter that this base cannot serve
+├── Unauthenticated                     401  no key, or one we do not know
+├── Forbidden                           403  a good key on the wrong door
+├── NotFound                            404  unknown, or somebody else's: the same answer
+├── Conflict                            409  the thing exists, or changed meanwhile
+├── TooLarge                            413  more bytes than the cap
+├── UnsupportedMedia                    415  not a kind of file we take
+├── QuotaExceeded                       429  the tenant's limit
+├── Unavailable                         503  overloaded, draining, or a part is down: try again
+│   ├── EngineLost                      503  the engine died under this request
+│   └── StoreError                      503  object storage or Valkey did not answer
+├── DeadlineExceeded                    504  the request's own deadline passed
+├── NonFinite                           500  the model produced NaN or Inf for this row
+└── StartupError                             serve cannot start: wrong model, wrong setting
+
+The API turns each into OpenAI's error object: {"error": {"message", "type", "param", "code"}}.
+A message is one sentence that names the field, the value and the limit; it never holds a path,
+a key or a traceback.
+"""
+
+from typing import ClassVar
+
+
+class PolypeftError(Exception):
+    """Root of the tree. `param` names the field at fault, `code` is stable and machine-readable."""
+
+    status: ClassVar[int] = 500
+    type: ClassVar[str] = "server_error"
+    code: str = "internal_error"
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.code = code or type(self).code
+
+
+class InvalidRequest(PolypeftError):
+    status = 400
+    type = "invalid_request_error"
+    code = "invalid_request"
+
+
+class ContextTooLong(InvalidRequest):
+    code = "context_length_exceeded"
+
+
+class InvalidField(InvalidRequest):
+    status = 422
+    code = "invalid_value"
+
+
+class InvalidAdapter(InvalidField):
+    code = "invalid_adapter"
+
+
+class Unauthenticated(PolypeftError):
+    status = 401
+    type = "authentication_error"
+    code = "invalid_api_key"
+
+
+class Forbidden(PolypeftError):
+    status = 403
+    type = "permission_error"
+    code = "forbidden"
+
+
+class NotFound(PolypeftError):
+    status = 404
+    type = "invalid_request_error"
+    code = "not_found"
+
+
+class Conflict(PolypeftError):
+    status = 409
+    type = "invalid_request_error"
+    code = "conflict"
+
+
+class TooLarge(PolypeftError):
+    status = 413
+    type = "invalid_request_error"
+    code = "too_large"
+
+
+class UnsupportedMedia(PolypeftError):
+    status = 415
+    type = "invalid_request_error"
+    code = "unsupported_media_type"
+
+
+class QuotaExceeded(PolypeftError):
+    status = 429
+    type = "rate_limit_error"
+    code = "quota_exceeded"
+
+
+class Unavailable(PolypeftError):
+    status = 503
+    type = "server_error"
+    code = "unavailable"
+
+
+class EngineLost(Unavailable):
+    code = "engine_lost"
+
+
+class StoreError(Unavailable):
+    code = "store_unavailable"
+
+
+class DeadlineExceeded(PolypeftError):
+    status = 504
+    type = "server_error"
+    code = "deadline_exceeded"
+
+
+class NonFinite(PolypeftError):
+    code = "non_finite_logits"
+
+
+class StartupError(PolypeftError):
+    code = "startup_failed"
+
+
+def error_from_code(code: str, message: str, param: str | None = None) -> PolypeftError:
+    """The error that crossed a process boundary as (code, message), as its own class again."""
+    found = next((c for c in _tree(PolypeftError) if c.code == code), PolypeftError)
+    return found(message, param=param, code=code)
+
+
+def _tree(root: type[PolypeftError]) -> list[type[PolypeftError]]:
+    return [root, *(c for sub in root.__subclasses__() for c in _tree(sub))]
