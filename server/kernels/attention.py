@@ -1,0 +1,250 @@
+"""Attention of new tokens over a paged KV cache.
+
+Pages of one layer (see engine/kv.py for who owns which):
+    keys   [blocks, kv_heads, head_dim, BLOCK]   transposed: a block's 16 scores are one vector
+    values [blocks, kv_heads, BLOCK, head_dim]
+A row with one new token (decode) reads its pages in place; a row with many (prefill) gathers its past
+once and goes through torch's blocked SDPA, where the work is in GEMMs.
+
+Every path honours `scale`, `window` (a token sees itself and window-1 before it; 0 = all) and `softcap`
+(Gemma 2: cap * tanh(score / cap)).
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from server.kernels.openmp import AVAILABLE, arguments
+
+BLOCK = 16
+
+
+@dataclass(frozen=True)
+class Scores:
+    scale: float
+    window: int = 0
+    softcap: float = 0.0
+
+
+def write_pages(
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    k: torch.Tensor,  # [T, kv_heads, head_dim]
+    v: torch.Tensor,
+    places: torch.Tensor,  # int64 [T]: block * BLOCK + offset
+) -> None:
+    block, offset = places // BLOCK, places % BLOCK
+    keys[block, :, :, offset] = k
+    values[block, :, offset] = v
+
+
+def gather_pages(
+    keys: torch.Tensor, values: torch.Tensor, blocks: torch.Tensor, length: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both [kv_heads, length, head_dim], copied: the past of one row, in order."""
+    k = keys[blocks].permute(1, 0, 3, 2).flatten(1, 2)[:, :length]
+    v = values[blocks].permute(1, 0, 2, 3).flatten(1, 2)[:, :length]
+    return k, v
+
+
+def prefill_attention(
+    q: torch.Tensor,  # [n, heads, head_dim]: the last n of `length` tokens
+    k: torch.Tensor,  # [kv_heads, length, head_dim]
+    v: torch.Tensor,
+    scores: Scores,
+) -> torch.Tensor:
+    """Causal attention of one row's chunk over its whole past: [n, heads, head_dim]."""
+    n, length = q.shape[0], k.shape[1]
+    query = q.transpose(0, 1)[None]  # [1, heads, n, head_dim]
+    plain = n == length and not scores.softcap and not (0 < scores.window < length)
+    if plain:
+        out = F.scaled_dot_product_attention(
+            query, k[None], v[None], is_causal=True, scale=scores.scale, enable_gqa=True
+        )
+        return out[0].transpose(0, 1)
+    mask = causal_mask(n, length, scores.window, q.device)
+    if not scores.softcap:
+        out = F.scaled_dot_product_attention(
+            query, k[None], v[None], attn_mask=mask, scale=scores.scale, enable_gqa=True
+        )
+        return out[0].transpose(0, 1)
+    return capped_attention(query[0], k, v, mask, scores).transpose(0, 1)
+
+
+def causal_mask(n: int, length: int, window: int, device: torch.device) -> torch.Tensor:
+    """Bool [n, length]: what the last n of `length` tokens may see."""
+    at = torch.arange(length - n, length, device=device)[:, None]
+    past = torch.arange(length, device=device)[None]
+    mask = past <= at
+    return mask & (past > at - window) if window else mask
+
+
+def capped_attention(
+    q: torch.Tensor,  # [heads, n, head_dim]
+    k: torch.Tensor,  # [kv_heads, length, head_dim]
+    v: torch.Tensor,
+    mask: torch.Tensor,  # bool [n, length]
+    scores: Scores,
+) -> torch.Tensor:
+    """Written out, because SDPA cannot cap scores: [heads, n, head_dim]."""
+    group = q.shape[0] // k.shape[0]
+    weights = (q @ k.repeat_interleave(group, 0).transpose(1, 2)) * scores.scale
+    if scores.softcap:
+        weights = scores.softcap * torch.tanh(weights / scores.softcap)
+    weights = weights.masked_fill(~mask, float("-inf"))
+    return weights.float().softmax(-1).to(v.dtype) @ v.repeat_interleave(group, 0)
+
+
+def decode_attention_reference(
+    q: torch.Tensor,  # [R, heads, head_dim]: one new token a row, already in its page
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    tables: torch.Tensor,  # int64 [R, most blocks]
+    lengths: torch.Tensor,  # int64 [R], the new token included
+    scores: Scores,
+) -> torch.Tensor:
+    """The plain twin of `decode_attention`: [R, heads, head_dim]."""
+    out = torch.empty_like(q)
+    for i, length in enumerate(lengths.tolist()):
+        k, v = gather_pages(keys, values, tables[i, : -(-length // BLOCK)], length)
+        mask = causal_mask(1, length, scores.window, q.device)
+        out[i] = capped_attention(q[i][:, None], k, v, mask, scores)[:, 0]
+    return out
+
+
+if AVAILABLE:
+    import numba as nb
+
+    from server.kernels.openmp import bits_to_float, floats, ints, kernel, num_threads, thread_num
+
+    @nb.njit(cache=True, fastmath=True, inline="always")  # type: ignore[untyped-decorator]
+    def _exp(x):  # type: ignore[no-untyped-def]
+        """exp(x) for x <= 0 to 2 ulp, in operations that vectorise (Cephes expf)."""
+        x = max(x, np.float32(-87.0))
+        n = np.floor(x * np.float32(1.44269504) + np.float32(0.5))
+        x = x - n * np.float32(0.693359375) + n * np.float32(2.12194440e-4)
+        p = np.float32(1.9875691500e-4)
+        p = p * x + np.float32(1.3981999507e-3)
+        p = p * x + np.float32(8.3334519073e-3)
+        p = p * x + np.float32(4.1665795894e-2)
+        p = p * x + np.float32(1.6666665459e-1)
+        p = p * x + np.float32(5.0000001201e-1)
+        p = p * x * x + x + np.float32(1.0)
+        return p * bits_to_float(np.int32((np.int32(n) + np.int32(127)) << np.int32(23)))
+
+    @nb.njit(cache=True, fastmath=True, error_model="numpy")  # type: ignore[untyped-decorator]
+    def _block_scores(out, q, page, dim):  # type: ignore[no-untyped-def]
+        """out[16] = q . K for the 16 tokens of one page [dim, 16]."""
+        acc = np.zeros(16, np.float32)
+        for d in range(dim):
+            for j in range(16):
+                acc[j] += q[d] * page[d * 16 + j]
+        for j in range(16):
+            out[j] = acc[j]
+
+    @nb.njit(cache=True, fastmath=True, error_model="numpy")  # type: ignore[untyped-decorator]
+    def _softmax(p, first, length, softcap):  # type: ignore[no-untyped-def]
+        """In place over p[first:length], not normalised; returns 1 / sum."""
+        if softcap > 0:
+            for t in range(first, length):
+                p[t] = softcap * np.tanh(p[t] / softcap)
+        top = p[first]
+        for t in range(first, length):
+            top = max(top, p[t])
+        total = np.float32(0)
+        for t in range(first, length):
+            p[t] = _exp(p[t] - top)
+            total += p[t]
+        return np.float32(1) / total
+
+    @nb.njit(cache=True, fastmath=True, error_model="numpy")  # type: ignore[untyped-decorator]
+    def _add_values(out, p, page, count, dim, inverse):  # type: ignore[no-untyped-def]
+        """out[dim] += sum over `count` tokens of p * V, page [16, dim]. Tokens beyond count are not
+        read: a freed page may hold anything, NaN included."""
+        for j in range(count):
+            w = p[j] * inverse
+            v = page[j * dim : (j + 1) * dim]
+            for d in range(dim):
+                out[d] += w * v[d]
+
+    @kernel(16)
+    def _decode_attention(args):  # type: ignore[no-untyped-def]
+        rows, heads, kv_heads, dim, most, window = args[0], args[1], args[2], args[3], args[4], args[5]
+        lengths = ints(args[10], rows)
+        factors = floats(args[11], 2)  # scale, softcap
+        group = heads // kv_heads
+        page = dim * 16
+        longest = 0
+        work = 0
+        for r in range(rows):
+            longest = max(longest, lengths[r])
+            work += lengths[r] * kv_heads
+        thread, threads = thread_num(), num_threads()
+        low, high = work * thread // threads, work * (thread + 1) // threads
+        p = np.empty(longest + 16, np.float32)
+        scaled = np.empty(dim, np.float32)
+        done = 0
+        for task in range(rows * kv_heads):
+            r, kv = task // kv_heads, task % kv_heads
+            length = lengths[r]
+            mine = low <= done < high  # equal shares of tokens read, not of rows
+            done += length
+            if not mine:
+                continue
+            table = ints(args[9] + r * most * 8, most)
+            first = max(0, length - window) if window > 0 else 0
+            for h in range(kv * group, (kv + 1) * group):
+                q = floats(args[6] + (r * heads + h) * dim * 4, dim)
+                out = floats(args[12] + (r * heads + h) * dim * 4, dim)
+                for d in range(dim):
+                    scaled[d] = q[d] * factors[0]
+                    out[d] = np.float32(0)
+                for b in range(first // 16, (length + 15) // 16):
+                    keys = floats(args[7] + (table[b] * kv_heads + kv) * page * 4, page)
+                    _block_scores(p[b * 16 : b * 16 + 16], scaled, keys, dim)
+                inverse = _softmax(p, first, length, factors[1])
+                for b in range(first // 16, (length + 15) // 16):
+                    values = floats(args[8] + (table[b] * kv_heads + kv) * page * 4, page)
+                    begin = max(first, b * 16)
+                    count = min(16, length - b * 16) - (begin - b * 16)
+                    _add_values(out, p[begin : begin + count], values[(begin - b * 16) * dim :], count, dim, inverse)
+
+
+def decode_attention(
+    q: torch.Tensor,  # [R, heads, head_dim]
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    tables: torch.Tensor,  # int64 [R, most blocks]
+    lengths: torch.Tensor,  # int64 [R]
+    scores: Scores,
+) -> torch.Tensor:
+    """One new token a row over its pages, read in place: [R, heads, head_dim]."""
+    if not AVAILABLE or q.device.type != "cpu" or q.dtype != torch.float32:
+        return decode_attention_reference(q, keys, values, tables, lengths, scores)
+    q = q.contiguous()
+    out = torch.empty_like(q)
+    factors = torch.tensor([scores.scale, scores.softcap], dtype=torch.float32)
+    rows, heads, dim = q.shape
+    _decode_attention(
+        arguments(
+            rows,
+            heads,
+            keys.shape[1],
+            dim,
+            tables.shape[1],
+            scores.window,
+            q.data_ptr(),
+            keys.data_ptr(),
+            values.data_ptr(),
+            tables.data_ptr(),
+            lengths.data_ptr(),
+            factors.data_ptr(),
+            out.data_ptr(),
+            0,
+            0,
+            0,
+        )
+    )
+    return out

@@ -1,0 +1,69 @@
+import pytest
+import torch
+
+from server.kernels.attention import (
+    BLOCK,
+    Scores,
+    decode_attention,
+    decode_attention_reference,
+    gather_pages,
+    prefill_attention,
+    write_pages,
+)
+
+LENGTHS = [1, 15, 16, 17, 40, 129]
+
+
+def paged(
+    lengths: list[int], kv_heads: int, dim: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
+    """Pages holding random rows in shuffled blocks; every other place is NaN, as a freed page may be."""
+    need = [-(-n // BLOCK) for n in lengths]
+    order = torch.randperm(sum(need) + 3).tolist()
+    keys = torch.full((len(order), kv_heads, dim, BLOCK), float("nan"))
+    values = torch.full((len(order), kv_heads, BLOCK, dim), float("nan"))
+    tables = torch.zeros(len(lengths), max(need), dtype=torch.int64)
+    dense = []
+    for i, n in enumerate(lengths):
+        blocks = torch.tensor([order.pop() for _ in range(need[i])])
+        tables[i, : need[i]] = blocks
+        at = torch.arange(n)
+        k, v = torch.randn(n, kv_heads, dim), torch.randn(n, kv_heads, dim)
+        write_pages(keys, values, k, v, blocks[at // BLOCK] * BLOCK + at % BLOCK)
+        dense.append((k, v))
+    return keys, values, tables, dense
+
+
+@pytest.mark.parametrize("heads", [(4, 2), (9, 3), (4, 4)])
+@pytest.mark.parametrize("scores", [Scores(0.125), Scores(0.3, window=10), Scores(0.3, 20, 5.0), Scores(1.0, 0, 2.0)])
+def test_decode_matches_its_twin(heads: tuple[int, int], scores: Scores) -> None:
+    torch.manual_seed(0)
+    dim = 24
+    keys, values, tables, _ = paged(LENGTHS, heads[1], dim)
+    q = torch.randn(len(LENGTHS), heads[0], dim)
+    lengths = torch.tensor(LENGTHS)
+    ours = decode_attention(q, keys, values, tables, lengths, scores)
+    twin = decode_attention_reference(q, keys, values, tables, lengths, scores)
+    torch.testing.assert_close(ours, twin, atol=2e-6, rtol=1e-5)
+
+
+def test_gather_returns_what_was_written() -> None:
+    keys, values, tables, dense = paged(LENGTHS, 2, 8)
+    for i, n in enumerate(LENGTHS):
+        k, v = gather_pages(keys, values, tables[i, : -(-n // BLOCK)], n)
+        assert torch.equal(k.transpose(0, 1), dense[i][0])
+        assert torch.equal(v.transpose(0, 1), dense[i][1])
+
+
+@pytest.mark.parametrize("scores", [Scores(0.2), Scores(0.2, window=7), Scores(0.2, 7, 3.0), Scores(0.2, 0, 3.0)])
+@pytest.mark.parametrize(("n", "length"), [(33, 33), (5, 33), (1, 33)])
+def test_a_chunk_equals_token_by_token(scores: Scores, n: int, length: int) -> None:
+    torch.manual_seed(1)
+    keys, values, tables, dense = paged([length], 2, 16)
+    q = torch.randn(n, 4, 16)
+    k, v = (t.transpose(0, 1) for t in dense[0])
+    chunk = prefill_attention(q, k, v, scores)
+    for i in range(n):
+        seen = torch.tensor([length - n + i + 1])
+        alone = decode_attention_reference(q[i : i + 1], keys, values, tables, seen, scores)
+        torch.testing.assert_close(chunk[i : i + 1], alone, atol=2e-6, rtol=1e-5)
