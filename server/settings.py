@@ -83,5 +83,9 @@ class Settings(BaseSettings):
 
 def child_environment(settings: Settings) -> dict[str, str]:
     """This process's environment, with every POLYPEFT_* variable replaced by `settings`."""
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith("POLYPEFT_")}
-    return inherited | settings.to_env()
+    return inherited_environment() | settings.to_env()
+
+
+def inherited_environment() -> dict[str, str]:
+    """This process's environment without our own variables, for programs that are not ours."""
+    return {k: v for k, v in os.environ.items() if not k.startswith("POLYPEFT_")}
