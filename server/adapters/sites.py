@@ -24,6 +24,7 @@ class Site(msgspec.Struct, frozen=True):
     outputs: int
     bias: bool
     conv1d: bool = False
+    scale: float = 1.0  # Gemma multiplies its embeddings, and whatever an adapter adds to them
 
 
 class Base(msgspec.Struct, frozen=True):

@@ -98,19 +98,24 @@ def capped_attention(
 
 
 def decode_attention_reference(
-    q: torch.Tensor,  # [R, heads, head_dim]: one new token a row, already in its page
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
-    tables: torch.Tensor,  # int64 [R, most blocks]
-    lengths: torch.Tensor,  # int64 [R], the new token included
+    tables: torch.Tensor,
+    lengths: torch.Tensor,
     scores: Scores,
 ) -> torch.Tensor:
-    """The plain twin of `decode_attention`: [R, heads, head_dim]."""
+    """The plain twin of `decode_attention`."""
+    last = lengths - 1
+    blocks = tables.gather(1, (last // BLOCK)[:, None])[:, 0]
+    write_pages(keys, values, k, v, blocks * BLOCK + last % BLOCK)
     out = torch.empty_like(q)
     for i, length in enumerate(lengths.tolist()):
-        k, v = gather_pages(keys, values, tables[i, : -(-length // BLOCK)], length)
+        past_k, past_v = gather_pages(keys, values, tables[i, : -(-length // BLOCK)], length)
         mask = causal_mask(1, length, scores.window, q.device)
-        out[i] = capped_attention(q[i][:, None], k, v, mask, scores)[:, 0]
+        out[i] = capped_attention(q[i][:, None], past_k, past_v, mask, scores)[:, 0]
     return out
 
 
@@ -136,13 +141,18 @@ if AVAILABLE:
 
     @nb.njit(cache=True, fastmath=True, error_model="numpy")  # type: ignore[untyped-decorator]
     def _block_scores(out, q, page, dim):  # type: ignore[no-untyped-def]
-        """out[16] = q . K for the 16 tokens of one page [dim, 16]."""
-        acc = np.zeros(16, np.float32)
-        for d in range(dim):
-            for j in range(16):
-                acc[j] += q[d] * page[d * 16 + j]
+        """out[16] = q . K for the 16 tokens of one page [dim, 16]. Eight dims at a time: `out` stays
+        in registers meanwhile. head_dim is a multiple of 8 wherever this kernel is chosen."""
         for j in range(16):
-            out[j] = acc[j]
+            out[j] = np.float32(0)
+        for d in range(0, dim, 8):
+            q0, q1, q2, q3 = q[d], q[d + 1], q[d + 2], q[d + 3]
+            q4, q5, q6, q7 = q[d + 4], q[d + 5], q[d + 6], q[d + 7]
+            k = page[d * 16 : d * 16 + 128]
+            for j in range(16):
+                out[j] += (q0 * k[j] + q1 * k[16 + j] + q2 * k[32 + j] + q3 * k[48 + j]) + (
+                    q4 * k[64 + j] + q5 * k[80 + j] + q6 * k[96 + j] + q7 * k[112 + j]
+                )
 
     @nb.njit(cache=True, fastmath=True, error_model="numpy")  # type: ignore[untyped-decorator]
     def _softmax(p, first, length, softcap):  # type: ignore[no-untyped-def]
@@ -163,13 +173,20 @@ if AVAILABLE:
     def _add_values(out, p, page, count, dim, inverse):  # type: ignore[no-untyped-def]
         """out[dim] += sum over `count` tokens of p * V, page [16, dim]. Tokens beyond count are not
         read: a freed page may hold anything, NaN included."""
-        for j in range(count):
-            w = p[j] * inverse
-            v = page[j * dim : (j + 1) * dim]
+        j = 0
+        while j + 4 <= count:
+            w0, w1, w2, w3 = p[j] * inverse, p[j + 1] * inverse, p[j + 2] * inverse, p[j + 3] * inverse
+            v = page[j * dim : (j + 4) * dim]
             for d in range(dim):
-                out[d] += w * v[d]
+                out[d] += w0 * v[d] + w1 * v[dim + d] + w2 * v[2 * dim + d] + w3 * v[3 * dim + d]
+            j += 4
+        while j < count:
+            w0 = p[j] * inverse
+            for d in range(dim):
+                out[d] += w0 * page[j * dim + d]
+            j += 1
 
-    @kernel(16)
+    @kernel(15)
     def _decode_attention(args):  # type: ignore[no-untyped-def]
         rows, heads, kv_heads, dim, most, window = args[0], args[1], args[2], args[3], args[4], args[5]
         lengths = ints(args[10], rows)
@@ -195,6 +212,15 @@ if AVAILABLE:
                 continue
             table = ints(args[9] + r * most * 8, most)
             first = max(0, length - window) if window > 0 else 0
+            last = (table[(length - 1) // 16] * kv_heads + kv) * page  # the new token's own page
+            at = (length - 1) % 16
+            new_k = floats(args[13] + (r * kv_heads + kv) * dim * 4, dim)
+            new_v = floats(args[14] + (r * kv_heads + kv) * dim * 4, dim)
+            keys = floats(args[7] + last * 4, page)
+            values = floats(args[8] + last * 4, page)
+            for d in range(dim):
+                keys[d * 16 + at] = new_k[d]
+                values[at * dim + d] = new_v[d]
             for h in range(kv * group, (kv + 1) * group):
                 q = floats(args[6] + (r * heads + h) * dim * 4, dim)
                 out = floats(args[12] + (r * heads + h) * dim * 4, dim)
@@ -202,49 +228,34 @@ if AVAILABLE:
                     scaled[d] = q[d] * factors[0]
                     out[d] = np.float32(0)
                 for b in range(first // 16, (length + 15) // 16):
-                    keys = floats(args[7] + (table[b] * kv_heads + kv) * page * 4, page)
-                    _block_scores(p[b * 16 : b * 16 + 16], scaled, keys, dim)
+                    block = floats(args[7] + (table[b] * kv_heads + kv) * page * 4, page)
+                    _block_scores(p[b * 16 : b * 16 + 16], scaled, block, dim)
                 inverse = _softmax(p, first, length, factors[1])
                 for b in range(first // 16, (length + 15) // 16):
-                    values = floats(args[8] + (table[b] * kv_heads + kv) * page * 4, page)
-                    begin = max(first, b * 16)
-                    count = min(16, length - b * 16) - (begin - b * 16)
-                    _add_values(out, p[begin : begin + count], values[(begin - b * 16) * dim :], count, dim, inverse)
+                    block = floats(args[8] + (table[b] * kv_heads + kv) * page * 4, page)
+                    skip = max(first - b * 16, 0)
+                    count = min(16, length - b * 16) - skip
+                    _add_values(out, p[b * 16 + skip :], block[skip * dim :], count, dim, inverse)
 
 
 def decode_attention(
-    q: torch.Tensor,  # [R, heads, head_dim]
+    q: torch.Tensor,  # [R, heads, head_dim]: one new token a row
+    k: torch.Tensor,  # [R, kv_heads, head_dim]: its key, written to its page here
+    v: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
     tables: torch.Tensor,  # int64 [R, most blocks]
-    lengths: torch.Tensor,  # int64 [R]
+    lengths: torch.Tensor,  # int64 [R], the new token included
     scores: Scores,
 ) -> torch.Tensor:
-    """One new token a row over its pages, read in place: [R, heads, head_dim]."""
-    if not AVAILABLE or q.device.type != "cpu" or q.dtype != torch.float32:
-        return decode_attention_reference(q, keys, values, tables, lengths, scores)
-    q = q.contiguous()
+    """Each row's new token over its pages, read in place: [R, heads, head_dim]."""
+    rows, heads, dim = q.shape
+    if not AVAILABLE or q.device.type != "cpu" or q.dtype != torch.float32 or dim % 8:
+        return decode_attention_reference(q, k, v, keys, values, tables, lengths, scores)
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     out = torch.empty_like(q)
     factors = torch.tensor([scores.scale, scores.softcap], dtype=torch.float32)
-    rows, heads, dim = q.shape
-    _decode_attention(
-        arguments(
-            rows,
-            heads,
-            keys.shape[1],
-            dim,
-            tables.shape[1],
-            scores.window,
-            q.data_ptr(),
-            keys.data_ptr(),
-            values.data_ptr(),
-            tables.data_ptr(),
-            lengths.data_ptr(),
-            factors.data_ptr(),
-            out.data_ptr(),
-            0,
-            0,
-            0,
-        )
-    )
+    sizes = (rows, heads, keys.shape[1], dim, tables.shape[1], scores.window)
+    held = (q, keys, values, tables, lengths, factors, out, k, v)
+    _decode_attention(arguments(*sizes, *(tensor.data_ptr() for tensor in held)))
     return out

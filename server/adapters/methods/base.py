@@ -38,18 +38,25 @@ class Packed:
         return self.flat.numel() * self.flat.element_size()
 
 
-@dataclass
+FEW = 8  # up to so many tokens of one row, walking its weights beats a GEMM
+
+
 class Rows:
     """The batch as banks see it: which slot each packed token uses. Slot 0 is "no adapter".
 
-    Tokens of one row are contiguous; `spans` lists (slot, first token, end) for rows with an adapter.
+    spans: (slot, first token, end) for each run of tokens under one adapter; base tokens are in none.
+    The few-token spans (decode) are flattened into `tokens` and `slots`, ordered by slot so that rows
+    that share an adapter find its weights in the cache; the others (prefill) stay spans in `many`.
     """
 
-    slots: torch.Tensor  # int64 [T]
-    spans: list[tuple[int, int, int]]
+    def __init__(self, spans: list[tuple[int, int, int]]) -> None:
+        few = sorted(span for span in spans if span[2] - span[1] <= FEW)
+        self.spans = spans
+        self.many = [span for span in spans if span[2] - span[1] > FEW]
+        self.tokens = torch.tensor([t for _, start, end in few for t in range(start, end)], dtype=torch.int64)
+        self.slots = torch.tensor([s for s, start, end in few for _ in range(start, end)], dtype=torch.int64)
 
-    @property
-    def active(self) -> bool:
+    def __bool__(self) -> bool:
         return bool(self.spans)
 
 
@@ -58,8 +65,13 @@ class Bank(Protocol):
 
     def put(self, slot: int, packed: Packed) -> None: ...
     def clear(self, slot: int) -> None: ...
-    def affine(self, site: Site, x: torch.Tensor, y: torch.Tensor, rows: Rows) -> None:
-        """Change y [T, out] = W x + b in place by what each token's adapter adds; x is [T, in]."""
+    def affine(
+        self, site: Site, x: torch.Tensor, y: torch.Tensor, rows: Rows, bias: torch.Tensor | None
+    ) -> None:
+        """Change y [T, out] = W x + b in place by what each token's adapter adds.
+
+        x is [T, in], or token ids [T] of an embedding; `bias` is the base's b, which DoRA needs apart.
+        """
 
 
 class Spec(Protocol):

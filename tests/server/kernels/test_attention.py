@@ -41,10 +41,13 @@ def test_decode_matches_its_twin(heads: tuple[int, int], scores: Scores) -> None
     dim = 24
     keys, values, tables, _ = paged(LENGTHS, heads[1], dim)
     q = torch.randn(len(LENGTHS), heads[0], dim)
+    k, v = torch.randn(2, len(LENGTHS), heads[1], dim)
     lengths = torch.tensor(LENGTHS)
-    ours = decode_attention(q, keys, values, tables, lengths, scores)
-    twin = decode_attention_reference(q, keys, values, tables, lengths, scores)
+    pages = (keys.clone(), values.clone())
+    ours = decode_attention(q, k, v, keys, values, tables, lengths, scores)
+    twin = decode_attention_reference(q, k, v, *pages, tables, lengths, scores)
     torch.testing.assert_close(ours, twin, atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close((keys, values), pages, equal_nan=True, atol=0, rtol=0)
 
 
 def test_gather_returns_what_was_written() -> None:
@@ -65,5 +68,7 @@ def test_a_chunk_equals_token_by_token(scores: Scores, n: int, length: int) -> N
     chunk = prefill_attention(q, k, v, scores)
     for i in range(n):
         seen = torch.tensor([length - n + i + 1])
-        alone = decode_attention_reference(q[i : i + 1], keys, values, tables, seen, scores)
+        at = length - n + i
+        new_k, new_v = dense[0][0][at : at + 1], dense[0][1][at : at + 1]
+        alone = decode_attention_reference(q[i : i + 1], new_k, new_v, keys, values, tables, seen, scores)
         torch.testing.assert_close(chunk[i : i + 1], alone, atol=2e-6, rtol=1e-5)
