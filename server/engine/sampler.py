@@ -1,0 +1,215 @@
+"""Logits to tokens, for a whole batch at once.
+
+Knows nothing of requests, models or text. A row's token depends on its own logits, its own knobs, its seed
+and how many tokens it has: never on the other rows, on a global generator, or on how often it was preempted.
+
+The order is vLLM's: logprobs are read off the raw logits (its "raw_logprobs"); then logit_bias, banned
+tokens, repetition, presence and frequency penalties change them; then temperature, min_p, top_k, top_p.
+A row of -inf with some finite logits is a mask the caller put there, not an accident.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import chain, count
+
+import torch
+from torch import Tensor
+
+from server.engine.messages import Sampling, TokenLogprobs
+
+GREEDY_BELOW = 1e-5  # dividing by less overflows float32
+SMALL_K = 256  # up to here one partial sort of all rows beats selecting row by row
+MASK64 = (1 << 64) - 1
+
+
+@dataclass
+class SampleRow:
+    """One row's knobs and history. `banned`: ids that may not come now (ends, before min_tokens)."""
+
+    sampling: Sampling
+    seed: int
+    prompt: Sequence[int]
+    output: Sequence[int]
+    banned: Sequence[int] = ()
+
+    @property
+    def greedy(self) -> bool:
+        return self.sampling.temperature < GREEDY_BELOW
+
+    @property
+    def penalised(self) -> bool:
+        s = self.sampling
+        return s.repetition_penalty != 1.0 or s.presence_penalty != 0.0 or s.frequency_penalty != 0.0
+
+    @property
+    def edited(self) -> bool:
+        """The logits change before the token is chosen."""
+        return bool(self.banned) or bool(self.sampling.logit_bias) or self.penalised
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """`finite` is False when the logits held NaN or +Inf, or nothing but -Inf: token means nothing then."""
+
+    token: int
+    logprobs: TokenLogprobs | None
+    finite: bool
+
+
+def sample(logits: Tensor, rows: Sequence[SampleRow]) -> list[Sampled]:
+    """One token for each row of logits [R, V] float32, which are scratch: they may be changed in place."""
+    best, tokens = logits.max(dim=-1)  # NaN and +Inf win, so `best` also tells whether the row is finite
+    finite = best.isfinite().tolist()
+    asked = _where(rows, lambda row: row.sampling.logprobs is not None)
+    raw = logits[asked].log_softmax(dim=-1) if asked else None  # a copy, before the edits below
+
+    edited = _where(rows, lambda row: row.edited)
+    if edited:
+        _edit(logits, [(i, rows[i]) for i in edited])
+        tokens[edited] = logits[edited].argmax(dim=-1)
+    random = _where(rows, lambda row: not row.greedy)
+    if random:
+        drawn = logits if len(random) == len(rows) else logits[random]
+        tokens[random] = _draw(drawn, [rows[i] for i in random])
+
+    logprobs: dict[int, TokenLogprobs] = {}
+    if raw is not None:
+        logprobs = dict(zip(asked, _logprobs(raw, tokens[asked], [rows[i] for i in asked]), strict=True))
+    return [
+        Sampled(token, logprobs.get(i) if finite[i] else None, finite[i])
+        for i, token in enumerate(tokens.tolist())
+    ]
+
+
+def uniform(seed: int, step: int, attempt: int = 0) -> float:
+    """The number in [0, 1) that draws a row's token `step`: 24 bits, so that float32 holds it exactly."""
+    bits = _splitmix64(_splitmix64(_splitmix64(seed & MASK64) ^ step) ^ attempt)
+    return (bits >> 40) / (1 << 24)
+
+
+def _splitmix64(x: int) -> int:
+    x = (x + 0x9E3779B97F4A7C15) & MASK64
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & MASK64
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & MASK64
+    return x ^ (x >> 31)
+
+
+def _where(rows: Sequence[SampleRow], test: Callable[[SampleRow], bool]) -> list[int]:
+    return [i for i, row in enumerate(rows) if test(row)]
+
+
+def _edit(logits: Tensor, rows: list[tuple[int, SampleRow]]) -> None:
+    """Bias, bans and penalties, in place. A token named twice gets the same value written twice."""
+    bias = [(i, t, value) for i, row in rows for t, value in row.sampling.logit_bias.items()]
+    if bias:
+        i, t, values = zip(*bias, strict=True)
+        logits[list(i), list(t)] += logits.new_tensor(values)
+    bans = [(i, t) for i, row in rows for t in row.banned]
+    if bans:
+        i, t = zip(*bans, strict=True)
+        logits[list(i), list(t)] = -torch.inf
+    penalised = [(i, row) for i, row in rows if row.penalised]
+    if penalised:
+        _penalise(logits, penalised)
+
+
+def _penalise(logits: Tensor, rows: list[tuple[int, SampleRow]]) -> None:
+    """Repetition over prompt and output, presence and frequency over the output."""
+    repeated = [(i, row) for i, row in rows if row.sampling.repetition_penalty != 1.0]
+    if repeated:
+        at = _places(logits, [(i, [*row.prompt, *row.output]) for i, row in repeated])
+        lengths = [len(row.prompt) + len(row.output) for _, row in repeated]
+        factor = _spread(logits, [row.sampling.repetition_penalty for _, row in repeated], lengths)
+        value = logits[at]
+        logits[at] = torch.where(value > 0, value / factor, value * factor)
+    at = _places(logits, [(i, row.output) for i, row in rows])
+    lengths = [len(row.output) for _, row in rows]
+    logits[at] -= _spread(logits, [row.sampling.presence_penalty for _, row in rows], lengths)
+    frequency = _spread(logits, [row.sampling.frequency_penalty for _, row in rows], lengths)
+    logits.index_put_(at, -frequency, accumulate=True)  # once for every time the token came
+
+
+def _places(logits: Tensor, tokens: list[tuple[int, Sequence[int]]]) -> tuple[Tensor, Tensor]:
+    """(row, token) indices of all these tokens; out of range raises instead of touching another row."""
+    rows = torch.tensor([i for i, _ in tokens])
+    rows = rows.repeat_interleave(torch.tensor([len(ids) for _, ids in tokens]))
+    ids = torch.tensor(list(chain.from_iterable(ids for _, ids in tokens)), dtype=torch.long)
+    return rows.to(logits.device), ids.to(logits.device)
+
+
+def _spread(logits: Tensor, values: list[float], lengths: list[int]) -> Tensor:
+    return torch.tensor(values).repeat_interleave(torch.tensor(lengths)).to(logits)
+
+
+def _draw(logits: Tensor, rows: list[SampleRow]) -> Tensor:
+    """A token for each row of logits [R, V], which are used up."""
+    temperature = logits.new_tensor([[row.sampling.temperature] for row in rows])
+    probs = logits.div_(temperature).softmax(dim=-1)
+    limited = _where(rows, lambda row: row.sampling.top_k > 0 or row.sampling.min_p > 0.0)
+    if limited:
+        allowed = torch.empty_like(probs)  # comparing into floats spares the conversion
+        probs.mul_(torch.ge(probs, _floor(probs, rows, limited), out=allowed))
+    return _draw_nucleus(probs, rows)
+
+
+def _floor(probs: Tensor, rows: list[SampleRow], limited: list[int]) -> Tensor:
+    """The least probability that min_p and top_k leave to each row, [R, 1]; as likely as the k-th stays."""
+    vocabulary = probs.shape[-1]
+    floor = probs.new_zeros(len(rows))
+    min_p = probs.new_tensor([rows[i].sampling.min_p for i in limited])
+    floor[limited] = min_p * probs[limited].amax(dim=-1)
+    small = [i for i in limited if 0 < rows[i].sampling.top_k <= min(SMALL_K, vocabulary)]
+    if small:
+        k = torch.tensor([[rows[i].sampling.top_k] for i in small], device=probs.device)
+        kth = probs[small].topk(int(k.max())).values.gather(-1, k - 1).squeeze(-1)
+        floor[small] = floor[small].maximum(kth)
+    for i in limited:
+        if SMALL_K < rows[i].sampling.top_k < vocabulary:
+            kth = probs[i].kthvalue(vocabulary - rows[i].sampling.top_k + 1).values
+            floor[i] = floor[i].maximum(kth)
+    return floor.unsqueeze(-1)
+
+
+def _draw_nucleus(weights: Tensor, rows: list[SampleRow]) -> Tensor:
+    """Draw from weights [R, V] within each row's top_p, by rejection instead of by sorting.
+
+    A drawn token is inside the nucleus when the tokens likelier than it hold less than top_p of the mass.
+    If it is not, nothing as unlikely is either: draw again among the likelier ones. That leaves the odds
+    within the nucleus as they were; most rows need one pass, hardly any more than three.
+    """
+    top_p = torch.tensor([row.sampling.top_p for row in rows], dtype=torch.float64, device=weights.device)
+    top_p[top_p >= 1.0] = torch.inf
+    tokens = torch.empty(len(rows), dtype=torch.long, device=weights.device)
+    todo, limit = list(range(len(rows))), top_p
+    for attempt in count():
+        scratch = weights.cumsum(dim=-1)  # torch sums in float64 and rounds once
+        if attempt == 0:
+            limit = top_p * scratch[:, -1]
+        u = weights.new_tensor([[uniform(rows[i].seed, len(rows[i].output), attempt)] for i in todo])
+        drawn = torch.searchsorted(scratch, u * scratch[:, -1:], right=True)
+        drawn.clamp_(max=weights.shape[-1] - 1)  # a NaN row finds nothing
+        tokens[todo] = drawn.squeeze(-1)
+        if attempt == 0 and not (top_p < 1.0).any():
+            break
+        likelier = torch.gt(weights, weights.gather(-1, drawn), out=scratch).mul_(weights)
+        above = likelier.sum(dim=-1, dtype=torch.float64)
+        outside = (above >= limit) & (above > 0)  # the likeliest token is always inside
+        if not outside.any():
+            break
+        todo = [i for i, again in zip(todo, outside.tolist(), strict=True) if again]
+        weights, limit = likelier[outside], limit[outside]
+    return tokens
+
+
+def _logprobs(raw: Tensor, tokens: Tensor, rows: list[SampleRow]) -> list[TokenLogprobs]:
+    """The chosen token's log-probability and each row's k best, off raw [R, V]. Masked tokens are no news."""
+    chosen = raw.gather(-1, tokens.unsqueeze(-1)).squeeze(-1).tolist()
+    values, ids = raw.topk(min(max(row.sampling.logprobs or 0 for row in rows), raw.shape[-1]))
+    best = [
+        [(token, value) for token, value in zip(*pair, strict=True) if value > -torch.inf]
+        for pair in zip(ids.tolist(), values.tolist(), strict=True)
+    ]
+    return [
+        TokenLogprobs(logprob, top[: row.sampling.logprobs])
+        for logprob, top, row in zip(chosen, best, rows, strict=True)
+    ]
