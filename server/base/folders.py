@@ -1,4 +1,4 @@
-"""Model folders in the data directory: each is complete or absent, whoever builds it and whenever it is cut."""
+"""Folders and files that are complete or absent, whoever makes them and whenever it is cut."""
 
 import os
 from collections.abc import Callable
@@ -8,10 +8,10 @@ from filelock import FileLock
 
 
 def build_once(target: Path, build: Callable[[Path], None]) -> Path:
-    """`target`, built by `build(staging)` if it is not there yet.
+    """`target`, filled by `build(staging)` if it is not there yet.
 
     Two starters wait for each other. `staging` may hold what a cut run left: `build` resumes or clears it.
-    The rename comes last and after everything is on the disk, so a folder that exists is whole.
+    The rename comes last, after everything is on the disk, so a folder that exists is whole.
     """
     if target.is_dir():
         return target
@@ -27,6 +27,15 @@ def build_once(target: Path, build: Callable[[Path], None]) -> Path:
         staging.rename(target)
         _sync(target.parent)
     return target
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a small file so that a reader sees the old content or the new, never a half."""
+    staging = path.with_name(f".{path.name}.partial")
+    staging.write_text(text)
+    _sync(staging)
+    staging.rename(path)
+    _sync(path.parent)
 
 
 def _sync(path: Path) -> None:
