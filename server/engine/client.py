@@ -1,0 +1,207 @@
+"""The only crossing from the API to the engine: asyncio on this side, ZeroMQ between.
+
+Knows messages and nothing of HTTP, text or tensors. Bounded: rows in flight never exceed `max_rows`, and
+a row yields at most max_tokens chunks. Every row ends in exactly one finish, in its error, or in EngineLost.
+"""
+
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import AsyncGenerator, Callable
+
+import zmq
+import zmq.asyncio
+
+from server.adapters.sites import Base, decode_base
+from server.engine import messages as m
+from server.errors import DeadlineExceeded, EngineLost, Unavailable, error_from_code
+
+log = logging.getLogger(__name__)
+
+SILENCE_SECONDS = 5.0  # without a word from the engine (it sends Stats each second) it counts as dead
+HELLO_SECONDS = 0.5
+DEADLINE_GRACE_SECONDS = 0.5  # the engine ends a late row itself; past this we do
+CHECK_SECONDS = 120.0
+OUTBOX = 10_000  # commands queued for an engine that does not read
+
+_Inbox = asyncio.Queue[m.Chunk]
+_LOST = "The engine stopped while it worked on this request; send it again."
+
+
+class EngineClient:
+    """One connection to one engine. `start` before use, `close` after; both idempotent per object."""
+
+    def __init__(self, address: str, on_stats: Callable[[m.Stats], None] | None = None) -> None:
+        self.base: Base | None = None  # kept while the engine restarts: it serves the same model
+        self.limits: dict[str, int] = {}
+        self.stats: m.Stats | None = None
+        self._address = address
+        self._on_stats = on_stats
+        self._boot: str | None = None
+        self._heard = 0.0
+        self._rows: dict[str, _Inbox] = {}
+        self._checks: dict[str, asyncio.Future[m.Checked]] = {}
+        self._tasks: list[asyncio.Task[None]] = []
+        self._context: zmq.asyncio.Context | None = None
+        self._socket: zmq.asyncio.Socket | None = None
+        self._monitor: zmq.asyncio.Socket | None = None
+
+    @property
+    def ready(self) -> bool:
+        """The engine answered Hello, and spoke within the last SILENCE_SECONDS."""
+        return self._boot is not None and time.monotonic() - self._heard < SILENCE_SECONDS
+
+    @property
+    def rows(self) -> int:
+        """Rows in flight through this client, waiting ones included."""
+        return len(self._rows)
+
+    async def start(self) -> None:
+        """Connect and begin to say Hello; does not wait for the engine."""
+        self._context = zmq.asyncio.Context()
+        self._socket = self._context.socket(zmq.DEALER)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.setsockopt(zmq.SNDHWM, OUTBOX)
+        self._socket.setsockopt(zmq.RCVHWM, 0)  # rows are capped: dropping a chunk would hang one
+        self._socket.connect(self._address)
+        self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        loops = (self._receive(), self._watch(), self._hang_up())
+        self._tasks = [asyncio.create_task(loop) for loop in loops]
+
+    async def close(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._lose()
+        if self._socket is not None and self._context is not None:
+            self._socket.disable_monitor()
+            self._context.destroy(linger=0)
+            self._socket = self._context = self._monitor = None
+
+    async def generate(self, *rows: m.Generate) -> AsyncGenerator[m.Chunk, None]:
+        """The chunks of `rows` as they come, until each row has finished. Closing it cancels the rest.
+
+        Raises EngineLost when the engine dies, DeadlineExceeded past a row's deadline, and what the engine
+        says about a row that failed: a failed row ends its siblings too.
+        """
+        if not self.ready:
+            raise Unavailable("The engine is not ready; try again in a moment.")
+        inbox: _Inbox = asyncio.Queue()
+        open_rows = {row.id for row in rows}
+        deadline = min((row.deadline for row in rows if row.deadline is not None), default=None)
+        self._rows.update(dict.fromkeys(open_rows, inbox))
+        try:
+            for row in rows:
+                self._send(row)
+            while open_rows:
+                chunk = await _next(inbox, deadline)
+                if chunk.finish is not None:
+                    open_rows.discard(chunk.id)
+                    self._rows.pop(chunk.id, None)
+                if chunk.error is not None:
+                    raise error_from_code(*chunk.error)
+                yield chunk
+        finally:
+            for row_id in open_rows:
+                self._rows.pop(row_id, None)
+                self._post(m.Cancel(row_id))
+
+    async def check(self, manifest: bytes) -> m.Checked:
+        """Ask whether this base can serve a staged version. Raises EngineLost or Unavailable."""
+        if not self.ready:
+            raise Unavailable("The engine is not ready; try again in a moment.")
+        check = m.Check(uuid.uuid4().hex, manifest)
+        answer = self._checks[check.id] = asyncio.get_running_loop().create_future()
+        try:
+            self._send(check)
+            return await asyncio.wait_for(answer, CHECK_SECONDS)
+        except TimeoutError:
+            raise Unavailable("The engine did not check the adapter in time; try again.") from None
+        finally:
+            self._checks.pop(check.id, None)
+
+    def prefetch(self, adapter: m.AdapterRef) -> None:
+        """A hint: bring `adapter` towards the device."""
+        self._post(m.Prefetch(adapter))
+
+    def forget(self, digest: str) -> None:
+        """A version is deleted: drop it from every tier."""
+        self._post(m.Forget(digest))
+
+    def _send(self, command: m.Command) -> None:
+        if not self._post(command):
+            raise Unavailable("The engine is not taking requests; try again in a moment.")
+
+    def _post(self, command: m.Command) -> bool:
+        """Queue a command without waiting; False when the outbox is full or closed."""
+        if self._socket is None:
+            return False
+        sent = asyncio.ensure_future(self._socket.send(m.encode(command), zmq.DONTWAIT))
+        return sent.exception() is None  # with DONTWAIT it is a future that is done already
+
+    async def _receive(self) -> None:
+        socket = self._socket
+        while socket is not None:
+            self._handle(m.decode_event(await socket.recv()))
+
+    def _handle(self, event: m.Event) -> None:
+        self._heard = time.monotonic()
+        match event:
+            case m.Chunks(chunks):
+                for chunk in chunks:
+                    if inbox := self._rows.get(chunk.id):
+                        inbox.put_nowait(chunk)
+            case m.Stats():
+                self._handle_stats(event)
+            case m.Checked():
+                answer = self._checks.get(event.id)
+                if answer is not None and not answer.done():
+                    answer.set_result(event)
+            case m.Ready():
+                if event.boot != self._boot:
+                    self._lose()
+                self.base, self.limits, self._boot = decode_base(event.base), event.limits, event.boot
+
+    def _handle_stats(self, stats: m.Stats) -> None:
+        if self._boot is not None and stats.boot != self._boot:
+            self._lose()  # a restarted engine: _watch says Hello and its Ready follows
+            return
+        self.stats = stats
+        if self._on_stats is not None:
+            self._on_stats(stats)
+
+    async def _watch(self) -> None:
+        """Say Hello until Ready; declare an engine dead that has been silent too long."""
+        while True:
+            if self._boot is not None and not self.ready:
+                log.warning("the engine has been silent for %.0f seconds", SILENCE_SECONDS)
+                self._lose()
+            if self._boot is None:
+                self._post(m.Hello())
+            await asyncio.sleep(HELLO_SECONDS)
+
+    async def _hang_up(self) -> None:
+        """An engine that dies closes its end: its rows end now, not after SILENCE_SECONDS."""
+        while self._monitor is not None:
+            await self._monitor.recv_multipart()
+            self._lose()
+
+    def _lose(self) -> None:
+        """Every row and check in flight ends in EngineLost; the next Ready starts afresh."""
+        self._boot = None
+        rows, self._rows = self._rows, {}
+        for row_id, inbox in rows.items():
+            inbox.put_nowait(m.Chunk(row_id, finish="error", error=(EngineLost.code, _LOST)))
+        for answer in self._checks.values():
+            if not answer.done():
+                answer.set_exception(EngineLost(_LOST))
+
+
+async def _next(inbox: _Inbox, deadline: float | None) -> m.Chunk:
+    if deadline is None:
+        return await inbox.get()
+    try:
+        return await asyncio.wait_for(inbox.get(), deadline - time.time() + DEADLINE_GRACE_SECONDS)
+    except TimeoutError:
+        raise DeadlineExceeded("The request's deadline passed before it finished.") from None

@@ -1,0 +1,186 @@
+"""An engine without a model: the same socket, messages and promises, with tokens by arithmetic.
+
+Ships beside the real one for tests of everything above the engine, and for load tests of the API alone.
+The next token depends on prompt, adapter digest, seed and position, so two adapters never agree by chance
+and a repeated request repeats its answer.
+"""
+
+import asyncio
+import hashlib
+import time
+import uuid
+from dataclasses import dataclass, field
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from server.adapters.sites import Base, encode_base
+from server.engine import messages as m
+
+STATS_SECONDS = 0.2
+
+
+@dataclass
+class Behaviour:
+    """What a test makes the engine do. May be changed while it runs."""
+
+    step_seconds: float = 0.0  # a pause before each token
+    chunk_tokens: int = 1  # tokens a chunk
+    stop_after: int | None = None  # end with "stop" after so many tokens
+    script: list[int] | None = None  # these tokens, then "stop", whatever the prompt
+    fail_digest: str | None = None  # rows of this adapter fail
+    fail_after: int = 0  # ... after so many tokens
+    error: tuple[str, str] = ("non_finite_logits", "The adapter produced a value that is not finite.")
+    refuse: tuple[str, str, str | None] | None = None  # the answer to every Check
+    facts: dict[str, float | int | str] = field(default_factory=lambda: {"parameters": 1})
+    mute: bool = False  # receive, and say nothing
+
+
+class FakeEngine:
+    """Binds `address` like the engine process. `crash` drops everything unannounced, `start` returns."""
+
+    def __init__(self, address: str, base: Base, limits: dict[str, int] | None = None) -> None:
+        self.base = base
+        self.limits = {"max_seqs": 32, "max_model_len": base.max_context} | (limits or {})
+        self.behaviour = Behaviour()
+        self.seen: list[m.Generate] = []
+        self.cancelled: list[str] = []
+        self.forgotten: list[str] = []
+        self.checked: list[bytes] = []
+        self.boot = ""
+        self._address = address
+        self._rows: dict[str, asyncio.Task[None]] = {}
+        self._prefilled: dict[str, asyncio.Event] = {}
+        self._peers: set[bytes] = set()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._generated = 0
+
+    @property
+    def running(self) -> int:
+        return len(self._rows)
+
+    async def start(self) -> None:
+        self.boot = uuid.uuid4().hex
+        self._context = zmq.asyncio.Context()
+        self._socket = self._context.socket(zmq.ROUTER)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.bind(self._address)
+        self._tasks = [asyncio.create_task(self._serve()), asyncio.create_task(self._report())]
+
+    async def crash(self) -> None:
+        """Die: no farewell, no row remembered."""
+        tasks = [*self._tasks, *self._rows.values()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._rows.clear()
+        self._peers.clear()
+        self._socket.close()
+        self._context.term()
+
+    close = crash
+
+    async def _serve(self) -> None:
+        while True:
+            peer, frame = await self._socket.recv_multipart()
+            self._peers.add(peer)
+            match m.decode_command(frame):
+                case m.Hello():
+                    await self._send(peer, m.Ready(self.boot, encode_base(self.base), self.limits))
+                case m.Generate() as row:
+                    self.seen.append(row)
+                    self._prefilled[row.id] = asyncio.Event()
+                    self._rows[row.id] = asyncio.create_task(self._run(peer, row))
+                case m.Cancel(row_id):
+                    self.cancelled.append(row_id)
+                    if task := self._rows.pop(row_id, None):
+                        task.cancel()
+                case m.Check() as check:
+                    self.checked.append(check.manifest)
+                    await self._send(peer, m.Checked(check.id, self.behaviour.refuse, self.behaviour.facts))
+                case m.Forget(digest):
+                    self.forgotten.append(digest)
+                case m.Prefetch():
+                    pass
+
+    async def _run(self, peer: bytes, row: m.Generate) -> None:
+        """One row, from its sibling's prefill to its only finish."""
+        try:
+            if row.after is not None and (sibling := self._prefilled.get(row.after)):
+                await sibling.wait()
+            last = await self._generate(peer, row)
+            await self._send(peer, m.Chunks([last]))
+        finally:
+            self._prefilled.pop(row.id).set()
+            self._rows.pop(row.id, None)
+
+    async def _generate(self, peer: bytes, row: m.Generate) -> m.Chunk:
+        """Send all chunks but the last, which is returned."""
+        how, tokens = self.behaviour, list[int]()
+        failing = row.adapter is not None and row.adapter.digest == how.fail_digest
+        while True:
+            await asyncio.sleep(how.step_seconds)
+            self._prefilled[row.id].set()
+            if row.deadline is not None and time.time() > row.deadline:
+                return m.Chunk(row.id, finish="error", error=("deadline_exceeded", "The deadline passed."))
+            if failing and len(tokens) >= how.fail_after:
+                return m.Chunk(row.id, finish="error", error=how.error)
+            chunk = self._step(row, tokens)
+            if chunk.finish is not None:
+                return chunk
+            await self._send(peer, m.Chunks([chunk]))
+
+    def _step(self, row: m.Generate, tokens: list[int]) -> m.Chunk:
+        """Up to `chunk_tokens` more, or fewer and the finish."""
+        how, new = self.behaviour, list[int]()
+        finish: m.FinishReason | None = None
+        cached = 0 if tokens else len(row.prompt) // 2
+        stop_token = None
+        while len(new) < how.chunk_tokens and finish is None:
+            if len(tokens) == row.sampling.max_tokens:
+                finish = "length"
+            elif self._ends(len(tokens)):
+                finish = "stop"
+            else:
+                token = how.script[len(tokens)] if how.script else self.token(row, len(tokens))
+                if token in row.sampling.stop_token_ids:
+                    finish, stop_token = "stop", token
+                    break
+                tokens.append(token)
+                new.append(token)
+        if len(tokens) == row.sampling.max_tokens:
+            finish = finish or "length"
+        self._generated += len(new)
+        logprobs = (
+            [] if row.sampling.logprobs is None else [self._logprobs(t, row.sampling.logprobs) for t in new]
+        )
+        return m.Chunk(row.id, new, logprobs, cached, finish, stop_token)
+
+    def _ends(self, count: int) -> bool:
+        how = self.behaviour
+        return count == (len(how.script) if how.script is not None else how.stop_after)
+
+    def token(self, row: m.Generate, position: int) -> int:
+        """The token at `position`; greedy rows ignore their seed."""
+        digest = row.adapter.digest if row.adapter else ""
+        seed = row.sampling.seed if row.sampling.temperature else None
+        content = msgspec.json.encode([row.prompt, digest, seed, position])
+        return int.from_bytes(hashlib.sha256(content).digest()[:8]) % self.base.vocab_size
+
+    def _logprobs(self, token: int, count: int) -> m.TokenLogprobs:
+        """The chosen token is the best; the others follow it, each less likely."""
+        others = [((token + i) % self.base.vocab_size, -0.5 * (i + 1)) for i in range(count)]
+        return m.TokenLogprobs(-0.5, others)
+
+    async def _report(self) -> None:
+        while True:
+            gauges = {"running": float(len(self._rows)), "waiting": 0.0, "kv_usage": 0.0}
+            counters = {"generation_tokens": float(self._generated), "prompt_tokens": 0.0}
+            for peer in list(self._peers):
+                await self._send(peer, m.Stats(self.boot, gauges, counters, []))
+            await asyncio.sleep(STATS_SECONDS)
+
+    async def _send(self, peer: bytes, event: m.Event) -> None:
+        if not self.behaviour.mute:
+            await self._socket.send_multipart([peer, m.encode(event)])
