@@ -138,3 +138,9 @@ def error_from_code(code: str, message: str, param: str | None = None) -> Polype
 
 def _tree(root: type[PolypeftError]) -> list[type[PolypeftError]]:
     return [root, *(c for sub in root.__subclasses__() for c in _tree(sub))]
+
+
+def shown(value: object, limit: int = 64) -> str:
+    """A caller's value, safe and short enough for a message: ASCII, escaped, in quotes if text, cut."""
+    text = ascii(value[: limit + 1] if isinstance(value, str) else value)
+    return text if len(text) <= limit + 2 else text[:limit] + "..."

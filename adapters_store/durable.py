@@ -1,0 +1,76 @@
+"""Files that appear whole or not at all, and stay: write a draft, fsync, link or rename, fsync the folder.
+
+obstore's LocalStore renames without fsync, so what it acknowledged can vanish with the power. Reads do
+not care, writes to a file:// store and to the disk tier come through here.
+"""
+
+import contextlib
+import hashlib
+import os
+import secrets
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from server.errors import StoreError
+
+
+def write_file(
+    path: Path, chunks: Iterable[bytes], sha256: str | None = None, *, only_if_absent: bool = False
+) -> bool:
+    """Write `path` durably. False if it was there and had to be absent; StoreError if `sha256` is another's.
+
+    The draft lies beside its target under a name obstore's listing leaves out ("#" and digits at its end).
+    """
+    make_folder(path.parent)
+    draft = path.with_name(f"{path.name}#{secrets.randbits(63)}")
+    try:
+        with draft.open("xb") as file:
+            for chunk in verified(chunks, sha256):
+                file.write(chunk)
+            file.flush()
+            os.fsync(file.fileno())
+        if only_if_absent:
+            os.link(draft, path)
+        else:
+            draft.replace(path)
+    except FileExistsError:
+        return False
+    finally:
+        draft.unlink(missing_ok=True)
+        # also when somebody else was first: their file may not be on disk yet, and we are about to say it is
+        _sync_folder(path.parent)
+    return True
+
+
+def remove_file(path: Path) -> None:
+    """Remove `path` durably; nothing happens if it is not there."""
+    path.unlink(missing_ok=True)
+    with contextlib.suppress(FileNotFoundError):
+        _sync_folder(path.parent)
+
+
+def make_folder(path: Path) -> None:
+    """Make `path` and its parents, each durable in its own parent."""
+    if path.is_dir():
+        return
+    make_folder(path.parent)
+    path.mkdir(exist_ok=True)
+    _sync_folder(path.parent)
+
+
+def verified(chunks: Iterable[bytes], sha256: str | None) -> Iterator[bytes]:
+    """`chunks` as they are; StoreError at their end if they are not what `sha256` names."""
+    digest = hashlib.sha256()
+    for chunk in chunks:
+        digest.update(chunk)
+        yield chunk
+    if sha256 is not None and digest.hexdigest() != sha256:
+        raise StoreError("Stored bytes do not match their SHA-256; they were not used.")
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,225 @@
+"""The index of published versions, in Valkey. Knows no object store; it can be rebuilt from the manifests.
+
+    pp:adapters:{tenant}                   sorted set   adapter names
+    pp:adapters:{tenant}:last              hash         name -> highest version ever; outlives the adapter
+    pp:adapter:{tenant}:{name}:versions    hash         version -> Version
+    pp:adapter:{tenant}:{name}:aliases     hash         alias -> version; `latest` is the highest there is
+    pp:deleting                            set          manifests of removed versions, still to be removed
+
+Each change is one script: a crash leaves the index before it or after it. Every script may run twice.
+"""
+
+import msgspec
+from redis.asyncio import Redis
+
+from adapters_store.manifest import Manifest
+from adapters_store.names import LATEST, manifest_key, manifest_prefix
+from adapters_store.valkey import store_errors
+
+DELETING = "pp:deleting"
+
+ADD = """
+local names, last, versions, aliases = unpack(KEYS)
+local name, version, record, max = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4])
+if not redis.call('ZSCORE', names, name) and redis.call('ZCARD', names) >= max then return 0 end
+redis.call('ZADD', names, 0, name)
+redis.call('HSET', versions, version, record)
+local function raise(hash, field)
+  if tonumber(version) > tonumber(redis.call('HGET', hash, field) or 0) then
+    redis.call('HSET', hash, field, version)
+  end
+end
+raise(last, name)
+raise(aliases, 'latest')
+return 1
+"""
+
+FIND = """
+local version = ARGV[1]
+if ARGV[2] == 'alias' then version = redis.call('HGET', KEYS[2], version) end
+return version and redis.call('HGET', KEYS[1], version)
+"""
+
+ALIAS = """
+if redis.call('HEXISTS', KEYS[1], ARGV[2]) == 0 then return 0 end
+redis.call('HSET', KEYS[2], ARGV[1], ARGV[2])
+return 1
+"""
+
+REMOVE = """
+local names, versions, aliases, deleting = unpack(KEYS)
+local name, only, prefix = ARGV[1], ARGV[2], ARGV[3]
+local removed = {}
+local latest = 0
+for _, version in ipairs(redis.call('HKEYS', versions)) do
+  if only == '' or only == version then
+    table.insert(removed, redis.call('HGET', versions, version))
+    redis.call('HDEL', versions, version)
+    redis.call('SADD', deleting, string.format('%s%08d.json', prefix, tonumber(version)))
+  else
+    latest = math.max(latest, tonumber(version))
+  end
+end
+if latest == 0 then
+  redis.call('ZREM', names, name)
+  redis.call('DEL', aliases)
+  return removed
+end
+for _, alias in ipairs(redis.call('HKEYS', aliases)) do
+  if redis.call('HEXISTS', versions, redis.call('HGET', aliases, alias)) == 0 then
+    redis.call('HDEL', aliases, alias)
+  end
+end
+redis.call('HSET', aliases, 'latest', string.format('%d', latest))
+return removed
+"""
+
+
+class Version(msgspec.Struct, frozen=True):
+    """What the index keeps of a manifest: enough to list a version, and to ask the engine for it."""
+
+    tenant: str
+    name: str
+    version: int
+    digest: str
+    method: str
+    base: str
+    manifest_key: str
+    sha256: str  # of the weights file, as the tenant uploaded it
+    bytes: int  # of all files
+    rank: int
+    created: int  # Unix seconds
+
+
+class Adapter(msgspec.Struct, frozen=True):
+    tenant: str
+    name: str
+    versions: tuple[Version, ...]  # lowest first, at least one
+    aliases: dict[str, int]  # `latest` among them
+
+    @property
+    def latest(self) -> Version:
+        return self.versions[-1]
+
+
+def summary(manifest: Manifest) -> Version:
+    return Version(
+        tenant=manifest.tenant,
+        name=manifest.name,
+        version=manifest.version,
+        digest=manifest.digest,
+        method=manifest.method,
+        base=manifest.base,
+        manifest_key=manifest_key(manifest.tenant, manifest.name, manifest.version),
+        sha256=manifest.weights.sha256,
+        bytes=sum(file.bytes for file in manifest.files),
+        rank=int(manifest.facts.get("rank", 0)),
+        created=manifest.created,
+    )
+
+
+class Index:
+    """All calls raise StoreError when Valkey does not answer."""
+
+    def __init__(self, redis: Redis) -> None:
+        self._redis = redis
+        self._add = redis.register_script(ADD)
+        self._find = redis.register_script(FIND)
+        self._alias = redis.register_script(ALIAS)
+        self._remove = redis.register_script(REMOVE)
+
+    async def add(self, version: Version, max_adapters: int) -> bool:
+        """False if this were a new name and the tenant has `max_adapters` already."""
+        keys = [_names(version.tenant), _last(version.tenant), *_records(version.tenant, version.name)]
+        record = msgspec.json.encode(version)
+        with store_errors():
+            added = await self._add(keys=keys, args=[version.name, version.version, record, max_adapters])
+        return bool(added)
+
+    async def find(self, tenant: str, name: str, selector: int | str) -> Version | None:
+        """By number or by alias, in one round trip."""
+        kind = "alias" if isinstance(selector, str) else "version"
+        with store_errors():
+            record = await self._find(keys=_records(tenant, name), args=[selector, kind])
+        return None if record is None else msgspec.json.decode(record, type=Version)
+
+    async def alias(self, tenant: str, name: str, alias: str, version: int) -> bool:
+        """False if there is no such version."""
+        with store_errors():
+            return bool(await self._alias(keys=_records(tenant, name), args=[alias, version]))
+
+    async def remove(self, tenant: str, name: str, version: int | None) -> list[Version]:
+        """Remove one version, or all, and the aliases that point there; the manifests are now `deleting`."""
+        keys = [_names(tenant), *_records(tenant, name), DELETING]
+        args = [name, "" if version is None else version, manifest_prefix(tenant, name)]
+        with store_errors():
+            records = await self._remove(keys=keys, args=args)
+        return [msgspec.json.decode(record, type=Version) for record in records]
+
+    async def last(self, tenant: str, name: str) -> tuple[int, bool, int]:
+        """The highest version ever, whether the adapter exists now, and how many adapters the tenant has."""
+        with store_errors():
+            async with self._redis.pipeline(transaction=True) as transaction:
+                transaction.hget(_last(tenant), name)
+                transaction.zscore(_names(tenant), name)
+                transaction.zcard(_names(tenant))
+                last, score, count = await transaction.execute()
+        return int(last or 0), score is not None, count
+
+    async def adapters(self, tenant: str, names: list[str]) -> list[Adapter]:
+        """Those that exist, in the order asked; each is one consistent moment."""
+        with store_errors():
+            async with self._redis.pipeline(transaction=True) as transaction:
+                for name in names:
+                    versions, aliases = _records(tenant, name)
+                    transaction.hgetall(versions)
+                    transaction.hgetall(aliases)
+                answers = await transaction.execute()
+        pairs = zip(names, answers[::2], answers[1::2], strict=True)
+        return [_adapter(tenant, name, versions, aliases) for name, versions, aliases in pairs if versions]
+
+    async def names(self, tenant: str, after: str | None, limit: int) -> list[str]:
+        """In alphabetical (byte) order."""
+        start = "-" if after is None else f"({after}"
+        with store_errors():
+            found = await self._redis.zrangebylex(_names(tenant), start, "+", start=0, num=limit)
+        return [_text(name) for name in found]
+
+    async def deleting(self) -> set[str]:
+        with store_errors():
+            return {_text(key) for key in await self._redis.smembers(DELETING)}
+
+    async def deleted(self, keys: list[str]) -> None:
+        if keys:
+            with store_errors():
+                await self._redis.srem(DELETING, *keys)
+
+    async def tenants(self) -> list[str]:
+        """Every tenant that has an adapter."""
+        prefix = _names("")
+        with store_errors():
+            keys = [_text(key) async for key in self._redis.scan_iter(f"{prefix}*", _type="zset")]
+        return sorted({key.removeprefix(prefix) for key in keys})
+
+
+def _adapter(tenant: str, name: str, versions: dict[bytes, bytes], aliases: dict[bytes, bytes]) -> Adapter:
+    found = [msgspec.json.decode(record, type=Version) for record in versions.values()]
+    by_number = tuple(sorted(found, key=lambda version: version.version))
+    named = {alias.decode(): int(version) for alias, version in sorted(aliases.items())}
+    return Adapter(tenant, name, by_number, {LATEST: by_number[-1].version} | named)
+
+
+def _text(value: bytes | str) -> str:
+    return value if isinstance(value, str) else value.decode()
+
+
+def _names(tenant: str) -> str:
+    return f"pp:adapters:{tenant}"
+
+
+def _last(tenant: str) -> str:
+    return f"pp:adapters:{tenant}:last"
+
+
+def _records(tenant: str, name: str) -> list[str]:
+    return [f"pp:adapter:{tenant}:{name}:versions", f"pp:adapter:{tenant}:{name}:aliases"]

@@ -1,0 +1,47 @@
+"""The one way to reach Valkey: a client with time-outs and one layer of retries, and its failures as ours.
+
+Knows no key and no record: registry and tenants each own theirs. A command may run twice when its first
+answer was lost, so every write built on this client is idempotent.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import ExponentialWithJitterBackoff
+from redis.exceptions import ConnectionError, RedisError, TimeoutError  # noqa: A004 - redis names them so
+
+from server.errors import StoreError
+
+CONNECT_SECONDS = 2.0
+ANSWER_SECONDS = 5.0
+MAX_CONNECTIONS = 64
+
+
+def connect(url: str) -> Redis:
+    """A client for redis://, rediss:// or unix:// URLs; opens no connection yet.
+
+    A cancelled command's connection is closed, never handed to the next caller with an answer pending.
+    More callers than connections wait in line, at most ANSWER_SECONDS.
+    """
+    pool = BlockingConnectionPool.from_url(
+        url,
+        max_connections=MAX_CONNECTIONS,
+        timeout=ANSWER_SECONDS,
+        socket_timeout=ANSWER_SECONDS,
+        socket_connect_timeout=CONNECT_SECONDS,
+        retry=Retry(ExponentialWithJitterBackoff(base=0.05, cap=0.5), retries=2),
+        retry_on_error=[ConnectionError, TimeoutError],
+        decode_responses=False,
+    )
+    return Redis.from_pool(pool)
+
+
+@contextmanager
+def store_errors() -> Iterator[None]:
+    """Valkey's failures as StoreError (503): its being down lets nobody in and makes nothing unknown."""
+    try:
+        yield
+    except RedisError as error:
+        raise StoreError("The control store did not answer; try again.") from error

@@ -1,0 +1,135 @@
+"""Tenants and their keys, in Valkey. Knows no HTTP and no adapters.
+
+    pp:tenants                hash   tenant id -> Tenant
+    pp:tenants:{id}:keys      hash   key id -> KeyRecord
+    pp:keys                   hash   SHA-256 of a secret -> tenant id
+
+A secret is returned once, when it is made, and kept nowhere. Nothing is cached: a revoked key fails at the
+next request, in every process.
+"""
+
+import secrets
+import time
+
+import msgspec
+from redis.asyncio import Redis
+
+from adapters_store.valkey import store_errors
+from server.errors import InvalidField, NotFound, shown
+from server.tenancy.keys import fingerprint, new_secret, well_formed
+
+MAX_NAME = 64
+TENANTS = "pp:tenants"
+KEYS = "pp:keys"
+
+AUTHENTICATE = """
+local id = redis.call('HGET', KEYS[1], ARGV[1])
+return id and redis.call('HGET', KEYS[2], id)
+"""
+
+REVOKE = """
+if redis.call('HDEL', KEYS[1], ARGV[1]) == 0 then return 0 end
+redis.call('HDEL', KEYS[2], ARGV[2])
+return 1
+"""
+
+
+class Tenant(msgspec.Struct, frozen=True):
+    """Who owns adapters, files and jobs. `id` is ours; `name` is only ever shown."""
+
+    id: str
+    name: str
+    weight: float  # share of the engine when tenants queue
+    created: int  # Unix seconds
+
+
+class KeyInfo(msgspec.Struct, frozen=True):
+    """A key as it may be shown: never its secret, nor anything made from it."""
+
+    id: str
+    created: int
+
+
+class KeyRecord(msgspec.Struct, frozen=True):
+    info: KeyInfo
+    sha256: str
+
+
+class Tenants:
+    """All calls raise StoreError when Valkey does not answer."""
+
+    def __init__(self, redis: Redis) -> None:
+        self._redis = redis
+        self._authenticate = redis.register_script(AUTHENTICATE)
+        self._revoke = redis.register_script(REVOKE)
+
+    async def create(self, name: str, weight: float = 1.0) -> tuple[Tenant, str]:
+        """A new tenant and its first secret. Two tenants may share a name."""
+        if not name or len(name) > MAX_NAME or not name.isprintable():
+            raise InvalidField(
+                f"name {shown(name)} must have 1 to {MAX_NAME} printable characters.", param="name"
+            )
+        tenant = Tenant(f"ten_{secrets.token_hex(12)}", name, weight, int(time.time()))
+        _, secret = await self._write_key(tenant.id, new=tenant)
+        return tenant, secret
+
+    async def add_key(self, tenant_id: str) -> tuple[KeyInfo, str]:
+        await self.get(tenant_id)
+        return await self._write_key(tenant_id)
+
+    async def keys(self, tenant_id: str) -> list[KeyInfo]:
+        """Oldest first."""
+        await self.get(tenant_id)
+        with store_errors():
+            records = await self._redis.hvals(_keys_of(tenant_id))
+        infos = [msgspec.json.decode(record, type=KeyRecord).info for record in records]
+        return sorted(infos, key=lambda info: (info.created, info.id))
+
+    async def revoke(self, tenant_id: str, key_id: str) -> None:
+        """From here on the key is unknown. Raises NotFound if it was already."""
+        with store_errors():
+            found = await self._redis.hget(_keys_of(tenant_id), key_id)
+        if found is None:
+            raise NotFound(f"There is no key {shown(key_id)}.")
+        record = msgspec.json.decode(found, type=KeyRecord)
+        with store_errors():
+            await self._revoke(keys=[_keys_of(tenant_id), KEYS], args=[key_id, record.sha256])
+
+    async def list(self) -> list[Tenant]:
+        """Oldest first."""
+        with store_errors():
+            values = await self._redis.hvals(TENANTS)
+        tenants = [msgspec.json.decode(value, type=Tenant) for value in values]
+        return sorted(tenants, key=lambda tenant: (tenant.created, tenant.id))
+
+    async def get(self, tenant_id: str) -> Tenant:
+        with store_errors():
+            value = await self._redis.hget(TENANTS, tenant_id)
+        if value is None:
+            raise NotFound(f"There is no tenant {shown(tenant_id)}.")
+        return msgspec.json.decode(value, type=Tenant)
+
+    async def authenticate(self, secret: str) -> Tenant | None:
+        """Whose secret this is, in one round trip; None for anything that is not a live key."""
+        if not well_formed(secret):
+            return None
+        with store_errors():
+            value = await self._authenticate(keys=[KEYS, TENANTS], args=[fingerprint(secret)])
+        return None if value is None else msgspec.json.decode(value, type=Tenant)
+
+    async def _write_key(self, tenant_id: str, new: Tenant | None = None) -> tuple[KeyInfo, str]:
+        secret = new_secret()
+        info = KeyInfo(f"key_{secrets.token_hex(8)}", int(time.time()))
+        record = KeyRecord(info, fingerprint(secret))
+        with store_errors():
+            async with self._redis.pipeline(transaction=True) as transaction:
+                if new is not None:
+                    transaction.hset(TENANTS, tenant_id, msgspec.json.encode(new))
+                transaction.hset(_keys_of(tenant_id), info.id, msgspec.json.encode(record))
+                transaction.hset(KEYS, record.sha256, tenant_id)
+                await transaction.execute()
+        return info, secret
+
+
+def _keys_of(tenant_id: str) -> str:
+    return f"pp:tenants:{tenant_id}:keys"
