@@ -3,7 +3,9 @@
 The command line builds a Settings; child processes rebuild the same one from `to_env()`.
 """
 
+import hashlib
 import os
+import tempfile
 from pathlib import Path
 from typing import Literal
 
@@ -11,15 +13,15 @@ from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 MiB = 1 << 20
+LONGEST_RUN_DIR = 90  # bytes; leaves room for a socket's own name
 
 
 class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="POLYPEFT_", frozen=True, extra="forbid")
 
     # what is served, and where
-    model: str = Field(
-        default="smollm2-135m-instruct", min_length=1
-    )  # the default model, a hub id, or a local folder
+    # the default model, a local folder, or a hub id "owner/name[@revision]"
+    model: str = Field(default="smollm2-135m-instruct", min_length=1)
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65535)
     data_dir: Path = Path("data")
@@ -63,15 +65,30 @@ class Settings(BaseSettings):
 
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["text", "json"] = "text"
+    supervisor_pid: int = 0  # set by `serve` for its children, which end with it; 0: runs alone
+
+    @property
+    def base_id(self) -> str:
+        """What the API calls the base: a hub id without its revision, or a folder's name."""
+        folder = Path(self.model).expanduser()
+        return folder.resolve().name if folder.is_dir() else self.model.partition("@")[0]
 
     @property
     def run_dir(self) -> Path:
-        """Sockets and pid files of the running system."""
-        return self.data_dir / "run"
+        """Where the running system's sockets lie.
+
+        A Unix socket's path has 107 bytes at most: a long data_dir gets a short folder in the system's
+        temporary one instead, named after it. The supervisor makes sure that it is ours alone.
+        """
+        inside = self.data_dir.absolute() / "run"
+        if len(os.fsencode(inside)) <= LONGEST_RUN_DIR:
+            return inside
+        digest = hashlib.sha256(os.fsencode(inside)).hexdigest()[:16]
+        return Path(tempfile.gettempdir()) / f"polypeft-{digest}"
 
     @property
     def engine_socket(self) -> str:
-        return f"ipc://{(self.run_dir / 'engine.sock').absolute()}"
+        return f"ipc://{self.run_dir / 'engine.sock'}"
 
     @property
     def store_url(self) -> str:

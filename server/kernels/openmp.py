@@ -67,6 +67,12 @@ if AVAILABLE:
         return types.float32(types.int32), generate
 
 
+def use_one_thread() -> None:
+    """Torch's operators called from this thread stay on it; other threads keep their teams."""
+    if AVAILABLE:
+        _torch.omp_set_num_threads(1)
+
+
 Arguments = Any  # a ctypes array of int64: pointers and sizes
 
 

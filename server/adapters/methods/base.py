@@ -4,6 +4,7 @@ A method knows nothing of the engine, of tenants, or of HTTP. Adding one is a fi
 line in `__init__.METHODS`.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -79,21 +80,33 @@ class Spec(Protocol):
 
     @property
     def rank(self) -> int: ...
+    @property
+    def base_copies(self) -> Mapping[str, str]:
+        """Tensors that only repeat the base: {tensor: site}. The loader checks that they do."""
 
 
-class Method(Protocol[S]):
-    name: str
+class Method(Protocol):
+    """Stateless. `spec` is always what this method's own `parse` returned."""
 
-    def parse(self, files: AdapterFiles, base: Base) -> S:
+    @property
+    def name(self) -> str: ...
+
+    def parse(self, files: AdapterFiles, base: Base) -> Spec:
         """Read a config and tensor names. Raises InvalidAdapter on anything unknown or unservable."""
 
-    def shapes(self, spec: S, base: Base) -> dict[str, tuple[int, ...]]:
+    def shapes(self, spec: Any, base: Base) -> dict[str, tuple[int, ...]]:
         """The exact tensors: upload check, cache cost and training shapes all come from here."""
 
-    def init(self, spec: S, base: Base, rng: torch.Generator) -> Tensors:
+    def init(self, spec: Any, base: Base, rng: torch.Generator) -> Tensors:
         """Where training starts."""
 
-    def pack(self, spec: S, base: Base, tensors: Tensors, weights: Tensors, dtype: torch.dtype) -> Packed:
-        """Fold scalings and norms in, once, off the hot path. `weights`: the base's own, read-only."""
+    def pack(
+        self, spec: Any, base: Base, tensors: Tensors, weights: Mapping[str, torch.Tensor], dtype: torch.dtype
+    ) -> Packed:
+        """Fold scalings and norms in, once, off the hot path.
 
-    def bank(self, base: Base, slots: int, device: torch.device, dtype: torch.dtype) -> Bank: ...
+        `weights` are the base's own, by site name, read-only. Raises InvalidAdapter if the result overflows.
+        """
+
+    def bank(self, base: Base, slots: int, device: torch.device, dtype: torch.dtype) -> Bank:
+        """Empty device memory for this method's adapters, slots 1..slots."""

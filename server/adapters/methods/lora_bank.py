@@ -9,6 +9,7 @@ Pieces per target, in the flat buffer:
 An embedding's A is kept [vocabulary, r], so that a token's row is contiguous.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -46,7 +47,7 @@ class Views:
     bias: torch.Tensor | None
 
 
-def pack_lora(spec: "LoraSpec", base: Base, tensors: Tensors, weights: Tensors, dtype: torch.dtype) -> Packed:
+def pack_lora(spec: "LoraSpec", base: Base, tensors: Tensors, weights: Mapping[str, torch.Tensor], dtype: torch.dtype) -> Packed:
     """Fold scalings and DoRA norms in. `weights`: {site: W [out, in]}, asked only for DoRA targets."""
     pieces: list[Piece] = []
     parts: list[torch.Tensor] = []
@@ -70,7 +71,7 @@ def pack_lora(spec: "LoraSpec", base: Base, tensors: Tensors, weights: Tensors, 
 
 
 def fold(
-    target: "LoraTarget", site: Site, tensors: Tensors, weights: Tensors
+    target: "LoraTarget", site: Site, tensors: Tensors, weights: Mapping[str, torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """A, scaled B^T, DoRA gain, scaled bias, in float32. Formulas: PEFT's lora/layer.py and lora/dora.py."""
     a, b = tensors[target.A].float(), tensors[target.B].float()

@@ -1,0 +1,133 @@
+"""A step's attention: which token belongs to which row, where its K/V go, and what it may see.
+
+transformers' attention classes call `attend`; it finds the step under way on the module. Pages are laid out
+in server/kernels/attention.py; which blocks a row owns was decided by the scheduler (engine/kv.py).
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from server.adapters.methods.base import Rows
+from server.adapters.sites import Base
+from server.engine.row import Row
+from server.kernels.attention import (
+    BLOCK,
+    Scores,
+    decode_attention,
+    gather_pages,
+    prefill_attention,
+    write_pages,
+)
+
+
+class Pages:
+    """K and V of all layers, in blocks; as many blocks as the byte budget holds."""
+
+    def __init__(self, base: Base, device: torch.device, dtype: torch.dtype, budget: int) -> None:
+        per_block = 2 * base.layers * base.kv_heads * base.head_dim * BLOCK * dtype.itemsize
+        self.count = max(budget // per_block, 2)
+        shape = (self.count, base.kv_heads)
+        # Zeroed: a page never shows what an earlier process left in memory.
+        self.keys = [
+            torch.zeros(*shape, base.head_dim, BLOCK, device=device, dtype=dtype) for _ in range(base.layers)
+        ]
+        self.values = [
+            torch.zeros(*shape, BLOCK, base.head_dim, device=device, dtype=dtype) for _ in range(base.layers)
+        ]
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A row in prefill: its tokens [start, end) of the packed batch end a past of `length` tokens."""
+
+    start: int
+    end: int
+    length: int
+    blocks: torch.Tensor  # int64
+    places: torch.Tensor  # int64 [end - start]: where their K/V go
+
+
+class Step:
+    """The batch under way, as the model's modules need it. One object for the model's life, refilled each step.
+
+    Packed tokens: | decoding rows, one token each | chunk of a row in prefill | chunk | ...
+    """
+
+    pages: Pages
+
+    def __init__(self) -> None:
+        self.rows = Rows([])
+        self.head_rows = Rows([])
+        self.decoding = 0
+        self.tables = torch.empty(0)
+        self.lengths = torch.empty(0)
+        self.chunks: list[Chunk] = []
+        self.last: dict[str, int] = {}  # row id -> its last token's place in the batch
+
+    def begin(self, rows: list[Row], device: torch.device) -> None:
+        """`rows` in the order of their tokens: those with one token first."""
+        decoding = [row for row in rows if row.scheduled == 1]
+        self.decoding = len(decoding)
+        if decoding:
+            most = max(len(row.blocks) for row in decoding)
+            tables = [row.blocks + [0] * (most - len(row.blocks)) for row in decoding]
+            self.tables = torch.tensor(tables, device=device)
+            self.lengths = torch.tensor([row.computed + 1 for row in decoding], device=device)
+        self.chunks = []
+        self.last = {}
+        spans = []
+        start = 0
+        for row in rows:
+            end = start + row.scheduled
+            if row.scheduled > 1:
+                self.chunks.append(chunk_of(row, start, end, device))
+            if row.slot:
+                spans.append((row.slot, start, end))
+            self.last[row.id] = end - 1
+            start = end
+        self.rows = Rows(spans)
+
+    def keep(self, rows: list[Row]) -> None:
+        """The output head sees one token of each row that completes, in the order given."""
+        completing = [row for row in rows if row.completes]
+        self.head_rows = Rows([(row.slot, i, i + 1) for i, row in enumerate(completing) if row.slot])
+
+
+def chunk_of(row: Row, start: int, end: int, device: torch.device) -> Chunk:
+    length = row.computed + row.scheduled
+    blocks = torch.tensor(row.blocks[: -(-length // BLOCK)], device=device)
+    at = torch.arange(row.computed, length, device=device)
+    return Chunk(start, end, length, blocks, blocks[at // BLOCK] * BLOCK + at % BLOCK)
+
+
+def attend(
+    module: Any,
+    query: torch.Tensor,  # [1, heads, T, head_dim]
+    key: torch.Tensor,  # [1, kv_heads, T, head_dim]
+    value: torch.Tensor,
+    _mask: torch.Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **_kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """What transformers calls for each layer: [1, T, heads, head_dim]."""
+    step: Step = module.polypeft_step
+    q, k, v = query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)
+    keys, values = step.pages.keys[module.layer_idx], step.pages.values[module.layer_idx]
+    scores = Scores(q.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window or 0, softcap or 0.0)
+    parts = []
+    if n := step.decoding:
+        parts.append(decode_attention(q[:n], k[:n], v[:n], keys, values, step.tables, step.lengths, scores))
+    for chunk in step.chunks:
+        span = slice(chunk.start, chunk.end)
+        write_pages(keys, values, k[span], v[span], chunk.places)
+        if chunk.length == chunk.end - chunk.start:
+            past_k, past_v = k[span].transpose(0, 1), v[span].transpose(0, 1)
+        else:
+            past_k, past_v = gather_pages(keys, values, chunk.blocks, chunk.length)
+        parts.append(prefill_attention(q[span], past_k, past_v, scores))
+    out = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return out[None], None

@@ -1,0 +1,23 @@
+"""Where the model runs, and in which dtype."""
+
+import os
+
+import torch
+
+from server.engine.model import Placement
+from server.errors import StartupError
+from server.settings import Settings
+
+
+def choose_placement(settings: Settings) -> Placement:
+    """CPU in float32 (AVX2 has no fast bfloat16), CUDA in bfloat16, unless told otherwise.
+
+    Also sets how many threads torch's operators and our kernels use.
+    """
+    cuda = torch.cuda.is_available()
+    if settings.device == "cuda" and not cuda:
+        raise StartupError("--device cuda was asked for, but torch finds no CUDA device.", param="device")
+    device = torch.device("cuda" if cuda and settings.device != "cpu" else "cpu")
+    wanted = settings.dtype if settings.dtype != "auto" else ("bfloat16" if device.type == "cuda" else "float32")
+    torch.set_num_threads(settings.threads or len(os.sched_getaffinity(0)))
+    return Placement(device, getattr(torch, wanted))

@@ -1,0 +1,241 @@
+"""The engine: one thread, one loop. Each step: schedule, forward, sample, deliver.
+
+Wires scheduler, cache, model and sampler, and knows when a row is done. Knows no sockets: `__main__` feeds
+it commands and takes its chunks.
+"""
+
+import time
+from collections import Counter
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+
+from adapters_store.manifest import decode_manifest
+from adapters_store.objects import Objects
+from server.adapters.cache import AdapterCache
+from server.adapters.loader import Limits, Loader
+from server.adapters.methods import METHODS
+from server.adapters.tiers import DiskTier, RamTier
+from server.engine.device import choose_placement
+from server.engine.kv import BlockPool
+from server.engine.messages import Cancel, Check, Checked, Chunk, Forget, Generate, Prefetch
+from server.engine.model import ServedModel
+from server.engine.row import Row
+from server.engine.sampler import Sampled, SampleRow, sample
+from server.engine.scheduler import Scheduler
+from server.errors import ContextTooLong, InvalidAdapter, NonFinite, PolypeftError, Unavailable
+from server.settings import Settings
+
+
+class Engine:
+    """Owns the device. Not thread-safe: everything happens on the thread that calls `step`."""
+
+    def __init__(self, settings: Settings, model_dir: Path) -> None:
+        placement = choose_placement(settings)
+        self.settings = settings
+        self.model = ServedModel(
+            model_dir,
+            settings.base_id,
+            placement,
+            kv_bytes=settings.kv_bytes,
+            max_context=settings.max_model_len,
+        )
+        self.base = self.model.base
+        banks = {
+            name: method.bank(self.base, settings.adapter_slots, placement.device, placement.dtype)
+            for name, method in METHODS.items()
+        }
+        self.model.install(banks)
+        self.loader = Loader(
+            Objects.open(settings.store_url),
+            DiskTier(settings.data_dir / "cache" / "adapters", settings.adapter_disk_bytes),
+            RamTier(settings.adapter_ram_bytes),
+            METHODS,
+            self.base,
+            self.model.weights,
+            placement.dtype,
+            Limits(settings.max_header_bytes, settings.max_tensors),
+        )
+        self.cache = AdapterCache(
+            banks, self.loader, slots=settings.adapter_slots, budget=settings.adapter_device_bytes
+        )
+        self.blocks = BlockPool(self.model.step.pages.count, share_prefixes=settings.prefix_cache)
+        self.scheduler = Scheduler(
+            self.cache,
+            self.blocks,
+            max_seqs=settings.max_seqs,
+            max_batch_tokens=settings.max_batch_tokens,
+        )
+        self.ends = self.model.end_tokens()
+        self.counts: Counter[str] = Counter()
+        self.observations: list[tuple[str, str, float]] = []
+        self.checks: list[tuple[str, Future[Any]]] = []
+        self.refused: list[Chunk] = []
+
+    @property
+    def busy(self) -> bool:
+        """A step would find something to do, now or when an adapter arrives."""
+        return bool(self.scheduler.running or self.scheduler.waiting or self.refused)
+
+    def close(self) -> None:
+        self.loader.close()
+
+    def submit(self, command: Generate | Cancel | Check | Prefetch | Forget) -> None:
+        match command:
+            case Generate():
+                self._accept(command)
+            case Cancel(id=id_):
+                if row := self.scheduler.find(id_):
+                    self.scheduler.remove(row)
+            case Check():
+                self.checks.append((command.id, self._check(command)))
+            case Prefetch(adapter=adapter):
+                self.cache.prefetch(adapter)
+            case Forget(digest=digest):
+                self.cache.forget(digest)
+
+    def step(self) -> list[Chunk]:
+        """Run one step for every row that can run; what it gave to whom."""
+        rows = self.scheduler.schedule(time.time())
+        chunks = self._ended()
+        if not rows:
+            return chunks
+        try:
+            logits = self.model.forward(rows)
+        except torch.OutOfMemoryError:
+            return chunks + self._shed(rows)
+        completing = [row for row in rows if row.completes]
+        sampled = sample(logits, [self._sample_row(row) for row in completing])
+        self.counts["steps"] += 1
+        self.counts["prompt_tokens"] += sum(row.scheduled for row in rows if not row.sampled)
+        self.observations += [("batch_rows", "", len(rows)), ("batch_tokens", "", sum(r.scheduled for r in rows))]
+        outcome = {row.id: result for row, result in zip(completing, sampled, strict=True)}
+        return chunks + [chunk for row in rows if (chunk := self._deliver(row, outcome.get(row.id)))]
+
+    def checked(self) -> list[Checked]:
+        """Checks that have ended since the last call."""
+        done = [(id_, future) for id_, future in self.checks if future.done()]
+        self.checks = [pair for pair in self.checks if not pair[1].done()]
+        return [_verdict(id_, future) for id_, future in done]
+
+    def gauges(self) -> dict[str, float]:
+        return {
+            "running": len(self.scheduler.running),
+            "waiting": self.scheduler.waiting,
+            "kv_usage": self.blocks.usage,
+            "slots_used": len(self.cache.by_digest),
+            "slots_total": self.cache.slots,
+            "device_bytes": self.cache.nbytes,
+            "ram_bytes": self.loader.ram.nbytes,
+            "disk_bytes": self.loader.disk.nbytes,
+        }
+
+    def counters(self) -> dict[str, float]:
+        return {
+            **self.counts,
+            "prefix_queries": self.blocks.queries,
+            "prefix_hits": self.blocks.hits,
+            "preemptions": self.scheduler.preemptions,
+            "adapter_hits": self.cache.hits,
+            "adapter_misses": self.cache.misses,
+            "adapter_evictions": self.cache.evictions,
+            "adapter_load_failures": self.cache.failures,
+        }
+
+    def take_observations(self) -> list[tuple[str, str, float]]:
+        taken, self.observations = self.observations, []
+        loads, self.loader.observations = self.loader.observations, []
+        return taken + loads
+
+    def _accept(self, command: Generate) -> None:
+        length = len(command.prompt)
+        error: PolypeftError | None = None
+        if not 0 < length < self.base.max_context:
+            error = ContextTooLong(
+                f"The prompt has {length} tokens; the context holds {self.base.max_context}, one of them generated."
+            )
+        elif self.scheduler.waiting >= self.settings.max_queue:
+            error = Unavailable(f"The queue is full ({self.settings.max_queue} requests); try again later.")
+        if error:
+            self.refused.append(_failure(command.id, error))
+            return
+        self.scheduler.add(
+            Row(command, seed=command.sampling.seed or 0, tokens=list(command.prompt), prompt_length=length)
+        )
+
+    def _check(self, command: Check) -> "Future[Any]":
+        try:
+            return self.loader.check(decode_manifest(command.manifest))
+        except (msgspec.DecodeError, KeyError):
+            failed: Future[Any] = Future()
+            failed.set_exception(InvalidAdapter("The manifest could not be read."))
+            return failed
+
+    def _sample_row(self, row: Row) -> SampleRow:
+        s = row.command.sampling
+        barred = row.output_length < s.min_tokens
+        return SampleRow(
+            sampling=s,
+            seed=row.seed,
+            prompt=row.tokens[: row.prompt_length],
+            output=row.tokens[row.prompt_length :],
+            banned=[*self.ends, *s.stop_token_ids] if barred else (),
+        )
+
+    def _deliver(self, row: Row, sampled: Sampled | None) -> Chunk | None:
+        """Record what the step gave a row; what to tell its caller, if anything."""
+        if sampled is None:  # still in prefill
+            self.scheduler.commit(row, None)
+            return None
+        if not sampled.finite:
+            self.counts["non_finite_rows"] += 1
+            self.scheduler.remove(row)  # before its blocks were offered to anyone
+            return _failure(row.id, NonFinite("The model produced NaN or Inf for this request."))
+        self.scheduler.commit(row, sampled.token)
+        self.counts["generation_tokens"] += 1
+        s = row.command.sampling
+        first = row.output_length == 1
+        stopped = sampled.token in s.stop_token_ids or (sampled.token in self.ends and not s.ignore_eos)
+        full = row.output_length >= s.max_tokens or len(row.tokens) >= self.base.max_context
+        if stopped or full:
+            self.scheduler.remove(row)
+        return Chunk(
+            id=row.id,
+            tokens=[] if stopped else [sampled.token],
+            logprobs=[sampled.logprobs] if sampled.logprobs and not stopped else [],
+            cached_tokens=row.cached if first else 0,
+            finish="stop" if stopped else "length" if full else None,
+            stop_token=sampled.token if stopped else None,
+        )
+
+    def _ended(self) -> list[Chunk]:
+        """Rows that ended without a step: refused, expired, or their adapter failed to load."""
+        chunks = self.refused + [_failure(row.id, error) for row, error in self.scheduler.ended]
+        self.refused = []
+        self.scheduler.ended = []
+        return chunks
+
+    def _shed(self, rows: list[Row]) -> list[Chunk]:
+        """The device ran out of memory: the largest row ends, the others take the step again."""
+        torch.cuda.empty_cache()
+        largest = max(rows, key=lambda row: row.scheduled)
+        for row in rows:
+            row.scheduled = 0
+        self.scheduler.remove(largest)
+        return [_failure(largest.id, Unavailable("The device ran out of memory for this request."))]
+
+
+def _failure(id_: str, error: PolypeftError) -> Chunk:
+    return Chunk(id=id_, finish="error", error=(error.code, error.message))
+
+
+def _verdict(id_: str, future: "Future[Any]") -> Checked:
+    error = future.exception()
+    if error is None:
+        return Checked(id_, facts={"bytes": future.result().nbytes})
+    if isinstance(error, PolypeftError):
+        return Checked(id_, error=(error.code, error.message, error.param))
+    return Checked(id_, error=("internal_error", "The adapter could not be checked.", None))

@@ -1,0 +1,60 @@
+"""A row: one sequence from its arrival to its last token. Counts and lists only; no torch."""
+
+from dataclasses import dataclass, field
+
+from server.engine.messages import AdapterRef, Generate
+
+
+@dataclass(eq=False)
+class Row:
+    """State of one sequence.
+
+    tokens:  | prompt ................ | output ........ |
+             | computed: K/V in blocks | scheduled | ... |
+
+    A preempted row keeps its tokens and loses its blocks: `computed` falls to 0 and prompt and output
+    are prefilled again.
+    """
+
+    command: Generate
+    arrived: float  # time.monotonic()
+    seed: int
+    tokens: list[int]
+    prompt_length: int
+    computed: int = 0
+    scheduled: int = 0  # tokens of the step under way
+    cached: int = 0  # prompt tokens the prefix cache spared at first admission
+    admitted: bool = False  # has run before, perhaps preempted since
+    sampled: bool = False  # has had finite logits: its blocks may be shared
+    passed_over: int = 0  # steps in which it could have started but for memory
+    slot: int = 0
+    blocks: list[int] = field(default_factory=list)
+    hashes: list[bytes] = field(default_factory=list)  # of the full blocks of `tokens`, as far as known
+
+    @property
+    def id(self) -> str:
+        return self.command.id
+
+    @property
+    def adapter(self) -> AdapterRef | None:
+        return self.command.adapter
+
+    @property
+    def output_length(self) -> int:
+        return len(self.tokens) - self.prompt_length
+
+    @property
+    def remaining(self) -> int:
+        """Tokens whose K/V are still to be computed; 1 while decoding."""
+        return len(self.tokens) - self.computed
+
+    @property
+    def completes(self) -> bool:
+        """After the step under way this row has logits to sample from."""
+        return self.computed + self.scheduled == len(self.tokens)
+
+    @property
+    def salt(self) -> bytes:
+        """Rows share cached blocks only within one tenant and one adapter's content."""
+        digest = self.adapter.digest if self.adapter else ""
+        return f"{self.command.tenant}\0{digest}".encode()
