@@ -1,0 +1,52 @@
+"""One line a record, with the process's name, as text or JSON. Knows nothing of what is logged."""
+
+import logging
+import time
+
+import msgspec
+
+from server.settings import Settings
+
+# a control character in a message could forge a line or steer a terminal: it is shown escaped
+_ESCAPED = {code: repr(chr(code))[1:-1] for code in [*range(32), *range(127, 160), 0x2028, 0x2029]}
+
+
+def configure_logs(settings: Settings, process: str) -> None:
+    """Send all records of this process to stderr in the chosen format. Call once, at the start."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Json(process) if settings.log_format == "json" else _Text(process))
+    logging.basicConfig(handlers=[handler], level=settings.log_level.upper(), force=True)
+    for chatty in ("httpx", "httpcore", "urllib3", "filelock", "asyncio"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+
+
+class _Text(logging.Formatter):
+    """`2026-01-31T12:00:00Z INFO engine server.engine.loop: message`; a traceback follows on its lines."""
+
+    def __init__(self, process: str) -> None:
+        super().__init__(f"%(asctime)s %(levelname)s {process} %(name)s: %(message)s")
+
+    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:  # noqa: N802 - logging's name
+        return time.strftime(datefmt or "%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.created))
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
+        record.message = record.message.translate(_ESCAPED)
+        return super().formatMessage(record)
+
+
+class _Json(logging.Formatter):
+    def __init__(self, process: str) -> None:
+        super().__init__()
+        self._process = process
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = {
+            "time": record.created,
+            "level": record.levelname.lower(),
+            "process": self._process,
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return msgspec.json.encode(line).decode()

@@ -1,0 +1,101 @@
+"""One child process, kept alive: started, restarted with capped backoff, stopped by SIGTERM, then SIGKILL.
+
+Knows nothing of what the child does.
+"""
+
+import asyncio
+import logging
+import signal
+import subprocess
+import time
+from asyncio.subprocess import Process
+from collections.abc import Callable, Sequence
+
+from server.errors import StartupError
+from server.lifeline import REFUSED
+
+FIRST_DELAY_SECONDS = 0.25
+LONGEST_DELAY_SECONDS = 15.0
+STEADY_SECONDS = 60.0  # a child that ran this long starts again with the first delay
+
+log = logging.getLogger(__name__)
+
+
+class Child:
+    """`start` it once, then await `keep`; `stop` from another task ends both."""
+
+    def __init__(
+        self,
+        name: str,
+        command: Sequence[str],
+        environment: dict[str, str],
+        stop_seconds: float,
+        fds: tuple[int, ...] = (),
+    ) -> None:
+        self.name = name
+        self._command = command
+        self._environment = environment
+        self._stop_seconds = stop_seconds
+        self._fds = fds
+        self._process: Process | None = None
+        self._stopping = asyncio.Event()
+
+    async def start(self) -> None:
+        # A process group of its own: Ctrl-C in a terminal reaches `serve` alone, which then stops in order.
+        self._process = await asyncio.create_subprocess_exec(
+            *self._command,
+            env=self._environment,
+            pass_fds=self._fds,
+            stdin=subprocess.DEVNULL,
+            process_group=0,
+        )
+        if self._stopping.is_set():  # while the process was being made
+            self.kill()
+
+    async def keep(self, may_restart: Callable[[], bool]) -> None:
+        """Restart the child whenever it ends, while `may_restart()` says so; returns after `stop`.
+
+        Raises StartupError when it refused to start, or ended while `may_restart()` said no.
+        """
+        failures = 0
+        while self._process is not None:
+            started = time.monotonic()
+            status = await self._process.wait()
+            if self._stopping.is_set():
+                return
+            if status == REFUSED:
+                raise StartupError(f"The {self.name} process refused to start; its reason stands above.")
+            if not may_restart():
+                raise StartupError(f"The {self.name} process {_ending(status)} before the server was ready.")
+            failures = 0 if time.monotonic() - started > STEADY_SECONDS else failures + 1
+            delay = min(FIRST_DELAY_SECONDS * 2 ** max(failures - 1, 0), LONGEST_DELAY_SECONDS)
+            log.error("The %s process %s; it starts again in %.2f s", self.name, _ending(status), delay)
+            try:
+                await asyncio.wait_for(self._stopping.wait(), delay)
+            except TimeoutError:
+                await self.start()
+
+    async def stop(self) -> None:
+        """SIGTERM; after `stop_seconds`, SIGKILL. Returns when the process is gone."""
+        self._stopping.set()
+        self._signal(signal.SIGTERM)
+        if self._process is None:
+            return
+        try:
+            await asyncio.wait_for(self._process.wait(), self._stop_seconds)
+        except TimeoutError:
+            log.warning("The %s process did not end within %g s and is killed", self.name, self._stop_seconds)
+            self.kill()
+            await self._process.wait()
+
+    def kill(self) -> None:
+        self._stopping.set()
+        self._signal(signal.SIGKILL)
+
+    def _signal(self, number: signal.Signals) -> None:
+        if self._process is not None and self._process.returncode is None:
+            self._process.send_signal(number)
+
+
+def _ending(status: int) -> str:
+    return f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"

@@ -1,0 +1,78 @@
+"""What `serve` owns before any child runs: the data directory, the folder of the sockets, the port."""
+
+import os
+import socket
+import stat
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from server.errors import StartupError
+from server.settings import LONGEST_RUN_DIR, Settings
+
+
+@contextmanager
+def locked_data_dir(settings: Settings) -> Iterator[None]:
+    """The data directory, ours alone until the block ends or this process dies."""
+    folder = settings.data_dir
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        lock = FileLock(folder / "serve.lock")
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise StartupError(f"--data-dir {str(folder)!r} is in use by another polypeft serve.") from None
+    except OSError as error:
+        raise StartupError(f"--data-dir {str(folder)!r} cannot be used: {error.strerror}.") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def make_run_dir(settings: Settings) -> Path:
+    """`settings.run_dir` as a folder only this user can enter; what listens in it can be trusted.
+
+    Raises StartupError when somebody else owns it (the name in a shared temporary folder is guessable) or
+    when its path is too long for a socket.
+    """
+    folder = settings.run_dir
+    if len(os.fsencode(folder)) > LONGEST_RUN_DIR:
+        raise StartupError(
+            f"The path {str(folder)!r} is too long for Unix sockets; set TMPDIR to a shorter one."
+        )
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+        raise StartupError(
+            f"{str(folder)!r} belongs to somebody else, and the sockets of this server go there."
+        )
+    folder.chmod(0o700)
+    return folder
+
+
+@contextmanager
+def listening(host: str, port: int) -> Iterator[socket.socket]:
+    """A TCP socket that listens on host:port (0: any free one) and that children may inherit.
+
+    It is bound before any child runs, and it outlives each of them: while the API restarts, connections
+    wait in its backlog.
+    """
+    try:
+        family, *_, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.create_server(address[:2], family=family, backlog=2048)
+    except OSError as error:
+        raise StartupError(f"Cannot listen on {host}:{port}: {error.strerror or error}.") from error
+    with closing(listener):
+        listener.set_inheritable(True)
+        yield listener
+
+
+def address_of(listener: socket.socket) -> str:
+    """An URL under which this machine reaches `listener`."""
+    host, port = listener.getsockname()[:2]
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - compared, not bound
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

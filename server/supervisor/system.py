@@ -1,0 +1,141 @@
+"""The life of one system: take the places, start the children in order, keep them, stop them in order.
+
+start   Valkey, and wait for it; then engine and API side by side; ready when GET /readyz says 200
+stop    the API drains (at most drain_seconds), then the engine, then Valkey; a second signal kills all
+"""
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+
+import httpx
+
+from server.settings import Settings, child_environment
+from server.supervisor.child import Child
+from server.supervisor.places import address_of, listening, locked_data_dir, make_run_dir
+from server.supervisor.valkey import answering, embedded_command, embedded_url, end_orphan
+
+Commands = Mapping[str, Sequence[str]]
+
+# the API's gets `--fd N` as well: the listening socket it inherits
+COMMANDS: Commands = {
+    "engine": (sys.executable, "-m", "server.engine"),
+    "api": (sys.executable, "-m", "server.api"),
+}
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+STOP_SECONDS = 10.0  # for a child that has nothing to drain
+REDIS_SECONDS = 10.0  # for a Valkey of somebody's to answer
+EMBEDDED_SECONDS = 120.0  # for ours, which may have a long file to read
+POLL_SECONDS = 0.1
+
+log = logging.getLogger(__name__)
+
+
+def serve(settings: Settings, ready: Callable[[str], None], commands: Commands = COMMANDS) -> None:
+    """Run the whole system until SIGTERM, SIGINT or SIGHUP. `ready(url)` is called once, when it answers.
+
+    Raises StartupError when it cannot start; whatever had been started is gone by then.
+    """
+    with locked_data_dir(settings), listening(settings.host, settings.port) as listener:
+        make_run_dir(settings)
+        asyncio.run(_run(settings, listener, ready, commands))
+
+
+async def _run(
+    settings: Settings, listener: socket.socket, ready: Callable[[str], None], commands: Commands
+) -> None:
+    await _System(settings, listener, ready, commands).run()
+
+
+class _System:
+    """The children of one `serve`, in the order they were started. Made inside its event loop."""
+
+    def __init__(
+        self, settings: Settings, listener: socket.socket, ready: Callable[[str], None], commands: Commands
+    ) -> None:
+        self._settings = settings
+        self._listener = listener
+        self._ready = ready
+        self._commands = commands
+        self._children: list[Child] = []
+        self._tasks: list[asyncio.Task[None]] = []
+        self._was_ready = False
+        self._end = asyncio.get_running_loop().create_future()  # done at a signal, failed by a StartupError
+
+    async def run(self) -> None:
+        for number in STOP_SIGNALS:
+            asyncio.get_running_loop().add_signal_handler(number, self._on_signal)
+        starting = self._spawn(self._start())
+        try:
+            await self._end
+        finally:
+            starting.cancel()
+            for child in reversed(self._children):
+                await child.stop()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _start(self) -> None:
+        settings, url = self._settings, self._settings.redis_url
+        if url is None:
+            url = embedded_url(settings.run_dir)
+            await end_orphan(url)
+            environment = child_environment(settings)
+            await self._add(Child("valkey", embedded_command(settings), environment, STOP_SECONDS))
+            await answering(url, EMBEDDED_SECONDS)
+        else:
+            await answering(url, REDIS_SECONDS)
+        environment = _environment(settings, url)
+        await self._add(Child("engine", self._commands["engine"], environment, STOP_SECONDS))
+        fd = self._listener.fileno()
+        command = [*self._commands["api"], "--fd", str(fd)]
+        await self._add(Child("api", command, environment, settings.drain_seconds + STOP_SECONDS, fds=(fd,)))
+        await _answering_readyz(address_of(self._listener))
+        self._was_ready = True
+        self._ready(address_of(self._listener))
+
+    async def _add(self, child: Child) -> None:
+        self._children.append(child)
+        await child.start()
+        self._spawn(child.keep(may_restart=lambda: self._was_ready))
+
+    def _spawn(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(work)
+        task.add_done_callback(self._on_done)
+        self._tasks.append(task)
+        return task
+
+    def _on_done(self, task: asyncio.Task[None]) -> None:
+        error = None if task.cancelled() else task.exception()
+        if error is not None and not self._end.done():
+            self._end.set_exception(error)
+
+    def _on_signal(self) -> None:
+        if not self._end.done():
+            self._end.set_result(None)
+            return
+        for child in self._children:
+            child.kill()
+
+
+def _environment(settings: Settings, redis_url: str) -> dict[str, str]:
+    """What engine and API see: the store's URL, whom to end with, and no way to the hub.
+
+    `serve` has fetched the model before it starts them.
+    """
+    told = settings.model_copy(update={"redis_url": redis_url, "supervisor_pid": os.getpid()})
+    return child_environment(told) | {"HF_HUB_OFFLINE": "1"}
+
+
+async def _answering_readyz(url: str) -> None:
+    async with httpx.AsyncClient(base_url=url, trust_env=False, timeout=2.0) as client:
+        while True:
+            try:
+                if (await client.get("/readyz")).status_code == httpx.codes.OK:
+                    return
+            except httpx.TransportError:
+                log.debug("The API does not answer yet")
+            await asyncio.sleep(POLL_SECONDS)
