@@ -212,6 +212,7 @@ def test_a_refusal_is_one_sentence_and_no_restart(system: System) -> None:
 
 def test_a_crash_before_the_first_readiness_ends_it(system: System) -> None:
     system.child("engine", "os._exit(3)")
+    system.child("api", "time.sleep(600)")  # not ready before the engine is
     assert system.start().wait(20) == 1
     assert "The engine process ended with status 3 before the server was ready." in system.log()
 
