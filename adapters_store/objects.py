@@ -190,8 +190,6 @@ def _failures() -> Iterator[None]:
         raise StoreError("The object store did not answer as it should; try again.") from error
 
 
-def measure(path: Path) -> tuple[int, str]:
-    """A file's size and SHA-256."""
+def sha256_of(path: Path) -> str:
     with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return file.tell(), digest
+        return hashlib.file_digest(file, "sha256").hexdigest()

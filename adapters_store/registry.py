@@ -16,7 +16,7 @@ from redis.asyncio import Redis
 from adapters_store import names
 from adapters_store.index import Adapter, Index, Version, summary
 from adapters_store.manifest import Blob, Manifest, decode_manifest, encode_manifest
-from adapters_store.objects import Objects, measure
+from adapters_store.objects import Objects, sha256_of
 from server.errors import Conflict, InvalidField, NotFound, QuotaExceeded, StoreError, shown
 
 MAX_FILE_NAME = 128
@@ -133,10 +133,10 @@ class Registry:
         return len(keys)
 
     async def _stage_one(self, tenant: str, name: str, path: Path) -> Blob:
-        size, sha256 = await run_sync(measure, path)
+        sha256 = await run_sync(sha256_of, path)
         key = names.blob_key(tenant, sha256)
         await self._objects.put(key, path, sha256)
-        return Blob(name=name, key=key, sha256=sha256, bytes=size)
+        return Blob(name=name, key=key, sha256=sha256, bytes=(await run_sync(path.stat)).st_size)
 
     async def _index_stored(self, key: str) -> None:
         """Let the index know of a manifest that exists, if it still does."""

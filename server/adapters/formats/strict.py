@@ -1,0 +1,45 @@
+"""JSON from tenants, read strictly: UTF-8, no duplicate keys, no NaN, no depth that could exhaust a stack."""
+
+import json
+from typing import Any
+
+from server.errors import InvalidAdapter, TooLarge, shown
+
+
+def strict_json(data: bytes, what: str, max_bytes: int) -> dict[str, Any]:
+    """The JSON object in `data`. `what` names it in messages: "adapter_config.json"."""
+    if len(data) > max_bytes:
+        raise TooLarge(f"{what} has {len(data)} bytes, more than {max_bytes}.", param="files")
+    try:
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
+    except UnicodeDecodeError as error:
+        raise InvalidAdapter(f"{what} is not UTF-8.", param="files") from error
+    except _RefusedError as error:
+        raise InvalidAdapter(f"{what} {error}.", param="files") from error
+    except RecursionError as error:
+        raise InvalidAdapter(f"{what} is nested too deeply.", param="files") from error
+    except ValueError as error:
+        raise InvalidAdapter(f"{what} is not valid JSON.", param="files") from error
+    if not isinstance(value, dict):
+        raise InvalidAdapter(f"{what} must hold a JSON object.", param="files")
+    return value
+
+
+class _RefusedError(ValueError):
+    """Says in a few words what the parser itself would have let through."""
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) == len(pairs):
+        return value
+    seen: set[str] = set()
+    for key, _ in pairs:
+        if key in seen:
+            raise _RefusedError(f"holds the key {shown(key)} twice")
+        seen.add(key)
+    return value
+
+
+def _no_constant(constant: str) -> None:
+    raise _RefusedError(f"holds {constant}, which JSON does not have")
