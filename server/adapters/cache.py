@@ -78,7 +78,9 @@ class AdapterCache:
         if error := future.exception():
             del self.pending[ref.digest]
             self.failures += 1
-            raise error if isinstance(error, PolypeftError) else StoreError("The adapter could not be loaded.")
+            raise (
+                error if isinstance(error, PolypeftError) else StoreError("The adapter could not be loaded.")
+            )
         return self._settle(ref, future.result())
 
     def loading(self, ref: AdapterRef) -> bool:
@@ -113,7 +115,7 @@ class AdapterCache:
             del self.pending[ref.digest]
             self.failures += 1
             raise StoreError(
-                f"The adapter needs {packed.nbytes} bytes on the device; the server gives adapters {self.budget}."
+                f"The adapter needs {packed.nbytes} bytes on the device; all adapters share {self.budget}."
             )
         idle = [r for r in self.by_digest.values() if r.pins == 0]
         while not self.free or self.nbytes + packed.nbytes > self.budget:

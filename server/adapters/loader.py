@@ -165,7 +165,7 @@ class Loader:
         for name, site in spec.base_copies.items():
             if not torch.equal(tensors[name], self.weights[site].to(tensors[name].dtype)):
                 raise InvalidAdapter(
-                    f"Tensor {name!r} replaces the base's {site!r}; only low-rank changes to it can be served.",
+                    f"Tensor {name!r} replaces the base's {site!r}; only low-rank changes can be served.",
                     param=name,
                 )
 

@@ -50,7 +50,7 @@ class Chunk:
 
 
 class Step:
-    """The batch under way, as the model's modules need it. One object for the model's life, refilled each step.
+    """The batch under way, as the model's modules need it: one object, refilled each step.
 
     Packed tokens: | decoding rows, one token each | chunk of a row in prefill | chunk | ...
     """

@@ -107,6 +107,12 @@ class EngineClient:
                 self._rows.pop(row_id, None)
                 self._post(m.Cancel(row_id))
 
+    def cancel(self, row_id: str) -> None:
+        """End one row of a running `generate`, whose stream sees it finish as "cancelled"."""
+        if inbox := self._rows.pop(row_id, None):
+            inbox.put_nowait(m.Chunk(row_id, finish="cancelled"))
+            self._post(m.Cancel(row_id))
+
     async def check(self, manifest: bytes) -> m.Checked:
         """Ask whether this base can serve a staged version. Raises EngineLost or Unavailable."""
         if not self.ready:

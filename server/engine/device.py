@@ -18,6 +18,8 @@ def choose_placement(settings: Settings) -> Placement:
     if settings.device == "cuda" and not cuda:
         raise StartupError("--device cuda was asked for, but torch finds no CUDA device.", param="device")
     device = torch.device("cuda" if cuda and settings.device != "cpu" else "cpu")
-    wanted = settings.dtype if settings.dtype != "auto" else ("bfloat16" if device.type == "cuda" else "float32")
+    wanted = (
+        settings.dtype if settings.dtype != "auto" else ("bfloat16" if device.type == "cuda" else "float32")
+    )
     torch.set_num_threads(settings.threads or len(os.sched_getaffinity(0)))
     return Placement(device, getattr(torch, wanted))

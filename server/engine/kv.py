@@ -92,7 +92,9 @@ def block_hashes(salt: bytes, tokens: Sequence[int], known: list[bytes]) -> list
     for i in range(len(known), len(tokens) // BLOCK):
         previous = known[-1] if known else salt
         content = _encode(tokens[i * BLOCK : (i + 1) * BLOCK])
-        known.append(blake2b(content, key=blake2b(previous, digest_size=32).digest(), digest_size=16).digest())
+        known.append(
+            blake2b(content, key=blake2b(previous, digest_size=32).digest(), digest_size=16).digest()
+        )
     return known
 
 

@@ -16,13 +16,18 @@ from server.adapters.methods.base import Bank
 from server.adapters.sites import Site
 from server.engine.attention import Step
 
+_pack = torch.ops.mkldnn._reorder_linear_weight  # noqa: SLF001 - torch's own fast path has no public name
+_packed_linear = torch.ops.mkldnn._linear_pointwise  # noqa: SLF001
+
 PACK_FOR_ROWS = 16  # oneDNN lays the weight out for about this many rows; good from 4 to 512
 
 
 class LinearSite(nn.Module):
     """y = x W^T + b, then the banks. x is [..., in]; all leading dimensions together are the tokens."""
 
-    def __init__(self, site: Site, weight: torch.Tensor, bias: torch.Tensor | None, step: Step, *, is_head: bool) -> None:
+    def __init__(
+        self, site: Site, weight: torch.Tensor, bias: torch.Tensor | None, step: Step, *, is_head: bool
+    ) -> None:
         super().__init__()
         self.site = site
         self.step = step
@@ -30,7 +35,8 @@ class LinearSite(nn.Module):
         self.banks: tuple[Bank, ...] = ()
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self.packed = weight.device.type == "cpu" and weight.dtype == torch.float32 and onednn()
-        held = torch.ops.mkldnn._reorder_linear_weight(weight, PACK_FOR_ROWS) if self.packed else weight
+        held = _pack(weight, PACK_FOR_ROWS) if self.packed else weight
+        self.held: torch.Tensor
         self.register_buffer("held", held, persistent=False)
 
     @classmethod
@@ -44,13 +50,12 @@ class LinearSite(nn.Module):
 
     def weight(self) -> torch.Tensor:
         """W [out, in]; a copy where it is held packed."""
-        held: torch.Tensor = self.held
-        return held.to_dense() if self.packed else held
+        return self.held.to_dense() if self.packed else self.held
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         flat = x.reshape(-1, self.site.inputs)
         if self.packed and flat.shape[0]:
-            y = torch.ops.mkldnn._linear_pointwise(flat, self.held, self.bias, "none", [], "")
+            y = _packed_linear(flat, self.held, self.bias, "none", [], "")
         else:
             y = F.linear(flat, self.held, self.bias)
         rows = self.step.head_rows if self.is_head else self.step.rows
@@ -74,7 +79,11 @@ class EmbeddingSite(nn.Module):
     @classmethod
     def of(cls, name: str, module: nn.Embedding, step: Step) -> "EmbeddingSite":
         scale = float(getattr(module, "embed_scale", 1.0))
-        return cls(Site(name, "embedding", module.num_embeddings, module.embedding_dim, False, scale=scale), module, step)
+        return cls(
+            Site(name, "embedding", module.num_embeddings, module.embedding_dim, False, scale=scale),
+            module,
+            step,
+        )
 
     def weight(self) -> torch.Tensor:
         """The table [vocabulary, hidden]."""
@@ -90,4 +99,4 @@ class EmbeddingSite(nn.Module):
 
 
 def onednn() -> bool:
-    return bool(torch.backends.mkldnn.is_available())
+    return bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]

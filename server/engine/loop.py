@@ -111,7 +111,10 @@ class Engine:
         sampled = sample(logits, [self._sample_row(row) for row in completing])
         self.counts["steps"] += 1
         self.counts["prompt_tokens"] += sum(row.scheduled for row in rows if not row.sampled)
-        self.observations += [("batch_rows", "", len(rows)), ("batch_tokens", "", sum(r.scheduled for r in rows))]
+        self.observations += [
+            ("batch_rows", "", len(rows)),
+            ("batch_tokens", "", sum(r.scheduled for r in rows)),
+        ]
         outcome = {row.id: result for row, result in zip(completing, sampled, strict=True)}
         return chunks + [chunk for row in rows if (chunk := self._deliver(row, outcome.get(row.id)))]
 
@@ -155,7 +158,7 @@ class Engine:
         error: PolypeftError | None = None
         if not 0 < length < self.base.max_context:
             error = ContextTooLong(
-                f"The prompt has {length} tokens; the context holds {self.base.max_context}, one of them generated."
+                f"The prompt has {length} tokens; the context of {self.base.max_context} must hold one more."
             )
         elif self.scheduler.waiting >= self.settings.max_queue:
             error = Unavailable(f"The queue is full ({self.settings.max_queue} requests); try again later.")

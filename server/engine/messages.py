@@ -132,7 +132,9 @@ class Stats(msgspec.Struct, frozen=True, tag=True):
     boot: str
     gauges: dict[str, float]
     counters: dict[str, float]
-    observations: list[tuple[str, str, float]]  # (name, label, value), e.g. ("adapter_load_seconds", "disk", 0.02)
+    observations: list[
+        tuple[str, str, float]
+    ]  # (name, label, value), e.g. ("adapter_load_seconds", "disk", 0.02)
 
 
 Event = Ready | Chunks | Checked | Stats

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AttentionInterface, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from server.adapters.methods.base import Bank, Rows
+from server.adapters.methods.base import Bank
 from server.adapters.sites import Base, Site
 from server.engine.attention import Pages, Step, attend
 from server.engine.linear import EmbeddingSite, LinearSite
@@ -36,7 +36,9 @@ class Placement:
 class ServedModel:
     """Weights, pages and sites; `forward` runs one step."""
 
-    def __init__(self, folder: Path, base_id: str, placement: Placement, *, kv_bytes: int, max_context: int) -> None:
+    def __init__(
+        self, folder: Path, base_id: str, placement: Placement, *, kv_bytes: int, max_context: int
+    ) -> None:
         self.placement = placement
         self.step = Step()
         AttentionInterface.register(ATTENTION, attend)

@@ -17,7 +17,6 @@ class Row:
     """
 
     command: Generate
-    arrived: float  # time.monotonic()
     seed: int
     tokens: list[int]
     prompt_length: int

@@ -37,7 +37,9 @@ class Scheduler:
         self.max_batch_tokens = max(max_batch_tokens, max_seqs)
         self.queues: dict[str, Queue] = {}
         self.running: dict[str, Row] = {}  # in order of admission
-        self.ended: list[tuple[Row, PolypeftError]] = []  # rows that ended without a step; the loop takes them
+        self.ended: list[
+            tuple[Row, PolypeftError]
+        ] = []  # rows that ended without a step; the loop takes them
         self.preemptions = 0
 
     @property
@@ -106,7 +108,9 @@ class Scheduler:
             victim = next(reversed(self.running.values()))
             if victim is row and len(self.running) == 1:
                 self.remove(row)
-                error = InvalidRequest("The request needs more KV memory than this server has.", param="max_tokens")
+                error = InvalidRequest(
+                    "The request needs more KV memory than this server has.", param="max_tokens"
+                )
                 self.ended.append((row, error))
                 return False
             self._preempt(victim)
@@ -208,7 +212,9 @@ class Scheduler:
         for row in [*self.running.values(), *(r for q in self.queues.values() for r in q.rows.values())]:
             if row.command.deadline is not None and row.command.deadline < now:
                 self.remove(row)
-                self.ended.append((row, DeadlineExceeded("The request's deadline passed before it was done.")))
+                self.ended.append(
+                    (row, DeadlineExceeded("The request's deadline passed before it was done."))
+                )
 
     def _drop_idle_queues(self) -> None:
         """A tenant with nothing waiting or running leaves no trace: memory stays bounded."""

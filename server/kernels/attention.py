@@ -124,7 +124,7 @@ if AVAILABLE:
 
     from server.kernels.openmp import bits_to_float, floats, ints, kernel, num_threads, thread_num
 
-    @nb.njit(cache=True, fastmath=True, inline="always")  # type: ignore[untyped-decorator]
+    @nb.njit(cache=True, fastmath=True, inline="always")
     def _exp(x):  # type: ignore[no-untyped-def]
         """exp(x) for x <= 0 to 2 ulp, in operations that vectorise (Cephes expf)."""
         x = max(x, np.float32(-87.0))
@@ -139,7 +139,7 @@ if AVAILABLE:
         p = p * x * x + x + np.float32(1.0)
         return p * bits_to_float(np.int32((np.int32(n) + np.int32(127)) << np.int32(23)))
 
-    @nb.njit(cache=True, fastmath=True, error_model="numpy")  # type: ignore[untyped-decorator]
+    @nb.njit(cache=True, fastmath=True, error_model="numpy")
     def _block_scores(out, q, page, dim):  # type: ignore[no-untyped-def]
         """out[16] = q . K for the 16 tokens of one page [dim, 16]. Eight dims at a time: `out` stays
         in registers meanwhile. head_dim is a multiple of 8 wherever this kernel is chosen."""
@@ -154,7 +154,7 @@ if AVAILABLE:
                     q4 * k[64 + j] + q5 * k[80 + j] + q6 * k[96 + j] + q7 * k[112 + j]
                 )
 
-    @nb.njit(cache=True, fastmath=True, error_model="numpy")  # type: ignore[untyped-decorator]
+    @nb.njit(cache=True, fastmath=True, error_model="numpy")
     def _softmax(p, first, length, softcap):  # type: ignore[no-untyped-def]
         """In place over p[first:length], not normalised; returns 1 / sum."""
         if softcap > 0:
@@ -169,7 +169,7 @@ if AVAILABLE:
             total += p[t]
         return np.float32(1) / total
 
-    @nb.njit(cache=True, fastmath=True, error_model="numpy")  # type: ignore[untyped-decorator]
+    @nb.njit(cache=True, fastmath=True, error_model="numpy")
     def _add_values(out, p, page, count, dim, inverse):  # type: ignore[no-untyped-def]
         """out[dim] += sum over `count` tokens of p * V, page [16, dim]. Tokens beyond count are not
         read: a freed page may hold anything, NaN included."""

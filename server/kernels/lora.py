@@ -42,7 +42,7 @@ if AVAILABLE:
 
     from server.kernels.openmp import floats, ints, kernel, num_threads, thread_num
 
-    @nb.njit(cache=True, fastmath=True, error_model="numpy")  # type: ignore[untyped-decorator]
+    @nb.njit(cache=True, fastmath=True, error_model="numpy")
     def _shrink(h, x, a, r, n):  # type: ignore[no-untyped-def]
         """h[:r] = A x, four ranks at a time so that x is read once for them."""
         k = 0
@@ -69,7 +69,7 @@ if AVAILABLE:
             h[k] = s0
             k += 1
 
-    @nb.njit(cache=True, fastmath=True, error_model="numpy")  # type: ignore[untyped-decorator]
+    @nb.njit(cache=True, fastmath=True, error_model="numpy")
     def _expand(y, h, b, r, n):  # type: ignore[no-untyped-def]
         """y += B h, eight ranks at a time so that y is read and written seldom."""
         k = 0

@@ -17,7 +17,7 @@ try:
     from numba import types
     from numba.extending import intrinsic
 
-    _torch = ctypes.CDLL(torch._C.__file__)  # symbols of its dependencies resolve through it
+    _torch = ctypes.CDLL(torch._C.__file__)  # noqa: SLF001 - symbols of its dependencies resolve through it
     _parallel = _torch.GOMP_parallel
     _parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
     _parallel.restype = None
@@ -32,7 +32,7 @@ if AVAILABLE:
     num_threads = types.ExternalFunction("omp_get_num_threads", types.int32())
 
     def _pointer_to(element: Any) -> Any:
-        def typed(_context: Any, address: Any) -> Any:
+        def typed(_context: Any, address: Any) -> Any:  # noqa: ARG001 - numba matches arguments by name
             signature = types.CPointer(element)(types.int64)
 
             def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
@@ -56,10 +56,10 @@ if AVAILABLE:
         return nb.carray(_i64(address), count)
 
     @intrinsic  # type: ignore[untyped-decorator]
-    def bits_to_float(_context: Any, bits: Any) -> Any:
+    def bits_to_float(_context: Any, bits: Any) -> Any:  # noqa: ARG001 - as above
         """Reinterpret an int32 as float32."""
 
-        def generate(_c: Any, builder: Any, sig: Any, args: Any) -> Any:
+        def generate(_c: Any, builder: Any, _sig: Any, args: Any) -> Any:
             from llvmlite import ir
 
             return builder.bitcast(args[0], ir.FloatType())

@@ -47,7 +47,9 @@ class Views:
     bias: torch.Tensor | None
 
 
-def pack_lora(spec: "LoraSpec", base: Base, tensors: Tensors, weights: Mapping[str, torch.Tensor], dtype: torch.dtype) -> Packed:
+def pack_lora(
+    spec: "LoraSpec", base: Base, tensors: Tensors, weights: Mapping[str, torch.Tensor], dtype: torch.dtype
+) -> Packed:
     """Fold scalings and DoRA norms in. `weights`: {site: W [out, in]}, asked only for DoRA targets."""
     pieces: list[Piece] = []
     parts: list[torch.Tensor] = []
@@ -66,7 +68,9 @@ def pack_lora(spec: "LoraSpec", base: Base, tensors: Tensors, weights: Mapping[s
         pieces.append(Piece(target.site, target.rank, place(a), place(b), place(gain), place(bias)))
     flat = torch.cat(parts)
     if not bool(torch.isfinite(flat).all()):
-        raise InvalidAdapter(f"The adapter's weights overflow {str(dtype).removeprefix('torch.')} once scaled.")
+        raise InvalidAdapter(
+            f"The adapter's weights overflow {str(dtype).removeprefix('torch.')} once scaled."
+        )
     return Packed(flat, pieces)
 
 
@@ -93,9 +97,7 @@ class LoraBank:
         self.base = base
         self.device = device
         self.views: list[dict[str, Views]] = [{} for _ in range(slots + 1)]
-        self.tables = {
-            name: torch.zeros(slots + 1, kernel.COLUMNS, dtype=torch.int64) for name in base.sites
-        }
+        self.tables = {name: torch.zeros(slots + 1, kernel.COLUMNS, dtype=torch.int64) for name in base.sites}
         self.fast = AVAILABLE and device.type == "cpu" and dtype == torch.float32
 
     def put(self, slot: int, packed: Packed) -> None:
@@ -106,7 +108,11 @@ class LoraBank:
             views = view(flat, piece, site)
             self.views[slot][piece.site] = views
             row = self.tables[piece.site][slot]
-            row[kernel.A], row[kernel.B], row[kernel.RANK] = views.a.data_ptr(), views.b.data_ptr(), piece.rank
+            row[kernel.A], row[kernel.B], row[kernel.RANK] = (
+                views.a.data_ptr(),
+                views.b.data_ptr(),
+                piece.rank,
+            )
             row[kernel.GAIN] = 0 if views.gain is None else views.gain.data_ptr()
             row[kernel.BIAS] = 0 if views.bias is None else views.bias.data_ptr()
 
@@ -115,7 +121,9 @@ class LoraBank:
             self.tables[name][slot].zero_()
         self.views[slot] = {}
 
-    def affine(self, site: Site, x: torch.Tensor, y: torch.Tensor, rows: Rows, bias: torch.Tensor | None) -> None:
+    def affine(
+        self, site: Site, x: torch.Tensor, y: torch.Tensor, rows: Rows, bias: torch.Tensor | None
+    ) -> None:
         """y [T, out] += each token's adapter at this site; x is [T, in], or token ids [T] of an embedding."""
         if site.kind == "embedding":
             for slot, start, end in rows.spans:

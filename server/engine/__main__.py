@@ -1,0 +1,163 @@
+"""The engine process: `python -m server.engine`. Sockets outside, the loop inside."""
+
+import logging
+import signal
+import time
+import uuid
+from collections import defaultdict
+
+import zmq
+
+from server.adapters.sites import encode_base
+from server.base.resolve import resolve_model
+from server.base.support import check_architecture
+from server.engine.loop import Engine
+from server.engine.messages import (
+    Cancel,
+    Check,
+    Chunk,
+    Chunks,
+    Event,
+    Generate,
+    Hello,
+    Ready,
+    Stats,
+    decode_command,
+    encode,
+)
+from server.kernels.attention import BLOCK
+from server.lifeline import run_child
+from server.settings import Settings
+
+STATS_SECONDS = 1.0
+IDLE_MILLISECONDS = 200
+LOADING_MILLISECONDS = 1  # rows wait for an adapter and nothing else runs: look again soon
+
+log = logging.getLogger(__name__)
+
+
+class EngineServer:
+    """Feeds the loop from a ROUTER socket and sends each API process what is its own."""
+
+    def __init__(self, engine: Engine, address: str) -> None:
+        self.engine = engine
+        self.boot = uuid.uuid4().hex
+        self.stopping = False
+        self.peers: set[bytes] = set()
+        self.owner: dict[str, bytes] = {}  # row or check -> the peer that sent it
+        self.next_stats = 0.0
+        self.socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
+        self.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # a send to an API process that is gone fails
+        self.socket.setsockopt(zmq.LINGER, 0)
+        self.socket.setsockopt(zmq.SNDHWM, 0)  # rows are capped: a chunk is never dropped
+        self.socket.bind(address)
+
+    def run(self) -> None:
+        while not self.stopping:
+            self.drain()
+            if self.engine.busy:
+                self.deliver(self.engine.step())
+            for checked in self.engine.checked():
+                if peer := self.owner.pop(checked.id, None):
+                    self.send(peer, checked)
+            self.report()
+
+    def stop(self, *_signal: object) -> None:
+        self.stopping = True
+
+    def drain(self) -> None:
+        """Take every command that is there; wait for one only when there is nothing to compute."""
+        wait = IDLE_MILLISECONDS
+        if self.engine.busy:
+            wait = 0 if self.engine.scheduler.running or self.engine.refused else LOADING_MILLISECONDS
+        elif self.engine.checks:
+            wait = LOADING_MILLISECONDS
+        while self.socket.poll(wait):
+            peer, frame = self.socket.recv_multipart()
+            self.handle(peer, frame)
+            wait = 0
+
+    def handle(self, peer: bytes, frame: bytes) -> None:
+        command = decode_command(frame)
+        match command:
+            case Hello():
+                self.peers.add(peer)
+                self.send(peer, self.ready())
+                return
+            case Generate(id=id_) | Check(id=id_):
+                self.owner[id_] = peer
+            case Cancel(id=id_):
+                self.owner.pop(id_, None)
+        self.engine.submit(command)
+
+    def deliver(self, chunks: list[Chunk]) -> None:
+        """One message a peer and step."""
+        by_peer: defaultdict[bytes, list[Chunk]] = defaultdict(list)
+        for chunk in chunks:
+            if peer := self.owner.get(chunk.id):
+                by_peer[peer].append(chunk)
+            if chunk.finish:
+                self.owner.pop(chunk.id, None)
+        for peer, own in by_peer.items():
+            self.send(peer, Chunks(own))
+
+    def report(self) -> None:
+        """Figures for /metrics, about once a second; also the sign of life the API watches for."""
+        now = time.monotonic()
+        if now < self.next_stats:
+            return
+        self.next_stats = now + STATS_SECONDS
+        gauges, counters = self.engine.gauges(), self.engine.counters()
+        observations = self.engine.take_observations()
+        for peer in sorted(self.peers):
+            if self.send(peer, Stats(self.boot, gauges, counters, observations)):
+                observations = []  # each is counted once, by one peer
+
+    def ready(self) -> Ready:
+        settings, base = self.engine.settings, self.engine.base
+        limits = {
+            "max_seqs": settings.max_seqs,
+            "max_model_len": base.max_context,
+            "max_batch_tokens": self.engine.scheduler.max_batch_tokens,
+            "kv_blocks": self.engine.blocks.count,
+            "kv_block_tokens": BLOCK,
+            "adapter_slots": settings.adapter_slots,
+        }
+        return Ready(self.boot, encode_base(base), limits)
+
+    def send(self, peer: bytes, event: Event) -> bool:
+        """False if the API process has gone; its rows are cancelled then."""
+        try:
+            self.socket.send_multipart([peer, encode(event)])
+        except zmq.ZMQError as error:
+            if error.errno != zmq.EHOSTUNREACH:
+                raise
+            self.forget_peer(peer)
+            return False
+        return True
+
+    def forget_peer(self, peer: bytes) -> None:
+        self.peers.discard(peer)
+        for id_ in [id_ for id_, owner in self.owner.items() if owner == peer]:
+            del self.owner[id_]
+            self.engine.submit(Cancel(id_))
+
+
+def serve(settings: Settings) -> None:
+    """Load the model, then answer until SIGTERM. Raises StartupError for a model that cannot be served."""
+    start = time.perf_counter()
+    folder = resolve_model(settings)
+    check_architecture(folder)
+    engine = Engine(settings, folder)
+    server = EngineServer(engine, settings.engine_socket)
+    signal.signal(signal.SIGTERM, server.stop)
+    signal.signal(signal.SIGINT, server.stop)
+    log.info(
+        "%s ready in %.1f s, weights %s", engine.base.id, time.perf_counter() - start, engine.base.digest[:16]
+    )
+    server.run()
+    engine.close()
+
+
+if __name__ == "__main__":
+    run_child("engine", serve)
