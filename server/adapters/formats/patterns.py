@@ -89,8 +89,8 @@ class Patterns:
         wild = sum(pattern.is_wild for pattern, _ in self._pairs)
         if len(self._pairs) > MAX_KEYS or wild > MAX_WILD:
             raise InvalidAdapter(
-                f"{field} has {len(self._pairs)} keys, {wild} with '*' or '+'; it may have {MAX_KEYS}, {MAX_WILD} "
-                "with these.",
+                f"{field} has {len(self._pairs)} keys, {wild} with '*' or '+'; at most {MAX_KEYS} and {MAX_WILD} "
+                "are allowed.",
                 param=field,
             )
 
