@@ -7,7 +7,6 @@ import msgspec
 
 from server.settings import Settings
 
-# a control character in a message could forge a line or steer a terminal: it is shown escaped
 _ESCAPED = {code: repr(chr(code))[1:-1] for code in [*range(32), *range(127, 160), 0x2028, 0x2029]}
 
 
@@ -20,6 +19,11 @@ def configure_logs(settings: Settings, process: str) -> None:
         logging.getLogger(chatty).setLevel(logging.WARNING)
 
 
+def visible(text: str, keep: str = "") -> str:
+    """`text` with its control characters escaped, which could forge a log line or steer a terminal."""
+    return text.translate({code: seen for code, seen in _ESCAPED.items() if chr(code) not in keep})
+
+
 class _Text(logging.Formatter):
     """`2026-01-31T12:00:00Z INFO engine server.engine.loop: message`; a traceback follows on its lines."""
 
@@ -30,7 +34,7 @@ class _Text(logging.Formatter):
         return time.strftime(datefmt or "%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.created))
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
-        record.message = record.message.translate(_ESCAPED)
+        record.message = visible(record.message)
         return super().formatMessage(record)
 
 

@@ -17,55 +17,96 @@ LONGEST_RUN_DIR = 90  # bytes; leaves room for a socket's own name
 
 
 class Settings(BaseSettings):
-    model_config = SettingsConfigDict(env_prefix="POLYPEFT_", frozen=True, extra="forbid")
+    """Each field is an option of `polypeft serve`, its docstring the help, and a variable POLYPEFT_<NAME>."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="POLYPEFT_", frozen=True, extra="forbid", use_attribute_docstrings=True
+    )
 
     # what is served, and where
-    # the default model, a local folder, or a hub id "owner/name[@revision]"
     model: str = Field(default="smollm2-135m-instruct", min_length=1)
+    """The base: the default model, a local folder, or a hub id owner/name[@revision]."""
     host: str = "127.0.0.1"
+    """Address to listen on."""
     port: int = Field(default=8000, ge=0, le=65535)
+    """Port to listen on; 0: any free one."""
     data_dir: Path = Path("data")
-    store: str | None = None  # URL of the object store; None: a folder in data_dir
-    redis_url: str | None = None  # None: an embedded Valkey in data_dir
+    """Where everything lies that must survive."""
+    store: str | None = None
+    """URL of the object store for adapters; without it, a folder in the data directory."""
+    redis_url: str | None = None
+    """URL of a Valkey or Redis; without it, a Valkey of our own in the data directory."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the model computes."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    threads: int = Field(default=0, ge=0)  # 0: all cores this process may use
+    """Of weights and KV cache; auto: float32 on a CPU, bfloat16 on CUDA."""
+    threads: int = Field(default=0, ge=0)
+    """The engine's threads; 0: all cores this process may use."""
 
     # the engine
-    max_seqs: int = Field(default=32, ge=1, le=1024)  # rows in a batch
-    max_model_len: int = Field(default=0, ge=0)  # 0: the base's own context
-    max_batch_tokens: int = Field(default=512, ge=16)  # tokens in a step: chunked prefill beside decode
+    max_seqs: int = Field(default=32, ge=1, le=1024)
+    """Rows in a batch."""
+    max_model_len: int = Field(default=0, ge=0)
+    """Tokens of prompt and answer together; 0: the base's own context."""
+    max_batch_tokens: int = Field(default=512, ge=16)
+    """Tokens in a step: chunked prefill beside decode."""
     kv_bytes: int = Field(default=1024 * MiB, ge=MiB)
+    """Memory for keys and values of the running rows and the prefix cache."""
     prefix_cache: bool = True
+    """Reuse the keys and values of a prompt's beginning, within one tenant and adapter."""
 
     # the adapter cache, tier by tier
     adapter_slots: int = Field(default=64, ge=1, le=4096)
+    """Adapters on the device at once."""
     adapter_device_bytes: int = Field(default=2048 * MiB, ge=MiB)
+    """Device memory for adapters."""
     adapter_ram_bytes: int = Field(default=2048 * MiB, ge=MiB)
+    """Host memory for adapters that are not on the device."""
     adapter_disk_bytes: int = Field(default=16384 * MiB, ge=MiB)
+    """Local disk for adapters out of the object store."""
 
     # what a caller may ask for; GET /v1/limits shows all of it
-    max_queue: int = Field(default=256, ge=1)  # rows waiting, all tenants together
+    max_queue: int = Field(default=256, ge=1)
+    """Rows waiting, all tenants together."""
     max_n: int = Field(default=8, ge=1)
+    """Choices a request may ask for."""
     max_stop: int = Field(default=8, ge=1)
+    """Stop strings of a request."""
     max_stop_chars: int = Field(default=256, ge=1)
+    """Characters of a stop string."""
     max_top_logprobs: int = Field(default=20, ge=0)
+    """Alternatives shown for each token."""
     max_logit_bias: int = Field(default=300, ge=0)
+    """Entries of logit_bias."""
     max_prompts: int = Field(default=16, ge=1)
+    """Prompts of a completion request."""
     max_body_bytes: int = Field(default=4 * MiB, ge=1024)
+    """Bytes of a JSON body."""
     max_lora_rank: int = Field(default=256, ge=1)
+    """The highest LoRA rank taken."""
     max_upload_bytes: int = Field(default=1024 * MiB, ge=1024)
+    """Bytes of an adapter upload."""
     max_upload_files: int = Field(default=32, ge=1)
+    """Files of an adapter upload."""
     max_tensors: int = Field(default=20_000, ge=1)
+    """Tensors of an adapter."""
     max_header_bytes: int = Field(default=8 * MiB, ge=1024)
+    """Bytes of a safetensors header."""
     max_adapters_per_tenant: int = Field(default=10_000, ge=1)
-    request_seconds: float = Field(default=600.0, gt=0)  # the longest a request may take
+    """Adapters a tenant may keep."""
+    request_seconds: float = Field(default=600.0, gt=0)
+    """The longest a request may take."""
     drain_seconds: float = Field(default=30.0, ge=0)
-    lora_folder: Path | None = None  # where /v1/load_lora_adapter may read; None: the route is off
+    """How long running requests may go on after SIGTERM."""
+    lora_folder: Path | None = None
+    """Where /v1/load_lora_adapter may read; without it, the route is off."""
 
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """The least a record must be to be logged."""
     log_format: Literal["text", "json"] = "text"
-    supervisor_pid: int = 0  # set by `serve` for its children, which end with it; 0: runs alone
+    """How a record is written."""
+    supervisor_pid: int = 0
+    """Internal: set by `serve` for its children, which end with it; 0: runs alone."""
 
     @property
     def base_id(self) -> str:

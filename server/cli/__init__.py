@@ -1,0 +1,48 @@
+"""`polypeft`: the command line, a file for each command. All but `serve` speak HTTP to a running server."""
+
+from importlib.metadata import version
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from server.cli.adapters import adapters
+from server.cli.chat import chat
+from server.cli.serve import serve
+from server.cli.tenants import tenants
+from server.errors import PolypeftError
+
+app = typer.Typer(
+    help="Serve thousands of tenants' adapters on one frozen base model.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,  # locals hold keys
+)
+app.command()(serve)
+app.command()(chat)
+app.add_typer(tenants, name="tenants")
+app.add_typer(adapters, name="adapters")
+
+
+def main() -> None:
+    """The entry point. What goes wrong as foreseen is one sentence on stderr and status 1."""
+    try:
+        app()
+    except PolypeftError as error:
+        Console(stderr=True, highlight=False).print(error.message, style="red", markup=False)
+        raise SystemExit(1) from None
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(version("polypeft"))
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Without this, typer would take the first command for the whole program."""

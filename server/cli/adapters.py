@@ -1,0 +1,85 @@
+"""`polypeft adapters`: a tenant's adapters, as files come and go."""
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+from rich.table import Table
+
+from server.cli.connection import DEFAULT_URL, DataDir, Key, Url, answer, connection
+from server.errors import InvalidField
+
+adapters = typer.Typer(help="A tenant's adapters.", no_args_is_help=True)
+
+Name = Annotated[str, typer.Argument(help="The adapter's name: what a request gives as `model`.")]
+
+_SUFFIXES = {".json", ".safetensors"}
+
+
+@adapters.command()
+def push(
+    name: Name,
+    folder: Annotated[
+        Path, typer.Argument(help="What PEFT's save_pretrained wrote, or its .safetensors file.")
+    ],
+    url: Url = DEFAULT_URL,
+    key: Key = None,
+    data_dir: DataDir = None,
+) -> None:
+    """Upload an adapter: a new name, or the next version of one."""
+    paths = _files_of(folder)
+    console = Console(stderr=True)
+    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn()
+    with (
+        connection(url, key, data_dir) as client,
+        Progress(*columns, console=console) as bars,
+        ExitStack() as open_,
+    ):
+        files = [
+            ("files", (path.name, open_.enter_context(bars.open(path, "rb", description=path.name))))
+            for path in paths
+        ]
+        made = answer(client.post("/v1/adapters", data={"name": name}, files=files))
+    Console().print_json(data=made)
+
+
+@adapters.command("list")
+def list_(url: Url = DEFAULT_URL, key: Key = None, data_dir: DataDir = None) -> None:
+    """All of the tenant's adapters."""
+    with connection(url, key, data_dir) as client:
+        found = answer(client.get("/v1/adapters"))["data"]
+    columns = ["name", "version", "method", "rank", "bytes"]
+    table = Table(*columns, box=None)
+    for adapter in found:
+        table.add_row(*(str(adapter.get(column, "")) for column in columns))
+    Console(markup=False).print(table)
+
+
+@adapters.command()
+def show(name: Name, url: Url = DEFAULT_URL, key: Key = None, data_dir: DataDir = None) -> None:
+    """One adapter with all its versions, as JSON."""
+    with connection(url, key, data_dir) as client:
+        found = answer(client.get(f"/v1/adapters/{name}"))
+    Console().print_json(data=found)
+
+
+@adapters.command()
+def rm(name: Name, url: Url = DEFAULT_URL, key: Key = None, data_dir: DataDir = None) -> None:
+    """Delete an adapter with all its versions. Running requests end as they would have."""
+    with connection(url, key, data_dir) as client:
+        answer(client.delete(f"/v1/adapters/{name}"))
+    typer.echo(f"{name} is deleted.")
+
+
+def _files_of(path: Path) -> list[Path]:
+    """An adapter's own files: not the README, tokenizer or checkpoints that training leaves beside them."""
+    if path.is_file():
+        config = path.with_name("adapter_config.json")
+        return [path, *([config] if config.is_file() else [])]
+    found = sorted(p for p in path.glob("adapter*") if p.is_file() and p.suffix in _SUFFIXES)
+    if not found:
+        raise InvalidField(f"{str(path)!r} holds no adapter_config.json and no adapter_model.safetensors.")
+    return found

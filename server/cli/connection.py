@@ -1,0 +1,72 @@
+"""How a command reaches a running server: where it is, whose key it sends, and its refusals as our errors."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import httpx
+import typer
+
+from server.errors import PolypeftError, Unauthenticated, Unavailable, error_from_code
+from server.settings import Settings
+
+Url = Annotated[str, typer.Option("--url", envvar="POLYPEFT_URL", help="Where the server is.")]
+Key = Annotated[
+    str | None,
+    typer.Option(
+        "--key",
+        envvar="POLYPEFT_API_KEY",
+        help="An API key. Without it: the operator's, out of DATA_DIR/admin.key.",
+    ),
+]
+DataDir = Annotated[
+    Path | None, typer.Option("--data-dir", help="Where admin.key lies.", show_default="data")
+]
+
+DEFAULT_URL = "http://127.0.0.1:8000"
+_TIMEOUT = httpx.Timeout(600.0, connect=5.0)  # an upload is checked on the device, a model thinks
+
+
+@contextmanager
+def connection(url: str, key: str | None, data_dir: Path | None) -> Iterator[httpx.Client]:
+    """A client that sends the key. Raises Unavailable when the server cannot be reached."""
+    headers = {"Authorization": f"Bearer {key or _operators_key(data_dir)}"}
+    try:
+        with httpx.Client(base_url=url, headers=headers, timeout=_TIMEOUT) as client:
+            yield client
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise Unavailable(f"The server at {url} cannot be reached: {error}.") from error
+
+
+def answer(response: httpx.Response) -> Any:
+    """The JSON of a good answer. A refusal is raised as the error it is, with the server's own sentence."""
+    if response.is_success:
+        return response.json()
+    raise refusal(response.read(), f"The server answered {response.status_code}.")
+
+
+def base_id(client: httpx.Client) -> str:
+    """What the server calls its base model."""
+    models = answer(client.get("/v1/models"))["data"]
+    return str(next(model["id"] for model in models if not model.get("parent")))
+
+
+def refusal(body: bytes | str, otherwise: str) -> PolypeftError:
+    """The error in OpenAI's error object; `otherwise` is the sentence for a body that holds none."""
+    try:
+        error = json.loads(body)["error"]
+        return error_from_code(str(error["code"]), str(error["message"]))
+    except (ValueError, KeyError, TypeError):  # not from our server: a proxy's page, perhaps
+        return PolypeftError(otherwise)
+
+
+def _operators_key(data_dir: Path | None) -> str:
+    path = (data_dir or Settings().data_dir) / "admin.key"
+    try:
+        return path.read_text(encoding="ascii").strip()
+    except (OSError, UnicodeDecodeError):
+        raise Unauthenticated(
+            f"Give a key with --key or POLYPEFT_API_KEY: the operator's, {str(path)!r}, cannot be read."
+        ) from None
