@@ -69,7 +69,7 @@ class EngineServer:
         """Take every command that is there; wait for one only when there is nothing to compute."""
         wait = IDLE_MILLISECONDS
         if self.engine.busy:
-            wait = 0 if self.engine.scheduler.running or self.engine.refused else LOADING_MILLISECONDS
+            wait = 0 if self.engine.scheduler.running else LOADING_MILLISECONDS
         elif self.engine.checks:
             wait = LOADING_MILLISECONDS
         while self.socket.poll(wait):

@@ -194,14 +194,18 @@ class EngineClient:
             self._lose()
 
     def _lose(self) -> None:
-        """Every row and check in flight ends in EngineLost; the next Ready starts afresh."""
+        """The engine is gone, and all it worked on; the next Ready starts afresh."""
         self._boot = None
-        rows, self._rows = self._rows, {}
-        for row_id, inbox in rows.items():
-            inbox.put_nowait(m.Chunk(row_id, finish="error", error=(EngineLost.code, _LOST)))
+        self.drop_rows()
         for answer in self._checks.values():
             if not answer.done():
                 answer.set_exception(EngineLost(_LOST))
+
+    def drop_rows(self) -> None:
+        """End every row in flight with EngineLost."""
+        rows, self._rows = self._rows, {}
+        for row_id, inbox in rows.items():
+            inbox.put_nowait(m.Chunk(row_id, finish="error", error=(EngineLost.code, _LOST)))
 
 
 async def _next(inbox: _Inbox, deadline: float | None) -> m.Chunk:

@@ -17,16 +17,17 @@ from adapters_store.manifest import decode_manifest
 from adapters_store.objects import Objects
 from server.adapters.cache import AdapterCache
 from server.adapters.loader import Limits, Loader
-from server.adapters.methods import METHODS
+from server.adapters.methods import build_methods
 from server.adapters.tiers import DiskTier, RamTier
 from server.engine.device import choose_placement
+from server.engine.grammar import Grammars, mask_logits
 from server.engine.kv import BlockPool
 from server.engine.messages import Cancel, Check, Checked, Chunk, Forget, Generate, Prefetch
 from server.engine.model import ServedModel
 from server.engine.row import Row
 from server.engine.sampler import Sampled, SampleRow, sample
 from server.engine.scheduler import Scheduler
-from server.errors import ContextTooLong, InvalidAdapter, NonFinite, PolypeftError, Unavailable
+from server.errors import ContextTooLong, InvalidAdapter, InvalidField, NonFinite, PolypeftError, Unavailable
 from server.settings import Settings
 
 
@@ -44,16 +45,17 @@ class Engine:
             max_context=settings.max_model_len,
         )
         self.base = self.model.base
+        methods = build_methods(settings.max_lora_rank)
         banks = {
             name: method.bank(self.base, settings.adapter_slots, placement.device, placement.dtype)
-            for name, method in METHODS.items()
+            for name, method in methods.items()
         }
         self.model.install(banks)
         self.loader = Loader(
             Objects.open(settings.store_url),
             DiskTier(settings.data_dir / "cache" / "adapters", settings.adapter_disk_bytes),
             RamTier(settings.adapter_ram_bytes),
-            METHODS,
+            methods,
             self.base,
             self.model.weights,
             placement.dtype,
@@ -74,20 +76,24 @@ class Engine:
         self.observations: list[tuple[str, str, float]] = []
         self.checks: list[tuple[str, Future[Any]]] = []
         self.refused: list[Chunk] = []
+        self.grammars = Grammars(model_dir, self.base.vocab_size, self.ends)
+        self.compiling: dict[str, tuple[Row, Future[Any]]] = {}
 
     @property
     def busy(self) -> bool:
         """A step would find something to do, now or when an adapter arrives."""
-        return bool(self.scheduler.running or self.scheduler.waiting or self.refused)
+        return bool(self.scheduler.running or self.scheduler.waiting or self.refused or self.compiling)
 
     def close(self) -> None:
         self.loader.close()
+        self.grammars.close()
 
     def submit(self, command: Generate | Cancel | Check | Prefetch | Forget) -> None:
         match command:
             case Generate():
                 self._accept(command)
             case Cancel(id=id_):
+                self.compiling.pop(id_, None)
                 if row := self.scheduler.find(id_):
                     self.scheduler.remove(row)
             case Check():
@@ -99,6 +105,7 @@ class Engine:
 
     def step(self) -> list[Chunk]:
         """Run one step for every row that can run; what it gave to whom."""
+        self._take_compiled()
         rows = self.scheduler.schedule(time.time())
         chunks = self._ended()
         if not rows:
@@ -108,6 +115,8 @@ class Engine:
         except torch.OutOfMemoryError:
             return chunks + self._shed(rows)
         completing = [row for row in rows if row.completes]
+        if matchers := [(i, row.grammar) for i, row in enumerate(completing) if row.grammar]:
+            mask_logits(logits, matchers)
         sampled = sample(logits, [self._sample_row(row) for row in completing])
         self.counts["steps"] += 1
         self.counts["prompt_tokens"] += sum(row.scheduled for row in rows if not row.sampled)
@@ -165,9 +174,25 @@ class Engine:
         if error:
             self.refused.append(_failure(command.id, error))
             return
-        self.scheduler.add(
-            Row(command, seed=command.sampling.seed or 0, tokens=list(command.prompt), prompt_length=length)
-        )
+        row = Row(command, command.sampling.seed or 0, tokens=list(command.prompt), prompt_length=length)
+        if command.sampling.grammar is None:
+            self.scheduler.add(row)
+        else:
+            self.compiling[row.id] = (row, self.grammars.compile(command.sampling.grammar))
+
+    def _take_compiled(self) -> None:
+        """Rows whose grammar has been compiled join the queue."""
+        for id_, (row, future) in [*self.compiling.items()]:
+            if future.done():
+                del self.compiling[id_]
+                error = future.exception()
+                if error is None:
+                    row.grammar = future.result()
+                    self.scheduler.add(row)
+                elif isinstance(error, PolypeftError):
+                    self.refused.append(_failure(id_, error))
+                else:
+                    raise error
 
     def _check(self, command: Check) -> "Future[Any]":
         try:
@@ -198,6 +223,9 @@ class Engine:
             self.scheduler.remove(row)  # before its blocks were offered to anyone
             return _failure(row.id, NonFinite("The model produced NaN or Inf for this request."))
         self.scheduler.commit(row, sampled.token)
+        if row.grammar and not row.grammar.consume_token(sampled.token):
+            self.scheduler.remove(row)
+            return _failure(row.id, InvalidField("The answer left its schema.", param="response_format"))
         self.counts["generation_tokens"] += 1
         s = row.command.sampling
         first = row.output_length == 1

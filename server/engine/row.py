@@ -1,6 +1,7 @@
 """A row: one sequence from its arrival to its last token. Counts and lists only; no torch."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from server.engine.messages import AdapterRef, Generate
 
@@ -27,6 +28,7 @@ class Row:
     sampled: bool = False  # has had finite logits: its blocks may be shared
     passed_over: int = 0  # steps in which it could have started but for memory
     slot: int = 0
+    grammar: Any = None  # what its schema allows next (engine/grammar.py), if it has one
     blocks: list[int] = field(default_factory=list)
     hashes: list[bytes] = field(default_factory=list)  # of the full blocks of `tokens`, as far as known
 

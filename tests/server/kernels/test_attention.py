@@ -35,7 +35,9 @@ def paged(
 
 
 @pytest.mark.parametrize("heads", [(4, 2), (9, 3), (4, 4)])
-@pytest.mark.parametrize("scores", [Scores(0.125), Scores(0.3, window=10), Scores(0.3, 20, 5.0), Scores(1.0, 0, 2.0)])
+@pytest.mark.parametrize(
+    "scores", [Scores(0.125), Scores(0.3, window=10), Scores(0.3, 20, 5.0), Scores(1.0, 0, 2.0)]
+)
 def test_decode_matches_its_twin(heads: tuple[int, int], scores: Scores) -> None:
     torch.manual_seed(0)
     dim = 24
@@ -58,7 +60,9 @@ def test_gather_returns_what_was_written() -> None:
         assert torch.equal(v.transpose(0, 1), dense[i][1])
 
 
-@pytest.mark.parametrize("scores", [Scores(0.2), Scores(0.2, window=7), Scores(0.2, 7, 3.0), Scores(0.2, 0, 3.0)])
+@pytest.mark.parametrize(
+    "scores", [Scores(0.2), Scores(0.2, window=7), Scores(0.2, 7, 3.0), Scores(0.2, 0, 3.0)]
+)
 @pytest.mark.parametrize(("n", "length"), [(33, 33), (5, 33), (1, 33)])
 def test_a_chunk_equals_token_by_token(scores: Scores, n: int, length: int) -> None:
     torch.manual_seed(1)

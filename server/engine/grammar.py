@@ -1,0 +1,66 @@
+"""Structured output: which tokens a row's JSON schema allows next, by llguidance.
+
+Schemas are compiled on a thread of their own, so that a large one delays its own row alone. The API has
+already refused what is too large or cannot be compiled; a matcher that fails here ends its row.
+"""
+
+from collections import OrderedDict
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+
+from server.errors import InvalidField
+
+KEPT = 64  # compiled schemas, least recently used first to go
+LIMITS = LLParserLimits(initial_lexer_fuel=1_000_000, max_grammar_size=50_000, verbose_errors=False)
+
+
+class Grammars:
+    """Compiled schemas over one model's vocabulary. Built on first use: most servers never need it."""
+
+    def __init__(self, model_dir: Path, vocab_size: int, ends: frozenset[int]) -> None:
+        self.model_dir = model_dir
+        self.vocab_size = vocab_size
+        self.ends = ends
+        self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
+        self._pool = ThreadPoolExecutor(1, "grammar")
+
+    def compile(self, schema: str) -> "Future[LLMatcher]":
+        """A fresh matcher for a JSON schema; InvalidField if it cannot be compiled."""
+        return self._pool.submit(self._compile, schema)
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    @cached_property
+    def _tokenizer(self) -> LLTokenizer:
+        text = (self.model_dir / "tokenizer.json").read_text()
+        return LLTokenizer(text, n_vocab=self.vocab_size, eos_token=sorted(self.ends))
+
+    def _compile(self, schema: str) -> LLMatcher:
+        if schema not in self._compiled:
+            grammar = LLMatcher.grammar_from_json_schema(schema)
+            self._compiled[schema] = LLMatcher(self._tokenizer, grammar, log_level=0, limits=LIMITS)
+            while len(self._compiled) > KEPT:
+                self._compiled.popitem(last=False)
+        self._compiled.move_to_end(schema)
+        matcher = self._compiled[schema].deep_copy()
+        if matcher.is_error():
+            raise InvalidField("response_format cannot be compiled for this model.", param="response_format")
+        return matcher
+
+
+def mask_logits(logits: torch.Tensor, matchers: list[tuple[int, Any]]) -> None:
+    """Set what each (row, matcher) forbids to -inf, in place; logits [R, V]."""
+    words = -(-logits.shape[1] // 32)
+    bits = torch.zeros(len(matchers), words, dtype=torch.int32)
+    for i, (_row, matcher) in enumerate(matchers):
+        matcher.unsafe_compute_mask_ptr(bits[i].data_ptr(), words * 4)
+    allowed = (bits[:, :, None] >> torch.arange(32, dtype=torch.int32)) & 1
+    allowed = allowed.flatten(1)[:, : logits.shape[1]].to(logits.device, torch.bool)
+    rows = [row for row, _matcher in matchers]
+    logits[rows] = logits[rows].masked_fill(~allowed, float("-inf"))
