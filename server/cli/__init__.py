@@ -1,11 +1,11 @@
 """`polypeft`: the command line, a file for each command. All but `serve` speak HTTP to a running server."""
 
-from importlib.metadata import version
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
+from server import __version__
 from server.cli.adapters import adapters
 from server.cli.chat import chat
 from server.cli.serve import serve
@@ -35,7 +35,7 @@ def main() -> None:
 
 def _version(wanted: bool) -> None:
     if wanted:
-        typer.echo(version("polypeft"))
+        typer.echo(__version__)
         raise typer.Exit
 
 

@@ -1,0 +1,45 @@
+# Everything runs in $(VENV), which these targets make and keep up to date. ARGS goes to the command at the end.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: help serve test lint format bench clean
+
+help:
+	@echo "make serve   install, fetch the default model, serve on http://127.0.0.1:8000"
+	@echo "make test    install with the test tools, run all tests"
+	@echo "make lint    ruff and mypy --strict        make format   let ruff rewrite"
+	@echo "make bench   mixed batches against PEFT    make clean    remove what make made, but no data"
+
+serve: $(VENV)/.serve
+	$(BIN)/polypeft serve $(ARGS)
+
+test: $(VENV)/.develop
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.develop
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: $(VENV)/.develop
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+bench: $(VENV)/.develop
+	$(BIN)/python -m benchmarks.mixed_batch $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+$(VENV)/.serve: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --editable .
+	touch $@
+
+$(VENV)/.develop: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --editable '.[dev]'
+	touch $@ $(VENV)/.serve
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Polypeft needs Python 3.11 or newer; name one: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
