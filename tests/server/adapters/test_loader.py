@@ -1,0 +1,175 @@
+"""The path from the store to RAM, on a real store and a real tiny model's engine."""
+
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from adapters_store.manifest import decode_manifest, encode_manifest
+from adapters_store.objects import Objects
+from server.engine.loop import Engine
+from server.engine.messages import AdapterRef, Check
+from server.errors import InvalidAdapter, NotFound, PolypeftError, StoreError
+from server.settings import Settings
+from tests.fixtures.engine import publish
+from tests.fixtures.models import make_lora
+
+LONG = 60
+
+
+@pytest.fixture(scope="module")
+def model(tiny_models: Callable[[str], Path]) -> Path:
+    return tiny_models("llama")
+
+
+@pytest.fixture(scope="module")
+def folder(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_lora(
+        model, tmp_path_factory.mktemp("loras") / "plain", target_modules=["q_proj", "v_proj"], r=4
+    )
+
+
+@pytest.fixture
+def engine(model: Path, tmp_path: Path) -> Iterator[Engine]:
+    settings = Settings(model=str(model), data_dir=tmp_path, kv_bytes=1 << 20, threads=1)
+    engine = Engine(settings, model)
+    yield engine
+    engine.close()
+
+
+def tiers(engine: Engine) -> list[str]:
+    """Where each load since the last call came from."""
+    return [tier for name, tier, _ in engine.take_observations() if name == "adapter_load_seconds"]
+
+
+def failure(engine: Engine, ref: AdapterRef) -> PolypeftError:
+    error = engine.loader.fetch(ref).exception(LONG)
+    assert isinstance(error, PolypeftError)
+    return error
+
+
+def test_each_tier_spares_the_one_below(engine: Engine, folder: Path) -> None:
+    ref = publish(engine.loader.objects, engine.base, folder)
+    packed = engine.loader.fetch(ref).result(LONG)
+    assert engine.loader.fetch(ref).result(LONG) is packed
+    engine.loader.ram.drop(ref.digest)
+    again = engine.loader.fetch(ref).result(LONG)
+    assert torch.equal(again.flat, packed.flat)
+    assert tiers(engine) == ["store", "ram", "disk"]
+    assert engine.loader.ram.nbytes == packed.nbytes
+
+
+def test_many_ask_at_once_and_one_load_runs(engine: Engine, folder: Path) -> None:
+    ref = publish(engine.loader.objects, engine.base, folder)
+    start, futures = threading.Barrier(8), []
+
+    def ask() -> None:
+        start.wait()
+        futures.append(engine.loader.fetch(ref))
+
+    threads = [threading.Thread(target=ask) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len({id(future.result(LONG)) for future in futures}) == 1
+    assert tiers(engine).count("store") == 1
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "empty"])
+def test_a_damaged_disk_copy_is_counted_and_fetched_again(engine: Engine, folder: Path, damage: str) -> None:
+    ref = publish(engine.loader.objects, engine.base, folder)
+    packed = engine.loader.fetch(ref).result(LONG)
+    engine.loader.ram.drop(ref.digest)
+    (path,) = engine.loader.disk.folder.iterdir()
+    data = path.read_bytes()
+    middle = len(data) // 2
+    flipped = data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
+    path.write_bytes({"flip": flipped, "truncate": data[:-1], "empty": b""}[damage])
+    engine.take_observations()
+    assert torch.equal(engine.loader.fetch(ref).result(LONG).flat, packed.flat)
+    assert ("adapter_corrupt_copies", "disk", 1) in engine.take_observations()
+    assert path.read_bytes() == data
+
+
+def test_a_damaged_blob_in_the_store_never_serves(engine: Engine, folder: Path) -> None:
+    ref = publish(engine.loader.objects, engine.base, folder)
+    manifest = decode_manifest(engine.loader.objects.get_sync(ref.manifest_key))
+    data = bytearray(engine.loader.objects.get_sync(manifest.weights.key))
+    data[-1] ^= 1
+    engine.loader.objects.put_sync(manifest.weights.key, bytes(data))
+    assert isinstance(failure(engine, ref), StoreError)
+    assert list(engine.loader.disk.folder.iterdir()) == []
+
+
+def test_a_changed_manifest_never_serves(engine: Engine, folder: Path) -> None:
+    ref = publish(engine.loader.objects, engine.base, folder)
+    data = engine.loader.objects.get_sync(ref.manifest_key)
+    engine.loader.objects.put_sync(ref.manifest_key, data.replace(b'"lora_alpha": 8', b'"lora_alpha": 9'))
+    assert b'"lora_alpha": 9' in engine.loader.objects.get_sync(ref.manifest_key)
+    assert isinstance(failure(engine, ref), StoreError)
+
+
+def test_a_deleted_version_is_an_unknown_model(engine: Engine, folder: Path) -> None:
+    ref = publish(engine.loader.objects, engine.base, folder)
+    engine.loader.objects.delete_sync(ref.manifest_key)
+    error = failure(engine, ref)
+    assert isinstance(error, NotFound)
+    assert error.code == "model_not_found"
+
+
+def test_a_failed_load_is_tried_afresh(engine: Engine, folder: Path) -> None:
+    ref = publish(engine.loader.objects, engine.base, folder)
+    data = engine.loader.objects.get_sync(ref.manifest_key)
+    engine.loader.objects.delete_sync(ref.manifest_key)
+    failure(engine, ref)
+    engine.loader.objects.put_sync(ref.manifest_key, data)
+    assert engine.loader.fetch(ref).result(LONG).nbytes > 0
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_values_that_are_not_finite_are_refused_by_name(
+    engine: Engine, folder: Path, tmp_path: Path, value: float
+) -> None:
+    tensors = load_file(folder / "adapter_model.safetensors")
+    name = sorted(tensors)[1]
+    tensors[name][0, 0] = value
+    bad = tmp_path / "bad"
+    bad.mkdir()
+    (bad / "adapter_config.json").write_bytes((folder / "adapter_config.json").read_bytes())
+    save_file(tensors, bad / "adapter_model.safetensors")
+    error = failure(engine, publish(engine.loader.objects, engine.base, bad))
+    assert isinstance(error, InvalidAdapter)
+    assert name in error.message
+
+
+def test_an_adapter_for_another_base_is_refused(engine: Engine, folder: Path) -> None:
+    ref = publish(engine.loader.objects, engine.base, folder)
+    other = msgspec.structs.replace(engine.base, id="other", digest="0" * 64)
+    foreign = publish(engine.loader.objects, other, folder, name="foreign")
+    assert ref.digest != foreign.digest
+    assert "made for the base 'other'" in failure(engine, foreign).message
+
+
+def test_check_says_yes_no_and_why(engine: Engine, folder: Path, tmp_path: Path) -> None:
+    ref = publish(engine.loader.objects, engine.base, folder)
+    manifest = engine.loader.objects.get_sync(ref.manifest_key)
+    engine.submit(Check("good", manifest))
+    engine.submit(Check("bad", b"{}"))
+    verdicts = {}
+    while len(verdicts) < 2:
+        verdicts |= {checked.id: checked.error for checked in engine.checked()}
+    assert verdicts["good"] is None
+    assert verdicts["bad"] is not None
+    assert verdicts["bad"][0] == "invalid_adapter"
+    assert encode_manifest(decode_manifest(manifest)) == manifest
+
+
+def test_the_store_may_be_elsewhere(engine: Engine, folder: Path, tmp_path: Path) -> None:
+    engine.loader.objects = Objects.open("memory://")
+    ref = publish(engine.loader.objects, engine.base, folder)
+    assert engine.loader.fetch(ref).result(LONG).nbytes > 0
