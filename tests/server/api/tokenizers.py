@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from tokenizers import decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -20,7 +20,7 @@ VOCABULARY = 256 + len(WORDS) + 4
 
 
 def byte_level_tokenizer(folder: Path | None = None) -> Tokenizer:
-    """256 bytes, six merges, four special tokens, and a chat template. Saved to `folder` when one is given."""
+    """256 bytes, six merges, four special tokens, a chat template. Saved to `folder` if given."""
     alphabet = list(bytes_to_unicode().values())
     vocabulary = {token: i for i, token in enumerate([*alphabet, *WORDS])}
     backend = Backend(models.BPE(vocabulary, MERGES))

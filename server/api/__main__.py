@@ -1,0 +1,75 @@
+"""`python -m server.api [--fd N]`: the API process, on an inherited listening socket or on host and port."""
+
+import argparse
+import time
+from types import FrameType
+
+import uvicorn
+
+from server.api.services import Services
+from server.app import build_app
+from server.lifeline import run_child
+from server.settings import Settings
+
+LAST_SECONDS = 5  # for connections to close once nothing runs any more
+
+
+class DrainingServer(uvicorn.Server):
+    """On the first signal readiness falls, new work gets 503, and what runs may finish within the limit.
+
+    A second signal ends it at once.
+    """
+
+    _ends_at = 0.0  # time.monotonic(); meaningful while draining
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        services = self._services
+        if services is None or services.draining:
+            super().handle_exit(sig, frame)
+            return
+        services.draining = True
+        self._ends_at = time.monotonic() + services.settings.drain_seconds
+
+    async def on_tick(self, counter: int) -> bool:
+        """uvicorn asks ten times a second whether to stop."""
+        services = self._services
+        if services is not None and services.draining:
+            late = time.monotonic() > self._ends_at
+            if late:
+                services.engine.drop_rows()  # so that their streams end in an error event, not in a cut
+            if late or services.engine.rows == 0:
+                return True
+        return await super().on_tick(counter)
+
+    @property
+    def _services(self) -> Services | None:
+        return getattr(self.config.app.state, "services", None)  # type: ignore[union-attr]
+
+
+def serve(settings: Settings, fd: int | None) -> None:
+    config = uvicorn.Config(
+        build_app(settings),
+        host=settings.host,
+        port=settings.port,
+        fd=fd,
+        loop="uvloop",
+        http="httptools",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_graceful_shutdown=LAST_SECONDS,
+    )
+    DrainingServer(config).run()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m server.api")
+    parser.add_argument("--fd", type=int, help="a listening socket to inherit, in place of host and port")
+    fd: int | None = parser.parse_args().fd
+    run_child("api", lambda settings: serve(settings, fd))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,192 @@
+"""/v1/adapters: a tenant's own adapters and their versions."""
+
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Query, Request, Response
+from fastapi.responses import FileResponse
+from pydantic import Field
+from starlette.background import BackgroundTask
+
+from adapters_store.index import Adapter, Version
+from adapters_store.manifest import Manifest
+from server.api.body import json_body
+from server.api.deps import CurrentTenant, Parts, current_tenant
+from server.api.errors import json_response
+from server.api.multipart import CONFIG, WEIGHTS, Upload, receive_upload
+from server.api.publish import Files, publish
+from server.api.schemas import Body
+from server.api.services import Services
+from server.errors import InvalidAdapter, InvalidField, NotFound, Unavailable, shown
+
+router = APIRouter(prefix="/v1/adapters", dependencies=[Depends(current_tenant)])
+
+PAGE = 100
+
+
+class AliasBody(Body):
+    alias: str
+    version: Annotated[int, Field(ge=1, le=99_999_999)]
+
+
+@router.post("")
+async def upload_adapter(request: Request, parts: Parts, tenant: CurrentTenant) -> Response:
+    """multipart/form-data: `name`, `files` (repeated), and perhaps `sha256` of the weights file.
+
+    `If-None-Match: *` creates and never adds a version.
+    """
+    if parts.draining:
+        raise Unavailable("The server is shutting down; send the upload elsewhere or later.")
+    with tempfile.TemporaryDirectory(dir=_incoming(parts), ignore_cleanup_errors=True) as folder:
+        upload = await receive_upload(request, Path(folder), parts.settings)
+        create_only = request.headers.get("if-none-match") == "*"
+        files = _files(upload)
+        version = await publish(parts, tenant, upload.fields["name"], files, create_only=create_only)
+    headers = {"Location": f"/v1/adapters/{version.name}"}
+    return json_response(_version_object(version) | {"object": "adapter", "name": version.name}, 201, headers)
+
+
+@router.get("")
+async def list_adapters(
+    parts: Parts, tenant: CurrentTenant, after: str | None = None, limit: Annotated[int, Query()] = PAGE
+) -> Response:
+    """By name, `limit` (1 to 100) at a time; `after` is the last name of the page before."""
+    if not 1 <= limit <= PAGE:
+        raise InvalidField(f"limit must be 1 to {PAGE}, not {shown(limit)}.", param="limit")
+    found = await parts.registry.list(tenant.id, after, limit + 1)
+    page = found[:limit]
+    return json_response(
+        {
+            "object": "list",
+            "data": [_adapter_object(adapter) for adapter in page],
+            "first_id": page[0].name if page else None,
+            "last_id": page[-1].name if page else None,
+            "has_more": len(found) > limit,
+        }
+    )
+
+
+@router.get("/{name}")
+async def get_adapter(parts: Parts, tenant: CurrentTenant, name: str) -> Response:
+    return json_response(_adapter_object(await parts.registry.get(tenant.id, name)))
+
+
+@router.delete("/{name}")
+async def delete_adapter(parts: Parts, tenant: CurrentTenant, name: str) -> Response:
+    """All its versions and aliases. Running requests end as they would."""
+    await delete(parts, tenant.id, name, None)
+    return json_response({"id": name, "object": "adapter", "deleted": True})
+
+
+@router.get("/{name}/versions/{version}")
+async def get_version(parts: Parts, tenant: CurrentTenant, name: str, version: str) -> Response:
+    """Adds to the list's facts what the engine found: parameters, bytes on the device, ..."""
+    found = await parts.registry.resolve(tenant.id, name, version)
+    manifest = await parts.registry.manifest(tenant.id, name, found.version)
+    return json_response(_version_object(found) | {"facts": manifest.facts, "config": manifest.config})
+
+
+@router.delete("/{name}/versions/{version}")
+async def delete_version(parts: Parts, tenant: CurrentTenant, name: str, version: str) -> Response:
+    found = await parts.registry.resolve(tenant.id, name, version)
+    await delete(parts, tenant.id, name, found.version)
+    return json_response({"id": f"{name}@{found.version}", "object": "adapter.version", "deleted": True})
+
+
+@router.post("/{name}/aliases")
+async def set_alias(
+    parts: Parts,
+    tenant: CurrentTenant,
+    name: str,
+    body: Annotated[AliasBody, Depends(json_body(AliasBody))],
+) -> Response:
+    """Point an alias at a version, wherever it pointed before."""
+    await parts.registry.set_alias(tenant.id, name, body.alias, body.version)
+    return json_response(_adapter_object(await parts.registry.get(tenant.id, name)))
+
+
+@router.get("/{name}/versions/{version}/download")
+async def download(
+    parts: Parts, tenant: CurrentTenant, name: str, version: str, file: str | None = None
+) -> Response:
+    """One file as it was uploaded: the weights, or the one `file` names."""
+    found = await parts.registry.resolve(tenant.id, name, version)
+    manifest = await parts.registry.manifest(tenant.id, name, found.version)
+    blob = manifest.weights if file is None else _blob(manifest, file)
+    folder = tempfile.TemporaryDirectory(dir=_incoming(parts), ignore_cleanup_errors=True)
+    try:
+        path = Path(folder.name) / "blob"
+        await parts.objects.download(blob.key, path, blob.sha256)
+    except BaseException:
+        folder.cleanup()
+        raise
+    return FileResponse(
+        path,
+        media_type="application/octet-stream",
+        filename=blob.name,
+        headers={"etag": f'"{blob.sha256}"'},
+        background=BackgroundTask(folder.cleanup),
+    )
+
+
+async def delete(parts: Services, tenant_id: str, name: str, version: int | None) -> None:
+    """Forget it here and in the engine. Raises NotFound."""
+    for digest in await parts.registry.delete(tenant_id, name, version):
+        parts.engine.forget(digest)
+
+
+def _files(upload: Upload) -> Files:
+    """The two files of the upload, if it holds them and they are what the client meant to send."""
+    weights = [name for name in WEIGHTS if name in upload.files]
+    if "name" not in upload.fields:
+        raise InvalidField("name is required.", param="name", code="missing_field")
+    if CONFIG not in upload.files or len(weights) != 1:
+        raise InvalidAdapter(f"An upload needs {CONFIG} and one of {' or '.join(WEIGHTS)}.", param="files")
+    file, expected = upload.files[weights[0]], upload.fields.get("sha256")
+    if expected is not None and expected.lower() != file.sha256:
+        raise InvalidField(
+            f"sha256 is {shown(expected)}, but the {file.bytes} bytes of {weights[0]} have {file.sha256}.",
+            param="sha256",
+        )
+    return Files((CONFIG, upload.files[CONFIG].path), (weights[0], file.path))
+
+
+def _blob(manifest: Manifest, name: str) -> Any:
+    for blob in manifest.files:
+        if blob.name == name:
+            return blob
+    raise NotFound(f"This version has no file {shown(name)}.", param="file")
+
+
+def _incoming(parts: Services) -> Path:
+    """Where bodies lie while they arrive: beside the data, not in a small /tmp."""
+    folder = parts.settings.data_dir / "incoming"
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    return folder
+
+
+def _version_object(version: Version) -> dict[str, Any]:
+    return {
+        "object": "adapter.version",
+        "id": f"{version.name}@{version.version}",
+        "version": version.version,
+        "method": version.method,
+        "rank": version.rank,
+        "base": version.base,
+        "bytes": version.bytes,
+        "sha256": version.sha256,
+        "digest": version.digest,
+        "created": version.created,
+    }
+
+
+def _adapter_object(adapter: Adapter) -> dict[str, Any]:
+    latest = adapter.latest
+    return _version_object(latest) | {
+        "object": "adapter",
+        "id": adapter.name,
+        "name": adapter.name,
+        "aliases": adapter.aliases,
+        "versions": [_version_object(version) for version in adapter.versions],
+    }

@@ -1,0 +1,104 @@
+"""POST /v1/chat/completions, in OpenAI's shape."""
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Request, Response
+
+from server.api.body import json_body
+from server.api.choice import Piece
+from server.api.deps import CurrentTenant, Parts, current_tenant
+from server.api.errors import json_response
+from server.api.generation import Generation
+from server.api.grammar import grammar_of
+from server.api.logprobs import add_logprobs, chat_logprobs
+from server.api.prompts import chat_prompt
+from server.api.rows import Asked, prepare
+from server.api.schemas import ChatBody
+from server.api.sse import open_stream, while_connected
+from server.api.target import resolve
+from server.api.usage import usage_object
+
+router = APIRouter(dependencies=[Depends(current_tenant)])
+
+
+@router.post("/v1/chat/completions")
+async def create_chat_completion(
+    request: Request,
+    parts: Parts,
+    tenant: CurrentTenant,
+    body: Annotated[ChatBody, Depends(json_body(ChatBody))],
+) -> Response:
+    target = await resolve(parts, tenant, body.model)
+    asked = Asked(
+        prefix="chatcmpl",
+        prompts=[await chat_prompt(parts, body.messages)],
+        max_tokens=body.max_completion_tokens or body.max_tokens,
+        default_max_tokens=None,
+        logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        grammar=await grammar_of(body.response_format),
+    )
+    answer = _Chat(prepare(parts, tenant, request, target, body, asked), body)
+    if body.stream:
+        return await open_stream(request, answer.events())
+    return json_response(await while_connected(request.receive, answer.whole()))
+
+
+class _Chat:
+    """A generation as `chat.completion` and `chat.completion.chunk` objects."""
+
+    def __init__(self, generation: Generation, body: ChatBody) -> None:
+        self._generation = generation
+        self._body = body
+
+    async def whole(self) -> dict[str, Any]:
+        answers = [self._empty(choice.index) for choice in self._generation.choices]
+        async with aclosing(self._generation.pieces()) as pieces:
+            async for piece in pieces:
+                answer = answers[piece.index]
+                answer["message"]["content"] += piece.text
+                answer["logprobs"] = add_logprobs(answer["logprobs"], self._logprobs(piece))
+                answer["finish_reason"] = piece.finish
+        usage = usage_object(self._generation.usage)
+        return self._object("chat.completion", answers) | {"usage": usage}
+
+    async def events(self) -> AsyncGenerator[dict[str, Any], None]:
+        options = self._body.stream_options
+        with_usage = options is not None and options.include_usage
+        extra: dict[str, Any] = {"usage": None} if with_usage else {}
+        greeted: set[int] = set()
+        async with aclosing(self._generation.pieces()) as pieces:
+            async for piece in pieces:
+                role = {} if piece.index in greeted else {"role": "assistant", "refusal": None}
+                greeted.add(piece.index)
+                delta = role | ({"content": piece.text} if piece.text or role else {})
+                choice = {
+                    "index": piece.index,
+                    "delta": delta,
+                    "logprobs": self._logprobs(piece),
+                    "finish_reason": piece.finish,
+                }
+                yield self._object("chat.completion.chunk", [choice]) | extra
+        if with_usage:
+            usage = usage_object(self._generation.usage)
+            yield self._object("chat.completion.chunk", []) | {"usage": usage}
+
+    def _object(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {
+            "id": self._generation.id,
+            "object": kind,
+            "created": self._generation.created,
+            "model": self._generation.target.model,
+            "system_fingerprint": self._generation.target.fingerprint,
+            "choices": choices,
+        }
+
+    def _empty(self, index: int) -> dict[str, Any]:
+        message = {"role": "assistant", "content": "", "refusal": None}
+        return {"index": index, "message": message, "logprobs": None, "finish_reason": None}
+
+    def _logprobs(self, piece: Piece) -> dict[str, Any] | None:
+        if not self._body.logprobs:
+            return None
+        return chat_logprobs(self._generation.parts.tokenizer, piece.tokens, self._body.top_logprobs or 0)

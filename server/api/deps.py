@@ -1,0 +1,52 @@
+"""Who is calling. A handler's signature shows it, and a router without one of these does not exist.
+
+Only the Authorization header counts: no key in a query string, no path or host is looked at.
+"""
+
+from typing import Annotated
+
+from fastapi import Depends, Request
+
+from server.api.services import Services
+from server.errors import Forbidden, Unauthenticated
+from server.tenancy.keys import same_secret
+from server.tenancy.tenants import Tenant
+
+# The operator's key on a tenant's route: a tenant like any other, which owns what the operator loads.
+OPERATOR = Tenant(id="operator", name="operator", weight=1.0, created=0)
+
+
+def services(request: Request) -> Services:
+    found: Services = request.app.state.services
+    return found
+
+
+Parts = Annotated[Services, Depends(services)]
+
+
+async def current_tenant(request: Request, parts: Parts) -> Tenant:
+    """The tenant whose key the request carries. Raises Unauthenticated."""
+    secret = _bearer(request)
+    if same_secret(secret, parts.operator_secret):
+        return OPERATOR
+    tenant = await parts.tenants.authenticate(secret)
+    if tenant is None:
+        raise Unauthenticated("The API key is not valid.")
+    return tenant
+
+
+async def operator(tenant: Annotated[Tenant, Depends(current_tenant)]) -> None:
+    """Raises Forbidden for a tenant's key, Unauthenticated for none."""
+    if tenant is not OPERATOR:
+        raise Forbidden("This route needs the operator's key.")
+
+
+CurrentTenant = Annotated[Tenant, Depends(current_tenant)]
+
+
+def _bearer(request: Request) -> str:
+    headers = request.headers.getlist("authorization")
+    scheme, _, secret = headers[0].partition(" ") if len(headers) == 1 else ("", "", "")
+    if scheme.lower() != "bearer" or not secret.strip():
+        raise Unauthenticated("Send your API key as one header `Authorization: Bearer KEY`.")
+    return secret.strip()

@@ -1,0 +1,88 @@
+"""response_format, checked: the JSON schema the answer must match, as text for the engine.
+
+A schema is a caller's bytes: bounded in size, without regular expressions, and compiled once here under a
+limit of work, so that the engine meets none that cannot be compiled.
+"""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from anyio import fail_after
+from anyio.to_thread import run_sync
+from llguidance import LLMatcher, LLParserLimits
+
+from server.api.schemas import at_most
+from server.errors import InvalidField, shown
+
+MAX_CHARS = 65_536
+COMPILE_SECONDS = 1.0
+LIMITS = LLParserLimits(initial_lexer_fuel=1_000_000, max_grammar_size=50_000, verbose_errors=False)
+_NAMES = frozenset({"properties", "$defs", "definitions", "dependentSchemas"})  # keys below are names
+_VALUES = frozenset({"enum", "const", "default", "examples"})  # below is data
+_REGEX = frozenset({"pattern", "patternProperties"})
+
+
+async def grammar_of(response_format: dict[str, Any] | None) -> str | None:
+    """The schema text for Sampling.grammar; None for plain text. Raises InvalidField."""
+    match (response_format or {"type": "text"}).get("type"):
+        case "text":
+            return None
+        case "json_object":
+            return '{"type":"object"}'
+        case "json_schema":
+            return await _checked(response_format or {})
+        case kind:
+            raise _invalid(f"type must be text, json_object or json_schema, not {shown(kind)}")
+
+
+async def _checked(response_format: dict[str, Any]) -> str:
+    holder = response_format.get("json_schema")
+    schema = holder.get("schema") if isinstance(holder, dict) else None
+    if not isinstance(schema, dict):
+        raise _invalid("json_schema.schema must be a JSON schema object")
+    try:
+        text = json.dumps(schema, allow_nan=False, ensure_ascii=True)
+    except (ValueError, RecursionError):
+        raise _invalid(
+            "json_schema.schema holds a number that is not finite, or is nested too deeply"
+        ) from None
+    at_most("the number of characters of the schema", len(text), MAX_CHARS, "response_format")
+    if found := _REGEX & set(_keywords(schema)):
+        raise _invalid(f"json_schema.schema uses {min(found)}: regular expressions are not accepted")
+    try:
+        with fail_after(COMPILE_SECONDS):
+            problem = await run_sync(_compile, text, abandon_on_cancel=True)
+    except TimeoutError:
+        raise _invalid(f"json_schema.schema took over {COMPILE_SECONDS:g} s to compile") from None
+    if problem:
+        raise _invalid(f"json_schema.schema cannot be used: {shown(problem, 200)}")
+    return text
+
+
+def _compile(schema: str) -> str:
+    """What is wrong with the schema; "" if nothing."""
+    try:
+        grammar = LLMatcher.grammar_from_json_schema(schema)
+    except ValueError as error:
+        return str(error)
+    failed, messages = LLMatcher.validate_grammar_with_warnings(grammar, limits=LIMITS)
+    return messages[0] if failed and messages else ""
+
+
+def _keywords(schema: Any) -> Iterator[str]:
+    """Every key that stands where JSON schema has keywords."""
+    if isinstance(schema, list):
+        for item in schema:
+            yield from _keywords(item)
+    elif isinstance(schema, dict):
+        for key, value in schema.items():
+            yield key
+            if key in _NAMES and isinstance(value, dict):
+                yield from _keywords(list(value.values()))
+            elif key not in _VALUES:
+                yield from _keywords(value)
+
+
+def _invalid(what: str) -> InvalidField:
+    return InvalidField(f"response_format: {what}.", param="response_format")

@@ -1,0 +1,68 @@
+"""/v1/models in OpenAI's shape: the base, and the tenant's own adapters as models that descend from it."""
+
+from typing import Any
+
+from fastapi import APIRouter, Depends, Response
+
+from adapters_store.index import Version
+from server.api.adapters import PAGE, delete
+from server.api.deps import CurrentTenant, Parts, current_tenant
+from server.api.errors import json_response
+from server.api.services import Services
+from server.api.target import find_version
+from server.errors import Forbidden
+
+router = APIRouter(prefix="/v1/models", dependencies=[Depends(current_tenant)])
+
+
+@router.get("")
+async def list_models(parts: Parts, tenant: CurrentTenant) -> Response:
+    data = [_base_object(parts)]
+    after: str | None = None
+    while page := await parts.registry.list(tenant.id, after, PAGE):
+        data += [_model_object(parts, adapter.name, adapter.latest) for adapter in page]
+        after = page[-1].name
+    return json_response({"object": "list", "data": data})
+
+
+@router.get("/{model:path}")
+async def get_model(parts: Parts, tenant: CurrentTenant, model: str) -> Response:
+    """The base, an adapter, or `name@version` and `name@alias`."""
+    if model == parts.base.id:
+        return json_response(_base_object(parts))
+    return json_response(_model_object(parts, model, await find_version(parts, tenant, model)))
+
+
+@router.delete("/{model:path}")
+async def delete_model(parts: Parts, tenant: CurrentTenant, model: str) -> Response:
+    """An adapter with all its versions, or the one version that `name@...` means."""
+    if model == parts.base.id:
+        raise Forbidden("The base model cannot be deleted.", param="model")
+    version = await find_version(parts, tenant, model)
+    await delete(parts, tenant.id, version.name, version.version if "@" in model else None)
+    return json_response({"id": model, "object": "model", "deleted": True})
+
+
+def _base_object(parts: Services) -> dict[str, Any]:
+    base = parts.base
+    return {
+        "id": base.id,
+        "object": "model",
+        "created": 0,
+        "owned_by": "polypeft",
+        "root": base.id,
+        "parent": None,
+        "max_model_len": parts.max_context,
+    }
+
+
+def _model_object(parts: Services, model: str, version: Version) -> dict[str, Any]:
+    return {
+        "id": model,
+        "object": "model",
+        "created": version.created,
+        "owned_by": version.tenant,
+        "root": f"{version.name}@{version.version}",
+        "parent": version.base,
+        "max_model_len": parts.max_context,
+    }

@@ -1,0 +1,119 @@
+"""From two files to a version everyone of its tenant can call: inspect, stage, let the engine try, publish.
+
+Used by uploads and by vLLM's load route. Until the last step nothing is visible; a failure leaves blobs
+that no manifest names, for a later sweep.
+"""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from anyio.to_thread import run_sync
+
+from adapters_store.index import Version, summary
+from adapters_store.manifest import Manifest, content_digest, encode_manifest
+from adapters_store.names import check_name
+from server.adapters.formats.peft import MAX_BYTES, method_of, read_config
+from server.adapters.formats.safetensors import read_header
+from server.adapters.methods.base import AdapterFiles
+from server.adapters.sites import Base
+from server.api.services import Services
+from server.errors import Conflict, InvalidAdapter, InvalidField, NotFound, error_from_code, shown
+from server.tenancy.tenants import Tenant
+
+
+@dataclass(frozen=True)
+class Files:
+    """The two files of an adapter where they lie now, under the names their tenant gave them."""
+
+    config: tuple[str, Path]
+    weights: tuple[str, Path]
+
+
+@dataclass(frozen=True)
+class Inspected:
+    method: str
+    config: dict[str, Any]
+    tensors: dict[str, tuple[str, list[int]]]
+    rank: int
+
+
+async def publish(
+    parts: Services, tenant: Tenant, name: str, files: Files, *, create_only: bool = False
+) -> Version:
+    """The new version. Raises InvalidAdapter, InvalidField, Conflict, QuotaExceeded, Unavailable."""
+    check_name(name)
+    base = parts.base
+    if name == base.id:
+        raise InvalidField(f"name {shown(name)} is the base model's own.", param="name")
+    if create_only and await _exists(parts, tenant, name):
+        raise Conflict(f"An adapter named {shown(name)} exists.", param="name")
+    version = await parts.registry.next_version(tenant.id, name)
+    found = await run_sync(inspect, files, parts, base)
+    blobs = await parts.registry.stage(tenant.id, [files.config, files.weights])
+    weights_sha256 = next(blob.sha256 for blob in blobs if blob.name == files.weights[0])
+    manifest = Manifest(
+        tenant=tenant.id,
+        name=name,
+        version=version,
+        method=found.method,
+        base=base.id,
+        base_digest=base.digest,
+        digest=content_digest(found.method, base.digest, found.config, weights_sha256),
+        files=blobs,
+        config=found.config,
+        tensors=found.tensors,
+        facts={"rank": found.rank},
+        created=int(time.time()),
+    )
+    checked = await parts.engine.check(encode_manifest(manifest))
+    if checked.error is not None:
+        raise error_from_code(*checked.error)
+    manifest = msgspec.structs.replace(manifest, facts=checked.facts | manifest.facts)
+    await parts.registry.publish(manifest)
+    return summary(manifest)
+
+
+def inspect(files: Files, parts: Services, base: Base) -> Inspected:
+    """Everything that can be known without reading a tensor. Blocking. Raises InvalidAdapter."""
+    config_path, weights_path = files.config[1], files.weights[1]
+    with config_path.open("rb") as file:
+        config = read_config(file.read(MAX_BYTES + 1))
+    with weights_path.open("rb") as file:
+        tensors = read_header(
+            file,
+            weights_path.stat().st_size,
+            max_header_bytes=parts.settings.max_header_bytes,
+            max_tensors=parts.settings.max_tensors,
+        )
+    method = parts.methods[method_of(config)]
+    spec = method.parse(AdapterFiles(config, tensors), base)
+    given = {name: info.shape for name, info in tensors.items()}
+    _compare(method.shapes(spec, base), given)
+    described = {name: (info.dtype, list(info.shape)) for name, info in tensors.items()}
+    return Inspected(method.name, config, described, spec.rank)
+
+
+def _compare(expected: dict[str, tuple[int, ...]], given: dict[str, tuple[int, ...]]) -> None:
+    """Exactly these tensors in exactly these shapes: a mismatch would serve something else in silence."""
+    for name in sorted(expected.keys() | given.keys()):
+        if name not in given:
+            raise InvalidAdapter(f"The tensor {shown(name)} is missing.", param=name)
+        if name not in expected:
+            raise InvalidAdapter(f"The tensor {shown(name)} fits nothing in this base.", param=name)
+        if expected[name] != given[name]:
+            raise InvalidAdapter(
+                f"The tensor {shown(name)} must have shape {list(expected[name])} for this base, not "
+                f"{list(given[name])}.",
+                param=name,
+            )
+
+
+async def _exists(parts: Services, tenant: Tenant, name: str) -> bool:
+    try:
+        await parts.registry.get(tenant.id, name)
+    except NotFound:
+        return False
+    return True

@@ -1,0 +1,51 @@
+"""What a request handler may use. Built once by server.app; holds no state of its own but `draining`."""
+
+from dataclasses import dataclass
+
+from redis.asyncio import Redis
+
+from adapters_store.objects import Objects
+from adapters_store.registry import Registry
+from server.adapters.methods.base import Method
+from server.adapters.sites import Base
+from server.api.text import Tokenizer
+from server.engine.client import EngineClient
+from server.errors import Unavailable
+from server.metrics import Metrics
+from server.settings import Settings
+from server.tenancy.tenants import Tenants
+
+
+@dataclass
+class Services:
+    settings: Settings
+    operator_secret: str
+    tokenizer: Tokenizer
+    redis: Redis
+    objects: Objects
+    registry: Registry
+    methods: dict[str, Method]
+    tenants: Tenants
+    engine: EngineClient
+    metrics: Metrics
+    draining: bool = False  # SIGTERM came: what runs may finish, nothing new begins
+
+    @property
+    def base(self) -> Base:
+        """The base as the engine described it. Raises Unavailable before its first word."""
+        if self.engine.base is None:
+            raise Unavailable("The engine is starting; try again in a moment.")
+        return self.engine.base
+
+    @property
+    def max_context(self) -> int:
+        """Tokens of prompt and answer together."""
+        return self.engine.limits.get("max_model_len") or self.base.max_context
+
+    def admit(self, rows: int) -> None:
+        """Raise Unavailable unless `rows` more may wait: the queue holds `max_queue` beyond the batch."""
+        if self.draining:
+            raise Unavailable("The server is shutting down; send the request elsewhere or later.")
+        room = self.settings.max_queue + self.engine.limits.get("max_seqs", 0)
+        if self.engine.rows + rows > room:
+            raise Unavailable(f"The queue of {self.settings.max_queue} is full; try again in a moment.")

@@ -1,0 +1,94 @@
+"""Answers that end when their client leaves, and streams of server-sent events.
+
+Knows no route. An event is one `data:` line of JSON; a stream ends with [DONE], or with an error event.
+"""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
+from typing import Any, TypeVar
+
+import msgspec
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from server.api.errors import error_body
+from server.errors import PolypeftError
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+DONE = b"data: [DONE]\n\n"
+
+
+async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """What `work` returns; it is cancelled, and ClientDisconnect raised, when the client leaves first.
+
+    The body must have been read: all that can still arrive is the disconnect.
+    """
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_disconnected(receive))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientDisconnect
+        return task.result()
+    finally:
+        task.cancel()
+        gone.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def open_stream(request: Request, events: AsyncGenerator[object, None]) -> Response:
+    """A streamed answer, once its first event is there: an error before it still has its own status."""
+    try:
+        first = await while_connected(request.receive, anext(events))
+    except BaseException:
+        await events.aclose()
+        raise
+    return EventStream(first, events)
+
+
+class EventStream(Response):
+    """`first`, then the rest of `events`, then [DONE]; or an error event in place of the rest."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, first: object, events: AsyncGenerator[object, None]) -> None:
+        super().__init__(headers={"cache-control": "no-store", "x-accel-buffering": "no"})
+        del self.headers["content-length"]
+        self._first = first
+        self._events = events
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with contextlib.aclosing(self._events):
+            await while_connected(receive, self._run(scope, send))
+
+    async def _run(self, scope: Scope, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        async for data in self._lines(scope):
+            await send({"type": "http.response.body", "body": data, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _lines(self, scope: Scope) -> AsyncIterator[bytes]:
+        yield _line(self._first)
+        try:
+            async for event in self._events:
+                yield _line(event)
+        except PolypeftError as error:
+            yield _line(error_body(error))
+        except Exception:
+            log.exception("Request %s failed in its stream", scope["state"]["request_id"])
+            yield _line(error_body(PolypeftError("The server failed on this request.")))
+        else:
+            yield DONE
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _line(event: object) -> bytes:
+    return b"data: " + msgspec.json.encode(event) + b"\n\n"
