@@ -103,6 +103,7 @@ class Engine:
             case Forget(digest=digest):
                 self.cache.forget(digest)
 
+    @torch.inference_mode()
     def step(self) -> list[Chunk]:
         """Run one step for every row that can run; what it gave to whom."""
         self._take_compiled()
