@@ -4,10 +4,13 @@ Knows no key and no record: registry and tenants each own theirs. A command may 
 answer was lost, so every write built on this client is idempotent.
 """
 
+import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialWithJitterBackoff
 from redis.exceptions import ConnectionError, RedisError, TimeoutError  # noqa: A004 - redis names them so
@@ -19,13 +22,35 @@ ANSWER_SECONDS = 5.0
 MAX_CONNECTIONS = 64
 
 
+class Pool(BlockingConnectionPool):
+    """redis-py's pool, made safe against callers that go away.
+
+    Cancelled while it hands a connection back, a caller there keeps its place in the pool for ever;
+    cancelled as it is woken, it takes the wake-up along. Either way the pool ends up starved.
+    """
+
+    async def get_connection(self, *args: Any, **options: Any) -> Any:
+        try:
+            return await super().get_connection(*args, **options)  # type: ignore[no-untyped-call]
+        except BaseException:
+            await asyncio.shield(self._wake_next())
+            raise
+
+    async def release(self, connection: AbstractConnection) -> None:
+        await asyncio.shield(super().release(connection))
+
+    async def _wake_next(self) -> None:
+        async with self._condition:
+            self._condition.notify()
+
+
 def connect(url: str) -> Redis:
     """A client for redis://, rediss:// or unix:// URLs; opens no connection yet.
 
     A cancelled command's connection is closed, never handed to the next caller with an answer pending.
     More callers than connections wait in line, at most ANSWER_SECONDS.
     """
-    pool = BlockingConnectionPool.from_url(
+    pool = Pool.from_url(
         url,
         max_connections=MAX_CONNECTIONS,
         timeout=ANSWER_SECONDS,

@@ -1,4 +1,5 @@
 import hashlib
+import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -106,11 +107,10 @@ def test_a_silent_server_is_a_store_error_soon() -> None:
 KILLED = """
 import os, signal, sys
 from adapters_store.objects import Objects
-import adapters_store.durable as durable
 
 def die(*_): os.kill(os.getpid(), signal.SIGKILL)
 
-setattr(durable.os, sys.argv[2], die)
+setattr(os, sys.argv[2], die)
 Objects.open(sys.argv[1]).create_sync("a/manifest", b"whole")
 """
 
@@ -127,10 +127,8 @@ def test_a_process_killed_midway_leaves_nothing_visible(tmp_path: Path, at: str)
 
 def test_what_is_acknowledged_was_synced_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The order that survives power loss: file, then its name, then the folder that holds the name."""
-    import adapters_store.durable as durable
-
     done: list[str] = []
-    real_fsync, real_link = durable.os.fsync, durable.os.link
+    real_fsync, real_link = os.fsync, os.link
     (tmp_path / "a").mkdir()
 
     def fsync(descriptor: int) -> None:
@@ -141,7 +139,7 @@ def test_what_is_acknowledged_was_synced_first(tmp_path: Path, monkeypatch: pyte
         done.append("link")
         real_link(source, target)
 
-    monkeypatch.setattr(durable.os, "fsync", fsync)
-    monkeypatch.setattr(durable.os, "link", link)
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "link", link)
     Objects.open(tmp_path.as_uri()).create_sync("a/k", b"x")
     assert done == ["file", "link", "folder"]

@@ -17,9 +17,19 @@ pytestmark = pytest.mark.anyio
 def manifest(tenant: str, name: str, version: int, digest: str = "d") -> Manifest:
     weights = Blob(name="adapter_model.safetensors", key="k", sha256="0" * 64, bytes=10)
     return Manifest(
-        tenant=tenant, name=name, version=version, method="lora", base="b", base_digest="b", digest=digest,
-        files=[weights], config={}, tensors={}, facts={"rank": 8}, created=1,
-    )  # fmt: skip
+        tenant=tenant,
+        name=name,
+        version=version,
+        method="lora",
+        base="b",
+        base_digest="b",
+        digest=digest,
+        files=[weights],
+        config={},
+        tensors={},
+        facts={"rank": 8},
+        created=1,
+    )
 
 
 async def publish(registry: Registry, tenant: str, name: str, digest: str = "d") -> int:
@@ -93,7 +103,9 @@ async def test_aliases(registry: Registry) -> None:
         await registry.set_alias("t", "a", "latest", 1)
 
 
-async def test_deleting_a_version_moves_latest_and_drops_its_aliases(registry: Registry, objects: Objects) -> None:
+async def test_deleting_a_version_moves_latest_and_drops_its_aliases(
+    registry: Registry, objects: Objects
+) -> None:
     for digest in ("d1", "d2"):
         await publish(registry, "t", "a", digest)
     await registry.set_alias("t", "a", "prod", 2)
@@ -137,7 +149,9 @@ async def test_quota_counts_names_not_versions(objects: Objects, redis: Redis) -
     await publish(registry, "t", "c")
 
 
-async def test_stage_stores_by_content_under_the_tenant(registry: Registry, objects: Objects, tmp_path: Path) -> None:
+async def test_stage_stores_by_content_under_the_tenant(
+    registry: Registry, objects: Objects, tmp_path: Path
+) -> None:
     (tmp_path / "f").write_bytes(b"bytes")
     (blob,) = await registry.stage("t", [("adapter_model.safetensors", tmp_path / "f")])
     assert blob.bytes == 5
@@ -203,7 +217,9 @@ async def test_a_store_that_fails_at_any_call_leaves_old_or_new(
     assert failing.calls < at, "every call has had its turn to fail"
 
 
-async def test_the_index_can_be_rebuilt_and_keeps_aliases(registry: Registry, objects: Objects, redis: Redis) -> None:
+async def test_the_index_can_be_rebuilt_and_keeps_aliases(
+    registry: Registry, objects: Objects, redis: Redis
+) -> None:
     for tenant, name in [("t", "a"), ("t", "a"), ("u", "a"), ("u", "b")]:
         await publish(registry, tenant, name, f"{tenant}{name}")
     await registry.set_alias("t", "a", "prod", 1)

@@ -88,10 +88,9 @@ class Patterns:
         self._pairs = [(Pattern(key, field), value) for key, value in pairs]
         wild = sum(pattern.is_wild for pattern, _ in self._pairs)
         if len(self._pairs) > MAX_KEYS or wild > MAX_WILD:
+            allowed = f"it may have {MAX_KEYS}, of which {MAX_WILD} with '*' or '+'"
             raise InvalidAdapter(
-                f"{field} has {len(self._pairs)} keys, {wild} with '*' or '+'; at most {MAX_KEYS} and {MAX_WILD} "
-                "are allowed.",
-                param=field,
+                f"{field} has {len(self._pairs)} and {wild} such keys; {allowed}.", param=field
             )
 
     def value(self, name: str, default: float) -> float:

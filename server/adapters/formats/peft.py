@@ -89,8 +89,8 @@ def read_config(data: bytes) -> dict[str, Any]:
 
     Raises InvalidAdapter whose `param` is the field.
     """
-    config: dict[str, Any] = msgspec.to_builtins(lora_config(strict_json(data, FILE, MAX_BYTES)))
-    return config
+    config = lora_config(strict_json(data, FILE, MAX_BYTES))
+    return msgspec.json.decode(msgspec.json.encode(config), type=dict[str, Any])
 
 
 def method_of(config: dict[str, Any]) -> str:

@@ -1,13 +1,12 @@
 import asyncio
 import random
-import secrets
 
 import pytest
 from redis.asyncio import Redis
 
 from adapters_store.valkey import connect
 from server.errors import InvalidField, NotFound, StoreError
-from server.tenancy.keys import LENGTH
+from server.tenancy.keys import LENGTH, new_secret
 from server.tenancy.tenants import Tenants
 
 pytestmark = pytest.mark.anyio
@@ -64,9 +63,7 @@ async def test_one_tenant_cannot_revoke_anothers_key(tenants: Tenants) -> None:
 
 async def test_no_secret_is_kept(tenants: Tenants, redis: Redis) -> None:
     tenant, secret = await tenants.create("a")
-    kept = []
-    for key in await redis.keys("*"):
-        kept.append(str(key) + str(await redis.hgetall(key)))
+    kept = [str(key) + str(await redis.hgetall(key)) for key in await redis.keys("*")]
     assert len(secret) == LENGTH
     assert secret not in "".join(kept)
     assert secret not in repr(await tenants.keys(tenant.id))
@@ -85,11 +82,10 @@ async def test_unknown_tenants_are_not_found(tenants: Tenants) -> None:
             await call("ten_x")
 
 
-async def test_valkey_down_is_a_store_error_and_never_a_no(tmp_path_factory: pytest.TempPathFactory) -> None:
+async def test_valkey_down_is_a_store_error_and_never_a_no() -> None:
     nobody = connect("unix:///nonexistent/v.sock")
-    _, secret = Tenants(nobody), "pp-" + secrets.token_urlsafe(32)
     with pytest.raises(StoreError):
-        await Tenants(nobody).authenticate(secret)
+        await Tenants(nobody).authenticate(new_secret())
     await nobody.aclose()
 
 
@@ -118,6 +114,7 @@ async def test_cancelled_calls_never_answer_somebody_else(valkey_url: str, redis
             assert outcome is None or isinstance(outcome, asyncio.CancelledError)
     assert answered > 1000
     assert cancelled > 20
+    assert len(client.connection_pool._in_use_connections) == 0, "a place in the pool is lost"
     for tenant, secret in made:
         assert await tenants.authenticate(secret) == tenant
     await client.aclose()

@@ -1,0 +1,281 @@
+"""What PEFT saves is read as PEFT meant it; what does not fit is refused by the tensor's name."""
+
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+from server.adapters.formats.peft import read_config
+from server.adapters.formats.safetensors import TensorInfo, read_header
+from server.adapters.methods import METHODS, build_methods
+from server.adapters.methods.base import AdapterFiles
+from server.adapters.methods.lora import Lora, LoraSpec
+from server.adapters.sites import Base, Site
+from server.errors import InvalidAdapter
+
+HIDDEN, WORDS = 16, 50
+
+
+def llama() -> Any:
+    shape = {"hidden_size": HIDDEN, "intermediate_size": 24, "num_hidden_layers": 2, "vocab_size": WORDS}
+    return LlamaForCausalLM(LlamaConfig(**shape, num_attention_heads=4, num_key_value_heads=2))
+
+
+def gpt2() -> Any:
+    ends = {"bos_token_id": 0, "eos_token_id": 0}
+    return GPT2LMHeadModel(
+        GPT2Config(n_embd=HIDDEN, n_layer=2, n_head=4, vocab_size=WORDS, n_positions=32, **ends)
+    )
+
+
+def site_of(name: str, module: torch.nn.Module) -> Site | None:
+    match module:
+        case torch.nn.Linear():
+            return Site(name, "linear", module.in_features, module.out_features, module.bias is not None)
+        case Conv1D():
+            return Site(name, "linear", module.nx, module.nf, bias=True, conv1d=True)
+        case torch.nn.Embedding():
+            return Site(name, "embedding", module.num_embeddings, module.embedding_dim, bias=False)
+        case torch.nn.LayerNorm():
+            return Site(name, "norm", HIDDEN, HIDDEN, bias=True)
+    return Site(name, "norm", HIDDEN, HIDDEN, bias=False) if name.endswith("norm") else None
+
+
+def base_of(model: Any) -> Base:
+    found = (site_of(name, module) for name, module in model.named_modules())
+    sites = {site.name: site for site in found if site is not None}
+    return Base("b", model.config.model_type, "0" * 64, 2, HIDDEN, 2, 4, WORDS, 32, sites)
+
+
+class Saved:
+    """An adapter as PEFT saved it, beside the model that PEFT made of it."""
+
+    def __init__(self, make: Callable[[], Any], folder: Path, **config: Any) -> None:
+        model = make()
+        self.base = base_of(model)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PEFT has advice on each of these
+            self.model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **config))
+            self.model.save_pretrained(folder)
+        self.config = read_config((folder / "adapter_config.json").read_bytes())
+        path = folder / "adapter_model.safetensors"
+        with path.open("rb") as file:
+            self.tensors = read_header(file, path.stat().st_size, max_header_bytes=1 << 20, max_tensors=1000)
+
+    def parse(self, max_rank: int = 256) -> LoraSpec:
+        return Lora(max_rank).parse(AdapterFiles(self.config, self.tensors), self.base)
+
+    def parse_changed(self, tensors: dict[str, TensorInfo], **config: Any) -> LoraSpec:
+        return Lora().parse(AdapterFiles(self.config | config, tensors), self.base)
+
+
+LLAMA_CASES: dict[str, dict[str, Any]] = {
+    "plain": {"r": 4, "target_modules": ["q_proj", "v_proj"]},
+    "rslora": {"r": 4, "lora_alpha": 16, "use_rslora": True, "target_modules": ["q_proj"]},
+    "dora": {"r": 4, "use_dora": True, "target_modules": ["q_proj", "down_proj"]},
+    "patterns": {
+        "r": 4,
+        "use_rslora": True,
+        "rank_pattern": {"layers.0.self_attn.v_proj": 2, r"^model.layers.\d+.mlp.up_proj": 8},
+        "alpha_pattern": {"q_proj": 32, r".*\.1\.mlp\.up_proj": 5},
+        "target_modules": ["q_proj", "v_proj", "up_proj"],
+    },
+    "all-linear": {"r": 2, "target_modules": "all-linear"},
+    "embedding": {"r": 4, "target_modules": ["embed_tokens", "q_proj"]},
+    "head": {"r": 4, "target_modules": ["lm_head", "q_proj"]},
+    "lora_bias": {"r": 4, "lora_bias": True, "target_modules": ["q_proj"]},
+    "whole tables": {"r": 4, "target_modules": ["q_proj"], "modules_to_save": ["lm_head", "embed_tokens"]},
+    "some layers": {"r": 4, "target_modules": ["q_proj"], "layers_to_transform": [1]},
+    "excluded": {"r": 4, "target_modules": ["q_proj"], "exclude_modules": ["layers.0.self_attn.q_proj"]},
+}
+GPT2_CASES: dict[str, dict[str, Any]] = {
+    "plain": {"r": 4, "target_modules": ["c_attn"]},
+    "dora": {"r": 4, "use_dora": True, "target_modules": ["c_attn", "c_proj", "lm_head"]},
+    "all-linear": {"r": 4, "lora_bias": True, "target_modules": "all-linear"},
+    "embedding": {"r": 4, "target_modules": ["wte"]},
+}
+CASES = [(llama, c) for c in LLAMA_CASES.values()] + [(gpt2, c) for c in GPT2_CASES.values()]
+IDS = [f"llama {name}" for name in LLAMA_CASES] + [f"gpt2 {name}" for name in GPT2_CASES]
+
+
+@pytest.mark.parametrize(("make", "config"), CASES, ids=IDS)
+def test_targets_ranks_and_scalings_are_pefts(
+    make: Callable[[], Any], config: dict[str, Any], tmp_path: Path
+) -> None:
+    saved = Saved(make, tmp_path, **config)
+    spec = saved.parse()
+    layers = {n: m for n, m in saved.model.base_model.model.named_modules() if isinstance(m, LoraLayer)}
+    assert {t.site: t.rank for t in spec.targets} == {n: layer.r["default"] for n, layer in layers.items()}
+    for target in spec.targets:
+        assert target.scaling == pytest.approx(layers[target.site].scaling["default"])
+    shapes = METHODS["lora"].shapes(spec, saved.base)
+    assert shapes == {name: info.shape for name, info in saved.tensors.items()}, (
+        "every tensor is accounted for"
+    )
+    assert all((t.magnitude is not None) == config.get("use_dora", False) for t in spec.targets)
+    assert all((t.bias is not None) == config.get("lora_bias", False) for t in spec.targets)
+    assert spec.rank == max(t.rank for t in spec.targets)
+
+
+def test_whole_tables_are_named_for_the_loader_to_compare(tmp_path: Path) -> None:
+    saved = Saved(llama, tmp_path, **LLAMA_CASES["whole tables"])
+    prefix = "base_model.model."
+    assert saved.parse().base_copies == {
+        f"{prefix}lm_head.weight": "lm_head",
+        f"{prefix}model.embed_tokens.weight": "model.embed_tokens",
+    }
+    saved = Saved(llama, tmp_path / "e", **LLAMA_CASES["embedding"])
+    assert saved.parse().base_copies == {
+        f"{prefix}model.embed_tokens.base_layer.weight": "model.embed_tokens"
+    }
+
+
+def test_names_without_prefix_or_with_the_adapters_name_are_read(tmp_path: Path) -> None:
+    saved = Saved(llama, tmp_path, **LLAMA_CASES["plain"])
+    bare = {name.removeprefix("base_model.model."): info for name, info in saved.tensors.items()}
+    named = {name.replace(".weight", ".default.weight"): info for name, info in saved.tensors.items()}
+    for tensors in (bare, named):
+        spec = saved.parse_changed(tensors)
+        assert [t.site for t in spec.targets] == [t.site for t in saved.parse().targets]
+    with pytest.raises(InvalidAdapter, match="says the same as"):
+        saved.parse_changed(bare | named)
+
+
+@pytest.fixture
+def plain(tmp_path: Path) -> Saved:
+    return Saved(llama, tmp_path, **LLAMA_CASES["plain"])
+
+
+def reshaped(info: TensorInfo, *shape: int) -> TensorInfo:
+    return TensorInfo(info.dtype, shape, info.begin, info.end)
+
+
+def test_wrong_shapes_are_refused_by_name(plain: Saved) -> None:
+    for name, (rows, columns) in ((n, i.shape) for n, i in plain.tensors.items()):
+        for shape in [(rows, columns + 1), (rows + 1, columns), (columns * rows,), (rows, columns, 1)]:
+            with pytest.raises(InvalidAdapter) as caught:
+                plain.parse_changed(plain.tensors | {name: reshaped(plain.tensors[name], *shape)})
+            assert caught.value.param == name
+
+
+def test_a_missing_tensor_is_refused(plain: Saved) -> None:
+    for name in plain.tensors:
+        rest = {n: i for n, i in plain.tensors.items() if n != name}
+        with pytest.raises(InvalidAdapter, match="counterpart"):
+            plain.parse_changed(rest)
+    first_layer = {n: i for n, i in plain.tensors.items() if "layers.0" in n}
+    with pytest.raises(InvalidAdapter, match="target_modules"):
+        plain.parse_changed(first_layer)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.9.self_attn.q_proj.lora_A.weight",
+        "transformer.h.0.attn.c_attn.lora_A.weight",
+        "lora_A.weight",
+        "model.layers.0.self_attn.q_proj.lora_C.weight",
+        "model.layers.0.self_attn.q_proj.lora_A.bias",
+        "model.embed_tokens.lora_A.weight",
+        "model.norm.lora_A.weight",
+        "model.layers.0.self_attn.q_proj.lora_embedding_A",
+        "model.layers.0.self_attn.q_proj.base_layer.bias",
+        "model.norm.weight",
+        "../../etc/passwd",
+        "x",
+        "model.embed_tokens.token_adapter.trainable_tokens_delta",
+        "prompt_embeddings",
+    ],
+)
+def test_a_tensor_of_nothing_we_serve_is_refused(plain: Saved, name: str) -> None:
+    name = f"base_model.model.{name}"
+    info = next(iter(plain.tensors.values()))
+    with pytest.raises(InvalidAdapter) as caught:
+        plain.parse_changed(plain.tensors | {name: info})
+    assert caught.value.param == name
+
+
+def test_whole_conv1d_weights_are_refused(tmp_path: Path) -> None:
+    saved = Saved(gpt2, tmp_path, **GPT2_CASES["plain"])
+    name = "base_model.model.transformer.h.0.mlp.c_fc.weight"
+    with pytest.raises(InvalidAdapter, match="replaces weights of the base"):
+        saved.parse_changed(saved.tensors | {name: reshaped(next(iter(saved.tensors.values())), 16, 64)})
+
+
+def test_no_matching_module_is_refused(plain: Saved) -> None:
+    with pytest.raises(InvalidAdapter, match="no LoRA tensors"):
+        plain.parse_changed({})
+    with pytest.raises(InvalidAdapter, match="no module of the base"):
+        Lora().parse(AdapterFiles(plain.config, plain.tensors), base_of(gpt2()))
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        ({"r": 8}, "rank 4"),
+        ({"rank_pattern": [["q_proj", 2]]}, "rank 4"),
+        ({"use_dora": True}, "magnitude"),
+        ({"lora_bias": True}, "bias"),
+        ({"target_modules": ["q_proj"]}, "target_modules"),
+        ({"target_modules": ["q_proj", "v_proj", "up_proj"]}, "up_proj"),
+        ({"modules_to_save": ["lm_head"]}, "lm_head"),
+        ({"alpha_pattern": [["(a+)+$", 1]]}, "alpha_pattern"),
+        ({"unknown": 1}, "unknown"),
+    ],
+)
+def test_a_config_that_says_something_else_is_refused(
+    plain: Saved, change: dict[str, Any], fault: str
+) -> None:
+    with pytest.raises(InvalidAdapter, match=fault):
+        plain.parse_changed(plain.tensors, **change)
+
+
+def test_what_the_config_does_not_ask_for_is_refused(tmp_path: Path) -> None:
+    for case, field in (("dora", "use_dora"), ("lora_bias", "lora_bias")):
+        saved = Saved(llama, tmp_path / case, **LLAMA_CASES[case])
+        with pytest.raises(InvalidAdapter, match="does not ask"):
+            saved.parse_changed(saved.tensors, **{field: False})
+
+
+def test_the_rank_limit_is_named(plain: Saved) -> None:
+    assert plain.parse(max_rank=4).rank == 4
+    with pytest.raises(InvalidAdapter, match="3 at most"):
+        build_methods(max_rank=3)["lora"].parse(AdapterFiles(plain.config, plain.tensors), plain.base)
+
+
+def test_dora_on_an_embedding_is_refused(tmp_path: Path) -> None:
+    saved = Saved(llama, tmp_path, r=4, use_dora=True, target_modules=["embed_tokens", "q_proj"])
+    with pytest.raises(InvalidAdapter, match="use_dora"):
+        saved.parse()
+
+
+@pytest.mark.parametrize("case", ["plain", "patterns", "embedding", "lora_bias"])
+def test_training_starts_as_the_base_with_the_tensors_of_shapes(case: str, tmp_path: Path) -> None:
+    saved = Saved(llama, tmp_path, **LLAMA_CASES[case])
+    spec = saved.parse()
+    lora = Lora()
+    tensors = lora.init(spec, saved.base, torch.Generator().manual_seed(1))
+    shapes = lora.shapes(spec, saved.base)
+    assert {n: tuple(t.shape) for n, t in tensors.items()} == {
+        n: s for n, s in shapes.items() if n not in spec.base_copies
+    }
+    for target in spec.targets:
+        a, b = tensors[target.A], tensors[target.B]
+        assert not (b @ a).any()
+        assert a.any() or b.any(), "nothing would ever be learned"
+    again = lora.init(spec, saved.base, torch.Generator().manual_seed(1))
+    assert all(torch.equal(tensors[n], again[n]) for n in tensors)
+
+
+def test_kept_config_survives_the_manifest(tmp_path: Path) -> None:
+    saved = Saved(llama, tmp_path, **LLAMA_CASES["patterns"])
+    reread = json.loads(json.dumps(saved.config, sort_keys=True))
+    assert Lora().parse(AdapterFiles(reread, saved.tensors), saved.base) == saved.parse()
