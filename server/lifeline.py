@@ -34,15 +34,17 @@ def run_child(name: str, work: Callable[[Settings], None]) -> NoReturn:
     settings = Settings()
     configure_logs(settings, name)
     hold(settings.supervisor_pid)
+    status = 0
     try:
         work(settings)
     except StartupError as refusal:
         log.error("%s", refusal.message)
-        sys.exit(REFUSED)
+        status = REFUSED
     except Exception:
         log.exception("The %s process failed", name)
-        sys.exit(1)
-    sys.exit(0)
+        status = 1
+    logging.shutdown()
+    os._exit(status)  # at once: torch and numba take seconds to tear down, and a thread may never end
 
 
 def hold(supervisor_pid: int) -> None:

@@ -7,16 +7,20 @@ import msgspec
 
 from server.settings import Settings
 
+OURS = ("server", "adapters_store", "__main__")  # the packages, and a child's own file
 _ESCAPED = {code: repr(chr(code))[1:-1] for code in [*range(32), *range(127, 160), 0x2028, 0x2029]}
 
 
 def configure_logs(settings: Settings, process: str) -> None:
-    """Send all records of this process to stderr in the chosen format. Call once, at the start."""
+    """Send this process's records to stderr in the chosen format. Call once, at the start.
+
+    The chosen level is for our own records; libraries are heard from a warning on.
+    """
     handler = logging.StreamHandler()
     handler.setFormatter(_Json(process) if settings.log_format == "json" else _Text(process))
-    logging.basicConfig(handlers=[handler], level=settings.log_level.upper(), force=True)
-    for chatty in ("httpx", "httpcore", "urllib3", "filelock", "asyncio"):
-        logging.getLogger(chatty).setLevel(logging.WARNING)
+    logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
+    for name in OURS:
+        logging.getLogger(name).setLevel(settings.log_level.upper())
 
 
 def visible(text: str, keep: str = "") -> str:

@@ -3,11 +3,11 @@
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from server import __version__
 from server.cli.adapters import adapters
 from server.cli.chat import chat
+from server.cli.output import print_error
 from server.cli.serve import serve
 from server.cli.tenants import tenants
 from server.errors import PolypeftError
@@ -29,7 +29,7 @@ def main() -> None:
     try:
         app()
     except PolypeftError as error:
-        Console(stderr=True, highlight=False).print(error.message, style="red", markup=False)
+        print_error(error.message)
         raise SystemExit(1) from None
 
 

@@ -1,15 +1,17 @@
 """`polypeft adapters`: a tenant's adapters, as files come and go."""
 
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
+import httpx
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
-from rich.table import Table
 
 from server.cli.connection import DEFAULT_URL, DataDir, Key, Url, answer, connection
+from server.cli.output import print_table
 from server.errors import InvalidField
 
 adapters = typer.Typer(help="A tenant's adapters.", no_args_is_help=True)
@@ -49,13 +51,9 @@ def push(
 @adapters.command("list")
 def list_(url: Url = DEFAULT_URL, key: Key = None, data_dir: DataDir = None) -> None:
     """All of the tenant's adapters."""
-    with connection(url, key, data_dir) as client:
-        found = answer(client.get("/v1/adapters"))["data"]
     columns = ["name", "version", "method", "rank", "bytes"]
-    table = Table(*columns, box=None)
-    for adapter in found:
-        table.add_row(*(str(adapter.get(column, "")) for column in columns))
-    Console(markup=False).print(table)
+    with connection(url, key, data_dir) as client:
+        print_table(columns, [[adapter[column] for column in columns] for adapter in _all(client)])
 
 
 @adapters.command()
@@ -72,6 +70,17 @@ def rm(name: Name, url: Url = DEFAULT_URL, key: Key = None, data_dir: DataDir = 
     with connection(url, key, data_dir) as client:
         answer(client.delete(f"/v1/adapters/{name}"))
     typer.echo(f"{name} is deleted.")
+
+
+def _all(client: httpx.Client) -> Iterator[dict[str, Any]]:
+    """Every adapter, page by page."""
+    after: dict[str, str] = {}
+    while True:
+        page = answer(client.get("/v1/adapters", params=after))
+        yield from page["data"]
+        if not page["has_more"]:
+            return
+        after = {"after": page["last_id"]}
 
 
 def _files_of(path: Path) -> list[Path]:

@@ -48,12 +48,16 @@ def serve(**given: str | bool | None) -> None:
             f"The operator's key, kept in {settings.data_dir / 'admin.key'} and shown this once:\n\n  {key}"
         )
 
+    loading = Console(stderr=True).status(f"Loading {settings.model}")
+
     def welcome(url: str) -> None:
+        loading.stop()
         with connection(url, key, None) as client:
             model = base_id(client)
         console.print(WELCOME.format(model=model, url=url, options=_options_to_reach(settings, url)))
 
-    run(settings, welcome)
+    with loading:
+        run(settings, welcome)
 
 
 def read_settings(given: dict[str, Any]) -> Settings:

@@ -3,10 +3,9 @@
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from server.cli.connection import DEFAULT_URL, DataDir, Key, Url, answer, connection
+from server.cli.output import print_table
 
 tenants = typer.Typer(help="Tenants and their keys (operator).", no_args_is_help=True)
 
@@ -31,10 +30,7 @@ def list_(url: Url = DEFAULT_URL, key: Key = None, data_dir: DataDir = None) -> 
     """All tenants, oldest first."""
     with connection(url, key, data_dir) as client:
         found = answer(client.get("/admin/tenants"))["data"]
-    table = Table("id", "name", box=None)
-    for tenant in found:
-        table.add_row(tenant["id"], tenant["name"])
-    Console(markup=False).print(table)
+    print_table(["id", "name"], ((tenant["id"], tenant["name"]) for tenant in found))
 
 
 @tenants.command()

@@ -65,7 +65,8 @@ def listening(host: str, port: int) -> Iterator[socket.socket]:
         )[0]
         listener = socket.create_server(address[:2], family=family, backlog=2048)
     except OSError as error:
-        raise StartupError(f"Cannot listen on {host}:{port}: {error.strerror or error}.") from error
+        reason = (error.strerror or str(error)).partition(" (while")[0]  # which repeats the address
+        raise StartupError(f"Cannot listen on {host}:{port}: {reason}.") from error
     with closing(listener):
         listener.set_inheritable(True)
         yield listener

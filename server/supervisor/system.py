@@ -124,10 +124,10 @@ class _System:
 def _environment(settings: Settings, redis_url: str) -> dict[str, str]:
     """What engine and API see: the store's URL, whom to end with, and no way to the hub.
 
-    `serve` has fetched the model before it starts them.
+    The model has been fetched before they start. Progress bars would break the log's lines.
     """
     told = settings.model_copy(update={"redis_url": redis_url, "supervisor_pid": os.getpid()})
-    return child_environment(told) | {"HF_HUB_OFFLINE": "1"}
+    return child_environment(told) | {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 
 
 async def _answering_readyz(url: str) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from server.logs import configure_logs, visible
+from server.logs import OURS, configure_logs, visible
 from server.settings import Settings
 
 FORGED = "name\r\n2026-01-01T00:00:00Z INFO api: all is well\x1b[2J\u2028"
@@ -14,18 +14,20 @@ FORGED = "name\r\n2026-01-01T00:00:00Z INFO api: all is well\x1b[2J\u2028"
 
 @pytest.fixture(autouse=True)
 def restored() -> Iterator[None]:
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
+    loggers = [logging.getLogger(name) for name in (None, *OURS)]
+    before = [(logger, logger.handlers[:], logger.level) for logger in loggers]
     yield
-    root.handlers, root.level = handlers, level
+    for logger, handlers, level in before:
+        logger.handlers = handlers
+        logger.setLevel(level)
 
 
 def test_text_names_process_and_escapes_what_could_forge(capsys: pytest.CaptureFixture[str]) -> None:
     configure_logs(Settings(), "engine")
-    logging.getLogger("test").warning("got %s", FORGED)
+    logging.getLogger("server.test").warning("got %s", FORGED)
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
-    assert " WARNING engine test: got name\\r\\n2026" in lines[0]
+    assert " WARNING engine server.test: got name\\r\\n2026" in lines[0]
     assert "\x1b" not in lines[0]
 
 
@@ -34,15 +36,24 @@ def test_json_is_one_object_a_line_with_its_traceback(capsys: pytest.CaptureFixt
     try:
         raise ValueError(FORGED)
     except ValueError:
-        logging.getLogger("test").exception("failed")
+        logging.getLogger("server.test").exception("failed")
     line = json.loads(capsys.readouterr().err)
     assert (line["process"], line["level"], line["message"]) == ("api", "error", "failed")
     assert "ValueError" in line["exception"]
 
 
+def test_libraries_are_heard_from_a_warning_on(capsys: pytest.CaptureFixture[str]) -> None:
+    configure_logs(Settings(log_level="debug"), "api")
+    logging.getLogger("server.test").debug("ours")
+    logging.getLogger("httpx").info("chatter")
+    logging.getLogger("httpx").warning("news")
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.rpartition(": ")[2] for line in lines] == ["ours", "news"]
+
+
 def test_below_the_level_nothing_is_written(capsys: pytest.CaptureFixture[str]) -> None:
     configure_logs(Settings(log_level="error"), "api")
-    logging.getLogger("test").warning("quiet")
+    logging.getLogger("server.test").warning("quiet")
     assert capsys.readouterr().err == ""
 
 

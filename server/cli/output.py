@@ -1,0 +1,24 @@
+"""What a command prints: for a reader at a terminal, or for the next program in a pipe."""
+
+from collections.abc import Iterable, Sequence
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """A table at a terminal; lines of tab-separated values, without a header, in a pipe."""
+    console = Console(markup=False)
+    if not console.is_terminal:
+        for row in rows:
+            typer.echo("\t".join(map(str, row)))
+        return
+    table = Table(*columns, box=None)
+    for row in rows:
+        table.add_row(*map(str, row))
+    console.print(table)
+
+
+def print_error(sentence: str) -> None:
+    Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print(sentence, style="red")
