@@ -9,6 +9,8 @@
 Each change is one script: a crash leaves the index before it or after it. Every script may run twice.
 """
 
+from typing import Literal, NamedTuple
+
 import msgspec
 from redis.asyncio import Redis
 
@@ -41,9 +43,13 @@ return version and redis.call('HGET', KEYS[1], version)
 """
 
 ALIAS = """
-if redis.call('HEXISTS', KEYS[1], ARGV[2]) == 0 then return 0 end
-redis.call('HSET', KEYS[2], ARGV[1], ARGV[2])
-return 1
+local versions, aliases = unpack(KEYS)
+local alias, version, max = ARGV[1], ARGV[2], tonumber(ARGV[3])
+if redis.call('HEXISTS', versions, version) == 0 then return 'no version' end
+local new = redis.call('HEXISTS', aliases, alias) == 0
+if new and redis.call('HLEN', aliases) >= max then return 'too many' end
+redis.call('HSET', aliases, alias, version)
+return 'done'
 """
 
 REMOVE = """
@@ -118,6 +124,14 @@ def summary(manifest: Manifest) -> Version:
     )
 
 
+class Standing(NamedTuple):
+    """What decides whether one more version may come, and which."""
+
+    last: int  # the highest version there ever was
+    versions: int  # that the adapter has now; 0: there is no such adapter
+    adapters: int  # that the tenant has
+
+
 class Index:
     """All calls raise StoreError when Valkey does not answer."""
 
@@ -143,10 +157,12 @@ class Index:
             record = await self._find(keys=_records(tenant, name), args=[selector, kind])
         return None if record is None else msgspec.json.decode(record, type=Version)
 
-    async def alias(self, tenant: str, name: str, alias: str, version: int) -> bool:
-        """False if there is no such version."""
+    async def alias(
+        self, tenant: str, name: str, alias: str, version: int, max_aliases: int
+    ) -> Literal["done", "no version", "too many"]:
         with store_errors():
-            return bool(await self._alias(keys=_records(tenant, name), args=[alias, version]))
+            answer = await self._alias(keys=_records(tenant, name), args=[alias, version, max_aliases])
+        return _text(answer)  # type: ignore[return-value]  # what the script returns
 
     async def remove(self, tenant: str, name: str, version: int | None) -> list[Version]:
         """Remove one version, or all, and the aliases that point there; the manifests are now `deleting`."""
@@ -156,15 +172,14 @@ class Index:
             records = await self._remove(keys=keys, args=args)
         return [msgspec.json.decode(record, type=Version) for record in records]
 
-    async def last(self, tenant: str, name: str) -> tuple[int, bool, int]:
-        """The highest version ever, whether the adapter exists now, and how many adapters the tenant has."""
+    async def standing(self, tenant: str, name: str) -> Standing:
         with store_errors():
             async with self._redis.pipeline(transaction=True) as transaction:
                 transaction.hget(_last(tenant), name)
-                transaction.zscore(_names(tenant), name)
+                transaction.hlen(_records(tenant, name)[0])
                 transaction.zcard(_names(tenant))
-                last, score, count = await transaction.execute()
-        return int(last or 0), score is not None, count
+                last, versions, adapters = await transaction.execute()
+        return Standing(int(last or 0), versions, adapters)
 
     async def adapters(self, tenant: str, names: list[str]) -> list[Adapter]:
         """Those that exist, in the order asked; each is one consistent moment."""

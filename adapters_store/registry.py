@@ -20,6 +20,8 @@ from adapters_store.objects import Objects, sha256_of
 from server.errors import Conflict, InvalidField, NotFound, QuotaExceeded, StoreError, shown
 
 MAX_FILE_NAME = 128
+MAX_VERSIONS = 1000  # of one adapter, at a time
+MAX_ALIASES = 100  # of one adapter
 NO_QUOTA = 2**53
 log = logging.getLogger(__name__)
 
@@ -39,14 +41,14 @@ class Registry:
 
         Numbers are never used again, not even after a deletion. Raises QuotaExceeded for one name too many.
         """
-        last, exists, count = await self._index.last(tenant, names.check_name(name))
-        if not exists and count >= self._max_adapters:
+        standing = await self._index.standing(tenant, names.check_name(name))
+        if standing.versions == 0 and standing.adapters >= self._max_adapters:
             raise self._quota()
-        if last >= names.MAX_VERSION:
+        if standing.versions >= MAX_VERSIONS or standing.last >= names.MAX_VERSION:
             raise QuotaExceeded(
-                f"Adapter {shown(name)} has had {names.MAX_VERSION} versions, the most there are."
+                f"Adapter {shown(name)} has {MAX_VERSIONS} versions, the most it may; delete one."
             )
-        return last + 1
+        return standing.last + 1
 
     async def publish(self, manifest: Manifest) -> None:
         """Make a version visible, and `latest`. Raises Conflict if the number was taken meanwhile."""
@@ -81,12 +83,6 @@ class Registry:
             raise _unknown(name)
         return found[0]
 
-    async def list(self, tenant: str, after: str | None = None, limit: int = 100) -> list[Adapter]:
-        """Up to `limit` of the tenant's adapters by name, those after `after`."""
-        if after is not None:
-            names.check_name(after, "after")
-        return await self._index.adapters(tenant, await self._index.names(tenant, after, limit))
-
     async def manifest(self, tenant: str, name: str, version: int) -> Manifest:
         found = await self.resolve(tenant, name, str(version))
         try:
@@ -97,10 +93,15 @@ class Registry:
     async def set_alias(self, tenant: str, name: str, alias: str, version: int) -> None:
         """Point `alias` at a version, wherever it pointed before."""
         names.check_alias(alias)
-        if not names.is_name(name) or not await self._index.alias(tenant, name, alias, version):
+        done = "no version"
+        if names.is_name(name):
+            done = await self._index.alias(tenant, name, alias, version, MAX_ALIASES)
+        if done == "too many":
+            raise QuotaExceeded(f"Adapter {shown(name)} has {MAX_ALIASES} aliases, the most it may.")
+        if done == "no version":
             raise _unknown(f"{name}@{version}")
 
-    async def delete(self, tenant: str, name: str, version: int | None = None) -> Iterable[str]:
+    async def delete(self, tenant: str, name: str, version: int | None = None) -> list[str]:
         """Delete a version, or the adapter; the digests of what is gone. Blobs stay for a later sweep.
 
         Once the index has forgotten a version it is deleted, also after a crash: its manifest is on the list
@@ -131,6 +132,12 @@ class Registry:
         for tenant in await self._index.tenants():
             await self._forget_missing(tenant, set(keys))
         return len(keys)
+
+    async def list(self, tenant: str, after: str | None = None, limit: int = 100) -> list[Adapter]:
+        """Up to `limit` of the tenant's adapters by name, those after `after`."""
+        if after is not None:
+            names.check_name(after, "after")
+        return await self._index.adapters(tenant, await self._index.names(tenant, after, limit))
 
     async def _stage_one(self, tenant: str, name: str, path: Path) -> Blob:
         sha256 = await run_sync(sha256_of, path)

@@ -43,15 +43,14 @@ def operator_key(data_dir: Path) -> tuple[str, bool]:
     several processes that start at once, one makes it and the others read that one's.
     """
     path = data_dir / "admin.key"
-    if not path.exists() and _create_once(path, new_secret()):
-        return path.read_text().strip(), True
     try:
+        created = not path.exists() and _create_once(path, new_secret())
         secret = path.read_text(encoding="ascii").strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise StartupError("admin.key in the data directory cannot be read.") from error
+        raise StartupError("admin.key in the data directory can be neither read nor made.") from error
     if not well_formed(secret):
         raise StartupError("admin.key in the data directory holds no key; remove it to get a new one.")
-    return secret, False
+    return secret, created
 
 
 def _create_once(path: Path, secret: str) -> bool:

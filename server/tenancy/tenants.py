@@ -19,6 +19,7 @@ from server.errors import InvalidField, NotFound, shown
 from server.tenancy.keys import fingerprint, new_secret, well_formed
 
 MAX_NAME = 64
+MAX_WEIGHT = 1000.0
 TENANTS = "pp:tenants"
 KEYS = "pp:keys"
 
@@ -68,6 +69,10 @@ class Tenants:
         if not name or len(name) > MAX_NAME or not name.isprintable():
             raise InvalidField(
                 f"name {shown(name)} must have 1 to {MAX_NAME} printable characters.", param="name"
+            )
+        if not 0 < weight <= MAX_WEIGHT:
+            raise InvalidField(
+                f"weight {shown(weight)} must be over 0 and at most {MAX_WEIGHT:g}.", param="weight"
             )
         tenant = Tenant(f"ten_{secrets.token_hex(12)}", name, weight, int(time.time()))
         _, secret = await self._write_key(tenant.id, new=tenant)

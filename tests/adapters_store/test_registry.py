@@ -149,6 +149,21 @@ async def test_quota_counts_names_not_versions(objects: Objects, redis: Redis) -
     await publish(registry, "t", "c")
 
 
+async def test_versions_and_aliases_are_bounded(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("adapters_store.registry.MAX_VERSIONS", 2)
+    monkeypatch.setattr("adapters_store.registry.MAX_ALIASES", 2)
+    await publish(registry, "t", "a")
+    await publish(registry, "t", "a")
+    with pytest.raises(QuotaExceeded, match="2 versions"):
+        await registry.next_version("t", "a")
+    await registry.set_alias("t", "a", "prod", 1)
+    await registry.set_alias("t", "a", "prod", 2)
+    with pytest.raises(QuotaExceeded, match="2 aliases"):
+        await registry.set_alias("t", "a", "test", 1)
+    await registry.delete("t", "a", 1)
+    assert await registry.next_version("t", "a") == 3
+
+
 async def test_stage_stores_by_content_under_the_tenant(
     registry: Registry, objects: Objects, tmp_path: Path
 ) -> None:

@@ -146,11 +146,12 @@ def _modules(field: str, value: Any) -> list[str] | None:
 
 def _check_inert(field: str, value: Any) -> None:
     """Dropped all the same, but a URL or a heap of data was put there for a reason that is not ours."""
-    for item in value.values() if isinstance(value, dict) else [value]:
+    flat = list(value.values()) if isinstance(value, dict) else value
+    for item in flat if isinstance(flat, list) else [flat]:
+        if isinstance(item, dict | list):
+            raise _refused(field, value, "it must be a plain value")
         if isinstance(item, str) and (len(item) > MAX_TEXT or "://" in item):
             raise _refused(field, item, f"it must be text of at most {MAX_TEXT} characters and no URL")
-        if isinstance(item, dict) or (isinstance(item, list) and field != "layers_pattern"):
-            raise _refused(field, value, "it must be a plain value")
 
 
 def _refused(field: str, value: object, rule: str) -> InvalidAdapter:

@@ -76,6 +76,12 @@ async def test_names_are_bounded_and_printable(tenants: Tenants, name: str) -> N
     assert await tenants.list() == []
 
 
+@pytest.mark.parametrize("weight", [0, -1, 1001, float("nan"), float("inf")])
+async def test_weights_are_positive_and_bounded(tenants: Tenants, weight: float) -> None:
+    with pytest.raises(InvalidField, match="weight"):
+        await tenants.create("a", weight)
+
+
 async def test_unknown_tenants_are_not_found(tenants: Tenants) -> None:
     for call in (tenants.get, tenants.keys, tenants.add_key):
         with pytest.raises(NotFound):

@@ -53,7 +53,7 @@ REFUSED: dict[str, list[Any]] = {
     "target_modules": [".*q_proj", "(a+)+$", 1, [1], [None], {"a": 1}],
     "exclude_modules": [".*", 3],
     "base_model_name_or_path": ["http://127.0.0.1/x", "s3://bucket/x", "x" * 2000, {"a": {"b": 1}}],
-    "revision": ["file:///etc/passwd", [1]],
+    "revision": ["file:///etc/passwd", ["http://x"]],
     "auto_mapping": [{"parent_library": "https://x"}, {"a": ["x"]}],
 }
 
