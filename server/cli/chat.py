@@ -19,7 +19,9 @@ Messages = list[dict[str, str]]
 def chat(
     adapter: Annotated[str | None, typer.Option(help="The adapter to talk to; without it, the base.")] = None,
     system: Annotated[str | None, typer.Option(help="A system message to begin with.")] = None,
-    max_tokens: Annotated[int, typer.Option(help="The longest answer.")] = 512,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="The longest answer; else the context's rest.")
+    ] = None,
     temperature: Annotated[float, typer.Option(help="0: always the likeliest token.")] = 0.7,
     url: Url = DEFAULT_URL,
     key: Key = None,
@@ -28,7 +30,9 @@ def chat(
     """Talk to the base or to one adapter. Ctrl-D ends it."""
     messages: Messages = [{"role": "system", "content": system}] if system else []
     with connection(url, key, data_dir) as client:
-        options = {"model": adapter or base_id(client), "max_tokens": max_tokens, "temperature": temperature}
+        options: dict[str, Any] = {"model": adapter or base_id(client), "temperature": temperature}
+        if max_tokens is not None:
+            options["max_tokens"] = max_tokens
         for line in _lines():
             messages.append({"role": "user", "content": line})
             text = ""

@@ -1,0 +1,233 @@
+"""The command line against a real server with a fake engine: what it sends, what it prints, how it fails."""
+
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import httpx
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from server import __version__
+from server.cli import main
+from server.cli.adapters import _all
+from server.cli.serve import read_settings
+from server.engine.fake import Behaviour
+from server.errors import StartupError
+from server.settings import Settings
+from tests.server.api.conftest import System, lora_files, running
+from tests.server.api.tokenizers import byte_level_tokenizer
+
+
+class Done(NamedTuple):
+    status: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Done]
+
+
+@pytest.fixture(scope="module")
+def system(valkey_url: str) -> Iterator[System]:
+    folder = Path(tempfile.mkdtemp(prefix="pp"))
+    byte_level_tokenizer(folder / "model")
+    settings = Settings(model=str(folder / "model"), data_dir=folder, redis_url=valkey_url)
+    settings.run_dir.mkdir()
+    with running(settings) as system:
+        yield system
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def run(system: System, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """`polypeft ARGUMENTS` in this process, as the operator unless a key is given."""
+    monkeypatch.setenv("POLYPEFT_URL", system.url)
+    monkeypatch.setenv("POLYPEFT_DATA_DIR", str(system.settings.data_dir))
+    monkeypatch.delenv("POLYPEFT_API_KEY", raising=False)
+    system.engine.behaviour = Behaviour()
+
+    def call(*arguments: str, stdin: str = "") -> Done:
+        monkeypatch.setattr(sys, "argv", ["polypeft", *arguments])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            main()
+        said = capsys.readouterr()
+        return Done(int(end.value.code or 0), said.out, said.err)
+
+    return call
+
+
+def script(system: System, text: str) -> Behaviour:
+    """The engine answers every prompt with `text`."""
+    ids: list[int] = PreTrainedTokenizerFast.from_pretrained(system.settings.model).encode(text)
+    return Behaviour(script=ids)
+
+
+def prompts(system: System) -> list[str]:
+    """What the engine was asked since the last call, as text."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(system.settings.model)
+    seen = [tokenizer.decode(row.prompt) for row in system.engine.seen]
+    system.engine.seen.clear()
+    return seen
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Path:
+    """A folder as a training run leaves it: the adapter's files, and others."""
+    for _, (name, content, _) in lora_files():
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    (tmp_path / "training_args.bin").write_bytes(b"\x80pickle")
+    return tmp_path
+
+
+def test_version(run: Run) -> None:
+    assert run("--version") == (0, f"{__version__}\n", "")
+
+
+def test_a_tenant_is_made_and_its_key_works_until_revoked(run: Run) -> None:
+    made = dict(line.split() for line in run("tenants", "add", "acme").out.splitlines())
+    assert f"{made['id']}\tacme" in run("tenants", "list").out.splitlines()
+    assert run("adapters", "list", "--key", made["key"]) == (0, "", "")
+
+    [key_id] = run("tenants", "keys", made["id"]).out.split()
+    assert run("tenants", "revoke", made["id"], key_id).out == f"{key_id} is revoked.\n"
+    refused = run("adapters", "list", "--key", made["key"])
+    assert (refused.status, refused.out, refused.err) == (1, "", "The API key is not valid.\n")
+
+
+def test_a_tenant_gets_a_second_key(run: Run, system: System) -> None:
+    tenant = run("tenants", "add", "two keys").out.split()[1]
+    made = dict(line.split() for line in run("tenants", "keys", tenant, "--new").out.splitlines())
+    assert len(run("tenants", "keys", tenant).out.split()) == 2
+    assert run("adapters", "list", "--key", made["secret"]).status == 0
+
+
+def test_an_adapter_is_pushed_listed_shown_and_removed(run: Run, system: System, adapter: Path) -> None:
+    key = ("--key", system.tenant("pusher"))
+    pushed = run("adapters", "push", "poet", str(adapter), *key)
+    assert pushed.status == 0, pushed.err
+    assert json.loads(pushed.out)["version"] == 1
+    # the weights' file alone finds its config beside it
+    assert json.loads(run("adapters", "push", "poet", str(adapter / "adapter_model.safetensors"), *key).out)
+    name, version, method, rank, _ = run("adapters", "list", *key).out.strip().split("\t")
+    assert (name, version, method, rank) == ("poet", "2", "lora", "4")
+    assert len(json.loads(run("adapters", "show", "poet", *key).out)["versions"]) == 2
+    assert run("adapters", "rm", "poet", *key).out == "poet is deleted.\n"
+    assert run("adapters", "show", "poet", *key).status == 1
+
+
+def test_every_page_is_listed() -> None:
+    def pages(request: httpx.Request) -> httpx.Response:
+        after = request.url.params.get("after", "")
+        names = [name for name in ("a", "b", "c") if name > after][:2]
+        page = {
+            "data": [{"name": name} for name in names],
+            "has_more": names[-1] != "c",
+            "last_id": names[-1],
+        }
+        return httpx.Response(200, json=page)
+
+    with httpx.Client(transport=httpx.MockTransport(pages), base_url="http://server") as client:
+        assert [adapter["name"] for adapter in _all(client)] == ["a", "b", "c"]
+
+
+def test_the_servers_refusal_is_one_sentence(run: Run, adapter: Path) -> None:
+    (adapter / "adapter_config.json").write_text('{"peft_type": "IA3"}')
+    refused = run("adapters", "push", "bad", str(adapter))
+    assert refused.status == 1
+    assert refused.out == ""
+    assert "IA3" in refused.err.splitlines()[-1]
+    assert "Traceback" not in refused.err
+
+
+def test_a_folder_without_an_adapter_is_refused_before_anything_is_sent(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "adapter_model.bin").write_bytes(b"\x80pickle")
+    refused = run("adapters", "push", "bad", str(tmp_path))
+    assert (refused.status, "holds no adapter_config.json" in refused.err) == (1, True)
+
+
+def test_chat_streams_and_remembers_over_a_pipe(run: Run, system: System) -> None:
+    system.engine.behaviour = script(system, "fine")
+    prompts(system)
+    said = run("chat", "--temperature", "0", "--system", "be kind", stdin="how are you\n\nreally\n")
+    assert said == (0, "fine\nfine\n", "")
+    first = "<|system|>be kind<|end|><|user|>how are you<|end|><|assistant|>"
+    assert prompts(system) == [first, first + "fine<|end|><|user|>really<|end|><|assistant|>"]
+
+
+def test_chat_names_its_adapter(run: Run, system: System, adapter: Path) -> None:
+    run("adapters", "push", "poet", str(adapter))
+    system.engine.seen.clear()
+    assert run("chat", "--adapter", "poet", "--max-tokens", "3", stdin="hi\n").status == 0
+    assert [row.adapter.name for row in system.engine.seen if row.adapter] == ["poet"]
+    unknown = run("chat", "--adapter", "nobody", stdin="hi\n")
+    assert (unknown.status, unknown.out) == (1, "")
+    assert "`nobody` does not exist" in unknown.err
+
+
+def test_an_answer_that_fails_midway_says_so(run: Run, system: System, adapter: Path) -> None:
+    digest = json.loads(run("adapters", "push", "broken", str(adapter)).out)["digest"]
+    system.engine.behaviour = Behaviour(fail_digest=digest, fail_after=2)
+    failed = run("chat", "--adapter", "broken", stdin="hi\n")
+    assert (failed.status, failed.err) == (1, "The adapter produced a value that is not finite.\n")
+
+
+def test_a_model_cannot_steer_the_terminal(run: Run, system: System) -> None:
+    system.engine.behaviour = script(system, "a\x1b[2Jb")
+    assert run("chat", stdin="hi\n").out == "a\\x1b[2Jb\n"
+
+
+def test_a_server_that_is_not_there_is_a_sentence(run: Run) -> None:
+    failed = run("tenants", "list", "--url", "http://127.0.0.1:1")
+    assert failed.status == 1
+    assert failed.err.startswith("The server at http://127.0.0.1:1 cannot be reached")
+
+
+def test_without_a_key_it_says_where_one_was_looked_for(run: Run, tmp_path: Path) -> None:
+    failed = run("tenants", "list", "--data-dir", str(tmp_path))
+    assert failed.status == 1
+    assert "admin.key" in failed.err
+
+
+def test_every_setting_is_an_option_with_its_help(run: Run) -> None:
+    shown = run("serve", "--help").out.replace("\n", " ")
+    for name in Settings.model_fields.keys() - {"supervisor_pid"}:
+        flag = "--" + name.replace("_", "-")
+        assert flag in shown or flag[:14] in shown  # a narrow terminal cuts long ones
+    assert "supervisor" not in shown
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--port", "99999"), ("--device", "tpu"), ("--kv-bytes", "many"), ("--max-seqs", "0")],
+)
+def test_a_bad_option_is_refused_by_name_and_value(option: str, value: str, run: Run) -> None:
+    refused = run("serve", option, value)
+    assert refused.status == 1
+    assert refused.err.startswith(f"{option} '{value}': ")
+    assert len(refused.err.splitlines()) == 1
+
+
+def test_options_win_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("POLYPEFT_PORT", "1111")
+    monkeypatch.setenv("POLYPEFT_MAX_SEQS", "3")
+    settings = read_settings({"port": "2222", "prefix_cache": False, "store": None})
+    assert (settings.port, settings.max_seqs, settings.prefix_cache) == (2222, 3, False)
+    monkeypatch.setenv("POLYPEFT_PORT", "none")
+    with pytest.raises(StartupError, match="--port 'none'"):
+        read_settings({})
+
+
+def test_the_command_line_starts_without_torch() -> None:
+    code = "import sys, server.cli; sys.exit(bool({'torch', 'transformers', 'fastapi'} & sys.modules.keys()))"
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": str(Path.cwd())})
