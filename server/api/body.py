@@ -60,8 +60,12 @@ def parse(raw: bytes) -> dict[str, Any]:
     """The JSON object in `raw`. NaN and numbers beyond a float pass as such, for their field to refuse."""
     try:
         value = json.loads(raw.decode(), object_pairs_hook=_object)
+        if rb"\ud" in raw.lower():  # an escaped surrogate: only in pairs is it a character
+            json.dumps(value, ensure_ascii=False).encode()
     except UnicodeDecodeError as error:
         raise InvalidRequest(f"The body is not UTF-8 at byte {error.start}.", code="invalid_json") from None
+    except UnicodeEncodeError:
+        raise InvalidRequest("The body holds half a surrogate pair.", code="invalid_json") from None
     except json.JSONDecodeError as error:
         raise InvalidRequest(
             f"The body is not JSON: {error.msg} at character {error.pos}.", code="invalid_json"

@@ -1,6 +1,7 @@
 """From a request's prompt or messages to token ids that fit the context."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 from anyio.to_thread import run_sync
@@ -23,7 +24,7 @@ async def completion_prompts(parts: Services, prompt: Any) -> list[list[int]]:
     prompts = []
     for one in given:
         if isinstance(one, str):
-            prompts.append(await _encode(parts, one))
+            prompts.append(await _aside(len(one), partial(parts.tokenizer.encode, one)))
         elif _is_tokens(one):
             prompts.append(_in_vocabulary(one, parts.base.vocab_size))
         else:
@@ -57,12 +58,6 @@ def fit(prompt: list[int], asked: int | None, default: int | None, context: int)
     return asked or min(default or room, room)
 
 
-async def _encode(parts: Services, text: str) -> list[int]:
-    if not _is_unicode(text):
-        raise InvalidField("prompt holds half a surrogate pair, which is no character.", param="prompt")
-    return await _aside(len(text), lambda: parts.tokenizer.encode(text))
-
-
 async def _aside(chars: int, work: Callable[[], T]) -> T:
     return work() if chars <= INLINE_CHARS else await run_sync(work)
 
@@ -78,14 +73,6 @@ def _in_vocabulary(tokens: list[int], size: int) -> list[int]:
                 f"prompt has the token id {shown(token)}; they run from 0 to {size - 1}.", param="prompt"
             )
     return tokens
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _role(message: Message) -> str:

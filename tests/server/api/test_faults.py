@@ -1,0 +1,139 @@
+"""When something breaks or somebody leaves: every request ends, in tokens or in an error that says so."""
+
+import json
+import threading
+import time
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from server.engine.fake import FakeEngine
+from tests.server.api.conftest import System, until
+
+URL = "/v1/completions"
+SLOW = {"model": "toy", "prompt": "abc", "max_tokens": 200}
+
+
+def events_of(answer: httpx.Response) -> list[dict[str, Any]]:
+    """The stream's events; fails if it ends cleanly."""
+    lines = [line for line in answer.text.split("\n\n") if line]
+    assert all(line.startswith("data: ") for line in lines)
+    assert "data: [DONE]" not in lines, "a clean end"
+    return [json.loads(line[6:]) for line in lines]
+
+
+def test_a_client_that_leaves_cancels_its_row(system: System, key: str, engine: FakeEngine) -> None:
+    engine.behaviour.step_seconds = 0.02
+    with system.http(key) as client, client.stream("POST", URL, json=SLOW | {"stream": True}) as stream:
+        lines = stream.iter_lines()
+        next(lines)
+        assert engine.running == 1
+    until(lambda: engine.running == 0, seconds=2)
+    assert len(engine.cancelled) == 1
+    assert system.app.state.services.engine.rows == 0
+
+
+def test_a_client_that_leaves_an_unstreamed_answer_cancels_too(
+    system: System, key: str, engine: FakeEngine
+) -> None:
+    engine.behaviour.step_seconds = 0.02
+    with system.http(key) as client, pytest.raises(httpx.ReadTimeout):
+        client.post(URL, json=SLOW | {"n": 3}, timeout=0.3)
+    until(lambda: engine.running == 0, seconds=2)
+    assert len(engine.cancelled) == 3
+
+
+def test_an_engine_that_dies_mid_stream_ends_it_in_an_error_event(
+    system: System, http: httpx.Client, engine: FakeEngine
+) -> None:
+    engine.behaviour.step_seconds = 0.02
+    answers: list[httpx.Response] = []
+    streamed, whole = SLOW | {"stream": True}, SLOW
+    threads = [
+        threading.Thread(target=lambda b=body: answers.append(http.post(URL, json=b)))
+        for body in (streamed, whole)
+    ]
+    for thread in threads:
+        thread.start()
+    until(lambda: engine.running == 2)
+    time.sleep(0.1)
+    system.call(engine.crash())
+    for thread in threads:
+        thread.join(5)
+    ready = http.get("/readyz")
+    assert (ready.status_code, ready.json()["checks"]["engine"]) == (503, False)
+    refused = http.post(URL, json=SLOW)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (503, "unavailable")
+    assert int(refused.headers["retry-after"]) >= 1
+
+    system.call(engine.start())
+    until(lambda: http.get("/readyz").status_code == 200)
+    by_status = {answer.status_code: answer for answer in answers}
+    assert events_of(by_status[200])[-1]["error"]["code"] == "engine_lost"
+    assert by_status[503].json()["error"]["code"] == "engine_lost"
+    engine.behaviour.step_seconds = 0
+    assert http.post(URL, json=SLOW).status_code == 200
+
+
+def test_the_sdk_raises_on_an_error_event(sdk: openai.OpenAI, engine: FakeEngine) -> None:
+    engine.behaviour.step_seconds = 0.05
+    with pytest.raises(openai.APIError, match="deadline"):
+        for _ in sdk.completions.create(
+            model="toy", prompt="a", max_tokens=200, stream=True, extra_headers={"x-request-timeout": "0.4"}
+        ):
+            pass
+
+
+def test_the_deadline_ends_a_request_within_a_second(http: httpx.Client, engine: FakeEngine) -> None:
+    engine.behaviour.step_seconds = 0.05
+    for body in (SLOW, SLOW | {"stream": True}):
+        started = time.monotonic()
+        answer = http.post(URL, json=body, headers={"x-request-timeout": "0.4"})
+        assert time.monotonic() - started < 1.4
+        error = answer.json()["error"] if answer.status_code == 504 else events_of(answer)[-1]["error"]
+        assert error["code"] == "deadline_exceeded"
+
+
+def test_a_full_queue_is_503_and_what_was_accepted_completes(
+    system: System, http: httpx.Client, engine: FakeEngine
+) -> None:
+    engine.behaviour.step_seconds = 0.01
+    statuses: list[int] = []
+    threads = [
+        threading.Thread(
+            target=lambda: statuses.append(http.post(URL, json=SLOW | {"max_tokens": 60}).status_code)
+        )
+        for _ in range(30)
+    ]
+    for thread in threads:
+        thread.start()
+    until(lambda: engine.running == 16)  # max_seqs 8 + max_queue 8
+    refused = http.post(URL, json=SLOW | {"n": 2, "stream": True})
+    assert refused.status_code == 503
+    assert int(refused.headers["retry-after"]) >= 1
+    assert http.get("/healthz").elapsed.total_seconds() < 0.2
+    for thread in threads:
+        thread.join(20)
+    assert sorted(statuses) == [200] * 16 + [503] * 14
+
+
+def test_draining_refuses_new_work_and_finishes_old(
+    system: System, http: httpx.Client, engine: FakeEngine
+) -> None:
+    engine.behaviour.step_seconds = 0.02
+    answers: list[httpx.Response] = []
+    thread = threading.Thread(target=lambda: answers.append(http.post(URL, json=SLOW | {"max_tokens": 20})))
+    thread.start()
+    until(lambda: engine.running == 1)
+    system.app.state.services.draining = True
+    try:
+        assert http.get("/readyz").status_code == 503
+        assert http.get("/healthz").status_code == 200
+        assert http.post(URL, json=SLOW).status_code == 503
+        assert http.post("/v1/adapters", files={"files": ("README.md", b"")}).status_code == 503
+        thread.join(5)
+    finally:
+        system.app.state.services.draining = False
+    assert answers[0].json()["usage"]["completion_tokens"] == 20

@@ -1,0 +1,89 @@
+"""`python -m server.api` as `serve` runs it: an inherited socket, and an end that drops nothing unsaid."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from server.engine.fake import FakeEngine
+from server.settings import Settings, child_environment
+from server.tenancy.keys import operator_key
+from tests.server.api.conftest import toy_base, until
+from tests.server.api.loops import LoopThread
+from tests.server.api.tokenizers import byte_level_tokenizer
+
+BODY = {"model": "toy", "prompt": "x", "max_tokens": 200, "stream": True}
+
+
+class Api:
+    """The API process over a fake engine that lives in this one."""
+
+    def __init__(self, settings: Settings, loop: LoopThread) -> None:
+        self._loop = loop
+        self.engine = FakeEngine(settings.engine_socket, toy_base())
+        loop.call(self.engine.start())
+        key, _ = operator_key(settings.data_dir)
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            fd = listener.fileno()
+            command = [sys.executable, "-m", "server.api", "--fd", str(fd)]
+            environment = child_environment(settings)
+            self.process = subprocess.Popen(command, pass_fds=[fd], env=environment, cwd=Path.cwd())
+            url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        self.http = httpx.Client(base_url=url, headers={"authorization": f"Bearer {key}"}, timeout=30)
+        until(lambda: self.http.get("/readyz").status_code == 200, seconds=60)
+
+    def close(self) -> None:
+        self.http.close()
+        if self.process.poll() is None:
+            os.kill(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        self._loop.call(self.engine.close())
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    path = Path(tempfile.mkdtemp(prefix="pp"))
+    byte_level_tokenizer(path / "model")
+    (path / "run").mkdir()
+    yield path
+    shutil.rmtree(path)
+
+
+@pytest.mark.parametrize(("drain_seconds", "last"), [(20.0, "[DONE]"), (0.5, "engine_lost")])
+def test_sigterm_lets_streams_finish_within_the_limit(
+    folder: Path, valkey_url: str, drain_seconds: float, last: str
+) -> None:
+    settings = Settings(
+        model=str(folder / "model"), data_dir=folder, redis_url=valkey_url, drain_seconds=drain_seconds
+    )
+    with LoopThread() as loop:
+        api = Api(settings, loop)
+        try:
+            api.engine.behaviour.step_seconds = 0.01
+            answers: list[httpx.Response] = []
+            thread = threading.Thread(
+                target=lambda: answers.append(api.http.post("/v1/completions", json=BODY))
+            )
+            thread.start()
+            until(lambda: api.engine.running == 1)
+            api.process.send_signal(signal.SIGTERM)
+            time.sleep(0.2)
+            assert api.http.get("/readyz").status_code == 503
+            assert api.http.post("/v1/completions", json=BODY).status_code == 503
+            thread.join(15)
+            final = answers[0].text.rstrip().rsplit("data: ", 1)[1]
+            assert (final if final == "[DONE]" else json.loads(final)["error"]["code"]) == last
+            assert api.process.wait(10) == 0
+        finally:
+            api.close()
