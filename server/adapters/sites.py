@@ -8,14 +8,15 @@ from typing import Literal
 
 import msgspec
 
-SiteKind = Literal["linear", "embedding", "norm"]
+SiteKind = Literal["linear", "embedding", "norm", "attention", "mlp"]
 
 
 class Site(msgspec.Struct, frozen=True):
     """`name` is the module path in the transformers class, e.g. "model.layers.0.self_attn.q_proj".
 
     linear: y = x W^T + b with W (out, in); GPT-2's Conv1D counts as linear, its W is stored transposed.
-    embedding: inputs = vocabulary, outputs = hidden size. norm: inputs = outputs = hidden size.
+    embedding: inputs = vocabulary, outputs = hidden size. norm: inputs = outputs = its width.
+    attention, mlp: a decoder layer's sub-block, inputs = outputs = hidden size.
     """
 
     name: str

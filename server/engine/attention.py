@@ -4,12 +4,13 @@ transformers' attention classes call `attend`; it finds the step under way on th
 in server/kernels/attention.py; which blocks a row owns was decided by the scheduler (engine/kv.py).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from server.adapters.methods.base import Rows
+from server.adapters.methods.base import Bank, Rows
 from server.adapters.sites import Base
 from server.engine.row import Row
 from server.kernels.attention import (
@@ -20,6 +21,9 @@ from server.kernels.attention import (
     prefill_attention,
     write_pages,
 )
+
+
+Spans = dict[str, list[tuple[int, int, int]]]  # method -> (slot, first token, end)
 
 
 class Pages:
@@ -56,10 +60,12 @@ class Step:
     """
 
     pages: Pages
+    banks: Mapping[str, Bank]
 
     def __init__(self) -> None:
-        self.rows = Rows([])
-        self.head_rows = Rows([])
+        # banks with rows in this batch, by the hook they act through; `head`: at the tokens sampled from
+        self.affine: list[tuple[Bank, Rows]] = []
+        self.head: list[tuple[Bank, Rows]] = []
         self.decoding = 0
         self.tables = torch.empty(0)
         self.lengths = torch.empty(0)
@@ -77,22 +83,28 @@ class Step:
             self.lengths = torch.tensor([row.computed + 1 for row in decoding], device=device)
         self.chunks = []
         self.last = {}
-        spans = []
+        spans: Spans = {}
         start = 0
         for row in rows:
             end = start + row.scheduled
             if row.scheduled > 1:
                 self.chunks.append(chunk_of(row, start, end, device))
-            if row.slot:
-                spans.append((row.slot, start, end))
+            if row.adapter:
+                spans.setdefault(row.adapter.method, []).append((row.slot, start, end))
             self.last[row.id] = end - 1
             start = end
-        self.rows = Rows(spans)
+        self.affine = self._acting("affine", spans)
 
     def keep(self, rows: list[Row]) -> None:
         """The output head sees one token of each row that completes, in the order given."""
-        completing = [row for row in rows if row.completes]
-        self.head_rows = Rows([(row.slot, i, i + 1) for i, row in enumerate(completing) if row.slot])
+        spans: Spans = {}
+        for i, row in enumerate(row for row in rows if row.completes):
+            if row.adapter:
+                spans.setdefault(row.adapter.method, []).append((row.slot, i, i + 1))
+        self.head = self._acting("affine", spans)
+
+    def _acting(self, hook: str, spans: Spans) -> list[tuple[Bank, Rows]]:
+        return [(self.banks[name], Rows(own)) for name, own in spans.items() if self.banks[name].acts(hook)]
 
 
 def chunk_of(row: Row, start: int, end: int, device: torch.device) -> Chunk:

@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from server.adapters.methods.base import Bank
 from server.adapters.sites import Site
 from server.engine.attention import Step
 
@@ -32,7 +31,6 @@ class LinearSite(nn.Module):
         self.site = site
         self.step = step
         self.is_head = is_head  # runs on the tokens that are sampled from, not on all
-        self.banks: tuple[Bank, ...] = ()
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self.packed = weight.device.type == "cpu" and weight.dtype == torch.float32 and onednn()
         held = _pack(weight, PACK_FOR_ROWS) if self.packed else weight
@@ -58,10 +56,8 @@ class LinearSite(nn.Module):
             y = _packed_linear(flat, self.held, self.bias, "none", [], "")
         else:
             y = F.linear(flat, self.held, self.bias)
-        rows = self.step.head_rows if self.is_head else self.step.rows
-        if rows:
-            for bank in self.banks:
-                bank.affine(self.site, flat, y, rows, self.bias)
+        for bank, rows in self.step.head if self.is_head else self.step.affine:
+            bank.affine(self.site, flat, y, rows, self.bias)
         result: torch.Tensor = y.view(*x.shape[:-1], self.site.outputs)
         return result
 
@@ -74,7 +70,6 @@ class EmbeddingSite(nn.Module):
         self.site = site
         self.embedding = embedding  # kept whole: Gemma's scales its output
         self.step = step
-        self.banks: tuple[Bank, ...] = ()
 
     @classmethod
     def of(cls, name: str, module: nn.Embedding, step: Step) -> "EmbeddingSite":
@@ -91,10 +86,8 @@ class EmbeddingSite(nn.Module):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         y: torch.Tensor = self.embedding(ids)
-        if self.step.rows:
-            flat = y.view(-1, y.shape[-1])
-            for bank in self.banks:
-                bank.affine(self.site, ids.reshape(-1), flat, self.step.rows, None)
+        for bank, rows in self.step.affine:
+            bank.affine(self.site, ids.reshape(-1), y.view(-1, y.shape[-1]), rows, None)
         return y
 
 

@@ -58,9 +58,8 @@ class ServedModel:
                 module.polypeft_step = self.step  # how `attend`, a plain function, finds its step
 
     def install(self, banks: Mapping[str, Bank]) -> None:
-        """Give every site the banks that may act there."""
-        for module in self.sites.values():
-            module.banks = tuple(banks.values())
+        """The banks whose adapters rows may name, by method."""
+        self.step.banks = banks
 
     @torch.inference_mode()
     def forward(self, rows: list[Row]) -> torch.Tensor:

@@ -61,18 +61,52 @@ class Rows:
         return bool(self.spans)
 
 
-class Bank(Protocol):
-    """A method's device memory for several adapters, addressed by slot."""
+@dataclass(frozen=True)
+class Start:
+    """What comes before a row's own tokens: `length` virtual tokens at positions 0..length-1.
 
-    def put(self, slot: int, packed: Packed) -> None: ...
-    def clear(self, slot: int) -> None: ...
+    Either their embeddings, which the model then computes like any prompt, or their keys and values as
+    they go into the cache (no rotary embedding applied). Exactly one of the two is given.
+    """
+
+    length: int
+    embeddings: torch.Tensor | None = None  # [length, hidden]
+    keys: torch.Tensor | None = None  # [layers, length, kv_heads, head_dim]
+    values: torch.Tensor | None = None
+
+
+class Bank:
+    """A method's device memory for several adapters, addressed by slot. Hooks do nothing by default.
+
+    `put` and `clear` are called between steps, the others within one. A bank is asked only about rows of
+    its own method, and only through the hooks that it overrides.
+    """
+
+    def put(self, slot: int, packed: Packed) -> None:
+        raise NotImplementedError
+
+    def clear(self, slot: int) -> None:
+        raise NotImplementedError
+
     def affine(
         self, site: Site, x: torch.Tensor, y: torch.Tensor, rows: Rows, bias: torch.Tensor | None
     ) -> None:
-        """Change y [T, out] = W x + b in place by what each token's adapter adds.
-
-        x is [T, in], or token ids [T] of an embedding; `bias` is the base's b, which DoRA needs apart.
+        """Change y [T, out] = W x + b in place by what each token's adapter adds, inside a linear,
+        an embedding (x is token ids [T]) or a norm. `bias` is the base's b, which DoRA needs apart.
         """
+
+    def sublayer(self, site: Site, h: torch.Tensor, r: torch.Tensor, rows: Rows) -> None:
+        """Change h [T, hidden], the output of an attention or MLP block, in place; r [T, hidden] is the
+        residual stream before that block's norm.
+        """
+
+    def start(self, slot: int) -> Start | None:
+        """What an adapter puts before its rows; asked once when a row is admitted."""
+        return None
+
+    def acts(self, hook: str) -> bool:
+        """Whether this bank overrides `hook`."""
+        return getattr(type(self), hook) is not getattr(Bank, hook)
 
 
 class Spec(Protocol):

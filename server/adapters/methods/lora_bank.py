@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import torch
 
-from server.adapters.methods.base import Packed, Rows, Tensors
+from server.adapters.methods.base import Bank, Packed, Rows, Tensors
 from server.adapters.sites import Base, Site
 from server.errors import InvalidAdapter
 from server.kernels import lora as kernel
@@ -90,7 +90,7 @@ def fold(
     return a, (ratio[:, None] * scaled).T.contiguous(), ratio - 1, None if bias is None else ratio * bias
 
 
-class LoraBank:
+class LoraBank(Bank):
     """Slots for LoRA adapters. `put` and `clear` are called between steps, `affine` within one."""
 
     def __init__(self, base: Base, slots: int, device: torch.device, dtype: torch.dtype) -> None:
