@@ -4,7 +4,11 @@ api -> engine.client -> engine -> adapters -> adapters_store
 """
 
 import ast
+import re
+import sys
+import tomllib
 from functools import cache
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -157,4 +161,18 @@ def test_nothing_prints_or_unpickles(module: str) -> None:
 def test_every_room_exists() -> None:
     """A rule for a file that is gone guards nothing."""
     missing = {name for name in {*ROOMS, *NO_TORCH} if name not in MODULES}
+    assert not missing
+
+
+def test_every_library_is_a_declared_dependency() -> None:
+    """None comes along by luck, because another one needs it."""
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    names = {re.split(r"[^\w-]", requirement)[0] for requirement in declared}
+    used = {name for module in MODULES for name in imports(module) if name not in MODULES}
+    distributions = packages_distributions()
+    missing = {
+        name
+        for name in used - sys.stdlib_module_names
+        if not names & {d.lower().replace("_", "-") for d in distributions[name]}
+    }
     assert not missing
