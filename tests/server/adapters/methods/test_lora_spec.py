@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from server.adapters.formats.peft import read_config
 from server.adapters.formats.safetensors import TensorInfo, read_header
-from server.adapters.methods import METHODS, build_methods
+from server.adapters.methods import build_methods
 from server.adapters.methods.base import AdapterFiles
 from server.adapters.methods.lora import Lora, LoraSpec
 from server.adapters.sites import Base, Site
@@ -116,7 +116,7 @@ def test_targets_ranks_and_scalings_are_pefts(
     assert {t.site: t.rank for t in spec.targets} == {n: layer.r["default"] for n, layer in layers.items()}
     for target in spec.targets:
         assert target.scaling == pytest.approx(layers[target.site].scaling["default"])
-    shapes = METHODS["lora"].shapes(spec, saved.base)
+    shapes = Lora().shapes(spec, saved.base)
     assert shapes == {name: info.shape for name, info in saved.tensors.items()}, (
         "every tensor is accounted for"
     )
