@@ -3,18 +3,29 @@
 Knows no route; what the fields mean is the model's business.
 """
 
+import asyncio
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
 
 from server.api.deps import Parts
-from server.errors import InvalidField, InvalidRequest, PolypeftError, TooLarge, UnsupportedMedia, shown
+from server.errors import (
+    DeadlineExceeded,
+    InvalidField,
+    InvalidRequest,
+    PolypeftError,
+    TooLarge,
+    UnsupportedMedia,
+    shown,
+)
 from server.settings import Settings
 
 M = TypeVar("M", bound=BaseModel)
+BODY_SECONDS = 60.0
 
 
 def json_body(model: type[M]) -> Callable[..., Awaitable[M]]:
@@ -37,11 +48,22 @@ async def read_body(request: Request, limit: int) -> bytes:
     if declared_length(request) > limit:
         raise too_large
     body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > limit:
-            raise too_large
+    async with arriving_within(BODY_SECONDS):
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > limit:
+                raise too_large
     return bytes(body)
+
+
+@asynccontextmanager
+async def arriving_within(seconds: float) -> AsyncIterator[None]:
+    """A client that sends a byte now and then holds no connection for ever. Raises DeadlineExceeded."""
+    try:
+        async with asyncio.timeout(seconds):
+            yield
+    except TimeoutError:
+        raise DeadlineExceeded(f"The body did not arrive within {seconds:g} s.") from None
 
 
 def refuse_encoding(request: Request) -> None:

@@ -13,7 +13,7 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import Request
 
-from server.api.body import declared_length, refuse_encoding
+from server.api.body import arriving_within, declared_length, refuse_encoding
 from server.errors import InvalidField, InvalidRequest, TooLarge, UnsupportedMedia, shown
 from server.settings import Settings
 
@@ -65,14 +65,15 @@ async def receive_upload(request: Request, folder: Path, settings: Settings) -> 
     try:
         parser = MultipartParser(options[b"boundary"], receiver.callbacks())
         received, batch = 0, bytearray()
-        async for chunk in request.stream():
-            received += len(chunk)
-            if received > limit:
-                raise too_large
-            batch += chunk
-            if len(batch) >= BATCH_BYTES:
-                await run_sync(parser.write, bytes(batch))
-                batch.clear()
+        async with arriving_within(settings.request_seconds):
+            async for chunk in request.stream():
+                received += len(chunk)
+                if received > limit:
+                    raise too_large
+                batch += chunk
+                if len(batch) >= BATCH_BYTES:
+                    await run_sync(parser.write, bytes(batch))
+                    batch.clear()
         await run_sync(parser.write, bytes(batch))
     except FormParserError:
         raise InvalidRequest("The body is not well-formed multipart/form-data.") from None

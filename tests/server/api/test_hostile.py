@@ -129,6 +129,15 @@ def test_a_declared_length_over_the_cap_is_413_unread(system: System, key: str) 
         assert raw.recv(64).startswith(b"HTTP/1.1 413")
 
 
+def test_a_body_that_never_arrives_ends(system: System, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.api.body.BODY_SECONDS", 0.3)
+    host, port = system.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=5) as raw:
+        head = f"POST {URL} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {key}\r\n"
+        raw.sendall(f"{head}Content-Type: application/json\r\nContent-Length: 50\r\n\r\n{{".encode())
+        assert raw.recv(64).startswith(b"HTTP/1.1 504")
+
+
 @pytest.mark.parametrize(
     "headers",
     [{"content-type": "text/plain"}, {"content-type": "application/json", "content-encoding": "gzip"}],
