@@ -30,6 +30,10 @@ def test_metrics_count_what_happened(http: httpx.Client, system: System) -> None
         key = (name, tuple(sorted(labels.items())))
         return series(http.get("/metrics").text)[key] - before.get(key, 0)
 
+    http.get("/v1/adapters/x")
+    http.get("/v1/models/a/b")
+    assert grown("polypeft_http_requests_total", route="/v1/adapters/{name}", status="404") == 1
+    assert grown("polypeft_http_requests_total", route="/v1/models/{model:path}", status="404") == 1
     route = "/v1/completions"
     assert grown("polypeft_http_requests_total", route=route, status="200") == 1
     assert grown("polypeft_http_requests_total", route=route, status="404") == 1
