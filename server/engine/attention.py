@@ -66,6 +66,8 @@ class Step:
         # banks with rows in this batch, by the hook they act through; `head`: at the tokens sampled from
         self.affine: list[tuple[Bank, Rows]] = []
         self.head: list[tuple[Bank, Rows]] = []
+        self.sublayer: list[tuple[Bank, Rows]] = []
+        self.residual = torch.empty(0)  # the stream before the sub-block under way
         self.decoding = 0
         self.tables = torch.empty(0)
         self.lengths = torch.empty(0)
@@ -94,6 +96,7 @@ class Step:
             self.last[row.id] = end - 1
             start = end
         self.affine = self._acting("affine", spans)
+        self.sublayer = self._acting("sublayer", spans)
 
     def keep(self, rows: list[Row]) -> None:
         """The output head sees one token of each row that completes, in the order given."""

@@ -22,6 +22,7 @@ from server.adapters.sites import Base, Site
 from server.engine.attention import Pages, Step, attend
 from server.engine.linear import EmbeddingSite, LinearSite
 from server.engine.row import Row
+from server.engine.sublayers import watch_sublayers
 from server.kernels.attention import BLOCK
 
 ATTENTION = "polypeft"  # a name without "flash", "sdpa" or "flex", which transformers treats specially
@@ -49,7 +50,10 @@ class ServedModel:
         self.model: Any = model.to(placement.device)
         self.sites = replace_modules(self.model, self.step)
         self.weights = BaseWeights(self.sites)
-        self.base = describe(self.model, base_id, self.sites, self.digest(), max_context)
+        config = self.model.config
+        blocks = watch_sublayers(self.model, config.num_hidden_layers, config.hidden_size, self.step)
+        found = {name: module.site for name, module in self.sites.items()} | norms(self.model) | blocks
+        self.base = describe(config, base_id, found, self.digest(), max_context)
         self.step.pages = Pages(self.base, placement.device, placement.dtype, kv_bytes)
         holds = self.step.pages.count * BLOCK  # one row may fill the whole cache, and no more
         self.base = msgspec.structs.replace(self.base, max_context=min(self.base.max_context, holds))
@@ -138,18 +142,19 @@ def replace_modules(model: nn.Module, step: Step) -> dict[str, LinearSite | Embe
     return sites
 
 
-def describe(
-    model: Any, base_id: str, sites: Mapping[str, LinearSite | EmbeddingSite], digest: str, max_context: int
-) -> Base:
-    config = model.config
-    heads = config.num_attention_heads
-    found = {name: module.site for name, module in sites.items()}
+def norms(model: nn.Module) -> dict[str, Site]:
+    """Every module that scales a vector by a learned one: LayerNorm, RMSNorm, q and k norms."""
+    found = {}
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
         if isinstance(weight, nn.Parameter) and weight.dim() == 1:
             biased = getattr(module, "bias", None) is not None
             found[name] = Site(name, "norm", weight.shape[0], weight.shape[0], biased)
-    own = config.max_position_embeddings
+    return found
+
+
+def describe(config: Any, base_id: str, sites: dict[str, Site], digest: str, max_context: int) -> Base:
+    heads, own = config.num_attention_heads, config.max_position_embeddings
     return Base(
         id=base_id,
         model_type=config.model_type,
@@ -160,5 +165,5 @@ def describe(
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
         vocab_size=config.vocab_size,
         max_context=min(max_context, own) if max_context else own,
-        sites=found,
+        sites=sites,
     )

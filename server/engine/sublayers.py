@@ -1,0 +1,62 @@
+"""Where bottleneck adapters act: behind a decoder layer's attention and MLP, with the residual in sight.
+
+Hooks on transformers' own modules: the norm before a sub-block shows the residual stream r, the sub-block's
+output h is handed to the banks. Sites are named by the sub-block's path, e.g. "model.layers.0.mlp".
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from server.adapters.sites import Site
+from server.engine.attention import Step
+
+# sub-block -> (kind, the norm before it; the first that a layer has)
+BLOCKS = {
+    "self_attn": ("attention", ("input_layernorm",)),
+    "attn": ("attention", ("ln_1",)),
+    "mlp": ("mlp", ("pre_feedforward_layernorm", "post_attention_layernorm", "ln_2")),
+}
+
+
+def watch_sublayers(model: nn.Module, layers: int, hidden_size: int, step: Step) -> dict[str, Site]:
+    """Hook every decoder layer's sub-blocks; {site name: site}. A layer of another shape gets none."""
+    sites = {}
+    for path, layer in decoder_layers(model, layers):
+        for leaf, (kind, norms) in BLOCKS.items():
+            block = getattr(layer, leaf, None)
+            norm = next((getattr(layer, n) for n in norms if hasattr(layer, n)), None)
+            if block is not None and norm is not None:
+                site = Site(f"{path}.{leaf}", kind, hidden_size, hidden_size, False)  # type: ignore[arg-type]
+                sites[site.name] = site
+                norm.register_forward_pre_hook(keep_residual(step))
+                block.register_forward_hook(apply_banks(site, step))
+    return sites
+
+
+def decoder_layers(model: nn.Module, count: int) -> Iterator[tuple[str, nn.Module]]:
+    for path, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            yield from ((f"{path}.{i}", layer) for i, layer in enumerate(module))
+            return
+
+
+def keep_residual(step: Step) -> Any:
+    def before_norm(_norm: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        step.residual = args[0]
+
+    return before_norm
+
+
+def apply_banks(site: Site, step: Step) -> Any:
+    def after_block(_block: nn.Module, _args: Any, output: Any) -> None:
+        if not step.sublayer:
+            return
+        h = output[0] if isinstance(output, tuple) else output
+        flat, residual = h.view(-1, site.outputs), step.residual.view(-1, site.outputs)
+        for bank, rows in step.sublayer:
+            bank.sublayer(site, flat, residual, rows)
+
+    return after_block
