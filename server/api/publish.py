@@ -48,9 +48,10 @@ async def publish(
     base = parts.base
     if name == base.id:
         raise InvalidField(f"name {shown(name)} is the base model's own.", param="name")
+    version = await parts.registry.next_version(tenant.id, name)
+    # in this order: whoever publishes after we look has our number, and one of us gets a conflict
     if create_only and await _exists(parts, tenant, name):
         raise Conflict(f"An adapter named {shown(name)} exists.", param="name")
-    version = await parts.registry.next_version(tenant.id, name)
     found = await run_sync(inspect, files, parts, base)
     blobs = await parts.registry.stage(tenant.id, [files.config, files.weights])
     weights_sha256 = next(blob.sha256 for blob in blobs if blob.name == files.weights[0])
