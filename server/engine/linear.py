@@ -52,7 +52,9 @@ class LinearSite(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         flat = x.reshape(-1, self.site.inputs)
-        if self.packed and flat.shape[0]:
+        if not flat.shape[0]:  # all rows are in mid-prefill: the head is asked nothing
+            y = flat.new_empty(0, self.site.outputs)
+        elif self.packed:
             y = _packed_linear(flat, self.held, self.bias, "none", [], "")
         else:
             y = F.linear(flat, self.held, self.bias)
