@@ -23,7 +23,18 @@ from server.kernels.attention import (
 )
 
 
-Spans = dict[str, list[tuple[int, int, int]]]  # method -> (slot, first token, end)
+class Spans:
+    """Which tokens each bank is asked about."""
+
+    def __init__(self) -> None:
+        self.by_bank: dict[Bank, list[tuple[int, int, int]]] = {}
+
+    def add(self, bank: Bank, slot: int, start: int, end: int) -> None:
+        self.by_bank.setdefault(bank, []).append((slot, start, end))
+
+    def acting(self, hook: str) -> list[tuple[Bank, Rows]]:
+        """Those of them that act through `hook`."""
+        return [(bank, Rows(spans)) for bank, spans in self.by_bank.items() if bank.acts(hook)]
 
 
 class Pages:
@@ -85,29 +96,26 @@ class Step:
             self.lengths = torch.tensor([row.computed + 1 for row in decoding], device=device)
         self.chunks = []
         self.last = {}
-        spans: Spans = {}
+        spans = Spans()
         start = 0
         for row in rows:
             end = start + row.scheduled
             if row.scheduled > 1:
                 self.chunks.append(chunk_of(row, start, end, device))
             if row.adapter:
-                spans.setdefault(row.adapter.method, []).append((row.slot, start, end))
+                spans.add(self.banks[row.adapter.method], row.slot, start, end)
             self.last[row.id] = end - 1
             start = end
-        self.affine = self._acting("affine", spans)
-        self.sublayer = self._acting("sublayer", spans)
+        self.affine = spans.acting("affine")
+        self.sublayer = spans.acting("sublayer")
 
     def keep(self, rows: list[Row]) -> None:
         """The output head sees one token of each row that completes, in the order given."""
-        spans: Spans = {}
+        spans = Spans()
         for i, row in enumerate(row for row in rows if row.completes):
             if row.adapter:
-                spans.setdefault(row.adapter.method, []).append((row.slot, i, i + 1))
-        self.head = self._acting("affine", spans)
-
-    def _acting(self, hook: str, spans: Spans) -> list[tuple[Bank, Rows]]:
-        return [(self.banks[name], Rows(own)) for name, own in spans.items() if self.banks[name].acts(hook)]
+                spans.add(self.banks[row.adapter.method], row.slot, i, i + 1)
+        self.head = spans.acting("affine")
 
 
 def chunk_of(row: Row, start: int, end: int, device: torch.device) -> Chunk:

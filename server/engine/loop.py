@@ -18,6 +18,7 @@ from adapters_store.objects import Objects
 from server.adapters.cache import AdapterCache
 from server.adapters.loader import Limits, Loader
 from server.adapters.methods import build_methods
+from server.adapters.methods.base import Bank
 from server.adapters.tiers import DiskTier, RamTier
 from server.engine.device import choose_placement
 from server.engine.grammar import Grammars, mask_logits
@@ -46,10 +47,10 @@ class Engine:
         )
         self.base = self.model.base
         methods = build_methods(settings.max_lora_rank)
-        banks = {
-            name: method.bank(self.base, settings.adapter_slots, placement.device, placement.dtype)
-            for name, method in methods.items()
-        }
+        made: dict[type[Bank], Bank] = {}
+        for kind in {method.bank for method in methods.values()}:
+            made[kind] = kind(self.base, settings.adapter_slots, placement.device, placement.dtype)
+        banks = {name: made[method.bank] for name, method in methods.items()}
         self.model.install(banks)
         self.loader = Loader(
             Objects.open(settings.store_url),
@@ -144,6 +145,9 @@ class Engine:
             "device_bytes": self.cache.nbytes,
             "ram_bytes": self.loader.ram.nbytes,
             "disk_bytes": self.loader.disk.nbytes,
+            "device_adapters": len(self.cache.by_digest),
+            "ram_adapters": len(self.loader.ram),
+            "disk_adapters": len(self.loader.disk),
         }
 
     def counters(self) -> dict[str, float]:

@@ -56,12 +56,12 @@ class Pattern:
             start = len(name) - self.size
             begins = start == 0 or (start > 0 and name[start - 1] == "." and not self.from_start)
             return begins and all(self._takers(name[start + i]) >> i & 1 for i in range(self.size))
-        reached = 0
-        for position, character in enumerate(name):
-            if position == 0 or (name[position - 1] == "." and not self.from_start):
-                reached |= 1
+        reached = 1
+        for character in name:
             taken = self._skip(reached) & self._takers(character)
             reached = taken << 1 | taken & self.repeats
+            if character == "." and not self.from_start:
+                reached |= 1  # the key may begin anew behind a dot
         return bool(self._skip(reached) >> self.size & 1)
 
     def _append(self, kind: str, repeat: str) -> None:

@@ -53,6 +53,7 @@ class Rows:
     def __init__(self, spans: list[tuple[int, int, int]]) -> None:
         few = sorted(span for span in spans if span[2] - span[1] <= FEW)
         self.spans = spans
+        self.touched: frozenset[str] | None = None  # the sites its adapters change; the bank fills it in
         self.many = [span for span in spans if span[2] - span[1] > FEW]
         self.tokens = torch.tensor([t for _, start, end in few for t in range(start, end)], dtype=torch.int64)
         self.slots = torch.tensor([s for s, start, end in few for _ in range(start, end)], dtype=torch.int64)
@@ -76,11 +77,14 @@ class Start:
 
 
 class Bank:
-    """A method's device memory for several adapters, addressed by slot. Hooks do nothing by default.
+    """Device memory for the adapters of one method, or of several that act alike, addressed by slot.
 
-    `put` and `clear` are called between steps, the others within one. A bank is asked only about rows of
-    its own method, and only through the hooks that it overrides.
+    `put` and `clear` are called between steps, the hooks within one; they do nothing by default. A bank is
+    asked only about rows of its own methods, and only through the hooks that it overrides.
     """
+
+    def __init__(self, base: Base, slots: int, device: torch.device, dtype: torch.dtype) -> None:
+        """Empty, for slots 1..slots."""
 
     def put(self, slot: int, packed: Packed) -> None:
         raise NotImplementedError
@@ -100,7 +104,7 @@ class Bank:
         residual stream before that block's norm.
         """
 
-    def start(self, slot: int) -> Start | None:
+    def start(self, slot: int) -> Start | None:  # noqa: ARG002 - a hook's default
         """What an adapter puts before its rows; asked once when a row is admitted."""
         return None
 
@@ -125,6 +129,10 @@ class Method(Protocol):
     @property
     def name(self) -> str: ...
 
+    @property
+    def bank(self) -> type[Bank]:
+        """Methods that name the same class share one bank, and one launch a site."""
+
     def parse(self, files: AdapterFiles, base: Base) -> Spec:
         """Read a config and tensor names. Raises InvalidAdapter on anything unknown or unservable."""
 
@@ -141,6 +149,3 @@ class Method(Protocol):
 
         `weights` are the base's own, by site name, read-only. Raises InvalidAdapter if the result overflows.
         """
-
-    def bank(self, base: Base, slots: int, device: torch.device, dtype: torch.dtype) -> Bank:
-        """Empty device memory for this method's adapters, slots 1..slots."""

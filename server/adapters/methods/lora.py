@@ -1,12 +1,11 @@
 """LoRA: y += scaling * B A x at any linear, and at embeddings; with rsLoRA, DoRA, patterns and lora_bias.
 
-This file reads what PEFT writes and says which tensors there must be. How it runs: lora_bank.py.
+This file reads what PEFT writes and says which tensors there must be. How it runs: affine.py.
 What a target is, the tensors decide; the config only gives numbers, and must agree.
 """
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import msgspec
 import torch
@@ -14,12 +13,10 @@ import torch
 from server.adapters.formats.patterns import Patterns
 from server.adapters.formats.peft import LoraConfig, lora_config
 from server.adapters.formats.safetensors import TensorInfo
+from server.adapters.methods.affine import AffineBank, Change, pack_changes
 from server.adapters.methods.base import AdapterFiles, Packed, Tensors
 from server.adapters.sites import Base, Site
 from server.errors import InvalidAdapter, shown
-
-if TYPE_CHECKING:
-    from server.adapters.methods.lora_bank import LoraBank
 
 PREFIX = "base_model.model."
 ADAPTER = "default"  # PEFT's name for the adapter; some saves leave it in the tensors' names
@@ -68,6 +65,7 @@ Roles = dict[str, dict[str, str]]  # site -> role -> tensor name
 
 class Lora:
     name = "lora"
+    bank = AffineBank
 
     def __init__(self, max_rank: int = 256) -> None:
         self.max_rank = max_rank
@@ -138,14 +136,9 @@ class Lora:
         weights: Mapping[str, torch.Tensor],
         dtype: torch.dtype,
     ) -> Packed:
-        from server.adapters.methods.lora_bank import pack_lora  # kernels: not for who only parses
-
-        return pack_lora(spec, base, tensors, weights, dtype)
-
-    def bank(self, base: Base, slots: int, device: torch.device, dtype: torch.dtype) -> "LoraBank":
-        from server.adapters.methods.lora_bank import LoraBank
-
-        return LoraBank(base, slots, device, dtype)
+        return pack_changes(
+            (fold(target, base.sites[target.site], tensors, weights) for target in spec.targets), dtype
+        )
 
     def _target(
         self,
@@ -179,6 +172,25 @@ class Lora:
         )
 
 
+def fold(target: LoraTarget, site: Site, tensors: Tensors, weights: Mapping[str, torch.Tensor]) -> Change:
+    """One target as an affine change, in float32. Formulas: PEFT's tuners/lora/layer.py and variants.py.
+
+    DoRA (arXiv 2402.09353): y = base + (m/n - 1)(base - b) + (m/n) s B A x, with n the norm of each row of
+    W + s B A; n is computed here, once.
+    """
+    a, b = tensors[target.A].float(), target.scaling * tensors[target.B].float()
+    bias = None if target.bias is None else target.scaling * tensors[target.bias].float()
+    if target.embedding:
+        return Change(site.name, a.T.contiguous(), site.scale * b.T.contiguous())
+    if target.magnitude is None:
+        return Change(site.name, a, b.T.contiguous(), bias=bias)
+    norm = torch.linalg.vector_norm(weights[site.name].float() + b @ a, dim=1)  # [out]
+    ratio = tensors[target.magnitude].float() / norm
+    return Change(
+        site.name, a, (ratio[:, None] * b).T.contiguous(), ratio - 1, None if bias is None else ratio * bias
+    )
+
+
 def _locate(tensor: str, base: Base) -> tuple[str, str]:
     """Which site a tensor belongs to, and as what."""
     path = ".".join(part for part in tensor.removeprefix(PREFIX).split(".") if part != ADAPTER)
@@ -209,7 +221,10 @@ def _check_config(config: LoraConfig, targets: set[str], roles: Roles, base: Bas
                 next(iter(roles[stray[0]].values())), "is of a module that target_modules leaves out"
             )
         filtered = config.exclude_modules or config.layers_to_transform is not None
-        asked = {name for name in base.sites if _names(config.target_modules, name)}
+        kinds = ("linear", "embedding")
+        asked = {
+            s.name for s in base.sites.values() if s.kind in kinds and _names(config.target_modules, s.name)
+        }
         if not filtered and (missing := sorted(asked - targets)):
             raise InvalidAdapter(
                 f"target_modules names {shown(missing[0])}, but there is no tensor for it.",

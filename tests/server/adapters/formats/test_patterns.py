@@ -2,7 +2,7 @@ import re
 import time
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from server.adapters.formats.patterns import MAX_KEY, MAX_WILD, Pattern, Patterns
@@ -21,6 +21,8 @@ modules = st.lists(st.sampled_from(["q", "_proj", ".", "1", "12", "layers", "mod
 
 
 @given(keys, modules)
+@example(".*", "")
+@example(".*", "q.")
 def test_a_key_matches_what_pefts_expression_matches(key: str, module: str) -> None:
     expected = re.match(rf"(.*\.)?({key})$", module) is not None
     assert Pattern(key, "alpha_pattern").matches(module) is expected

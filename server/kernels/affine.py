@@ -1,12 +1,11 @@
-"""y += B (A x) for rows that each have their own A and B, straight from where the weights lie.
+"""y += gain * (y - b) + B (A x) + bias, for rows that each have their own, straight from where they lie.
 
 A step of 16 rows with 16 adapters must read every adapter's bytes once; gathering them into one batched
 matrix would read them, write them and read them again. The kernel walks pointers instead. It takes rows
-with few tokens (decode); for many tokens of one adapter two GEMMs are faster, see `lora_bank`.
+with few tokens (decode); for many tokens of one adapter two GEMMs are faster (adapters/methods/affine.py).
 
-Table row of a (site, slot), int64: address of A [r, in], of B^T [r, out] with all scalings folded in,
-rank r, address of the DoRA gain [out] or 0, address of the added bias [out] or 0. Rank 0: nothing to do.
-DoRA (arXiv 2402.09353; as PEFT computes it): y = base + gain * (base - bias) + B A x, gain = m/n - 1.
+Table row of a (site, slot), int64: addresses of A [r, in], B^T [r, out], gain [out] and bias [out], each 0
+if absent, and the rank r. All scalings are folded in.
 """
 
 import numpy as np
@@ -14,27 +13,7 @@ import torch
 
 from server.kernels.openmp import AVAILABLE, arguments
 
-A, B, RANK, GAIN, BIAS = range(5)
-COLUMNS = 5
-
-
-def grouped_lora_reference(
-    x: torch.Tensor,  # [T, in]
-    y: torch.Tensor,  # [T, out], changed in place
-    token: int,
-    a: torch.Tensor,  # [r, in]
-    b: torch.Tensor,  # [r, out]
-    gain: torch.Tensor | None,  # [out]
-    added: torch.Tensor | None,  # [out]
-    base_bias: torch.Tensor | None,  # [out]
-) -> None:
-    """The plain twin, one token."""
-    row = y[token]
-    if gain is not None:
-        row += gain * (row - base_bias if base_bias is not None else row)
-    row += (x[token] @ a.T) @ b
-    if added is not None:
-        row += added
+COLUMNS = 5  # A, B, gain, bias, rank
 
 
 if AVAILABLE:
@@ -96,7 +75,7 @@ if AVAILABLE:
             k += 1
 
     @kernel(11)
-    def _grouped_lora(args):  # type: ignore[no-untyped-def]
+    def _grouped_affine(args):  # type: ignore[no-untyped-def]
         count, fan_in, fan_out, x_stride, y_stride = args[0], args[1], args[2], args[3], args[4]
         tokens = ints(args[7], count)
         slots = ints(args[8], count)
@@ -104,11 +83,11 @@ if AVAILABLE:
         h = np.empty(1024, np.float32)
         for i in range(count * thread // threads, count * (thread + 1) // threads):
             entry = ints(args[9] + slots[i] * 40, 5)
-            rank = entry[2]
+            rank = entry[4]
             x = floats(args[5] + tokens[i] * x_stride * 4, fan_in)
             y = floats(args[6] + tokens[i] * y_stride * 4, fan_out)
-            if entry[3] != 0:
-                gain = floats(entry[3], fan_out)
+            if entry[2] != 0:
+                gain = floats(entry[2], fan_out)
                 if args[10] != 0:
                     bias = floats(args[10], fan_out)
                     for o in range(fan_out):
@@ -119,8 +98,8 @@ if AVAILABLE:
             if rank > 0:
                 _shrink(h, x, floats(entry[0], rank * fan_in), rank, fan_in)
                 _expand(y, h, floats(entry[1], rank * fan_out), rank, fan_out)
-            if entry[4] != 0:
-                added = floats(entry[4], fan_out)
+            if entry[3] != 0:
+                added = floats(entry[3], fan_out)
                 for o in range(fan_out):
                     y[o] += added[o]
 
@@ -128,7 +107,7 @@ if AVAILABLE:
 MAX_RANK = 1024  # the kernel's scratch; uploads are capped far below
 
 
-def grouped_lora(
+def grouped_affine(
     x: torch.Tensor,  # float32 [T, in], rows contiguous
     y: torch.Tensor,  # float32 [T, out], rows contiguous, changed in place
     tokens: torch.Tensor,  # int64 [n]: which rows of x and y
@@ -137,7 +116,7 @@ def grouped_lora(
     base_bias: torch.Tensor | None,  # float32 [out]
 ) -> None:
     """Add each token's adapter at one site. CPU, float32; sees only tokens listed."""
-    _grouped_lora(
+    _grouped_affine(
         arguments(
             tokens.shape[0],
             x.shape[1],
