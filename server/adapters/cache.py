@@ -17,10 +17,14 @@ from server.errors import PolypeftError, StoreError
 
 
 class Loaded(Protocol):
-    """What the loader brings: opaque here but for its size."""
+    """What the loader brings: opaque here but for what it costs in bytes and in context."""
 
     @property
     def nbytes(self) -> int: ...
+    @property
+    def virtual(self) -> int: ...
+    @property
+    def given(self) -> bool: ...
 
 
 class Slots(Protocol):
@@ -41,6 +45,8 @@ class Resident:
     method: str
     slot: int
     nbytes: int
+    virtual: int = 0  # tokens it puts before each row
+    given: bool = False  # their K/V need no computing
     pins: int = 0
     forgotten: bool = False  # deleted while in use: goes with its last row
 
@@ -124,7 +130,8 @@ class AdapterCache:
             self._evict(idle.pop(0))
             self.evictions += 1
         del self.pending[ref.digest]
-        resident = Resident(ref.digest, ref.method, self.free.pop(), packed.nbytes, pins=1)
+        slot = self.free.pop()
+        resident = Resident(ref.digest, ref.method, slot, packed.nbytes, packed.virtual, packed.given, pins=1)
         self.banks[ref.method].put(resident.slot, packed)
         self.by_digest[ref.digest] = self.by_slot[resident.slot] = resident
         self.nbytes += resident.nbytes

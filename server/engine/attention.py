@@ -121,8 +121,13 @@ class Step:
 def chunk_of(row: Row, start: int, end: int, device: torch.device) -> Chunk:
     length = row.computed + row.scheduled
     blocks = torch.tensor(row.blocks[: -(-length // BLOCK)], device=device)
-    at = torch.arange(row.computed, length, device=device)
-    return Chunk(start, end, length, blocks, blocks[at // BLOCK] * BLOCK + at % BLOCK)
+    return Chunk(start, end, length, blocks, places_of(row.blocks, row.computed, length, device))
+
+
+def places_of(blocks: list[int], first: int, end: int, device: torch.device) -> torch.Tensor:
+    """Where the K/V of a row's tokens [first, end) lie in the pages."""
+    at = torch.arange(first, end, device=device)
+    return torch.tensor(blocks, device=device)[at // BLOCK] * BLOCK + at % BLOCK
 
 
 def attend(

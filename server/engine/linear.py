@@ -87,7 +87,7 @@ class EmbeddingSite(nn.Module):
         return self.embedding.weight
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = self.embedding(ids)
+        y: torch.Tensor = self.embedding(ids.clamp(min=0))  # virtual tokens are negative, and their bank's
         for bank, rows in self.step.affine:
             bank.affine(self.site, ids.reshape(-1), y.view(-1, y.shape[-1]), rows, None)
         return y

@@ -71,6 +71,7 @@ class Engine:
             self.blocks,
             max_seqs=settings.max_seqs,
             max_batch_tokens=settings.max_batch_tokens,
+            max_context=self.base.max_context,
         )
         self.ends = self.model.end_tokens()
         self.counts: Counter[str] = Counter()
@@ -112,6 +113,9 @@ class Engine:
         chunks = self._ended()
         if not rows:
             return chunks
+        for row in rows:
+            if row.fill is not None:
+                self._fill(row, row.fill)
         try:
             logits = self.model.forward(rows)
         except torch.OutOfMemoryError:
@@ -207,13 +211,21 @@ class Engine:
             failed.set_exception(InvalidAdapter("The manifest could not be read."))
             return failed
 
+    def _fill(self, row: Row, first: int) -> None:
+        """Write the K/V of a row's virtual tokens that no cached block held."""
+        assert row.adapter is not None, "only adapters put virtual tokens before a row"
+        start = self.model.step.banks[row.adapter.method].start(row.slot)
+        assert start is not None, f"{row.adapter.method} promised the K/V of its virtual tokens"
+        self.model.write(row, start, first)
+        row.fill = None
+
     def _sample_row(self, row: Row) -> SampleRow:
         s = row.command.sampling
         barred = row.output_length < s.min_tokens
         return SampleRow(
             sampling=s,
             seed=row.seed,
-            prompt=row.tokens[: row.prompt_length],
+            prompt=row.tokens[row.virtual : row.prompt_length],
             output=row.tokens[row.prompt_length :],
             banned=[*self.ends, *s.stop_token_ids] if barred else (),
         )
@@ -242,7 +254,7 @@ class Engine:
             id=row.id,
             tokens=[] if stopped else [sampled.token],
             logprobs=[sampled.logprobs] if sampled.logprobs and not stopped else [],
-            cached_tokens=row.cached if first else 0,
+            cached_tokens=max(row.cached - row.virtual, 0) if first else 0,
             finish="stop" if stopped else "length" if full else None,
             stop_token=sampled.token if stopped else None,
         )

@@ -17,13 +17,13 @@ from torch import nn
 from transformers import AttentionInterface, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from server.adapters.methods.base import Bank
+from server.adapters.methods.base import Bank, Start
 from server.adapters.sites import Base, Site
-from server.engine.attention import Pages, Step, attend
+from server.engine.attention import Pages, Step, attend, places_of
 from server.engine.linear import EmbeddingSite, LinearSite
 from server.engine.row import Row
-from server.engine.sublayers import watch_sublayers
-from server.kernels.attention import BLOCK
+from server.engine.sublayers import watch_norms, watch_sublayers
+from server.kernels.attention import BLOCK, write_pages
 
 ATTENTION = "polypeft"  # a name without "flash", "sdpa" or "flex", which transformers treats specially
 
@@ -51,8 +51,9 @@ class ServedModel:
         self.sites = replace_modules(self.model, self.step)
         self.weights = BaseWeights(self.sites)
         config = self.model.config
-        blocks = watch_sublayers(self.model, config.num_hidden_layers, config.hidden_size, self.step)
-        found = {name: module.site for name, module in self.sites.items()} | norms(self.model) | blocks
+        found = {name: module.site for name, module in self.sites.items()}
+        found |= watch_norms(self.model, self.step)
+        found |= watch_sublayers(self.model, config.num_hidden_layers, config.hidden_size, self.step)
         self.base = describe(config, base_id, found, self.digest(), max_context)
         self.step.pages = Pages(self.base, placement.device, placement.dtype, kv_bytes)
         holds = self.step.pages.count * BLOCK  # one row may fill the whole cache, and no more
@@ -86,6 +87,14 @@ class ServedModel:
         )
         logits: torch.Tensor = output.logits[0].float()
         return logits
+
+    def write(self, row: Row, start: Start, first: int) -> None:
+        """Put the given K/V of a row's virtual tokens, from `first` on, into its pages."""
+        count = start.keys.shape[1]
+        places = places_of(row.blocks, first, count, self.placement.device)
+        for layer in range(self.base.layers):
+            pages = (self.step.pages.keys[layer], self.step.pages.values[layer])
+            write_pages(*pages, start.keys[layer, first:], start.values[layer, first:], places)
 
     def end_tokens(self) -> frozenset[int]:
         """Ids after which a text is over, as the model's own generation config says."""
@@ -140,17 +149,6 @@ def replace_modules(model: nn.Module, step: Step) -> dict[str, LinearSite | Embe
         setattr(model.get_submodule(parent), leaf, site)
         sites[name] = site
     return sites
-
-
-def norms(model: nn.Module) -> dict[str, Site]:
-    """Every module that scales a vector by a learned one: LayerNorm, RMSNorm, q and k norms."""
-    found = {}
-    for name, module in model.named_modules():
-        weight = getattr(module, "weight", None)
-        if isinstance(weight, nn.Parameter) and weight.dim() == 1:
-            biased = getattr(module, "bias", None) is not None
-            found[name] = Site(name, "norm", weight.shape[0], weight.shape[0], biased)
-    return found
 
 
 def describe(config: Any, base_id: str, sites: dict[str, Site], digest: str, max_context: int) -> Base:

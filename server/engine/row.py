@@ -10,8 +10,11 @@ from server.engine.messages import AdapterRef, Generate
 class Row:
     """State of one sequence.
 
-    tokens:  | prompt ................ | output ........ |
+    tokens:  | virtual | prompt ...... | output ........ |
              | computed: K/V in blocks | scheduled | ... |
+
+    Virtual tokens are what prefix and prompt tuning put before the text: ids -1, -2, ... that stand in no
+    vocabulary. They take positions and blocks like any other and are shared like any other.
 
     A preempted row keeps its tokens and loses its blocks: `computed` falls to 0 and prompt and output
     are prefilled again.
@@ -20,7 +23,9 @@ class Row:
     command: Generate
     seed: int
     tokens: list[int]
-    prompt_length: int
+    prompt_length: int  # virtual tokens included
+    virtual: int = 0
+    fill: int | None = None  # K/V of the virtual tokens from this one on are to be written, not computed
     computed: int = 0
     scheduled: int = 0  # tokens of the step under way
     cached: int = 0  # prompt tokens the prefix cache spared at first admission
@@ -31,6 +36,13 @@ class Row:
     grammar: Any = None  # what its schema allows next (engine/grammar.py), if it has one
     blocks: list[int] = field(default_factory=list)
     hashes: list[bytes] = field(default_factory=list)  # of the full blocks of `tokens`, as far as known
+
+    def lead_with(self, virtual: int) -> None:
+        """Put an adapter's virtual tokens before the text, once known."""
+        if virtual and not self.virtual:
+            self.tokens[:0] = range(-1, -virtual - 1, -1)
+            self.prompt_length += virtual
+            self.virtual = virtual
 
     @property
     def id(self) -> str:

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from server.adapters.cache import AdapterCache
-from server.engine.kv import BlockPool, block_hashes, blocks_for
+from server.engine.kv import BLOCK, BlockPool, block_hashes, blocks_for
 from server.engine.row import Row
-from server.errors import DeadlineExceeded, InvalidRequest, PolypeftError
+from server.errors import ContextTooLong, DeadlineExceeded, InvalidRequest, PolypeftError
 
 PATIENCE = 32  # steps in which a row may lack memory before later rows stop overtaking it
 TRIES = 8  # rows that may lack memory in one step before the others are not even asked
@@ -29,12 +29,19 @@ class Queue:
 
 class Scheduler:
     def __init__(
-        self, cache: AdapterCache, blocks: BlockPool, *, max_seqs: int, max_batch_tokens: int
+        self,
+        cache: AdapterCache,
+        blocks: BlockPool,
+        *,
+        max_seqs: int,
+        max_batch_tokens: int,
+        max_context: int,
     ) -> None:
         self.cache = cache
         self.blocks = blocks
         self.max_seqs = max_seqs
         self.max_batch_tokens = max(max_batch_tokens, max_seqs)
+        self.max_context = max_context
         self.queues: dict[str, Queue] = {}
         self.running: dict[str, Row] = {}  # in order of admission
         self.ended: list[
@@ -93,7 +100,7 @@ class Scheduler:
         row.scheduled = 0
         if row.sampled and self.blocks.share_prefixes:
             names = block_hashes(row.salt, row.tokens, row.hashes)
-            for i in range(row.computed // 16 - 1, -1, -1):
+            for i in range(row.computed // BLOCK - 1, -1, -1):
                 if row.blocks[i] in self.blocks.names:
                     break
                 self.blocks.name(row.blocks[i], names[i])
@@ -132,6 +139,7 @@ class Scheduler:
         self.blocks.release(row.blocks)
         row.blocks = []
         row.computed = 0
+        row.fill = None
         if row.slot:
             self.cache.release(row.slot)
             row.slot = 0
@@ -151,7 +159,9 @@ class Scheduler:
                 continue
             if slot is None and row.adapter and self.cache.loading(row.adapter):
                 continue
-            if slot is None or not self._take_blocks(row):
+            if slot and not self._lead(row, slot):
+                continue
+            if slot is None or not self._take_blocks(row, slot):
                 if slot:
                     self.cache.release(slot)
                 lacking += 1
@@ -174,12 +184,27 @@ class Scheduler:
             row.admitted = True
             row.cached = row.computed
 
-    def _take_blocks(self, row: Row) -> bool:
+    def _lead(self, row: Row, slot: int) -> bool:
+        """Put the adapter's virtual tokens before the text; False if then it fits no more, and has ended."""
+        row.lead_with(self.cache.by_slot[slot].virtual)
+        if row.prompt_length < self.max_context:
+            return True
+        self.cache.release(slot)
+        self.remove(row)
+        text = row.prompt_length - row.virtual
+        message = (
+            f"The prompt has {text} tokens and the adapter puts {row.virtual} before them; "
+            f"the context of {self.max_context} must hold one more."
+        )
+        self.ended.append((row, ContextTooLong(message, param="prompt")))
+        return False
+
+    def _take_blocks(self, row: Row, slot: int) -> bool:
         """Blocks for all of a row's tokens, cached ones first; all or none."""
         names: list[bytes] = []
         if self.blocks.share_prefixes:
             # At least one token is computed, so that there are logits to sample from.
-            names = block_hashes(row.salt, row.tokens, row.hashes)[: (len(row.tokens) - 1) // 16]
+            names = block_hashes(row.salt, row.tokens, row.hashes)[: (len(row.tokens) - 1) // BLOCK]
         shared = self.blocks.match(names)
         fresh = self.blocks.allocate(blocks_for(len(row.tokens)) - len(shared))
         if fresh is None:
@@ -187,9 +212,12 @@ class Scheduler:
             return False
         if not row.admitted:
             self.blocks.queries += len(row.tokens)
-            self.blocks.hits += len(shared) * 16
+            self.blocks.hits += len(shared) * BLOCK
         row.blocks = shared + fresh
-        row.computed = len(shared) * 16
+        row.computed = len(shared) * BLOCK
+        if slot and self.cache.by_slot[slot].given and row.computed < row.virtual:
+            row.fill = row.computed
+            row.computed = row.virtual
         return True
 
     def _waits_for_sibling(self, row: Row) -> bool:

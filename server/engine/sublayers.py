@@ -1,7 +1,8 @@
-"""Where bottleneck adapters act: behind a decoder layer's attention and MLP, with the residual in sight.
+"""Sites that are no linear: norms, and the outputs of a decoder layer's attention and MLP.
 
-Hooks on transformers' own modules: the norm before a sub-block shows the residual stream r, the sub-block's
-output h is handed to the banks. Sites are named by the sub-block's path, e.g. "model.layers.0.mlp".
+Hooks on transformers' own modules. A norm's output is handed to the banks as a linear's is. The norm before
+a sub-block shows the residual stream r; the sub-block's output h is handed to the banks together with it.
+Sub-block sites are named by their path, e.g. "model.layers.0.mlp".
 """
 
 from collections.abc import Iterator
@@ -19,6 +20,20 @@ BLOCKS = {
     "attn": ("attention", ("ln_1",)),
     "mlp": ("mlp", ("pre_feedforward_layernorm", "post_attention_layernorm", "ln_2")),
 }
+
+
+def watch_norms(model: nn.Module, step: Step) -> dict[str, Site]:
+    """Hook every norm of the residual stream; {site name: site}. Norms of single heads get no hook."""
+    sites = {}
+    for name, norm in model.named_modules():
+        weight = getattr(norm, "weight", None)
+        if isinstance(weight, nn.Parameter) and weight.dim() == 1:
+            bias = getattr(norm, "bias", None)
+            site = Site(name, "norm", weight.shape[0], weight.shape[0], bias is not None)
+            sites[name] = site
+            if not name.endswith(("q_norm", "k_norm")):
+                norm.register_forward_hook(apply_affine(site, bias, step))
+    return sites
 
 
 def watch_sublayers(model: nn.Module, layers: int, hidden_size: int, step: Step) -> dict[str, Site]:
@@ -41,6 +56,15 @@ def decoder_layers(model: nn.Module, count: int) -> Iterator[tuple[str, nn.Modul
         if isinstance(module, nn.ModuleList) and len(module) == count:
             yield from ((f"{path}.{i}", layer) for i, layer in enumerate(module))
             return
+
+
+def apply_affine(site: Site, bias: torch.Tensor | None, step: Step) -> Any:
+    def after_norm(_norm: nn.Module, args: tuple[torch.Tensor, ...], y: torch.Tensor) -> None:
+        for bank, rows in step.affine:
+            width = site.outputs
+            bank.affine(site, args[0].view(-1, width), y.view(-1, width), rows, bias)
+
+    return after_norm
 
 
 def keep_residual(step: Step) -> Any:

@@ -33,6 +33,8 @@ class Packed:
 
     flat: torch.Tensor  # [n], the engine's dtype; pinned when the device is CUDA
     layout: Any  # the method's own: offsets, ranks
+    virtual: int = 0  # virtual tokens before each row, at positions 0..virtual-1; their ids are -1, -2, ...
+    given: bool = False  # Bank.start gives their keys and values; else the model computes them
 
     @property
     def nbytes(self) -> int:
@@ -64,16 +66,10 @@ class Rows:
 
 @dataclass(frozen=True)
 class Start:
-    """What comes before a row's own tokens: `length` virtual tokens at positions 0..length-1.
+    """Keys and values of a row's virtual tokens, as they go into the cache: no rotary embedding, no norm."""
 
-    Either their embeddings, which the model then computes like any prompt, or their keys and values as
-    they go into the cache (no rotary embedding applied). Exactly one of the two is given.
-    """
-
-    length: int
-    embeddings: torch.Tensor | None = None  # [length, hidden]
-    keys: torch.Tensor | None = None  # [layers, length, kv_heads, head_dim]
-    values: torch.Tensor | None = None
+    keys: torch.Tensor  # [layers, virtual, kv_heads, head_dim]
+    values: torch.Tensor
 
 
 class Bank:
@@ -96,7 +92,7 @@ class Bank:
         self, site: Site, x: torch.Tensor, y: torch.Tensor, rows: Rows, bias: torch.Tensor | None
     ) -> None:
         """Change y [T, out] = W x + b in place by what each token's adapter adds, inside a linear,
-        an embedding (x is token ids [T]) or a norm. `bias` is the base's b, which DoRA needs apart.
+        an embedding (x is token ids [T], negative for virtual tokens) or a norm. `bias` is the base's b.
         """
 
     def sublayer(self, site: Site, h: torch.Tensor, r: torch.Tensor, rows: Rows) -> None:
@@ -105,7 +101,7 @@ class Bank:
         """
 
     def start(self, slot: int) -> Start | None:  # noqa: ARG002 - a hook's default
-        """What an adapter puts before its rows; asked once when a row is admitted."""
+        """The K/V of an adapter's virtual tokens; asked when a row begins and finds them nowhere cached."""
         return None
 
     def acts(self, hook: str) -> bool:

@@ -12,6 +12,8 @@ from server.errors import InvalidAdapter, StoreError
 @dataclass
 class Packed:
     nbytes: int = 10
+    virtual: int = 0
+    given: bool = False
 
 
 @dataclass
@@ -44,8 +46,8 @@ class Loader:
     def forget(self, digest: str) -> None:
         self.forgotten.append(digest)
 
-    def arrive(self, digest: str, nbytes: int = 10) -> None:
-        self.futures.setdefault(digest, Future()).set_result(Packed(nbytes))
+    def arrive(self, digest: str, nbytes: int = 10, virtual: int = 0, given: bool = False) -> None:
+        self.futures.setdefault(digest, Future()).set_result(Packed(nbytes, virtual, given))
 
 
 def ref(digest: str) -> AdapterRef:

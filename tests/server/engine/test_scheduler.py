@@ -18,7 +18,9 @@ class World:
         self.loader = Loader()
         self.cache = AdapterCache({"lora": Slots()}, self.loader, slots=slots, budget=10_000)
         self.pool = BlockPool(blocks)
-        self.scheduler = Scheduler(self.cache, self.pool, max_seqs=max_seqs, max_batch_tokens=tokens)
+        self.scheduler = Scheduler(
+            self.cache, self.pool, max_seqs=max_seqs, max_batch_tokens=tokens, max_context=512
+        )
         self.count = 0
 
     def add(
@@ -185,3 +187,29 @@ def test_tenants_share_by_weight_whatever_their_queue(weight: float, share: floa
             if row.output_length >= 6:
                 world.scheduler.remove(row)
     assert served["modest"] / sum(served.values()) == pytest.approx(share, abs=0.06)
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_virtual_tokens_come_first_are_shared_and_cost_context(given: bool) -> None:
+    world = World()
+    world.loader.arrive("a", virtual=20, given=given)
+    first = world.add(length=13, adapter="a")
+    world.step()
+    assert first.tokens[:20] == list(range(-1, -21, -1))
+    assert first.fill == (0 if given else None)
+    assert (first.virtual, first.prompt_length, first.output_length) == (20, 33, 1)
+    again = world.add(length=5, adapter="a")
+    world.step()
+    assert again.blocks[0] == first.blocks[0]  # the full block of virtual tokens
+    assert again.fill == (16 if given else None)
+    assert again.output_length == 1
+
+
+def test_virtual_tokens_may_leave_no_room() -> None:
+    world = World()
+    world.loader.arrive("a", virtual=20)
+    row = world.add(length=492, adapter="a")
+    world.step()
+    assert [r for r, _ in world.scheduler.ended] == [row]
+    assert "492 tokens and the adapter puts 20" in world.scheduler.ended[0][1].message
+    assert world.cache.by_digest["a"].pins == 0
