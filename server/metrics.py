@@ -38,6 +38,7 @@ COUNTERS: dict[str, tuple[str, str]] = {
     "adapter_misses": ("polypeft_adapter_cache_misses", "Rows whose adapter had to be loaded"),
     "adapter_evictions": ("polypeft_adapter_cache_evictions", "Adapters that left a device slot"),
     "adapter_load_failures": ("polypeft_adapter_load_failures", "Adapters that could not be loaded"),
+    "adapter_corrupt_copies": ("polypeft_adapter_corrupt_copies", "Cached copies that failed their SHA-256"),
     "non_finite_rows": ("polypeft_non_finite_rows", "Rows ended because of NaN or Inf"),
     "steps": ("polypeft_engine_steps", "Forward passes"),
 }

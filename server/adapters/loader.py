@@ -57,6 +57,7 @@ class Loader:
         self.dtype = dtype
         self.limits = limits
         self.observations: list[tuple[str, str, float]] = []  # (name, tier, value); the loop takes them
+        self.corrupt = 0  # copies on disk that did not hash to their name
         self._running: dict[str, Future[Packed]] = {}
         self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(THREADS, "adapter-loader", initializer=_step_aside)
@@ -140,7 +141,7 @@ class Loader:
         except FileNotFoundError:
             return False  # evicted this very moment
         self.disk.drop(blob.sha256)
-        self.observations.append(("adapter_corrupt_copies", "disk", 1))
+        self.corrupt += 1
         return False
 
     def _pack(self, manifest: Manifest, blob: Blob) -> Packed:

@@ -164,6 +164,7 @@ class Engine:
             "adapter_misses": self.cache.misses,
             "adapter_evictions": self.cache.evictions,
             "adapter_load_failures": self.cache.failures,
+            "adapter_corrupt_copies": self.loader.corrupt,
         }
 
     def take_observations(self) -> list[tuple[str, str, float]]:
