@@ -48,8 +48,8 @@ class Settings(BaseSettings):
     """Rows in a batch."""
     max_model_len: int = Field(default=0, ge=0)
     """Tokens of prompt and answer together; 0: the base's own context."""
-    max_batch_tokens: int = Field(default=512, ge=16)
-    """Tokens in a step: chunked prefill beside decode."""
+    max_batch_tokens: int = Field(default=0, ge=0)
+    """Tokens in a step, prompts beside decode; 0: 256 on a CPU, 2048 on CUDA."""
     kv_bytes: int = Field(default=1024 * MiB, ge=MiB)
     """Memory for keys and values of the running rows and the prefix cache."""
     prefix_cache: bool = True

@@ -32,6 +32,10 @@ from server.errors import ContextTooLong, InvalidAdapter, InvalidField, NonFinit
 from server.settings import Settings
 
 
+# A step's tokens bound how long a prompt may hold up the rows that decode: half a second on two cores.
+BATCH_TOKENS = {"cpu": 256, "cuda": 2048}
+
+
 class Engine:
     """Owns the device. Not thread-safe: everything happens on the thread that calls `step`."""
 
@@ -70,7 +74,7 @@ class Engine:
             self.cache,
             self.blocks,
             max_seqs=settings.max_seqs,
-            max_batch_tokens=settings.max_batch_tokens,
+            max_batch_tokens=settings.max_batch_tokens or BATCH_TOKENS[placement.device.type],
             max_context=self.base.max_context,
         )
         self.ends = self.model.end_tokens()
