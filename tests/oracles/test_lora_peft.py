@@ -82,6 +82,11 @@ class Bench:
         self.engine = Engine(own, model)
         self.logits = record_logits(self.engine)
 
+    def close(self) -> None:
+        """All the adapters have come and gone, and the base is what it was."""
+        assert self.engine.model.digest() == self.engine.base.digest
+        self.engine.close()
+
     def adapter(self, name: str, **config: Any) -> Path:
         return make_lora(self.oracle.base, self.folder / name.replace(" ", "-"), **config)
 
@@ -132,7 +137,7 @@ def tiny(
         kv_bytes=4 << 20,
     )
     yield family, bench
-    bench.engine.close()
+    bench.close()
 
 
 def test_the_base_alone(tiny: tuple[str, Bench]) -> None:
@@ -150,7 +155,7 @@ def test_tiny_models(tiny: tuple[str, Bench], case: str) -> None:
 def real(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     bench = Bench(smollm2, tmp_path_factory.mktemp("smollm2"), max_batch_tokens=64, kv_bytes=64 << 20)
     yield bench
-    bench.engine.close()
+    bench.close()
 
 
 @pytest.mark.parametrize("case", [None, "plain", "rslora", "dora", "pattern", "everything"])
