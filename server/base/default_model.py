@@ -5,6 +5,7 @@ pinned. A fetch that was cut starts anew: nothing of it counts, and nothing of i
 """
 
 import hashlib
+import os
 import shutil
 import subprocess
 import sys
@@ -86,8 +87,12 @@ def _largest_file(folder: Path) -> int:
 
 
 def _convert(gguf: Path, target: Path) -> None:
-    """In a child process, so that the memory of two copies of the model is given back."""
-    command = [sys.executable, "-m", "server.base.convert", str(gguf), str(target)]
+    """In a child process, so that the memory of two copies of the model is given back.
+
+    It ends with this one: an orphan must not write into the folder of the next try.
+    """
+    convert = [sys.executable, "-m", "server.base.convert", str(gguf), str(target)]
+    command = [sys.executable, "-m", "server.lifeline", str(os.getpid()), *convert]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         reason = (done.stderr.strip().splitlines() or ["it gave no reason"])[-1]
