@@ -20,7 +20,7 @@ COMPILE_SECONDS = 1.0
 LIMITS = LLParserLimits(initial_lexer_fuel=1_000_000, max_grammar_size=50_000, verbose_errors=False)
 _NAMES = frozenset({"properties", "$defs", "definitions", "dependentSchemas"})  # keys below are names
 _VALUES = frozenset({"enum", "const", "default", "examples"})  # below is data
-_REGEX = frozenset({"pattern", "patternProperties"})
+_REFUSED = frozenset({"pattern", "patternProperties", "x-guidance"})  # the last: llguidance's own, takes some
 
 
 async def grammar_of(response_format: dict[str, Any] | None) -> str | None:
@@ -48,7 +48,7 @@ async def _checked(response_format: dict[str, Any]) -> str:
             "json_schema.schema holds a number that is not finite, or is nested too deeply"
         ) from None
     at_most("the number of characters of the schema", len(text), MAX_CHARS, "response_format")
-    if found := _REGEX & set(_keywords(schema)):
+    if found := _REFUSED & set(_keywords(schema)):
         raise _invalid(f"json_schema.schema uses {min(found)}: regular expressions are not accepted")
     try:
         with fail_after(COMPILE_SECONDS):

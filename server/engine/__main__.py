@@ -157,6 +157,8 @@ def serve(settings: Settings) -> None:
     )
     server.run()
     engine.close()
+    if log.isEnabledFor(logging.DEBUG):  # it takes seconds for a large base
+        log.debug("%s ends, weights %s", engine.base.id, engine.model.digest()[:16])
 
 
 if __name__ == "__main__":

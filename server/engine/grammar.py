@@ -16,6 +16,7 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from server.errors import InvalidField
 
 KEPT = 64  # compiled schemas, least recently used first to go
+WHITESPACE = r"[ \n\r\t]{0,40}"  # between tokens of JSON: a model that loves blanks must get on some time
 LIMITS = LLParserLimits(initial_lexer_fuel=1_000_000, max_grammar_size=50_000, verbose_errors=False)
 
 
@@ -43,7 +44,7 @@ class Grammars:
 
     def _compile(self, schema: str) -> LLMatcher:
         if schema not in self._compiled:
-            grammar = LLMatcher.grammar_from_json_schema(schema)
+            grammar = LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_pattern": WHITESPACE})
             self._compiled[schema] = LLMatcher(self._tokenizer, grammar, log_level=0, limits=LIMITS)
             while len(self._compiled) > KEPT:
                 self._compiled.popitem(last=False)

@@ -140,6 +140,7 @@ def test_response_format_becomes_a_grammar(http: httpx.Client, engine: FakeEngin
         {"type": "object", "properties": {"a": {"patternProperties": {"(a+)+$": {}}}}},
         {"$ref": "https://example.com/schema.json"},
         {"type": "number", "minimum": float("inf")},
+        {"type": "object", "x-guidance": {"item_separator": "[abc]*;"}},
         {"type": "string", "description": "x" * 70_000},
     ],
 )

@@ -1,0 +1,100 @@
+"""The whole system, nothing faked, mostly on a tiny random model: it starts in seconds."""
+
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+
+import httpx
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from tests.e2e.serving import Serving
+from tests.fixtures.models import Oracle, greedy, load_model, make_lora
+
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+# one core for the engine: the other is the tests'
+OPTIONS = ("--threads", "1", "--kv-bytes", str(32 << 20))
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_models: Callable[[str], Path]) -> Path:
+    return tiny_models("llama")
+
+
+@pytest.fixture(scope="session")
+def serving(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
+    """One server for all tests that leave it as it was. Its end is a test as well."""
+    it = Serving(str(tiny), tmp_path_factory.mktemp("serving"), *OPTIONS, "--log-level", "debug")
+    try:
+        it.start()
+        yield it
+        it.stop()
+        hashes = [line for line in it.log().splitlines() if "weights" in line]
+        first, last = (line.partition("weights ")[2][:16] for line in hashes)
+        assert first == last, "the base has changed"
+    finally:
+        it.end()
+
+
+@pytest.fixture(scope="session")
+def lora(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+    """seed -> a LoRA of the tiny model as PEFT saved it: three ranks, different targets, plain or rsLoRA."""
+    base, root = load_model(tiny), tmp_path_factory.mktemp("loras")
+
+    @cache
+    def get(seed: int) -> Path:
+        targets = list(LINEARS[seed % 3 :])
+        return make_lora(
+            base,
+            root / str(seed),
+            seed=seed,
+            r=(2, 4, 8)[seed % 3],
+            target_modules=targets,
+            use_rslora=seed % 2 == 1,
+        )
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def golden(tiny: Path, tokenizer: PreTrainedTokenizerFast) -> Callable[..., str]:
+    """(adapter folder or None, prompt, n) -> what PEFT answers, greedily and alone, as text."""
+    oracle = Oracle(tiny)
+
+    def get(adapter: Path | None, prompt: str, n: int = 16) -> str:
+        with oracle.using(adapter) as model:
+            tokens, _ = greedy(model, tokenizer.encode(prompt), n)
+        text: str = tokenizer.decode(tokens, skip_special_tokens=True)
+        return text
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tiny: Path) -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast.from_pretrained(tiny)
+
+
+@pytest.fixture
+def key(serving: Serving, request: pytest.FixtureRequest) -> str:
+    """Of a tenant of this test's own."""
+    return serving.tenant(request.node.name[:40])
+
+
+@pytest.fixture
+def http(serving: Serving, key: str) -> Iterator[httpx.Client]:
+    with serving.http(key) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def mortal(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
+    """A server whose processes may be killed."""
+    it = Serving(str(tiny), tmp_path_factory.mktemp("mortal"), *OPTIONS)
+    try:
+        it.start()
+        yield it
+        if it.running:
+            it.stop()
+    finally:
+        it.end()

@@ -1,0 +1,186 @@
+"""`polypeft serve` as its users run it: a process of its own, reached over HTTP and ended by signals."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import httpx
+import openai
+import psutil
+
+from server.settings import inherited_environment
+
+POLYPEFT = (sys.executable, "-c", "from server.cli import main; main()")
+START_SECONDS = 120.0
+STOP_SECONDS = 60.0
+READY = re.compile(r"is ready at (\S+)/v1$", re.MULTILINE)
+CHILDREN = {"engine": "server.engine", "api": "server.api", "valkey": "valkey"}
+
+
+class Serving:
+    """One data directory, and the `serve` that runs on it, if any does."""
+
+    def __init__(self, model: str, folder: Path, *options: str) -> None:
+        self.data_dir = folder / "data"
+        self._folder = folder
+        self._options = ["--model", model, "--port", "0", "--log-format", "json", *options]
+        self._process: subprocess.Popen[bytes] | None = None
+        self.url = ""
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Returns when it is ready."""
+        self._folder.mkdir(exist_ok=True)
+        self._process = process = self.launch()
+        until(lambda: process.poll() is not None or READY.search(self.said()), self.log, START_SECONDS)
+        found = READY.search(self.said())
+        assert found is not None, self.log()
+        self.url = found[1]
+
+    def launch(self, *options: str) -> subprocess.Popen[bytes]:
+        """Another `serve` on this data directory, whatever becomes of it."""
+        command = [*POLYPEFT, "serve", *self._options, "--data-dir", str(self.data_dir), *options]
+        with (self._folder / "out").open("wb") as out, (self._folder / "log").open("ab") as log:
+            return subprocess.Popen(command, env=inherited_environment(), stdout=out, stderr=log)
+
+    def stop(self) -> None:
+        """SIGTERM: it must end by itself, cleanly, and leave no process behind."""
+        children = [psutil.Process(pid) for pid in self.pids()]
+        self.process.terminate()
+        status = self.process.wait(STOP_SECONDS)
+        self._process = None
+        assert status == 0, self.log()
+        assert not any(alive(child.pid) for child in children)
+
+    def end(self) -> None:
+        """For a fixture's end: gone, however it stands."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait(STOP_SECONDS)
+            self._process = None
+
+    @property
+    def process(self) -> "subprocess.Popen[bytes]":
+        assert self._process is not None, "it does not run"
+        return self._process
+
+    @property
+    def running(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    def pids(self) -> list[int]:
+        return [child.pid for child in psutil.Process(self.process.pid).children()]
+
+    def pid(self, name: str) -> int:
+        """Of the child called `name`, as soon as there is one."""
+        found: list[int] = []
+
+        def look() -> bool:
+            for child in psutil.Process(self.process.pid).children():
+                try:
+                    if CHILDREN[name] in " ".join(child.cmdline()[:3]):
+                        found.append(child.pid)
+                except psutil.Error:
+                    continue
+            return bool(found)
+
+        until(look, self.log)
+        return found[-1]
+
+    def kill(self, name: str) -> None:
+        os.kill(self.pid(name), signal.SIGKILL)
+
+    def ready(self) -> bool:
+        try:
+            return httpx.get(f"{self.url}/readyz", timeout=5).status_code == httpx.codes.OK
+        except httpx.TransportError:
+            return False
+
+    def said(self) -> str:
+        path = self._folder / "out"
+        return path.read_text() if path.exists() else ""
+
+    def log(self) -> str:
+        path = self._folder / "log"
+        return path.read_text() if path.exists() else ""
+
+    @property
+    def operator(self) -> str:
+        return (self.data_dir / "admin.key").read_text().strip()
+
+    def http(self, key: str | None = None) -> httpx.Client:
+        headers = {"authorization": f"Bearer {key}"} if key else {}
+        return httpx.Client(base_url=self.url, headers=headers, timeout=60)
+
+    def sdk(self, key: str) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60)
+
+    def asdk(self, key: str) -> openai.AsyncOpenAI:
+        return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60)
+
+    def tenant(self, name: str) -> str:
+        """A new tenant's key."""
+        with self.http(self.operator) as client:
+            answer = client.post("/admin/tenants", json={"name": name})
+        assert answer.status_code == 201, answer.text
+        key: str = answer.json()["key"]
+        return key
+
+    def gauge(self, name: str) -> float:
+        """A metric without labels, as /metrics says it now."""
+        with self.http() as client:
+            text = client.get("/metrics").text
+        return float(next(line.split()[1] for line in text.splitlines() if line.startswith(f"{name} ")))
+
+
+def until(condition: Callable[[], Any], explain: Callable[[], str] = str, seconds: float = 30.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, explain()
+        time.sleep(0.02)
+
+
+def alive(pid: int) -> bool:
+    try:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
+def files_of(folder: Path) -> list[tuple[str, tuple[str, bytes]]]:
+    """Everything that save_pretrained wrote, as multipart parts."""
+    return [("files", (path.name, path.read_bytes())) for path in sorted(folder.iterdir())]
+
+
+def push(client: httpx.Client, name: str, folder: Path, **fields: str) -> dict[str, Any]:
+    """Upload a folder of PEFT's, which must be taken."""
+    answer = client.post("/v1/adapters", data={"name": name, **fields}, files=files_of(folder))
+    assert answer.status_code == 201, answer.text
+    made: dict[str, Any] = answer.json()
+    return made
+
+
+def body(model: str, prompt: str | Sequence[int], n: int = 16, **fields: Any) -> dict[str, Any]:
+    """A greedy completion of exactly n tokens."""
+    given = {"model": model, "prompt": prompt, "max_tokens": n, "temperature": 0, "ignore_eos": True}
+    return given | fields
+
+
+def ask(client: httpx.Client, model: str, prompt: str | Sequence[int], n: int = 16, **fields: Any) -> str:
+    """The text of that completion, which must succeed."""
+    answer = client.post("/v1/completions", json=body(model, prompt, n, **fields))
+    assert answer.status_code == 200, answer.text
+    text: str = answer.json()["choices"][0]["text"]
+    return text
