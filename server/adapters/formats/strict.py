@@ -5,6 +5,8 @@ from typing import Any
 
 from server.errors import InvalidAdapter, TooLarge, shown
 
+MAX_TEXT = 1024
+
 
 def strict_json(data: bytes, what: str, max_bytes: int) -> dict[str, Any]:
     """The JSON object in `data`. `what` names it in messages: "adapter_config.json"."""
@@ -23,6 +25,17 @@ def strict_json(data: bytes, what: str, max_bytes: int) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InvalidAdapter(f"{what} must hold a JSON object.", param="files")
     return value
+
+
+def check_inert(what: str, field: str, value: Any) -> None:
+    """A field that is dropped all the same; but a URL or a heap of data was put there for a reason."""
+    flat = list(value.values()) if isinstance(value, dict) else value
+    for item in flat if isinstance(flat, list) else [flat]:
+        if isinstance(item, dict | list):
+            raise InvalidAdapter(f"{what} has {field} {shown(value)}; it must be a plain value.", param=field)
+        if isinstance(item, str) and (len(item) > MAX_TEXT or "://" in item):
+            rule = f"it must be text of at most {MAX_TEXT} characters and no URL"
+            raise InvalidAdapter(f"{what} has {field} {shown(item)}; {rule}.", param=field)
 
 
 class _RefusedError(ValueError):
