@@ -31,7 +31,6 @@ from server.engine.scheduler import Scheduler
 from server.errors import ContextTooLong, InvalidAdapter, InvalidField, NonFinite, PolypeftError, Unavailable
 from server.settings import Settings
 
-
 # A step's tokens bound how long a prompt may hold up the rows that decode: half a second on two cores.
 BATCH_TOKENS = {"cpu": 256, "cuda": 2048}
 

@@ -160,7 +160,7 @@ def test_check_says_yes_no_and_why(engine: Engine, folder: Path, tmp_path: Path)
     manifest = engine.loader.objects.get_sync(ref.manifest_key)
     engine.submit(Check("good", manifest))
     engine.submit(Check("bad", b"{}"))
-    verdicts = {}
+    verdicts: dict[str, tuple[str, str, str | None] | None] = {}
     while len(verdicts) < 2:
         verdicts |= {checked.id: checked.error for checked in engine.checked()}
     assert verdicts["good"] is None

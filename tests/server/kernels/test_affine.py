@@ -13,8 +13,13 @@ SITE = Site("site", "linear", IN, OUT, True)
 
 
 def change(rank: int, scaled: bool, biased: bool) -> Change:
-    low = (torch.randn(rank, IN), torch.randn(rank, OUT)) if rank else (None, None)
-    return Change("site", *low, torch.randn(OUT) if scaled else None, torch.randn(OUT) if biased else None)
+    return Change(
+        "site",
+        a=torch.randn(rank, IN) if rank else None,
+        b=torch.randn(rank, OUT) if rank else None,
+        gain=torch.randn(OUT) if scaled else None,
+        bias=torch.randn(OUT) if biased else None,
+    )
 
 
 @pytest.mark.parametrize("base_bias", [False, True])
