@@ -25,6 +25,7 @@ class Site(msgspec.Struct, frozen=True):
     outputs: int
     bias: bool
     conv1d: bool = False
+    epsilon: float = 0.0  # of a norm: what it adds under its root
     scale: float = 1.0  # Gemma multiplies its embeddings, and whatever an adapter adds to them
 
 

@@ -29,11 +29,27 @@ def watch_norms(model: nn.Module, step: Step) -> dict[str, Site]:
         weight = getattr(norm, "weight", None)
         if isinstance(weight, nn.Parameter) and weight.dim() == 1:
             bias = getattr(norm, "bias", None)
-            site = Site(name, "norm", weight.shape[0], weight.shape[0], bias is not None)
+            epsilon = getattr(norm, "eps", getattr(norm, "variance_epsilon", 0.0))
+            site = Site(name, "norm", weight.shape[0], weight.shape[0], bias is not None, epsilon=epsilon)
             sites[name] = site
             if not name.endswith(("q_norm", "k_norm")):
                 norm.register_forward_hook(apply_affine(site, bias, step))
     return sites
+
+
+@torch.no_grad()
+def norm_gains(model: nn.Module) -> dict[str, torch.Tensor]:
+    """What each norm multiplies by, [width], by site name: its weight, or as Gemma has it, one more."""
+    gains = {}
+    for name, norm in model.named_modules():
+        weight = getattr(norm, "weight", None)
+        if isinstance(weight, nn.Parameter) and weight.dim() == 1:
+            signs = torch.ones_like(weight)
+            signs[1::2] = -1  # mean 0 and mean square 1: every kind of norm leaves it as it is
+            bias = getattr(norm, "bias", None)
+            gain = (norm(signs) - (0 if bias is None else bias)) * signs
+            gains[name] = weight + 1 if (gain - weight).mean() > 0.5 else weight
+    return gains
 
 
 def watch_sublayers(model: nn.Module, layers: int, hidden_size: int, step: Step) -> dict[str, Site]:
