@@ -14,8 +14,8 @@ import msgspec
 import torch
 
 from server.adapters.methods.base import Bank, Packed, Rows
+from server.adapters.methods.tensors import flatten
 from server.adapters.sites import Base, Site
-from server.errors import InvalidAdapter
 from server.kernels import affine as kernel
 from server.kernels.openmp import AVAILABLE
 
@@ -54,12 +54,9 @@ def pack_changes(changes: Iterable[Change], dtype: torch.dtype) -> Packed:
             tensor: torch.Tensor | None = getattr(change, part)
             if tensor is not None:
                 pieces.append(Piece(change.site, part, offset, tuple(tensor.shape)))
-                parts.append(tensor.to(dtype).reshape(-1))
+                parts.append(tensor)
                 offset += tensor.numel()
-    flat = torch.cat(parts)
-    if not bool(torch.isfinite(flat).all()):
-        raise InvalidAdapter(f"The adapter overflows {str(dtype).removeprefix('torch.')} once it is scaled.")
-    return Packed(flat, pieces)
+    return Packed(flatten(parts, dtype), pieces)
 
 
 class AffineBank(Bank):

@@ -143,5 +143,6 @@ class Method(Protocol):
     ) -> Packed:
         """Fold scalings and norms in, once, off the hot path.
 
-        `weights` are the base's own, by site name, read-only. Raises InvalidAdapter if the result overflows.
+        `weights` are the base's own, by site name, read-only; a bias is at "SITE.bias". Raises InvalidAdapter
+        if the result overflows.
         """

@@ -1,4 +1,4 @@
-"""LoRA: y += scaling * B A x at any linear, and at embeddings; with rsLoRA, DoRA, patterns and lora_bias.
+"""LoRA: y += scaling * B A x at any linear, and at embeddings; with rsLoRA, DoRA, patterns and biases.
 
 This file reads what PEFT writes and says which tensors there must be. How it runs: affine.py.
 What a target is, the tensors decide; the config only gives numbers, and must agree.
@@ -6,33 +6,36 @@ What a target is, the tensors decide; the config only gives numbers, and must ag
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 
 import msgspec
 import torch
 
 from server.adapters.formats.patterns import Patterns
-from server.adapters.formats.peft import LoraConfig, lora_config
+from server.adapters.formats.peft import typed_config
+from server.adapters.formats.peft_lora import LoraConfig
 from server.adapters.formats.safetensors import TensorInfo
 from server.adapters.methods.affine import AffineBank, Change, pack_changes
 from server.adapters.methods.base import AdapterFiles, Packed, Tensors
+from server.adapters.methods.tensors import by_site, check_shapes, check_targets, invalid
 from server.adapters.sites import Base, Site
 from server.errors import InvalidAdapter, shown
 
-PREFIX = "base_model.model."
-ADAPTER = "default"  # PEFT's name for the adapter; some saves leave it in the tensors' names
-
-# tensor name after the module's path -> (role, kind of site); longer endings first
-ROLES: dict[str, tuple[str, str]] = {
-    "lora_A.weight": ("A", "linear"),
-    "lora_B.weight": ("B", "linear"),
-    "lora_B.bias": ("bias", "linear"),
-    "lora_magnitude_vector.weight": ("magnitude", ""),
-    "lora_magnitude_vector": ("magnitude", ""),
-    "lora_embedding_A": ("A", "embedding"),
-    "lora_embedding_B": ("B", "embedding"),
-    "base_layer.weight": ("copy", ""),
-    "weight": ("copy", ""),
+TABLES = ("linear", "embedding")
+ENDINGS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "lora_A.weight": ("A", ("linear",)),
+    "lora_B.weight": ("B", ("linear",)),
+    "lora_B.bias": ("bias", ("linear",)),
+    "lora_magnitude_vector.weight": ("magnitude", TABLES),
+    "lora_magnitude_vector": ("magnitude", TABLES),
+    "lora_embedding_A": ("A", ("embedding",)),
+    "lora_embedding_B": ("B", ("embedding",)),
+    "base_layer.weight": ("copy", TABLES),
+    "weight": ("copy", TABLES),
+    "base_layer.bias": ("base_bias", ("linear",)),
+    "bias": ("base_bias", ("linear", "norm")),
 }
+NOT_TARGETED = {"copy", "base_bias"}  # roles that a module has without being a target
 
 
 class LoraTarget(msgspec.Struct, frozen=True):
@@ -54,13 +57,11 @@ class LoraTarget(msgspec.Struct, frozen=True):
 class LoraSpec(msgspec.Struct, frozen=True):
     targets: tuple[LoraTarget, ...]
     base_copies: dict[str, str]  # tensor -> site whose weight it must equal
+    biases: dict[str, str] = {}  # site -> tensor that replaces the base's bias there
 
     @property
     def rank(self) -> int:
         return max(target.rank for target in self.targets)
-
-
-Roles = dict[str, dict[str, str]]  # site -> role -> tensor name
 
 
 class Lora:
@@ -71,26 +72,27 @@ class Lora:
         self.max_rank = max_rank
 
     def parse(self, files: AdapterFiles, base: Base) -> LoraSpec:
-        config = lora_config(files.config)
-        roles: Roles = {}
-        for tensor in files.tensors:
-            name, role = _locate(tensor, base)
-            if other := roles.setdefault(name, {}).get(role):
-                raise _invalid(tensor, f"says the same as {shown(other)}")
-            roles[name][role] = tensor
-        sites = [site for site in base.sites.values() if roles.get(site.name, {}).keys() - {"copy"}]
+        config = typed_config(files.config, LoraConfig)
+        roles = by_site(files.tensors, base, ENDINGS, "LoRA")
         ranks = Patterns([(key, float(rank)) for key, rank in config.rank_pattern], "rank_pattern")
         alphas = Patterns(list(config.alpha_pattern), "alpha_pattern")
         targets = []
-        for site in sites:
-            rank = int(ranks.value(site.name, config.r))
-            alpha = alphas.value(site.name, config.lora_alpha)
+        for name, found in roles.items():
+            if not found.keys() - NOT_TARGETED:
+                continue
+            rank = int(ranks.value(name, config.r))
+            alpha = alphas.value(name, config.lora_alpha)
             scaling = alpha / (math.sqrt(rank) if config.use_rslora else rank)
-            targets.append(self._target(site, roles[site.name], rank, scaling, files.tensors, config))
-        _check_config(config, {target.site for target in targets}, roles, base)
-        copies = {found["copy"]: name for name, found in roles.items() if "copy" in found}
-        spec = LoraSpec(tuple(targets), copies)
-        _check_shapes(self.shapes(spec, base), files.tensors)
+            targets.append(self._target(base.sites[name], found, rank, scaling, files.tensors, config))
+        spec = LoraSpec(
+            tuple(targets),
+            {found["copy"]: name for name, found in roles.items() if "copy" in found},
+            {name: found["base_bias"] for name, found in roles.items() if "base_bias" in found},
+        )
+        _check_copies(config, spec.base_copies, base)
+        _check_modules(config, spec, base)
+        _check_biases(config, spec, base)
+        check_shapes(self.shapes(spec, base), files.tensors)
         return spec
 
     def shapes(self, spec: LoraSpec, base: Base) -> dict[str, tuple[int, ...]]:
@@ -106,6 +108,8 @@ class Lora:
             site = base.sites[name]
             table = site.kind == "embedding"
             shapes[tensor] = (site.inputs, site.outputs) if table else (site.outputs, site.inputs)
+        for name, tensor in spec.biases.items():
+            shapes[tensor] = (base.sites[name].outputs,)
         return shapes
 
     def init(self, spec: LoraSpec, base: Base, rng: torch.Generator) -> Tensors:
@@ -136,9 +140,14 @@ class Lora:
         weights: Mapping[str, torch.Tensor],
         dtype: torch.dtype,
     ) -> Packed:
-        return pack_changes(
-            (fold(target, base.sites[target.site], tensors, weights) for target in spec.targets), dtype
-        )
+        changes = {
+            target.site: fold(target, base.sites[target.site], tensors, weights) for target in spec.targets
+        }
+        for name, tensor in spec.biases.items():
+            change = changes.get(name) or Change(name)
+            delta = tensors[tensor].float() - weights[f"{name}.bias"].float()
+            changes[name] = replace(change, bias=delta if change.bias is None else change.bias + delta)
+        return pack_changes(changes.values(), dtype)
 
     def _target(
         self,
@@ -154,18 +163,16 @@ class Lora:
         for role, needed in wanted.items():
             if needed and role not in roles:
                 missing = f"has no counterpart for {role} of {shown(site.name)}"
-                raise _invalid(next(iter(roles.values())), missing)
+                raise invalid(next(iter(roles.values())), missing)
             if role in roles and not needed:
-                raise _invalid(roles[role], "is there although the config does not ask for it")
+                raise invalid(roles[role], "is there although the config does not ask for it")
         shape = tensors[roles["A"]].shape
         if len(shape) != 2 or shape[0] > self.max_rank:
-            raise _invalid(
-                roles["A"], f"has the shape {list(shape)}; its rank may be {self.max_rank} at most"
-            )
+            raise invalid(roles["A"], f"has the shape {list(shape)}; its rank may be {self.max_rank} at most")
         if shape[0] != rank:
-            raise _invalid(roles["A"], f"has rank {shape[0]}, but the config says {rank}")
+            raise invalid(roles["A"], f"has rank {shape[0]}, but the config says {rank}")
         if site.kind == "embedding" and config.use_dora:
-            raise _invalid(roles["A"], "is of an embedding, for which use_dora is not served")
+            raise invalid(roles["A"], "is of an embedding, for which use_dora is not served")
         extras = (roles.get("magnitude"), roles.get("bias"))
         return LoraTarget(
             site.name, rank, scaling, roles["A"], roles["B"], *extras, embedding=site.kind == "embedding"
@@ -191,64 +198,37 @@ def fold(target: LoraTarget, site: Site, tensors: Tensors, weights: Mapping[str,
     )
 
 
-def _locate(tensor: str, base: Base) -> tuple[str, str]:
-    """Which site a tensor belongs to, and as what."""
-    path = ".".join(part for part in tensor.removeprefix(PREFIX).split(".") if part != ADAPTER)
-    for ending, (role, kind) in ROLES.items():
-        name = path.removesuffix(f".{ending}")
-        if name == path:
-            continue
-        site = base.sites.get(name)
-        if site is None:
-            raise _invalid(tensor, "belongs to no module of the base model")
-        if kind and site.kind != kind:
-            raise _invalid(tensor, f"cannot belong to {shown(name)}, which is of kind {site.kind}")
-        if role == "copy" and (site.kind == "norm" or site.conv1d):
-            raise _invalid(tensor, "replaces weights of the base, which only low-rank changes may touch")
-        return name, role
-    raise _invalid(tensor, "is not one that LoRA has")
-
-
-def _check_config(config: LoraConfig, targets: set[str], roles: Roles, base: Base) -> None:
-    """The config and the tensors speak of the same modules."""
-    if not targets:
-        raise InvalidAdapter(
-            "The adapter has no LoRA tensors for any module of the base model.", param="files"
-        )
-    if config.target_modules is not None:
-        if stray := sorted(site for site in targets if not _names(config.target_modules, site)):
-            raise _invalid(
-                next(iter(roles[stray[0]].values())), "is of a module that target_modules leaves out"
-            )
-        filtered = config.exclude_modules or config.layers_to_transform is not None
-        kinds = ("linear", "embedding")
-        asked = {
-            s.name for s in base.sites.values() if s.kind in kinds and _names(config.target_modules, s.name)
-        }
-        if not filtered and (missing := sorted(asked - targets)):
-            raise InvalidAdapter(
-                f"target_modules names {shown(missing[0])}, but there is no tensor for it.",
-                param="target_modules",
-            )
+def _check_copies(config: LoraConfig, copies: dict[str, str], base: Base) -> None:
+    for tensor, name in copies.items():
+        if base.sites[name].conv1d:
+            raise invalid(tensor, "replaces weights of the base, which only low-rank changes may touch")
     for module in config.modules_to_save or ():
-        if not any(site.endswith(module) and "copy" in found for site, found in roles.items()):
+        if not any(name.endswith(module) for name in copies.values()):
             raise InvalidAdapter(
                 f"modules_to_save names {shown(module)}, but there is no tensor for it.",
                 param="modules_to_save",
             )
 
 
-def _names(modules: tuple[str, ...], site: str) -> bool:
-    """PEFT's rule for a list: the whole name, or its end after a dot."""
-    return any(site == module or site.endswith(f".{module}") for module in modules)
+def _check_modules(config: LoraConfig, spec: LoraSpec, base: Base) -> None:
+    filtered = config.exclude_modules or config.layers_to_transform is not None
+    candidates = [site for site in base.sites.values() if site.kind in TABLES]
+    targets = {target.site: target.A for target in spec.targets}
+    check_targets(config.target_modules, targets, candidates, complete=not filtered)
 
 
-def _check_shapes(shapes: dict[str, tuple[int, ...]], tensors: dict[str, TensorInfo]) -> None:
-    for tensor, shape in shapes.items():
-        if tensors[tensor].shape != shape:
-            found = list(tensors[tensor].shape)
-            raise _invalid(tensor, f"has the shape {found}; for this base model it must be {list(shape)}")
-
-
-def _invalid(tensor: str, fault: str) -> InvalidAdapter:
-    return InvalidAdapter(f"Tensor {shown(tensor, 128)} {fault}.", param=tensor)
+def _check_biases(config: LoraConfig, spec: LoraSpec, base: Base) -> None:
+    """Exactly the biases that `bias` says: all of the base, or those of the targets."""
+    wanted: set[str] = set()
+    if config.bias == "all":
+        wanted = {site.name for site in base.sites.values() if site.bias}
+    elif config.bias == "lora_only":
+        wanted = {target.site for target in spec.targets if base.sites[target.site].bias}
+    for name, tensor in spec.biases.items():
+        if name not in wanted:
+            raise invalid(tensor, f"is there although bias is {config.bias!r}")
+    if missing := sorted(wanted - spec.biases.keys()):
+        raise InvalidAdapter(
+            f"bias is {config.bias!r}, but there is no tensor for the bias of {shown(missing[0])}.",
+            param="bias",
+        )

@@ -38,9 +38,9 @@ def test_the_order_of_patterns_is_kept() -> None:
 
 
 REFUSED: dict[str, list[Any]] = {
-    "peft_type": ["IA3", "lora", None, 1, ["LORA"], {}],
+    "peft_type": ["ADALORA", "lora", None, 1, ["LORA"], {}],
     "init_lora_weights": ["pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga", 1, []],
-    "bias": ["all", "lora_only", None, True],
+    "bias": ["some", "", None, True],
     "task_type": ["SEQ_CLS", 1],
     "layer_replication": [[[0, 4], [2, 5]]],
     "target_parameters": [["mlp.experts"]],

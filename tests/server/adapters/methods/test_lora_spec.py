@@ -211,7 +211,7 @@ def test_whole_conv1d_weights_are_refused(tmp_path: Path) -> None:
 
 
 def test_no_matching_module_is_refused(plain: Saved) -> None:
-    with pytest.raises(InvalidAdapter, match="no LoRA tensors"):
+    with pytest.raises(InvalidAdapter, match="no tensors for any module"):
         plain.parse_changed({})
     with pytest.raises(InvalidAdapter, match="no module of the base"):
         Lora().parse(AdapterFiles(plain.config, plain.tensors), base_of(gpt2()))

@@ -1,0 +1,92 @@
+"""An upload's tensors by module of the base: which module, as what, and of which shape.
+
+Names are PEFT's: `base_model.model.MODULE.ENDING`. What an ending means, each method says.
+"""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+
+from server.adapters.formats.safetensors import TensorInfo
+from server.adapters.sites import Base, Site
+from server.errors import InvalidAdapter, shown
+
+PREFIX = "base_model.model."
+ADAPTER = "default"  # PEFT's name for the adapter; some saves leave it in the tensors' names
+
+Endings = Mapping[str, tuple[str, tuple[str, ...]]]  # ending -> (role, kinds of site); longer ones first
+Roles = dict[str, dict[str, str]]  # site -> role -> tensor name
+
+
+def by_site(tensors: Iterable[str], base: Base, endings: Endings, what: str) -> Roles:
+    """Every tensor's site and role, sites in the base's order. Raises InvalidAdapter for a stray one.
+
+    `what` names the method in messages.
+    """
+    roles: Roles = {}
+    for tensor in tensors:
+        site, role = _locate(tensor, base, endings, what)
+        if other := roles.setdefault(site, {}).get(role):
+            raise invalid(tensor, f"says the same as {shown(other)}")
+        roles[site][role] = tensor
+    return {site: roles[site] for site in base.sites if site in roles}
+
+
+def _locate(tensor: str, base: Base, endings: Endings, what: str) -> tuple[str, str]:
+    path = ".".join(part for part in tensor.removeprefix(PREFIX).split(".") if part != ADAPTER)
+    for ending, (role, kinds) in endings.items():
+        name = path.removesuffix(f".{ending}")
+        if name == path:
+            continue
+        site = base.sites.get(name)
+        if site is None:
+            raise invalid(tensor, "belongs to no module of the base model")
+        if site.kind not in kinds:
+            raise invalid(tensor, f"cannot belong to {shown(name)}, which is of kind {site.kind}")
+        return name, role
+    raise invalid(tensor, f"is not one that {what} has")
+
+
+def check_targets(
+    modules: tuple[str, ...] | None, targets: Mapping[str, str], candidates: Iterable[Site], *, complete: bool
+) -> None:
+    """`target_modules` and the tensors speak of the same modules: `targets` maps a site to its tensor.
+
+    With `complete` there must be a tensor for every candidate that `modules` names.
+    """
+    if not targets:
+        raise InvalidAdapter("The adapter has no tensors for any module of the base model.", param="files")
+    if modules is None:
+        return
+    if stray := sorted(site for site in targets if not names(modules, site)):
+        raise invalid(targets[stray[0]], "is of a module that target_modules leaves out")
+    asked = {site.name for site in candidates if names(modules, site.name)}
+    if complete and (missing := sorted(asked - targets.keys())):
+        raise InvalidAdapter(
+            f"target_modules names {shown(missing[0])}, but there is no tensor for it.",
+            param="target_modules",
+        )
+
+
+def names(modules: tuple[str, ...], site: str) -> bool:
+    """PEFT's rule for a list: the whole name, or its end after a dot."""
+    return any(site == module or site.endswith(f".{module}") for module in modules)
+
+
+def check_shapes(shapes: Mapping[str, tuple[int, ...]], tensors: Mapping[str, TensorInfo]) -> None:
+    for tensor, shape in shapes.items():
+        if tensors[tensor].shape != shape:
+            found = list(tensors[tensor].shape)
+            raise invalid(tensor, f"has the shape {found}; for this base model it must be {list(shape)}")
+
+
+def flatten(parts: Iterable[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    """One host buffer of all of them, back to back. Raises InvalidAdapter if a value overflows `dtype`."""
+    flat = torch.cat([part.to(dtype).reshape(-1) for part in parts])
+    if not bool(torch.isfinite(flat).all()):
+        raise InvalidAdapter(f"The adapter overflows {str(dtype).removeprefix('torch.')} once it is scaled.")
+    return flat
+
+
+def invalid(tensor: str, fault: str) -> InvalidAdapter:
+    return InvalidAdapter(f"Tensor {shown(tensor, 128)} {fault}.", param=tensor)
