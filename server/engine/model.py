@@ -22,7 +22,7 @@ from server.adapters.sites import Base, Site
 from server.engine.attention import Pages, Step, attend, places_of
 from server.engine.linear import EmbeddingSite, LinearSite
 from server.engine.row import Row
-from server.engine.sublayers import watch_norms, watch_sublayers
+from server.engine.sublayers import norm_gains, watch_norms, watch_sublayers
 from server.kernels.attention import BLOCK, write_pages
 
 ATTENTION = "polypeft"  # a name without "flash", "sdpa" or "flex", which transformers treats specially
@@ -49,7 +49,8 @@ class ServedModel:
         model.set_attn_implementation(ATTENTION)
         self.model: Any = model.to(placement.device)
         self.sites = replace_modules(self.model, self.step)
-        self.weights = BaseWeights(self.sites)
+        biases = {name: p for name, p in self.model.named_parameters() if name.endswith(".bias")}
+        self.weights = BaseWeights(self.sites, biases | norm_gains(self.model))
         config = self.model.config
         found = {name: module.site for name, module in self.sites.items()}
         found |= watch_norms(self.model, self.step)
@@ -117,19 +118,26 @@ class ServedModel:
 
 
 class BaseWeights(Mapping[str, torch.Tensor]):
-    """The base's weights by site: [out, in] of a linear, [vocabulary, hidden] of an embedding."""
+    """The base's weights by site: [out, in] of a linear, [vocabulary, hidden] of an embedding; and the
+    biases [out] of linears and norms as "SITE.bias". Of a norm, what it multiplies by [width].
+    """
 
-    def __init__(self, sites: dict[str, LinearSite | EmbeddingSite]) -> None:
+    def __init__(
+        self, sites: dict[str, LinearSite | EmbeddingSite], biases: Mapping[str, torch.Tensor]
+    ) -> None:
         self._sites = sites
+        self._biases = biases
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        return self._sites[name].weight()
+        bias = self._biases.get(name)
+        return self._sites[name].weight() if bias is None else bias
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._sites)
+        yield from self._sites
+        yield from self._biases
 
     def __len__(self) -> int:
-        return len(self._sites)
+        return len(self._sites) + len(self._biases)
 
 
 def replace_modules(model: nn.Module, step: Step) -> dict[str, LinearSite | EmbeddingSite]:

@@ -22,7 +22,7 @@ if AVAILABLE:
     from server.kernels.openmp import floats, ints, kernel, num_threads, thread_num
 
     @nb.njit(cache=True, fastmath=True, error_model="numpy")
-    def _shrink(h, x, a, r, n):  # type: ignore[no-untyped-def]
+    def shrink(h, x, a, r, n):  # type: ignore[no-untyped-def]
         """h[:r] = A x, four ranks at a time so that x is read once for them."""
         k = 0
         while k + 4 <= r:
@@ -49,7 +49,7 @@ if AVAILABLE:
             k += 1
 
     @nb.njit(cache=True, fastmath=True, error_model="numpy")
-    def _expand(y, h, b, r, n):  # type: ignore[no-untyped-def]
+    def expand(y, h, b, r, n):  # type: ignore[no-untyped-def]
         """y += B h, eight ranks at a time so that y is read and written seldom."""
         k = 0
         while k + 8 <= r:
@@ -96,8 +96,8 @@ if AVAILABLE:
                     for o in range(fan_out):
                         y[o] += gain[o] * y[o]
             if rank > 0:
-                _shrink(h, x, floats(entry[0], rank * fan_in), rank, fan_in)
-                _expand(y, h, floats(entry[1], rank * fan_out), rank, fan_out)
+                shrink(h, x, floats(entry[0], rank * fan_in), rank, fan_in)
+                expand(y, h, floats(entry[1], rank * fan_out), rank, fan_out)
             if entry[3] != 0:
                 added = floats(entry[3], fan_out)
                 for o in range(fan_out):

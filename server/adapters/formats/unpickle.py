@@ -67,15 +67,15 @@ def leave_network() -> None:
 
 
 def limit(size: int, cpu_seconds: int) -> None:
-    """Memory for a few copies of the file, some seconds, and no file to open."""
+    """Memory for a few copies of the file, some seconds, no file to open, and no process to start."""
     if sys.platform == "linux":  # elsewhere nobody says, or heeds, how much it is
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         room = pages * resource.getpagesize() + ROOM_BYTES + 8 * size
         resource.setrlimit(resource.RLIMIT_AS, (room, room))
     resource.setrlimit(resource.RLIMIT_CPU, (cpu_seconds, cpu_seconds))
     resource.setrlimit(resource.RLIMIT_FSIZE, (2 * size + (8 << 20), 2 * size + (8 << 20)))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_NOFILE, (0, 0))
+    for nothing in (resource.RLIMIT_CORE, resource.RLIMIT_NOFILE, resource.RLIMIT_NPROC):
+        resource.setrlimit(nothing, (0, 0))
 
 
 if __name__ == "__main__":

@@ -3,9 +3,13 @@
 from collections.abc import Callable
 
 from server.adapters.methods.base import Method
+from server.adapters.methods.bottleneck import Bottleneck
 from server.adapters.methods.lora import Lora
 
-METHODS: dict[str, Callable[[int], Method]] = {Lora.name: Lora}
+METHODS: dict[str, Callable[[int], Method]] = {
+    Bottleneck.name: lambda _max_rank: Bottleneck(),
+    Lora.name: Lora,
+}
 
 
 def build_methods(max_rank: int) -> dict[str, Method]:

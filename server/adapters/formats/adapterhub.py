@@ -1,0 +1,148 @@
+"""AdapterHub's adapter_config.json as a closed list of fields, for bottleneck adapters of any age.
+
+Written by the libraries `adapters` and, before it, adapter-transformers. As with PEFT's, a field is kept
+because it changes what the adapter computes, dropped because it cannot, or refused. Prediction heads lie in
+files of their own, which nothing here needs.
+"""
+
+from typing import Annotated, Any, Literal
+
+import msgspec
+
+from server.adapters.formats.fields import Fields, refused
+from server.errors import InvalidAdapter
+
+# Say how the adapter was made or trained, or qualify what must be off.
+DROPPED = frozenset({"config_id", "hidden_size", "model_class", "model_name", "name", "type"})
+DROPPED_OF_CONFIG = frozenset(
+    {
+        "adapter_residual_before_ln",
+        "attention_type",
+        "dropout",
+        "factorized_phm_W",
+        "factorized_phm_rule",
+        "hypercomplex_nonlinearity",
+        "init_weights",
+        "init_weights_seed",
+        "inv_adapter_reduction_factor",
+        "learn_phm",
+        "new_attention_norm",
+        "phm_bias",
+        "phm_c_init",
+        "phm_dim",
+        "phm_init_range",
+        "phm_rank",
+        "shared_W_phm",
+        "shared_phm_rule",
+        "stochastic_depth",
+    }
+)
+# Ask for another method, for more modules than the bottleneck, or, gating, for tokens yet to come.
+OFF = frozenset(
+    {
+        "architecture",
+        "cross_adapter",
+        "inv_adapter",
+        "invertible_adapter",
+        "ln_after",
+        "ln_before",
+        "phm_layer",
+        "use_gating",
+    }
+)
+# Before configs carried a version, two names meant something else.
+OLD_NON_LINEARITIES = {"gelu": "gelu_new", "gelu_orig": "gelu"}
+
+NonLinearity = Literal["relu", "silu", "gelu", "gelu_new", "tanh", "leakyrelu", "linear"]
+Factor = Annotated[float, msgspec.Meta(ge=1e-3, le=1e6)]
+Layer = Annotated[int, msgspec.Meta(ge=0, lt=10_000)]
+LayerKey = Annotated[str, msgspec.Meta(pattern=r"\A(default|0|[1-9][0-9]{0,3})\Z")]
+
+
+class BottleneckConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What is kept of `config`. `original_*` and `residual_*` say where the residual stream is added."""
+
+    mh_adapter: bool
+    output_adapter: bool
+    reduction_factor: Factor | dict[LayerKey, Factor]
+    non_linearity: NonLinearity
+    original_ln_before: bool = False
+    original_ln_after: bool = True
+    residual_before_ln: bool = True
+    is_parallel: bool = False
+    scaling: Annotated[float, msgspec.Meta(ge=-1e6, le=1e6)] | Literal["learned", "channel"] = 1.0
+    leave_out: Annotated[tuple[Layer, ...], msgspec.Meta(max_length=10_000)] = ()
+
+    @property
+    def input(self) -> Literal["output", "residual", "sum"]:
+        """What the adapter sees: the sub-block's output, the residual before it, or both added."""
+        if self.is_parallel:
+            return "residual"
+        return "sum" if self.original_ln_before else "output"
+
+    def factor(self, layer: int) -> float:
+        """The reduction factor of a layer. Raises InvalidAdapter where the config gives none."""
+        if not isinstance(self.reduction_factor, dict):
+            return self.reduction_factor
+        found = self.reduction_factor.get(str(layer), self.reduction_factor.get("default"))
+        if found is None:
+            raise InvalidAdapter(
+                f"reduction_factor has neither layer {layer} nor a default.", param="reduction_factor"
+            )
+        return found
+
+
+class HubConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What is kept of a file. `version` only tells that the names are today's."""
+
+    model_type: Annotated[str, msgspec.Meta(max_length=64)]
+    config: BottleneckConfig
+    version: Literal["adapters"]
+
+
+FILE_FIELDS = Fields(HubConfig, dropped=DROPPED)
+CONFIG_FIELDS = Fields(BottleneckConfig, dropped=DROPPED_OF_CONFIG, empty=OFF)
+
+
+def hub_config(raw: dict[str, Any]) -> HubConfig:
+    """Accepts what AdapterHub wrote as well as what was kept of it. Raises InvalidAdapter by field."""
+    inner = raw.get("config")
+    if not isinstance(inner, dict):
+        raise refused("config", inner, "it must be an object, not a name")
+    today = {
+        "non_linearity": _non_linearity(inner.get("non_linearity"), is_old="version" not in raw),
+        "leave_out": _layers(inner.get("leave_out")),
+    }
+    config = CONFIG_FIELDS.read(inner | today)
+    file = FILE_FIELDS.read(raw | {"config": msgspec.to_builtins(config), "version": "adapters"})
+    assert isinstance(config, BottleneckConfig)
+    assert isinstance(file, HubConfig)
+    _check_residuals(config)
+    return file
+
+
+def _non_linearity(value: Any, *, is_old: bool) -> Any:
+    """Today's name, one for each function."""
+    if not isinstance(value, str):
+        return value
+    name = (OLD_NON_LINEARITIES.get(value, value) if is_old else value).lower()
+    return "silu" if name == "swish" else name
+
+
+def _layers(value: Any) -> Any:
+    """A list in no order stands for a set."""
+    if value is None:
+        return []
+    if not isinstance(value, list) or not all(type(layer) is int for layer in value):
+        raise refused("leave_out", value, "it must be a list of layer numbers")
+    return sorted(set(value))
+
+
+def _check_residuals(config: BottleneckConfig) -> None:
+    """The residual stream is added once: a config that adds it twice or never is a mistake somewhere."""
+    if not config.mh_adapter and not config.output_adapter:
+        raise refused("output_adapter", False, "it or mh_adapter must be true")
+    around = config.residual_before_ln if config.input == "sum" else True
+    if config.original_ln_after is not around:
+        rule = "with these other fields the residual stream would be added twice or never"
+        raise refused("original_ln_after", config.original_ln_after, rule)
