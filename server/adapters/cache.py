@@ -106,6 +106,11 @@ class AdapterCache:
         if ref.digest not in self.by_digest and ref.digest not in self.pending:
             self.loader.fetch(ref)
 
+    def offer(self, ref: AdapterRef, load: "Future[Any]") -> None:
+        """A load that was started elsewhere: rows that name it need not start another."""
+        if ref.digest not in self.by_digest:
+            self.pending[ref.digest] = load
+
     def forget(self, digest: str) -> None:
         """A deleted version: out of every tier, here as soon as no row uses it."""
         self.loader.forget(digest)

@@ -67,7 +67,11 @@ class Loader:
         return self._once(ref.digest, lambda: self._load(self._manifest(ref)))
 
     def check(self, manifest: Manifest) -> "Future[Packed]":
-        """Load a version that is staged but not published; raises InvalidAdapter if it cannot serve."""
+        """Load a version that is staged but not published; InvalidAdapter if it cannot serve.
+
+        Raises StoreError for a manifest that is not what its digest says.
+        """
+        check_identity(manifest)
         return self._once(manifest.digest, lambda: self._load(manifest))
 
     def forget(self, digest: str) -> None:
@@ -114,15 +118,12 @@ class Loader:
         return manifest
 
     def _load(self, manifest: Manifest) -> Packed:
-        blob = manifest.weights
-        identity = content_digest(manifest.method, manifest.base_digest, manifest.config, blob.sha256)
-        if identity != manifest.digest:
-            raise StoreError("The adapter's manifest does not match its own digest.")
+        check_identity(manifest)
         if manifest.base_digest != self.base.digest:
             raise InvalidAdapter(
                 f"The adapter was made for the base {manifest.base!r}; this server runs {self.base.id!r}."
             )
-        start = time.perf_counter()
+        blob, start = manifest.weights, time.perf_counter()
         tier = "disk" if self._verified_on_disk(blob) else "store"
         if tier == "store":
             self.objects.download_sync(blob.key, self.disk.path(blob.sha256), blob.sha256)
@@ -172,6 +173,12 @@ class Loader:
 
     def _observe(self, tier: str, start: float) -> None:
         self.observations.append(("adapter_load_seconds", tier, time.perf_counter() - start))
+
+
+def check_identity(manifest: Manifest) -> None:
+    content = (manifest.method, manifest.base_digest, manifest.config, manifest.weights.sha256)
+    if content_digest(*content) != manifest.digest:
+        raise StoreError("The adapter's manifest does not match its own digest.")
 
 
 def _step_aside() -> None:

@@ -32,7 +32,8 @@ class AliasBody(Body):
 
 @router.post("")
 async def upload_adapter(request: Request, parts: Parts, tenant: CurrentTenant) -> Response:
-    """multipart/form-data: `name`, `files` (repeated), and perhaps `sha256` of the weights file.
+    """multipart/form-data: `name`, `files` (repeated), and perhaps `sha256` of the weights file, or
+    `allow_noop=true` to let in an adapter that changes nothing.
 
     `If-None-Match: *` creates and never adds a version.
     """
@@ -41,8 +42,10 @@ async def upload_adapter(request: Request, parts: Parts, tenant: CurrentTenant) 
     with tempfile.TemporaryDirectory(dir=_incoming(parts), ignore_cleanup_errors=True) as folder:
         upload = await receive_upload(request, Path(folder), parts.settings)
         create_only = request.headers.get("if-none-match") == "*"
-        files = _files(upload)
-        version = await publish(parts, tenant, upload.fields["name"], files, create_only=create_only)
+        files, noop = _files(upload), _flag(upload, "allow_noop")
+        version = await publish(
+            parts, tenant, upload.fields["name"], files, create_only=create_only, allow_noop=noop
+        )
     headers = {"Location": f"/v1/adapters/{version.name}"}
     return json_response(_version_object(version) | {"object": "adapter", "name": version.name}, 201, headers)
 
@@ -150,6 +153,13 @@ def _files(upload: Upload) -> Files:
             param="sha256",
         )
     return Files((CONFIG, upload.files[CONFIG].path), (weights[0], file.path))
+
+
+def _flag(upload: Upload, name: str) -> bool:
+    value = upload.fields.get(name, "false").lower()
+    if value not in ("true", "false"):
+        raise InvalidField(f"{name} must be true or false, not {shown(value)}.", param=name)
+    return value == "true"
 
 
 def _blob(manifest: Manifest, name: str) -> Any:

@@ -20,7 +20,7 @@ from server.settings import Settings
 if TYPE_CHECKING:
     from python_multipart.multipart import MultipartCallbacks
 
-FIELDS = frozenset({"name", "sha256"})
+FIELDS = frozenset({"name", "sha256", "allow_noop"})
 FIELD_BYTES = 4096
 OVERHEAD_BYTES = 65_536  # boundaries and part headers, beside the files
 BATCH_BYTES = 262_144  # parsed, hashed and written at once on a thread
@@ -143,7 +143,9 @@ class _Receiver:
         elif field_name == "files" and b"filename" in options:
             self._open_file(options[b"filename"].decode("utf-8", "replace"))
         else:
-            raise InvalidField(f"{shown(field_name)} is not a part of an upload: send name, files, sha256.")
+            raise InvalidField(
+                f"{shown(field_name)} is not a part of an upload: send name, files, sha256, allow_noop."
+            )
 
     def _open_file(self, name: str) -> None:
         if name.endswith(IGNORED_ENDINGS) or name in IGNORED:

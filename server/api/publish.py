@@ -41,7 +41,13 @@ class Inspected:
 
 
 async def publish(
-    parts: Services, tenant: Tenant, name: str, files: Files, *, create_only: bool = False
+    parts: Services,
+    tenant: Tenant,
+    name: str,
+    files: Files,
+    *,
+    create_only: bool = False,
+    allow_noop: bool = False,
 ) -> Version:
     """The new version. Raises InvalidAdapter, InvalidField, Conflict, QuotaExceeded, Unavailable."""
     check_name(name)
@@ -69,7 +75,7 @@ async def publish(
         facts={"rank": found.rank},
         created=int(time.time()),
     )
-    checked = await parts.engine.check(encode_manifest(manifest))
+    checked = await parts.engine.check(encode_manifest(manifest), allow_noop=allow_noop)
     if checked.error is not None:
         raise error_from_code(*checked.error)
     manifest = msgspec.structs.replace(manifest, facts=checked.facts | manifest.facts)

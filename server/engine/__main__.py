@@ -70,8 +70,6 @@ class EngineServer:
         wait = IDLE_MILLISECONDS
         if self.engine.busy:
             wait = 0 if self.engine.scheduler.running else LOADING_MILLISECONDS
-        elif self.engine.checks:
-            wait = LOADING_MILLISECONDS
         while self.socket.poll(wait):
             peer, frame = self.socket.recv_multipart()
             self.handle(peer, frame)

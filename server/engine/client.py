@@ -113,11 +113,11 @@ class EngineClient:
             inbox.put_nowait(m.Chunk(row_id, finish="cancelled"))
             self._post(m.Cancel(row_id))
 
-    async def check(self, manifest: bytes) -> m.Checked:
+    async def check(self, manifest: bytes, *, allow_noop: bool = False) -> m.Checked:
         """Ask whether this base can serve a staged version. Raises EngineLost or Unavailable."""
         if not self.ready:
             raise Unavailable("The engine is not ready; try again in a moment.")
-        check = m.Check(uuid.uuid4().hex, manifest)
+        check = m.Check(uuid.uuid4().hex, manifest, allow_noop)
         answer: asyncio.Future[m.Checked] = asyncio.get_running_loop().create_future()
         self._checks[check.id] = answer
         try:

@@ -10,10 +10,8 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import torch
 
-from adapters_store.manifest import decode_manifest
 from adapters_store.objects import Objects
 from server.adapters.cache import AdapterCache
 from server.adapters.loader import Limits, Loader
@@ -21,6 +19,7 @@ from server.adapters.methods import build_methods
 from server.adapters.methods.base import Bank
 from server.adapters.tiers import DiskTier, RamTier
 from server.engine.device import choose_placement
+from server.engine.gate import Gate
 from server.engine.grammar import Grammars, mask_logits
 from server.engine.kv import BlockPool
 from server.engine.messages import Cancel, Check, Checked, Chunk, Forget, Generate, Prefetch
@@ -28,7 +27,7 @@ from server.engine.model import ServedModel
 from server.engine.row import Row
 from server.engine.sampler import Sampled, SampleRow, sample
 from server.engine.scheduler import Scheduler
-from server.errors import ContextTooLong, InvalidAdapter, InvalidField, NonFinite, PolypeftError, Unavailable
+from server.errors import ContextTooLong, InvalidField, NonFinite, PolypeftError, Unavailable
 from server.settings import Settings
 
 # A step's tokens bound how long a prompt may hold up the rows that decode: half a second on two cores.
@@ -79,7 +78,7 @@ class Engine:
         self.ends = self.model.end_tokens()
         self.counts: Counter[str] = Counter()
         self.observations: list[tuple[str, str, float]] = []
-        self.checks: list[tuple[str, Future[Any]]] = []
+        self.gate = Gate(self.scheduler, self.cache, self.loader, self.base.vocab_size)
         self.refused: list[Chunk] = []
         self.grammars = Grammars(model_dir, self.base.vocab_size, self.ends)
         self.compiling: dict[str, tuple[Row, Future[Any]]] = {}
@@ -87,7 +86,8 @@ class Engine:
     @property
     def busy(self) -> bool:
         """A step would find something to do, now or when an adapter arrives."""
-        return bool(self.scheduler.running or self.scheduler.waiting or self.refused or self.compiling)
+        waiting = self.refused or self.compiling or self.gate.trials
+        return bool(self.scheduler.running or self.scheduler.waiting or waiting)
 
     def close(self) -> None:
         self.loader.close()
@@ -102,7 +102,7 @@ class Engine:
                 if row := self.scheduler.find(id_):
                     self.scheduler.remove(row)
             case Check():
-                self.checks.append((command.id, self._check(command)))
+                self.gate.open(command)
             case Prefetch(adapter=adapter):
                 self.cache.prefetch(adapter)
             case Forget(digest=digest):
@@ -112,10 +112,11 @@ class Engine:
     def step(self) -> list[Chunk]:
         """Run one step for every row that can run; what it gave to whom."""
         self._take_compiled()
+        self.gate.step()
         rows = self.scheduler.schedule(time.time())
         chunks = self._ended()
         if not rows:
-            return chunks
+            return [chunk for chunk in chunks if not self.gate.take(chunk)]
         for row in rows:
             if row.fill is not None:
                 self._fill(row, row.fill)
@@ -124,6 +125,7 @@ class Engine:
         except torch.OutOfMemoryError:
             return chunks + self._shed(rows)
         completing = [row for row in rows if row.completes]
+        self.gate.observe(completing, logits)
         if matchers := [(i, row.grammar) for i, row in enumerate(completing) if row.grammar]:
             mask_logits(logits, matchers)
         sampled = sample(logits, [self._sample_row(row) for row in completing])
@@ -134,13 +136,12 @@ class Engine:
             ("batch_tokens", "", sum(r.scheduled for r in rows)),
         ]
         outcome = {row.id: result for row, result in zip(completing, sampled, strict=True)}
-        return chunks + [chunk for row in rows if (chunk := self._deliver(row, outcome.get(row.id)))]
+        chunks += [chunk for row in rows if (chunk := self._deliver(row, outcome.get(row.id)))]
+        return [chunk for chunk in chunks if not self.gate.take(chunk)]
 
     def checked(self) -> list[Checked]:
         """Checks that have ended since the last call."""
-        done = [(id_, future) for id_, future in self.checks if future.done()]
-        self.checks = [pair for pair in self.checks if not pair[1].done()]
-        return [_verdict(id_, future) for id_, future in done]
+        return self.gate.take_verdicts()
 
     def gauges(self) -> dict[str, float]:
         return {
@@ -206,14 +207,6 @@ class Engine:
                     self.refused.append(_failure(id_, error))
                 else:
                     raise error
-
-    def _check(self, command: Check) -> "Future[Any]":
-        try:
-            return self.loader.check(decode_manifest(command.manifest))
-        except (msgspec.DecodeError, KeyError):
-            failed: Future[Any] = Future()
-            failed.set_exception(InvalidAdapter("The manifest could not be read."))
-            return failed
 
     def _fill(self, row: Row, first: int) -> None:
         """Write the K/V of a row's virtual tokens that no cached block held."""
@@ -282,12 +275,3 @@ class Engine:
 
 def _failure(id_: str, error: PolypeftError) -> Chunk:
     return Chunk(id=id_, finish="error", error=(error.code, error.message))
-
-
-def _verdict(id_: str, future: "Future[Any]") -> Checked:
-    error = future.exception()
-    if error is None:
-        return Checked(id_, facts={"bytes": future.result().nbytes})
-    if isinstance(error, PolypeftError):
-        return Checked(id_, error=(error.code, error.message, error.param))
-    return Checked(id_, error=("internal_error", "The adapter could not be checked.", None))

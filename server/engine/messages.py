@@ -58,13 +58,14 @@ class Cancel(msgspec.Struct, frozen=True, tag=True):
 
 
 class Check(msgspec.Struct, frozen=True, tag=True):
-    """Load a staged version through the ordinary loader and say whether this base can serve it.
+    """Load a staged version through the ordinary loader, run it, and say whether this base can serve it.
 
     `manifest` is the JSON of a manifest not yet written: the version becomes visible only after a yes.
     """
 
     id: str
     manifest: bytes
+    allow_noop: bool = False  # let in an adapter that changes nothing
 
 
 class Prefetch(msgspec.Struct, frozen=True, tag=True):

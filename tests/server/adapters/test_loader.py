@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from adapters_store.manifest import decode_manifest, encode_manifest
+from adapters_store.manifest import decode_manifest
 from adapters_store.objects import Objects
 from server.engine.loop import Engine
-from server.engine.messages import AdapterRef, Check
+from server.engine.messages import AdapterRef
 from server.errors import InvalidAdapter, NotFound, PolypeftError, StoreError
 from server.settings import Settings
 from tests.fixtures.engine import publish
@@ -153,20 +153,6 @@ def test_an_adapter_for_another_base_is_refused(engine: Engine, folder: Path) ->
     foreign = publish(engine.loader.objects, other, folder, name="foreign")
     assert ref.digest != foreign.digest
     assert "made for the base 'other'" in failure(engine, foreign).message
-
-
-def test_check_says_yes_no_and_why(engine: Engine, folder: Path, tmp_path: Path) -> None:
-    ref = publish(engine.loader.objects, engine.base, folder)
-    manifest = engine.loader.objects.get_sync(ref.manifest_key)
-    engine.submit(Check("good", manifest))
-    engine.submit(Check("bad", b"{}"))
-    verdicts: dict[str, tuple[str, str, str | None] | None] = {}
-    while len(verdicts) < 2:
-        verdicts |= {checked.id: checked.error for checked in engine.checked()}
-    assert verdicts["good"] is None
-    assert verdicts["bad"] is not None
-    assert verdicts["bad"][0] == "invalid_adapter"
-    assert encode_manifest(decode_manifest(manifest)) == manifest
 
 
 def test_the_store_may_be_elsewhere(engine: Engine, folder: Path, tmp_path: Path) -> None:
