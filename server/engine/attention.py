@@ -76,7 +76,10 @@ class Step:
     def __init__(self) -> None:
         # banks with rows in this batch, by the hook they act through; `head`: at the tokens sampled from
         self.affine: list[tuple[Bank, Rows]] = []
+        self.inputs: list[tuple[Bank, Rows]] = []
+        self.norm: list[tuple[Bank, Rows]] = []
         self.head: list[tuple[Bank, Rows]] = []
+        self.head_inputs: list[tuple[Bank, Rows]] = []
         self.sublayer: list[tuple[Bank, Rows]] = []
         self.residual = torch.empty(0)  # the stream before the sub-block under way
         self.decoding = 0
@@ -107,6 +110,8 @@ class Step:
             self.last[row.id] = end - 1
             start = end
         self.affine = spans.acting("affine")
+        self.inputs = spans.acting("inputs")
+        self.norm = spans.acting("norm")
         self.sublayer = spans.acting("sublayer")
 
     def keep(self, rows: list[Row]) -> None:
@@ -116,6 +121,7 @@ class Step:
             if row.adapter:
                 spans.add(self.banks[row.adapter.method], row.slot, i, i + 1)
         self.head = spans.acting("affine")
+        self.head_inputs = spans.acting("inputs")
 
 
 def chunk_of(row: Row, start: int, end: int, device: torch.device) -> Chunk:

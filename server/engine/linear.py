@@ -52,6 +52,8 @@ class LinearSite(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         flat = x.reshape(-1, self.site.inputs)
+        for bank, rows in self.step.head_inputs if self.is_head else self.step.inputs:
+            flat = bank.inputs(self.site, flat, rows)
         if not flat.shape[0]:  # all rows are in mid-prefill: the head is asked nothing
             y = flat.new_empty(0, self.site.outputs)
         elif self.packed:

@@ -6,11 +6,13 @@ Sub-block sites are named by their path, e.g. "model.layers.0.mlp".
 """
 
 from collections.abc import Iterator
+from copy import deepcopy
 from typing import Any
 
 import torch
 from torch import nn
 
+from server.adapters.methods.base import NormParts
 from server.adapters.sites import Site
 from server.engine.attention import Step
 
@@ -33,7 +35,7 @@ def watch_norms(model: nn.Module, step: Step) -> dict[str, Site]:
             site = Site(name, "norm", weight.shape[0], weight.shape[0], bias is not None, epsilon=epsilon)
             sites[name] = site
             if not name.endswith(("q_norm", "k_norm")):
-                norm.register_forward_hook(apply_affine(site, bias, step))
+                norm.register_forward_hook(apply_to_norm(site, bias, norm_parts(norm), step))
     return sites
 
 
@@ -74,11 +76,31 @@ def decoder_layers(model: nn.Module, count: int) -> Iterator[tuple[str, nn.Modul
             return
 
 
-def apply_affine(site: Site, bias: torch.Tensor | None, step: Step) -> Any:
-    def after_norm(_norm: nn.Module, args: tuple[torch.Tensor, ...], y: torch.Tensor) -> None:
+@torch.no_grad()
+def norm_parts(norm: Any) -> NormParts:
+    """How the norm depends on its weight, asked of twins of it: whatever its class, it is linear in that."""
+    zero, one = deepcopy(norm), deepcopy(norm)
+    for twin, weight in ((zero, 0.0), (one, 1.0)):
+        for parameter in twin.parameters():
+            parameter.zero_()
+        twin.weight.fill_(weight)
+
+    def parts(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        fixed = zero(x)
+        return fixed, one(x) - fixed
+
+    return parts
+
+
+def apply_to_norm(site: Site, bias: torch.Tensor | None, parts: NormParts, step: Step) -> Any:
+    def after_norm(_norm: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        if not step.affine and not step.norm:
+            return
+        x, y = args[0].view(-1, site.outputs), output.view(-1, site.outputs)
+        for bank, rows in step.norm:
+            bank.norm(site, parts, x, y, rows)
         for bank, rows in step.affine:
-            width = site.outputs
-            bank.affine(site, args[0].view(-1, width), y.view(-1, width), rows, bias)
+            bank.affine(site, x, y, rows, bias)
 
     return after_norm
 

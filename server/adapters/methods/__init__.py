@@ -1,17 +1,24 @@
 """The table of methods. A new one is a file beside this and a line here."""
 
-from collections.abc import Callable
-
 from server.adapters.methods.base import Method
+from server.adapters.methods.bitfit import Bitfit
 from server.adapters.methods.bottleneck import Bottleneck
+from server.adapters.methods.ia3 import Ia3
+from server.adapters.methods.ln_tuning import LnTuning
 from server.adapters.methods.lora import Lora
-
-METHODS: dict[str, Callable[[int], Method]] = {
-    Bottleneck.name: lambda _max_rank: Bottleneck(),
-    Lora.name: Lora,
-}
+from server.adapters.methods.prefix import Prefix
+from server.adapters.methods.prompt import Prompt
 
 
 def build_methods(max_rank: int) -> dict[str, Method]:
     """Every method by name, under this server's limit."""
-    return {name: method(max_rank) for name, method in METHODS.items()}
+    methods: list[Method] = [
+        Bitfit(),
+        Bottleneck(),
+        Ia3(),
+        LnTuning(),
+        Lora(max_rank),
+        Prefix(),
+        Prompt(),
+    ]
+    return {method.name: method for method in methods}

@@ -25,7 +25,7 @@ class Change:
     """What an adapter does at one site, all scalings folded in; absent parts do nothing.
 
     a [r, in] (of an embedding [vocabulary, r], so that a token's row is contiguous), b [r, out],
-    gain [out], bias [out].
+    gain [out], bias [out]. scale [in], upon the inputs, is for banks that have the hook for it.
     """
 
     site: str
@@ -33,6 +33,7 @@ class Change:
     b: torch.Tensor | None = None
     gain: torch.Tensor | None = None
     bias: torch.Tensor | None = None
+    scale: torch.Tensor | None = None
 
 
 class Piece(msgspec.Struct, frozen=True):
@@ -50,7 +51,7 @@ def pack_changes(changes: Iterable[Change], dtype: torch.dtype) -> Packed:
     parts: list[torch.Tensor] = []
     offset = 0
     for change in changes:
-        for part in ("a", "b", "gain", "bias"):
+        for part in ("a", "b", "gain", "bias", "scale"):
             tensor: torch.Tensor | None = getattr(change, part)
             if tensor is not None:
                 pieces.append(Piece(change.site, part, offset, tuple(tensor.shape)))

@@ -1,10 +1,10 @@
 """The one interface of a PEFT method: what it reads, what it costs, where it touches the forward pass.
 
 A method knows nothing of the engine, of tenants, or of HTTP. Adding one is a file beside this one and a
-line in `__init__.METHODS`.
+line in `__init__.build_methods`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -63,6 +63,20 @@ class Rows:
     def __bool__(self) -> bool:
         return bool(self.spans)
 
+    def spread(
+        self, of_slot: Callable[[int], torch.Tensor | None]
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """What each token's adapter has: (tokens [n], of_slot's tensors [n, ...]); None if nobody has any."""
+        found = [
+            (own, t)
+            for s, start, end in self.spans
+            if (own := of_slot(s)) is not None
+            for t in range(start, end)
+        ]
+        if not found:
+            return None
+        return torch.tensor([t for _, t in found]), torch.stack([own for own, _ in found])
+
 
 @dataclass(frozen=True)
 class Start:
@@ -70,6 +84,10 @@ class Start:
 
     keys: torch.Tensor  # [layers, virtual, kv_heads, head_dim]
     values: torch.Tensor
+
+
+# x [n, hidden] -> (fixed, scaled): with any weight w and bias b, the norm of x is fixed + scaled * w + b
+NormParts = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
 class Bank:
@@ -94,6 +112,13 @@ class Bank:
         """Change y [T, out] = W x + b in place by what each token's adapter adds, inside a linear,
         an embedding (x is token ids [T], negative for virtual tokens) or a norm. `bias` is the base's b.
         """
+
+    def inputs(self, site: Site, x: torch.Tensor, rows: Rows) -> torch.Tensor:  # noqa: ARG002 - a hook's default
+        """What a linear sees in the place of x [T, in], which stays as it is."""
+        return x
+
+    def norm(self, site: Site, parts: NormParts, x: torch.Tensor, y: torch.Tensor, rows: Rows) -> None:
+        """Change y [T, hidden], a norm of x, in place."""
 
     def sublayer(self, site: Site, h: torch.Tensor, r: torch.Tensor, rows: Rows) -> None:
         """Change h [T, hidden], the output of an attention or MLP block, in place; r [T, hidden] is the

@@ -14,6 +14,8 @@ from server.errors import InvalidAdapter, shown
 PREFIX = "base_model.model."
 ADAPTER = "default"  # PEFT's name for the adapter; some saves leave it in the tensors' names
 
+INNER_NORMS = ("q_norm", "k_norm")  # they see heads, not tokens; nothing acts there
+
 Endings = Mapping[str, tuple[str, tuple[str, ...]]]  # ending -> (role, kinds of site); longer ones first
 Roles = dict[str, dict[str, str]]  # site -> role -> tensor name
 
@@ -43,6 +45,8 @@ def _locate(tensor: str, base: Base, endings: Endings, what: str) -> tuple[str, 
             raise invalid(tensor, "belongs to no module of the base model")
         if site.kind not in kinds:
             raise invalid(tensor, f"cannot belong to {shown(name)}, which is of kind {site.kind}")
+        if site.kind == "norm" and name.endswith(INNER_NORMS):
+            raise invalid(tensor, "is of a norm inside attention, which is not served")
         return name, role
     raise invalid(tensor, f"is not one that {what} has")
 

@@ -1,0 +1,97 @@
+"""IA3: outputs of linears scaled, or, of feed-forward modules, their inputs (arXiv 2205.05638).
+
+Scaling an output l * (W x + b) is affine at its site: gain l - 1 upon W x, and (l - 1) * b added.
+"""
+
+from collections.abc import Mapping
+
+import msgspec
+import torch
+
+from server.adapters.formats.peft import typed_config
+from server.adapters.formats.peft_vectors import Ia3Config
+from server.adapters.methods.affine import AffineBank, Change, pack_changes
+from server.adapters.methods.base import AdapterFiles, Packed, Rows, Tensors
+from server.adapters.methods.tensors import Endings, by_site, check_shapes, check_targets
+from server.adapters.sites import Base, Site
+
+ENDINGS: Endings = {"ia3_l": ("scale", ("linear",))}
+
+
+class Ia3Spec(msgspec.Struct, frozen=True):
+    outputs: dict[str, str]  # site -> tensor [out, 1]
+    inputs: dict[str, str]  # site -> tensor [1, in]
+    rank: int = 0
+    base_copies: dict[str, str] = {}
+
+
+class Ia3Bank(AffineBank):
+    """An affine bank that scales inputs, too; apart from the others', so that their rows never pay for it."""
+
+    def inputs(self, site: Site, x: torch.Tensor, rows: Rows) -> torch.Tensor:
+        found = rows.spread(lambda slot: self._scale(slot, site.name))
+        if found is None:
+            return x
+        tokens, scales = found
+        x = x.clone()
+        x[tokens] *= scales
+        return x
+
+    def _scale(self, slot: int, site: str) -> torch.Tensor | None:
+        change = self.changes[slot].get(site)
+        return None if change is None else change.scale
+
+
+class Ia3:
+    name = "ia3"
+    bank = Ia3Bank
+
+    def parse(self, files: AdapterFiles, base: Base) -> Ia3Spec:
+        config = typed_config(files.config, Ia3Config)
+        roles = by_site(files.tensors, base, ENDINGS, "IA3")
+        scales = {site: found["scale"] for site, found in roles.items()}
+        candidates = [site for site in base.sites.values() if site.kind == "linear"]
+        check_targets(config.target_modules, scales, candidates, complete=not config.exclude_modules)
+        outputs, inputs = {}, {}
+        for site, tensor in scales.items():
+            if _feeds_forward(site, config, files.tensors[tensor].shape):
+                inputs[site] = tensor
+            else:
+                outputs[site] = tensor
+        spec = Ia3Spec(outputs, inputs)
+        check_shapes(self.shapes(spec, base), files.tensors)
+        return spec
+
+    def shapes(self, spec: Ia3Spec, base: Base) -> dict[str, tuple[int, ...]]:
+        shapes: dict[str, tuple[int, ...]] = {
+            tensor: (base.sites[site].outputs, 1) for site, tensor in spec.outputs.items()
+        }
+        return shapes | {tensor: (1, base.sites[site].inputs) for site, tensor in spec.inputs.items()}
+
+    def init(self, spec: Ia3Spec, base: Base, rng: torch.Generator) -> Tensors:  # noqa: ARG002 - as Method
+        """As PEFT starts: ones."""
+        return {tensor: torch.ones(shape) for tensor, shape in self.shapes(spec, base).items()}
+
+    def pack(
+        self,
+        spec: Ia3Spec,
+        base: Base,
+        tensors: Tensors,
+        weights: Mapping[str, torch.Tensor],
+        dtype: torch.dtype,
+    ) -> Packed:
+        changes = [
+            Change(site, scale=tensors[tensor].float().flatten()) for site, tensor in spec.inputs.items()
+        ]
+        for site, tensor in spec.outputs.items():
+            gain = tensors[tensor].float().flatten() - 1
+            bias = gain * weights[f"{site}.bias"].float() if base.sites[site].bias else None
+            changes.append(Change(site, gain=gain, bias=bias))
+        return pack_changes(changes, dtype)
+
+
+def _feeds_forward(site: str, config: Ia3Config, shape: tuple[int, ...]) -> bool:
+    """By PEFT's rule: a name's end, dot or not. Where the config says nothing, the shape does."""
+    if config.feedforward_modules is None:
+        return shape[0] == 1
+    return site.endswith(config.feedforward_modules)

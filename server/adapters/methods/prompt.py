@@ -1,0 +1,83 @@
+"""Prompt tuning and P-tuning: embeddings of virtual tokens, which the model computes like a prompt's own.
+
+(arXiv 2104.08691, 2103.10385.) They enter as the saved values, never scaled as Gemma scales its own.
+"""
+
+from collections.abc import Mapping
+
+import msgspec
+import torch
+
+from server.adapters.formats.peft import typed_config
+from server.adapters.formats.peft_virtual import PromptConfig
+from server.adapters.methods.base import AdapterFiles, Bank, Packed, Rows, Tensors
+from server.adapters.methods.tensors import check_shapes, flatten
+from server.adapters.methods.virtual import TENSOR, check_field, check_tokens
+from server.adapters.sites import Base, Site
+
+
+class PromptSpec(msgspec.Struct, frozen=True):
+    tokens: int
+    rank: int = 0
+    base_copies: dict[str, str] = {}
+
+
+class PromptBank(Bank):
+    """Embeddings by slot, put in the place of negative token ids: -1 is an adapter's first."""
+
+    def __init__(self, base: Base, slots: int, device: torch.device, dtype: torch.dtype) -> None:  # noqa: ARG002 - as Bank
+        self.device = device
+        self.embeddings: list[torch.Tensor | None] = [None] * (slots + 1)
+
+    def put(self, slot: int, packed: Packed) -> None:
+        self.embeddings[slot] = packed.flat.to(self.device, non_blocking=True).view(packed.layout)
+
+    def clear(self, slot: int) -> None:
+        self.embeddings[slot] = None
+
+    def affine(
+        self,
+        site: Site,
+        x: torch.Tensor,
+        y: torch.Tensor,
+        rows: Rows,
+        bias: torch.Tensor | None,  # noqa: ARG002 - as Bank
+    ) -> None:
+        if site.kind != "embedding" or not bool((x < 0).any()):
+            return
+        for slot, start, end in rows.spans:
+            embeddings, ids = self.embeddings[slot], x[start:end]
+            if embeddings is not None:
+                virtual = ids[ids < 0]  # they come first
+                y[start : start + len(virtual)] = embeddings[-1 - virtual]
+
+
+class Prompt:
+    name = "prompt"
+    bank = PromptBank
+
+    def parse(self, files: AdapterFiles, base: Base) -> PromptSpec:
+        config = typed_config(files.config, PromptConfig)
+        spec = PromptSpec(config.num_virtual_tokens)
+        check_tokens(files, base, spec.tokens)
+        check_field("token_dim", config.token_dim, base.hidden_size)
+        check_shapes(self.shapes(spec, base), files.tensors)
+        return spec
+
+    def shapes(self, spec: PromptSpec, base: Base) -> dict[str, tuple[int, ...]]:
+        return {TENSOR: (spec.tokens, base.hidden_size)}
+
+    def init(self, spec: PromptSpec, base: Base, rng: torch.Generator) -> Tensors:
+        """As PEFT starts: normal."""
+        return {TENSOR: torch.randn(self.shapes(spec, base)[TENSOR], generator=rng)}
+
+    def pack(
+        self,
+        spec: PromptSpec,
+        base: Base,
+        tensors: Tensors,
+        weights: Mapping[str, torch.Tensor],  # noqa: ARG002 - as Method
+        dtype: torch.dtype,
+    ) -> Packed:
+        shape = self.shapes(spec, base)[TENSOR]
+        return Packed(flatten([tensors[TENSOR]], dtype), shape, virtual=spec.tokens)
