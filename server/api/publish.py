@@ -15,7 +15,7 @@ from anyio.to_thread import run_sync
 from adapters_store.index import Version, summary
 from adapters_store.manifest import Manifest, content_digest, encode_manifest
 from adapters_store.names import check_name
-from server.adapters.formats.peft import MAX_BYTES, method_of, read_config
+from server.adapters.formats.config import MAX_BYTES, method_of, read_config
 from server.adapters.formats.safetensors import read_header
 from server.adapters.methods.base import AdapterFiles
 from server.adapters.sites import Base

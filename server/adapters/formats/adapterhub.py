@@ -9,7 +9,8 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from server.adapters.formats.fields import Fields, refused
+from server.adapters.formats.fields import FILE, Fields, refused
+from server.adapters.formats.strict import check_inert
 from server.errors import InvalidAdapter
 
 # Say how the adapter was made or trained, or qualify what must be off.
@@ -109,6 +110,7 @@ def hub_config(raw: dict[str, Any]) -> HubConfig:
     inner = raw.get("config")
     if not isinstance(inner, dict):
         raise refused("config", inner, "it must be an object, not a name")
+    check_inert(FILE, "version", raw.get("version"))
     today = {
         "non_linearity": _non_linearity(inner.get("non_linearity"), is_old="version" not in raw),
         "leave_out": _layers(inner.get("leave_out")),

@@ -1,4 +1,4 @@
-"""Pickles from tenants: plain tensors come out as safetensors, and nothing else happens, whatever is in them."""
+"""Pickles from tenants: plain tensors come out as safetensors; nothing else happens, whatever they hold."""
 
 import io
 import os
@@ -75,7 +75,11 @@ HOSTILE: dict[str, Any] = {
 def test_hostile_pickles_do_nothing(tmp_path: Path, kind: str) -> None:
     canary = tmp_path / "canary"
     value = HOSTILE[kind](canary)
-    for data in (saved(value), pickle.dumps(value, protocol=2), saved(value, _use_new_zipfile_serialization=False)):
+    for data in (
+        saved(value),
+        pickle.dumps(value, protocol=2),
+        saved(value, _use_new_zipfile_serialization=False),
+    ):
         with pytest.raises((pickle.UnpicklingError, RuntimeError)):
             converted(data)
         assert not canary.exists()
