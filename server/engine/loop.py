@@ -108,22 +108,24 @@ class Engine:
             case Forget(digest=digest):
                 self.cache.forget(digest)
 
-    @torch.inference_mode()
     def step(self) -> list[Chunk]:
         """Run one step for every row that can run; what it gave to whom."""
         self._take_compiled()
         self.gate.step()
         rows = self.scheduler.schedule(time.time())
-        chunks = self._ended()
-        if not rows:
-            return [chunk for chunk in chunks if not self.gate.take(chunk)]
+        chunks = self._ended() + (self._run(rows) if rows else [])
+        return [chunk for chunk in chunks if not self.gate.take(chunk)]
+
+    @torch.inference_mode()
+    def _run(self, rows: list[Row]) -> list[Chunk]:
+        """Forward, sample, deliver."""
         for row in rows:
             if row.fill is not None:
                 self._fill(row, row.fill)
         try:
             logits = self.model.forward(rows)
         except torch.OutOfMemoryError:
-            return chunks + self._shed(rows)
+            return self._shed(rows)
         completing = [row for row in rows if row.completes]
         self.gate.observe(completing, logits)
         if matchers := [(i, row.grammar) for i, row in enumerate(completing) if row.grammar]:
@@ -136,8 +138,7 @@ class Engine:
             ("batch_tokens", "", sum(r.scheduled for r in rows)),
         ]
         outcome = {row.id: result for row, result in zip(completing, sampled, strict=True)}
-        chunks += [chunk for row in rows if (chunk := self._deliver(row, outcome.get(row.id)))]
-        return [chunk for chunk in chunks if not self.gate.take(chunk)]
+        return [chunk for row in rows if (chunk := self._deliver(row, outcome.get(row.id)))]
 
     def checked(self) -> list[Checked]:
         """Checks that have ended since the last call."""
