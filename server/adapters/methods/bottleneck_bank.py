@@ -107,19 +107,19 @@ class BottleneckBank(Bank):
 
     def sublayer(self, site: Site, h: torch.Tensor, r: torch.Tensor, rows: Rows) -> None:
         if rows.touched is None:
-            rows.touched = frozenset(name for slot, _, _ in rows.spans for name in self.changes[slot])
+            rows.touched = frozenset(name for span in rows.spans for name in self.changes[span.slot])
         if site.name not in rows.touched:
             return
         if self.fast and rows.tokens.shape[0]:
             kernel.grouped_bottleneck(h, r, rows.tokens, rows.slots, self.tables[site.name])
-        for slot, start, end in rows.many if self.fast else rows.spans:
+        for slot, start, end, _ in rows.many if self.fast else rows.spans:
             if change := self.changes[slot].get(site.name):
                 apply(change, h[start:end], r[start:end])
 
 
 def apply(change: Change, h: torch.Tensor, r: torch.Tensor) -> None:
     """One adapter's tokens, in place; the plain twin of the kernel, and the better way for many tokens."""
-    x = {"output": h, "residual": r, "sum": h + r}[change.input]
+    x = h + r if change.input == "sum" else r if change.input == "residual" else h
     z = x @ change.down.T
     if change.epsilon:
         z = z * torch.rsqrt(x.square().mean(-1, keepdim=True) + change.epsilon)
