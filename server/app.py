@@ -1,9 +1,10 @@
 """Builds every object of the API process once, by hand, and wires them. The only file that does."""
 
+import asyncio
+import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from anyio.to_thread import run_sync
 from fastapi import FastAPI
 
 from adapters_store.objects import Objects
@@ -17,24 +18,36 @@ from server.api.services import Services
 from server.api.text import Tokenizer
 from server.base.resolve import resolve_model
 from server.engine.client import EngineClient
-from server.errors import StartupError
+from server.errors import StartupError, StoreError
 from server.metrics import Metrics
 from server.settings import Settings
 from server.tenancy.keys import operator_key
 from server.tenancy.tenants import Tenants
 
+log = logging.getLogger(__name__)
+
 ROUTERS = (completions, chat, models, adapters, lora_compat, limits, admin, health)
 
 
 def build_app(settings: Settings) -> FastAPI:
-    """The application; its lifespan opens what it needs and closes it again. Waits for no engine."""
-    metrics = Metrics()
+    """The application; its lifespan starts what needs a loop and closes it again. Waits for no engine.
+
+    Raises StartupError for what is wrong with the settings or the model's tokenizer.
+    """
+    services = build_services(settings)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        async with open_services(settings, metrics) as services:
-            app.state.services = services
+        await services.engine.start()
+        cleaning = asyncio.create_task(_finish_deletes(services.registry))
+        app.state.services = services
+        try:
             yield
+        finally:
+            cleaning.cancel()
+            await asyncio.gather(cleaning, return_exceptions=True)
+            await services.engine.close()
+            await services.redis.aclose()
 
     app = FastAPI(
         title="Polypeft",
@@ -47,32 +60,34 @@ def build_app(settings: Settings) -> FastAPI:
     for module in ROUTERS:
         app.include_router(module.router)
     add_handlers(app)
-    app.add_middleware(Envelope, metrics=metrics)
+    app.add_middleware(Envelope, metrics=services.metrics)
     return app
 
 
-@asynccontextmanager
-async def open_services(settings: Settings, metrics: Metrics) -> AsyncIterator[Services]:
+def build_services(settings: Settings) -> Services:
+    """Every object, none of them at work yet."""
     if settings.redis_url is None:
         raise StartupError("The API needs redis_url; `polypeft serve` sets it to the Valkey it starts.")
-    tokenizer = await run_sync(lambda: Tokenizer.load(resolve_model(settings)))
+    metrics = Metrics()
     redis = connect(settings.redis_url)
     objects = Objects.open(settings.store_url)
-    engine = EngineClient(settings.engine_socket, on_stats=metrics.absorb)
-    await engine.start()
+    return Services(
+        settings=settings,
+        operator_secret=operator_key(settings.data_dir)[0],
+        tokenizer=Tokenizer.load(resolve_model(settings)),
+        redis=redis,
+        objects=objects,
+        registry=Registry(objects, redis, settings.max_adapters_per_tenant),
+        methods=build_methods(settings.max_lora_rank),
+        tenants=Tenants(redis),
+        engine=EngineClient(settings.engine_socket, on_stats=metrics.absorb),
+        metrics=metrics,
+    )
+
+
+async def _finish_deletes(registry: Registry) -> None:
+    """What a crash left half deleted is invisible already: its manifests can wait for the store."""
     try:
-        yield Services(
-            settings=settings,
-            operator_secret=operator_key(settings.data_dir)[0],
-            tokenizer=tokenizer,
-            redis=redis,
-            objects=objects,
-            registry=Registry(objects, redis, settings.max_adapters_per_tenant),
-            methods=build_methods(settings.max_lora_rank),
-            tenants=Tenants(redis),
-            engine=engine,
-            metrics=metrics,
-        )
-    finally:
-        await engine.close()
-        await redis.aclose()
+        await registry.finish_deletes()
+    except StoreError as error:
+        log.warning("Manifests of deleted adapters stay until the next start: %s", error)

@@ -36,8 +36,13 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: Path) -> "Tokenizer":
-        """Read `folder`. Raises StartupError for a tokenizer whose text cannot be decoded piece by piece."""
-        hf = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        """Read `folder`. Raises StartupError for a tokenizer that is missing, damaged or not supported."""
+        try:
+            hf = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        except Exception as error:  # whatever a damaged file makes of transformers
+            raise StartupError(
+                f"The model folder {folder.name!r} has no tokenizer that can be loaded."
+            ) from error
         if not hf.is_fast:
             raise StartupError("This model's tokenizer has no tokenizer.json and is not supported.")
         return cls(hf, hf.chat_template)

@@ -29,7 +29,17 @@ class Serving:
     def __init__(self, model: str, folder: Path, *options: str) -> None:
         self.data_dir = folder / "data"
         self._folder = folder
-        self._options = ["--model", model, "--port", "0", "--log-format", "json", *options]
+        self._options = [
+            "--model",
+            model,
+            "--port",
+            "0",
+            "--log-format",
+            "json",
+            "--log-level",
+            "debug",
+            *options,
+        ]
         self._process: subprocess.Popen[bytes] | None = None
         self.url = ""
 
@@ -56,13 +66,16 @@ class Serving:
             return subprocess.Popen(command, env=inherited_environment(), stdout=out, stderr=log)
 
     def stop(self) -> None:
-        """SIGTERM: it must end by itself, cleanly, and leave no process behind."""
+        """SIGTERM: it must end by itself, cleanly, leave no process behind, and the base as it was."""
         children = [psutil.Process(pid) for pid in self.pids()]
         self.process.terminate()
         status = self.process.wait(STOP_SECONDS)
         self._process = None
         assert status == 0, self.log()
         assert not any(alive(child.pid) for child in children)
+        weights = re.findall(r"weights (\w{16})", self.log())
+        assert len(weights) > 1, "the engine names them when it starts and when it ends"
+        assert len(set(weights)) == 1
 
     def end(self) -> None:
         """For a fixture's end: gone, however it stands."""
@@ -104,9 +117,14 @@ class Serving:
 
     def ready(self) -> bool:
         try:
-            return httpx.get(f"{self.url}/readyz", timeout=5).status_code == httpx.codes.OK
+            return self.get("/readyz").status_code == httpx.codes.OK
         except httpx.TransportError:
             return False
+
+    def get(self, path: str, key: str | None = None) -> httpx.Response:
+        """One request on a connection of its own."""
+        with self.http(key) as client:
+            return client.get(path)
 
     def said(self) -> str:
         path = self._folder / "out"
@@ -140,8 +158,7 @@ class Serving:
 
     def gauge(self, name: str) -> float:
         """A metric without labels, as /metrics says it now."""
-        with self.http() as client:
-            text = client.get("/metrics").text
+        text = self.get("/metrics").text
         return float(next(line.split()[1] for line in text.splitlines() if line.startswith(f"{name} ")))
 
 

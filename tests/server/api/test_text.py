@@ -86,6 +86,14 @@ def test_a_tokenizer_folder_loads_and_a_strange_decoder_is_refused(tmp_path: Pat
         Tokenizer.load(tmp_path / "strange")
 
 
+@pytest.mark.parametrize("files", [{}, {"config.json": "x"}, {"tokenizer.json": "{"}])
+def test_a_folder_without_a_tokenizer_is_refused_in_a_sentence(tmp_path: Path, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(StartupError, match="no tokenizer that can be loaded"):
+        Tokenizer.load(tmp_path)
+
+
 stops = st.lists(st.text("ab", min_size=1, max_size=4), min_size=1, max_size=4)
 
 
