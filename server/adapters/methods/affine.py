@@ -57,7 +57,7 @@ def pack_changes(changes: Iterable[Change], dtype: torch.dtype) -> Packed:
                 pieces.append(Piece(change.site, part, offset, tuple(tensor.shape)))
                 parts.append(tensor)
                 offset += tensor.numel()
-    return Packed(flatten(parts, dtype), pieces)
+    return Packed(flatten(parts, dtype), pieces, summable=not any(p.part == "gain" for p in pieces))
 
 
 class AffineBank(Bank):
@@ -97,25 +97,36 @@ class AffineBank(Bank):
         self, site: Site, x: torch.Tensor, y: torch.Tensor, rows: Rows, bias: torch.Tensor | None
     ) -> None:
         if rows.touched is None:
-            rows.touched = frozenset(name for slot, _, _ in rows.spans for name in self.changes[slot])
+            rows.touched = frozenset(name for span in rows.spans for name in self.changes[span.slot])
         if site.name not in rows.touched:
             return
         fast = self.fast and site.kind != "embedding"
         if fast and rows.tokens.shape[0]:
             kernel.grouped_affine(x, y, rows.tokens, rows.slots, self.tables[site.name], bias)
-        for slot, start, end in rows.many if fast else rows.spans:
+        for slot, start, end, weight in rows.many if fast else rows.spans:
             if change := self.changes[slot].get(site.name):
-                apply(change, site, x[start:end], y[start:end], bias)
+                apply(change, site, x[start:end], y[start:end], bias, weight)
 
 
-def apply(change: Change, site: Site, x: torch.Tensor, y: torch.Tensor, bias: torch.Tensor | None) -> None:
-    """One adapter's tokens, in place; the plain twin of the kernel, and the better way for many tokens."""
+def apply(
+    change: Change,
+    site: Site,
+    x: torch.Tensor,
+    y: torch.Tensor,
+    bias: torch.Tensor | None,
+    weight: float = 1.0,
+) -> None:
+    """One adapter's tokens, in place; the plain twin of the kernel, and the better way for many tokens.
+
+    `weight` scales what is added; an adapter with a gain is never weighted.
+    """
     if change.gain is not None:
         y += change.gain * (y if bias is None else y - bias)
     if change.a is not None and change.b is not None:
         if site.kind == "embedding":
-            y += change.a[x] @ change.b
+            real = x >= 0  # virtual tokens have no row in a table
+            y[real] += weight * (change.a[x[real]] @ change.b)
         else:
-            y.addmm_(x @ change.a.T, change.b)
+            y.addmm_(x @ change.a.T, change.b, alpha=weight)
     if change.bias is not None:
-        y += change.bias
+        y.add_(change.bias, alpha=weight)

@@ -4,9 +4,10 @@ A method knows nothing of the engine, of tenants, or of HTTP. Adding one is a fi
 line in `__init__.build_methods`.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -35,6 +36,7 @@ class Packed:
     layout: Any  # the method's own: offsets, ranks
     virtual: int = 0  # virtual tokens before each row, at positions 0..virtual-1; their ids are -1, -2, ...
     given: bool = False  # Bank.start gives their keys and values; else the model computes them
+    summable: bool = False  # a weighted sum of several such adapters has a meaning
 
     @property
     def nbytes(self) -> int:
@@ -44,21 +46,31 @@ class Packed:
 FEW = 8  # up to so many tokens of one row, walking its weights beats a GEMM
 
 
+class Span(NamedTuple):
+    """A run of tokens under one adapter. Tokens of a row that names several stand in several spans."""
+
+    slot: int
+    start: int
+    end: int
+    weight: float = 1.0
+
+
 class Rows:
     """The batch as banks see it: which slot each packed token uses. Slot 0 is "no adapter".
 
-    spans: (slot, first token, end) for each run of tokens under one adapter; base tokens are in none.
-    The few-token spans (decode) are flattened into `tokens` and `slots`, ordered by slot so that rows
-    that share an adapter find its weights in the cache; the others (prefill) stay spans in `many`.
+    Base tokens are in no span. The few-token spans (decode) are flattened into `tokens` and `slots`, ordered
+    by slot so that rows that share an adapter find its weights in the cache. The others stay spans in
+    `many`: prefill, and rows with several or weighted adapters, whose sums have an order.
     """
 
-    def __init__(self, spans: list[tuple[int, int, int]]) -> None:
-        few = sorted(span for span in spans if span[2] - span[1] <= FEW)
+    def __init__(self, spans: list[Span]) -> None:
+        sharing = Counter(span.start for span in spans)
+        few = sorted(s for s in spans if s.end - s.start <= FEW and s.weight == 1 and sharing[s.start] == 1)
         self.spans = spans
         self.touched: frozenset[str] | None = None  # the sites its adapters change; the bank fills it in
-        self.many = [span for span in spans if span[2] - span[1] > FEW]
-        self.tokens = torch.tensor([t for _, start, end in few for t in range(start, end)], dtype=torch.int64)
-        self.slots = torch.tensor([s for s, start, end in few for _ in range(start, end)], dtype=torch.int64)
+        self.many = [span for span in spans if span not in few]
+        self.tokens = torch.tensor([t for s in few for t in range(s.start, s.end)], dtype=torch.int64)
+        self.slots = torch.tensor([s.slot for s in few for _ in range(s.start, s.end)], dtype=torch.int64)
 
     def __bool__(self) -> bool:
         return bool(self.spans)
@@ -69,9 +81,9 @@ class Rows:
         """What each token's adapter has: (tokens [n], of_slot's tensors [n, ...]); None if nobody has any."""
         found = [
             (own, t)
-            for s, start, end in self.spans
-            if (own := of_slot(s)) is not None
-            for t in range(start, end)
+            for span in self.spans
+            if (own := of_slot(span.slot)) is not None
+            for t in range(span.start, span.end)
         ]
         if not found:
             return None

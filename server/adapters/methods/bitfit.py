@@ -15,12 +15,21 @@ from server.adapters.formats.peft import typed_config
 from server.adapters.formats.peft_vectors import BeftConfig, BitfitConfig
 from server.adapters.methods.affine import AffineBank, Change, pack_changes
 from server.adapters.methods.base import AdapterFiles, Packed, Tensors
-from server.adapters.methods.tensors import PREFIX, Endings, by_site, check_shapes, check_targets
+from server.adapters.methods.tensors import (
+    COPIES,
+    PREFIX,
+    Endings,
+    base_copies,
+    by_site,
+    check_shapes,
+    check_targets,
+    copy_shapes,
+)
 from server.adapters.sites import Base
 from server.errors import InvalidAdapter, shown
 
 OWN: Endings = {"bias": ("bias", ("linear", "norm"))}
-BEFT: Endings = {"beft_bias": ("bias", ("linear",))}
+BEFT: Endings = {"beft_bias": ("bias", ("linear",)), **COPIES}
 WEIGHTS = "adapter_model.safetensors"
 
 
@@ -30,8 +39,8 @@ class BitfitSpec(msgspec.Struct, frozen=True):
     biases: dict[str, str]  # site -> tensor
     absolute: bool
     beft: bool
-    rank: int = 0
     base_copies: dict[str, str] = {}
+    rank: int = 0
 
 
 class Bitfit:
@@ -42,23 +51,28 @@ class Bitfit:
         beft = files.config.get("peft_type") == "BEFT"
         config = typed_config(files.config, BeftConfig) if beft else typed_config(files.config, BitfitConfig)
         roles = by_site(files.tensors, base, BEFT if beft else OWN, "BEFT" if beft else "BitFit")
-        biases = {site: found["bias"] for site, found in roles.items()}
+        biases = {site: found["bias"] for site, found in roles.items() if "bias" in found}
         candidates = [site for site in base.sites.values() if site.kind == "linear"]
         check_targets(config.target_modules, biases, candidates, complete=True)
         absolute = isinstance(config, BitfitConfig) and config.bias_mode == "absolute"
-        spec = BitfitSpec(biases, absolute, beft)
+        spec = BitfitSpec(biases, absolute, beft, base_copies(roles, base))
         check_shapes(self.shapes(spec, base), files.tensors)
         return spec
 
     def shapes(self, spec: BitfitSpec, base: Base) -> dict[str, tuple[int, ...]]:
         lead = (1,) if spec.beft else ()
-        return {tensor: (*lead, base.sites[site].outputs) for site, tensor in spec.biases.items()}
+        shapes = {tensor: (*lead, base.sites[site].outputs) for site, tensor in spec.biases.items()}
+        return shapes | copy_shapes(spec.base_copies, base)
 
     def init(self, spec: BitfitSpec, base: Base, rng: torch.Generator) -> Tensors:  # noqa: ARG002 - as Method
         """Zeros: the base's own biases. Absolute ones are not known here: InvalidAdapter."""
         if spec.absolute:
             raise InvalidAdapter('Biases are trained with bias_mode "delta".', param="bias_mode")
-        return {tensor: torch.zeros(shape) for tensor, shape in self.shapes(spec, base).items()}
+        return {
+            tensor: torch.zeros(shape)
+            for tensor, shape in self.shapes(spec, base).items()
+            if tensor not in spec.base_copies
+        }
 
     def pack(
         self,

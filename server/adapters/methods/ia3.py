@@ -12,17 +12,25 @@ from server.adapters.formats.peft import typed_config
 from server.adapters.formats.peft_vectors import Ia3Config
 from server.adapters.methods.affine import AffineBank, Change, pack_changes
 from server.adapters.methods.base import AdapterFiles, Packed, Rows, Tensors
-from server.adapters.methods.tensors import Endings, by_site, check_shapes, check_targets
+from server.adapters.methods.tensors import (
+    COPIES,
+    Endings,
+    base_copies,
+    by_site,
+    check_shapes,
+    check_targets,
+    copy_shapes,
+)
 from server.adapters.sites import Base, Site
 
-ENDINGS: Endings = {"ia3_l": ("scale", ("linear",))}
+ENDINGS: Endings = {"ia3_l": ("scale", ("linear",)), **COPIES}
 
 
 class Ia3Spec(msgspec.Struct, frozen=True):
     outputs: dict[str, str]  # site -> tensor [out, 1]
     inputs: dict[str, str]  # site -> tensor [1, in]
-    rank: int = 0
     base_copies: dict[str, str] = {}
+    rank: int = 0
 
 
 class Ia3Bank(AffineBank):
@@ -49,7 +57,7 @@ class Ia3:
     def parse(self, files: AdapterFiles, base: Base) -> Ia3Spec:
         config = typed_config(files.config, Ia3Config)
         roles = by_site(files.tensors, base, ENDINGS, "IA3")
-        scales = {site: found["scale"] for site, found in roles.items()}
+        scales = {site: found["scale"] for site, found in roles.items() if "scale" in found}
         candidates = [site for site in base.sites.values() if site.kind == "linear"]
         check_targets(config.target_modules, scales, candidates, complete=not config.exclude_modules)
         outputs, inputs = {}, {}
@@ -58,7 +66,7 @@ class Ia3:
                 inputs[site] = tensor
             else:
                 outputs[site] = tensor
-        spec = Ia3Spec(outputs, inputs)
+        spec = Ia3Spec(outputs, inputs, base_copies(roles, base))
         check_shapes(self.shapes(spec, base), files.tensors)
         return spec
 
@@ -66,11 +74,16 @@ class Ia3:
         shapes: dict[str, tuple[int, ...]] = {
             tensor: (base.sites[site].outputs, 1) for site, tensor in spec.outputs.items()
         }
-        return shapes | {tensor: (1, base.sites[site].inputs) for site, tensor in spec.inputs.items()}
+        shapes |= {tensor: (1, base.sites[site].inputs) for site, tensor in spec.inputs.items()}
+        return shapes | copy_shapes(spec.base_copies, base)
 
     def init(self, spec: Ia3Spec, base: Base, rng: torch.Generator) -> Tensors:  # noqa: ARG002 - as Method
         """As PEFT starts: ones."""
-        return {tensor: torch.ones(shape) for tensor, shape in self.shapes(spec, base).items()}
+        return {
+            tensor: torch.ones(shape)
+            for tensor, shape in self.shapes(spec, base).items()
+            if tensor not in spec.base_copies
+        }
 
     def pack(
         self,

@@ -17,12 +17,21 @@ from server.adapters.formats.peft_lora import LoraConfig
 from server.adapters.formats.safetensors import TensorInfo
 from server.adapters.methods.affine import AffineBank, Change, pack_changes
 from server.adapters.methods.base import AdapterFiles, Packed, Tensors
-from server.adapters.methods.tensors import by_site, check_shapes, check_targets, invalid
+from server.adapters.methods.tensors import (
+    COPIES,
+    TABLES,
+    Endings,
+    base_copies,
+    by_site,
+    check_shapes,
+    check_targets,
+    copy_shapes,
+    invalid,
+)
 from server.adapters.sites import Base, Site
 from server.errors import InvalidAdapter, shown
 
-TABLES = ("linear", "embedding")
-ENDINGS: dict[str, tuple[str, tuple[str, ...]]] = {
+ENDINGS: Endings = {
     "lora_A.weight": ("A", ("linear",)),
     "lora_B.weight": ("B", ("linear",)),
     "lora_B.bias": ("bias", ("linear",)),
@@ -30,8 +39,7 @@ ENDINGS: dict[str, tuple[str, tuple[str, ...]]] = {
     "lora_magnitude_vector": ("magnitude", TABLES),
     "lora_embedding_A": ("A", ("embedding",)),
     "lora_embedding_B": ("B", ("embedding",)),
-    "base_layer.weight": ("copy", TABLES),
-    "weight": ("copy", TABLES),
+    **COPIES,
     "base_layer.bias": ("base_bias", ("linear",)),
     "bias": ("base_bias", ("linear", "norm")),
 }
@@ -86,10 +94,9 @@ class Lora:
             targets.append(self._target(base.sites[name], found, rank, scaling, files.tensors, config))
         spec = LoraSpec(
             tuple(targets),
-            {found["copy"]: name for name, found in roles.items() if "copy" in found},
+            base_copies(roles, base),
             {name: found["base_bias"] for name, found in roles.items() if "base_bias" in found},
         )
-        _check_copies(config, spec.base_copies, base)
         _check_modules(config, spec, base)
         _check_biases(config, spec, base)
         check_shapes(self.shapes(spec, base), files.tensors)
@@ -104,13 +111,9 @@ class Lora:
             for vector in (target.magnitude, target.bias):
                 if vector is not None:
                     shapes[vector] = (site.outputs,)
-        for tensor, name in spec.base_copies.items():
-            site = base.sites[name]
-            table = site.kind == "embedding"
-            shapes[tensor] = (site.inputs, site.outputs) if table else (site.outputs, site.inputs)
         for name, tensor in spec.biases.items():
             shapes[tensor] = (base.sites[name].outputs,)
-        return shapes
+        return shapes | copy_shapes(spec.base_copies, base)
 
     def init(self, spec: LoraSpec, base: Base, rng: torch.Generator) -> Tensors:
         """As PEFT starts: A Kaiming-uniform and B zero, so that the adapter begins as the base.
@@ -198,23 +201,17 @@ def fold(target: LoraTarget, site: Site, tensors: Tensors, weights: Mapping[str,
     )
 
 
-def _check_copies(config: LoraConfig, copies: dict[str, str], base: Base) -> None:
-    for tensor, name in copies.items():
-        if base.sites[name].conv1d:
-            raise invalid(tensor, "replaces weights of the base, which only low-rank changes may touch")
-    for module in config.modules_to_save or ():
-        if not any(name.endswith(module) for name in copies.values()):
-            raise InvalidAdapter(
-                f"modules_to_save names {shown(module)}, but there is no tensor for it.",
-                param="modules_to_save",
-            )
-
-
 def _check_modules(config: LoraConfig, spec: LoraSpec, base: Base) -> None:
     filtered = config.exclude_modules or config.layers_to_transform is not None
     candidates = [site for site in base.sites.values() if site.kind in TABLES]
     targets = {target.site: target.A for target in spec.targets}
     check_targets(config.target_modules, targets, candidates, complete=not filtered)
+    for module in config.modules_to_save or ():
+        if not any(name.endswith(module) for name in spec.base_copies.values()):
+            raise InvalidAdapter(
+                f"modules_to_save names {shown(module)}, but there is no tensor for it.",
+                param="modules_to_save",
+            )
 
 
 def _check_biases(config: LoraConfig, spec: LoraSpec, base: Base) -> None:

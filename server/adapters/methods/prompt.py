@@ -45,7 +45,7 @@ class PromptBank(Bank):
     ) -> None:
         if site.kind != "embedding" or not bool((x < 0).any()):
             return
-        for slot, start, end in rows.spans:
+        for slot, start, end, _ in rows.spans:
             embeddings, ids = self.embeddings[slot], x[start:end]
             if embeddings is not None:
                 virtual = ids[ids < 0]  # they come first

@@ -19,6 +19,10 @@ INNER_NORMS = ("q_norm", "k_norm")  # they see heads, not tokens; nothing acts t
 Endings = Mapping[str, tuple[str, tuple[str, ...]]]  # ending -> (role, kinds of site); longer ones first
 Roles = dict[str, dict[str, str]]  # site -> role -> tensor name
 
+# Where a table is targeted, PEFT saves the base's along with the adapter.
+TABLES = ("linear", "embedding")
+COPIES: Endings = {"base_layer.weight": ("copy", TABLES), "weight": ("copy", TABLES)}
+
 
 def by_site(tensors: Iterable[str], base: Base, endings: Endings, what: str) -> Roles:
     """Every tensor's site and role, sites in the base's order. Raises InvalidAdapter for a stray one.
@@ -49,6 +53,24 @@ def _locate(tensor: str, base: Base, endings: Endings, what: str) -> tuple[str, 
             raise invalid(tensor, "is of a norm inside attention, which is not served")
         return name, role
     raise invalid(tensor, f"is not one that {what} has")
+
+
+def base_copies(roles: Roles, base: Base) -> dict[str, str]:
+    """The tensors that may only repeat the base's: {tensor: site}; whether they do, the loader checks."""
+    copies = {found["copy"]: site for site, found in roles.items() if "copy" in found}
+    for tensor, site in copies.items():
+        if base.sites[site].conv1d:
+            raise invalid(tensor, "replaces weights of the base, which only low-rank changes may touch")
+    return copies
+
+
+def copy_shapes(copies: Mapping[str, str], base: Base) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {}
+    for tensor, name in copies.items():
+        site = base.sites[name]
+        table = site.kind == "embedding"
+        shapes[tensor] = (site.inputs, site.outputs) if table else (site.outputs, site.inputs)
+    return shapes
 
 
 def check_targets(
