@@ -82,6 +82,8 @@ class Settings(BaseSettings):
     """Prompts of a completion request."""
     max_body_bytes: int = Field(default=4 * MiB, ge=1024)
     """Bytes of a JSON body."""
+    max_stack: int = Field(default=4, ge=1)
+    """Adapters in one request."""
     max_lora_rank: int = Field(default=256, ge=1)
     """The highest LoRA rank taken."""
     max_upload_bytes: int = Field(default=1024 * MiB, ge=1024)

@@ -25,6 +25,8 @@ class Loaded(Protocol):
     def virtual(self) -> int: ...
     @property
     def given(self) -> bool: ...
+    @property
+    def summable(self) -> bool: ...
 
 
 class Slots(Protocol):
@@ -47,6 +49,7 @@ class Resident:
     nbytes: int
     virtual: int = 0  # tokens it puts before each row
     given: bool = False  # their K/V need no computing
+    summable: bool = False  # may be weighted, and added to others
     pins: int = 0
     forgotten: bool = False  # deleted while in use: goes with its last row
 
@@ -136,7 +139,16 @@ class AdapterCache:
             self.evictions += 1
         del self.pending[ref.digest]
         slot = self.free.pop()
-        resident = Resident(ref.digest, ref.method, slot, packed.nbytes, packed.virtual, packed.given, pins=1)
+        resident = Resident(
+            digest=ref.digest,
+            method=ref.method,
+            slot=slot,
+            nbytes=packed.nbytes,
+            virtual=packed.virtual,
+            given=packed.given,
+            summable=packed.summable,
+            pins=1,
+        )
         self.banks[ref.method].put(resident.slot, packed)
         self.by_digest[ref.digest] = self.by_slot[resident.slot] = resident
         self.nbytes += resident.nbytes

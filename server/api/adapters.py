@@ -4,6 +4,7 @@ import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
+from anyio.to_thread import run_sync
 from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.responses import FileResponse
 from pydantic import Field
@@ -11,10 +12,11 @@ from starlette.background import BackgroundTask
 
 from adapters_store.index import Adapter, Version
 from adapters_store.manifest import Manifest
+from server.adapters.formats.convert import PICKLES, convert_pickle
 from server.api.body import json_body
 from server.api.deps import CurrentTenant, Parts, current_tenant
 from server.api.errors import json_response
-from server.api.multipart import CONFIG, WEIGHTS, Upload, receive_upload
+from server.api.multipart import CONFIG, INTERFACE, WEIGHTS, Upload, receive_upload
 from server.api.publish import Files, publish
 from server.api.schemas import Body
 from server.api.services import Services
@@ -42,7 +44,7 @@ async def upload_adapter(request: Request, parts: Parts, tenant: CurrentTenant) 
     with tempfile.TemporaryDirectory(dir=_incoming(parts), ignore_cleanup_errors=True) as folder:
         upload = await receive_upload(request, Path(folder), parts.settings)
         create_only = request.headers.get("if-none-match") == "*"
-        files, noop = _files(upload), _flag(upload, "allow_noop")
+        files, noop = await _files(parts, upload), _flag(upload, "allow_noop")
         version = await publish(
             parts, tenant, upload.fields["name"], files, create_only=create_only, allow_noop=noop
         )
@@ -139,8 +141,8 @@ async def delete(parts: Services, tenant_id: str, name: str, version: int | None
         parts.engine.forget(digest)
 
 
-def _files(upload: Upload) -> Files:
-    """The two files of the upload, if it holds them and they are what the client meant to send."""
+async def _files(parts: Services, upload: Upload) -> Files:
+    """The upload's files, if it holds them and they are what the client meant to send."""
     weights = [name for name in WEIGHTS if name in upload.files]
     if "name" not in upload.fields:
         raise InvalidField("name is required.", param="name", code="missing_field")
@@ -152,7 +154,12 @@ def _files(upload: Upload) -> Files:
             f"sha256 is {shown(expected)}, but the {file.bytes} bytes of {weights[0]} have {file.sha256}.",
             param="sha256",
         )
-    return Files((CONFIG, upload.files[CONFIG].path), (weights[0], file.path))
+    interface = upload.files[INTERFACE].path if INTERFACE in upload.files else None
+    name, path = weights[0], file.path
+    if name in PICKLES:
+        name, path = PICKLES[name], path.with_suffix(".safetensors")
+        await run_sync(convert_pickle, file.path, path, limiter=parts.converting)
+    return Files((CONFIG, upload.files[CONFIG].path), (name, path), interface)
 
 
 def _flag(upload: Upload, name: str) -> bool:

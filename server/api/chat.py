@@ -30,7 +30,7 @@ async def create_chat_completion(
     tenant: CurrentTenant,
     body: Annotated[ChatBody, Depends(json_body(ChatBody))],
 ) -> Response:
-    target = await resolve(parts, tenant, body.model)
+    target = await resolve(parts, tenant, body.model, body.adapters)
     asked = Asked(
         prefix="chatcmpl",
         prompts=[await chat_prompt(parts, body.messages)],

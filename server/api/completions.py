@@ -31,7 +31,7 @@ async def create_completion(
     tenant: CurrentTenant,
     body: Annotated[CompletionBody, Depends(json_body(CompletionBody))],
 ) -> Response:
-    target = await resolve(parts, tenant, body.model)
+    target = await resolve(parts, tenant, body.model, body.adapters)
     prompts = await completion_prompts(parts, body.prompt)
     asked = Asked("cmpl", prompts, body.max_tokens, DEFAULT_MAX_TOKENS, body.logprobs)
     generation = prepare(parts, tenant, request, target, body, asked)

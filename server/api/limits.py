@@ -18,6 +18,7 @@ FROM_SETTINGS = (
     "max_logit_bias",
     "max_prompts",
     "max_body_bytes",
+    "max_stack",
     "max_lora_rank",
     "max_upload_bytes",
     "max_upload_files",

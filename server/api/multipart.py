@@ -13,6 +13,7 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import Request
 
+from server.adapters.formats.convert import PICKLES
 from server.api.body import arriving_within, declared_length, refuse_encoding
 from server.errors import InvalidField, InvalidRequest, TooLarge, UnsupportedMedia, shown
 from server.settings import Settings
@@ -26,10 +27,12 @@ OVERHEAD_BYTES = 65_536  # boundaries and part headers, beside the files
 BATCH_BYTES = 262_144  # parsed, hashed and written at once on a thread
 
 CONFIG = "adapter_config.json"
-WEIGHTS = ("adapter_model.safetensors", "adapter.safetensors")
+INTERFACE = "adapter_interface.json"
+WEIGHTS = ("adapter_model.safetensors", "adapter.safetensors", *PICKLES)
 IGNORED_ENDINGS = (".md", ".txt", ".jinja", ".gitattributes")  # what save_pretrained writes beside
 IGNORED = frozenset(
     {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"}
+    | {"head_config.json", "model_head.safetensors", "pytorch_model_head.bin"}  # the base has its own head
 )
 
 
@@ -42,7 +45,7 @@ class StoredFile:
 
 @dataclass
 class Upload:
-    """What came. `files` holds CONFIG and one of WEIGHTS, or fewer if they did not come."""
+    """What came. `files` holds CONFIG, one of WEIGHTS and perhaps INTERFACE, as far as they came."""
 
     fields: dict[str, str] = field(default_factory=dict)
     files: dict[str, StoredFile] = field(default_factory=dict)
@@ -150,9 +153,10 @@ class _Receiver:
     def _open_file(self, name: str) -> None:
         if name.endswith(IGNORED_ENDINGS) or name in IGNORED:
             return
-        if name != CONFIG and name not in WEIGHTS:
+        if name not in (CONFIG, INTERFACE, *WEIGHTS):
             raise UnsupportedMedia(
-                f"The file {shown(name)} is none of {CONFIG}, {' and '.join(WEIGHTS)}.", param="files"
+                f"The file {shown(name)} is none of {CONFIG}, {INTERFACE}, {', '.join(WEIGHTS)}.",
+                param="files",
             )
         if name in self.upload.files:
             raise InvalidField(f"The file {name} came twice.", param="files")

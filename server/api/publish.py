@@ -15,6 +15,7 @@ from anyio.to_thread import run_sync
 from adapters_store.index import Version, summary
 from adapters_store.manifest import Manifest, content_digest, encode_manifest
 from adapters_store.names import check_name
+from server.adapters.formats import hub_interface
 from server.adapters.formats.config import MAX_BYTES, method_of, read_config
 from server.adapters.formats.safetensors import read_header
 from server.adapters.methods.base import AdapterFiles
@@ -26,10 +27,11 @@ from server.tenancy.tenants import Tenant
 
 @dataclass(frozen=True)
 class Files:
-    """The two files of an adapter where they lie now, under the names their tenant gave them."""
+    """An adapter's files where they lie now; config and weights under the names that they are kept by."""
 
     config: tuple[str, Path]
     weights: tuple[str, Path]
+    interface: Path | None = None  # AdapterHub's, where its library needs one
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,9 @@ def inspect(files: Files, parts: Services, base: Base) -> Inspected:
     config_path, weights_path = files.config[1], files.weights[1]
     with config_path.open("rb") as file:
         config = read_config(file.read(MAX_BYTES + 1))
+    if files.interface:
+        with files.interface.open("rb") as file:
+            hub_interface.check_interface(file.read(hub_interface.MAX_BYTES + 1), base.model_type)
     with weights_path.open("rb") as file:
         tensors = read_header(
             file,

@@ -57,6 +57,7 @@ def prepare(
                 prompt=prompt,
                 sampling=_sampling(body, asked, room, _wrapped(seed + i), vocabulary),
                 adapter=target.adapter,
+                adapters=target.adapters,
                 deadline=deadline,
                 weight=tenant.weight,
                 after=f"{request_id}-{first}" if i else None,

@@ -50,6 +50,13 @@ _NO_TEMPLATE = "the operator's chat template is the only one"
 _CHANGES_OUTPUT = "this server has no such mode"
 
 
+class AdapterUse(Body):
+    """One of several adapters in a request."""
+
+    name: Annotated[str, Field(min_length=1, max_length=512)]  # or name@version, name@alias
+    weight: Annotated[float, Field(ge=-16, le=16)] = 1.0
+
+
 class SamplingBody(Body):
     """What completions and chat completions share."""
 
@@ -61,6 +68,7 @@ class SamplingBody(Body):
     }
 
     model: Annotated[str, Field(min_length=1, max_length=512)]
+    adapters: list[AdapterUse] | None = None  # several at once, on the base that `model` names
     max_tokens: Count | None = None
     min_tokens: Annotated[int, Field(ge=0, le=INT32)] = 0
     n: Annotated[int, Field(ge=1)] = 1
@@ -87,6 +95,12 @@ class SamplingBody(Body):
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
     prompt_cache_options: dict[str, Any] | None = None
+
+    @field_validator("adapters")
+    @classmethod
+    def _adapters(cls, value: list[AdapterUse] | None, info: ValidationInfo) -> list[AdapterUse] | None:
+        at_most("the number of adapters", len(value or ()), caps(info).max_stack, "adapters")
+        return value
 
     @field_validator("n")
     @classmethod

@@ -1,7 +1,8 @@
 """What a request handler may use. Built once by server.app; holds no state of its own but `draining`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from anyio import CapacityLimiter
 from redis.asyncio import Redis
 
 from adapters_store.objects import Objects
@@ -28,6 +29,7 @@ class Services:
     tenants: Tenants
     engine: EngineClient
     metrics: Metrics
+    converting: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(1))  # each takes memory
     draining: bool = False  # SIGTERM came: what runs may finish, nothing new begins
 
     @property

@@ -1,11 +1,13 @@
 """What a request's `model` means to this tenant: the base, or one version of an adapter of its own."""
 
+import hashlib
 from dataclasses import dataclass
 
 from adapters_store.index import Version
+from server.api.schemas import AdapterUse
 from server.api.services import Services
-from server.engine.messages import AdapterRef
-from server.errors import NotFound, shown
+from server.engine.messages import AdapterRef, Use
+from server.errors import InvalidField, NotFound, shown
 from server.tenancy.tenants import Tenant
 
 FINGERPRINT_CHARS = 16
@@ -15,7 +17,8 @@ FINGERPRINT_CHARS = 16
 class Target:
     model: str  # as the caller wrote it; replies repeat it
     adapter: AdapterRef | None
-    digest: str  # of the adapter, or of the base
+    digest: str  # of the adapter or adapters, or of the base
+    adapters: tuple[Use, ...] = ()  # several at once; `adapter` is None then
 
     @property
     def fingerprint(self) -> str:
@@ -23,30 +26,43 @@ class Target:
         return f"fp_{self.digest[:FINGERPRINT_CHARS]}"
 
 
-async def resolve(parts: Services, tenant: Tenant, model: str) -> Target:
-    """The base's id, or an adapter's name, name@version or name@alias.
+async def resolve(
+    parts: Services, tenant: Tenant, model: str, several: list[AdapterUse] | None = None
+) -> Target:
+    """The base's id, alone or with `several` adapters on it, or an adapter's name, name@version, name@alias.
 
     Raises NotFound, the same for what does not exist and for what is another tenant's.
     """
     base = parts.base
     if model == base.id:
-        return Target(model, None, base.digest)
+        return await _stack(parts, tenant, several) if several else Target(model, None, base.digest)
+    if several:
+        raise InvalidField(
+            f"With adapters, model must be the base {shown(base.id)}, not {shown(model)}.", param="model"
+        )
     version = await find_version(parts, tenant, model)
     return Target(model, adapter_ref(version), version.digest)
 
 
-async def find_version(parts: Services, tenant: Tenant, model: str) -> Version:
+async def _stack(parts: Services, tenant: Tenant, several: list[AdapterUse]) -> Target:
+    versions = [await find_version(parts, tenant, use.name, "adapters") for use in several]
+    uses = tuple(
+        Use(adapter_ref(version), use.weight) for version, use in zip(versions, several, strict=True)
+    )
+    content = ",".join(f"{use.adapter.digest}*{use.weight}" for use in uses)
+    return Target(parts.base.id, None, hashlib.sha256(content.encode()).hexdigest(), uses)
+
+
+async def find_version(parts: Services, tenant: Tenant, model: str, param: str = "model") -> Version:
     name, at, selector = model.partition("@")
     try:
         return await parts.registry.resolve(tenant.id, name, selector if at else None)
     except NotFound:
-        raise unknown_model(model) from None
+        raise unknown_model(model, param) from None
 
 
-def unknown_model(model: str) -> NotFound:
-    return NotFound(
-        f"The model `{shown(model)[1:-1]}` does not exist.", param="model", code="model_not_found"
-    )
+def unknown_model(model: str, param: str = "model") -> NotFound:
+    return NotFound(f"The model `{shown(model)[1:-1]}` does not exist.", param=param, code="model_not_found")
 
 
 def adapter_ref(version: Version) -> AdapterRef:

@@ -18,15 +18,20 @@ adapters = typer.Typer(help="A tenant's adapters.", no_args_is_help=True)
 
 Name = Annotated[str, typer.Argument(help="The adapter's name: what a request gives as `model`.")]
 
-_SUFFIXES = {".json", ".safetensors"}
+_FILES = {  # what PEFT and AdapterHub call theirs; one of the weights is enough
+    "adapter_config.json",
+    "adapter_interface.json",
+    "adapter_model.safetensors",
+    "adapter.safetensors",
+    "adapter_model.bin",
+    "pytorch_adapter.bin",
+}
 
 
 @adapters.command()
 def push(
     name: Name,
-    folder: Annotated[
-        Path, typer.Argument(help="What PEFT's save_pretrained wrote, or its .safetensors file.")
-    ],
+    folder: Annotated[Path, typer.Argument(help="What PEFT or AdapterHub saved, or its .safetensors file.")],
     url: Url = DEFAULT_URL,
     key: Key = None,
     data_dir: DataDir = None,
@@ -88,7 +93,9 @@ def _files_of(path: Path) -> list[Path]:
     if path.is_file():
         config = path.with_name("adapter_config.json")
         return [path, *([config] if config.is_file() else [])]
-    found = sorted(p for p in path.glob("adapter*") if p.is_file() and p.suffix in _SUFFIXES)
+    found = sorted(p for p in path.iterdir() if p.is_file() and p.name in _FILES) if path.is_dir() else []
+    if any(p.suffix == ".safetensors" for p in found):
+        found = [p for p in found if p.suffix != ".bin"]
     if not found:
         raise InvalidField(f"{str(path)!r} holds no adapter_config.json and no adapter_model.safetensors.")
     return found

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from server.adapters.methods.base import Bank, Rows
+from server.adapters.methods.base import Bank, Rows, Span
 from server.adapters.sites import Base
 from server.engine.row import Row
 from server.kernels.attention import (
@@ -27,10 +27,13 @@ class Spans:
     """Which tokens each bank is asked about."""
 
     def __init__(self) -> None:
-        self.by_bank: dict[Bank, list[tuple[int, int, int]]] = {}
+        self.by_bank: dict[Bank, list[Span]] = {}
 
-    def add(self, bank: Bank, slot: int, start: int, end: int) -> None:
-        self.by_bank.setdefault(bank, []).append((slot, start, end))
+    def add(self, banks: Mapping[str, Bank], row: Row, start: int, end: int) -> None:
+        """Tokens [start, end) are this row's."""
+        for use, slot in zip(row.uses, row.slots, strict=True):
+            bank = banks[use.adapter.method]
+            self.by_bank.setdefault(bank, []).append(Span(slot, start, end, use.weight))
 
     def acting(self, hook: str) -> list[tuple[Bank, Rows]]:
         """Those of them that act through `hook`."""
@@ -105,8 +108,7 @@ class Step:
             end = start + row.scheduled
             if row.scheduled > 1:
                 self.chunks.append(chunk_of(row, start, end, device))
-            if row.adapter:
-                spans.add(self.banks[row.adapter.method], row.slot, start, end)
+            spans.add(self.banks, row, start, end)
             self.last[row.id] = end - 1
             start = end
         self.affine = spans.acting("affine")
@@ -118,8 +120,7 @@ class Step:
         """The output head sees one token of each row that completes, in the order given."""
         spans = Spans()
         for i, row in enumerate(row for row in rows if row.completes):
-            if row.adapter:
-                spans.add(self.banks[row.adapter.method], row.slot, i, i + 1)
+            spans.add(self.banks, row, i, i + 1)
         self.head = spans.acting("affine")
         self.head_inputs = spans.acting("inputs")
 

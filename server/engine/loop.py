@@ -184,6 +184,11 @@ class Engine:
             error = ContextTooLong(
                 f"The prompt has {length} tokens; the context of {self.base.max_context} must hold one more."
             )
+        elif len(command.adapters) > self.cache.slots:
+            error = InvalidField(
+                f"adapters has {len(command.adapters)} items; the device has {self.cache.slots} slots.",
+                param="adapters",
+            )
         elif self.scheduler.waiting >= self.settings.max_queue:
             error = Unavailable(f"The queue is full ({self.settings.max_queue} requests); try again later.")
         if error:
@@ -211,10 +216,9 @@ class Engine:
 
     def _fill(self, row: Row, first: int) -> None:
         """Write the K/V of a row's virtual tokens that no cached block held."""
-        assert row.adapter is not None, "only adapters put virtual tokens before a row"
-        start = self.model.step.banks[row.adapter.method].start(row.slot)
-        assert start is not None, f"{row.adapter.method} promised the K/V of its virtual tokens"
-        self.model.write(row, start, first)
+        for use, slot in zip(row.uses, row.slots, strict=True):
+            if start := self.model.step.banks[use.adapter.method].start(slot):
+                self.model.write(row, start, first)
         row.fill = None
 
     def _sample_row(self, row: Row) -> SampleRow:

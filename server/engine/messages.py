@@ -42,12 +42,20 @@ class AdapterRef(msgspec.Struct, frozen=True):
     manifest_key: str  # where the manifest lies in the object store
 
 
+class Use(msgspec.Struct, frozen=True):
+    """One of several adapters in a request."""
+
+    adapter: AdapterRef
+    weight: float = 1.0
+
+
 class Generate(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     id: str
     tenant: str
     prompt: list[int]
     sampling: Sampling
     adapter: AdapterRef | None = None
+    adapters: tuple[Use, ...] = ()  # several at once; `adapter` is None then
     deadline: float | None = None  # time.time() after which the row ends with deadline_exceeded
     weight: float = 1.0  # the tenant's share when tenants queue
     after: str | None = None  # wait for this sibling's prefill (n > 1): its prompt blocks are shared

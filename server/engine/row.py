@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from server.engine.messages import AdapterRef, Generate
+from server.engine.messages import AdapterRef, Generate, Use
 
 
 @dataclass(eq=False)
@@ -32,10 +32,14 @@ class Row:
     admitted: bool = False  # has run before, perhaps preempted since
     sampled: bool = False  # has had finite logits: its blocks may be shared
     passed_over: int = 0  # steps in which it could have started but for memory
-    slot: int = 0
+    slots: tuple[int, ...] = ()  # one for each of `uses`, while the row runs
     grammar: Any = None  # what its schema allows next (engine/grammar.py), if it has one
     blocks: list[int] = field(default_factory=list)
     hashes: list[bytes] = field(default_factory=list)  # of the full blocks of `tokens`, as far as known
+
+    def __post_init__(self) -> None:
+        single = self.command.adapter
+        self.uses = (Use(single),) if single else self.command.adapters
 
     def lead_with(self, virtual: int) -> None:
         """Put an adapter's virtual tokens before the text, once known."""
@@ -67,7 +71,12 @@ class Row:
         return self.computed + self.scheduled == len(self.tokens)
 
     @property
+    def slot(self) -> int:
+        """The slot of a row with one adapter; 0 is the base."""
+        return self.slots[0] if self.slots else 0
+
+    @property
     def salt(self) -> bytes:
         """Rows share cached blocks only within one tenant and one adapter's content."""
-        digest = self.adapter.digest if self.adapter else ""
-        return f"{self.command.tenant}\0{digest}".encode()
+        content = ",".join(f"{use.adapter.digest}*{use.weight}" for use in self.uses)
+        return f"{self.command.tenant}\0{content}".encode()

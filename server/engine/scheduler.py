@@ -7,13 +7,14 @@ blocks run out the row admitted last goes back to its queue.
 """
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from server.adapters.cache import AdapterCache
+from server.adapters.stack import no_meaning
 from server.engine.kv import BLOCK, BlockPool, block_hashes, blocks_for
 from server.engine.row import Row
-from server.errors import ContextTooLong, DeadlineExceeded, InvalidRequest, PolypeftError
+from server.errors import ContextTooLong, DeadlineExceeded, InvalidField, InvalidRequest, PolypeftError
 
 PATIENCE = 32  # steps in which a row may lack memory before later rows stop overtaking it
 TRIES = 8  # rows that may lack memory in one step before the others are not even asked
@@ -140,9 +141,8 @@ class Scheduler:
         row.blocks = []
         row.computed = 0
         row.fill = None
-        if row.slot:
-            self.cache.release(row.slot)
-            row.slot = 0
+        self._let_go(row.slots)
+        row.slots = ()
 
     def _admit(self, batch: list[Row], budget: int) -> None:
         lacking = 0
@@ -152,54 +152,79 @@ class Scheduler:
             if self._waits_for_sibling(row):
                 continue
             try:
-                slot = self.cache.acquire(row.adapter) if row.adapter else 0
+                slots = self._acquire(row)
             except PolypeftError as error:
                 self.remove(row)
                 self.ended.append((row, error))
                 continue
-            if slot is None and row.adapter and self.cache.loading(row.adapter):
+            if slots is None and any(self.cache.loading(use.adapter) for use in row.uses):
                 continue
-            if slot and not self._lead(row, slot):
+            if slots and not self._lead(row, slots):
                 continue
-            if slot is None or not self._take_blocks(row, slot):
-                if slot:
-                    self.cache.release(slot)
+            if slots is None or not self._take_blocks(row, slots):
+                self._let_go(slots or ())
                 lacking += 1
                 row.passed_over += 1
                 if row.passed_over > PATIENCE:
                     return  # the memory that comes free next is this row's
                 continue
-            self._start(row, slot, min(row.remaining, budget))
+            self._start(row, slots, min(row.remaining, budget))
             batch.append(row)
             budget -= row.scheduled
 
-    def _start(self, row: Row, slot: int, count: int) -> None:
+    def _start(self, row: Row, slots: tuple[int, ...], count: int) -> None:
         queue = self.queues[row.command.tenant]
         del queue.rows[row.id]
         queue.served += row.remaining / row.command.weight
         self.running[row.id] = row
-        row.slot = slot
+        row.slots = slots
         row.scheduled = count
         if not row.admitted:
             row.admitted = True
             row.cached = row.computed
 
-    def _lead(self, row: Row, slot: int) -> bool:
-        """Put the adapter's virtual tokens before the text; False if then it fits no more, and has ended."""
-        row.lead_with(self.cache.by_slot[slot].virtual)
-        if row.prompt_length < self.max_context:
-            return True
-        self.cache.release(slot)
-        self.remove(row)
-        text = row.prompt_length - row.virtual
-        message = (
-            f"The prompt has {text} tokens and the adapter puts {row.virtual} before them; "
-            f"the context of {self.max_context} must hold one more."
-        )
-        self.ended.append((row, ContextTooLong(message, param="prompt")))
-        return False
+    def _acquire(self, row: Row) -> tuple[int, ...] | None:
+        """A pinned slot for each adapter of a row; all or none. Starts what loads are needed."""
+        slots: list[int] = []
+        missing = False
+        try:
+            for use in row.uses:
+                slot = self.cache.acquire(use.adapter)
+                missing |= slot is None
+                slots += [] if slot is None else [slot]
+        except PolypeftError:
+            self._let_go(slots)
+            raise
+        if missing:
+            self._let_go(slots)
+            return None
+        return tuple(slots)
 
-    def _take_blocks(self, row: Row, slot: int) -> bool:
+    def _let_go(self, slots: Sequence[int]) -> None:
+        for slot in slots:
+            self.cache.release(slot)
+
+    def _lead(self, row: Row, slots: tuple[int, ...]) -> bool:
+        """Put the adapter's virtual tokens before the text; False if the row cannot run, and has ended."""
+        used = [self.cache.by_slot[slot] for slot in slots]
+        row.lead_with(sum(resident.virtual for resident in used))
+        text, virtual = row.prompt_length - row.virtual, row.virtual
+        error: PolypeftError | None = None
+        if row.prompt_length >= self.max_context:
+            error = ContextTooLong(
+                f"The prompt has {text} tokens and the adapter puts {virtual} before them; "
+                f"the context of {self.max_context} must hold one more.",
+                param="prompt",
+            )
+        elif row.command.adapters and (sentence := no_meaning(row.command.adapters, used)):
+            error = InvalidField(sentence, param="adapters")
+        if error:
+            self._let_go(slots)
+            self.remove(row)
+            self.ended.append((row, error))
+        return error is None
+
+    def _take_blocks(self, row: Row, slots: tuple[int, ...]) -> bool:
         """Blocks for all of a row's tokens, cached ones first; all or none."""
         names: list[bytes] = []
         if self.blocks.share_prefixes:
@@ -215,7 +240,7 @@ class Scheduler:
             self.blocks.hits += len(shared) * BLOCK
         row.blocks = shared + fresh
         row.computed = len(shared) * BLOCK
-        if slot and self.cache.by_slot[slot].given and row.computed < row.virtual:
+        if any(self.cache.by_slot[slot].given for slot in slots) and row.computed < row.virtual:
             row.fill = row.computed
             row.computed = row.virtual
         return True

@@ -14,6 +14,7 @@ class Packed:
     nbytes: int = 10
     virtual: int = 0
     given: bool = False
+    summable: bool = True
 
 
 @dataclass
