@@ -142,16 +142,16 @@ def test_every_page_is_listed() -> None:
 
 
 def test_the_servers_refusal_is_one_sentence(run: Run, adapter: Path) -> None:
-    (adapter / "adapter_config.json").write_text('{"peft_type": "IA3"}')
+    (adapter / "adapter_config.json").write_text('{"peft_type": "ADALORA"}')
     refused = run("adapters", "push", "bad", str(adapter))
     assert refused.status == 1
     assert refused.out == ""
-    assert "IA3" in refused.err.splitlines()[-1]
+    assert "ADALORA" in refused.err.splitlines()[-1]
     assert "Traceback" not in refused.err
 
 
 def test_a_folder_without_an_adapter_is_refused_before_anything_is_sent(run: Run, tmp_path: Path) -> None:
-    (tmp_path / "adapter_model.bin").write_bytes(b"\x80pickle")
+    (tmp_path / "training_args.bin").write_bytes(b"\x80pickle")
     refused = run("adapters", "push", "bad", str(tmp_path))
     assert (refused.status, "holds no adapter_config.json" in refused.err) == (1, True)
 
