@@ -189,15 +189,15 @@ def push(client: httpx.Client, name: str, folder: Path, **fields: str) -> dict[s
     return made
 
 
-def body(model: str, prompt: str | Sequence[int], n: int = 16, **fields: Any) -> dict[str, Any]:
-    """A greedy completion of exactly n tokens."""
-    given = {"model": model, "prompt": prompt, "max_tokens": n, "temperature": 0, "ignore_eos": True}
+def body(model: str, prompt: str | Sequence[int], tokens: int = 16, **fields: Any) -> dict[str, Any]:
+    """A greedy completion of exactly so many tokens."""
+    given = {"model": model, "prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
     return given | fields
 
 
-def ask(client: httpx.Client, model: str, prompt: str | Sequence[int], n: int = 16, **fields: Any) -> str:
+def ask(client: httpx.Client, model: str, prompt: str | Sequence[int], tokens: int = 16) -> str:
     """The text of that completion, which must succeed."""
-    answer = client.post("/v1/completions", json=body(model, prompt, n, **fields))
+    answer = client.post("/v1/completions", json=body(model, prompt, tokens))
     assert answer.status_code == 200, answer.text
     text: str = answer.json()["choices"][0]["text"]
     return text

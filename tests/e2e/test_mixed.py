@@ -96,8 +96,8 @@ async def test_32_adapters_on_4_slots_while_clients_hang_up(mortal: Serving, lor
     gate = asyncio.Semaphore(24)
     asked = [i for _ in range(4) for i in chance.sample(range(len(models)), len(models))]
     leavers = [chance.randrange(12) if chance.random() < 0.3 else None for _ in asked]
-    async with crowd(mortal, key) as client:
-        texts = await asyncio.gather(*(one(client, i, n) for i, n in zip(asked, leavers, strict=True)))
+    async with crowd(mortal, key) as all_:
+        texts = await asyncio.gather(*(one(all_, i, n) for i, n in zip(asked, leavers, strict=True)))
     wrong = [models[i] for i, text in zip(asked, texts, strict=True) if text not in {None, alone[models[i]]}]
     assert not wrong, f"seed {SEED}"
     assert texts.count(None) == len(leavers) - leavers.count(None) > 20
