@@ -2,6 +2,7 @@
 
 On SmolLM2 a thousandth of the logits may be off by 3e-4. Measured over 30 layers, PEFT's own fp32 logits
 lie 3e-5 to 7e-5 from its float64 ones at worst, ours 4e-5 to 2e-4; a wrong scaling shows as 1e-1.
+Adapters of strong noise bring PEFT's own error up to 2e-4; those for SmolLM2 are mild, like trained ones.
 """
 
 from collections.abc import Sequence
@@ -71,6 +72,7 @@ class Bench:
         commands = [Generate(f"row {i}", "tenant", ids, sampling, ref) for i, ids in enumerate(prompts)]
         found = run(self.engine, commands)
         with self.oracle.using(adapter) as model:
+            own = logits_of(model, commands[0].prompt, found[0].tokens)
             for command, done in zip(commands, found, strict=True):
                 assert done.error is None
                 assert len(done.tokens) == new
@@ -81,5 +83,5 @@ class Bench:
                 assert error.kthvalue(error.numel() * 999 // 1000).values <= TOLERANCE
         if adapter:
             with self.oracle.using(None) as model:
-                base = logits_of(model, commands[-1].prompt, found[-1].tokens)
-            assert (base - logits).abs().max() > 100 * TOLERANCE, "the adapter changes nothing"
+                base = logits_of(model, commands[0].prompt, found[0].tokens)
+            assert (base - own).abs().max() > 100 * TOLERANCE, "the adapter changes nothing"

@@ -28,7 +28,7 @@ def test_beft(tiny: tuple[str, Bench]) -> None:
 
 
 def test_smollm2(real: Bench) -> None:
-    adapter = make_bitfit(real.oracle.base, real.folder / "all", [*linears("llama"), "norm"], scale=0.05)
+    adapter = make_bitfit(real.oracle.base, real.folder / "all", [*linears("llama"), "norm"], scale=0.02)
     real.compare(adapter, real.texts(), 8, WORST_REAL)
-    adapter = make_beft(real.oracle.base, real.folder / "beft", scale=0.1, target_modules=linears("llama"))
+    adapter = make_beft(real.oracle.base, real.folder / "beft", scale=0.05, target_modules=linears("llama"))
     real.compare(adapter, real.texts(), 8, WORST_REAL)

@@ -46,5 +46,5 @@ def test_norms_that_are_zero_in_the_base(family: str, tmp_path: Path) -> None:
 
 
 def test_smollm2(real: Bench) -> None:
-    adapter = make_ln_tuning(real.oracle.base, real.folder / "ln", scale=0.05)
+    adapter = make_ln_tuning(real.oracle.base, real.folder / "ln", scale=0.01)
     real.compare(adapter, real.texts(), 8, WORST_REAL)

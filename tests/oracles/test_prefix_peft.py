@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from tests.fixtures.models import make_prefix
+from tests.fixtures.models import make_prefix, make_prefix_of
 from tests.oracles.bench import LENGTHS, NEW, WORST_REAL, Bench
 
 CASES: dict[str, dict[str, Any]] = {
@@ -26,5 +26,6 @@ def test_tiny_models(tiny: tuple[str, Bench], case: str) -> None:
 
 @pytest.mark.parametrize("tokens", [3, 20])
 def test_smollm2(real: Bench, tokens: int) -> None:
-    adapter = make_prefix(real.oracle.base, real.folder / str(tokens), tokens, scale=0.5)
+    *_, text = real.texts()
+    adapter = make_prefix_of(real.oracle.base, real.folder / str(tokens), text[:tokens], scale=0.1)
     real.compare(adapter, real.texts(), 8, WORST_REAL)
