@@ -81,7 +81,15 @@ async def publish(
     if checked.error is not None:
         raise error_from_code(*checked.error)
     manifest = msgspec.structs.replace(manifest, facts=checked.facts | manifest.facts)
-    await parts.registry.publish(manifest)
+    try:
+        await parts.registry.publish(manifest)
+    except Conflict:
+        if create_only:
+            raise
+        # Another upload took the number, or died with it before the index knew, which it does now.
+        version = await parts.registry.next_version(tenant.id, name)
+        manifest = msgspec.structs.replace(manifest, version=version)
+        await parts.registry.publish(manifest)
     return summary(manifest)
 
 

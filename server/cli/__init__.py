@@ -6,6 +6,7 @@ import typer
 
 from server import __version__
 from server.cli.adapters import adapters
+from server.cli.admin import admin
 from server.cli.chat import chat
 from server.cli.output import print_error
 from server.cli.serve import serve
@@ -22,6 +23,7 @@ app.command()(serve)
 app.command()(chat)
 app.add_typer(tenants, name="tenants")
 app.add_typer(adapters, name="adapters")
+app.add_typer(admin, name="admin")
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import httpx
 import pytest
+from redis import Redis as SyncRedis
 from transformers import PreTrainedTokenizerFast
 
 from server import __version__
@@ -124,6 +125,19 @@ def test_an_adapter_is_pushed_listed_shown_and_removed(run: Run, system: System,
     assert len(json.loads(run("adapters", "show", "poet", *key).out)["versions"]) == 2
     assert run("adapters", "rm", "poet", *key).out == "poet is deleted.\n"
     assert run("adapters", "show", "poet", *key).status == 1
+
+
+def test_a_lost_index_is_rebuilt_from_the_manifests(run: Run, system: System, adapter: Path) -> None:
+    key = system.tenant("lost")
+    for _ in range(2):
+        assert run("adapters", "push", "poet", str(adapter), "--key", key).status == 0
+    with SyncRedis.from_url(system.settings.redis_url or "") as redis:
+        redis.delete(*redis.keys("pp:adapter*"))
+    assert run("adapters", "show", "poet", "--key", key).status == 1
+    assert run("admin", "rebuild-index", "--key", key).status == 1  # a tenant's
+    assert "index holds" in run("admin", "rebuild-index").out
+    shown = json.loads(run("adapters", "show", "poet", "--key", key).out)
+    assert [version["version"] for version in shown["versions"]] == [1, 2]
 
 
 def test_every_page_is_listed() -> None:

@@ -105,6 +105,19 @@ def test_of_parallel_creates_exactly_one_wins(http: httpx.Client) -> None:
     assert sorted(statuses) == [201] + [409] * 19
 
 
+def test_a_version_whose_upload_died_before_the_index_knew_is_in_nobodys_way(
+    http: httpx.Client, system: System
+) -> None:
+    first = upload(http, "orphaned").json()
+    objects = system.app.state.services.objects
+    (key,) = (k for k in objects.list_sync("tenants") if k.endswith("/orphaned/00000001.json"))
+    manifest = json.loads(objects.get_sync(key)) | {"version": 2}
+    objects.create_sync(key.replace("1.json", "2.json"), json.dumps(manifest).encode())
+    third = upload(http, "orphaned", lora_files(3)).json()
+    assert third["version"] == 3
+    assert ask(http, "orphaned@2").json()["system_fingerprint"] == f"fp_{first['digest'][:16]}"
+
+
 def test_lists_are_paged_by_name(http: httpx.Client) -> None:
     for name in ("c", "a", "b"):
         upload(http, name)
