@@ -44,8 +44,8 @@ if AVAILABLE:
             for k in range(count):
                 z[k] = np.tanh(z[k])
         elif kind == 4:
-            for k in range(count):
-                z[k] = z[k] / (one + np.exp(-z[k]))
+            for k in range(count):  # fastmath knows no infinity, which exp gives from 89 on
+                z[k] = z[k] / (one + np.exp(min(-z[k], np.float32(80))))
         elif kind == 5:
             for k in range(count):
                 z[k] = half * z[k] * (one + np.float32(erf(z[k] * np.float32(0.70710678))))

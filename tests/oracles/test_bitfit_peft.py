@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.fixtures.models import make_beft, make_bitfit
+from tests.fixtures.adapters import make_beft, make_bitfit
 from tests.oracles.bench import LENGTHS, NEW, WORST_REAL, Bench, linears
 
 NORMS = ["norm", "ln_1", "ln_2", "ln_f", "input_layernorm", "post_attention_layernorm"]

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from tests.fixtures.models import make_ia3
+from tests.fixtures.adapters import make_ia3
 from tests.oracles.bench import LENGTHS, NEW, WORST_REAL, Bench, linears
 
 

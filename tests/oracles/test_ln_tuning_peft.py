@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.fixtures.models import build_tiny, load_model, make_ln_tuning
+from tests.fixtures.adapters import make_ln_tuning
+from tests.fixtures.models import build_tiny, load_model
 from tests.oracles.bench import LENGTHS, NEW, WORST_REAL, Bench
 
 NORMS = {

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from tests.fixtures.models import make_prompt
+from tests.fixtures.adapters import make_prompt
 from tests.oracles.bench import LENGTHS, NEW, WORST_REAL, Bench
 
 CASES: dict[str, dict[str, Any]] = {

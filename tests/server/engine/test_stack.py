@@ -9,16 +9,9 @@ import pytest
 import torch
 
 from server.engine.messages import AdapterRef, Generate, Sampling, Use
+from tests.fixtures.adapters import make_beft, make_ia3, make_prefix, make_prompt
 from tests.fixtures.engine import Done, Stand, publish, run
-from tests.fixtures.models import (
-    load_model,
-    logits_of,
-    make_beft,
-    make_ia3,
-    make_lora,
-    make_prefix,
-    make_prompt,
-)
+from tests.fixtures.models import load_model, logits_of, make_lora
 
 NEW = 12
 TARGETS = ["q_proj", "v_proj", "down_proj"]

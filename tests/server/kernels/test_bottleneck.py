@@ -53,10 +53,11 @@ def test_every_token_gets_its_own_adapter(non_linearity: str) -> None:
     assert torch.equal(r, residual)
 
 
-def test_large_values_overflow_as_the_twin_does() -> None:
+@pytest.mark.parametrize("width", [3, 64])  # wider ones are computed by vectors, with their own exp
+def test_large_values_overflow_as_the_twin_does(width: int) -> None:
     torch.manual_seed(0)
     for non_linearity in NON_LINEARITIES:
-        own = change(3, non_linearity, "output", 0.0)
+        own = change(width, non_linearity, "output", 0.0)
         table = torch.stack([torch.zeros(COLUMNS, dtype=torch.int64), table_row(own)])
         h, r = 1e4 * torch.randn(2, HIDDEN), torch.randn(2, HIDDEN)
         expected = h.clone()
