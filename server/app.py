@@ -38,6 +38,7 @@ def build_app(settings: Settings) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        adapters.clear_incoming(settings)
         await services.engine.start()
         cleaning = asyncio.create_task(_finish_deletes(services.registry))
         app.state.services = services

@@ -1,5 +1,6 @@
 """/v1/adapters: a tenant's own adapters and their versions."""
 
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,10 +22,12 @@ from server.api.publish import Files, publish
 from server.api.schemas import Body
 from server.api.services import Services
 from server.errors import InvalidAdapter, InvalidField, NotFound, Unavailable, shown
+from server.settings import Settings
 
 router = APIRouter(prefix="/v1/adapters", dependencies=[Depends(current_tenant)])
 
 PAGE = 100
+INCOMING = "incoming"  # in the data directory
 
 
 class AliasBody(Body):
@@ -176,9 +179,14 @@ def _blob(manifest: Manifest, name: str) -> Any:
     raise NotFound(f"This version has no file {shown(name)}.", param="file")
 
 
+def clear_incoming(settings: Settings) -> None:
+    """Remove the bodies that died with the process they arrived at. Before the first request only."""
+    shutil.rmtree(settings.data_dir / INCOMING, ignore_errors=True)
+
+
 def _incoming(parts: Services) -> Path:
     """Where bodies lie while they arrive: beside the data, not in a small /tmp."""
-    folder = parts.settings.data_dir / "incoming"
+    folder = parts.settings.data_dir / INCOMING
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     return folder
 

@@ -85,11 +85,14 @@ def test_a_killed_api_comes_back_on_its_port_with_all_it_had(
     with long_stream(http) as answer:
         lines = events(answer)
         next(lines)
+        cut = server.data_dir / "incoming" / "of an upload"
+        cut.mkdir()
         server.kill("api")
         with pytest.raises(httpx.TransportError):
             list(lines)
     until(server.ready, server.log)
     until(lambda: server.gauge("vllm:num_requests_running") == 0, seconds=5)  # nobody reads that row
+    assert not cut.exists()
     assert http.get("/v1/adapters/poet").status_code == 200
     still_right(http, golden, lora)
 
