@@ -2,7 +2,16 @@ import json
 from typing import Any
 
 import pytest
-from peft import LoraConfig
+from peft import (
+    BeftConfig,
+    IA3Config,
+    LNTuningConfig,
+    LoraConfig,
+    PeftConfig,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+)
 
 from server.adapters.formats.peft import MAX_BYTES, method_of, read_config
 from server.errors import InvalidAdapter, TooLarge
@@ -21,6 +30,49 @@ def test_everything_peft_writes_by_default_is_known() -> None:
     written = json.loads(json.dumps(config, default=list))
     assert read_config(json.dumps(written).encode()) == read()
     assert method_of(read()) == "lora"
+
+
+COMMON: dict[str, Any] = {"task_type": "CAUSAL_LM", "inference_mode": True}
+OTHERS = [
+    (PrefixTuningConfig(num_virtual_tokens=5, **COMMON), "prefix"),
+    (
+        PrefixTuningConfig(num_virtual_tokens=5, prefix_projection=True, encoder_hidden_size=8, **COMMON),
+        "prefix",
+    ),
+    (PromptTuningConfig(num_virtual_tokens=5, **COMMON), "prompt"),
+    (
+        PromptTuningConfig(
+            num_virtual_tokens=5,
+            prompt_tuning_init="TEXT",
+            prompt_tuning_init_text="Classify:",
+            tokenizer_name_or_path="gpt2",
+            tokenizer_kwargs={"use_fast": True},
+            **COMMON,
+        ),
+        "prompt",
+    ),
+    (PromptEncoderConfig(num_virtual_tokens=5, encoder_hidden_size=8, **COMMON), "prompt"),
+    (BeftConfig(target_modules=["v_proj"], **COMMON), "bitfit"),
+    (IA3Config(target_modules=["v_proj", "down_proj"], feedforward_modules=["down_proj"], **COMMON), "ia3"),
+    (LNTuningConfig(target_modules=["input_layernorm"], **COMMON), "ln_tuning"),
+]
+
+
+@pytest.mark.parametrize(("config", "method"), OTHERS, ids=lambda value: getattr(value, "peft_type", value))
+def test_the_other_types_peft_writes_are_known(config: PeftConfig, method: str) -> None:
+    written = config.to_dict() | {"peft_version": "0.21.2", "auto_mapping": None}
+    if hasattr(config, "num_virtual_tokens"):
+        written |= {
+            "token_dim": 8,
+            "num_layers": 2,
+            "num_attention_heads": 2,
+            "num_transformer_submodules": 1,
+        }
+    kept = read_config(json.dumps(written, default=list).encode())
+    assert method_of(kept) == method
+    assert read_config(json.dumps(kept).encode()) == kept, "what was kept can be read again"
+    with pytest.raises(InvalidAdapter, match="surprise"):
+        read_config(json.dumps(kept | {"surprise": 1}).encode())
 
 
 def test_equal_adapters_give_equal_configs() -> None:
@@ -129,3 +181,19 @@ def test_unknown_fields_and_overlong_files_are_refused() -> None:
         read_config(b"{}".ljust(MAX_BYTES + 1))
     with pytest.raises(InvalidAdapter, match="r"):
         read_config(b'{"peft_type": "LORA", "lora_alpha": 8}')
+
+
+@pytest.mark.parametrize("text", ["\ud800", "q_proj\udfff"])
+@pytest.mark.parametrize("fields", ["rank_pattern", "revision", "bias"])
+def test_half_a_character_is_refused_wherever_it_stands(fields: str, text: str) -> None:
+    for value in (text, {text: 2}, [text]):
+        with pytest.raises(InvalidAdapter, match="not UTF-8"):
+            read(**{fields: value})
+
+
+def test_a_refusal_quotes_little_of_a_long_value() -> None:
+    data = json.dumps({"peft_type": "BITFIT", "bias_mode": "\0x" * 50_000})
+    with pytest.raises(InvalidAdapter, match=r"bias_mode`\.$") as caught:
+        read_config(data.encode())
+    assert len(caught.value.message) < 300
+    assert caught.value.message.isprintable()

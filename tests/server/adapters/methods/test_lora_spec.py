@@ -10,49 +10,13 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
-from transformers.pytorch_utils import Conv1D
 
-from server.adapters.formats.peft import read_config
-from server.adapters.formats.safetensors import TensorInfo, read_header
+from server.adapters.formats.safetensors import TensorInfo
 from server.adapters.methods import build_methods
 from server.adapters.methods.base import AdapterFiles
 from server.adapters.methods.lora import Lora, LoraSpec
-from server.adapters.sites import Base, Site
 from server.errors import InvalidAdapter
-
-HIDDEN, WORDS = 16, 50
-
-
-def llama() -> Any:
-    shape = {"hidden_size": HIDDEN, "intermediate_size": 24, "num_hidden_layers": 2, "vocab_size": WORDS}
-    return LlamaForCausalLM(LlamaConfig(**shape, num_attention_heads=4, num_key_value_heads=2))
-
-
-def gpt2() -> Any:
-    ends = {"bos_token_id": 0, "eos_token_id": 0}
-    return GPT2LMHeadModel(
-        GPT2Config(n_embd=HIDDEN, n_layer=2, n_head=4, vocab_size=WORDS, n_positions=32, **ends)
-    )
-
-
-def site_of(name: str, module: torch.nn.Module) -> Site | None:
-    match module:
-        case torch.nn.Linear():
-            return Site(name, "linear", module.in_features, module.out_features, module.bias is not None)
-        case Conv1D():
-            return Site(name, "linear", module.nx, module.nf, bias=True, conv1d=True)
-        case torch.nn.Embedding():
-            return Site(name, "embedding", module.num_embeddings, module.embedding_dim, bias=False)
-        case torch.nn.LayerNorm():
-            return Site(name, "norm", HIDDEN, HIDDEN, bias=True)
-    return Site(name, "norm", HIDDEN, HIDDEN, bias=False) if name.endswith("norm") else None
-
-
-def base_of(model: Any) -> Base:
-    found = (site_of(name, module) for name, module in model.named_modules())
-    sites = {site.name: site for site in found if site is not None}
-    return Base("b", model.config.model_type, "0" * 64, 2, HIDDEN, 2, 4, WORDS, 32, sites)
+from tests.server.adapters.methods.small import base_of, gpt2, llama, read, reshaped
 
 
 class Saved:
@@ -65,10 +29,8 @@ class Saved:
             warnings.simplefilter("ignore")  # PEFT has advice on each of these
             self.model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **config))
             self.model.save_pretrained(folder)
-        self.config = read_config((folder / "adapter_config.json").read_bytes())
-        path = folder / "adapter_model.safetensors"
-        with path.open("rb") as file:
-            self.tensors = read_header(file, path.stat().st_size, max_header_bytes=1 << 20, max_tensors=1000)
+        files = read(folder)
+        self.config, self.tensors = files.config, files.tensors
 
     def parse(self, max_rank: int = 256) -> LoraSpec:
         return Lora(max_rank).parse(AdapterFiles(self.config, self.tensors), self.base)
@@ -152,10 +114,6 @@ def test_names_without_prefix_or_with_the_adapters_name_are_read(tmp_path: Path)
 @pytest.fixture
 def plain(tmp_path: Path) -> Saved:
     return Saved(llama, tmp_path, **LLAMA_CASES["plain"])
-
-
-def reshaped(info: TensorInfo, *shape: int) -> TensorInfo:
-    return TensorInfo(info.dtype, shape, info.begin, info.end)
 
 
 def test_wrong_shapes_are_refused_by_name(plain: Saved) -> None:
