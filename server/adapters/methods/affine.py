@@ -57,7 +57,8 @@ def pack_changes(changes: Iterable[Change], dtype: torch.dtype) -> Packed:
                 pieces.append(Piece(change.site, part, offset, tuple(tensor.shape)))
                 parts.append(tensor)
                 offset += tensor.numel()
-    return Packed(flatten(parts, dtype), pieces, summable=not any(p.part in ("gain", "scale") for p in pieces))
+    scaled = any(piece.part in ("gain", "scale") for piece in pieces)
+    return Packed(flatten(parts, dtype), pieces, summable=not scaled)
 
 
 class AffineBank(Bank):
