@@ -15,6 +15,7 @@ from server.adapters.formats.strict import check_inert
 from server.errors import InvalidAdapter, shown
 
 FILE = "adapter_config.json"
+CLIP = 100  # characters of each end of a long explanation
 
 ModuleName = Annotated[str, msgspec.Meta(pattern=r"\A[A-Za-z0-9_.-]{1,256}\Z")]
 Modules = Annotated[tuple[ModuleName, ...], msgspec.Meta(max_length=10_000)]
@@ -44,7 +45,7 @@ class Fields:
         try:
             return msgspec.convert(kept, self.kept)
         except msgspec.ValidationError as error:
-            raise InvalidAdapter(f"{FILE}: {error}.", param="adapter_config") from error
+            raise InvalidAdapter(f"{FILE}: {_clipped(str(error))}.", param="adapter_config") from error
 
     def _is_kept(self, name: str, value: Any) -> bool:
         """False for a field to drop; raises for one that must not be there, or not so."""
@@ -75,6 +76,12 @@ def _modules(name: str, value: Any) -> list[str] | None:
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
         raise refused(name, value, "it must be a list of module names, not a pattern")
     return sorted(set(value))
+
+
+def _clipped(text: str) -> str:
+    """msgspec's own words, which quote whatever came and end with where it stands."""
+    escaped = ascii(text)[1:-1]
+    return escaped if len(escaped) <= 2 * CLIP else f"{escaped[:CLIP]}...{escaped[-CLIP:]}"
 
 
 def _json(value: object) -> str:

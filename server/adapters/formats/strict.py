@@ -14,7 +14,9 @@ def strict_json(data: bytes, what: str, max_bytes: int) -> dict[str, Any]:
         raise TooLarge(f"{what} has {len(data)} bytes, more than {max_bytes}.", param="files")
     try:
         value = json.loads(data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
-    except UnicodeDecodeError as error:
+        if b"\\u" in data:  # an escape can name half a character, which no message could carry
+            json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeError as error:
         raise InvalidAdapter(f"{what} is not UTF-8.", param="files") from error
     except _RefusedError as error:
         raise InvalidAdapter(f"{what} {error}.", param="files") from error
