@@ -17,7 +17,7 @@ from adapters_store import names
 from adapters_store.index import Adapter, Index, Version, summary
 from adapters_store.manifest import Blob, Manifest, decode_manifest, encode_manifest
 from adapters_store.objects import Objects, sha256_of
-from server.errors import Conflict, InvalidField, NotFound, QuotaExceeded, StoreError, shown
+from server.errors import Conflict, InvalidField, ModelNotFound, NotFound, QuotaExceeded, StoreError, shown
 
 MAX_FILE_NAME = 128
 MAX_VERSIONS = 1000  # of one adapter, at a time
@@ -186,9 +186,7 @@ def _file_name(name: str) -> str:
     return name
 
 
-def _unknown(model: str) -> NotFound:
-    return NotFound(
-        f"The model {shown(model)} does not exist or you do not have access to it.",
-        param="model",
-        code="model_not_found",
+def _unknown(model: str) -> ModelNotFound:
+    return ModelNotFound(
+        f"The model {shown(model)} does not exist or you do not have access to it.", param="model"
     )

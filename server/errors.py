@@ -8,6 +8,7 @@ PolypeftError                           500  our fault unless a subclass says ot
 ├── Unauthenticated                     401  no key, or one we do not know
 ├── Forbidden                           403  a good key on the wrong door
 ├── NotFound                            404  unknown, or somebody else's: the same answer
+│   └── ModelNotFound                   404  ... a base or an adapter, in OpenAI's words
 ├── Conflict                            409  the thing exists, or changed meanwhile
 ├── TooLarge                            413  more bytes than the cap
 ├── UnsupportedMedia                    415  not a kind of file we take
@@ -76,6 +77,10 @@ class NotFound(PolypeftError):
     status = 404
     type = "invalid_request_error"
     code = "not_found"
+
+
+class ModelNotFound(NotFound):
+    code = "model_not_found"
 
 
 class Conflict(PolypeftError):

@@ -24,7 +24,7 @@ from server.adapters.methods.base import AdapterFiles, Method, Packed, Spec
 from server.adapters.sites import Base
 from server.adapters.tiers import DiskTier, RamTier
 from server.engine.messages import AdapterRef
-from server.errors import InvalidAdapter, NotFound, StoreError
+from server.errors import InvalidAdapter, ModelNotFound, NotFound, StoreError
 from server.kernels.openmp import use_one_thread
 
 THREADS = 2
@@ -108,9 +108,7 @@ class Loader:
         try:
             manifest = decode_manifest(self.objects.get_sync(ref.manifest_key))
         except NotFound as error:
-            raise NotFound(
-                f"The model `{ref.name}` does not exist.", param="model", code="model_not_found"
-            ) from error
+            raise ModelNotFound(f"The model `{ref.name}` does not exist.", param="model") from error
         except msgspec.DecodeError as error:
             raise StoreError("The adapter's manifest is damaged.") from error
         if manifest.digest != ref.digest:

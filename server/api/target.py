@@ -7,7 +7,7 @@ from adapters_store.index import Version
 from server.api.schemas import AdapterUse
 from server.api.services import Services
 from server.engine.messages import AdapterRef, Use
-from server.errors import InvalidField, NotFound, shown
+from server.errors import InvalidField, ModelNotFound, NotFound, shown
 from server.tenancy.tenants import Tenant
 
 FINGERPRINT_CHARS = 16
@@ -61,8 +61,8 @@ async def find_version(parts: Services, tenant: Tenant, model: str, param: str =
         raise unknown_model(model, param) from None
 
 
-def unknown_model(model: str, param: str = "model") -> NotFound:
-    return NotFound(f"The model `{shown(model)[1:-1]}` does not exist.", param=param, code="model_not_found")
+def unknown_model(model: str, param: str = "model") -> ModelNotFound:
+    return ModelNotFound(f"The model `{shown(model)[1:-1]}` does not exist.", param=param)
 
 
 def adapter_ref(version: Version) -> AdapterRef:

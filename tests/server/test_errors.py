@@ -28,7 +28,7 @@ def test_an_unknown_code_is_our_fault() -> None:
 
 
 def test_a_code_of_ones_own_keeps_the_status() -> None:
-    assert NotFound("No.", code="model_not_found").status == 404
+    assert NotFound("No.", code="file_not_found").status == 404
 
 
 def test_the_drawing_shows_every_class_with_its_status() -> None:
