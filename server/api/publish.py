@@ -6,6 +6,7 @@ that no manifest names, for a later sweep.
 
 import time
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,10 @@ class Inspected:
     tensors: dict[str, tuple[str, list[int]]]
     rank: int
 
+    @property
+    def parameters(self) -> int:
+        return sum(prod(shape) for _dtype, shape in self.tensors.values())
+
 
 async def publish(
     parts: Services,
@@ -74,7 +79,7 @@ async def publish(
         files=blobs,
         config=found.config,
         tensors=found.tensors,
-        facts={"rank": found.rank},
+        facts={"rank": found.rank, "parameters": found.parameters},
         created=int(time.time()),
     )
     checked = await parts.engine.check(encode_manifest(manifest), allow_noop=allow_noop)

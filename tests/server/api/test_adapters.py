@@ -55,7 +55,7 @@ def test_an_upload_answers_what_the_client_can_check(http: httpx.Client, engine:
     checked = json.loads(engine.checked[0])
     assert (checked["name"], checked["digest"]) == ("mine", body["digest"])
     version = http.get("/v1/adapters/mine/versions/1").json()
-    assert version["facts"] == {"parameters": 1, "rank": 4}
+    assert version["facts"] == {"parameters": 4 * 2 * 4 * 16, "rank": 4}
 
 
 def test_an_adapter_answers_by_name_version_and_alias(http: httpx.Client, engine: FakeEngine) -> None:

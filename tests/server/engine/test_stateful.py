@@ -1,4 +1,4 @@
-"""Random lives of the engine: requests, cancels, deletions and evictions in any order, checked after each.
+"""Random lives of the engine: requests of all kinds, cancels, deletions, evictions in any order.
 
 What must hold at every moment: a slot has one owner, a used one stays, every byte and block is accounted
 for. What must hold at the end: each row that was left alone said what it says alone, and the base is what
@@ -23,10 +23,11 @@ from hypothesis.stateful import (
 
 from server.engine.messages import Cancel, Forget, Prefetch
 from tests.fixtures.engine import Driver, Stand, same
+from tests.server.engine.test_kinds import kinds
 
-ADAPTERS = 6
+ADAPTERS = 12
 SLOTS = 3
-ROWS = 24
+ROWS = 10
 
 
 @pytest.fixture(scope="module")
@@ -34,9 +35,9 @@ def one_stand(
     tiny_models: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Stand]:
     folder = tmp_path_factory.mktemp("stateful")
-    s = Stand(
-        tiny_models("llama"), folder, ADAPTERS, adapter_slots=SLOTS, max_batch_tokens=48, kv_bytes=1 << 20
-    )
+    s = Stand(tiny_models("llama"), folder, 0, adapter_slots=SLOTS, max_batch_tokens=48, kv_bytes=1 << 20)
+    s.refs = list(kinds(s).values())
+    assert len(s.refs) == ADAPTERS
     yield s
     s.engine.close()
 
