@@ -13,14 +13,32 @@ import torch
 from torch import nn
 
 from server.adapters.methods.base import NormParts
-from server.adapters.sites import Site
+from server.adapters.sites import Site, SiteKind
 from server.engine.attention import Step
 
-# sub-block -> (kind, the norm before it; the first that a layer has)
-BLOCKS = {
-    "self_attn": ("attention", ("input_layernorm",)),
-    "attn": ("attention", ("ln_1",)),
-    "mlp": ("mlp", ("pre_feedforward_layernorm", "post_attention_layernorm", "ln_2")),
+Blocks = tuple[tuple[str, SiteKind, str], ...]  # (sub-block, kind, the norm before it)
+
+# How a layer is built, told by the norms it has.
+LAYERS: dict[frozenset[str], Blocks] = {
+    frozenset({"ln_1", "ln_2"}): (
+        ("attn", "attention", "ln_1"),
+        ("mlp", "mlp", "ln_2"),
+    ),
+    frozenset({"input_layernorm", "post_attention_layernorm"}): (
+        ("self_attn", "attention", "input_layernorm"),
+        ("mlp", "mlp", "post_attention_layernorm"),
+    ),
+    frozenset(
+        {
+            "input_layernorm",
+            "post_attention_layernorm",
+            "pre_feedforward_layernorm",
+            "post_feedforward_layernorm",
+        }
+    ): (
+        ("self_attn", "attention", "input_layernorm"),
+        ("mlp", "mlp", "pre_feedforward_layernorm"),
+    ),
 }
 
 
@@ -55,17 +73,21 @@ def norm_gains(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def watch_sublayers(model: nn.Module, layers: int, hidden_size: int, step: Step) -> dict[str, Site]:
-    """Hook every decoder layer's sub-blocks; {site name: site}. A layer of another shape gets none."""
+    """Hook every decoder layer's sub-blocks; {site name: site}.
+
+    A layer whose norms stand elsewhere than before its sub-blocks, or whose sub-blocks share one, gets none.
+    """
     sites = {}
     for path, layer in decoder_layers(model, layers):
-        for leaf, (kind, norms) in BLOCKS.items():
-            block = getattr(layer, leaf, None)
-            norm = next((getattr(layer, n) for n in norms if hasattr(layer, n)), None)
-            if block is not None and norm is not None:
-                site = Site(f"{path}.{leaf}", kind, hidden_size, hidden_size, False)  # type: ignore[arg-type]
-                sites[site.name] = site
-                norm.register_forward_pre_hook(keep_residual(step))
-                block.register_forward_hook(apply_banks(site, step))
+        norms = frozenset(name for name, _ in layer.named_children() if "norm" in name or "ln_" in name)
+        blocks = LAYERS.get(norms, ())
+        if not all(hasattr(layer, leaf) for leaf, _, _ in blocks):
+            continue
+        for leaf, kind, norm in blocks:
+            site = Site(f"{path}.{leaf}", kind, hidden_size, hidden_size, False)
+            sites[site.name] = site
+            getattr(layer, norm).register_forward_pre_hook(keep_residual(step))
+            getattr(layer, leaf).register_forward_hook(apply_banks(site, step))
     return sites
 
 

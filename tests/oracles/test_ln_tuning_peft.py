@@ -12,6 +12,7 @@ from tests.oracles.bench import LENGTHS, NEW, WORST_REAL, Bench
 
 NORMS = {
     "gpt2": ["ln_1", "ln_2", "ln_f"],
+    "olmo2": ["post_attention_layernorm", "post_feedforward_layernorm", "model.norm"],
     "gemma2": ["input_layernorm", "post_feedforward_layernorm", "post_attention_layernorm", "norm"],
 }
 LLAMA_NORMS = ["input_layernorm", "post_attention_layernorm", "model.norm"]
@@ -21,9 +22,9 @@ LLAMA_NORMS = ["input_layernorm", "post_attention_layernorm", "model.norm"]
 def test_tiny_models(tiny: tuple[str, Bench], which: str) -> None:
     family, bench = tiny
     names = NORMS.get(family, LLAMA_NORMS)
-    targets: dict[str, Any] = (
-        {} if which == "default" else {"target_modules": [n for n in names if n != "norm"]}
-    )
+    targets: dict[str, Any] = {"target_modules": [n for n in names if n != "norm"]}
+    if which == "default" and family != "olmo2":  # for which PEFT has none
+        targets = {}
     adapter = make_ln_tuning(bench.oracle.base, bench.folder / which, **targets)
     bench.compare(adapter, bench.prompts(LENGTHS), NEW)
 

@@ -89,6 +89,12 @@ class Bottleneck:
                 f"The adapter is for a {shown(file.model_type)}; this server runs a {base.model_type}.",
                 param="model_type",
             )
+        if not any(site.kind in ("attention", "mlp") for site in base.sites.values()):
+            raise InvalidAdapter(
+                f"Bottleneck adapters are not served on a {base.model_type}, whose layers have their norms "
+                "elsewhere than before attention and MLP.",
+                param="model_type",
+            )
         roles = _locate(files.tensors, base)
         targets = tuple(_targets(file, roles, base))
         if stray := roles.keys() - {target.site for target in targets}:
