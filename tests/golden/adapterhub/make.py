@@ -1,7 +1,8 @@
 """Record what AdapterHub's own library computes: run by hand, its results are committed beside this file.
 
     python -m venv hub && hub/bin/pip install torch==2.13.0 adapters==1.3.0
-    hub/bin/python tests/golden/adapterhub/make.py
+    hub/bin/python tests/golden/adapterhub/make.py            # the tiny families
+    hub/bin/python tests/golden/adapterhub/make.py FOLDER     # the default model, converted into FOLDER
 
 The library pins an older transformers and cannot be installed beside ours, so that the tests read from here:
 
@@ -9,6 +10,7 @@ The library pins an older transformers and cannot be installed beside ours, so t
     FAMILY/golden.safetensors   for each adapter and prompt: greedy tokens and the logits they came from
     FAMILY/ADAPTER/         what the library's save_adapter wrote
     prompts.json            the prompts, by name
+    ../smollm2/             the same for the default model; of its logits a sample, and where it was taken
 
 Llama, Mistral and GPT-2 go through the library's built-in support, Qwen2, Qwen3 and Gemma2 through the
 plugin interfaces it ships. Everything is computed uncached: with the cache the built-in Llama and Mistral
@@ -17,6 +19,7 @@ answer wrongly under transformers 4.57.6.
 
 import json
 import shutil
+import sys
 import zlib
 from collections.abc import Iterator
 from itertools import count
@@ -28,6 +31,7 @@ import torch
 import transformers
 from adapters import BnConfig, DoubleSeqBnConfig, ParBnConfig, SeqBnConfig
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 
 HERE = Path(__file__).resolve().parent
 VOCABULARY, HIDDEN, NEW = 100, 32, 6
@@ -93,6 +97,19 @@ ELSEWHERE = {
     "qwen3": ("legacy",),
     "mistral": ("learned",),
 }
+# Of the default model: bottlenecks of 4, 2 and 4, so that the files stay small.
+REAL = "smollm2"
+REAL_FORMS: dict[str, BnConfig] = {
+    "seq_bn": SeqBnConfig(reduction_factor=144),
+    "double_seq_bn": DoubleSeqBnConfig(reduction_factor=288),
+    "par_bn": ParBnConfig(reduction_factor=144),
+}
+REAL_TEXTS = {
+    "short": "The capital of France is",
+    "long": "One frozen base model stays resident. Thousands of tenants bring small adapters. Every request "
+    "names an adapter; rows that use different adapters, of different kinds, run in one batch. That is why",
+}
+BEST, OTHERS = 16, 240  # logits kept of each row: the best, and as many of fixed places
 PICKLED = ("seq_bn", "legacy")  # of Llama's, saved as .bin, the library's default
 LEGACY_KEYS = {
     "output_adapters.adapters": "output_adapters.layer_text_task_adapters",
@@ -102,6 +119,9 @@ LEGACY_KEYS = {
 
 def main() -> None:
     torch.set_num_threads(1)
+    if len(sys.argv) > 1:
+        make_real(Path(sys.argv[1]))
+        return
     generator = torch.Generator().manual_seed(7)
     prompts = {str(n): torch.randint(VOCABULARY, (n,), generator=generator).tolist() for n in (1, 17, 45)}
     (HERE / "prompts.json").write_text(json.dumps(prompts) + "\n")
@@ -111,42 +131,64 @@ def main() -> None:
         make_base(family, folder / "base")
         recorded: dict[str, torch.Tensor] = {}
         for name, config in chosen(family):
-            recorded |= record(folder, name, config, prompts)
+            found = record(folder / "base", folder / name, config, prompts)
+            for prompt, (tokens, logits) in found.items():
+                recorded |= {f"{name}/{prompt}/tokens": tokens, f"{name}/{prompt}/logits": logits}
         save_file(recorded, folder / "golden.safetensors")
 
 
+def make_real(base: Path) -> None:
+    """Adapters of the default model, mild as trained ones are: strong noise in 30 layers blurs any sum."""
+    folder = HERE.parent / REAL
+    shutil.rmtree(folder, ignore_errors=True)
+    tokenizer = Tokenizer.from_file(str(base / "tokenizer.json"))
+    prompts = {name: tokenizer.encode(text).ids for name, text in REAL_TEXTS.items()}
+    others = torch.randperm(tokenizer.get_vocab_size(), generator=torch.Generator().manual_seed(7))[:OTHERS]
+    recorded: dict[str, torch.Tensor] = {}
+    for name, config in REAL_FORMS.items():
+        for prompt, (tokens, logits) in record(base, folder / name, config, prompts, strength=0.1).items():
+            ids = torch.cat([logits.topk(BEST).indices, others.expand(NEW, OTHERS)], dim=1)
+            recorded |= {
+                f"{name}/{prompt}/tokens": tokens,
+                f"{name}/{prompt}/ids": ids.int(),
+                f"{name}/{prompt}/logits": logits.gather(1, ids),
+            }
+    save_file(recorded, folder / "golden.safetensors")
+    (folder / "prompts.json").write_text(json.dumps(prompts) + "\n")
+
+
 def record(
-    folder: Path, name: str, config: BnConfig, prompts: dict[str, list[int]]
-) -> dict[str, torch.Tensor]:
-    """Save an adapter, and return what the library computes with it: the first seed without near ties."""
+    base: Path, folder: Path, config: BnConfig, prompts: dict[str, list[int]], strength: float = 1.0
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Save an adapter, and return what the library computes with it: the first seed without near ties.
+
+    {prompt: (tokens, logits)}. One that is weaker than the base is saved in half precision.
+    """
+    family, name = folder.parent.name, folder.name
+    pickled = family == "llama" and name in PICKLED
     for seed in count(zlib.crc32(name.encode())):
-        shutil.rmtree(folder / name, ignore_errors=True)
-        model = load(folder / "base")
+        shutil.rmtree(folder, ignore_errors=True)
+        model = load(base, family)
         adapters.init(model)
         model.add_adapter(NAME, config=config)
-        randomise(model, seed)
-        pickled = folder.name == "llama" and name in PICKLED
-        save(model, folder / name, pickled=pickled)
+        randomise(model, seed, strength)
+        save(model, folder, pickled=pickled)
         if name == "legacy":
-            make_legacy(folder / name)
-        model = load(folder / "base")  # what counts is what the library reads from the files
+            make_legacy(folder)
+        if strength < 1:
+            halve(folder)
+        model = load(base, family)  # what counts is what the library reads from the files
         adapters.init(model)
         report: dict[str, Any] = {}
-        model.load_adapter(
-            str(folder / name), set_active=True, use_safetensors=not pickled, loading_info=report
-        )
+        model.load_adapter(str(folder), set_active=True, use_safetensors=not pickled, loading_info=report)
         if any(report.values()):
-            raise SystemExit(f"the library read {name} of {folder.name} incompletely: {report}")
+            raise SystemExit(f"the library read {name} of {family} incompletely: {report}")
         model.eval()
         found = {prompt: greedy(model, ids) for prompt, ids in prompts.items()}
         best = torch.cat([logits for _, logits in found.values()]).topk(2).values
         if (best[:, 0] - best[:, 1]).min() > MARGIN:
             break
-    return {
-        f"{name}/{prompt}/{kind}": tensor
-        for prompt, pair in found.items()
-        for kind, tensor in zip(("tokens", "logits"), pair, strict=True)
-    }
+    return found
 
 
 def chosen(family: str) -> Iterator[tuple[str, BnConfig]]:
@@ -176,16 +218,19 @@ def make_base(family: str, folder: Path) -> None:
     (folder / "generation_config.json").unlink(missing_ok=True)
 
 
-def load(folder: Path) -> Any:
+def load(folder: Path, name: str) -> Any:
+    config = transformers.AutoConfig.from_pretrained(folder)
+    if rotary := getattr(config, "rope_parameters", None):  # a newer transformers' name, unknown to this one
+        config.rope_theta = rotary["rope_theta"]
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager"
+        folder, config=config, dtype=torch.float32, attn_implementation="eager"
     )
-    model.config.name_or_path = folder.parent.name  # it goes into the files, and a path says where we work
+    model.config.name_or_path = name  # it goes into the files, and a path says where we work
     return model
 
 
-def randomise(model: Any, seed: int) -> None:
-    """Each share about as large as the base's own, so that the greedy tokens are not the base's."""
+def randomise(model: Any, seed: int, strength: float) -> None:
+    """At 1, each share is about as large as the base's own, so that the greedy tokens are not the base's."""
     torch.manual_seed(seed)
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -194,14 +239,19 @@ def randomise(model: Any, seed: int) -> None:
             if name.endswith("scaling"):
                 weight.normal_(1, 0.5)
             elif weight.dim() == 1:
-                weight.normal_(0, 0.3)
+                weight.normal_(0, 0.3 * strength)
             else:
-                weight.normal_(0, weight.shape[1] ** -0.5)
+                weight.normal_(0, strength * weight.shape[1] ** -0.5)
 
 
 def save(model: Any, folder: Path, *, pickled: bool) -> None:
     folder.mkdir(parents=True)
     model.save_adapter(str(folder), NAME, with_head=False, use_safetensors=not pickled)
+
+
+def halve(folder: Path) -> None:
+    (weights,) = folder.glob("*.safetensors")
+    save_file({name: tensor.half() for name, tensor in load_file(weights).items()}, weights)
 
 
 def make_legacy(folder: Path) -> None:
