@@ -161,9 +161,13 @@ class Loader:
         return method.pack(spec, self.base, tensors, self.weights, self.dtype)
 
     def _check_base_copies(self, spec: Spec, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Whole tables that PEFT saves along must be the base's own: serving changed ones is not offered."""
+        """Whole tables that PEFT saves along must be the base's own: serving changed ones is not offered.
+
+        Either side may have been rounded: the copy when it was saved, the base when it was loaded.
+        """
         for name, site in spec.base_copies.items():
-            if not torch.equal(tensors[name], self.weights[site].to(tensors[name].dtype)):
+            copy, own = tensors[name], self.weights[site]
+            if not torch.equal(copy, own.to(copy.dtype)) and not torch.equal(copy.to(own.dtype), own):
                 raise InvalidAdapter(
                     f"Tensor {name!r} replaces the base's {site!r}; only low-rank changes can be served.",
                     param=name,

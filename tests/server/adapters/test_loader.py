@@ -159,3 +159,27 @@ def test_the_store_may_be_elsewhere(engine: Engine, folder: Path, tmp_path: Path
     engine.loader.objects = Objects.open("memory://")
     ref = publish(engine.loader.objects, engine.base, folder)
     assert engine.loader.fetch(ref).result(LONG).nbytes > 0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_table_saved_along_must_be_the_bases_own(model: Path, tmp_path: Path, dtype: str) -> None:
+    """PEFT saves it in float32; a base in half precision is the same one, rounded."""
+    settings = Settings.model_validate(
+        {"data_dir": tmp_path, "kv_bytes": 1 << 20, "threads": 1, "dtype": dtype}
+    )
+    engine = Engine(settings, model)
+    folder = make_lora(model, tmp_path / "table", target_modules=["embed_tokens"], r=2)
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    table = "base_model.model.model.embed_tokens.base_layer.weight"
+    try:
+        engine.loader.fetch(publish(engine.loader.objects, engine.base, folder)).result(LONG)
+        save_file(tensors | {table: tensors[table].bfloat16()}, path)
+        engine.loader.fetch(publish(engine.loader.objects, engine.base, folder, name="half")).result(LONG)
+        tensors[table][7, 3] += 0.1
+        save_file(tensors, path)
+        error = failure(engine, publish(engine.loader.objects, engine.base, folder, name="other"))
+    finally:
+        engine.close()
+    assert isinstance(error, InvalidAdapter)
+    assert error.param == table
