@@ -6,6 +6,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+import torch
 from transformers import PreTrainedTokenizerFast
 
 from tests.e2e.serving import Serving, until
@@ -14,6 +15,15 @@ from tests.fixtures.models import Oracle, greedy, load_model, make_lora
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # one core for the engine: the other is the tests'
 OPTIONS = ("--threads", "1", "--kv-bytes", str(32 << 20))
+
+
+@pytest.fixture(scope="package", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """For PEFT in this process: the engine needs the other core."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")
