@@ -84,9 +84,10 @@ def check_targets(
         raise InvalidAdapter("The adapter has no tensors for any module of the base model.", param="files")
     if modules is None:
         return
-    if stray := sorted(site for site in targets if not names(modules, site)):
+    named = frozenset(modules)
+    if stray := sorted(site for site in targets if not names(named, site)):
         raise invalid(targets[stray[0]], "is of a module that target_modules leaves out")
-    asked = {site.name for site in candidates if names(modules, site.name)}
+    asked = {site.name for site in candidates if names(named, site.name)}
     if complete and (missing := sorted(asked - targets.keys())):
         raise InvalidAdapter(
             f"target_modules names {shown(missing[0])}, but there is no tensor for it.",
@@ -94,9 +95,10 @@ def check_targets(
         )
 
 
-def names(modules: tuple[str, ...], site: str) -> bool:
-    """PEFT's rule for a list: the whole name, or its end after a dot."""
-    return any(site == module or site.endswith(f".{module}") for module in modules)
+def names(modules: frozenset[str], site: str) -> bool:
+    """PEFT's rule for a list: the whole name, or its end after a dot. As fast however long the list is."""
+    parts = site.split(".")
+    return any(".".join(parts[i:]) in modules for i in range(len(parts)))
 
 
 def check_shapes(shapes: Mapping[str, tuple[int, ...]], tensors: Mapping[str, TensorInfo]) -> None:
