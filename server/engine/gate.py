@@ -19,7 +19,7 @@ from server.adapters.loader import Loader
 from server.engine.messages import AdapterRef, Check, Checked, Chunk, Generate, Sampling
 from server.engine.row import Row
 from server.engine.scheduler import Scheduler
-from server.errors import InvalidAdapter, PolypeftError, StoreError, error_from_code
+from server.errors import InvalidAdapter, PolypeftError, StoreError, TooLarge, error_from_code
 
 TENANT = "\0gate"  # no tenant's: shares no prefix and no queue with any
 PROMPT = 8  # tokens
@@ -68,7 +68,7 @@ class Gate:
         """Start the trial runs whose version has been loaded."""
         for row_id, trial in [*self.trials.items()]:
             if trial.row is None and trial.loading.done():
-                if error := trial.loading.exception():
+                if error := trial.loading.exception() or self._too_large(trial.loading.result().nbytes):
                     del self.trials[row_id]
                     self._end(trial.check.id, error)
                 else:
@@ -101,6 +101,15 @@ class Gate:
     def take_verdicts(self) -> list[Checked]:
         taken, self.verdicts = self.verdicts, []
         return taken
+
+    def _too_large(self, nbytes: int) -> TooLarge | None:
+        """Why it could never be served: alone it takes more than there is for all."""
+        if nbytes <= self.cache.budget:
+            return None
+        return TooLarge(
+            f"The adapter takes {nbytes} bytes on the device; all adapters share {self.cache.budget}.",
+            param="files",
+        )
 
     def _run(self, row_id: str, trial: Trial) -> None:
         manifest = trial.manifest

@@ -90,6 +90,16 @@ def test_finite_weights_that_overflow_are_refused(engine: Engine, good: Path, tm
     assert verdict.error[0] == "invalid_adapter"
 
 
+def test_one_that_no_device_memory_could_hold_is_too_large(
+    engine: Engine, good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine.cache, "budget", 1000)
+    verdict = ask(engine, changed(good, tmp_path / "large", lambda t: t * 0.5))
+    assert verdict.error is not None
+    assert verdict.error[0] == "too_large"
+    assert not engine.gate.trials
+
+
 def test_other_rows_go_on_beside_a_trial(engine: Engine, good: Path, tmp_path: Path) -> None:
     sampling = Sampling(max_tokens=24, temperature=0.0, ignore_eos=True)
     rows = [Generate(f"row {i}", "tenant", [i + 1] * 20, sampling) for i in range(3)]
