@@ -124,11 +124,17 @@ class Loader:
         blob, start = manifest.weights, time.perf_counter()
         tier = "disk" if self._verified_on_disk(blob) else "store"
         if tier == "store":
-            self.objects.download_sync(blob.key, self.disk.path(blob.sha256), blob.sha256)
-            self.disk.add(blob.sha256)
+            self._download(blob)
         packed = self._pack(manifest, blob)
         self._observe(tier, start)
         return packed
+
+    def _download(self, blob: Blob) -> None:
+        try:
+            self.objects.download_sync(blob.key, self.disk.path(blob.sha256), blob.sha256)
+        except NotFound as error:  # the manifest is there, so this is damage and not an unknown model
+            raise StoreError("The adapter's weights are missing from the store.") from error
+        self.disk.add(blob.sha256)
 
     def _verified_on_disk(self, blob: Blob) -> bool:
         """A copy that does not hash to its name is dropped, and fetched again."""

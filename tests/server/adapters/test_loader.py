@@ -122,6 +122,13 @@ def test_a_deleted_version_is_an_unknown_model(engine: Engine, folder: Path) -> 
     assert error.code == "model_not_found"
 
 
+def test_missing_weights_are_damage_and_no_unknown_model(engine: Engine, folder: Path) -> None:
+    ref = publish(engine.loader.objects, engine.base, folder)
+    manifest = decode_manifest(engine.loader.objects.get_sync(ref.manifest_key))
+    engine.loader.objects.delete_sync(manifest.weights.key)
+    assert isinstance(failure(engine, ref), StoreError)
+
+
 def test_a_failed_load_is_tried_afresh(engine: Engine, folder: Path) -> None:
     ref = publish(engine.loader.objects, engine.base, folder)
     data = engine.loader.objects.get_sync(ref.manifest_key)
