@@ -56,6 +56,11 @@ LLAMA_CASES: dict[str, dict[str, Any]] = {
     "lora_bias": {"r": 4, "lora_bias": True, "target_modules": ["q_proj"]},
     "whole tables": {"r": 4, "target_modules": ["q_proj"], "modules_to_save": ["lm_head", "embed_tokens"]},
     "some layers": {"r": 4, "target_modules": ["q_proj"], "layers_to_transform": [1]},
+    "a layer, and one named": {
+        "r": 4,
+        "target_modules": ["model.layers.0.self_attn.q_proj", "v_proj"],
+        "layers_to_transform": [1],
+    },
     "excluded": {"r": 4, "target_modules": ["q_proj"], "exclude_modules": ["layers.0.self_attn.q_proj"]},
 }
 GPT2_CASES: dict[str, dict[str, Any]] = {
@@ -63,6 +68,8 @@ GPT2_CASES: dict[str, dict[str, Any]] = {
     "dora": {"r": 4, "use_dora": True, "target_modules": ["c_attn", "c_proj", "lm_head"]},
     "all-linear": {"r": 4, "lora_bias": True, "target_modules": "all-linear"},
     "embedding": {"r": 4, "target_modules": ["wte"]},
+    "bias all": {"r": 4, "bias": "all", "target_modules": ["c_attn"]},
+    "bias lora_only": {"r": 4, "bias": "lora_only", "target_modules": ["c_attn", "c_fc"]},
 }
 CASES = [(llama, c) for c in LLAMA_CASES.values()] + [(gpt2, c) for c in GPT2_CASES.values()]
 IDS = [f"llama {name}" for name in LLAMA_CASES] + [f"gpt2 {name}" for name in GPT2_CASES]
@@ -203,6 +210,25 @@ def test_what_the_config_does_not_ask_for_is_refused(tmp_path: Path) -> None:
             saved.parse_changed(saved.tensors, **{field: False})
 
 
+def test_exactly_the_biases_that_the_config_says_are_there(tmp_path: Path) -> None:
+    every, some = (
+        Saved(gpt2, tmp_path / case, **GPT2_CASES[f"bias {case}"]) for case in ("all", "lora_only")
+    )
+    assert set(every.parse().biases) == {name for name, site in every.base.sites.items() if site.bias}
+    assert set(some.parse().biases) == {target.site for target in some.parse().targets}
+    norm = "base_model.model.transformer.h.0.ln_1.bias"
+    without = {name: info for name, info in every.tensors.items() if name != norm}
+    for saved, tensors, bias, fault in (
+        (every, every.tensors, "none", "bias is 'none'"),
+        (every, every.tensors, "lora_only", "bias is 'lora_only'"),
+        (some, some.tensors, "all", "no tensor for the bias"),
+        (every, without, "all", "ln_1"),
+        (some, some.tensors | {norm: every.tensors[norm]}, "lora_only", "ln_1"),
+    ):
+        with pytest.raises(InvalidAdapter, match=fault):
+            saved.parse_changed(tensors, bias=bias)
+
+
 def test_the_rank_limit_is_named(plain: Saved) -> None:
     assert plain.parse(max_rank=4).rank == 4
     with pytest.raises(InvalidAdapter, match="3 at most"):
@@ -237,3 +263,20 @@ def test_kept_config_survives_the_manifest(tmp_path: Path) -> None:
     saved = Saved(llama, tmp_path, **LLAMA_CASES["patterns"])
     reread = json.loads(json.dumps(saved.config, sort_keys=True))
     assert Lora().parse(AdapterFiles(reread, saved.tensors), saved.base) == saved.parse()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"exclude_modules": ["v_proj"]},
+        {"exclude_modules": ["layers.1.self_attn.q_proj"]},
+        {"layers_to_transform": 1},
+        {"layers_to_transform": [0]},
+        {"layers_to_transform": [7]},
+    ],
+    ids=str,
+)
+def test_tensors_that_peft_would_not_use_are_refused(config: dict[str, Any], tmp_path: Path) -> None:
+    saved = Saved(llama, tmp_path, r=4, target_modules=["q_proj", "v_proj"])
+    with pytest.raises(InvalidAdapter, match=f"{next(iter(config))} leaves out"):
+        saved.parse_changed(saved.tensors, **config)
