@@ -59,7 +59,8 @@ class Ia3:
         roles = by_site(files.tensors, base, ENDINGS, "IA3")
         scales = {site: found["scale"] for site, found in roles.items() if "scale" in found}
         candidates = [site for site in base.sites.values() if site.kind == "linear"]
-        check_targets(config.target_modules, scales, candidates, complete=not config.exclude_modules)
+        excluded = config.exclude_modules
+        check_targets(config.target_modules, scales, candidates, excluded=excluded, complete=not excluded)
         outputs, inputs = {}, {}
         for site, tensor in scales.items():
             if _feeds_forward(site, config, files.tensors[tensor].shape):

@@ -80,7 +80,10 @@ class LnTuning:
             {site: found["bias"] for site, found in roles.items() if "bias" in found},
         )
         candidates = [site for site in base.sites.values() if site.kind == "norm"]
-        check_targets(config.target_modules, spec.weights, candidates, complete=not config.exclude_modules)
+        excluded = config.exclude_modules
+        check_targets(
+            config.target_modules, spec.weights, candidates, excluded=excluded, complete=not excluded
+        )
         check_shapes(self.shapes(spec, base), files.tensors)
         return spec
 

@@ -205,13 +205,28 @@ def _check_modules(config: LoraConfig, spec: LoraSpec, base: Base) -> None:
     filtered = config.exclude_modules or config.layers_to_transform is not None
     candidates = [site for site in base.sites.values() if site.kind in TABLES]
     targets = {target.site: target.A for target in spec.targets}
-    check_targets(config.target_modules, targets, candidates, complete=not filtered)
+    check_targets(
+        config.target_modules, targets, candidates, excluded=config.exclude_modules, complete=not filtered
+    )
+    _check_layers(config, targets)
     for module in config.modules_to_save or ():
         if not any(name.endswith(module) for name in spec.base_copies.values()):
             raise InvalidAdapter(
                 f"modules_to_save names {shown(module)}, but there is no tensor for it.",
                 param="modules_to_save",
             )
+
+
+def _check_layers(config: LoraConfig, targets: Mapping[str, str]) -> None:
+    """PEFT leaves every other layer as it is, and what is in none; but not a module named in full."""
+    given = config.layers_to_transform
+    layers = (given,) if isinstance(given, int) else given
+    for name, tensor in targets.items():
+        if not layers or name in (config.target_modules or ()):
+            continue
+        numbers = [int(part) for part in name.split(".") if part.isdecimal()]
+        if not numbers or numbers[0] not in layers:
+            raise invalid(tensor, "is of a layer that layers_to_transform leaves out")
 
 
 def _check_biases(config: LoraConfig, spec: LoraSpec, base: Base) -> None:

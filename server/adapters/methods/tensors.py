@@ -74,14 +74,23 @@ def copy_shapes(copies: Mapping[str, str], base: Base) -> dict[str, tuple[int, .
 
 
 def check_targets(
-    modules: tuple[str, ...] | None, targets: Mapping[str, str], candidates: Iterable[Site], *, complete: bool
+    modules: tuple[str, ...] | None,
+    targets: Mapping[str, str],
+    candidates: Iterable[Site],
+    *,
+    excluded: tuple[str, ...] | None = None,
+    complete: bool,
 ) -> None:
     """`target_modules` and the tensors speak of the same modules: `targets` maps a site to its tensor.
 
-    With `complete` there must be a tensor for every candidate that `modules` names.
+    With `complete` there must be a tensor for every candidate that `modules` names. For one that
+    `exclude_modules` names there must be none: PEFT would not use it.
     """
     if not targets:
         raise InvalidAdapter("The adapter has no tensors for any module of the base model.", param="files")
+    left_out = frozenset(excluded or ())
+    if stray := sorted(site for site in targets if names(left_out, site)):
+        raise invalid(targets[stray[0]], "is of a module that exclude_modules leaves out")
     if modules is None:
         return
     named = frozenset(modules)
