@@ -11,6 +11,9 @@ from server.app import build_app
 from server.lifeline import run_child
 from server.settings import Settings
 
+# An idle connection's life: longer than clients keep theirs (httpx and the openai SDK: 5 s), or a request
+# would now and then meet a connection that we are just closing.
+KEEP_ALIVE_SECONDS = 75
 LAST_SECONDS = 5  # for connections to close once nothing runs any more
 
 
@@ -59,6 +62,7 @@ def serve(settings: Settings, fd: int | None) -> None:
         access_log=False,
         server_header=False,
         proxy_headers=False,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=LAST_SECONDS,
     )
     DrainingServer(config).run()
