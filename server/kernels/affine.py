@@ -114,6 +114,8 @@ def grouped_affine(
     slots: torch.Tensor,  # int64 [n]: whose adapter; equal slots side by side stay in the CPU's cache
     table: torch.Tensor,  # int64 [slots, 5]
     base_bias: torch.Tensor | None,  # float32 [out]
+    *,
+    heavy: bool = True,  # False: nobody has matrices here, and waking the threads would cost more
 ) -> None:
     """Add each token's adapter at one site. CPU, float32; sees only tokens listed."""
     _grouped_affine(
@@ -129,5 +131,6 @@ def grouped_affine(
             slots.data_ptr(),
             table.data_ptr(),
             0 if base_bias is None else base_bias.data_ptr(),
-        )
+        ),
+        parallel=heavy,
     )

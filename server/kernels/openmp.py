@@ -73,6 +73,7 @@ def use_one_thread() -> None:
         _torch.omp_set_num_threads(1)
 
 
+Launcher = Callable[..., None]  # (arguments, *, parallel=True)
 Arguments = Any  # a ctypes array of int64: pointers and sizes
 
 
@@ -80,14 +81,14 @@ def arguments(*values: int) -> Arguments:
     return (ctypes.c_int64 * len(values))(*values)
 
 
-def kernel(size: int) -> Callable[[Callable[[Any], None]], Callable[[Arguments], None]]:
+def kernel(size: int) -> Callable[[Callable[[Any], None]], Launcher]:
     """Compile `body(args: int64[size])` and return a launcher; every OpenMP thread runs the body once.
 
     The body asks thread_num() and num_threads() for its share. All it needs must be alive until the
     launch returns; the launch is synchronous.
     """
 
-    def compiled(body: Callable[[Any], None]) -> Callable[[Arguments], None]:
+    def compiled(body: Callable[[Any], None]) -> Launcher:
         inner = nb.njit(cache=True, fastmath=True, error_model="numpy")(body)
 
         def entry(pointer: Any) -> None:
@@ -96,8 +97,9 @@ def kernel(size: int) -> Callable[[Callable[[Any], None]], Callable[[Arguments],
         entry.__name__ = entry.__qualname__ = f"{body.__name__}_entry"
         address = nb.cfunc(types.void(types.CPointer(types.int64)))(entry).address
 
-        def launch(args: Arguments) -> None:
-            _parallel(address, ctypes.addressof(args), torch.get_num_threads(), 0)
+        def launch(args: Arguments, *, parallel: bool = True) -> None:
+            """`parallel=False`: on this thread alone, for work that is smaller than a barrier."""
+            _parallel(address, ctypes.addressof(args), torch.get_num_threads() if parallel else 1, 0)
 
         return launch
 

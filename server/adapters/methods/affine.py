@@ -98,15 +98,23 @@ class AffineBank(Bank):
         self, site: Site, x: torch.Tensor, y: torch.Tensor, rows: Rows, bias: torch.Tensor | None
     ) -> None:
         if rows.touched is None:
-            rows.touched = frozenset(name for span in rows.spans for name in self.changes[span.slot])
+            rows.touched = self._touched(rows)
         if site.name not in rows.touched:
             return
         fast = self.fast and site.kind != "embedding"
         if fast and rows.tokens.shape[0]:
-            kernel.grouped_affine(x, y, rows.tokens, rows.slots, self.tables[site.name], bias)
+            heavy = rows.touched[site.name]
+            kernel.grouped_affine(x, y, rows.tokens, rows.slots, self.tables[site.name], bias, heavy=heavy)
         for slot, start, end, weight in rows.many if fast else rows.spans:
             if change := self.changes[slot].get(site.name):
                 apply(change, site, x[start:end], y[start:end], bias, weight)
+
+    def _touched(self, rows: Rows) -> dict[str, bool]:
+        touched: dict[str, bool] = {}
+        for slot in {span.slot for span in rows.spans}:
+            for name, change in self.changes[slot].items():
+                touched[name] = change.b is not None or touched.get(name, False)
+        return touched
 
 
 def apply(

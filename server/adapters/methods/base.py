@@ -68,7 +68,8 @@ class Rows:
         few = sorted(s for s in spans if s.end - s.start <= FEW and s.weight == 1 and sharing[s.start] == 1)
         kept = set(few)
         self.spans = spans
-        self.touched: frozenset[str] | None = None  # the sites its adapters change; the bank fills it in
+        # the sites its adapters change, and whether with matrices; the bank fills it in
+        self.touched: dict[str, bool] | None = None
         self.many = [span for span in spans if span not in kept]
         self.tokens = torch.tensor([t for s in few for t in range(s.start, s.end)], dtype=torch.int64)
         self.slots = torch.tensor([s.slot for s in few for _ in range(s.start, s.end)], dtype=torch.int64)

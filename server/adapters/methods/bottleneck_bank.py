@@ -107,7 +107,7 @@ class BottleneckBank(Bank):
 
     def sublayer(self, site: Site, h: torch.Tensor, r: torch.Tensor, rows: Rows) -> None:
         if rows.touched is None:
-            rows.touched = frozenset(name for span in rows.spans for name in self.changes[span.slot])
+            rows.touched = {name: True for span in rows.spans for name in self.changes[span.slot]}
         if site.name not in rows.touched:
             return
         if self.fast and rows.tokens.shape[0]:
