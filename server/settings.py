@@ -84,7 +84,7 @@ class Settings(BaseSettings):
     """Bytes of a JSON body."""
     max_stack: int = Field(default=4, ge=1)
     """Adapters in one request."""
-    max_lora_rank: int = Field(default=256, ge=1)
+    max_lora_rank: int = Field(default=256, ge=1, le=1024)
     """The highest LoRA rank taken."""
     max_upload_bytes: int = Field(default=1024 * MiB, ge=1024)
     """Bytes of an adapter upload."""

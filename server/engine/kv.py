@@ -62,10 +62,6 @@ class BlockPool:
             found.append(block)
         return found
 
-    def peek(self, hashes: Sequence[bytes]) -> int:
-        """How many of the named blocks a match would find among the free ones and the owned."""
-        return next((i for i, name in enumerate(hashes) if name not in self.named), len(hashes))
-
     def name(self, block: int, name: bytes) -> None:
         """Offer a full block to later rows. The first of two equal blocks keeps the name."""
         if self.share_prefixes and name not in self.named and block not in self.names:

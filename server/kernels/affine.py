@@ -13,6 +13,7 @@ import torch
 
 from server.kernels.openmp import AVAILABLE, arguments
 
+MAX_RANK = 1024  # the kernel's scratch; max_lora_rank may not be set above it
 COLUMNS = 5  # A, B, gain, bias, rank
 
 
@@ -80,7 +81,7 @@ if AVAILABLE:
         tokens = ints(args[7], count)
         slots = ints(args[8], count)
         thread, threads = thread_num(), num_threads()
-        h = np.empty(1024, np.float32)
+        h = np.empty(MAX_RANK, np.float32)
         for i in range(count * thread // threads, count * (thread + 1) // threads):
             entry = ints(args[9] + slots[i] * 40, 5)
             rank = entry[4]
@@ -102,9 +103,6 @@ if AVAILABLE:
                 added = floats(entry[3], fan_out)
                 for o in range(fan_out):
                     y[o] += added[o]
-
-
-MAX_RANK = 1024  # the kernel's scratch; uploads are capped far below
 
 
 def grouped_affine(

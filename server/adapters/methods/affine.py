@@ -87,6 +87,7 @@ class AffineBank(Bank):
                 0 if t is None else t.data_ptr() for t in (change.a, change.b, change.gain, change.bias)
             ]
             rank = 0 if change.b is None else change.b.shape[0]
+            assert rank <= kernel.MAX_RANK, f"rank {rank} is over the kernel's scratch"
             self.tables[name][slot] = torch.tensor([*addresses, rank])
 
     def clear(self, slot: int) -> None:

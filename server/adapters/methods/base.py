@@ -74,9 +74,6 @@ class Rows:
         self.tokens = torch.tensor([t for s in few for t in range(s.start, s.end)], dtype=torch.int64)
         self.slots = torch.tensor([s.slot for s in few for _ in range(s.start, s.end)], dtype=torch.int64)
 
-    def __bool__(self) -> bool:
-        return bool(self.spans)
-
     def spread(
         self, of_slot: Callable[[int], torch.Tensor | None]
     ) -> tuple[torch.Tensor, torch.Tensor] | None:
