@@ -15,8 +15,8 @@ from server.api import adapters, admin, chat, completions, health, limits, lora_
 from server.api.envelope import Envelope
 from server.api.errors import add_handlers
 from server.api.services import Services
-from server.api.text import Tokenizer
 from server.base.resolve import resolve_model
+from server.base.text import Tokenizer
 from server.engine.client import EngineClient
 from server.errors import StartupError, StoreError
 from server.metrics import Metrics

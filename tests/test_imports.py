@@ -44,6 +44,7 @@ ROOMS: dict[str, set[str]] = {
     "server.engine.client": set(),
     "server.tenancy": {"adapters_store"},
     "server.api": {
+        "server.base",
         "server.engine.client",
         "server.adapters",
         "adapters_store",

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from server.api.stops import StopScanner
-from server.api.text import Tokenizer
+from server.api.text import detokenizer
+from server.base.text import Tokenizer
 from server.engine.messages import Chunk, TokenLogprobs
 
 Finish = Literal["stop", "length"]
@@ -47,7 +48,7 @@ class Choice:
     _held: deque[TokenInfo] = field(default_factory=deque)  # tokens whose text is not out yet
 
     def __post_init__(self) -> None:
-        self._detokenizer = self.tokenizer.detokenizer()
+        self._detokenizer = detokenizer(self.tokenizer)
         self._scanner = StopScanner(self.stops)
 
     def feed(self, chunk: Chunk) -> Piece:

@@ -3,7 +3,7 @@
 from typing import Any
 
 from server.api.choice import TokenInfo
-from server.api.text import Tokenizer
+from server.base.text import Tokenizer
 
 LEAST = -9999.0  # OpenAI's stand-in for minus infinity, which JSON does not have
 

@@ -9,7 +9,7 @@ from adapters_store.objects import Objects
 from adapters_store.registry import Registry
 from server.adapters.methods.base import Method
 from server.adapters.sites import Base
-from server.api.text import Tokenizer
+from server.base.text import Tokenizer
 from server.engine.client import EngineClient
 from server.errors import Unavailable
 from server.metrics import Metrics

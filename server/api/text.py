@@ -1,117 +1,15 @@
-"""Text at the API's edge: tokenising, chat templates, incremental decoding, stop strings.
-
-Knows the base's tokenizer folder and nothing of requests, tenants or the engine. Templates are the
-operator's: no text of a caller is ever compiled or rendered as one.
-"""
+"""Tokens to text while they arrive: incremental decoding for replies, streamed or not."""
 
 import codecs
-import json
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
-from jinja2.exceptions import TemplateError
-from transformers import AutoTokenizer
-from transformers.convert_slow_tokenizer import bytes_to_unicode
-
-from server.errors import InvalidRequest, StartupError
+from server.base.text import Tokenizer
 
 REPLACEMENT = "\ufffd"
 
 
-class Tokenizer:
-    """A model folder's tokenizer. Immutable after `load`, so threads may share it."""
-
-    def __init__(self, hf: Any, chat_template: str | None) -> None:
-        backend = hf.backend_tokenizer
-        backend.no_truncation()
-        backend.no_padding()
-        self._hf = hf
-        self._backend = backend  # its own encode and decode change no state, unlike transformers'
-        self._chat_template = chat_template
-        self._byte_level = _is_byte_level(json.loads(backend.to_str())["decoder"])
-        self._literals = [token or "" for token in hf.convert_ids_to_tokens(list(range(len(hf))))]
-        self._special = {i for i, token in hf.added_tokens_decoder.items() if token.special}
-        self._pieces = [self._piece(i) for i in range(len(self._literals))]
-
-    @classmethod
-    def load(cls, folder: Path) -> "Tokenizer":
-        """Read `folder`. Raises StartupError for a tokenizer that is missing, damaged or not supported."""
-        try:
-            hf = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-        except Exception as error:  # whatever a damaged file makes of transformers
-            raise StartupError(
-                f"The model folder {folder.name!r} has no tokenizer that can be loaded."
-            ) from error
-        if not hf.is_fast:
-            raise StartupError("This model's tokenizer has no tokenizer.json and is not supported.")
-        return cls(hf, hf.chat_template)
-
-    def encode(self, text: str, *, special: bool = True) -> list[int]:
-        """Token ids of `text`; `special` adds what the tokenizer puts around every prompt."""
-        ids: list[int] = self._backend.encode(text, add_special_tokens=special).ids
-        return ids
-
-    def decode(self, ids: Sequence[int]) -> str:
-        text: str = self._backend.decode(list(ids), skip_special_tokens=True)
-        return text
-
-    def render_chat(self, messages: list[dict[str, Any]]) -> str:
-        """The prompt the model's own template makes of `messages`, ready for the assistant's turn."""
-        if self._chat_template is None:
-            raise InvalidRequest(
-                "The base model has no chat template; use /v1/completions.", param="messages"
-            )
-        try:
-            text: str = self._hf.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except TemplateError as error:
-            raise InvalidRequest(
-                f"The model's chat template refuses these messages: {error}", param="messages"
-            ) from error
-        return text
-
-    def detokenizer(self) -> "Detokenizer":
-        return _ByteLevel(self._pieces) if self._byte_level else _ByteFallback(self._pieces)
-
-    def token_text(self, token: int) -> tuple[str, bytes]:
-        """How one token is shown in logprobs: its text and its bytes.
-
-        A token that is only part of a character shows as OpenAI's `bytes:\\xe2\\x80`.
-        """
-        if not 0 <= token < len(self._pieces):
-            return "", b""
-        piece = self._literals[token] if token in self._special else self._pieces[token]
-        raw = piece.encode() if isinstance(piece, str) else piece
-        try:
-            return raw.decode(), raw
-        except UnicodeDecodeError:
-            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw), raw
-
-    def _piece(self, token: int) -> bytes | str:
-        """What one token adds to the text: bytes that may be half a character, or whole text."""
-        literal = self._literals[token]
-        if token in self._special:
-            return b""
-        if self._byte_level:
-            known = all(char in _BYTES for char in literal)
-            return bytes(_BYTES[char] for char in literal) if known else literal.encode()
-        if len(literal) == 6 and literal.startswith("<0x") and literal.endswith(">"):
-            return bytes([int(literal[3:5], 16)])
-        return literal.replace("\u2581", " ")
-
-
-_BYTES: dict[str, int] = {char: byte for byte, char in bytes_to_unicode().items()}
-
-
-def _is_byte_level(decoder: dict[str, Any] | None) -> bool:
-    """True: tokens are bytes (GPT-2, Llama 3, Qwen). False: text with byte fallback (Llama 2, Gemma)."""
-    parts = (decoder or {}).get("decoders", [decoder or {"type": "none"}])
-    kinds = {part["type"] for part in parts}
-    if not kinds & {"ByteLevel", "ByteFallback"}:
-        raise StartupError(
-            f"This model's tokenizer decodes by {'+'.join(sorted(kinds))}, which is not supported."
-        )
-    return "ByteLevel" in kinds
+def detokenizer(tokenizer: Tokenizer) -> "Detokenizer":
+    """A new one, for one reply."""
+    return (_ByteLevel if tokenizer.byte_level else _ByteFallback)(tokenizer.pieces)
 
 
 class Detokenizer:

@@ -7,7 +7,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from server.api.text import Tokenizer
+from server.base.text import Tokenizer
 
 TEMPLATE = (
     "{% if messages[0].role == 'assistant' %}{{ raise_exception('roles must begin with user') }}{% endif %}"
