@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from server.adapters.methods.base import Bank, Start
 from server.adapters.sites import Base, Site
 from server.engine.attention import Pages, Step, attend, places_of
-from server.engine.linear import EmbeddingSite, LinearSite
+from server.engine.linear import EmbeddingSite, LinearSite, join_siblings
 from server.engine.row import Row
 from server.engine.sublayers import norm_gains, watch_norms, watch_sublayers
 from server.kernels.attention import BLOCK, write_pages
@@ -156,6 +156,7 @@ def replace_modules(model: nn.Module, step: Step) -> dict[str, LinearSite | Embe
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, site)
         sites[name] = site
+    join_siblings(model)
     return sites
 
 
