@@ -135,9 +135,8 @@ def new_event(
     message: str,
     type: Literal["message", "metrics"] = "message",  # noqa: A002 - OpenAI's name
     data: dict[str, Any] | None = None,
-    nonce: str | None = None,
 ) -> bytes:
     """An event as it is stored. Made once and written twice, it is one event."""
-    nonce = nonce or uuid.uuid4().hex
-    event = Event(created=int(time.time()), level=level, message=message, type=type, data=data, nonce=nonce)
+    nonce, now = uuid.uuid4().hex, int(time.time())
+    event = Event(created=now, level=level, message=message, type=type, data=data, nonce=nonce)
     return msgspec.json.encode(event)

@@ -11,7 +11,7 @@ import msgspec
 from adapters_store.valkey import store_errors
 from server.finetune import job_scripts as lua
 from server.finetune.job import Checkpoint, Job, JobError, Level, Progress, TrainingResult, Wish, new_event
-from server.finetune.records import Records, decode_job
+from server.finetune.job_records import Records, decode_job
 
 LEASE_SECONDS = 30.0
 CALL_AGAIN_SECONDS = 30.0
@@ -26,7 +26,7 @@ class Leases(Records):
         `worker` must be of this one attempt (a uuid in it). From here on `beat` at least every
         LEASE_SECONDS / 3, or somebody else gets the job.
         """
-        event = new_event("info", "Fine-tuning job started.", nonce=worker)
+        event = new_event("info", "Fine-tuning job started.")
         answer = await self._run(lua.TAKE, id_, worker, int(LEASE_SECONDS * 1000), event)
         return decode_job(dict(zip(answer[::2], answer[1::2], strict=True))) if answer else None
 

@@ -9,7 +9,7 @@ import msgspec
 from adapters_store.valkey import store_errors
 from server.finetune import job_scripts as lua
 from server.finetune.job import JobError, new_event
-from server.finetune.records import Records, key
+from server.finetune.job_records import Records, key
 
 CLAIM_SECONDS = 30.0
 
