@@ -13,9 +13,9 @@ from adapters_store.valkey import store_errors
 from server.errors import Conflict, InvalidField, NotFound, QuotaExceeded, shown
 from server.finetune import job_scripts as lua
 from server.finetune.job import FixedPart, Job, new_event
+from server.finetune.job_records import Caller, decode_job, key
 from server.finetune.leases import Leases
 from server.finetune.publications import Publications
-from server.finetune.job_records import Caller, decode_job, key
 
 MAX_KEPT = 1000  # jobs of a tenant; the oldest that are done are forgotten
 SAME_SECONDS = 24 * 3600  # an idempotency key's life
