@@ -166,6 +166,15 @@ event(ARGV[3])
 return 1
 """
 
+RELEASE = """
+if not training(ARGV[2]) then return 'lost' end
+if tonumber(get('attempts')) > 0 then redis.call('HINCRBY', job, 'attempts', -1) end
+if get('pausing') == '1' then pause() event(ARGV[4]) return 'paused' end
+queue()
+event(ARGV[3])
+return 'queued'
+"""
+
 TRAINED = """
 if get('won') == ARGV[2] then return 1 end
 if not training(ARGV[2]) then return 0 end

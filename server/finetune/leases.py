@@ -62,6 +62,14 @@ class Leases(Records):
         """All that is needed to go on is stored as a checkpoint."""
         return bool(await self._run(lua.PAUSED, id_, fence, new_event("info", "The job is paused.")))
 
+    async def release(self, id_: str, fence: int) -> Literal["queued", "paused", "lost"]:
+        """Give the job back: to nobody if a pause is wished, otherwise to the next worker. No attempt counts."""
+        queued = new_event("info", "The worker stops; the job goes on elsewhere from its last checkpoint.")
+        answer = await self._run(lua.RELEASE, id_, fence, queued, new_event("info", "The job is paused."))
+        if answer == b"queued":
+            await self._call(id_, 0)
+        return answer.decode()  # type: ignore[no-any-return]  # what the script returns
+
     async def trained(self, id_: str, fence: int, result: TrainingResult) -> bool:
         """The result's files are stored: the one way to a publication. True again if called again."""
         event = new_event("info", "Training is finished; the new version is being checked and published.")
