@@ -43,6 +43,24 @@ ROOMS: dict[str, set[str]] = {
     },
     "server.engine.client": set(),
     "server.tenancy": {"adapters_store"},
+    # what the API may know of training, each a room of its own
+    "server.finetune.recipe": {"server.adapters", "server.finetune"},
+    "server.finetune.dataset": {"server.base", "server.finetune"},
+    "server.finetune.files": {"adapters_store", "server.tenancy", "server.finetune"},
+    "server.finetune.jobs": {"adapters_store", "server.finetune", "server.finetune.recipe"},
+    "server.finetune": {
+        "adapters_store",
+        "server.adapters",
+        "server.base",
+        "server.engine",
+        "server.finetune.dataset",
+        "server.finetune.files",
+        "server.finetune.jobs",
+        "server.finetune.recipe",
+        "server.kernels",
+        "server.lifeline",
+        "server.tenancy",
+    },
     "server.api": {
         "server.base",
         "server.engine.client",
@@ -50,6 +68,10 @@ ROOMS: dict[str, set[str]] = {
         "adapters_store",
         "server.tenancy",
         "server.metrics",
+        "server.finetune.recipe",
+        "server.finetune.dataset",
+        "server.finetune.files",
+        "server.finetune.jobs",
     },
     "server.supervisor": {"server.lifeline", "server.logs"},
 }
@@ -65,6 +87,9 @@ NO_TORCH = {
     "server.engine.client",
     "server.supervisor.system",
     "server.cli",
+    "server.finetune.recipe",
+    "server.finetune.files",
+    "server.finetune.jobs",
     "adapters_store.registry",
 }
 MAX_LINES, MAX_FUNCTION_LINES = 300, 60

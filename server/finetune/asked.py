@@ -1,0 +1,62 @@
+"""What a caller asked for, value by value, each with the path at which it stood. No torch."""
+
+import math
+from collections.abc import Collection
+from typing import Any, get_type_hints
+
+import msgspec
+
+from server.errors import InvalidField, shown
+
+
+class Asked:
+    """Fields by name. Absent are those that are null or "auto"."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, Any] = {}
+        self.paths: dict[str, str] = {}
+
+    def take(self, path: str, given: object, known: Collection[str]) -> None:
+        """Add the fields of the object at `path`. Raises InvalidField for an unknown name and for
+        a field that is given twice.
+        """
+        for name, value in present(path, given).items():
+            at = f"{path}.{name}" if name in known else path
+            if name not in known:
+                raise InvalidField(f"{shown(name)} is not a field of {path}.", param=at, code="unknown_field")
+            if name in self.paths:
+                raise InvalidField(f"{at} is given twice; it also stands at {self.paths[name]}.", param=at)
+            self.values[name], self.paths[name] = value, at
+
+    def fields(self, kind: type[msgspec.Struct]) -> dict[str, Any]:
+        """Those that this struct has, converted to their types and within their bounds, or InvalidField."""
+        hints = get_type_hints(kind, include_extras=True)
+        return {
+            name: self._typed(name, hints[name]) for name in kind.__struct_fields__ if name in self.values
+        }
+
+    def invalid(self, name: str, rule: str, value: object = None) -> InvalidField:
+        """The error for a field; `value` is the default of one that was not given."""
+        path = self.paths.get(name, name)
+        return InvalidField(f"{path} is {shown(self.values.get(name, value))}; {rule}.", param=path)
+
+    def _typed(self, name: str, kind: Any) -> Any:
+        value = self.values[name]
+        if isinstance(value, float) and not math.isfinite(value):
+            raise self.invalid(name, "it must be a finite number")
+        try:
+            return msgspec.convert(value, kind)
+        except msgspec.ValidationError as error:
+            reason = str(error).replace("`", "")
+            if reason.startswith("Invalid enum value"):
+                reason = "Expected one of " + ", ".join(kind.__args__)
+            raise self.invalid(name, reason[0].lower() + reason[1:]) from error
+
+
+def present(path: str, given: object) -> dict[str, Any]:
+    """An object's fields less those that are null or "auto". Raises InvalidField for what is no object."""
+    if given is None:
+        return {}
+    if not isinstance(given, dict):
+        raise InvalidField(f"{path} is {shown(given)}; it must be an object.", param=path)
+    return {name: value for name, value in given.items() if value is not None and value != "auto"}
