@@ -75,7 +75,7 @@ if AVAILABLE:
                 y[o] += h0 * b[k * n + o]
             k += 1
 
-    @kernel(11)
+    @kernel
     def _grouped_affine(args):  # type: ignore[no-untyped-def]
         count, fan_in, fan_out, x_stride, y_stride = args[0], args[1], args[2], args[3], args[4]
         tokens = ints(args[7], count)

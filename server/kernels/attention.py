@@ -186,7 +186,7 @@ if AVAILABLE:
                 out[d] += w0 * page[j * dim + d]
             j += 1
 
-    @kernel(15)
+    @kernel
     def _decode_attention(args):  # type: ignore[no-untyped-def]
         rows, heads, kv_heads, dim, most, window = args[0], args[1], args[2], args[3], args[4], args[5]
         lengths = ints(args[10], rows)

@@ -54,7 +54,7 @@ if AVAILABLE:
                 inner = np.float32(0.79788456) * (z[k] + np.float32(0.044715) * z[k] * z[k] * z[k])
                 z[k] = half * z[k] * (one + np.tanh(inner))
 
-    @kernel(9)
+    @kernel
     def _grouped_bottleneck(args):  # type: ignore[no-untyped-def]
         count, n, h_stride, r_stride = args[0], args[1], args[2], args[3]
         tokens = ints(args[6], count)

@@ -242,7 +242,7 @@ if AVAILABLE:
             start += whole * rows * depth
             at += whole * rows
 
-    @kernel(9)
+    @kernel
     def _linear(args):  # type: ignore[no-untyped-def]
         depth, n, w, bias = args[0], args[1], args[2], args[3]
         rows, x, x_stride, y, y_stride = args[4], args[5], args[6], args[7], args[8]

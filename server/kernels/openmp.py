@@ -87,26 +87,17 @@ def arguments(*values: int) -> Arguments:
     return (ctypes.c_int64 * len(values))(*values)
 
 
-def kernel(size: int) -> Callable[[Callable[[Any], None]], Launcher]:
-    """Compile `body(args: int64[size])` and return a launcher; every OpenMP thread runs the body once.
+def kernel(body: Callable[[Any], None]) -> Launcher:
+    """Compile `body(args: int64*)` and return a launcher; every OpenMP thread runs the body once.
 
     The body asks thread_num() and num_threads() for its share. All it needs must be alive until the
-    launch returns; the launch is synchronous.
+    launch returns; the launch is synchronous. The machine code is kept beside the source.
     """
+    signature = types.void(types.CPointer(types.int64))
+    address = nb.cfunc(signature, cache=True, fastmath=True, error_model="numpy")(body).address
 
-    def compiled(body: Callable[[Any], None]) -> Launcher:
-        inner = nb.njit(cache=True, fastmath=True, error_model="numpy")(body)
+    def launch(args: Arguments, *, parallel: bool = True) -> None:
+        """`parallel=False`: on this thread alone, for work that is smaller than a barrier."""
+        _parallel(address, ctypes.addressof(args), torch.get_num_threads() if parallel else 1, 0)
 
-        def entry(pointer: Any) -> None:
-            inner(nb.carray(pointer, size))
-
-        entry.__name__ = entry.__qualname__ = f"{body.__name__}_entry"
-        address = nb.cfunc(types.void(types.CPointer(types.int64)))(entry).address
-
-        def launch(args: Arguments, *, parallel: bool = True) -> None:
-            """`parallel=False`: on this thread alone, for work that is smaller than a barrier."""
-            _parallel(address, ctypes.addressof(args), torch.get_num_threads() if parallel else 1, 0)
-
-        return launch
-
-    return compiled
+    return launch
