@@ -16,6 +16,8 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from server.errors import InvalidRequest, StartupError
 
+SEAM = 64  # characters before a part that can matter to its tokens
+
 
 class Tokenizer:
     """A model folder's tokenizer. Immutable after `load`, so threads may share it."""
@@ -31,6 +33,8 @@ class Tokenizer:
         self._literals = [token or "" for token in hf.convert_ids_to_tokens(list(range(len(hf))))]
         self._special = {i for i, token in hf.added_tokens_decoder.items() if token.special}
         self.pieces = [self._piece(i) for i in range(len(self._literals))]
+        self.end: int | None = hf.eos_token_id
+        self.lead = self.encode("")  # what stands before every prompt
 
     @classmethod
     def load(cls, folder: Path) -> "Tokenizer":
@@ -50,18 +54,36 @@ class Tokenizer:
         ids: list[int] = self._backend.encode(text, add_special_tokens=special).ids
         return ids
 
+    def encode_part(self, text: str, start: int, stop: int) -> list[int]:
+        """Token ids of text[start:stop] as they are in the whole, unless a token would straddle `start`.
+
+        Then as after a line break, lest SentencePiece take the part for a beginning and put a space there.
+        """
+        part = text[start:stop]
+        for before in (text[max(0, start - SEAM) : start], "\n"):
+            first, both = self.encode(before, special=False), self.encode(before + part, special=False)
+            if both[: len(first)] == first:
+                return both[len(first) :]
+        return self.encode(part, special=False)
+
+    def up_to_special(self, text: str) -> int | None:
+        """Characters of `text` through its first special token, such as <|im_end|>; None: it has none."""
+        found = (self._literals[i] for i in self.encode(text, special=False) if i in self._special)
+        literal = next(found, None)
+        return None if literal is None else text.index(literal) + len(literal)
+
     def decode(self, ids: Sequence[int]) -> str:
         text: str = self._backend.decode(list(ids), skip_special_tokens=True)
         return text
 
-    def render_chat(self, messages: list[dict[str, Any]]) -> str:
-        """The prompt the model's own template makes of `messages`, ready for the assistant's turn."""
+    def render_chat(self, messages: list[dict[str, Any]], *, answer: bool = True) -> str:
+        """What the model's own template makes of `messages`; `answer`: ready for the assistant's turn."""
         if self._chat_template is None:
             raise InvalidRequest(
                 "The base model has no chat template; use /v1/completions.", param="messages"
             )
         try:
-            text: str = self._hf.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            text: str = self._hf.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer)
         except TemplateError as error:
             raise InvalidRequest(
                 f"The model's chat template refuses these messages: {error}", param="messages"

@@ -1,0 +1,73 @@
+"""JSONL, read strictly and in bounded memory: each line is one JSON object.
+
+Lines end in LF or CRLF, blank ones count only as numbers, a byte order mark at the start is no part of the
+text. Refused: bytes that are no UTF-8, keys given twice, NaN and Infinity, half a surrogate pair.
+"""
+
+import json
+from codecs import BOM_UTF8
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from server.errors import shown
+
+
+class Fault(Exception):
+    """What is wrong with a line. `field` is a path in it, or "" for the whole line; `reason` a sentence."""
+
+    def __init__(self, field: str, reason: str) -> None:
+        super().__init__(reason)
+        self.field = field
+        self.reason = reason
+
+
+def read_lines(path: Path, line_bytes: int) -> Iterator[tuple[int, bytes | None]]:
+    """(number from 1, bytes) of each line; None for one of more than `line_bytes`, whose rest is skipped."""
+    with path.open("rb") as file:
+        number = 0
+        while raw := file.readline(line_bytes + 1):
+            number += 1
+            whole = len(raw) <= line_bytes or raw.endswith(b"\n")
+            yield number, raw.removeprefix(BOM_UTF8 if number == 1 else b"") if whole else None
+            while raw and not raw.endswith(b"\n"):
+                raw = file.readline(line_bytes)
+
+
+def parse_line(raw: bytes) -> dict[str, Any]:
+    """The line's JSON object. Raises Fault."""
+    try:
+        value = json.loads(raw.decode(), object_pairs_hook=_unique, parse_constant=_no_constant)
+        if rb"\ud" in raw.lower():  # an escaped surrogate: only in pairs is it a character
+            json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeDecodeError as error:
+        raise Fault("", f"The line is not UTF-8 at byte {error.start}.") from None
+    except UnicodeEncodeError:
+        raise Fault("", "The line holds half a surrogate pair.") from None
+    except json.JSONDecodeError as error:
+        raise Fault("", f"The line is not JSON: {error.msg} at character {error.pos}.") from None
+    except RecursionError:
+        raise Fault("", "The line is nested too deeply.") from None
+    except ValueError:  # an integer of more digits than Python converts
+        raise Fault("", "The line holds a number with too many digits.") from None
+    if not isinstance(value, dict):
+        raise Fault("", f"The line must be one JSON object, not {described(value)}.")
+    return value
+
+
+def described(value: object) -> str:
+    """A value in a few words; never the inside of a nested one, whose repr could exhaust the stack."""
+    return "a list" if isinstance(value, list) else "an object" if isinstance(value, dict) else shown(value)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise Fault("", f"The line has the key {shown(twice)} twice.")
+    return found
+
+
+def _no_constant(constant: str) -> None:
+    raise Fault("", f"The line holds {constant}, which JSON does not have.")
