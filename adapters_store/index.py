@@ -3,8 +3,11 @@
     pp:adapters:{tenant}                   sorted set   adapter names
     pp:adapters:{tenant}:last              hash         name -> highest version ever; outlives the adapter
     pp:adapter:{tenant}:{name}:versions    hash         version -> Version
-    pp:adapter:{tenant}:{name}:aliases     hash         alias -> version; `latest` is the highest there is
+    pp:adapter:{tenant}:{name}:aliases     hash         alias -> version
     pp:deleting                            set          manifests of removed versions, still to be removed
+
+`latest` is the highest version that was promoted, or else the lowest there is: it follows from the versions
+alone, in whatever order they come back.
 
 Each change is one script: a crash leaves the index before it or after it. Every script may run twice.
 """
@@ -20,20 +23,32 @@ from adapters_store.valkey import store_errors
 
 DELETING = "pp:deleting"
 
+LATEST_OF = """
+local function latest_of(versions)
+  local promoted, lowest = 0, 0
+  local all = redis.call('HGETALL', versions)
+  for i = 1, #all, 2 do
+    local version = tonumber(all[i])
+    if cjson.decode(all[i + 1]).promoted ~= false then promoted = math.max(promoted, version) end
+    if lowest == 0 or version < lowest then lowest = version end
+  end
+  return promoted > 0 and promoted or lowest
+end
+"""
+
 ADD = """
 local names, last, versions, aliases = unpack(KEYS)
-local name, version, record, max = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4])
-if not redis.call('ZSCORE', names, name) and redis.call('ZCARD', names) >= max then return 0 end
+local name, version, record, max, new = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4]), ARGV[5]
+local highest = tonumber(redis.call('HGET', last, name) or 0)
+if new == '1' and tonumber(version) <= highest and redis.call('HEXISTS', versions, version) == 0 then
+  return 'deleted'
+end
+if not redis.call('ZSCORE', names, name) and redis.call('ZCARD', names) >= max then return 'too many' end
 redis.call('ZADD', names, 0, name)
 redis.call('HSET', versions, version, record)
-local function raise(hash, field)
-  if tonumber(version) > tonumber(redis.call('HGET', hash, field) or 0) then
-    redis.call('HSET', hash, field, version)
-  end
-end
-raise(last, name)
-raise(aliases, 'latest')
-return 1
+if tonumber(version) > highest then redis.call('HSET', last, name, version) end
+redis.call('HSET', aliases, 'latest', latest_of(versions))
+return 'done'
 """
 
 FIND = """
@@ -56,16 +71,14 @@ REMOVE = """
 local names, versions, aliases, deleting = unpack(KEYS)
 local name, only, prefix = ARGV[1], ARGV[2], ARGV[3]
 local removed = {}
-local latest = 0
 for _, version in ipairs(redis.call('HKEYS', versions)) do
   if only == '' or only == version then
     table.insert(removed, redis.call('HGET', versions, version))
     redis.call('HDEL', versions, version)
     redis.call('SADD', deleting, string.format('%s%08d.json', prefix, tonumber(version)))
-  else
-    latest = math.max(latest, tonumber(version))
   end
 end
+local latest = latest_of(versions)
 if latest == 0 then
   redis.call('ZREM', names, name)
   redis.call('DEL', aliases)
@@ -76,7 +89,7 @@ for _, alias in ipairs(redis.call('HKEYS', aliases)) do
     redis.call('HDEL', aliases, alias)
   end
 end
-redis.call('HSET', aliases, 'latest', string.format('%d', latest))
+redis.call('HSET', aliases, 'latest', latest)
 return removed
 """
 
@@ -95,6 +108,8 @@ class Version(msgspec.Struct, frozen=True):
     bytes: int  # of all files
     rank: int
     created: int  # Unix seconds
+    promoted: bool = True  # `latest` may point here
+    evaluated: bool = False  # the manifest says how it compares with the base
 
 
 class Adapter(msgspec.Struct, frozen=True):
@@ -105,7 +120,7 @@ class Adapter(msgspec.Struct, frozen=True):
 
     @property
     def latest(self) -> Version:
-        return self.versions[-1]
+        return next(version for version in self.versions if version.version == self.aliases[LATEST])
 
 
 def summary(manifest: Manifest) -> Version:
@@ -121,6 +136,8 @@ def summary(manifest: Manifest) -> Version:
         bytes=sum(file.bytes for file in manifest.files),
         rank=int(manifest.facts.get("rank", 0)),
         created=manifest.created,
+        promoted=manifest.promoted,
+        evaluated=manifest.evaluation is not None,
     )
 
 
@@ -137,18 +154,22 @@ class Index:
 
     def __init__(self, redis: Redis) -> None:
         self._redis = redis
-        self._add = redis.register_script(ADD)
+        self._add = redis.register_script(LATEST_OF + ADD)
         self._find = redis.register_script(FIND)
         self._alias = redis.register_script(ALIAS)
-        self._remove = redis.register_script(REMOVE)
+        self._remove = redis.register_script(LATEST_OF + REMOVE)
 
-    async def add(self, version: Version, max_adapters: int) -> bool:
-        """False if this were a new name and the tenant has `max_adapters` already."""
+    async def add(
+        self, version: Version, max_adapters: int, *, new: bool
+    ) -> Literal["done", "too many", "deleted"]:
+        """Too many: for one more name. Deleted: a version said to be `new` was here before."""
         keys = [_names(version.tenant), _last(version.tenant), *_records(version.tenant, version.name)]
         record = msgspec.json.encode(version)
         with store_errors():
-            added = await self._add(keys=keys, args=[version.name, version.version, record, max_adapters])
-        return bool(added)
+            answer = await self._add(
+                keys=keys, args=[version.name, version.version, record, max_adapters, int(new)]
+            )
+        return _text(answer)  # type: ignore[return-value]  # what the script returns
 
     async def find(self, tenant: str, name: str, selector: int | str) -> Version | None:
         """By number or by alias, in one round trip."""

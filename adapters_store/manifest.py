@@ -30,6 +30,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     tensors: dict[str, tuple[str, list[int]]]  # name -> (safetensors dtype, shape)
     facts: dict[str, float | int | str] = {}  # parameters, rank ...: what the engine found
     created: int  # Unix seconds
+    promoted: bool = True  # False: `latest` stays where it is
+    evaluation: dict[str, Any] | None = None  # of a version trained here: base and adapter side by side
     schema: int = SCHEMA
 
     @property

@@ -51,17 +51,22 @@ class Registry:
         return standing.last + 1
 
     async def publish(self, manifest: Manifest) -> None:
-        """Make a version visible, and `latest`. Raises Conflict if the number was taken meanwhile."""
+        """Make a version visible, and `latest` if it is promoted.
+
+        Raises Conflict if the number was taken meanwhile, also if that version is deleted again.
+        """
         names.check_name(manifest.name)
         version = summary(manifest)
+        taken = f"Version {manifest.version} of adapter {shown(manifest.name)}"
+        conflict = Conflict(f"{taken} came from another upload meanwhile; try again.", param="name")
         if not await self._objects.create(version.manifest_key, encode_manifest(manifest)):
             # Whoever wrote it may have died before the index knew; then the next number would never come.
-            await self._index_stored(version.manifest_key)
-            taken = f"Version {manifest.version} of adapter {shown(manifest.name)}"
-            raise Conflict(f"{taken} came from another upload meanwhile; try again.", param="name")
-        if not await self._index.add(version, self._max_adapters):
+            await self._index_stored(version.manifest_key, new=True)
+            raise conflict
+        added = await self._index.add(version, self._max_adapters, new=True)
+        if added != "done":
             await self._objects.delete(version.manifest_key)
-            raise self._quota()
+            raise self._quota() if added == "too many" else conflict
 
     async def resolve(self, tenant: str, name: str, selector: str | None = None) -> Version:
         """The version that `selector` means: None is the latest, "3" and "v3" a number, else an alias.
@@ -128,7 +133,7 @@ class Registry:
         await self.finish_deletes()
         keys = [key for key in await self._objects.list(names.TENANTS) if names.parse_manifest_key(key)]
         for start in range(0, len(keys), 64):
-            await asyncio.gather(*map(self._index_stored, keys[start : start + 64]))
+            await asyncio.gather(*(self._index_stored(key, new=False) for key in keys[start : start + 64]))
         for tenant in await self._index.tenants():
             await self._forget_missing(tenant, set(keys))
         return len(keys)
@@ -145,13 +150,13 @@ class Registry:
         await self._objects.put(key, path, sha256)
         return Blob(name=name, key=key, sha256=sha256, bytes=(await run_sync(path.stat)).st_size)
 
-    async def _index_stored(self, key: str) -> None:
+    async def _index_stored(self, key: str, *, new: bool) -> None:
         """Let the index know of a manifest that exists, if it still does."""
         try:
             manifest = decode_manifest(await self._objects.get(key))
         except NotFound:
             return
-        await self._index.add(summary(manifest), NO_QUOTA)
+        await self._index.add(summary(manifest), NO_QUOTA, new=new)
 
     async def _forget_missing(self, tenant: str, stored: set[str]) -> None:
         after = None
