@@ -83,6 +83,11 @@ class Records:
             await self._queue.call(id_)
 
 
+def text(value: object) -> str:
+    """What Valkey answers, which its client's types leave open."""
+    return value.decode() if isinstance(value, bytes) else str(value)
+
+
 def key(id_: str) -> str:
     return f"pp:job:{id_}"
 

@@ -223,7 +223,7 @@ return redis.call('HGET', job, 'fence')
 INTEND = """
 if get('phase') ~= 'publishing' then return -1 end
 if get('intended') == ARGV[2] then set('intended', ARGV[3]) end
-return tonumber(get('intended'))
+return tonumber(get('intended')) or 0
 """
 
 SUCCEED = """

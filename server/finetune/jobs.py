@@ -4,6 +4,7 @@ Every change is one script of `job_scripts`: whole or not at all, and as good as
 """
 
 import hashlib
+import secrets
 from typing import NamedTuple
 
 import msgspec
@@ -13,13 +14,14 @@ from adapters_store.valkey import store_errors
 from server.errors import Conflict, InvalidField, NotFound, QuotaExceeded, shown
 from server.finetune import job_scripts as lua
 from server.finetune.job import FixedPart, Job, new_event
-from server.finetune.job_records import Caller, decode_job, key
+from server.finetune.job_records import Caller, decode_job, key, text
 from server.finetune.leases import Leases
 from server.finetune.publications import Publications
 
 MAX_KEPT = 1000  # jobs of a tenant; the oldest that are done are forgotten
 SAME_SECONDS = 24 * 3600  # an idempotency key's life
 TENANT = "pp:jobs:"
+PREFIX = "ftjob-"
 
 
 class Same(NamedTuple):
@@ -55,7 +57,7 @@ class Jobs(Leases, Publications):
         if answer == b"quota":
             raise QuotaExceeded(f"A tenant may have {self._max_active} unfinished fine-tuning jobs.")
         if answer:
-            return await self.get(fixed.tenant, _same_job(answer, fingerprint))
+            return await self.get(fixed.tenant, _same_job(text(answer), fingerprint))
         await self._call(fixed.id, 0)
         await self._forget_oldest(fixed.tenant)
         return await self.get(fixed.tenant, fixed.id)
@@ -64,11 +66,11 @@ class Jobs(Leases, Publications):
         """The job that this very request has made already. Raises InvalidField for a key of another."""
         with store_errors():
             known = await self._redis.get(f"{TENANT}{tenant}:same:{_digest(same.key)}")
-        return None if known is None else await self.get(tenant, _same_job(known, same.fingerprint))
+        return None if known is None else await self.get(tenant, _same_job(text(known), same.fingerprint))
 
     async def get(self, tenant: str, id_: str) -> Job:
         """Raises NotFound, the same for an unknown job and another tenant's."""
-        job = await self.find(id_)
+        job = await self.find(id_) if is_job_id(id_) else None
         if job is None or job.tenant != tenant:
             raise _unknown(id_)
         return job
@@ -81,18 +83,19 @@ class Jobs(Leases, Publications):
                 rank = await self._redis.zrevrank(f"{TENANT}{tenant}", after)
                 if rank is None:
                     raise _unknown(after)
+                assert isinstance(rank, int)  # without scores
                 start = rank + 1
             ids = await self._redis.zrevrange(f"{TENANT}{tenant}", start, start + limit - 1)
             async with self._redis.pipeline(transaction=False) as pipeline:
                 for id_ in ids:
-                    pipeline.hgetall(key(id_.decode()))
+                    pipeline.hgetall(key(text(id_)))
                 found = await pipeline.execute()
         return [decode_job(fields) for fields in found if fields]
 
     async def unfinished(self, tenant: str) -> list[Job]:
         with store_errors():
             ids = await self._redis.smembers(f"{TENANT}{tenant}:active")
-        found = [await self.find(id_.decode()) for id_ in sorted(ids)]
+        found = [await self.find(text(id_)) for id_ in sorted(ids)]
         return [job for job in found if job is not None]
 
     async def cancel(self, tenant: str, id_: str) -> Job:
@@ -114,6 +117,8 @@ class Jobs(Leases, Publications):
         return job
 
     async def _ask(self, script: str, tenant: str, id_: str, event: str) -> Job:
+        if not is_job_id(id_):
+            raise _unknown(id_)
         answer = await self._run(script, id_, tenant, new_event("info", event))
         if answer == b"unknown":
             raise _unknown(id_)
@@ -131,16 +136,25 @@ class Jobs(Leases, Publications):
         with store_errors():
             oldest = await self._redis.zrange(f"{TENANT}{tenant}", 0, -MAX_KEPT - 1)
         for id_ in oldest:
-            await self._run(lua.FORGET, id_.decode(), tenant)
+            await self._run(lua.FORGET, text(id_), tenant)
+
+
+def new_job_id() -> str:
+    return f"{PREFIX}{secrets.token_hex(12)}"
+
+
+def is_job_id(text: str) -> bool:
+    """Anything else is no key of ours to ask Valkey for."""
+    return text.startswith(PREFIX) and text.isascii() and text.removeprefix(PREFIX).isalnum()
 
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _same_job(known: bytes, fingerprint: str) -> str:
+def _same_job(known: str, fingerprint: str) -> str:
     """The job behind an idempotency key's record."""
-    of, _, id_ = known.decode().partition(" ")
+    of, _, id_ = known.partition(" ")
     if of != fingerprint:
         raise InvalidField(
             "This Idempotency-Key came with another request before; a new request needs a new key.",

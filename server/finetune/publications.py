@@ -9,7 +9,7 @@ import msgspec
 from adapters_store.valkey import store_errors
 from server.finetune import job_scripts as lua
 from server.finetune.job import JobError, new_event
-from server.finetune.job_records import Records, key
+from server.finetune.job_records import Records, key, text
 
 CLAIM_SECONDS = 30.0
 
@@ -18,7 +18,7 @@ class Publications(Records):
     async def to_publish(self) -> list[str]:
         """Jobs whose training is finished, the oldest first."""
         with store_errors():
-            return [id_.decode() for id_ in await self._redis.zrange("pp:jobs:publishing", 0, -1)]
+            return [text(id_) for id_ in await self._redis.zrange("pp:jobs:publishing", 0, -1)]
 
     async def claim(self, id_: str, publisher: str) -> bool:
         """Whether this publisher may try it for CLAIM_SECONDS. Saves work; two at once would do no harm."""
@@ -28,9 +28,10 @@ class Publications(Records):
             )
         return holder in (None, publisher.encode())
 
-    async def release(self, id_: str) -> None:
+    async def tried(self, id_: str) -> int:
+        """Count one more try that broke; how many there were."""
         with store_errors():
-            await self._redis.delete(f"{key(id_)}:claim")
+            return int(await self._redis.hincrby(key(id_), "tries", 1))
 
     async def intend(self, id_: str, previous: int, version: int) -> int | None:
         """Commit the job to `version` if it is committed to `previous` (0: none yet).
