@@ -14,6 +14,7 @@ from server.adapters.methods import build_methods
 from server.api import adapters, admin, chat, completions, health, limits, lora_compat, models
 from server.api.envelope import Envelope
 from server.api.errors import add_handlers
+from server.api.incoming import clear_incoming
 from server.api.services import Services
 from server.base.resolve import resolve_model
 from server.base.text import Tokenizer
@@ -38,7 +39,7 @@ def build_app(settings: Settings) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        adapters.clear_incoming(settings)
+        clear_incoming(settings)
         await services.engine.start()
         cleaning = asyncio.create_task(_finish_deletes(services.registry))
         app.state.services = services

@@ -1,33 +1,29 @@
 """/v1/adapters: a tenant's own adapters and their versions."""
 
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
 from anyio.to_thread import run_sync
 from fastapi import APIRouter, Depends, Query, Request, Response
-from fastapi.responses import FileResponse
 from pydantic import Field
-from starlette.background import BackgroundTask
 
 from adapters_store.index import Adapter, Version
 from adapters_store.manifest import Manifest
 from server.adapters.formats.convert import PICKLES, convert_pickle
+from server.api.adapter_form import CONFIG, INTERFACE, WEIGHTS, adapter_form
 from server.api.body import json_body
 from server.api.deps import CurrentTenant, Parts, current_tenant
 from server.api.errors import json_response
-from server.api.multipart import CONFIG, INTERFACE, WEIGHTS, Upload, receive_upload
+from server.api.incoming import incoming, stored_file
+from server.api.multipart import Upload, receive_form
 from server.api.publish import Files, publish
 from server.api.schemas import Body
 from server.api.services import Services
 from server.errors import InvalidAdapter, InvalidField, NotFound, Unavailable, shown
-from server.settings import Settings
 
 router = APIRouter(prefix="/v1/adapters", dependencies=[Depends(current_tenant)])
 
 PAGE = 100
-INCOMING = "incoming"  # in the data directory
 
 
 class AliasBody(Body):
@@ -44,8 +40,9 @@ async def upload_adapter(request: Request, parts: Parts, tenant: CurrentTenant) 
     """
     if parts.draining:
         raise Unavailable("The server is shutting down; send the upload elsewhere or later.")
-    with tempfile.TemporaryDirectory(dir=_incoming(parts), ignore_cleanup_errors=True) as folder:
-        upload = await receive_upload(request, Path(folder), parts.settings)
+    form, seconds = adapter_form(parts.settings), parts.settings.request_seconds
+    with incoming(parts.settings) as folder:
+        upload = await receive_form(request, Path(folder), form, seconds)
         create_only = request.headers.get("if-none-match") == "*"
         files, noop = await _files(parts, upload), _flag(upload, "allow_noop")
         version = await publish(
@@ -122,20 +119,7 @@ async def download(
     found = await parts.registry.resolve(tenant.id, name, version)
     manifest = await parts.registry.manifest(tenant.id, name, found.version)
     blob = manifest.weights if file is None else _blob(manifest, file)
-    folder = tempfile.TemporaryDirectory(dir=_incoming(parts), ignore_cleanup_errors=True)
-    try:
-        path = Path(folder.name) / "blob"
-        await parts.objects.download(blob.key, path, blob.sha256)
-    except BaseException:
-        folder.cleanup()
-        raise
-    return FileResponse(
-        path,
-        media_type="application/octet-stream",
-        filename=blob.name,
-        headers={"etag": f'"{blob.sha256}"'},
-        background=BackgroundTask(folder.cleanup),
-    )
+    return await stored_file(parts.settings, parts.objects, blob.key, blob.name, blob.sha256)
 
 
 async def delete(parts: Services, tenant_id: str, name: str, version: int | None) -> None:
@@ -147,8 +131,7 @@ async def delete(parts: Services, tenant_id: str, name: str, version: int | None
 async def _files(parts: Services, upload: Upload) -> Files:
     """The upload's files, if it holds them and they are what the client meant to send."""
     weights = [name for name in WEIGHTS if name in upload.files]
-    if "name" not in upload.fields:
-        raise InvalidField("name is required.", param="name", code="missing_field")
+    upload.required("name")
     if CONFIG not in upload.files or len(weights) != 1:
         raise InvalidAdapter(f"An upload needs {CONFIG} and one of {' or '.join(WEIGHTS)}.", param="files")
     file, expected = upload.files[weights[0]], upload.fields.get("sha256")
@@ -177,18 +160,6 @@ def _blob(manifest: Manifest, name: str) -> Any:
         if blob.name == name:
             return blob
     raise NotFound(f"This version has no file {shown(name)}.", param="file")
-
-
-def clear_incoming(settings: Settings) -> None:
-    """Remove the bodies that died with the process they arrived at. Before the first request only."""
-    shutil.rmtree(settings.data_dir / INCOMING, ignore_errors=True)
-
-
-def _incoming(parts: Services) -> Path:
-    """Where bodies lie while they arrive: beside the data, not in a small /tmp."""
-    folder = parts.settings.data_dir / INCOMING
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    return folder
 
 
 def _version_object(version: Version) -> dict[str, Any]:

@@ -10,10 +10,10 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Response
 from fastapi.responses import PlainTextResponse
 
+from server.api.adapter_form import CONFIG, WEIGHTS
 from server.api.adapters import delete
 from server.api.body import json_body
 from server.api.deps import OPERATOR, Parts, operator
-from server.api.multipart import CONFIG, WEIGHTS
 from server.api.publish import Files, publish
 from server.api.schemas import Body
 from server.errors import InvalidAdapter, InvalidField, NotFound, shown

@@ -1,9 +1,10 @@
-"""A multipart upload, streamed into a folder of ours: every count and size is capped while it arrives.
+"""A multipart form, streamed into a folder of ours: every count and size is capped while it arrives.
 
-A file's name is compared with a list and never becomes a path. Knows nothing of adapters' contents.
+A file's name is shown or compared with a list, and never becomes a path.
 """
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -13,27 +14,34 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import Request
 
-from server.adapters.formats.convert import PICKLES
 from server.api.body import arriving_within, declared_length, refuse_encoding
 from server.errors import InvalidField, InvalidRequest, TooLarge, UnsupportedMedia, shown
-from server.settings import Settings
 
 if TYPE_CHECKING:
     from python_multipart.multipart import MultipartCallbacks
 
-FIELDS = frozenset({"name", "sha256", "allow_noop"})
 FIELD_BYTES = 4096
 OVERHEAD_BYTES = 65_536  # boundaries and part headers, beside the files
 BATCH_BYTES = 262_144  # parsed, hashed and written at once on a thread
 
-CONFIG = "adapter_config.json"
-INTERFACE = "adapter_interface.json"
-WEIGHTS = ("adapter_model.safetensors", "adapter.safetensors", *PICKLES)
-IGNORED_ENDINGS = (".md", ".txt", ".jinja", ".gitattributes")  # what save_pretrained writes beside
-IGNORED = frozenset(
-    {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"}
-    | {"head_config.json", "model_head.safetensors", "pytorch_model_head.bin"}  # the base has its own head
-)
+
+def _any_name(_name: str) -> bool:
+    return True
+
+
+@dataclass(frozen=True)
+class Form:
+    """What may come. `keep` says of a file's name whether it is kept or read and dropped, or raises."""
+
+    fields: tuple[str, ...]
+    file: str  # the name of the parts that carry files
+    max_bytes: int  # of all files together
+    max_files: int = 1
+    keep: Callable[[str], bool] = _any_name
+
+    @property
+    def max_parts(self) -> int:
+        return self.max_files + len(self.fields)
 
 
 @dataclass
@@ -45,14 +53,19 @@ class StoredFile:
 
 @dataclass
 class Upload:
-    """What came. `files` holds CONFIG, one of WEIGHTS and perhaps INTERFACE, as far as they came."""
+    """What came: texts by field, and files by the names they came with."""
 
     fields: dict[str, str] = field(default_factory=dict)
     files: dict[str, StoredFile] = field(default_factory=dict)
 
+    def required(self, name: str) -> str:
+        if name not in self.fields:
+            raise InvalidField(f"{name} is required.", param=name, code="missing_field")
+        return self.fields[name]
 
-async def receive_upload(request: Request, folder: Path, settings: Settings) -> Upload:
-    """Read the body into `folder`. Raises 400, 413, 415 or 422, without reading on.
+
+async def receive_form(request: Request, folder: Path, form: Form, seconds: float) -> Upload:
+    """Read the body into `folder`, in `seconds` at most. Raises 400, 413, 415, 422 or 504, and reads no more.
 
     Of a body that is cut nothing is returned.
     """
@@ -60,15 +73,15 @@ async def receive_upload(request: Request, folder: Path, settings: Settings) -> 
     if kind != b"multipart/form-data" or not options.get(b"boundary"):
         raise UnsupportedMedia("Content-Type must be multipart/form-data with a boundary.")
     refuse_encoding(request)
-    limit = settings.max_upload_bytes + OVERHEAD_BYTES
-    too_large = TooLarge(f"The upload is larger than {settings.max_upload_bytes} bytes.", param="files")
+    limit = form.max_bytes + OVERHEAD_BYTES
+    too_large = TooLarge(f"The upload is larger than {form.max_bytes} bytes.", param=form.file)
     if declared_length(request) > limit:
         raise too_large
-    receiver = _Receiver(folder, settings)
+    receiver = _Receiver(folder, form)
     try:
         parser = MultipartParser(options[b"boundary"], receiver.callbacks())
         received, batch = 0, bytearray()
-        async with arriving_within(settings.request_seconds):
+        async with arriving_within(seconds):
             async for chunk in request.stream():
                 received += len(chunk)
                 if received > limit:
@@ -90,11 +103,11 @@ async def receive_upload(request: Request, folder: Path, settings: Settings) -> 
 class _Receiver:
     """The parser's callbacks: one part at a time is a field, a file, or ignored."""
 
-    def __init__(self, folder: Path, settings: Settings) -> None:
+    def __init__(self, folder: Path, form: Form) -> None:
         self.upload = Upload()
         self.ended = False
         self._folder = folder
-        self._max_parts = settings.max_upload_files + len(FIELDS)
+        self._form = form
         self._parts = 0
         self._header: tuple[bytearray, bytearray] = (bytearray(), bytearray())
         self._disposition = b""
@@ -124,8 +137,10 @@ class _Receiver:
 
     def _begin(self) -> None:
         self._parts += 1
-        if self._parts > self._max_parts:
-            raise InvalidField(f"An upload must have at most {self._max_parts} parts.", param="files")
+        if self._parts > self._form.max_parts:
+            raise InvalidField(
+                f"An upload must have at most {self._form.max_parts} parts.", param=self._form.file
+            )
         self._disposition = b""
 
     def _header_end(self) -> None:
@@ -139,27 +154,28 @@ class _Receiver:
         """Decide from its headers what this part is."""
         _, options = parse_options_header(self._disposition)
         field_name = options.get(b"name", b"").decode("utf-8", "replace")
-        if field_name in FIELDS and b"filename" not in options:
+        if field_name in self._form.fields and b"filename" not in options:
             if field_name in self.upload.fields:
                 raise InvalidField(f"{field_name} came twice.", param=field_name)
             self._field = (field_name, bytearray())
-        elif field_name == "files" and b"filename" in options:
+        elif field_name == self._form.file and b"filename" in options:
             self._open_file(options[b"filename"].decode("utf-8", "replace"))
         else:
             raise InvalidField(
-                f"{shown(field_name)} is not a part of an upload: send name, files, sha256, allow_noop."
+                f"{shown(field_name)} is not a part of this upload: send the file {self._form.file} and the "
+                f"fields {', '.join(self._form.fields) or 'none'}.",
+                code="unknown_field",
             )
 
     def _open_file(self, name: str) -> None:
-        if name.endswith(IGNORED_ENDINGS) or name in IGNORED:
+        if not self._form.keep(name):
             return
-        if name not in (CONFIG, INTERFACE, *WEIGHTS):
-            raise UnsupportedMedia(
-                f"The file {shown(name)} is none of {CONFIG}, {INTERFACE}, {', '.join(WEIGHTS)}.",
-                param="files",
-            )
         if name in self.upload.files:
-            raise InvalidField(f"The file {name} came twice.", param="files")
+            raise InvalidField(f"The file {shown(name)} came twice.", param=self._form.file)
+        if len(self.upload.files) == self._form.max_files:
+            raise InvalidField(
+                f"An upload must have at most {self._form.max_files} files.", param=self._form.file
+            )
         stored = StoredFile(self._folder / f"{len(self.upload.files)}.part")
         self.upload.files[name] = stored
         self._hash = hashlib.sha256()

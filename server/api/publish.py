@@ -1,13 +1,14 @@
 """From two files to a version everyone of its tenant can call: inspect, stage, let the engine try, publish.
 
-Used by uploads and by vLLM's load route. Until the last step nothing is visible; a failure leaves blobs
-that no manifest names, for a later sweep.
+Used by uploads and by vLLM's load route; what was trained here comes through the same gate, `prepare`.
+Until the last step nothing is visible; a failure leaves blobs that no manifest names, for a later sweep.
 """
 
 import time
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import msgspec
@@ -21,6 +22,8 @@ from server.adapters.formats.config import MAX_BYTES, method_of, read_config
 from server.adapters.formats.safetensors import read_header
 from server.adapters.methods.base import AdapterFiles
 from server.adapters.sites import Base
+from server.api.adapter_form import CONFIG
+from server.api.incoming import incoming
 from server.api.services import Services
 from server.errors import Conflict, InvalidAdapter, InvalidField, NotFound, error_from_code, shown
 from server.tenancy.tenants import Tenant
@@ -57,19 +60,37 @@ async def publish(
     allow_noop: bool = False,
 ) -> Version:
     """The new version. Raises InvalidAdapter, InvalidField, Conflict, QuotaExceeded, Unavailable."""
-    check_name(name)
-    base = parts.base
-    if name == base.id:
-        raise InvalidField(f"name {shown(name)} is the base model's own.", param="name")
+    check_adapter_name(parts, name)
     version = await parts.registry.next_version(tenant.id, name)
     # in this order: whoever publishes after we look has our number, and one of us gets a conflict
     if create_only and await _exists(parts, tenant, name):
         raise Conflict(f"An adapter named {shown(name)} exists.", param="name")
+    manifest = await prepare(parts, tenant.id, name, version, files, allow_noop=allow_noop)
+    try:
+        await parts.registry.publish(manifest)
+    except Conflict:
+        if create_only:
+            raise
+        # Another upload took the number, or died with it before the index knew, which it does now.
+        version = await parts.registry.next_version(tenant.id, name)
+        manifest = msgspec.structs.replace(manifest, version=version)
+        await parts.registry.publish(manifest)
+    return summary(manifest)
+
+
+async def prepare(
+    parts: Services, tenant_id: str, name: str, version: int, files: Files, *, allow_noop: bool = False
+) -> Manifest:
+    """The gate: what would be published. Its blobs are staged, and the engine has loaded and run it.
+
+    Raises InvalidAdapter, InvalidField, Unavailable.
+    """
+    base = parts.base
     found = await run_sync(inspect, files, parts, base)
-    blobs = await parts.registry.stage(tenant.id, [files.config, files.weights])
+    blobs = await parts.registry.stage(tenant_id, [files.config, files.weights])
     weights_sha256 = next(blob.sha256 for blob in blobs if blob.name == files.weights[0])
     manifest = Manifest(
-        tenant=tenant.id,
+        tenant=tenant_id,
         name=name,
         version=version,
         method=found.method,
@@ -85,17 +106,15 @@ async def publish(
     checked = await parts.engine.check(encode_manifest(manifest), allow_noop=allow_noop)
     if checked.error is not None:
         raise error_from_code(*checked.error)
-    manifest = msgspec.structs.replace(manifest, facts=checked.facts | manifest.facts)
-    try:
-        await parts.registry.publish(manifest)
-    except Conflict:
-        if create_only:
-            raise
-        # Another upload took the number, or died with it before the index knew, which it does now.
-        version = await parts.registry.next_version(tenant.id, name)
-        manifest = msgspec.structs.replace(manifest, version=version)
-        await parts.registry.publish(manifest)
-    return summary(manifest)
+    return msgspec.structs.replace(manifest, facts=checked.facts | manifest.facts)
+
+
+def check_adapter_name(parts: Services, name: str, param: str = "name") -> str:
+    """`name`, if a tenant may call an adapter so."""
+    check_name(name, param)
+    if name == parts.base.id:
+        raise InvalidField(f"{param} {shown(name)} is the base model's own.", param=param)
+    return name
 
 
 def inspect(files: Files, parts: Services, base: Base) -> Inspected:
@@ -142,3 +161,23 @@ async def _exists(parts: Services, tenant: Tenant, name: str) -> bool:
     except NotFound:
         return False
     return True
+
+
+class TrainedGate:
+    """The gate as the fine-tuning publisher uses it: for a folder that a training left."""
+
+    def __init__(self, parts: Services) -> None:
+        self._parts = parts
+
+    @property
+    def ready(self) -> bool:
+        return self._parts.engine.ready and not self._parts.draining
+
+    def folder(self) -> TemporaryDirectory[str]:
+        return incoming(self._parts.settings)
+
+    async def prepare(self, tenant: str, name: str, version: int, files: list[Path]) -> Manifest:
+        config = next(path for path in files if path.name == CONFIG)
+        weights = next(path for path in files if path.suffix == ".safetensors")
+        pair = Files((CONFIG, config), (weights.name, weights))
+        return await prepare(self._parts, tenant, name, version, pair)
