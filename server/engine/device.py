@@ -4,7 +4,7 @@ import os
 
 import torch
 
-from server.engine.model import Placement
+from server.engine.frozen import Placement
 from server.errors import StartupError
 from server.settings import Settings
 

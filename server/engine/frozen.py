@@ -1,0 +1,140 @@
+"""The base model, frozen: a transformers class as it is, with its linears and its attention ours.
+
+Linear and embedding modules are replaced by sites, norms and sub-blocks are watched: at each, the banks of
+the step under way add what each token's adapter adds. What serves and what trains are made of this.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+from server.adapters.sites import Base, Site
+from server.engine.attention import Step
+from server.engine.linear import EmbeddingSite, LinearSite, join_siblings
+from server.engine.sublayers import norm_gains, watch_norms, watch_sublayers
+
+
+@dataclass(frozen=True)
+class Placement:
+    device: torch.device
+    dtype: torch.dtype
+
+
+class FrozenModel:
+    """Weights and sites, and the step that all of them look at.
+
+    `attention` is registered under its own name, which must hold no "flash", "sdpa" or "flex": transformers
+    treats those specially. It finds its step as `module.polypeft_step`. `packed=False` keeps linears'
+    weights as they are, so that gradients flow through them.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        base_id: str,
+        placement: Placement,
+        step: Step,
+        attention: Callable[..., tuple[torch.Tensor, None]],
+        *,
+        max_context: int = 0,
+        packed: bool = True,
+    ) -> None:
+        self.placement = placement
+        name = f"polypeft_{attention.__name__}"
+        AttentionInterface.register(name, attention)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=placement.dtype, local_files_only=True)
+        model.requires_grad_(False)
+        model.eval()
+        model.set_attn_implementation(name)
+        self.model: Any = model.to(placement.device)
+        self.sites = replace_modules(self.model, step, packed=packed)
+        biases = {name: p for name, p in self.model.named_parameters() if name.endswith(".bias")}
+        self.weights = BaseWeights(self.sites, biases | norm_gains(self.model))
+        config = self.model.config
+        found = {name: module.site for name, module in self.sites.items()}
+        found |= watch_norms(self.model, step)
+        found |= watch_sublayers(self.model, config.num_hidden_layers, config.hidden_size, step)
+        self.base = describe(config, base_id, found, self.digest(), max_context)
+        for module in self.model.modules():
+            if hasattr(module, "layer_idx"):
+                module.polypeft_step = step  # how attention, a plain function, finds its step
+
+    def digest(self) -> str:
+        """SHA-256 over every weight as it is held now, by name: the same before and after any workload."""
+        total = hashlib.sha256()
+        for name, tensor in sorted(self._tensors(), key=lambda pair: pair[0]):
+            total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            total.update(tensor.cpu().contiguous().view(torch.uint8).numpy().data)
+        return total.hexdigest()
+
+    def _tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        yield from self.model.named_parameters()
+        for name, site in self.sites.items():
+            if isinstance(site, LinearSite):
+                yield f"{name}.weight", site.weight()
+
+
+class BaseWeights(Mapping[str, torch.Tensor]):
+    """The base's weights by site: [out, in] of a linear, [vocabulary, hidden] of an embedding; and the
+    biases [out] of linears and norms as "SITE.bias". Of a norm, what it multiplies by [width].
+    """
+
+    def __init__(
+        self, sites: dict[str, LinearSite | EmbeddingSite], biases: Mapping[str, torch.Tensor]
+    ) -> None:
+        self._sites = sites
+        self._biases = biases
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        bias = self._biases.get(name)
+        return self._sites[name].weight() if bias is None else bias
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self._sites
+        yield from self._biases
+
+    def __len__(self) -> int:
+        return len(self._sites) + len(self._biases)
+
+
+def replace_modules(model: nn.Module, step: Step, *, packed: bool) -> dict[str, LinearSite | EmbeddingSite]:
+    """Put a site in the place of every Linear, Conv1D and Embedding: {module path: site}."""
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    learned_positions = getattr(getattr(model, "transformer", None), "wpe", None)
+    sites: dict[str, LinearSite | EmbeddingSite] = {}
+    for name, module in list(model.named_modules()):
+        site: LinearSite | EmbeddingSite
+        if isinstance(module, nn.Linear | Conv1D):
+            site = LinearSite.of(name, module, step, is_head=module is head, packed=packed)
+        elif isinstance(module, nn.Embedding) and module is not learned_positions:
+            site = EmbeddingSite.of(name, module, step)
+        else:
+            continue
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, site)
+        sites[name] = site
+    join_siblings(model)
+    return sites
+
+
+def describe(config: Any, base_id: str, sites: dict[str, Site], digest: str, max_context: int) -> Base:
+    heads, own = config.num_attention_heads, config.max_position_embeddings
+    return Base(
+        id=base_id,
+        model_type=config.model_type,
+        digest=digest,
+        layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        vocab_size=config.vocab_size,
+        max_context=min(max_context, own) if max_context else own,
+        sites=sites,
+    )
