@@ -4,6 +4,9 @@
 
 Every row has an adapter of its own. `five kinds` takes LoRA, bottleneck, prefix, prompt and BitFit in turn.
 64 prompt and 64 new tokens, greedy, fp32; arms take turns within each repeat, medians are shown.
+
+A prefix and a prompt put virtual tokens before each row. `base, longer` is the base with prompts as much
+longer: what so many tokens cost whoever brings them.
 """
 
 import json
@@ -38,6 +41,7 @@ CACHE = Path(__file__).resolve().parents[1] / ".cache"
 VIRTUAL = 20  # tokens of a prefix or prompt
 REDUCTION = 16  # of a bottleneck: AdapterHub's default for seq_bn
 KINDS = ("lora", "bottleneck", "prefix", "prompt", "bitfit")
+LONGER = "base, longer"
 Arm = list[AdapterRef | None]
 
 
@@ -57,11 +61,12 @@ def main(
         settings = Settings(data_dir=Path(scratch) / "data", threads=threads, prefix_cache=False)
         engine = Engine(settings, folder)
         adapters = publish_kinds(engine, folder, Path(scratch), rows)
-        arms: dict[str, Arm] = {"base": [None] * rows}
+        arms: dict[str, Arm] = {"base": [None] * rows, LONGER: [None] * rows}
         for kind in KINDS:
             arms[kind] = [*adapters[kind]]
         arms["five kinds"] = [adapters[KINDS[i % len(KINDS)]][i] for i in range(rows)]
-        prompts = make_prompts(folder, rows, prompt_tokens)
+        prompts = {name: make_prompts(folder, rows, prompt_tokens) for name in arms}
+        prompts[LONGER] = make_prompts(folder, rows, prompt_tokens + VIRTUAL)
         seconds = measure_arms(engine, arms, prompts, new_tokens, repeats)
         engine.close()
     speed = {name: rows * new_tokens / statistics.median(times) for name, times in seconds.items()}
@@ -76,7 +81,7 @@ def main(
 
 
 def measure_arms(
-    engine: Engine, arms: dict[str, Arm], prompts: list[list[int]], new_tokens: int, repeats: int
+    engine: Engine, arms: dict[str, Arm], prompts: dict[str, list[list[int]]], new_tokens: int, repeats: int
 ) -> dict[str, list[float]]:
     """Seconds of each arm in each repeat; a first round, which loads the adapters, is not counted."""
     sampling = Sampling(max_tokens=new_tokens, temperature=0.0, ignore_eos=True)
@@ -85,7 +90,7 @@ def measure_arms(
         for name, refs in arms.items():
             commands = [
                 Generate(str(i), "tenant", prompt, sampling, ref)
-                for i, (prompt, ref) in enumerate(zip(prompts, refs, strict=True))
+                for i, (prompt, ref) in enumerate(zip(prompts[name], refs, strict=True))
             ]
             start = time.perf_counter()
             done = run(engine, commands)
