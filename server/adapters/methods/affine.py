@@ -37,11 +37,10 @@ class Change:
 
 
 class Piece(msgspec.Struct, frozen=True):
-    """One tensor of a change in the flat buffer: its first element and its shape."""
+    """One tensor of a change; in the flat buffer they lie back to back, in order."""
 
     site: str
     part: str
-    start: int
     shape: tuple[int, ...]
 
 
@@ -49,14 +48,12 @@ def pack_changes(changes: Iterable[Change], dtype: torch.dtype) -> Packed:
     """One host buffer. Raises InvalidAdapter if a folded value overflows `dtype`."""
     pieces: list[Piece] = []
     parts: list[torch.Tensor] = []
-    offset = 0
     for change in changes:
         for part in ("a", "b", "gain", "bias", "scale"):
             tensor: torch.Tensor | None = getattr(change, part)
             if tensor is not None:
-                pieces.append(Piece(change.site, part, offset, tuple(tensor.shape)))
+                pieces.append(Piece(change.site, part, tuple(tensor.shape)))
                 parts.append(tensor)
-                offset += tensor.numel()
     scaled = any(piece.part in ("gain", "scale") for piece in pieces)
     return Packed(flatten(parts, dtype), pieces, summable=not scaled)
 
@@ -78,9 +75,10 @@ class AffineBank(Bank):
         """Fill a free slot. On a CPU this copies nothing: the host buffer is the device's."""
         flat = packed.flat.to(self.device, non_blocking=True)
         found: dict[str, dict[str, torch.Tensor]] = {}
-        for piece in packed.layout:
-            view = flat[piece.start : piece.start + prod(piece.shape)].view(piece.shape)
-            found.setdefault(piece.site, {})[piece.part] = view
+        # one split, so that in training the gradients come back as one concatenation
+        views = torch.split(flat, [prod(piece.shape) for piece in packed.layout])
+        for piece, view in zip(packed.layout, views, strict=True):
+            found.setdefault(piece.site, {})[piece.part] = view.view(piece.shape)
         for name, parts in found.items():
             self.changes[slot][name] = change = Change(name, **parts)
             addresses = [
@@ -131,7 +129,8 @@ def apply(
     `weight` scales what is added; an adapter with a gain is never weighted.
     """
     if change.gain is not None:
-        y += change.gain * (y if bias is None else y - bias)
+        own = y.clone() if bias is None else y - bias  # a copy: autograd keeps it while y changes
+        y.addcmul_(change.gain, own)
     if change.a is not None and change.b is not None:
         if site.kind == "embedding":
             real = x >= 0  # virtual tokens have no row in a table

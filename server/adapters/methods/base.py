@@ -171,8 +171,10 @@ class Method(Protocol):
     def shapes(self, spec: Any, base: Base) -> dict[str, tuple[int, ...]]:
         """The exact tensors: upload check, cache cost and training shapes all come from here."""
 
-    def init(self, spec: Any, base: Base, rng: torch.Generator) -> Tensors:
-        """Where training starts."""
+    def init(
+        self, spec: Any, base: Base, weights: Mapping[str, torch.Tensor], rng: torch.Generator
+    ) -> Tensors:
+        """Where training starts; `weights` as in `pack`. New tensors, float32."""
 
     def pack(
         self, spec: Any, base: Base, tensors: Tensors, weights: Mapping[str, torch.Tensor], dtype: torch.dtype

@@ -64,15 +64,20 @@ class Bitfit:
         shapes = {tensor: (*lead, base.sites[site].outputs) for site, tensor in spec.biases.items()}
         return shapes | copy_shapes(spec.base_copies, base)
 
-    def init(self, spec: BitfitSpec, base: Base, rng: torch.Generator) -> Tensors:  # noqa: ARG002 - as Method
-        """Zeros: the base's own biases. Absolute ones are not known here: InvalidAdapter."""
-        if spec.absolute:
-            raise InvalidAdapter('Biases are trained with bias_mode "delta".', param="bias_mode")
-        return {
-            tensor: torch.zeros(shape)
-            for tensor, shape in self.shapes(spec, base).items()
-            if tensor not in spec.base_copies
-        }
+    def init(
+        self,
+        spec: BitfitSpec,
+        base: Base,
+        weights: Mapping[str, torch.Tensor],
+        rng: torch.Generator,  # noqa: ARG002 - as Method
+    ) -> Tensors:
+        """The base's own biases: as they are, or as differences of zero."""
+        shapes = self.shapes(spec, base)
+        tensors = {tensor: torch.zeros(shapes[tensor]) for tensor in spec.biases.values()}
+        for site, tensor in spec.biases.items():
+            if spec.absolute and base.sites[site].bias:
+                tensors[tensor] = weights[f"{site}.bias"].float().clone()
+        return tensors
 
     def pack(
         self,

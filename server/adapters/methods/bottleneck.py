@@ -122,7 +122,13 @@ class Bottleneck:
                 shapes[target.scaling] = (hidden,) if spec.channels else (1,)
         return shapes
 
-    def init(self, spec: BottleneckSpec, base: Base, rng: torch.Generator) -> Tensors:
+    def init(
+        self,
+        spec: BottleneckSpec,
+        base: Base,
+        weights: Mapping[str, torch.Tensor],  # noqa: ARG002 - as Method
+        rng: torch.Generator,
+    ) -> Tensors:
         """As AdapterHub starts: normal weights, or for parallel adapters Kaiming-uniform D and zero U."""
         tensors: Tensors = {}
         for target in spec.targets:

@@ -4,7 +4,7 @@ As in affine.py, each adapter is one flat buffer of exactly its own bytes, whate
 and a table per site says where its pieces lie; a slot is a row of a table.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -48,10 +48,9 @@ class Change:
 
 
 class Piece(msgspec.Struct, frozen=True):
-    """A change in the flat buffer, from element `start`: down, down_bias, up, up_bias, back to back."""
+    """A change in the flat buffer: down, down_bias, up, up_bias, back to back, behind the piece before it."""
 
     site: str
-    start: int
     width: int
     non_linearity: str
     input: Literal["output", "residual", "sum"]
@@ -62,21 +61,19 @@ def pack_changes(changes: Iterable[Change], dtype: torch.dtype) -> Packed:
     """One host buffer. Raises InvalidAdapter if a folded value overflows `dtype`."""
     pieces: list[Piece] = []
     parts: list[torch.Tensor] = []
-    offset = 0
     for c in changes:
-        pieces.append(Piece(c.site, offset, c.down.shape[0], c.non_linearity, c.input, c.epsilon))
-        for tensor in (c.down, c.down_bias, c.up, c.up_bias):
-            parts.append(tensor)
-            offset += tensor.numel()
+        pieces.append(Piece(c.site, c.down.shape[0], c.non_linearity, c.input, c.epsilon))
+        parts += [c.down, c.down_bias, c.up, c.up_bias]
     return Packed(flatten(parts, dtype), pieces)
 
 
-def view(flat: torch.Tensor, piece: Piece, hidden: int) -> Change:
-    b = piece.width
-    sizes = [b * hidden, b, b * hidden, hidden]
-    down, down_bias, up, up_bias = torch.split(flat[piece.start : piece.start + sum(sizes)], sizes)
-    matrices = (down.view(b, hidden), down_bias, up.view(b, hidden), up_bias)
-    return Change(piece.site, *matrices, piece.non_linearity, piece.input, piece.epsilon)
+def views(flat: torch.Tensor, pieces: Sequence[Piece], hidden: int) -> Iterator[Change]:
+    """The pieces' changes; one split, so that in training the gradients come back as one concatenation."""
+    sizes = [size for p in pieces for size in (p.width * hidden, p.width, p.width * hidden, hidden)]
+    parts = iter(torch.split(flat, sizes))
+    for p, down, down_bias, up, up_bias in zip(pieces, parts, parts, parts, parts, strict=True):
+        matrices = (down.view(-1, hidden), down_bias, up.view(-1, hidden), up_bias)
+        yield Change(p.site, *matrices, p.non_linearity, p.input, p.epsilon)
 
 
 class BottleneckBank(Bank):
@@ -96,9 +93,9 @@ class BottleneckBank(Bank):
     def put(self, slot: int, packed: Packed) -> None:
         """Fill a free slot. On a CPU this copies nothing: the host buffer is the device's."""
         flat = packed.flat.to(self.device, non_blocking=True)
-        for piece in packed.layout:
-            self.changes[slot][piece.site] = change = view(flat, piece, self.hidden)
-            self.tables[piece.site][slot] = table_row(change)
+        for change in views(flat, packed.layout, self.hidden):
+            self.changes[slot][change.site] = change
+            self.tables[change.site][slot] = table_row(change)
 
     def clear(self, slot: int) -> None:
         for name in self.changes[slot]:
@@ -120,6 +117,8 @@ class BottleneckBank(Bank):
 def apply(change: Change, h: torch.Tensor, r: torch.Tensor) -> None:
     """One adapter's tokens, in place; the plain twin of the kernel, and the better way for many tokens."""
     x = h + r if change.input == "sum" else r if change.input == "residual" else h
+    if x is h and torch.is_grad_enabled():
+        x = h.clone()  # autograd keeps it while h changes
     z = x @ change.down.T
     if change.epsilon:
         z = z * torch.rsqrt(x.square().mean(-1, keepdim=True) + change.epsilon)

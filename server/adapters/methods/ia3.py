@@ -78,7 +78,13 @@ class Ia3:
         shapes |= {tensor: (1, base.sites[site].inputs) for site, tensor in spec.inputs.items()}
         return shapes | copy_shapes(spec.base_copies, base)
 
-    def init(self, spec: Ia3Spec, base: Base, rng: torch.Generator) -> Tensors:  # noqa: ARG002 - as Method
+    def init(
+        self,
+        spec: Ia3Spec,
+        base: Base,
+        weights: Mapping[str, torch.Tensor],  # noqa: ARG002 - as Method
+        rng: torch.Generator,  # noqa: ARG002 - as Method
+    ) -> Tensors:
         """As PEFT starts: ones."""
         return {
             tensor: torch.ones(shape)

@@ -91,8 +91,14 @@ class LnTuning:
         of_sites = [*spec.weights.items(), *spec.biases.items()]
         return {tensor: (base.sites[site].outputs,) for site, tensor in of_sites}
 
-    def init(self, spec: LnTuningSpec, base: Base, rng: torch.Generator) -> Tensors:  # noqa: ARG002 - as Method
-        """Training would start from the base's own norms, which are not known here: InvalidAdapter."""
+    def init(
+        self,
+        spec: LnTuningSpec,  # noqa: ARG002 - as Method
+        base: Base,  # noqa: ARG002 - as Method
+        weights: Mapping[str, torch.Tensor],  # noqa: ARG002 - as Method
+        rng: torch.Generator,  # noqa: ARG002 - as Method
+    ) -> Tensors:
+        """Not one of the methods that are trained here: InvalidAdapter."""
         raise InvalidAdapter("LN_TUNING is served, but not trained here.", param="method")
 
     def pack(

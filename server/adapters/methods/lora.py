@@ -115,14 +115,20 @@ class Lora:
             shapes[tensor] = (base.sites[name].outputs,)
         return shapes | copy_shapes(spec.base_copies, base)
 
-    def init(self, spec: LoraSpec, base: Base, rng: torch.Generator) -> Tensors:
+    def init(
+        self,
+        spec: LoraSpec,
+        base: Base,
+        weights: Mapping[str, torch.Tensor],
+        rng: torch.Generator,
+    ) -> Tensors:
         """As PEFT starts: A Kaiming-uniform and B zero, so that the adapter begins as the base.
 
-        DoRA's magnitudes begin as norms of the base's weights, which are not known here: InvalidAdapter.
+        DoRA's magnitudes begin as the norms of the base's weights, biases as the base's own.
         """
-        if any(target.magnitude is not None for target in spec.targets):
-            raise InvalidAdapter("use_dora cannot be trained here; train plain LoRA.", param="use_dora")
-        tensors: Tensors = {}
+        tensors: Tensors = {
+            tensor: weights[f"{name}.bias"].float().clone() for name, tensor in spec.biases.items()
+        }
         for target in spec.targets:
             site = base.sites[target.site]
             bound = 1 / math.sqrt(site.inputs)
@@ -133,6 +139,9 @@ class Lora:
             tensors |= {target.A: a, target.B: b}
             if target.bias is not None:
                 tensors[target.bias] = torch.zeros(site.outputs)
+            if target.magnitude is not None:
+                norm = torch.linalg.vector_norm(weights[target.site].float(), dim=1)
+                tensors[target.magnitude] = norm
         return tensors
 
     def pack(
@@ -186,7 +195,7 @@ def fold(target: LoraTarget, site: Site, tensors: Tensors, weights: Mapping[str,
     """One target as an affine change, in float32. Formulas: PEFT's tuners/lora/layer.py and variants.py.
 
     DoRA (arXiv 2402.09353): y = base + (m/n - 1)(base - b) + (m/n) s B A x, with n the norm of each row of
-    W + s B A; n is computed here, once.
+    W + s B A; n is computed here, once, and is a constant to gradients (section 4.3 of the paper).
     """
     a, b = tensors[target.A].float(), target.scaling * tensors[target.B].float()
     bias = None if target.bias is None else target.scaling * tensors[target.bias].float()
@@ -194,7 +203,8 @@ def fold(target: LoraTarget, site: Site, tensors: Tensors, weights: Mapping[str,
         return Change(site.name, a.T.contiguous(), site.scale * b.T.contiguous())
     if target.magnitude is None:
         return Change(site.name, a, b.T.contiguous(), bias=bias)
-    norm = torch.linalg.vector_norm(weights[site.name].float() + b @ a, dim=1)  # [out]
+    with torch.no_grad():
+        norm = torch.linalg.vector_norm(weights[site.name].float() + b @ a, dim=1)  # [out]
     ratio = tensors[target.magnitude].float() / norm
     return Change(
         site.name, a, (ratio[:, None] * b).T.contiguous(), ratio - 1, None if bias is None else ratio * bias

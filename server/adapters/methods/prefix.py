@@ -57,8 +57,14 @@ class Prefix:
     def shapes(self, spec: PrefixSpec, base: Base) -> dict[str, tuple[int, ...]]:
         return {TENSOR: (spec.tokens, 2 * base.layers * base.kv_heads * base.head_dim)}
 
-    def init(self, spec: PrefixSpec, base: Base, rng: torch.Generator) -> Tensors:
-        """As PEFT starts: normal."""
+    def init(
+        self,
+        spec: PrefixSpec,
+        base: Base,
+        weights: Mapping[str, torch.Tensor],  # noqa: ARG002 - as Method
+        rng: torch.Generator,
+    ) -> Tensors:
+        """As PEFT starts: normal. A text's own keys and values are a better start."""
         return {TENSOR: torch.randn(self.shapes(spec, base)[TENSOR], generator=rng)}
 
     def pack(

@@ -67,8 +67,14 @@ class Prompt:
     def shapes(self, spec: PromptSpec, base: Base) -> dict[str, tuple[int, ...]]:
         return {TENSOR: (spec.tokens, base.hidden_size)}
 
-    def init(self, spec: PromptSpec, base: Base, rng: torch.Generator) -> Tensors:
-        """As PEFT starts: normal."""
+    def init(
+        self,
+        spec: PromptSpec,
+        base: Base,
+        weights: Mapping[str, torch.Tensor],  # noqa: ARG002 - as Method
+        rng: torch.Generator,
+    ) -> Tensors:
+        """As PEFT starts: normal. A text's own embeddings are a better start."""
         return {TENSOR: torch.randn(self.shapes(spec, base)[TENSOR], generator=rng)}
 
     def pack(

@@ -1,6 +1,7 @@
 """Two small models as the methods see them, and adapters for them as files."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,18 @@ def reshaped(info: TensorInfo, *shape: int) -> TensorInfo:
     return TensorInfo(info.dtype, shape, info.begin, info.end)
 
 
+def weights_of(model: Any) -> dict[str, torch.Tensor]:
+    """The base's weights as methods are given them: [out, in] by site, biases at "SITE.bias"."""
+    weights = {}
+    for name, module in model.named_modules():
+        if isinstance(getattr(module, "weight", None), torch.nn.Parameter):
+            weight = module.weight.detach().clone()
+            weights[name] = weight.T.contiguous() if isinstance(module, Conv1D) else weight
+            if getattr(module, "bias", None) is not None:
+                weights[f"{name}.bias"] = module.bias.detach().clone()
+    return weights
+
+
 def read(folder: Path) -> AdapterFiles:
     """What an upload of this folder comes down to."""
     path = folder / "adapter_model.safetensors"
@@ -64,12 +77,14 @@ def changed(files: AdapterFiles, tensors: dict[str, TensorInfo] | None = None, *
     return AdapterFiles(files.config | config, files.tensors if tensors is None else tensors)
 
 
-def started(method: Method, folder: Path, base: Base, out: Path) -> Path:
+def started(
+    method: Method, folder: Path, base: Base, out: Path, weights: Mapping[str, torch.Tensor] | None = None
+) -> Path:
     """The adapter that training would begin with instead of this one, saved in the same format."""
     files = read(folder)
     spec = method.parse(files, base)
-    tensors = method.init(spec, base, torch.Generator().manual_seed(1))
-    again = method.init(spec, base, torch.Generator().manual_seed(1))
+    tensors = method.init(spec, base, weights or {}, torch.Generator().manual_seed(1))
+    again = method.init(spec, base, weights or {}, torch.Generator().manual_seed(1))
     assert all(torch.equal(tensors[name], again[name]) for name in tensors)
     out.mkdir()
     (out / "adapter_config.json").write_text(json.dumps(files.config))

@@ -63,7 +63,7 @@ def test_all_the_library_writes_is_read(folder: Path) -> None:
     method = Bottleneck()
     spec = method.parse(files, base)
     assert method.shapes(spec, base) == {name: info.shape for name, info in files.tensors.items()}
-    started = method.init(spec, base, torch.Generator().manual_seed(0))
+    started = method.init(spec, base, {}, torch.Generator().manual_seed(0))
     assert {name: tuple(t.shape) for name, t in started.items()} == method.shapes(spec, base)
     gains = {name: torch.rand(HIDDEN) for name, site in base.sites.items() if site.kind == "norm"}
     packed = method.pack(spec, base, load_file(folder / "adapter.safetensors"), gains, torch.float32)
@@ -185,7 +185,7 @@ def test_a_scaling_that_overflows_is_refused() -> None:
 
 def test_parallel_adapters_start_as_the_base() -> None:
     spec = parse(files_of(GOLDEN / "llama" / "par_bn").tensors, "par_bn")
-    tensors = Bottleneck().init(spec, BASE, torch.Generator().manual_seed(0))
+    tensors = Bottleneck().init(spec, BASE, {}, torch.Generator().manual_seed(0))
     assert all(not tensors[target.up].any() and tensors[target.down].any() for target in spec.targets)
 
 

@@ -16,7 +16,7 @@ from server.adapters.methods import build_methods
 from server.adapters.methods.base import AdapterFiles
 from server.adapters.methods.lora import Lora, LoraSpec
 from server.errors import InvalidAdapter
-from tests.server.adapters.methods.small import base_of, gpt2, llama, read, reshaped
+from tests.server.adapters.methods.small import base_of, gpt2, llama, read, reshaped, weights_of
 
 
 class Saved:
@@ -25,6 +25,7 @@ class Saved:
     def __init__(self, make: Callable[[], Any], folder: Path, **config: Any) -> None:
         model = make()
         self.base = base_of(model)
+        self.weights = weights_of(model)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PEFT has advice on each of these
             self.model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **config))
@@ -241,12 +242,22 @@ def test_dora_on_an_embedding_is_refused(tmp_path: Path) -> None:
         saved.parse()
 
 
-@pytest.mark.parametrize("case", ["plain", "patterns", "embedding", "lora_bias"])
-def test_training_starts_as_the_base_with_the_tensors_of_shapes(case: str, tmp_path: Path) -> None:
-    saved = Saved(llama, tmp_path, **LLAMA_CASES[case])
+STARTS = ["plain", "patterns", "embedding", "lora_bias", "dora"]
+STARTS_GPT2 = ["dora", "bias all", "bias lora_only"]
+
+
+@pytest.mark.parametrize(
+    ("make", "config"),
+    [(llama, LLAMA_CASES[case]) for case in STARTS] + [(gpt2, GPT2_CASES[case]) for case in STARTS_GPT2],
+    ids=[*STARTS, *(f"gpt2 {case}" for case in STARTS_GPT2)],
+)
+def test_training_starts_as_the_base_with_the_tensors_of_shapes(
+    make: Callable[[], Any], config: dict[str, Any], tmp_path: Path
+) -> None:
+    saved = Saved(make, tmp_path, **config)
     spec = saved.parse()
     lora = Lora()
-    tensors = lora.init(spec, saved.base, torch.Generator().manual_seed(1))
+    tensors = lora.init(spec, saved.base, saved.weights, torch.Generator().manual_seed(1))
     shapes = lora.shapes(spec, saved.base)
     assert {n: tuple(t.shape) for n, t in tensors.items()} == {
         n: s for n, s in shapes.items() if n not in spec.base_copies
@@ -255,8 +266,13 @@ def test_training_starts_as_the_base_with_the_tensors_of_shapes(case: str, tmp_p
         a, b = tensors[target.A], tensors[target.B]
         assert not (b @ a).any()
         assert a.any() or b.any(), "nothing would ever be learned"
-    again = lora.init(spec, saved.base, torch.Generator().manual_seed(1))
+    again = lora.init(spec, saved.base, saved.weights, torch.Generator().manual_seed(1))
     assert all(torch.equal(tensors[n], again[n]) for n in tensors)
+    own = {name: p for name, p in saved.model.state_dict().items() if "magnitude" in name}
+    assert len(own) == len([t for t in spec.targets if t.magnitude])
+    for name, magnitude in own.items():
+        ours = tensors[name.replace(".default", "").removesuffix(".weight")]
+        assert torch.allclose(ours, magnitude), "PEFT starts there, too"
 
 
 def test_kept_config_survives_the_manifest(tmp_path: Path) -> None:
