@@ -1,0 +1,45 @@
+"""A causal LM in two halves: from tokens to hidden states, and from any of those to logits.
+
+Between them training picks the tokens that have a target, and takes their logits a few at a time.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class Halves:
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.name: str = model.base_model_prefix
+        self.decoder: nn.Module = getattr(model, self.name)
+        self.given = Given()
+
+    def hidden(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """The last hidden states [T, hidden] of packed tokens [T]."""
+        output = self.decoder(input_ids=ids[None], position_ids=positions[None], use_cache=False)
+        self.given.kind = type(output)
+        states: torch.Tensor = output.last_hidden_state[0]
+        return states
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[rows, hidden] -> [rows, vocabulary], as the model's own class has it, with caps and scales."""
+        self.given.hidden = hidden[None]
+        setattr(self.model, self.name, self.given)
+        try:
+            logits: torch.Tensor = self.model(use_cache=False).logits[0]
+        finally:
+            setattr(self.model, self.name, self.decoder)
+            self.given.hidden = None
+        return logits
+
+
+class Given(nn.Module):
+    """In the decoder's place: hidden states that are there already."""
+
+    hidden: torch.Tensor | None = None
+    kind: Any = None  # the class of the decoder's own output
+
+    def forward(self, *_args: Any, **_kwargs: Any) -> Any:
+        return self.kind(last_hidden_state=self.hidden)

@@ -1,0 +1,166 @@
+"""The frozen base with one adapter that trains, through the very sites and banks that serve it.
+
+Each step packs the parameters as the loader would pack a file, puts them into a bank's slot 1 and runs the
+base over them: scalings, DoRA's norms, patterns of any method are the ones that serve, and cost no second
+implementation. Sequences are packed without padding; attention keeps them apart (attention.py).
+"""
+
+from collections.abc import Sequence
+from itertools import accumulate, cycle, islice
+from pathlib import Path
+
+import msgspec
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from server.adapters.formats.fields import FILE
+from server.adapters.methods.affine import AffineBank
+from server.adapters.methods.base import Bank, Rows, Span
+from server.adapters.methods.bottleneck_bank import BottleneckBank
+from server.adapters.methods.virtual import TENSOR
+from server.engine.frozen import FrozenModel, Placement
+from server.finetune.attention import TrainingStep, attend_within
+from server.finetune.banks import SLOT, TrainedAffine
+from server.finetune.batch import NONE, Batch, Output
+from server.finetune.blank import blank_adapter
+from server.finetune.halves import Halves
+from server.finetune.loss import head_loss
+from server.finetune.peft_recipe import LoraRecipe
+from server.finetune.recipe import Recipe
+
+
+class Trainable(nn.Module):
+    """`params` are the adapter's tensors. The base is no submodule: nothing saves, moves or trains it."""
+
+    def __init__(
+        self,
+        folder: Path,
+        base_id: str,
+        recipe: Recipe,
+        *,
+        init_text: Sequence[int] = (),
+        device: torch.device | None = None,
+    ) -> None:
+        """`init_text`: tokens whose K and V, or embeddings, virtual tokens start as; without, random ones.
+
+        Raises InvalidAdapter if this base cannot have what the recipe asks for.
+        """
+        super().__init__()
+        self.device = device or torch.device("cpu")
+        self.step = TrainingStep()
+        placement = Placement(self.device, torch.float32)
+        self.frozen = FrozenModel(folder, base_id, placement, self.step, attend_within, packed=False)
+        self.halves = Halves(self.frozen.model)
+        self.base = self.frozen.base
+        self.blank = blank_adapter(recipe.peft, self.base)
+        self.dropout = recipe.peft.lora_dropout if isinstance(recipe.peft, LoraRecipe) else 0.0
+        self.bank = self._bank()
+        rng = torch.Generator().manual_seed(recipe.seed)
+        tensors = self.blank.method.init(self.blank.spec, self.base, self.frozen.weights, rng)
+        if count := self.blank.virtual:
+            tensors = {TENSOR: self._start_of(_tokens(init_text, count, self.base.vocab_size, rng))}
+        self.names = list(tensors)
+        moved = {_key(name): nn.Parameter(tensor.to(self.device)) for name, tensor in tensors.items()}
+        self.params = nn.ParameterDict(moved)
+
+    def forward(self, batch: Batch, *, adapted: bool = True) -> Output:
+        """What the adapted model, or the base alone, makes of these sequences.
+
+        Go backward before the next forward: what the banks hold until then belongs to this one.
+        """
+        virtual = self.blank.virtual if adapted else 0
+        inserted = 0 if self.blank.method.name == "prefix" else virtual  # tokens the model computes itself
+        self._begin([n + inserted for n in batch.lengths], adapted=adapted)
+        ids = with_virtual(batch, inserted) if inserted else batch.ids
+        positions = torch.tensor([p for n in batch.lengths for p in range(virtual - inserted, virtual + n)])
+        hidden = self.halves.hidden(ids.to(self.device), positions.to(self.device))
+        kept = (batch.targets != NONE).nonzero().flatten()
+        sequences = torch.arange(len(batch.lengths)).repeat_interleave(torch.tensor(batch.lengths))[kept]
+        places = kept + inserted * (1 + sequences)
+        targets, weights = batch.targets[kept].to(self.device), batch.weights[kept].to(self.device)
+        loss, losses, hits = head_loss(hidden[places.to(self.device)], targets, weights, self.halves.logits)
+        return Output(loss, float(batch.weights[kept].sum()), losses, hits, sequences)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """The adapter's tensors by their public names: copies, on the CPU."""
+        return {name: self.params[_key(name)].detach().cpu().clone() for name in self.names}
+
+    @torch.no_grad()
+    def load(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Take over what `state` gave."""
+        assert tensors.keys() == set(self.names), "tensors of another adapter"
+        for name, tensor in tensors.items():
+            self.params[_key(name)].copy_(tensor)
+
+    def save(self, folder: Path) -> None:
+        """The config and the weights, as an upload would bring them."""
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / FILE).write_bytes(msgspec.json.format(msgspec.json.encode(self.blank.config), indent=2))
+        tensors = {name: tensor.contiguous() for name, tensor in self.state().items()}
+        save_file(tensors, folder / self.blank.weights_file, {"format": "pt"})
+
+    def _begin(self, lengths: list[int], *, adapted: bool) -> None:
+        """Set the step for a batch: the parameters as they are now, packed into the bank with gradients."""
+        step, method = self.step, self.blank.method
+        step.lengths, step.affine, step.sublayer = lengths, [], []
+        step.begin_with(None)
+        self.bank.clear(SLOT)
+        if not adapted:
+            return
+        tensors = {name: self.params[_key(name)] for name in self.names}
+        packed = method.pack(self.blank.spec, self.base, tensors, self.frozen.weights, torch.float32)
+        self.bank.put(SLOT, packed)
+        if isinstance(self.bank, TrainedAffine):
+            self.bank.dropout = self.dropout if self.training else 0.0
+        rows = Rows(_spans(lengths, apart=method.name == "prompt"))
+        step.affine = [(self.bank, rows)] if self.bank.acts("affine") else []
+        step.sublayer = [(self.bank, rows)] if self.bank.acts("sublayer") else []
+        step.begin_with(self.bank.start(SLOT))
+
+    def _bank(self) -> Bank:
+        size = (self.base, SLOT, self.device, torch.float32)
+        if self.blank.method.bank is AffineBank:
+            return TrainedAffine(*size)
+        bank = self.blank.method.bank(*size)
+        if isinstance(bank, BottleneckBank):
+            bank.fast = False  # kernels know no gradients
+        return bank
+
+    @torch.no_grad()
+    def _start_of(self, text: list[int]) -> torch.Tensor:
+        """What virtual tokens start as: all that the base makes of this text, in PEFT's layout."""
+        ids = torch.tensor(text, device=self.device)
+        self.step.lengths = [len(text)]
+        if self.blank.method.name == "prompt":
+            embeddings: torch.Tensor = self.frozen.model.get_input_embeddings()(ids)
+            return embeddings
+        self.step.seen = []
+        self.halves.hidden(ids, torch.arange(len(text), device=self.device))
+        both = torch.stack([torch.stack(layer) for layer in self.step.seen])
+        self.step.seen = None
+        return both.permute(3, 0, 1, 2, 4).flatten(1)  # [tokens, layers * (K, V) * kv_heads * head_dim]
+
+
+def with_virtual(batch: Batch, count: int) -> torch.Tensor:
+    """The ids with -1, -2, ... before each sequence."""
+    virtual = -1 - torch.arange(count)
+    return torch.cat([part for own in torch.split(batch.ids, batch.lengths) for part in (virtual, own)])
+
+
+def _spans(lengths: list[int], *, apart: bool) -> list[Span]:
+    """One span for all tokens, or one for each sequence: virtual tokens are looked for at a span's start."""
+    ends = list(accumulate(lengths)) if apart else [sum(lengths)]
+    return [Span(SLOT, start, end) for start, end in zip([0, *ends], ends, strict=False)]
+
+
+def _tokens(text: Sequence[int], count: int, vocabulary: int, rng: torch.Generator) -> list[int]:
+    """`count` tokens: the text's first, the text over and over if it is short, random ones if it is empty."""
+    if not text:
+        return torch.randint(vocabulary, (count,), generator=rng).tolist()
+    return list(islice(cycle(text), count))
+
+
+def _key(name: str) -> str:
+    """A ParameterDict takes no dots."""
+    return name.replace(".", "/")
