@@ -15,7 +15,7 @@ from server.errors import InvalidRequest
 from server.finetune.lines import Fault
 from server.finetune.shapes import Chat, Pair, Text
 
-LABEL_TOKENS = 32
+LABEL_TOKENS = 32  # of a short answer, its end token apart
 
 
 class Example(msgspec.Struct, frozen=True):
@@ -24,7 +24,7 @@ class Example(msgspec.Struct, frozen=True):
     tokens: list[int]
     weights: list[float]
     prompt_length: int = 0  # tokens before the last answer; 0: there is no question to ask again
-    label: str | None = None  # the last answer, stripped, if it is one line of at most LABEL_TOKENS
+    label: str | None = None  # the last answer as serving would give it, stripped, if it is one short line
 
 
 def example_of(record: Chat | Pair | Text, tokenizer: Tokenizer) -> Example:
@@ -63,7 +63,7 @@ def _pair(record: Pair, tokenizer: Tokenizer) -> Example:
     both = record.prompt + record.completion
     answer = _ended(tokenizer.encode_part(both, len(record.prompt), len(both)), tokenizer.end)
     weights = [0.0] * len(prompt) + [1.0] * len(answer)
-    return Example(prompt + answer, weights, len(prompt), _label(record.completion, answer))
+    return Example(prompt + answer, weights, len(prompt), _label(answer, tokenizer))
 
 
 def _text(record: Text, tokenizer: Tokenizer) -> Example:
@@ -87,8 +87,7 @@ def _chat(record: Chat, tokenizer: Tokenizer) -> Example:
         tokens += context + answer
         weights += [0.0] * len(context) + [1.0] * len(answer)
         at = stop
-    last = record.messages[record.targets[-1]]["content"]
-    return Example(tokens, weights, len(tokens) - len(answer), _label(last, answer))
+    return Example(tokens, weights, len(tokens) - len(answer), _label(answer, tokenizer))
 
 
 def _answer(whole: str, after: int, record: Chat, turn: int, tokenizer: Tokenizer) -> tuple[int, int]:
@@ -122,9 +121,9 @@ def _render(record: Chat, count: int, tokenizer: Tokenizer, *, answer: bool) -> 
         raise Fault(record.fields[count - 1], error.message) from None
 
 
-def _label(text: str, answer: list[int]) -> str | None:
-    label = text.strip()
-    short = len(answer) <= LABEL_TOKENS + 1 and len(label.splitlines()) == 1  # one more: its end token
+def _label(answer: list[int], tokenizer: Tokenizer) -> str | None:
+    label = tokenizer.decode(answer).strip()
+    short = len(answer) <= LABEL_TOKENS + 1 and len(label.splitlines()) == 1
     return label if short else None
 
 

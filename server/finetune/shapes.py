@@ -150,8 +150,9 @@ def _content(path: str, value: Any) -> str:
         raise Fault(path, f"{path} must be text or a list of text parts, not {described(value)}.")
     texts = []
     for at, part in enumerate(value):
-        text = part.get("text") if isinstance(part, dict) and part.keys() <= {"type", "text"} else None
-        if not isinstance(text, str) or part["type"] != "text":
+        sound = isinstance(part, dict) and part.keys() == {"type", "text"} and part["type"] == "text"
+        text = part["text"] if sound else None
+        if not isinstance(text, str):
             raise Fault(f"{path}[{at}]", f'{path}[{at}] must be {{"type": "text", "text": ...}}.')
         texts.append(text)
     return "".join(texts)

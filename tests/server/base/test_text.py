@@ -46,3 +46,24 @@ def test_a_folder_without_a_tokenizer_is_refused_in_a_sentence(tmp_path: Path, f
         (tmp_path / name).write_text(text)
     with pytest.raises(StartupError, match="no tokenizer that can be loaded"):
         Tokenizer.load(tmp_path)
+
+
+def test_a_part_has_the_tokens_it_has_in_the_whole() -> None:
+    assert BYTE_LEVEL.encode_part("hello wo", 5, 8) == BYTE_LEVEL.encode(" wo")
+    assert BYTE_FALLBACK.encode_part("x ab", 1, 4) == BYTE_FALLBACK.encode("x ab")[2:]
+
+
+@pytest.mark.parametrize("tokenizer", [BYTE_LEVEL, BYTE_FALLBACK])
+def test_a_part_that_a_token_would_straddle_is_read_to_the_letter(tokenizer: Tokenizer) -> None:
+    """A beginning would get a space in SentencePiece's way; a part must not."""
+    part = tokenizer.encode_part("hello ab", 6, 8)
+    assert "".join(tokenizer.token_text(token)[0] for token in part) == "ab"
+
+
+def test_the_first_special_token_is_found_in_a_text() -> None:
+    assert BYTE_LEVEL.up_to_special(" \n<|end|>\n<|user|>") == len(" \n<|end|>")
+    assert BYTE_LEVEL.up_to_special("no end") is None
+
+
+def test_a_chat_can_be_rendered_without_a_turn_to_answer() -> None:
+    assert BYTE_LEVEL.render_chat([{"role": "user", "content": "a"}], answer=False) == "<|user|>a<|end|>"
