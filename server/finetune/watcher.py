@@ -37,7 +37,7 @@ class Evaluated(msgspec.Struct, frozen=True):
 
 class Watcher(Protocol):
     def on_step(self, done: StepDone) -> Wish:
-        """What to do next. "pause" leaves a checkpoint, "cancel" and "lost" nothing; then Stopped is raised."""
+        """What to do next. "pause" leaves a checkpoint, the others do not; then Stopped is raised."""
 
     def on_evaluation(self, evaluated: Evaluated) -> None: ...
 
@@ -57,15 +57,3 @@ class Stopped(Exception):
     def __init__(self, wish: Wish) -> None:
         super().__init__(wish)
         self.wish = wish
-
-
-class Trained(msgspec.Struct, frozen=True):
-    """What a finished training leaves in its work folder."""
-
-    adapter: Path  # a folder with the config and the safetensors file, as an upload would bring them
-    metrics: Path  # CSV
-    plot: Path  # PNG
-    evaluation: dict[str, object] | None  # JSON: base and adapted side by side; None if nothing was held out
-    better: bool | None
-    trained_tokens: int
-    steps: int
