@@ -13,6 +13,8 @@ from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 MiB = 1 << 20
+# for processes that find the model on this disk; progress bars would break the log's lines
+OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 LONGEST_RUN_DIR = 90  # bytes; leaves room for a socket's own name
 
 
@@ -65,6 +67,9 @@ class Settings(BaseSettings):
     adapter_disk_bytes: int = Field(default=16384 * MiB, ge=MiB)
     """Local disk for adapters out of the object store."""
 
+    workers: int = Field(default=1, ge=0, le=64)
+    """Processes for fine-tuning that `serve` starts; 0: none but `polypeft worker` elsewhere."""
+
     # what a caller may ask for; GET /v1/limits shows all of it
     max_queue: int = Field(default=256, ge=1)
     """Rows waiting, all tenants together."""
@@ -96,6 +101,28 @@ class Settings(BaseSettings):
     """Bytes of a safetensors header."""
     max_adapters_per_tenant: int = Field(default=10_000, ge=1)
     """Adapters a tenant may keep."""
+    max_file_bytes: int = Field(default=64 * MiB, ge=1024)
+    """Bytes of a training file."""
+    max_files_per_tenant: int = Field(default=1000, ge=1)
+    """Files a tenant may keep."""
+    max_files_bytes_per_tenant: int = Field(default=4096 * MiB, ge=1024)
+    """Bytes of all files a tenant may keep."""
+    max_uploads_per_tenant: int = Field(default=8, ge=1)
+    """Chunked uploads a tenant may have open."""
+    max_jobs_per_tenant: int = Field(default=8, ge=1)
+    """Unfinished fine-tuning jobs a tenant may have."""
+    max_training_examples: int = Field(default=100_000, ge=1)
+    """Examples of a training file."""
+    max_training_tokens: int = Field(default=20_000_000, ge=1)
+    """Tokens of a training file."""
+    max_training_context: int = Field(default=4096, ge=2)
+    """Tokens of one training example; longer ones are truncated."""
+    max_training_steps: int = Field(default=100_000, ge=1)
+    """Updates of a fine-tuning job."""
+    max_training_seconds: int = Field(default=6 * 3600, ge=1)
+    """Time a fine-tuning job may train."""
+    max_training_disk_bytes: int = Field(default=4096 * MiB, ge=MiB)
+    """Local disk that one fine-tuning job may fill while it runs."""
     request_seconds: float = Field(default=600.0, gt=0)
     """The longest a request may take."""
     drain_seconds: float = Field(default=30.0, ge=0)

@@ -11,6 +11,7 @@ from server.cli.chat import chat
 from server.cli.output import print_error
 from server.cli.serve import serve
 from server.cli.tenants import tenants
+from server.cli.worker import worker
 from server.errors import PolypeftError
 
 app = typer.Typer(
@@ -20,6 +21,7 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,  # locals hold keys
 )
 app.command()(serve)
+app.command()(worker)
 app.command()(chat)
 app.add_typer(tenants, name="tenants")
 app.add_typer(adapters, name="adapters")

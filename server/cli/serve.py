@@ -1,17 +1,9 @@
 """`polypeft serve`: the whole system on this machine. Its options are the Settings, read off the class."""
 
-import inspect
-import types
-from typing import Annotated, Any, get_args, get_origin
-
-import typer
-from pydantic import ValidationError
-from pydantic.fields import FieldInfo
 from rich.console import Console
-from rich.markup import escape
 
 from server.cli.connection import base_id, connection
-from server.errors import StartupError, shown
+from server.cli.options import read_settings, signature_of
 from server.logs import configure_logs
 from server.settings import Settings
 
@@ -60,16 +52,6 @@ def serve(**given: str | bool | None) -> None:
         run(settings, welcome)
 
 
-def read_settings(given: dict[str, Any]) -> Settings:
-    """Options over environment over defaults. Raises StartupError, naming the first option at fault."""
-    try:
-        return Settings(**{name: value for name, value in given.items() if value is not None})
-    except ValidationError as error:
-        fault = error.errors()[0]
-        name = str(fault["loc"][0])
-        raise StartupError(f"{_flag(name)} {shown(fault['input'])}: {fault['msg']}.", param=name) from None
-
-
 def _options_to_reach(settings: Settings, url: str) -> str:
     """What other commands must be told, where this server does not run with the defaults."""
     default = Settings.model_construct()
@@ -77,35 +59,7 @@ def _options_to_reach(settings: Settings, url: str) -> str:
     return options + (f" --data-dir {settings.data_dir}" if settings.data_dir != default.data_dir else "")
 
 
-def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
-    """The option of one setting. Its text goes to Settings as it is: values are checked in one place."""
-    flag = f"{_flag(name)}/--no-{name.replace('_', '-')}" if field.annotation is bool else _flag(name)
-    kind = bool if field.annotation is bool else str
-    default = "" if field.default is None else f" Default: {field.default}."
-    option = typer.Option(
-        flag,
-        help=escape(f"{field.description}{default}"),
-        metavar=None if kind is bool else _metavar(field.annotation),
-        show_default=False,
-    )
-    return inspect.Parameter(
-        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
-    )
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-def _metavar(annotation: Any) -> str:
-    """`a|b` for a choice, otherwise the type's name; "or None" is said by the missing default."""
-    if get_origin(annotation) is types.UnionType:
-        annotation = get_args(annotation)[0]
-    choices = get_args(annotation)
-    return "|".join(map(str, choices)) if choices else annotation.__name__.upper()
-
-
 # typer reads options off a function's signature; this one's is the Settings class
-serve.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-    [_parameter(name, field) for name, field in Settings.model_fields.items() if name not in INTERNAL]
+serve.__signature__ = signature_of(  # type: ignore[attr-defined]
+    [name for name in Settings.model_fields if name not in INTERNAL]
 )

@@ -63,7 +63,7 @@ class Leases(Records):
         return bool(await self._run(lua.PAUSED, id_, fence, new_event("info", "The job is paused.")))
 
     async def release(self, id_: str, fence: int) -> Literal["queued", "paused", "lost"]:
-        """Give the job back: to nobody if a pause is wished, otherwise to the next worker. No attempt counts."""
+        """Give the job back: to nobody if a pause is wished, otherwise to the next worker. Not an attempt."""
         queued = new_event("info", "The worker stops; the job goes on elsewhere from its last checkpoint.")
         answer = await self._run(lua.RELEASE, id_, fence, queued, new_event("info", "The job is paused."))
         if answer == b"queued":

@@ -1,7 +1,9 @@
 """The life of one system: take the places, start the children in order, keep them, stop them in order.
 
-start   Valkey, and wait for it; then engine and API side by side; ready when GET /readyz says 200
-stop    the API drains (at most drain_seconds), then the engine, then Valkey; a second signal kills all
+start   Valkey, and wait for it; then engine and API side by side; ready when GET /readyz says 200; then
+        the workers for fine-tuning, for which nobody waits
+stop    the API drains (at most drain_seconds) while workers save what they train, then the engine, then
+        Valkey; a second signal kills all
 """
 
 import asyncio
@@ -14,7 +16,7 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 
 import httpx
 
-from server.settings import Settings, child_environment
+from server.settings import OFFLINE, Settings, child_environment
 from server.supervisor.child import Child
 from server.supervisor.places import address_of, listening, locked_data_dir, make_run_dir
 from server.supervisor.valkey import answering, embedded_command, embedded_url, end_orphan
@@ -25,9 +27,10 @@ Commands = Mapping[str, Sequence[str]]
 COMMANDS: Commands = {
     "engine": (sys.executable, "-m", "server.engine"),
     "api": (sys.executable, "-m", "server.api"),
+    "worker": (sys.executable, "-m", "server.finetune"),
 }
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-STOP_SECONDS = 10.0  # for a child that has nothing to drain
+STOP_SECONDS = 10.0  # for a child that has nothing to drain; a worker saves within it
 REDIS_SECONDS = 10.0  # for a Valkey of somebody's to answer
 EMBEDDED_SECONDS = 120.0  # for ours, which may have a long file to read
 POLL_SECONDS = 0.1
@@ -52,7 +55,10 @@ async def _run(
 
 
 class _System:
-    """The children of one `serve`, in the order they were started. Made inside its event loop."""
+    """The children of one `serve`, in the order they start; those in one list stop together.
+
+    Made inside its event loop.
+    """
 
     def __init__(
         self, settings: Settings, listener: socket.socket, ready: Callable[[str], None], commands: Commands
@@ -61,7 +67,7 @@ class _System:
         self._listener = listener
         self._ready = ready
         self._commands = commands
-        self._children: list[Child] = []
+        self._children: list[list[Child]] = []
         self._tasks: list[asyncio.Task[None]] = []
         self._was_ready = False
         self._end = asyncio.get_running_loop().create_future()  # done at a signal, failed by a StartupError
@@ -74,8 +80,8 @@ class _System:
             await self._end
         finally:
             starting.cancel()
-            for child in reversed(self._children):
-                await child.stop()
+            for children in reversed(self._children):
+                await asyncio.gather(*(child.stop() for child in children))
             await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _start(self) -> None:
@@ -96,9 +102,14 @@ class _System:
         await _answering_readyz(address_of(self._listener))
         self._was_ready = True
         self._ready(address_of(self._listener))
+        for number in range(settings.workers):
+            worker = Child(f"worker {number + 1}", self._commands["worker"], environment, STOP_SECONDS)
+            await self._add(worker, beside_last=True)
 
-    async def _add(self, child: Child) -> None:
-        self._children.append(child)
+    async def _add(self, child: Child, *, beside_last: bool = False) -> None:
+        if not beside_last:
+            self._children.append([])
+        self._children[-1].append(child)
         await child.start()
         self._spawn(child.keep(may_restart=lambda: self._was_ready))
 
@@ -117,17 +128,18 @@ class _System:
         if not self._end.done():
             self._end.set_result(None)
             return
-        for child in self._children:
-            child.kill()
+        for children in self._children:
+            for child in children:
+                child.kill()
 
 
 def _environment(settings: Settings, redis_url: str) -> dict[str, str]:
-    """What engine and API see: the store's URL, whom to end with, and no way to the hub.
+    """What engine, API and workers see: the store's URL, whom to end with, and no way to the hub.
 
-    The model has been fetched before they start. Progress bars would break the log's lines.
+    The model has been fetched before they start.
     """
     told = settings.model_copy(update={"redis_url": redis_url, "supervisor_pid": os.getpid()})
-    return child_environment(told) | {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    return child_environment(told) | OFFLINE
 
 
 async def _answering_readyz(url: str) -> None:

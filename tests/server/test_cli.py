@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from server import __version__
 from server.cli import main
 from server.cli.adapters import _all
-from server.cli.serve import read_settings
+from server.cli.options import read_settings
 from server.engine.fake import Behaviour
 from server.errors import StartupError
 from server.settings import Settings

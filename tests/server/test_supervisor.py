@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from server.logs import configure_logs
 from server.settings import Settings
 from server.supervisor import serve
 folder = pathlib.Path(sys.argv[1])
-commands = {name: [sys.executable, str(folder / (name + ".py"))] for name in ("engine", "api")}
+commands = {name: [sys.executable, str(folder / (name + ".py"))] for name in ("engine", "api", "worker")}
 configure_logs(Settings(), "serve")
 try:
     serve(Settings(), lambda url: (folder / "url").write_text(url), commands)
@@ -72,7 +73,8 @@ class System:
 
     def __init__(self, folder: Path, **settings: Any) -> None:
         self.folder = folder
-        self.settings = Settings(port=0, data_dir=folder / "data", log_format="json", **settings)
+        options = {"port": 0, "data_dir": folder / "data", "log_format": "json", "workers": 0} | settings
+        self.settings = Settings(**options)
         self.child("engine", ENGINE)
         self.child("api", API)
         self.started: list[subprocess.Popen[bytes]] = []
@@ -174,6 +176,44 @@ def test_a_killed_child_is_restarted(name: str, system: System) -> None:
     assert httpx.get(f"{url}/readyz", timeout=10).status_code == 200  # waited in the backlog, if it had to
     until(lambda: system.redis().ping() if name != "valkey" else True)
     assert f"The {name} process was ended by SIGKILL" in system.log()
+
+
+def test_workers_come_after_readiness_and_come_back_when_they_die(tmp_path: Path) -> None:
+    system = System(tmp_path, workers=2)
+    system.child("worker", f"assert (folder / 'url').exists(); {ENGINE}")
+    parent = system.start()
+    try:
+        system.ready()
+        until(lambda: len(system.pids("worker")) == 2, system.log)
+        first = system.pids("worker")[0]
+        os.kill(first, signal.SIGKILL)
+        until(lambda: len(system.pids("worker")) == 3, system.log)
+        assert re.search(r"The worker [12] process was ended by SIGKILL", system.log())
+        parent.send_signal(signal.SIGTERM)
+        assert parent.wait(10) == 0
+        assert not any(map(alive, system.pids("worker")))
+        assert "failed" not in system.log()
+    finally:
+        parent.kill()
+        parent.wait(10)
+
+
+def test_the_api_drains_while_a_worker_saves(tmp_path: Path) -> None:
+    system = System(tmp_path, workers=1)
+    saving = "signal.signal(signal.SIGTERM, lambda *_: (time.sleep(2), sys.exit())); time.sleep(600)"
+    system.child("worker", saving)
+    parent = system.start()
+    try:
+        system.ready()
+        system.pid("worker")
+        parent.send_signal(signal.SIGTERM)
+        until(lambda: not alive(system.pid("api")), system.log)
+        assert alive(system.pid("worker"))
+        assert alive(system.pid("engine"))
+        assert parent.wait(10) == 0
+    finally:
+        parent.kill()
+        parent.wait(10)
 
 
 def test_requests_in_flight_are_drained(system: System) -> None:

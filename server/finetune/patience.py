@@ -1,0 +1,35 @@
+"""Calls that outlast an outage of Valkey or the object store: the work behind them took long to do."""
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+from server.errors import StoreError
+
+FIRST_SECONDS = 0.2
+LONGEST_SECONDS = 5.0
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+
+async def patiently(
+    call: Callable[[], Awaitable[T]], seconds: float, give_up: Callable[[], bool] = lambda: False
+) -> T:
+    """What `call()` returns once the stores answer. `call` must be as good as once when it runs twice.
+
+    Raises its last StoreError after `seconds`, or as soon as `give_up()`.
+    """
+    deadline, delay = time.monotonic() + seconds, FIRST_SECONDS
+    while True:
+        try:
+            return await call()
+        except StoreError as error:
+            if give_up() or time.monotonic() + delay > deadline:
+                raise
+            log.warning("%s Again in %.1f s", error.message, delay)
+        await asyncio.sleep(delay)
+        delay = min(2 * delay, LONGEST_SECONDS) * random.uniform(0.8, 1.0)  # noqa: S311 - spreads callers

@@ -1,0 +1,174 @@
+"""The child's side of a job: fetch what it takes, train, leave the result. One per process.
+
+All it writes it writes under its fence: once the job is another's, nothing of this process counts.
+"""
+
+import errno
+import logging
+import os
+import signal
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from anyio.from_thread import BlockingPortal, start_blocking_portal
+
+from adapters_store.objects import Objects
+from adapters_store.valkey import connect
+from server.base.resolve import resolve_model
+from server.engine.device import choose_placement
+from server.errors import NonFinite, NotFound, PolypeftError, StartupError, StoreError, shown
+from server.finetune import faults
+from server.finetune.attempt import SAVED
+from server.finetune.checkpoints import Checkpoints, store_files
+from server.finetune.files import Files
+from server.finetune.job import Job, JobError, TrainingResult, result_prefix
+from server.finetune.jobs import Jobs
+from server.finetune.patience import patiently
+from server.finetune.queue import WorkerQueue
+from server.finetune.reporter import OUTAGE_SECONDS, Reporter
+from server.finetune.restraint import limit_resources, machine_bytes
+from server.finetune.task import Trained, run_task
+from server.finetune.watcher import Stopped
+from server.settings import Settings
+
+RESTORE_SECONDS = 60.0  # less patience than for what cannot be done without
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+
+def train(settings: Settings, id_: str, fence: int, folder: Path) -> None:
+    """Train the job and end this process: status 0 when all has been said, SAVED when it was told to stop."""
+    cuda = choose_placement(settings).device.type == "cuda"
+    limit_resources(settings.max_training_disk_bytes, None if cuda else machine_bytes())
+    with start_blocking_portal("asyncio") as portal:
+        session = Session(settings, portal, folder)
+        signal.signal(signal.SIGTERM, session.stop)
+        job = session.patiently(lambda: session.jobs.find(id_))
+        if job is None or job.fence != fence:
+            log.info("Job %s: another's by now", id_)
+            return
+        status = session.run(job)
+        logging.shutdown()
+        os._exit(status)  # at once: torch takes seconds to tear down
+
+
+class Session:
+    def __init__(self, settings: Settings, portal: BlockingPortal, folder: Path) -> None:
+        assert settings.redis_url is not None, "the worker sets it"
+        self._settings = settings
+        self._portal = portal
+        self._folder = folder
+        redis = connect(settings.redis_url)
+        self.jobs = Jobs(redis, WorkerQueue(settings.redis_url))
+        self._objects = Objects.open(settings.store_url)
+        self._files = Files(redis, self._objects)
+        self._stopping = False
+
+    def stop(self, *_signal: object) -> None:
+        self._stopping = True
+
+    def patiently(self, call: Callable[[], Awaitable[T]]) -> T:
+        return self._portal.call(patiently, call, OUTAGE_SECONDS)
+
+    def run(self, job: Job) -> int:
+        """The exit status. Whatever goes wrong is said to the job, or it is the worker's to say."""
+        try:
+            if self._train(job):
+                log.info("Job %s: trained", job.id)
+            return 0
+        except Stopped as stopped:
+            log.info("Job %s: stopped, as wished: %s", job.id, stopped.wish)
+            return SAVED if stopped.wish == "pause" else 0
+        except Exception as error:
+            fault, retry = fault_of(error, self._settings)
+            unforeseen = fault is faults.INTERNAL
+            log.error("Job %s: %s: %s", job.id, type(error).__name__, fault.code, exc_info=unforeseen)
+            self.patiently(lambda: self.jobs.fail(job.id, job.fence, fault, retry=retry))
+            return 0
+
+    def _train(self, job: Job) -> bool:
+        """False if somebody else has the job by now. Raises whatever `fault_of` knows, and Stopped."""
+        checkpoints = Checkpoints(self.jobs, self._objects, job)
+        reporter = Reporter(self._portal, self.jobs, checkpoints, job, lambda: self._stopping)
+        resume = self._restored(checkpoints)
+        reporting = self._portal.start_task_soon(reporter.report)
+        try:
+            trained = run_task(
+                job.recipe,
+                self._base(job),
+                self._fetched(job, "training_file", job.training_file),
+                self._fetched(job, "validation_file", job.validation_file) if job.validation_file else None,
+                self._folder,
+                reporter,
+                resume,
+                base_id=job.model,
+                device=choose_placement(self._settings).device,
+            )
+        finally:
+            reporter.close()
+            reporting.result()
+        result = self.patiently(lambda: self._stored(job, trained))
+        return self.patiently(lambda: self.jobs.trained(job.id, job.fence, result))
+
+    def _base(self, job: Job) -> Path:
+        if job.model != self._settings.base_id:
+            raise StartupError(
+                f"This worker has the base {self._settings.base_id}, the job is for {job.model}."
+            )
+        return resolve_model(self._settings)
+
+    def _restored(self, checkpoints: Checkpoints) -> Path | None:
+        """Where to go on. With damaged checkpoints only, the training begins anew, to the same end."""
+        try:
+            return self._portal.call(
+                patiently, lambda: checkpoints.restore(self._folder / "restored"), RESTORE_SECONDS
+            )
+        except StoreError:
+            log.warning("No checkpoint can be read; the training begins anew")
+            self.patiently(lambda: checkpoints.prune(kept=0))
+            return None
+
+    def _fetched(self, job: Job, param: str, id_: str) -> Path:
+        """The tenant's file on this disk."""
+        path = self._folder / f"{param}.jsonl"
+
+        async def fetch() -> None:
+            await self._files.download(await self._files.get(job.tenant, id_), path)
+
+        try:
+            self.patiently(fetch)
+        except NotFound:
+            raise NotFound(f"The {param} {shown(id_)} has been deleted.", param=param) from None
+        return path
+
+    async def _stored(self, job: Job, trained: Trained) -> TrainingResult:
+        prefix = result_prefix(job, job.fence)
+        return TrainingResult(
+            adapter=await store_files(self._objects, [trained.adapter], prefix),
+            reports=await store_files(self._objects, [trained.metrics, trained.plot], prefix),
+            evaluation=trained.evaluation,
+            better=trained.better,
+            trained_tokens=trained.trained_tokens,
+            steps=trained.steps,
+        )
+
+
+def fault_of(error: Exception, settings: Settings) -> tuple[JobError, bool]:
+    """What a tenant is told of `error`, and whether another attempt may go better."""
+    match error:
+        case StoreError():
+            return faults.LATE_STORES, True
+        case StartupError():  # the operator's: this worker cannot load the base
+            return faults.INTERNAL, True
+        case PolypeftError():
+            return faults.refused(error), error.status >= 500 and not isinstance(error, NonFinite)
+        case MemoryError() | torch.OutOfMemoryError():
+            return faults.OUT_OF_MEMORY, False
+        case RuntimeError() if "can't allocate memory" in str(error):  # torch's allocator on a CPU
+            return faults.OUT_OF_MEMORY, False
+        case OSError(errno=errno.EFBIG):
+            return faults.too_large(settings.max_training_disk_bytes), False
+    return faults.INTERNAL, False

@@ -1,0 +1,177 @@
+"""The worker: waits for calls and runs one job at a time, each in a process of its own.
+
+rq brings the calls; whether there is anything to do, the job's record says. A call that is lost is made
+again by `Jobs.sweep`, which every worker runs every few seconds; one that comes twice finds nothing to take.
+"""
+
+import asyncio
+import logging
+import os
+import socket
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Sequence
+from types import FrameType
+
+from redis import Redis
+from redis.exceptions import RedisError
+from rq import SimpleWorker
+from rq.exceptions import StopRequested
+from rq.serializers import JSONSerializer
+from rq.timeouts import BaseDeathPenalty
+from rq.worker import WorkerStatus
+
+from adapters_store.objects import Objects
+from adapters_store.valkey import CONNECT_SECONDS, connect
+from server.errors import StartupError, StoreError
+from server.finetune.attempt import Attempt
+from server.finetune.doomed import Doomed
+from server.finetune.jobs import Jobs
+from server.finetune.patience import patiently
+from server.finetune.queue import NAME, WorkerQueue
+from server.finetune.workplace import desk, workplace
+from server.settings import OFFLINE, Settings, child_environment
+
+COMMAND = (sys.executable, "-m", "server.finetune")  # the child: it gets the job's id, its fence and a folder
+SWEEP_SECONDS = 5.0
+TAKE_SECONDS = 30.0  # for the stores to answer; after that the call is lost, and made again
+RQ_SECONDS = 60  # rq's life signs; its calls wait a quarter less at a time
+AGAIN_SECONDS = 2.0  # after rq has given up
+
+log = logging.getLogger(__name__)
+
+
+class Worker:
+    """What `run` needs beside a job's id, and the order to stop."""
+
+    def __init__(self, settings: Settings, command: Sequence[str] = COMMAND) -> None:
+        if settings.redis_url is None:
+            raise StartupError("A worker needs redis_url: the Valkey that its servers use.")
+        self.settings = settings
+        self.url = settings.redis_url
+        self.stopping = False
+        self._command = command
+        self._name = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+
+    def work(self) -> None:
+        """Until SIGTERM or SIGINT. Valkey's absence is waited out."""
+        global _worker  # rq calls `run` by its name alone
+        _worker = self
+        threading.Thread(target=self._sweep, name="sweep", daemon=True).start()
+        with workplace(self.settings.data_dir.absolute() / "finetune", self._name) as self._folder:
+            while not self.stopping:
+                try:
+                    _Calls(self).work(logging_level="WARNING")
+                except RedisError as error:
+                    log.warning("Valkey does not answer: %s", error)
+                if not self.stopping:
+                    time.sleep(AGAIN_SECONDS)
+
+    async def attempt(self, id_: str) -> None:
+        """Train the job, if it is there to be trained. Raises StoreError; the job is safe then as well."""
+        redis, queue = connect(self.url), WorkerQueue(self.url)
+        try:
+            jobs = Jobs(redis, queue)
+            name = f"{self._name}-{uuid.uuid4().hex}"
+            job = await patiently(lambda: jobs.take(id_, name), TAKE_SECONDS, lambda: self.stopping)
+            if job is None:
+                log.info("Job %s: not waiting for a worker", id_)
+                return
+            with desk(self._folder, id_) as folder:
+                attempt = Attempt(
+                    jobs,
+                    job,
+                    command=self._command,
+                    environment=self._environment(),
+                    folder=folder,
+                    disk_bytes=self.settings.max_training_disk_bytes,
+                    stopping=lambda: self.stopping,
+                )
+                await attempt.run()
+        finally:
+            queue.close()
+            await redis.aclose()
+
+    def _environment(self) -> dict[str, str]:
+        """The child ends with this process, and reaches no hub. The stores' secrets go nowhere else."""
+        told = self.settings.model_copy(update={"supervisor_pid": os.getpid()})
+        return child_environment(told) | OFFLINE
+
+    def _sweep(self) -> None:
+        asyncio.run(self._sweep_for_ever())
+
+    async def _sweep_for_ever(self) -> None:
+        jobs = Jobs(redis := connect(self.url), WorkerQueue(self.url))
+        doomed = Doomed(redis, Objects.open(self.settings.store_url))
+        while True:
+            try:
+                await jobs.sweep()
+                await doomed.sweep()
+            except StoreError as error:
+                log.warning("No sweep: %s", error.message)
+            except Exception:  # the sweep is what nobody else does for a lost job: it never ends
+                log.exception("The sweep failed")
+            await asyncio.sleep(SWEEP_SECONDS)
+
+
+class _NoTimeLimit(BaseDeathPenalty):
+    """rq would raise in the middle of a job; `Attempt` keeps the time."""
+
+    def setup_death_penalty(self) -> None:
+        pass
+
+    def cancel_death_penalty(self) -> None:
+        pass
+
+
+class _Calls(SimpleWorker):
+    """rq's worker, which calls `run` in this process. It takes orders from signals only."""
+
+    death_penalty_class = _NoTimeLimit
+    max_connection_wait_time = 5.0
+
+    def __init__(self, worker: Worker) -> None:
+        connection = Redis.from_url(
+            worker.url, socket_connect_timeout=CONNECT_SECONDS, health_check_interval=30
+        )
+        super().__init__(
+            [NAME],
+            connection=connection,
+            serializer=JSONSerializer,
+            worker_ttl=RQ_SECONDS,
+            log_job_description=False,
+        )
+        self.log_result_lifespan = False
+        self._worker = worker
+
+    def subscribe(self) -> None:
+        """No orders over Valkey: rq's thread for them would end at an outage."""
+
+    def request_stop(self, signum: int, frame: FrameType | None) -> None:  # noqa: ARG002 - a signal handler
+        """A job that runs is told by `stopping`, and saves; rq's own way asks Valkey, which may be gone."""
+        self._worker.stopping = self._stop_requested = True
+        if self.get_state() != WorkerStatus.BUSY:
+            raise StopRequested
+
+    def request_force_stop(self, signum: int, frame: FrameType | None) -> None:
+        self.request_stop(signum, frame)
+
+
+_worker: Worker | None = None
+
+
+def run(job: str) -> None:
+    """What a call calls (see `queue`). How the job went stands in its record, not here."""
+    assert _worker is not None, "rq runs in a process that is no worker of ours"
+    try:
+        asyncio.run(_worker.attempt(job))
+    except StoreError as error:
+        log.warning("Job %s: left to whoever sweeps: %s", job, error.message)
+    except Exception:
+        log.exception("Job %s: the worker failed; left to whoever sweeps", job)
+
+
+def serve(settings: Settings) -> None:
+    Worker(settings).work()
