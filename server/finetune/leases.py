@@ -13,7 +13,7 @@ from server.finetune import job_scripts as lua
 from server.finetune.job import Checkpoint, Job, JobError, Level, Progress, TrainingResult, Wish, new_event
 from server.finetune.job_records import Records, decode_job
 
-LEASE_SECONDS = 30.0
+LEASE_SECONDS = 15.0
 CALL_AGAIN_SECONDS = 30.0
 MAX_ATTEMPTS = 5  # without a new checkpoint between them
 LOST = JobError("worker_lost", f"The training's worker was lost {MAX_ATTEMPTS} times without new progress.")
