@@ -13,6 +13,7 @@ from typing import TypeVar
 
 import torch
 from anyio.from_thread import BlockingPortal, start_blocking_portal
+from transformers.utils import logging as transformers_logging
 
 from adapters_store.objects import Objects
 from adapters_store.valkey import connect
@@ -41,6 +42,8 @@ log = logging.getLogger(__name__)
 
 def train(settings: Settings, id_: str, fence: int, folder: Path) -> None:
     """Train the job and end this process: status 0 when all has been said, SAVED when it was told to stop."""
+    transformers_logging.disable_default_handler()  # its warnings as lines of our log
+    transformers_logging.enable_propagation()
     cuda = choose_placement(settings).device.type == "cuda"
     limit_resources(settings.max_training_disk_bytes, None if cuda else machine_bytes())
     with start_blocking_portal("asyncio") as portal:

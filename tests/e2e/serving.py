@@ -20,11 +20,18 @@ POLYPEFT = (sys.executable, "-c", "from server.cli import main; main()")
 START_SECONDS = 120.0
 STOP_SECONDS = 60.0
 READY = re.compile(r"is ready at (\S+)/v1$", re.MULTILINE)
-CHILDREN = {"engine": "server.engine", "api": "server.api", "valkey": "valkey"}
+CHILDREN = {
+    "engine": "server.engine",
+    "api": "server.api",
+    "valkey": "valkey",
+    "worker": "server.finetune",
+}
 
 
 class Serving:
     """One data directory, and the `serve` that runs on it, if any does."""
+
+    program: Sequence[str] = POLYPEFT
 
     def __init__(self, model: str, folder: Path, *options: str) -> None:
         self.data_dir = folder / "data"
@@ -61,7 +68,7 @@ class Serving:
 
     def launch(self, *options: str) -> subprocess.Popen[bytes]:
         """Another `serve` on this data directory, whatever becomes of it."""
-        command = [*POLYPEFT, "serve", *self._options, "--data-dir", str(self.data_dir), *options]
+        command = [*self.program, "serve", *self._options, "--data-dir", str(self.data_dir), *options]
         with (self._folder / "out").open("wb") as out, (self._folder / "log").open("ab") as log:
             return subprocess.Popen(command, env=inherited_environment(), stdout=out, stderr=log)
 
