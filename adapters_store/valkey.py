@@ -26,22 +26,39 @@ class Pool(BlockingConnectionPool):
     """redis-py's pool, made safe against callers that go away.
 
     Cancelled while it hands a connection back, a caller there keeps its place in the pool for ever;
-    cancelled as it is woken, it takes the wake-up along. Either way the pool ends up starved.
+    cancelled as it is woken, it takes the wake-up along. Either way the pool ends up starved. And cancelled
+    just as its command is sent, it goes on as if nothing were: Python 3.11's wait_for swallows that.
     """
 
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._cancels: dict[AbstractConnection, int] = {}  # of who has the connection, before it asked
+
     async def get_connection(self, *args: Any, **options: Any) -> Any:
+        before = _cancels()
         try:
-            return await super().get_connection(*args, **options)  # type: ignore[no-untyped-call]
+            connection = await super().get_connection(*args, **options)  # type: ignore[no-untyped-call]
         except BaseException:
             await asyncio.shield(self._wake_next())
             raise
+        self._cancels[connection] = before
+        return connection
 
     async def release(self, connection: AbstractConnection) -> None:
+        before = self._cancels.pop(connection, 0)
         await asyncio.shield(super().release(connection))
+        if _cancels() > before:
+            raise asyncio.CancelledError
 
     async def _wake_next(self) -> None:
         async with self._condition:
             self._condition.notify()
+
+
+def _cancels() -> int:
+    """How often the running task was asked to stop."""
+    task = asyncio.current_task()
+    return task.cancelling() if task else 0
 
 
 def connect(url: str) -> Redis:
