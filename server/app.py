@@ -11,15 +11,33 @@ from adapters_store.objects import Objects
 from adapters_store.registry import Registry
 from adapters_store.valkey import connect
 from server.adapters.methods import build_methods
-from server.api import adapters, admin, chat, completions, health, limits, lora_compat, models
+from server.api import (
+    adapters,
+    admin,
+    chat,
+    completions,
+    files,
+    fine_tuning,
+    health,
+    limits,
+    lora_compat,
+    models,
+    uploads,
+)
 from server.api.envelope import Envelope
 from server.api.errors import add_handlers
 from server.api.incoming import clear_incoming
+from server.api.publish import TrainedGate
 from server.api.services import Services
 from server.base.resolve import resolve_model
 from server.base.text import Tokenizer
 from server.engine.client import EngineClient
 from server.errors import StartupError, StoreError
+from server.finetune.files import Files
+from server.finetune.jobs import Jobs
+from server.finetune.publisher import Publisher
+from server.finetune.queue import WorkerQueue
+from server.finetune.uploads import Uploads
 from server.metrics import Metrics
 from server.settings import Settings
 from server.tenancy.keys import operator_key
@@ -27,7 +45,19 @@ from server.tenancy.tenants import Tenants
 
 log = logging.getLogger(__name__)
 
-ROUTERS = (completions, chat, models, adapters, lora_compat, limits, admin, health)
+ROUTERS = (
+    completions,
+    chat,
+    models,
+    adapters,
+    files,
+    uploads,
+    fine_tuning,
+    lora_compat,
+    limits,
+    admin,
+    health,
+)
 
 
 def build_app(settings: Settings) -> FastAPI:
@@ -41,15 +71,23 @@ def build_app(settings: Settings) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         clear_incoming(settings)
         await services.engine.start()
-        cleaning = asyncio.create_task(_finish_deletes(services.registry))
+        publisher = Publisher(
+            services.jobs, services.files, services.registry, services.objects, TrainedGate(services)
+        )
+        tasks = [
+            asyncio.create_task(_finish_deletes(services.registry)),
+            asyncio.create_task(publisher.run()),
+        ]
         app.state.services = services
         try:
             yield
         finally:
-            cleaning.cancel()
-            await asyncio.gather(cleaning, return_exceptions=True)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
             await services.engine.close()
             await services.redis.aclose()
+            services.queue.close()
 
     app = FastAPI(
         title="Polypeft",
@@ -72,7 +110,14 @@ def build_services(settings: Settings) -> Services:
         raise StartupError("The API needs redis_url; `polypeft serve` sets it to the Valkey it starts.")
     metrics = Metrics()
     redis = connect(settings.redis_url)
+    queue = WorkerQueue(settings.redis_url)
     objects = Objects.open(settings.store_url)
+    tenant_files = Files(
+        redis,
+        objects,
+        max_files=settings.max_files_per_tenant,
+        max_bytes=settings.max_files_bytes_per_tenant,
+    )
     return Services(
         settings=settings,
         operator_secret=operator_key(settings.data_dir)[0],
@@ -84,6 +129,16 @@ def build_services(settings: Settings) -> Services:
         tenants=Tenants(redis),
         engine=EngineClient(settings.engine_socket, on_stats=metrics.absorb),
         metrics=metrics,
+        files=tenant_files,
+        uploads=Uploads(
+            redis,
+            objects,
+            tenant_files,
+            max_bytes=settings.max_file_bytes,
+            max_pending=settings.max_uploads_per_tenant,
+        ),
+        jobs=Jobs(redis, queue, settings.max_jobs_per_tenant),
+        queue=queue,
     )
 
 

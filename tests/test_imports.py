@@ -47,7 +47,10 @@ ROOMS: dict[str, set[str]] = {
     "server.finetune.recipe": {"server.adapters", "server.finetune"},
     "server.finetune.dataset": {"server.base", "server.finetune"},
     "server.finetune.files": {"adapters_store", "server.tenancy", "server.finetune"},
-    "server.finetune.jobs": {"adapters_store", "server.finetune", "server.finetune.recipe"},
+    "server.finetune.uploads": {"adapters_store", "server.finetune", "server.finetune.files"},
+    "server.finetune.job": {"adapters_store", "server.finetune.recipe"},
+    "server.finetune.jobs": {"adapters_store", "server.finetune", "server.finetune.job"},
+    "server.finetune.queue": {"adapters_store"},
     "server.finetune": {
         "adapters_store",
         "server.adapters",
@@ -55,7 +58,9 @@ ROOMS: dict[str, set[str]] = {
         "server.engine",
         "server.finetune.dataset",
         "server.finetune.files",
+        "server.finetune.job",
         "server.finetune.jobs",
+        "server.finetune.queue",
         "server.finetune.recipe",
         "server.kernels",
         "server.lifeline",
@@ -71,7 +76,10 @@ ROOMS: dict[str, set[str]] = {
         "server.finetune.recipe",
         "server.finetune.dataset",
         "server.finetune.files",
+        "server.finetune.uploads",
+        "server.finetune.job",
         "server.finetune.jobs",
+        "server.finetune.queue",
     },
     "server.supervisor": {"server.lifeline", "server.logs"},
 }
@@ -89,7 +97,10 @@ NO_TORCH = {
     "server.cli",
     "server.finetune.recipe",
     "server.finetune.files",
+    "server.finetune.uploads",
     "server.finetune.jobs",
+    "server.finetune.queue",
+    "server.finetune.publisher",
     "adapters_store.registry",
 }
 MAX_LINES, MAX_FUNCTION_LINES = 300, 60

@@ -1,5 +1,6 @@
 """/v1/adapters: a tenant's own adapters and their versions."""
 
+import asyncio
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,11 +20,12 @@ from server.api.multipart import Upload, receive_form
 from server.api.publish import Files, publish
 from server.api.schemas import Body
 from server.api.services import Services
-from server.errors import InvalidAdapter, InvalidField, NotFound, Unavailable, shown
+from server.errors import InvalidAdapter, InvalidField, NotFound, shown
 
 router = APIRouter(prefix="/v1/adapters", dependencies=[Depends(current_tenant)])
 
 PAGE = 100
+EVALUATIONS = 20
 
 
 class AliasBody(Body):
@@ -38,8 +40,7 @@ async def upload_adapter(request: Request, parts: Parts, tenant: CurrentTenant) 
 
     `If-None-Match: *` creates and never adds a version.
     """
-    if parts.draining:
-        raise Unavailable("The server is shutting down; send the upload elsewhere or later.")
+    parts.refuse_if_draining()
     form, seconds = adapter_form(parts.settings), parts.settings.request_seconds
     with incoming(parts.settings) as folder:
         upload = await receive_form(request, Path(folder), form, seconds)
@@ -74,7 +75,15 @@ async def list_adapters(
 
 @router.get("/{name}")
 async def get_adapter(parts: Parts, tenant: CurrentTenant, name: str) -> Response:
-    return json_response(_adapter_object(await parts.registry.get(tenant.id, name)))
+    """Adds to the list's facts how versions that were trained here compare with the base, the newest few."""
+    adapter = await parts.registry.get(tenant.id, name)
+    trained = [version for version in reversed(adapter.versions) if version.evaluated][:EVALUATIONS]
+    manifests = [parts.registry.manifest(tenant.id, name, version.version) for version in trained]
+    found = {manifest.version: manifest.evaluation for manifest in await asyncio.gather(*manifests)}
+    answer = _adapter_object(adapter) | {"evaluation": found.get(adapter.latest.version)}
+    for version in answer["versions"]:
+        version["evaluation"] = found.get(version["version"])
+    return json_response(answer)
 
 
 @router.delete("/{name}")
@@ -89,7 +98,8 @@ async def get_version(parts: Parts, tenant: CurrentTenant, name: str, version: s
     """Adds to the list's facts what the engine found: parameters, bytes on the device, ..."""
     found = await parts.registry.resolve(tenant.id, name, version)
     manifest = await parts.registry.manifest(tenant.id, name, found.version)
-    return json_response(_version_object(found) | {"facts": manifest.facts, "config": manifest.config})
+    more = {"facts": manifest.facts, "config": manifest.config, "evaluation": manifest.evaluation}
+    return json_response(_version_object(found) | more)
 
 
 @router.delete("/{name}/versions/{version}")

@@ -2,9 +2,11 @@
 
 from fastapi import APIRouter, Depends, Response
 
-from server.api import adapters, completions, grammar
+from server.api import adapters, completions, grammar, uploads
 from server.api.deps import Parts, current_tenant
 from server.api.errors import json_response
+from server.finetune.jobs import SAME_SECONDS
+from server.finetune.uploads import LIFE_SECONDS
 
 router = APIRouter(dependencies=[Depends(current_tenant)])
 
@@ -25,6 +27,16 @@ FROM_SETTINGS = (
     "max_tensors",
     "max_header_bytes",
     "max_adapters_per_tenant",
+    "max_file_bytes",
+    "max_files_per_tenant",
+    "max_files_bytes_per_tenant",
+    "max_uploads_per_tenant",
+    "max_jobs_per_tenant",
+    "max_training_examples",
+    "max_training_tokens",
+    "max_training_context",
+    "max_training_steps",
+    "max_training_seconds",
     "request_seconds",
 )
 
@@ -39,5 +51,8 @@ async def get_limits(parts: Parts) -> Response:
             "default_max_tokens_chat": None,  # all that fits
             "max_schema_chars": grammar.MAX_CHARS,
             "page": adapters.PAGE,
+            "max_part_bytes": uploads.MAX_PART_BYTES,
+            "upload_seconds": LIFE_SECONDS,
+            "idempotency_seconds": SAME_SECONDS,
         }
     )

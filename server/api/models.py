@@ -9,7 +9,7 @@ from server.api.adapters import PAGE, delete
 from server.api.deps import CurrentTenant, Parts, current_tenant
 from server.api.errors import json_response
 from server.api.services import Services
-from server.api.target import find_version
+from server.api.target import find_version, split_model
 from server.errors import Forbidden
 
 router = APIRouter(prefix="/v1/models", dependencies=[Depends(current_tenant)])
@@ -27,7 +27,7 @@ async def list_models(parts: Parts, tenant: CurrentTenant) -> Response:
 
 @router.get("/{model:path}")
 async def get_model(parts: Parts, tenant: CurrentTenant, model: str) -> Response:
-    """The base, an adapter, or `name@version` and `name@alias`."""
+    """The base, an adapter, or `name@version`, `name@alias` and `ft:{base}:name:version`."""
     if model == parts.base.id:
         return json_response(_base_object(parts))
     return json_response(_model_object(parts, model, await find_version(parts, tenant, model)))
@@ -35,11 +35,12 @@ async def get_model(parts: Parts, tenant: CurrentTenant, model: str) -> Response
 
 @router.delete("/{model:path}")
 async def delete_model(parts: Parts, tenant: CurrentTenant, model: str) -> Response:
-    """An adapter with all its versions, or the one version that `name@...` means."""
+    """An adapter with all its versions, or the one version that `name@...` or `ft:...` means."""
     if model == parts.base.id:
         raise Forbidden("The base model cannot be deleted.", param="model")
     version = await find_version(parts, tenant, model)
-    await delete(parts, tenant.id, version.name, version.version if "@" in model else None)
+    _, selector = split_model(parts, model)
+    await delete(parts, tenant.id, version.name, None if selector is None else version.version)
     return json_response({"id": model, "object": "model", "deleted": True})
 
 

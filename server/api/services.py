@@ -12,9 +12,15 @@ from server.adapters.sites import Base
 from server.base.text import Tokenizer
 from server.engine.client import EngineClient
 from server.errors import Unavailable
+from server.finetune.files import Files
+from server.finetune.jobs import Jobs
+from server.finetune.queue import WorkerQueue
+from server.finetune.uploads import Uploads
 from server.metrics import Metrics
 from server.settings import Settings
 from server.tenancy.tenants import Tenants
+
+FOLLOWERS = 256  # streams of jobs' events at a time
 
 
 @dataclass
@@ -29,6 +35,12 @@ class Services:
     tenants: Tenants
     engine: EngineClient
     metrics: Metrics
+    files: Files
+    uploads: Uploads
+    jobs: Jobs
+    queue: WorkerQueue
+    checking: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(1))  # training data; takes CPU
+    following: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(FOLLOWERS))
     converting: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(1))  # each takes memory
     draining: bool = False  # SIGTERM came: what runs may finish, nothing new begins
 
@@ -44,10 +56,13 @@ class Services:
         """Tokens of prompt and answer together."""
         return self.engine.limits.get("max_model_len") or self.base.max_context
 
-    def admit(self, rows: int) -> None:
-        """Raise Unavailable unless `rows` more may wait: the queue holds `max_queue` beyond the batch."""
+    def refuse_if_draining(self) -> None:
         if self.draining:
             raise Unavailable("The server is shutting down; send the request elsewhere or later.")
+
+    def admit(self, rows: int) -> None:
+        """Raise Unavailable unless `rows` more may wait: the queue holds `max_queue` beyond the batch."""
+        self.refuse_if_draining()
         room = self.settings.max_queue + self.engine.limits.get("max_seqs", 0)
         if self.engine.rows + rows > room:
             raise Unavailable(f"The queue of {self.settings.max_queue} is full; try again in a moment.")

@@ -1,13 +1,14 @@
 """Answers that end when their client leaves, and streams of server-sent events.
 
-Knows no route. An event is one `data:` line of JSON; a stream ends with [DONE], or with an error event.
+Knows no route. An event is one `data:` line of JSON, perhaps with an `id:` before it; a stream ends with
+[DONE], or with an error event.
 """
 
 import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 from starlette.requests import ClientDisconnect, Request
@@ -20,6 +21,17 @@ from server.errors import PolypeftError
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 DONE = b"data: [DONE]\n\n"
+
+
+class Identified(NamedTuple):
+    """An event that a client who comes back can name as the last it saw."""
+
+    id: str
+    data: object
+
+
+class KeepAlive:
+    """No event: a comment, so that whoever is between sees the stream alive."""
 
 
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
@@ -91,4 +103,8 @@ async def _disconnected(receive: Receive) -> None:
 
 
 def _line(event: object) -> bytes:
+    if isinstance(event, KeepAlive):
+        return b": keep-alive\n\n"
+    if isinstance(event, Identified):
+        return b"id: " + event.id.encode() + b"\n" + _line(event.data)
     return b"data: " + msgspec.json.encode(event) + b"\n\n"

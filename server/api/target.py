@@ -11,6 +11,7 @@ from server.errors import InvalidField, ModelNotFound, NotFound, shown
 from server.tenancy.tenants import Tenant
 
 FINGERPRINT_CHARS = 16
+TUNED = "ft:"  # before the base's id, as OpenAI calls fine-tuned models
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,8 @@ class Target:
 async def resolve(
     parts: Services, tenant: Tenant, model: str, several: list[AdapterUse] | None = None
 ) -> Target:
-    """The base's id, alone or with `several` adapters on it, or an adapter's name, name@version, name@alias.
+    """The base's id, alone or with `several` adapters on it, or an adapter's name, name@version, name@alias,
+    or ft:{base}:name:version.
 
     Raises NotFound, the same for what does not exist and for what is another tenant's.
     """
@@ -54,11 +56,18 @@ async def _stack(parts: Services, tenant: Tenant, several: list[AdapterUse]) -> 
 
 
 async def find_version(parts: Services, tenant: Tenant, model: str, param: str = "model") -> Version:
-    name, at, selector = model.partition("@")
+    name, selector = split_model(parts, model)
     try:
-        return await parts.registry.resolve(tenant.id, name, selector if at else None)
+        return await parts.registry.resolve(tenant.id, name, selector)
     except NotFound:
         raise unknown_model(model, param) from None
+
+
+def split_model(parts: Services, model: str) -> tuple[str, str | None]:
+    """Name, and version or alias if there is one, of name, name@version and ft:{base}:name:version."""
+    tuned = f"{TUNED}{parts.base.id}:"
+    name, at, selector = model.removeprefix(tuned).partition(":" if model.startswith(tuned) else "@")
+    return name, selector if at else None
 
 
 def unknown_model(model: str, param: str = "model") -> ModelNotFound:

@@ -73,6 +73,7 @@ class FixedPart(msgspec.Struct, frozen=True, kw_only=True):
     suffix: str | None = None
     seed: int
     metadata: dict[str, str] | None = None
+    data: dict[str, dict[str, int]] = {}  # training_file, validation_file -> examples, tokens, truncated, ...
 
 
 class Job(FixedPart, frozen=True, kw_only=True):

@@ -81,7 +81,7 @@ redis.call('SADD', active, id)
 redis.call('ZADD', 'pp:jobs:' .. tenant, created, id)
 if same ~= '' then redis.call('SET', same, fingerprint .. ' ' .. id, 'EX', same_seconds) end
 queue()
-event(ARGV[9])
+for i = 9, #ARGV do event(ARGV[i]) end
 return ''
 """
 

@@ -36,7 +36,7 @@ class Jobs(Leases, Publications):
         super().__init__(redis, queue)
         self._max_active = max_active
 
-    async def create(self, fixed: FixedPart, same: Same | None = None) -> Job:
+    async def create(self, fixed: FixedPart, same: Same | None = None, *events: bytes) -> Job:
         """Write the job down and call a worker. With a known `same`, the job that it made before.
 
         Raises QuotaExceeded over the cap on active jobs, InvalidField for a key of another request.
@@ -53,6 +53,7 @@ class Jobs(Leases, Publications):
             self._max_active,
             SAME_SECONDS,
             new_event("info", f"Created fine-tuning job: {fixed.id}"),
+            *events,
         )
         if answer == b"quota":
             raise QuotaExceeded(f"A tenant may have {self._max_active} unfinished fine-tuning jobs.")

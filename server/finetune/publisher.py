@@ -19,7 +19,16 @@ import msgspec
 from adapters_store.manifest import Manifest
 from adapters_store.objects import Objects
 from adapters_store.registry import Registry
-from server.errors import Conflict, EngineLost, InvalidAdapter, NotFound, PolypeftError, StoreError
+from server.errors import (
+    Conflict,
+    DeadlineExceeded,
+    EngineLost,
+    InvalidAdapter,
+    NotFound,
+    PolypeftError,
+    StoreError,
+    Unavailable,
+)
 from server.finetune.files import Files
 from server.finetune.job import Job, JobError, StoredFile, TrainingResult, new_event
 from server.finetune.jobs import Jobs
@@ -83,9 +92,11 @@ class Publisher:
             await self._publish(id_)
         except EngineLost as error:  # perhaps by this very adapter
             await self._count(id_, error)
+        except (Unavailable, DeadlineExceeded) as error:
+            log.warning("The version of %s waits: %s", id_, error)
         except PolypeftError as error:
             if error.status >= 500:
-                log.warning("The version of %s waits: %s", id_, error)
+                await self._count(id_, error)
             else:
                 await self._jobs.reject(id_, JobError(error.code, error.message))
         except Exception:

@@ -1,12 +1,4 @@
-"""Files that come in parts, in any order and over several connections, until one call puts them together.
-
-    pp:uploads:{tenant}        zset    pending uploads, by when they expire (s)
-    pp:upload:{tenant}:{id}    hash    `fixed` (JSON), `status`, `bytes` of all parts, `file`, `asked`,
-                                       and a `part-...` (JSON) for each; gone a day after it expired
-    tenants/{tenant}/uploads/{id}/{part}    the parts' bytes, doomed from the beginning
-
-Time is Valkey's own.
-"""
+"""Files that come in parts, in any order and over several connections, until one call puts them together."""
 
 import hashlib
 import logging
@@ -24,6 +16,7 @@ from adapters_store.names import TENANTS
 from adapters_store.objects import Objects
 from adapters_store.valkey import store_errors
 from server.errors import Conflict, InvalidField, NotFound, QuotaExceeded, StoreError, shown
+from server.finetune import upload_scripts as lua
 from server.finetune.files import File, Files, Purpose, check_file_name
 from server.finetune.job_records import text
 
@@ -35,49 +28,6 @@ PART_PREFIX = "part-"
 log = logging.getLogger(__name__)
 
 Status = Literal["pending", "completed", "cancelled", "expired"]
-
-PRELUDE = """
-local upload, pending = unpack(KEYS)
-local id = ARGV[1]
-local now = tonumber(redis.call('TIME')[1])
-local function status()
-  local found = redis.call('HGET', upload, 'status')
-  if found == 'pending' and tonumber(redis.call('HGET', upload, 'expires')) <= now then return 'expired' end
-  return found
-end
-"""
-
-CREATE = """
-if redis.call('EXISTS', upload) == 1 then return redis.call('HGET', upload, 'expires') end
-redis.call('ZREMRANGEBYSCORE', pending, '-inf', now)
-if redis.call('ZCARD', pending) >= tonumber(ARGV[3]) then return 0 end
-local expires = now + ARGV[4]
-redis.call('HSET', upload, 'fixed', ARGV[2], 'status', 'pending', 'expires', expires, 'bytes', 0)
-redis.call('EXPIREAT', upload, expires + ARGV[5])
-redis.call('ZADD', pending, expires, id)
-return expires
-"""
-
-ADD_PART = """
-local part, record, size = ARGV[2], ARGV[3], tonumber(ARGV[4])
-local found = status()
-if found ~= 'pending' then return found end
-if redis.call('HEXISTS', upload, part) == 1 then return 'done' end
-local bytes = redis.call('HGET', upload, 'bytes') + size
-if bytes > tonumber(ARGV[5]) then return 'bytes' end
-if redis.call('HLEN', upload) >= tonumber(ARGV[6]) then return 'parts' end
-redis.call('HSET', upload, part, record, 'bytes', bytes)
-return 'done'
-"""
-
-FINISH = """
-if status() ~= 'pending' then
-  return redis.call('HGET', upload, 'status') == ARGV[2] and redis.call('HGET', upload, 'file') == ARGV[3]
-end
-redis.call('HSET', upload, 'status', ARGV[2], 'file', ARGV[3], 'asked', ARGV[4])
-redis.call('ZREM', pending, id)
-return 1
-"""
 
 
 class Upload(msgspec.Struct, frozen=True, kw_only=True):
@@ -112,9 +62,9 @@ class Uploads:
         self._files = files
         self._max_bytes = max_bytes
         self._max_pending = max_pending
-        scripts = (CREATE, ADD_PART, FINISH)
+        scripts = (lua.CREATE, lua.ADD_PART, lua.FINISH)
         self._create, self._add_part, self._finish = (
-            redis.register_script(PRELUDE + script) for script in scripts
+            redis.register_script(lua.PRELUDE + script) for script in scripts
         )
 
     async def create(self, tenant: str, name: str, size: int, purpose: Purpose) -> Upload:
