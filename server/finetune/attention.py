@@ -17,7 +17,7 @@ class TrainingStep(Step):
 
     def __init__(self) -> None:
         super().__init__()
-        self.lengths: list[int] = []
+        self.lengths: list[int] = []  # type: ignore[assignment]  # of sequences, where serving has rows' own
         self.start: Layers = []  # K and V of virtual tokens before each sequence; empty: none
         self.seen: Layers | None = None  # where K and V of the batch are kept, if anybody asks
 

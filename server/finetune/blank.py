@@ -92,7 +92,7 @@ def _bottleneck(peft: BottleneckRecipe, base: Base) -> tuple[dict[str, Any], Sha
             at = f"{site.name.rpartition('.')[0]}.{PLACES[site.kind]}.adapters.{NAME}"
             shapes |= {f"{at}.adapter_down.0.weight": (width, hidden), f"{at}.adapter_down.0.bias": (width,)}
             shapes |= {f"{at}.adapter_up.weight": (hidden, width), f"{at}.adapter_up.bias": (hidden,)}
-    inner = {
+    inner: dict[str, Any] = {
         "mh_adapter": both,
         "output_adapter": True,
         "reduction_factor": peft.reduction_factor,

@@ -7,6 +7,7 @@ Times are Valkey's own.
 """
 
 import logging
+from typing import Any
 
 from redis.asyncio import Redis
 
@@ -47,7 +48,9 @@ class Doomed:
         """Remove what is due, the oldest first; how many keys and prefixes that were."""
         with store_errors():
             seconds, _ = await self._redis.time()
-            due = await self._redis.zrange(DOOMED, 0, int(seconds) * 1000, byscore=True, offset=0, num=PAGE)
+            due: Any = await self._redis.zrange(
+                DOOMED, 0, int(seconds) * 1000, byscore=True, offset=0, num=PAGE
+            )
         for key in due:
             await self.remove(key.decode())
         return len(due)

@@ -98,7 +98,7 @@ class Job(FixedPart, frozen=True, kw_only=True):
 
     @property
     def evaluation(self) -> dict[str, Any] | None:
-        return self.result and self.result.evaluation
+        return self.result.evaluation if self.result else None
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True):

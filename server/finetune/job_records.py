@@ -32,7 +32,7 @@ class Records:
     async def find(self, id_: str) -> Job | None:
         """The job, whosever it is; for workers and the publisher."""
         with store_errors():
-            fields = await self._redis.hgetall(key(id_))
+            fields: Any = await self._redis.hgetall(key(id_))
         return decode_job(fields) if fields else None
 
     async def events(
@@ -42,10 +42,10 @@ class Records:
         low, high = f"({after}", "+inf" if before is None else f"({before}"
         first, last = (high, low) if newest else (low, high)
         with store_errors():
-            found = await self._redis.zrange(
+            found: Any = await self._redis.zrange(
                 f"{key(id_)}:events",
-                first,  # type: ignore[arg-type]  # a bound by score is text
-                last,  # type: ignore[arg-type]
+                first,
+                last,
                 desc=newest,
                 byscore=True,
                 offset=0,

@@ -94,14 +94,14 @@ class Leases(Records):
         Every worker and every API does this every few seconds.
         """
         with store_errors():
-            lapsed = await self._redis.zrange("pp:jobs:leases", 0, await self._now(), byscore=True)
+            lapsed: Any = await self._redis.zrange("pp:jobs:leases", 0, await self._now(), byscore=True)
         for id_ in lapsed:
             event = new_event(
                 "warn", "The training's worker was lost; the job goes on from its last checkpoint."
             )
             await self._run(lua.LAPSE, id_.decode(), MAX_ATTEMPTS, msgspec.json.encode(LOST), event)
         with store_errors():
-            waiting = await self._redis.zrange("pp:jobs:queued", 0, -1)
+            waiting: Any = await self._redis.zrange("pp:jobs:queued", 0, -1)
         if waiting:
             called = await self._queue.called()
             for id_ in (id_.decode() for id_ in waiting):

@@ -34,7 +34,7 @@ def head_loss(
     every = torch.cat(losses) if losses else hidden.new_zeros(0)
     total = (every * weights).sum()
     if training:
-        total = _Known.apply(hidden, torch.cat(gradients), total)
+        total = _Known.apply(hidden, torch.cat(gradients), total)  # type: ignore[no-untyped-call]
     return total, every, torch.cat(hits) if hits else targets.new_zeros(0, dtype=torch.bool)
 
 
@@ -47,6 +47,6 @@ class _Known(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx: Any, upon: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, upon: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
         return gradient * upon, None, None

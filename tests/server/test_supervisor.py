@@ -73,7 +73,12 @@ class System:
 
     def __init__(self, folder: Path, **settings: Any) -> None:
         self.folder = folder
-        options = {"port": 0, "data_dir": folder / "data", "log_format": "json", "workers": 0} | settings
+        options: dict[str, Any] = {
+            "port": 0,
+            "data_dir": folder / "data",
+            "log_format": "json",
+            "workers": 0,
+        } | settings
         self.settings = Settings(**options)
         self.child("engine", ENGINE)
         self.child("api", API)

@@ -1,6 +1,5 @@
 """Workers' folders: each its own, and what a killed one left does not stay."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -47,7 +46,7 @@ def test_only_what_the_dead_left_is_removed(tmp_path: Path) -> None:
         holder.kill()
     assert (tmp_path / "other" / LOCK).exists()
     with workplace(tmp_path, "mine"):
-        assert sorted(os.listdir(tmp_path)) == ["mine", "young"]
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "young"]
 
 
 def test_a_link_out_of_the_folder_counts_as_a_link(tmp_path: Path) -> None:
