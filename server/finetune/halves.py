@@ -3,18 +3,29 @@
 Between them training picks the tokens that have a target, and takes their logits a few at a time.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from server.engine.sublayers import decoder_layers
 
 
 class Halves:
+    """`recompute`: backward computes each layer once more instead of keeping all that was in it."""
+
+    recompute = False
+
     def __init__(self, model: Any) -> None:
         self.model = model
         self.name: str = model.base_model_prefix
         self.decoder: nn.Module = getattr(model, self.name)
         self.given = Given()
+        for _, layer in decoder_layers(model, model.config.num_hidden_layers):
+            layer.forward = partial(self._layer, layer.forward)  # type: ignore[method-assign]
 
     def hidden(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """The last hidden states [T, hidden] of packed tokens [T]."""
@@ -33,6 +44,11 @@ class Halves:
             setattr(self.model, self.name, self.decoder)
             self.given.hidden = None
         return logits
+
+    def _layer(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if not self.recompute or not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
 
 class Given(nn.Module):

@@ -27,7 +27,7 @@ from server.finetune.blank import blank_adapter
 from server.finetune.halves import Halves
 from server.finetune.loss import head_loss
 from server.finetune.peft_recipe import LoraRecipe
-from server.finetune.recipe import Recipe
+from server.finetune.recipe import MAX_SEED, Recipe
 
 
 class Trainable(nn.Module):
@@ -41,13 +41,16 @@ class Trainable(nn.Module):
         *,
         init_text: Sequence[int] = (),
         device: torch.device | None = None,
+        memory: int = 3 << 30,
     ) -> None:
         """`init_text`: tokens whose K and V, or embeddings, virtual tokens start as; without, random ones.
 
+        A batch that would need more than `memory` bytes for its backward pass computes each layer twice.
         Raises InvalidAdapter if this base cannot have what the recipe asks for.
         """
         super().__init__()
         self.device = device or torch.device("cpu")
+        self.memory = memory
         self.step = TrainingStep()
         placement = Placement(self.device, torch.float32)
         self.frozen = FrozenModel(folder, base_id, placement, self.step, attend_within, packed=False)
@@ -103,6 +106,7 @@ class Trainable(nn.Module):
     def _begin(self, lengths: list[int], *, adapted: bool) -> None:
         """Set the step for a batch: the parameters as they are now, packed into the bank with gradients."""
         step, method = self.step, self.blank.method
+        self.halves.recompute = sum(lengths) * self._token_bytes() > self.memory
         step.lengths, step.affine, step.sublayer = lengths, [], []
         step.begin_with(None)
         self.bank.clear(SLOT)
@@ -113,10 +117,16 @@ class Trainable(nn.Module):
         self.bank.put(SLOT, packed)
         if isinstance(self.bank, TrainedAffine):
             self.bank.dropout = self.dropout if self.training else 0.0
+            self.bank.seed = int(torch.randint(MAX_SEED, ())) if self.bank.dropout else 0
         rows = Rows(_spans(lengths, apart=method.name == "prompt"))
         step.affine = [(self.bank, rows)] if self.bank.acts("affine") else []
         step.sublayer = [(self.bank, rows)] if self.bank.acts("sublayer") else []
         step.begin_with(self.bank.start(SLOT))
+
+    def _token_bytes(self) -> int:
+        """About what backward needs of each token, if nothing is computed twice."""
+        widest = max(site.inputs for site in self.base.sites.values() if site.kind == "linear")
+        return 4 * self.base.layers * (8 * self.base.hidden_size + 5 * widest)
 
     def _bank(self) -> Bank:
         size = (self.base, SLOT, self.device, torch.float32)
