@@ -71,7 +71,7 @@ async def create_job(
         check_adapter_name(parts, body.suffix, "suffix")
     recipe = _recipe(parts, body, body.seed, examples=1)  # what is wrong with the fields needs no file
     data = await job_data.find(parts, tenant.id, body.training_file, body.validation_file)
-    async with parts.checking:
+    async with parts.checking.turn(tenant.id, parts.settings.request_seconds):
         if same and (job := await parts.jobs.same(tenant.id, same)):  # it came twice at a time
             return json_response(job_object(job))
         reports = await job_data.check(parts, data, recipe.max_tokens)

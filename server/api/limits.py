@@ -37,6 +37,7 @@ FROM_SETTINGS = (
     "max_training_context",
     "max_training_steps",
     "max_training_seconds",
+    "max_training_disk_bytes",
     "request_seconds",
 )
 

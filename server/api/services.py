@@ -9,6 +9,7 @@ from adapters_store.objects import Objects
 from adapters_store.registry import Registry
 from server.adapters.methods.base import Method
 from server.adapters.sites import Base
+from server.api.turns import Turns
 from server.base.text import Tokenizer
 from server.engine.client import EngineClient
 from server.errors import Unavailable
@@ -39,7 +40,7 @@ class Services:
     uploads: Uploads
     jobs: Jobs
     queue: WorkerQueue
-    checking: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(1))  # training data; takes CPU
+    checking: Turns = field(default_factory=Turns)  # training data: takes a core, and seconds
     following: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(FOLLOWERS))
     converting: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(1))  # each takes memory
     draining: bool = False  # SIGTERM came: what runs may finish, nothing new begins

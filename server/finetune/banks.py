@@ -66,7 +66,8 @@ def drop(x: torch.Tensor, share: float, seed: int) -> torch.Tensor:
     bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device)
     bits.random_(torch.iinfo(torch.int64).min, None, generator=generator)
     levels = bits.view(torch.int16)[: x.numel()].view(x.shape)
-    dropped: torch.Tensor = _Drop.apply(x, levels, round(share * LEVELS))
+    apply: Any = _Drop.apply  # torch has no types for it
+    dropped: torch.Tensor = apply(x, levels, round(share * LEVELS))
     return dropped
 
 
@@ -80,7 +81,7 @@ class _Drop(torch.autograd.Function):
         return x * _factors(x, levels, gaps)
 
     @staticmethod
-    def backward(ctx: Any, upon: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, upon: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (levels,) = ctx.saved_tensors
         return upon * _factors(upon, levels, ctx.gaps), None, None
 

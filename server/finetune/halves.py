@@ -25,7 +25,7 @@ class Halves:
         self.decoder: nn.Module = getattr(model, self.name)
         self.given = Given()
         for _, layer in decoder_layers(model, model.config.num_hidden_layers):
-            layer.forward = partial(self._layer, layer.forward)  # type: ignore[method-assign]
+            layer.forward = partial(self._layer, layer.forward)
 
     def hidden(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """The last hidden states [T, hidden] of packed tokens [T]."""

@@ -1,5 +1,6 @@
 """The job records in Valkey, as everybody reads and changes them. Knows the keys, not who may do what."""
 
+import logging
 from typing import Any, Protocol
 
 import msgspec
@@ -7,9 +8,11 @@ from redis.asyncio import Redis
 from redis.commands.core import AsyncScript
 
 from adapters_store.valkey import store_errors
+from server.errors import StoreError
 from server.finetune import job_scripts
 from server.finetune.job import Checkpoint, Event, Job
 
+log = logging.getLogger(__name__)
 JSON_FIELDS = ("error", "result", "result_files")
 
 
@@ -78,9 +81,15 @@ class Records:
         return int(seconds) * 1000 + int(microseconds) // 1000
 
     async def _call(self, id_: str, again_after: float) -> None:
-        """Call a worker for a job that waits, unless one was called within `again_after` seconds."""
-        if await self._run(job_scripts.CALL, id_, int(again_after * 1000)):
-            await self._queue.call(id_)
+        """Call a worker for a job that waits, unless one was called within `again_after` seconds.
+
+        The job is safe either way: a call that fails is made again by whoever sweeps.
+        """
+        try:
+            if await self._run(job_scripts.CALL, id_, int(again_after * 1000)):
+                await self._queue.call(id_)
+        except StoreError as error:
+            log.warning("No worker could be called for %s yet: %s", id_, error)
 
 
 def text(value: object) -> str:
