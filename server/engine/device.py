@@ -6,6 +6,7 @@ import torch
 
 from server.engine.frozen import Placement
 from server.errors import StartupError
+from server.kernels.openmp import AVAILABLE
 from server.settings import Settings
 
 
@@ -21,5 +22,8 @@ def choose_placement(settings: Settings) -> Placement:
     wanted = (
         settings.dtype if settings.dtype != "auto" else ("bfloat16" if device.type == "cuda" else "float32")
     )
+    if settings.quantize == "int8" and (device.type != "cpu" or wanted != "float32" or not AVAILABLE):
+        rule = "needs a CPU, float32, and numba with torch's own libgomp"
+        raise StartupError(f"--quantize int8 {rule}; here is {device.type}, {wanted}.", param="quantize")
     torch.set_num_threads(settings.threads or len(os.sched_getaffinity(0)))
-    return Placement(device, getattr(torch, wanted))
+    return Placement(device, getattr(torch, wanted), "int8" if settings.quantize == "int8" else "float32")

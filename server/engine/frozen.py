@@ -17,14 +17,15 @@ from transformers.pytorch_utils import Conv1D
 
 from server.adapters.sites import Base, Site
 from server.engine.attention import Step
-from server.engine.linear import EmbeddingSite, LinearSite, join_siblings
+from server.engine.linear import EmbeddingSite, Layout, LinearSite, join_siblings
 from server.engine.sublayers import norm_gains, watch_norms, watch_sublayers
 
 
 @dataclass(frozen=True)
 class Placement:
     device: torch.device
-    dtype: torch.dtype
+    dtype: torch.dtype  # of what is computed, and of weights but for linears' that have another layout
+    layout: Layout = "float32"  # of linears' weights, on a CPU
 
 
 class FrozenModel:
@@ -54,20 +55,29 @@ class FrozenModel:
         model.eval()
         model.set_attn_implementation(name)
         self.model: Any = model.to(placement.device)
-        self.sites = replace_modules(self.model, step, packed=packed)
+        self.sites = replace_modules(self.model, step)
+        identity = self.digest()  # of the weights as they came: adapters name it, whatever the layout
+        if packed:
+            for site in self.sites.values():
+                if isinstance(site, LinearSite):
+                    site.lay_out(placement.layout)
+            join_siblings(self.model)
         biases = {name: p for name, p in self.model.named_parameters() if name.endswith(".bias")}
         self.weights = BaseWeights(self.sites, biases | norm_gains(self.model))
         config = self.model.config
         found = {name: module.site for name, module in self.sites.items()}
         found |= watch_norms(self.model, step)
         found |= watch_sublayers(self.model, config.num_hidden_layers, config.hidden_size, step)
-        self.base = describe(config, base_id, found, self.digest(), max_context)
+        self.base = describe(config, base_id, found, identity, max_context)
         for module in self.model.modules():
             if hasattr(module, "layer_idx"):
                 module.polypeft_step = step  # how attention, a plain function, finds its step
 
     def digest(self) -> str:
-        """SHA-256 over every weight as it is held now, by name: the same before and after any workload."""
+        """SHA-256 over every weight as it is held now, by name: the same before and after any workload.
+
+        In float32 it is the base's identity.
+        """
         total = hashlib.sha256()
         for name, tensor in sorted(self._tensors(), key=lambda pair: pair[0]):
             total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -104,7 +114,7 @@ class BaseWeights(Mapping[str, torch.Tensor]):
         return len(self._sites) + len(self._biases)
 
 
-def replace_modules(model: nn.Module, step: Step, *, packed: bool) -> dict[str, LinearSite | EmbeddingSite]:
+def replace_modules(model: nn.Module, step: Step) -> dict[str, LinearSite | EmbeddingSite]:
     """Put a site in the place of every Linear, Conv1D and Embedding: {module path: site}."""
     head = model.get_output_embeddings()  # type: ignore[operator]
     learned_positions = getattr(getattr(model, "transformer", None), "wpe", None)
@@ -112,7 +122,7 @@ def replace_modules(model: nn.Module, step: Step, *, packed: bool) -> dict[str, 
     for name, module in list(model.named_modules()):
         site: LinearSite | EmbeddingSite
         if isinstance(module, nn.Linear | Conv1D):
-            site = LinearSite.of(name, module, step, is_head=module is head, packed=packed)
+            site = LinearSite.of(name, module, step, is_head=module is head)
         elif isinstance(module, nn.Embedding) and module is not learned_positions:
             site = EmbeddingSite.of(name, module, step)
         else:
@@ -120,7 +130,6 @@ def replace_modules(model: nn.Module, step: Step, *, packed: bool) -> dict[str, 
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, site)
         sites[name] = site
-    join_siblings(model)
     return sites
 
 

@@ -1,11 +1,12 @@
 """Sites in the model's tree: a linear layer or an embedding, then whatever each token's adapter adds.
 
-On a CPU the weight is laid out for kernels/linear.py once at load; the plain copy is dropped, and `weight()`
-gives it back bit for bit. Linears that see the same input (q, k and v; gate and up) lie one behind the
-other and are computed in one launch, when the first of them is called.
+On a CPU the weight is laid out once at load for a kernel of ours, in float32 (kernels/linear.py: `weight()`
+gives it back bit for bit) or in int8 (kernels/int8.py: `weight()` is what the int8 stand for); the plain copy
+is dropped. Linears that see the same input (q, k and v; gate and up) lie one behind the other and are
+computed in one launch, when the first of them is called.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,54 +15,49 @@ from transformers.pytorch_utils import Conv1D
 
 from server.adapters.sites import Site
 from server.engine.attention import Step
-from server.kernels.linear import PackedLinear, pack, unpack
+from server.kernels.int8 import Int8Linear
+from server.kernels.linear import PackedLinear, join
 from server.kernels.openmp import AVAILABLE
 
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+Layout = Literal["float32", "int8"]
+LAYOUTS: dict[Layout, type[PackedLinear | Int8Linear]] = {"float32": PackedLinear, "int8": Int8Linear}
 
 
 class LinearSite(nn.Module):
     """y = x W^T + b, then the banks. x is [..., in]; all leading dimensions together are the tokens."""
 
     def __init__(
-        self,
-        site: Site,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        step: Step,
-        *,
-        is_head: bool,
-        packed: bool,
+        self, site: Site, weight: torch.Tensor, bias: torch.Tensor | None, step: Step, *, is_head: bool
     ) -> None:
         super().__init__()
         self.site = site
         self.step = step
         self.is_head = is_head  # runs on the tokens that are sampled from, not on all
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-        self.packed = packed and AVAILABLE and weight.device.type == "cpu" and weight.dtype == torch.float32
         self.held: torch.Tensor
-        self.hold(pack(weight) if self.packed else weight)
+        self.register_buffer("held", weight, persistent=False)  # until it is laid out
+        self.fast: PackedLinear | Int8Linear | None = None
         self.family: Family | None = None
 
     @classmethod
-    def of(cls, name: str, module: Any, step: Step, *, is_head: bool, packed: bool = True) -> "LinearSite":
-        """`packed=False` keeps the weight as it is: slower, but gradients flow through."""
+    def of(cls, name: str, module: Any, step: Step, *, is_head: bool) -> "LinearSite":
         conv1d = isinstance(module, Conv1D)
         weight = module.weight.detach()
         weight = weight.T.contiguous() if conv1d else weight
         bias = None if module.bias is None else module.bias.detach()
         site = Site(name, "linear", weight.shape[1], weight.shape[0], bias is not None, conv1d)
-        return cls(site, weight, bias, step, is_head=is_head, packed=packed)
+        return cls(site, weight, bias, step, is_head=is_head)
 
-    def hold(self, weight: torch.Tensor) -> None:
-        """Keep the weight, packed if this site is."""
-        self.register_buffer("held", weight, persistent=False)
-        if self.packed:
-            self.fast = PackedLinear(weight, self.site.outputs, self.bias)
+    def lay_out(self, layout: Layout) -> None:
+        """Hold the weight as a kernel wants it, where one can: faster, but no gradient flows through."""
+        if AVAILABLE and self.held.device.type == "cpu" and self.held.dtype == torch.float32:
+            self.fast = LAYOUTS[layout].of(self.held, self.bias)
+            self.held = self.held.new_empty(0)
 
     def weight(self) -> torch.Tensor:
-        """W [out, in]; a copy where it is held packed."""
-        return unpack(self.held, self.site.outputs) if self.packed else self.held
+        """W [out, in]; a copy where it is laid out."""
+        return self.fast.weight() if self.fast else self.held
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         flat = x.reshape(-1, self.site.inputs)
@@ -72,7 +68,7 @@ class LinearSite(nn.Module):
             y = flat.new_empty(0, self.site.outputs)
         elif self.family and not changed:
             y = self.family.output(self, x, flat)
-        elif self.packed:
+        elif self.fast:
             y = self.fast(flat)
         else:
             y = F.linear(flat, self.held, self.bias)
@@ -83,26 +79,13 @@ class LinearSite(nn.Module):
 
 
 class Family:
-    """Packed linears of one module that are called with the same input, one after the other."""
+    """Linears of one module that are called with the same input, one after the other, as one."""
 
     def __init__(self, members: list[LinearSite]) -> None:
-        panels = torch.cat([member.held for member in members])
-        width = panels.shape[0] * panels.shape[2]
-        bias = None
-        if any(member.bias is not None for member in members):
-            bias = panels.new_zeros(width)
-        self.columns: dict[LinearSite, slice] = {}
-        first = at = 0
+        self.fast, columns = join([member.fast for member in members if member.fast])
+        self.columns = dict(zip(members, columns, strict=True))
         for member in members:
-            count = member.held.shape[0]
-            member.hold(panels[at : at + count])
             member.family = self
-            self.columns[member] = slice(first, first + member.site.outputs)
-            if bias is not None and member.bias is not None:
-                bias[self.columns[member]] = member.bias
-            first += count * panels.shape[2]
-            at += count
-        self.fast = PackedLinear(panels, width, bias)
         self.x = self.y = torch.empty(0)
         self.left = 0  # members that have not yet taken their columns of y
 
@@ -118,11 +101,11 @@ class Family:
 
 
 def join_siblings(model: nn.Module) -> None:
-    """Let packed linears that see the same input be computed together."""
+    """Let linears that see the same input be computed together, where they are laid out."""
     for module in model.modules():
         for names in SIBLINGS:
             found = [getattr(module, name, None) for name in names]
-            members = [member for member in found if isinstance(member, LinearSite) and member.packed]
+            members = [member for member in found if isinstance(member, LinearSite) and member.fast]
             if len(members) == len(names):
                 Family(members)
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from server.kernels.openmp import AVAILABLE, arguments
+from server.kernels.openmp import AVAILABLE, Arguments, arguments
 
 LANES = 16  # outputs of a panel
 GROUP = 4  # panels at a time, at most; a packed weight has a multiple of these
@@ -147,7 +147,7 @@ if AVAILABLE:
             _t5(w, x, out, depth, panel_bytes)
 
     @nb.njit(cache=True, error_model="numpy")
-    def _tile_for(count):  # type: ignore[no-untyped-def]
+    def tile_for(count):  # type: ignore[no-untyped-def]
         """The tile for the next of `count` rows: (its rows, its panels)."""
         if count <= R0:
             return R0, P0
@@ -166,7 +166,7 @@ if AVAILABLE:
         """Rows [first, end) of x as blocks [in, rows of a tile]. What a block has too many repeats a row."""
         at, start = first, 0
         while at < end:
-            rows, _ = _tile_for(end - at)
+            rows, _ = tile_for(end - at)
             block = beside[start : start + rows * depth]
             r = 0
             while r + 4 <= rows:  # four at a time: their values are stored together
@@ -211,7 +211,7 @@ if AVAILABLE:
         # all rows of a long run go through equal tiles, but for the last few: their panels come by themselves
         at, start = first, 0
         while at < end:
-            rows, panels = _tile_for(end - at)
+            rows, panels = tile_for(end - at)
             whole = max(1, (end - at - MOST + rows - 1) // rows)
             width = panels * LANES
             for column in range(low * GROUP * LANES, min(high * GROUP * LANES, n), width):
@@ -258,21 +258,60 @@ if AVAILABLE:
 
 
 class PackedLinear:
-    """A packed weight [out, in] and its bias, ready to be called. CPU, float32."""
+    """A packed weight [out, in] and its bias, ready to be called. CPU; x is float32.
 
-    def __init__(self, panels: torch.Tensor, outputs: int, bias: torch.Tensor | None) -> None:
-        self.panels, self.outputs, self.bias = panels, outputs, bias
-        self._fixed = (
-            panels.shape[1],
-            outputs,
-            panels.data_ptr(),
-            0 if bias is None else bias.data_ptr(),
-        )
+    `parts` is what the weight is made of, each [panels, ...].
+    """
+
+    def __init__(
+        self, parts: tuple[torch.Tensor, ...], inputs: int, outputs: int, bias: torch.Tensor | None
+    ) -> None:
+        self.inputs, self.outputs, self.bias = inputs, outputs, bias
+        self.hold(parts)
+
+    @classmethod
+    def of(cls, weight: torch.Tensor, bias: torch.Tensor | None) -> "PackedLinear":
+        outputs, inputs = weight.shape
+        return cls((pack(weight),), inputs, outputs, bias)
+
+    def hold(self, parts: tuple[torch.Tensor, ...]) -> None:
+        """The same values, lying elsewhere."""
+        self.parts = parts
+        bias = 0 if self.bias is None else self.bias.data_ptr()
+        self._fixed = (*self._sizes(), *(part.data_ptr() for part in parts), bias)
+
+    def weight(self) -> torch.Tensor:
+        """[out, in], bit for bit."""
+        return unpack(self.parts[0], self.outputs)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """x [T, in], rows contiguous, T > 0; [T, out]."""
+        """x [T, in], T > 0; [T, out]."""
         if x.stride(1) != 1:
             x = x.contiguous()
         y = x.new_empty(x.shape[0], self.outputs)
-        _linear(arguments(*self._fixed, x.shape[0], x.data_ptr(), x.stride(0), y.data_ptr(), self.outputs))
+        place = (x.shape[0], x.data_ptr(), x.stride(0), y.data_ptr(), self.outputs)
+        self._launch(arguments(*self._fixed, *place))
         return y
+
+    def _sizes(self) -> tuple[int, ...]:
+        return self.inputs, self.outputs
+
+    def _launch(self, args: Arguments) -> None:
+        _linear(args)
+
+
+def join(members: list[PackedLinear]) -> tuple[PackedLinear, list[slice]]:
+    """One linear that gives the outputs of all, each in columns of its own, over the same memory."""
+    parts = tuple(torch.cat(same) for same in zip(*(member.parts for member in members), strict=True))
+    width = len(parts[0]) * LANES
+    given = any(member.bias is not None for member in members)
+    bias = torch.zeros(width) if given else None
+    columns, at = [], 0
+    for member in members:
+        end = at + len(member.parts[0])
+        columns.append(slice(at * LANES, at * LANES + member.outputs))
+        member.hold(tuple(part[at:end] for part in parts))
+        if bias is not None and member.bias is not None:
+            bias[columns[-1]] = member.bias
+        at = end
+    return type(members[0])(parts, members[0].inputs, width, bias), columns

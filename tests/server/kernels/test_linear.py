@@ -30,7 +30,7 @@ def test_packing_loses_nothing(shape: tuple[int, int]) -> None:
 def test_equals_its_twin(shape: tuple[int, int], with_bias: bool) -> None:
     weight, bias = make(*shape)
     panels, added = pack(weight), bias if with_bias else None
-    linear = PackedLinear(panels, shape[0], added)
+    linear = PackedLinear.of(weight, added)
     for rows in ROWS:
         x = torch.randn(rows, shape[1])
         torch.testing.assert_close(linear(x), linear_reference(x, panels, shape[0], added), atol=2e-4, rtol=0)
@@ -38,7 +38,7 @@ def test_equals_its_twin(shape: tuple[int, int], with_bias: bool) -> None:
 
 def test_a_row_is_the_same_bit_for_bit_in_any_batch() -> None:
     weight, bias = make(200, 300)
-    linear = PackedLinear(pack(weight), 200, bias)
+    linear = PackedLinear.of(weight, bias)
     x = torch.randn(300, 300)
     alone = torch.cat([linear(x[i : i + 1]) for i in range(300)])
     for rows in ROWS:
@@ -47,7 +47,7 @@ def test_a_row_is_the_same_bit_for_bit_in_any_batch() -> None:
 
 def test_rows_may_lie_apart() -> None:
     weight, _ = make(65, 40)
-    linear = PackedLinear(pack(weight), 65, None)
+    linear = PackedLinear.of(weight, None)
     wide = torch.randn(9, 100)
     assert torch.equal(linear(wide[:, 10:50]), linear(wide[:, 10:50].contiguous()))
     assert torch.equal(linear(wide[:, 0:80:2]), linear(wide[:, 0:80:2].contiguous()))

@@ -1,0 +1,98 @@
+"""The int8 linear against its twin, how far it is from float32, and that rows do not see each other."""
+
+import pytest
+import torch
+
+from server.kernels.int8 import Int8Linear, finest, int8_linear_reference, pack, quantize, unpack
+from server.kernels.linear import join
+from server.kernels.openmp import AVAILABLE
+
+pytestmark = pytest.mark.skipif(not AVAILABLE, reason="needs numba and libgomp")
+
+SHAPES = [(1, 8), (65, 41), (192, 576), (200, 301)]  # outputs, inputs: also such as fill no panel, no pair
+ROWS = [1, 2, 3, 5, 8, 11, 16, 17, 31, 63, 64, 130, 300]
+
+
+def make(outputs: int, inputs: int) -> tuple[torch.Tensor, torch.Tensor]:
+    rng = torch.Generator().manual_seed(outputs)
+    return torch.randn(outputs, inputs, generator=rng), torch.randn(outputs, generator=rng)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_what_is_held_is_the_nearest_of_255_values(shape: tuple[int, int]) -> None:
+    weight, _ = make(*shape)
+    quantized, scales = quantize(weight)
+    assert torch.equal(unpack(pack(quantized), *shape), quantized)
+    held = Int8Linear.of(weight, None).weight()
+    assert torch.equal(held, quantized * scales[:, None])
+    assert ((held - weight).abs() <= scales[:, None] * 0.5001).all()
+    assert torch.equal(quantize(held)[0], quantized), "quantized again it stays as it is"
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_equals_its_twin(shape: tuple[int, int], with_bias: bool) -> None:
+    weight, bias = make(*shape)
+    added = bias if with_bias else None
+    linear = Int8Linear.of(weight, added)
+    for rows in ROWS:
+        x = torch.randn(rows, shape[1])
+        expected = int8_linear_reference(x, *quantize(weight), added)
+        torch.testing.assert_close(linear(x), expected, atol=2e-3, rtol=1e-4)
+
+
+def test_inputs_are_as_good_as_float32_beside_outliers() -> None:
+    weight, _ = make(192, 576)
+    linear = Int8Linear.of(weight, None)
+    x = torch.randn(16, 576)
+    x[:, 7] = 300.0
+    exact = x.double() @ linear.weight().double().T
+    error = (linear(x) - exact).abs().max() / exact.abs().max()
+    assert error < 1e-3
+
+
+def test_sums_of_the_largest_values_fit() -> None:
+    for inputs in (8, 576, 1536, 14336):
+        assert finest(inputs) * 127 * inputs < 2**31
+        linear = Int8Linear.of(torch.ones(64, inputs), None)
+        torch.testing.assert_close(linear(torch.ones(2, inputs)), torch.full((2, 64), float(inputs)))
+        torch.testing.assert_close(linear(-torch.ones(2, inputs)), torch.full((2, 64), -float(inputs)))
+
+
+def test_a_row_is_the_same_bit_for_bit_in_any_batch() -> None:
+    weight, bias = make(200, 301)
+    linear = Int8Linear.of(weight, bias)
+    x = torch.randn(300, 301) * torch.logspace(-6, 6, 300)[:, None]
+    alone = torch.cat([linear(x[i : i + 1]) for i in range(300)])
+    for rows in ROWS:
+        assert torch.equal(linear(x[:rows]), alone[:rows]), rows
+
+
+def test_zeros_give_the_bias() -> None:
+    weight, bias = make(65, 41)
+    assert torch.equal(Int8Linear.of(weight, bias)(torch.zeros(3, 41)), bias.expand(3, -1))
+    assert not Int8Linear.of(torch.zeros(65, 41), None)(torch.randn(3, 41)).any()
+
+
+def test_a_row_that_is_not_finite_stays_so_and_alone() -> None:
+    weight, _ = make(65, 41)
+    linear = Int8Linear.of(weight, None)
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        x = torch.randn(20, 41)
+        whole = linear(x)
+        x[3, 5] = bad
+        y = linear(x)
+        assert not y[3].isfinite().all()
+        others = [i for i in range(20) if i != 3]
+        assert torch.equal(y[others], whole[others])
+
+
+def test_joined_they_give_what_each_gave() -> None:
+    linears = [Int8Linear.of(*make(outputs, 41)) for outputs in (65, 64, 3)]
+    x = torch.randn(9, 41)
+    before = [linear(x) for linear in linears]
+    whole, columns = join([*linears])
+    y = whole(x)
+    for linear, span, expected in zip(linears, columns, before, strict=True):
+        assert torch.equal(y[:, span], expected)
+        assert torch.equal(linear(x), expected)
