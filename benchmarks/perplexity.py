@@ -1,4 +1,4 @@
-"""What `--quantize int8` costs in quality: perplexity on real text, in float32 and in int8, by the engine's kernels.
+"""What `--quantize int8` costs: perplexity on real text, float32 beside int8, by the kernels that serve.
 
     python -m benchmarks.perplexity                  # two minutes; prints a table, writes JSON
 
