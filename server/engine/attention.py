@@ -116,6 +116,25 @@ class Step:
         self.norm = spans.acting("norm")
         self.sublayer = spans.acting("sublayer")
 
+    def attention(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scores: Scores
+    ) -> torch.Tensor:
+        """[T, heads, head_dim]; q is such, k and v [T, kv_heads, head_dim], which go to their pages."""
+        keys, values = self.pages.keys[layer], self.pages.values[layer]
+        parts = []
+        if n := self.decoding:
+            new = (q[:n], k[:n], v[:n])
+            parts.append(decode_attention(*new, keys, values, self.tables, self.lengths, scores))
+        for chunk in self.chunks:
+            span = slice(chunk.start, chunk.end)
+            write_pages(keys, values, k[span], v[span], chunk.places)
+            if chunk.length == chunk.end - chunk.start:
+                past_k, past_v = k[span].transpose(0, 1), v[span].transpose(0, 1)
+            else:
+                past_k, past_v = gather_pages(keys, values, chunk.blocks, chunk.length)
+            parts.append(prefill_attention(q[span], past_k, past_v, scores))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
     def keep(self, rows: list[Row]) -> None:
         """The output head sees one token of each row that completes, in the order given."""
         spans = Spans()
@@ -151,18 +170,5 @@ def attend(
     """What transformers calls for each layer: [1, T, heads, head_dim]."""
     step: Step = module.polypeft_step
     q, k, v = query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)
-    keys, values = step.pages.keys[module.layer_idx], step.pages.values[module.layer_idx]
     scores = Scores(q.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window or 0, softcap or 0.0)
-    parts = []
-    if n := step.decoding:
-        parts.append(decode_attention(q[:n], k[:n], v[:n], keys, values, step.tables, step.lengths, scores))
-    for chunk in step.chunks:
-        span = slice(chunk.start, chunk.end)
-        write_pages(keys, values, k[span], v[span], chunk.places)
-        if chunk.length == chunk.end - chunk.start:
-            past_k, past_v = k[span].transpose(0, 1), v[span].transpose(0, 1)
-        else:
-            past_k, past_v = gather_pages(keys, values, chunk.blocks, chunk.length)
-        parts.append(prefill_attention(q[span], past_k, past_v, scores))
-    out = parts[0] if len(parts) == 1 else torch.cat(parts)
-    return out[None], None
+    return step.attention(module.layer_idx, q, k, v, scores)[None], None

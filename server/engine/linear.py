@@ -72,10 +72,14 @@ class LinearSite(nn.Module):
             y = self.fast(flat)
         else:
             y = F.linear(flat, self.held, self.bias)
-        for bank, rows in self.step.head if self.is_head else self.step.affine:
-            bank.affine(self.site, flat, y, rows, self.bias)
+        self.adapt(flat, y)
         result: torch.Tensor = y.view(*x.shape[:-1], self.site.outputs)
         return result
+
+    def adapt(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        """Add to y [T, out], in place, what each token's adapter makes of x [T, in]."""
+        for bank, rows in self.step.head if self.is_head else self.step.affine:
+            bank.affine(self.site, x, y, rows, self.bias)
 
 
 class Family:
@@ -88,6 +92,11 @@ class Family:
             member.family = self
         self.x = self.y = torch.empty(0)
         self.left = 0  # members that have not yet taken their columns of y
+
+    def outputs(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """What x [T, in] gives to each member, in their order: columns [T, out] of one tensor."""
+        y = self.fast(x)
+        return [y[:, columns] for columns in self.columns.values()]
 
     def output(self, member: LinearSite, x: torch.Tensor, flat: torch.Tensor) -> torch.Tensor:
         """The member's columns [T, out] of what x, which is `flat` once it is flat, gives to all."""

@@ -13,6 +13,7 @@ import torch
 from server.adapters.methods.base import Bank, Start
 from server.engine.attention import Pages, Step, attend, places_of
 from server.engine.frozen import FrozenModel, Placement
+from server.engine.layers import run_by_kernels
 from server.engine.row import Row
 from server.kernels.attention import BLOCK, write_pages
 
@@ -26,6 +27,7 @@ class ServedModel(FrozenModel):
         self.step = Step()
         super().__init__(folder, base_id, placement, self.step, attend, max_context=max_context)
         self.step.pages = Pages(self.base, placement.device, placement.dtype, kv_bytes)
+        run_by_kernels(self.model, self.step)
         holds = self.step.pages.count * BLOCK  # one row may fill the whole cache, and no more
         self.base = msgspec.structs.replace(self.base, max_context=min(self.base.max_context, holds))
 

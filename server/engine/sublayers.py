@@ -53,7 +53,8 @@ def watch_norms(model: nn.Module, step: Step) -> dict[str, Site]:
             site = Site(name, "norm", weight.shape[0], weight.shape[0], bias is not None, epsilon=epsilon)
             sites[name] = site
             if not name.endswith(("q_norm", "k_norm")):
-                norm.register_forward_hook(apply_to_norm(site, bias, norm_parts(norm), step))
+                hook = norm.polypeft_after = apply_to_norm(site, bias, norm_parts(norm), step)
+                norm.register_forward_hook(hook)
     return sites
 
 
@@ -87,7 +88,9 @@ def watch_sublayers(model: nn.Module, layers: int, hidden_size: int, step: Step)
             site = Site(f"{path}.{leaf}", kind, hidden_size, hidden_size, False)
             sites[site.name] = site
             getattr(layer, norm).register_forward_pre_hook(keep_residual(step))
-            getattr(layer, leaf).register_forward_hook(apply_banks(site, step))
+            block = getattr(layer, leaf)
+            hook = block.polypeft_after = apply_banks(site, step)
+            block.register_forward_hook(hook)
     return sites
 
 

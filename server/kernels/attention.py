@@ -125,7 +125,7 @@ if AVAILABLE:
     from server.kernels.openmp import bits_to_float, floats, ints, kernel, num_threads, thread_num
 
     @nb.njit(cache=True, fastmath=True, inline="always")
-    def _exp(x):  # type: ignore[no-untyped-def]
+    def exp_of_negative(x):  # type: ignore[no-untyped-def]
         """exp(x) for x <= 0 to 2 ulp, in operations that vectorise (Cephes expf)."""
         x = max(x, np.float32(-87.0))
         n = np.floor(x * np.float32(1.44269504) + np.float32(0.5))
@@ -165,7 +165,7 @@ if AVAILABLE:
             top = max(top, p[t])
         total = np.float32(0)
         for t in range(first, length):
-            p[t] = _exp(p[t] - top)
+            p[t] = exp_of_negative(p[t] - top)
             total += p[t]
         return np.float32(1) / total
 
@@ -214,15 +214,15 @@ if AVAILABLE:
             first = max(0, length - window) if window > 0 else 0
             last = (table[(length - 1) // 16] * kv_heads + kv) * page  # the new token's own page
             at = (length - 1) % 16
-            new_k = floats(args[13] + (r * kv_heads + kv) * dim * 4, dim)
-            new_v = floats(args[14] + (r * kv_heads + kv) * dim * 4, dim)
+            new_k = floats(args[13] + (r * args[16] + kv * dim) * 4, dim)
+            new_v = floats(args[14] + (r * args[17] + kv * dim) * 4, dim)
             keys = floats(args[7] + last * 4, page)
             values = floats(args[8] + last * 4, page)
             for d in range(dim):
                 keys[d * 16 + at] = new_k[d]
                 values[at * dim + d] = new_v[d]
             for h in range(kv * group, (kv + 1) * group):
-                q = floats(args[6] + (r * heads + h) * dim * 4, dim)
+                q = floats(args[6] + (r * args[15] + h * dim) * 4, dim)
                 out = floats(args[12] + (r * heads + h) * dim * 4, dim)
                 for d in range(dim):
                     scaled[d] = q[d] * factors[0]
@@ -248,14 +248,22 @@ def decode_attention(
     lengths: torch.Tensor,  # int64 [R], the new token included
     scores: Scores,
 ) -> torch.Tensor:
-    """Each row's new token over its pages, read in place: [R, heads, head_dim]."""
+    """Each row's new token over its pages, read in place: [R, heads, head_dim].
+
+    Rows of q, k and v may lie apart, their heads may not.
+    """
     rows, heads, dim = q.shape
     if not AVAILABLE or q.device.type != "cpu" or q.dtype != torch.float32 or dim % 8:
         return decode_attention_reference(q, k, v, keys, values, tables, lengths, scores)
-    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    out = torch.empty_like(q)
+    q, k, v = _by_head(q), _by_head(k), _by_head(v)
+    out = q.new_empty(q.shape)
     factors = torch.tensor([scores.scale, scores.softcap], dtype=torch.float32)
     sizes = (rows, heads, keys.shape[1], dim, tables.shape[1], scores.window)
     held = (q, keys, values, tables, lengths, factors, out, k, v)
-    _decode_attention(arguments(*sizes, *(tensor.data_ptr() for tensor in held)))
+    strides = (q.stride(0), k.stride(0), v.stride(0))
+    _decode_attention(arguments(*sizes, *(tensor.data_ptr() for tensor in held), *strides))
     return out
+
+
+def _by_head(x: torch.Tensor) -> torch.Tensor:
+    return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()

@@ -57,12 +57,12 @@ if AVAILABLE:
     import numba as nb
     import numpy as np
 
-    from server.kernels.int8_tiles import tile
     from server.kernels.linear import MANY, MOST, TILES, tile_for
     from server.kernels.openmp import floats, kernel, num_threads, thread_num
+    from server.kernels.tiles import Int8, tile
 
     R0, R1, R2, R3, R4, R5 = TILES
-    _t0, _t1, _t2, _t3, _t4, _t5 = (tile(rows, panels) for rows, panels in TILES.items())
+    _t0, _t1, _t2, _t3, _t4, _t5 = (tile(rows, panels, Int8()) for rows, panels in TILES.items())
 
     @nb.njit(cache=True, error_model="numpy")
     def _run_tile(rows, w, x, out, pairs, panel_bytes):  # type: ignore[no-untyped-def]

@@ -7,11 +7,7 @@ each weight once. Rows are laid out beside each other, [in, rows], where a tile 
 Each sum runs over the inputs in their order, 192 at a time, whatever the tile: a row's result is the same bit
 for bit alone and in any batch. Measured with SmolLM2-135M's linears (two AVX-512 cores): 19/21/23/29/49 ms a
 step at 1/4/8/16/32 rows, against 25/28/33/40/58 of oneDNN's own packed form.
-
-The processor's own prefetcher stops at each page of 4 KiB, so the tiles ask for what they read next.
 """
-
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +16,6 @@ from server.kernels.openmp import AVAILABLE, Arguments, arguments
 
 LANES = 16  # outputs of a panel
 GROUP = 4  # panels at a time, at most; a packed weight has a multiple of these
-AHEAD = 4096  # bytes of the weight
 BY_ROWS = 64  # from so many rows on, threads share rows instead of outputs
 CHUNK = 120  # rows that a thread lays out at a time: they stay in its own cache
 DEPTH = 192  # inputs at a time: a tile's panels stay in the first-level cache, and rounding errors small
@@ -49,78 +44,11 @@ def linear_reference(
 
 
 if AVAILABLE:
-    import llvmlite.binding as llvm
     import numba as nb
     import numpy as np
-    from llvmlite import ir
-    from numba import types
-    from numba.core import cgutils
-    from numba.extending import intrinsic
 
     from server.kernels.openmp import floats, kernel, num_threads, thread_num
-
-    WIDE = bool(llvm.get_host_cpu_features().get("avx512f", False))
-
-    def _tile(rows: int, panels: int) -> Any:
-        """A loop over the inputs that keeps rows * panels vectors of sums in registers.
-
-        tile(w, x, out, depth, panel_bytes): out [rows, panels, 16] += x [depth, rows] times w's panels.
-        """
-        vector, real, word = ir.VectorType(ir.FloatType(), LANES), ir.FloatType(), ir.IntType(64)
-        flag, byte = ir.IntType(32), ir.IntType(8).as_pointer()
-
-        def generate(context: Any, b: Any, _sig: Any, args: Any) -> Any:
-            def integer(value: int) -> Any:
-                return ir.Constant(word, value)
-
-            w, x, out, depth, panel_bytes = args
-            fma = cgutils.get_or_insert_function(
-                b.module, ir.FunctionType(vector, [vector] * 3), f"llvm.fma.v{LANES}f32"
-            )
-            prefetch = cgutils.get_or_insert_function(
-                b.module, ir.FunctionType(ir.VoidType(), [byte, flag, flag, flag]), "llvm.prefetch.p0"
-            )
-            first_lane = ir.Constant(ir.VectorType(flag, LANES), [0] * LANES)
-            places = [
-                b.inttoptr(b.add(out, integer(4 * LANES * i)), vector.as_pointer())
-                for i in range(rows * panels)
-            ]
-            before, zeros = b.block, ir.Constant(vector, [0.0] * LANES)
-            loop, done = b.append_basic_block("input"), b.append_basic_block("done")
-            b.branch(loop)
-            b.position_at_end(loop)
-            at = b.phi(word)
-            at.add_incoming(integer(0), before)
-            sums = [b.phi(vector) for _ in range(rows * panels)]
-            for phi in sums:
-                phi.add_incoming(zeros, before)
-            lanes = []
-            for p in range(panels):
-                address = b.add(b.add(w, b.mul(panel_bytes, integer(p))), b.mul(at, integer(4 * LANES)))
-                lanes.append(b.load(b.inttoptr(address, vector.as_pointer()), align=4))
-                ahead = b.inttoptr(b.add(address, integer(AHEAD)), byte)
-                b.call(prefetch, [ahead, *(ir.Constant(flag, value) for value in (0, 3, 1))])
-            row = b.add(x, b.mul(at, integer(4 * rows)))
-            added = []
-            for r in range(rows):
-                value = b.load(b.inttoptr(b.add(row, integer(4 * r)), real.as_pointer()))
-                one = b.insert_element(ir.Constant(vector, ir.Undefined), value, ir.Constant(flag, 0))
-                spread = b.shuffle_vector(one, one, first_lane)
-                added += [b.call(fma, [lanes[p], spread, sums[r * panels + p]]) for p in range(panels)]
-            following = b.add(at, integer(1))
-            at.add_incoming(following, loop)
-            for phi, value in zip(sums, added, strict=True):
-                phi.add_incoming(value, loop)
-            b.cbranch(b.icmp_signed("<", following, depth), loop, done)
-            b.position_at_end(done)
-            for value, place in zip(added, places, strict=True):
-                b.store(b.fadd(b.load(place, align=4), value), place, align=4)
-            return context.get_dummy_value()
-
-        def typed(_context: Any, w: Any, x: Any, out: Any, depth: Any, panel_bytes: Any) -> Any:  # noqa: ARG001
-            return types.void(*[types.int64] * 5), generate
-
-        return intrinsic(typed)
+    from server.kernels.tiles import WIDE, Float32, tile
 
     # rows -> panels of the tiles there are: as many sums as the registers hold (32 of 16 lanes, or 16 of 8).
     # A longer run of rows goes through tiles of MANY rows.
@@ -129,7 +57,7 @@ if AVAILABLE:
     MOST = max(TILES)
     R0, R1, R2, R3, R4, R5 = TILES
     P0, P1, P2, P3, P4, P5 = TILES.values()
-    _t0, _t1, _t2, _t3, _t4, _t5 = (_tile(rows, panels) for rows, panels in TILES.items())
+    _t0, _t1, _t2, _t3, _t4, _t5 = (tile(rows, panels, Float32()) for rows, panels in TILES.items())
 
     @nb.njit(cache=True, error_model="numpy")
     def _run_tile(rows, w, x, out, depth, panel_bytes):  # type: ignore[no-untyped-def]

@@ -1,0 +1,71 @@
+"""Which models run by our kernels, that adapters of every kind act there as in the classes, and who is refused."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import GraniteConfig, GraniteForCausalLM
+
+from server.engine.frozen import Placement
+from server.engine.layers import Layer
+from server.engine.model import ServedModel
+from server.engine.sublayers import decoder_layers
+from server.kernels.openmp import AVAILABLE
+
+pytestmark = pytest.mark.skipif(not AVAILABLE, reason="needs numba and libgomp")
+
+CPU = Placement(torch.device("cpu"), torch.float32)
+
+
+def served(folder: Path, placement: Placement = CPU) -> ServedModel:
+    return ServedModel(folder, "tiny", placement, kv_bytes=1 << 22, max_context=0)
+
+
+def by_kernels(model: ServedModel) -> list[bool]:
+    layers = decoder_layers(model.model, model.base.layers)
+    return [isinstance(getattr(layer.forward, "__self__", None), Layer) for _, layer in layers]
+
+
+@pytest.mark.parametrize(
+    ("family", "expected"),
+    [
+        ("llama", True),
+        ("qwen2", True),
+        ("qwen3", True),
+        ("mistral", True),
+        ("gemma2", False),
+        ("gpt2", False),
+        ("olmo2", False),
+    ],
+)
+def test_who_is_built_like_a_llama(family: str, expected: bool, tiny_models: Callable[[str], Path]) -> None:
+    model = served(tiny_models(family))
+    assert set(by_kernels(model)) == {expected}
+    assert not any(pages[0].any() for pages in model.step.pages.keys), "the probe leaves nothing behind"
+
+
+def test_a_model_that_scales_in_its_own_way_stays_with_its_class(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = GraniteConfig(
+        vocab_size=320,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        residual_multiplier=0.5,
+    )
+    GraniteForCausalLM(config).save_pretrained(tmp_path)
+    model = served(tmp_path)
+    assert not any(by_kernels(model))
+    assert "runs by its class" in caplog.text
+
+
+def test_int8_runs_by_kernels_and_is_the_same_base(tiny_models: Callable[[str], Path]) -> None:
+    folder = tiny_models("llama")
+    int8 = served(folder, Placement(CPU.device, CPU.dtype, "int8"))
+    assert all(by_kernels(int8))
+    assert int8.base.digest == served(folder).base.digest, "adapters of one are adapters of the other"
+    assert int8.digest() != int8.base.digest, "what is held is not what came"
