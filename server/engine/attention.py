@@ -89,6 +89,7 @@ class Step:
         self.tables = torch.empty(0)
         self.lengths = torch.empty(0)
         self.chunks: list[Chunk] = []
+        self.heard: dict[int, Scores] = {}  # of each layer, how the model's own class last asked for it
         self.last: dict[str, int] = {}  # row id -> its last token's place in the batch
 
     def begin(self, rows: list[Row], device: torch.device) -> None:
@@ -171,4 +172,5 @@ def attend(
     step: Step = module.polypeft_step
     q, k, v = query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)
     scores = Scores(q.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window or 0, softcap or 0.0)
+    step.heard[module.layer_idx] = scores
     return step.attention(module.layer_idx, q, k, v, scores)[None], None

@@ -20,7 +20,7 @@ from torch import nn
 from server.engine.attention import Chunk, Step, places_of
 from server.engine.linear import Family, LinearSite
 from server.engine.sublayers import decoder_layers
-from server.kernels.attention import BLOCK, Scores
+from server.kernels.attention import BLOCK
 from server.kernels.elementwise import RmsNorm, rotate_, silu_times
 
 log = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ TOLERANCE = 1e-4  # of the largest state's difference, over the largest state
 
 
 class Layer:
-    """One decoder layer; `forward` takes and gives what the class's own does."""
+    """One decoder layer, which its class has run before; `forward` takes and gives what the class does."""
 
     def __init__(self, layer: Any, step: Step) -> None:
         attention, mlp = layer.self_attn, layer.mlp
@@ -49,7 +49,7 @@ class Layer:
         self.qkv = [attention.q_proj, attention.k_proj, attention.v_proj]
         self.gate_up = [mlp.gate_proj, mlp.up_proj]
         self.dim: int = attention.head_dim
-        self.scores = Scores(attention.scaling, getattr(attention, "sliding_window", None) or 0)
+        self.scores = step.heard[self.index]
 
     def forward(
         self,

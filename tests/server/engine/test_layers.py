@@ -1,4 +1,4 @@
-"""Which models run by our kernels, that adapters of every kind act there as in the classes, and who is refused."""
+"""Which models run by our kernels, and which stay with their classes."""
 
 from collections.abc import Callable
 from pathlib import Path
