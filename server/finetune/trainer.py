@@ -53,7 +53,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers has no type
     ) -> None:
         """`folder` gets the checkpoints: checkpoint-STEP, of which the newest two are kept."""
         self.total = recipe.steps(len(examples))
-        arguments = _arguments(recipe, folder, model.device)
+        arguments = training_arguments(recipe, folder, model.device)
         super().__init__(model, arguments, train_dataset=list(examples), callbacks=[_Steering(self)])
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = True  # our losses are means over all accumulated batches already
@@ -251,7 +251,7 @@ def _collate(examples: Sequence[Example]) -> Inputs:
     return {"batch": Batch.of(examples)}
 
 
-def _arguments(recipe: Recipe, folder: Path, device: torch.device) -> TrainingArguments:
+def training_arguments(recipe: Recipe, folder: Path, device: torch.device) -> TrainingArguments:
     return TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=recipe.batch_size,

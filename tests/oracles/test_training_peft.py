@@ -64,7 +64,10 @@ class PeftOracle:
     def __init__(self, base: Path, adapter: Path) -> None:
         from peft import PeftModel
 
-        self.model = PeftModel.from_pretrained(load_model(base), adapter, is_trainable=True).eval()
+        virtual = "num_virtual_tokens" in json.loads((adapter / "adapter_config.json").read_text())
+        self.model = PeftModel.from_pretrained(load_model(base), adapter, is_trainable=not virtual).eval()
+        if virtual:  # PEFT loads those for inference only, but trains them all the same
+            self.model.prompt_encoder.requires_grad_(True)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
 
     def loss(self, example: Example) -> torch.Tensor:
@@ -169,18 +172,20 @@ METHODS: dict[str, Callable[[str], Peft]] = {
 PEFT_HAS = ("lora", "rslora", "dora", "prefix", "prompt")
 
 
-@pytest.fixture(params=list(FAMILIES))
-def family(request: pytest.FixtureRequest) -> Iterator[str]:
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Batches this small only wait for a second one, for long where others want the cores too."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # models this small only wait for a second one
-    yield request.param
+    torch.set_num_threads(1)
+    yield
     torch.set_num_threads(threads)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("method", METHODS)
 def test_the_same_steps(family: str, method: str, tiny_models: Callable[[str], Path], tmp_path: Path) -> None:
     if family == "olmo2" and "bn" in method:
-        return  # none is served there
+        pytest.skip("a base that no bottleneck adapter is served on")
     base = tiny_models(family)
     ours = Trainable(base, "tiny", recipe(peft=METHODS[method](family)))
     ours.save(tmp_path / "start")
@@ -190,7 +195,8 @@ def test_the_same_steps(family: str, method: str, tiny_models: Callable[[str], P
         compare(ours, oracle)
 
 
-def compare(ours: Trainable, oracle: Oracle) -> None:
+def compare(ours: Trainable, oracle: Oracle, *, worst: float = 0.02) -> None:
+    """`worst`: how far any element may be off, of what one step of Adam moves it at most."""
     # with Adam's usual epsilon a gradient that is zero but for rounding would move its tensor all the same
     optimizers = [
         torch.optim.AdamW(own, lr=RATE, eps=1e-4, weight_decay=0.1)
@@ -211,10 +217,11 @@ def compare(ours: Trainable, oracle: Oracle) -> None:
         assert found == pytest.approx(expected, abs=TOLERANCE), f"step {step}"
         first, last = first or found, found
     assert first != last
+    end = ours.state()
     for name, tensor in oracle.tensors().items():
-        moved = (ours.state()[name] - start[name]).abs().max()
-        error = (ours.state()[name] - tensor.detach()).abs().max()
-        assert error <= 0.02 * RATE, name
+        moved = (end[name] - start[name]).abs().max()
+        error = (end[name] - tensor.detach()).abs().max()
+        assert error <= worst * RATE, name
         assert moved > RATE / 10, f"{name} was not trained"
 
 
@@ -223,4 +230,4 @@ def test_smollm2_takes_the_same_steps(smollm2: Path, tmp_path: Path) -> None:
     ours = Trainable(smollm2, "smollm2", recipe(peft=own))
     ours.save(tmp_path)
     with quiet():
-        compare(ours, PeftOracle(smollm2, tmp_path))
+        compare(ours, PeftOracle(smollm2, tmp_path), worst=0.05)  # thirty layers' rounding
