@@ -100,7 +100,7 @@ class Bar:
     def __init__(self, console: Console) -> None:
         columns = (
             TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
+            BarColumn(bar_width=10),  # it all fits 80 columns
             TextColumn("{task.fields[figures]}"),
         )
         self._progress = Progress(*columns, console=console)
@@ -114,10 +114,10 @@ class Bar:
         data = event["data"] or {}
         if event["type"] == "metrics":
             self._figures |= data
+        self._draw("training" if self._figures else "waiting")
         if "train_loss" not in data:
             style = STYLES.get(event["level"], "dim")
             self._progress.print(f"[{style}]{escape(visible(event['message']))}[/{style}]")
-        self._draw("training" if self._figures else "waiting")
 
     def away(self, error: Exception) -> None:  # noqa: ARG002 - a bar has no room for reasons
         self._draw("[yellow]no answer[/yellow]")
@@ -132,21 +132,24 @@ class Bar:
             total=total,
             completed=step or 0,
             figures=figures_line(self._figures),
+            refresh=True,
         )
 
 
 def figures_line(data: dict[str, Any]) -> str:
-    """`45/180  loss 1.234  held out 1.301  310 tokens/s  1:20 left`: of these, what is known."""
+    """`45/180  1:20 left  loss 1.234  held out 1.301  310 tok/s`: of these, what is known."""
     if "train_loss" not in data:
         return ""
-    step, total = data["step"], data["total_steps"]
-    parts = [f"{step}/{total}", f"loss {data['train_loss']:.3f}"]
-    if "valid_loss" in data:
-        parts.append(f"held out {data['valid_loss']:.3f}")
-    if seconds := data.get("seconds"):
-        parts.append(f"{data['trained_tokens'] / seconds:.0f} tokens/s")
+    step, total, seconds = data["step"], data["total_steps"], data.get("seconds")
+    parts = [f"{step}/{total}"]
+    if seconds:
         left = round(seconds / step * (total - step))
         parts.append(f"{left // 60}:{left % 60:02} left")
+    parts.append(f"loss {data['train_loss']:.3f}")
+    if "valid_loss" in data:
+        parts.append(f"held out {data['valid_loss']:.3f}")
+    if seconds:
+        parts.append(f"{data['trained_tokens'] / seconds:.0f} tok/s")
     return "  ".join(parts)
 
 
