@@ -54,7 +54,10 @@ def connection(url: str, key: str | None, data_dir: Path | None) -> Iterator[htt
 def answer(response: httpx.Response) -> Any:
     """The JSON of a good answer. A refusal is raised as the error it is, with the server's own sentence."""
     if response.is_success:
-        return response.json()
+        try:
+            return response.json()
+        except ValueError:
+            raise Unavailable(f"{response.url} does not answer as a Polypeft server does.") from None
     raise refusal(response.read(), f"The server answered {response.status_code}.")
 
 

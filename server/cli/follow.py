@@ -56,10 +56,11 @@ def _events(client: httpx.Client, job: str, away: Callable[[Exception], None]) -
                     yield event.data
             return
         except AWAY as error:
-            alive = time.monotonic() if opened else alive
-            if time.monotonic() - alive > PATIENCE_SECONDS:
+            if opened:  # a stream that ends before its job is no news
+                alive = time.monotonic()
+            elif time.monotonic() - alive > PATIENCE_SECONDS:
                 raise
-            if not opened:  # a stream that ends before its job is no news
+            else:
                 away(error)
         time.sleep(RETRY_SECONDS)
 
