@@ -8,9 +8,12 @@ from server import __version__
 from server.cli.adapters import adapters
 from server.cli.admin import admin
 from server.cli.chat import chat
+from server.cli.complete import complete
+from server.cli.jobs import jobs
 from server.cli.output import print_error
 from server.cli.serve import serve
 from server.cli.tenants import tenants
+from server.cli.tune import tune
 from server.cli.worker import worker
 from server.errors import PolypeftError
 
@@ -23,8 +26,11 @@ app = typer.Typer(
 app.command()(serve)
 app.command()(worker)
 app.command()(chat)
+app.command()(complete)
+app.command()(tune)
 app.add_typer(tenants, name="tenants")
 app.add_typer(adapters, name="adapters")
+app.add_typer(jobs, name="jobs")
 app.add_typer(admin, name="admin")
 
 

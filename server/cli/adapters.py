@@ -1,16 +1,14 @@
 """`polypeft adapters`: a tenant's adapters, as files come and go."""
 
-from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import httpx
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
-from server.cli.connection import DEFAULT_URL, DataDir, Key, Url, answer, connection
+from server.cli.connection import DEFAULT_URL, DataDir, Key, Url, answer, connection, pages
 from server.cli.output import print_table
 from server.errors import InvalidField
 
@@ -58,7 +56,9 @@ def list_(url: Url = DEFAULT_URL, key: Key = None, data_dir: DataDir = None) -> 
     """All of the tenant's adapters."""
     columns = ["name", "version", "method", "rank", "bytes"]
     with connection(url, key, data_dir) as client:
-        print_table(columns, [[adapter[column] for column in columns] for adapter in _all(client)])
+        print_table(
+            columns, [[adapter[column] for column in columns] for adapter in pages(client, "/v1/adapters")]
+        )
 
 
 @adapters.command()
@@ -75,17 +75,6 @@ def rm(name: Name, url: Url = DEFAULT_URL, key: Key = None, data_dir: DataDir = 
     with connection(url, key, data_dir) as client:
         answer(client.delete(f"/v1/adapters/{name}"))
     typer.echo(f"{name} is deleted.")
-
-
-def _all(client: httpx.Client) -> Iterator[dict[str, Any]]:
-    """Every adapter, page by page."""
-    after: dict[str, str] = {}
-    while True:
-        page = answer(client.get("/v1/adapters", params=after))
-        yield from page["data"]
-        if not page["has_more"]:
-            return
-        after = {"after": page["last_id"]}
 
 
 def _files_of(path: Path) -> list[Path]:

@@ -1,6 +1,5 @@
 """`polypeft chat`: a conversation in the terminal, or over a pipe with one message a line."""
 
-import json
 import sys
 from collections.abc import Iterator
 from typing import Annotated, Any
@@ -9,8 +8,8 @@ import httpx
 import typer
 from rich.console import Console
 
-from server.cli.connection import DEFAULT_URL, DataDir, Key, Url, answer, base_id, connection, refusal
-from server.errors import PolypeftError
+from server.cli.connection import DEFAULT_URL, DataDir, Key, Url, base_id, connection
+from server.cli.sse import read_events
 from server.logs import visible
 
 Messages = list[dict[str, str]]
@@ -61,17 +60,6 @@ def _lines() -> Iterator[str]:
 def _answer_to(client: httpx.Client, body: dict[str, Any]) -> Iterator[str]:
     """The pieces of text of one streamed answer. Raises what the server says went wrong, also midway."""
     with client.stream("POST", "/v1/chat/completions", json=body) as response:
-        if not response.is_success:
-            answer(response)
-        for line in response.iter_lines():
-            kind, _, data = line.partition(": ")
-            if kind != "data":
-                continue
-            if data == "[DONE]":
-                return
-            event = json.loads(data)
-            if "error" in event:
-                raise refusal(data, "The server ended the answer.")
-            for choice in event.get("choices", []):
+        for event in read_events(response):
+            for choice in event.data.get("choices", []):
                 yield choice["delta"].get("content") or ""
-    raise PolypeftError("The server's answer was cut.")

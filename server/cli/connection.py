@@ -1,6 +1,7 @@
 """How a command reaches a running server: where it is, whose key it sends, and its refusals as our errors."""
 
 import json
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,7 +10,14 @@ from typing import Annotated, Any
 import httpx
 import typer
 
-from server.errors import PolypeftError, Unauthenticated, Unavailable, error_from_code
+from server.errors import (
+    InvalidField,
+    PolypeftError,
+    Unauthenticated,
+    Unavailable,
+    error_from_code,
+    shown,
+)
 from server.settings import Settings
 
 Url = Annotated[str, typer.Option("--url", envvar="POLYPEFT_URL", help="Where the server is.")]
@@ -37,13 +45,19 @@ def connection(url: str, key: str | None, data_dir: Path | None) -> Iterator[htt
         with httpx.Client(base_url=url, headers=headers, timeout=_TIMEOUT) as client:
             yield client
     except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise Unavailable(f"The server at {url} cannot be reached: {error}.") from error
+        reason = str(error).rstrip(".") or type(error).__name__
+        raise Unavailable(f"The server at {url} cannot be reached: {reason}.") from error
+    except UnicodeEncodeError as error:  # bytes on the command line that are no UTF-8
+        raise InvalidField(f"{shown(error.object[error.start : error.end])} cannot be sent.") from None
 
 
 def answer(response: httpx.Response) -> Any:
     """The JSON of a good answer. A refusal is raised as the error it is, with the server's own sentence."""
     if response.is_success:
-        return response.json()
+        try:
+            return response.json()
+        except ValueError:
+            raise Unavailable(f"{response.url} does not answer as a Polypeft server does.") from None
     raise refusal(response.read(), f"The server answered {response.status_code}.")
 
 
@@ -59,7 +73,24 @@ def refusal(body: bytes | str, otherwise: str) -> PolypeftError:
         error = json.loads(body)["error"]
         return error_from_code(str(error["code"]), str(error["message"]))
     except (ValueError, KeyError, TypeError):  # not from our server: a proxy's page, perhaps
-        return PolypeftError(otherwise)
+        return Unavailable(otherwise)
+
+
+def pages(client: httpx.Client, path: str) -> Iterator[dict[str, Any]]:
+    """Everything that a list holds, page by page."""
+    after: dict[str, str] = {}
+    while True:
+        page = answer(client.get(path, params=after))
+        yield from page["data"]
+        if not page["has_more"]:
+            return
+        after = {"after": page["last_id"]}
+
+
+def options_to_reach(url: str, data_dir: Path | None = None) -> str:
+    """What another command must be told, where it is not the default."""
+    options = f" --url {shlex.quote(url)}" if url != DEFAULT_URL else ""
+    return options + (f" --data-dir {shlex.quote(str(data_dir))}" if data_dir else "")
 
 
 def _operators_key(data_dir: Path | None) -> str:

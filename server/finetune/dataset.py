@@ -120,13 +120,13 @@ def load(
 
 
 def refusal(report: Report, param: str = "training_file") -> InvalidField | None:
-    """The report's problems as one error, None if there are none."""
+    """The report's problems as one error, on a line each; None if there are none."""
     if not report.problems:
         return None
-    listed = " ".join(f"Line {problem.line}: {problem.reason}" for problem in report.problems)
+    listed = "".join(f"\nLine {problem.line}: {problem.reason}" for problem in report.problems)
     more = report.total_problems - len(report.problems)
-    rest = f" And {more} more." if more else ""
-    return InvalidField(f"{param} cannot be trained on. {listed}{rest}", param=param)
+    rest = f"\nAnd {more} more." if more else ""
+    return InvalidField(f"{param} cannot be trained on.{listed}{rest}", param=param)
 
 
 def _lines(path: Path, tokenizer: Tokenizer, max_tokens: int, limits: Limits, param: str) -> Iterator[_Line]:

@@ -70,6 +70,8 @@ class Reporter:
             "train_mean_token_accuracy": done.accuracy,
             "learning_rate": done.learning_rate,
             "grad_norm": done.grad_norm,
+            "trained_tokens": done.tokens,
+            "seconds": done.seconds,
         }
         message = f"Step {done.step}/{done.total}: training loss={done.loss:.4f}"
         self._unsent.append(_Event("info", message, "metrics", metrics))

@@ -90,7 +90,10 @@ def test_every_bad_line_is_named_and_the_sound_ones_counted(write: Callable[...,
     refused = refusal(report, "validation_file")
     assert refused is not None
     assert refused.param == "validation_file"
-    assert "Line 5: messages[0].role must be one of" in refused.message
+    first, *lines = refused.message.splitlines()
+    assert first == "validation_file cannot be trained on."
+    assert [line.partition(":")[0] for line in lines] == [f"Line {number}" for number in (2, 3, 4, 5, 6)]
+    assert lines[3].startswith("Line 5: messages[0].role must be one of")
     with pytest.raises(InvalidField, match="training_file has a problem in line 2: The line is not JSON"):
         load(path, TOKENIZER, 64)
 
@@ -106,7 +109,7 @@ def test_no_more_problems_are_listed_than_the_limit_says(write: Callable[..., Pa
     refused = refusal(report)
     assert refused is not None
     assert "Line 50: The line has neither" in refused.message
-    assert refused.message.endswith(" And 10 more.")
+    assert refused.message.endswith("\nAnd 10 more.")
 
 
 @pytest.mark.parametrize("data", [b"", b"\n\n  \r\n", b"\xef\xbb\xbf"])

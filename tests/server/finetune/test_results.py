@@ -2,9 +2,10 @@ import csv
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 
 from server.finetune.history import History
-from server.finetune.results import COLUMNS, draw_losses, write_metrics
+from server.finetune.results import COLUMNS, _scale, draw_losses, write_metrics
 from tests.server.finetune.test_history import history
 
 
@@ -31,3 +32,21 @@ def test_metrics_are_one_line_a_step_with_openais_columns(tmp_path: Path) -> Non
 def test_losses_are_drawn_as_a_png(tmp_path: Path, drawn: History) -> None:
     draw_losses(drawn, tmp_path / "losses.png", base_loss=2.0)
     assert (tmp_path / "losses.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.mark.parametrize(
+    ("drawn", "held_out", "scale", "limits"),
+    [
+        ([9.0, 0.4, 8.0], [2.0, 0.6], "log", (0.2, 9.9)),  # what the best loss rises to later must be seen
+        ([3.0, 2.0], [2.5], "linear", (0.0, 3.3)),
+        ([3.0, 0.0], [0.0], "linear", (0.0, 3.3)),
+        ([], [], "linear", (0.0, 1.1)),
+    ],
+)
+def test_the_axis_of_losses_shows_the_best_one(
+    drawn: list[float], held_out: list[float], scale: str, limits: tuple[float, float]
+) -> None:
+    axes = Figure().subplots()
+    _scale(axes, drawn, held_out)
+    assert axes.get_yscale() == scale
+    assert axes.get_ylim() == pytest.approx(limits)

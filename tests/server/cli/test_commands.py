@@ -1,15 +1,10 @@
 """The command line against a real server with a fake engine: what it sends, what it prints, how it fails."""
 
-import io
 import json
 import os
-import shutil
 import subprocess
 import sys
-import tempfile
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import httpx
 import pytest
@@ -17,54 +12,13 @@ from redis import Redis as SyncRedis
 from transformers import PreTrainedTokenizerFast
 
 from server import __version__
-from server.cli import main
-from server.cli.adapters import _all
+from server.cli.connection import pages
 from server.cli.options import read_settings
 from server.engine.fake import Behaviour
 from server.errors import StartupError
 from server.settings import Settings
-from tests.server.api.conftest import System, lora_files, running
-from tests.server.api.tokenizers import byte_level_tokenizer
-
-
-class Done(NamedTuple):
-    status: int
-    out: str
-    err: str
-
-
-Run = Callable[..., Done]
-
-
-@pytest.fixture(scope="module")
-def system(valkey_url: str) -> Iterator[System]:
-    folder = Path(tempfile.mkdtemp(prefix="pp"))
-    byte_level_tokenizer(folder / "model")
-    settings = Settings(model=str(folder / "model"), data_dir=folder, redis_url=valkey_url)
-    settings.run_dir.mkdir()
-    with running(settings) as system:
-        yield system
-    shutil.rmtree(folder)
-
-
-@pytest.fixture
-def run(system: System, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """`polypeft ARGUMENTS` in this process, as the operator unless a key is given."""
-    monkeypatch.setenv("POLYPEFT_URL", system.url)
-    monkeypatch.setenv("POLYPEFT_DATA_DIR", str(system.settings.data_dir))
-    monkeypatch.delenv("POLYPEFT_API_KEY", raising=False)
-    system.engine.behaviour = Behaviour()
-
-    def call(*arguments: str, stdin: str = "") -> Done:
-        monkeypatch.setattr(sys, "argv", ["polypeft", *arguments])
-        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as end:
-            main()
-        said = capsys.readouterr()
-        return Done(int(end.value.code or 0), said.out, said.err)
-
-    return call
+from tests.server.api.conftest import System, lora_files
+from tests.server.cli.conftest import Run
 
 
 def script(system: System, text: str) -> Behaviour:
@@ -141,7 +95,7 @@ def test_a_lost_index_is_rebuilt_from_the_manifests(run: Run, system: System, ad
 
 
 def test_every_page_is_listed() -> None:
-    def pages(request: httpx.Request) -> httpx.Response:
+    def paged(request: httpx.Request) -> httpx.Response:
         after = request.url.params.get("after", "")
         names = [name for name in ("a", "b", "c") if name > after][:2]
         page = {
@@ -151,8 +105,8 @@ def test_every_page_is_listed() -> None:
         }
         return httpx.Response(200, json=page)
 
-    with httpx.Client(transport=httpx.MockTransport(pages), base_url="http://server") as client:
-        assert [adapter["name"] for adapter in _all(client)] == ["a", "b", "c"]
+    with httpx.Client(transport=httpx.MockTransport(paged), base_url="http://server") as client:
+        assert [adapter["name"] for adapter in pages(client, "/v1/adapters")] == ["a", "b", "c"]
 
 
 def test_the_servers_refusal_is_one_sentence(run: Run, adapter: Path) -> None:
@@ -245,3 +199,12 @@ def test_options_win_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> No
 def test_the_command_line_starts_without_torch() -> None:
     code = "import sys, server.cli; sys.exit(bool({'torch', 'transformers', 'fastapi'} & sys.modules.keys()))"
     subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": str(Path.cwd())})
+
+
+def test_a_text_is_completed_as_it_stands(run: Run, system: System) -> None:
+    system.engine.behaviour = script(system, " fine")
+    prompts(system)
+    assert run("complete", "Word: good\nSentiment:") == (0, " fine\n", "")
+    assert run("complete", stdin="a line\n") == (0, " fine\n", "")
+    assert prompts(system) == ["Word: good\nSentiment:", "a line"]
+    assert run("complete", "x", "--adapter", "nobody").status == 1
