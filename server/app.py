@@ -111,7 +111,7 @@ def build_services(settings: Settings) -> Services:
     metrics = Metrics()
     redis = connect(settings.redis_url)
     queue = WorkerQueue(settings.redis_url)
-    objects = Objects.open(settings.store_url)
+    objects = Objects.open(settings.store_url, settings.store_config)
     tenant_files = Files(
         redis,
         objects,
