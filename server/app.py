@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
 
+from adapters_store.direct import DirectUploads
 from adapters_store.objects import Objects
 from adapters_store.registry import Registry
 from adapters_store.valkey import connect
@@ -16,6 +17,7 @@ from server.api import (
     admin,
     chat,
     completions,
+    direct_uploads,
     files,
     fine_tuning,
     health,
@@ -50,6 +52,7 @@ ROUTERS = (
     chat,
     models,
     adapters,
+    direct_uploads,
     files,
     uploads,
     fine_tuning,
@@ -70,6 +73,7 @@ def build_app(settings: Settings) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         clear_incoming(settings)
+        await _prove(services.objects)
         await services.engine.start()
         publisher = Publisher(
             services.jobs, services.files, services.registry, services.objects, TrainedGate(services)
@@ -137,9 +141,20 @@ def build_services(settings: Settings) -> Services:
             max_bytes=settings.max_file_bytes,
             max_pending=settings.max_uploads_per_tenant,
         ),
+        directs=DirectUploads(redis, settings.max_uploads_per_tenant),
         jobs=Jobs(redis, queue, settings.max_jobs_per_tenant),
         queue=queue,
     )
+
+
+async def _prove(objects: Objects) -> None:
+    """A store that does not answer now may do so later; one that cannot keep versions apart never will."""
+    if not objects.remote:
+        return
+    try:
+        await objects.prove()
+    except StoreError as error:
+        log.warning("The store could not be tried: %s", error)
 
 
 async def _finish_deletes(registry: Registry) -> None:
