@@ -58,7 +58,7 @@ return 'claimed'
 """
 RELEASE = """
 if redis.call('HGET', upload, 'claim') == ARGV[1] then redis.call('HDEL', upload, 'claim', 'claimed') end
-return 1
+return 'released'
 """
 FINISH = """
 local found = redis.call('HGET', upload, 'status')
@@ -116,7 +116,7 @@ class DirectUploads:
     async def create(self, upload: DirectUpload) -> DirectUpload:
         """Raises QuotaExceeded."""
         fixed = msgspec.json.encode(upload)
-        args = [upload.id, fixed, self._max_pending, LIFE_SECONDS, KEPT_SECONDS]
+        args: list[bytes | str | int] = [upload.id, fixed, self._max_pending, LIFE_SECONDS, KEPT_SECONDS]
         with store_errors():
             made = await self._create(keys=_keys(upload.tenant, upload.id), args=args)
         if not made:
@@ -129,7 +129,7 @@ class DirectUploads:
             now, _ = await self._redis.time()
         if not found:
             raise NotFound(f"There is no upload {shown(id_)}.", param="upload_id")
-        fields = {name.decode(): value.decode() for name, value in found.items()}
+        fields = {_text(name): _text(value) for name, value in found.items()}
         expires, status = int(fields["expires"]), fields["status"]
         return msgspec.structs.replace(
             msgspec.json.decode(fields["fixed"], type=DirectUpload),
@@ -167,7 +167,7 @@ class DirectUploads:
     async def _run(self, script: AsyncScript, upload: DirectUpload, *args: str | int) -> str:
         with store_errors():
             answer = await script(keys=_keys(upload.tenant, upload.id), args=list(args))
-        return answer.decode() if isinstance(answer, bytes) else str(answer)
+        return _text(answer)
 
 
 def new_id() -> str:
@@ -176,6 +176,10 @@ def new_id() -> str:
 
 def ended(id_: str, status: str) -> Conflict:
     return Conflict(f"The upload {shown(id_)} is {status}.", param="upload_id")
+
+
+def _text(value: bytes | str) -> str:
+    return value if isinstance(value, str) else value.decode()
 
 
 def _keys(tenant: str, id_: str) -> list[str]:

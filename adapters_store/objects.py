@@ -12,7 +12,7 @@ import hashlib
 import logging
 import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -64,7 +64,9 @@ class Objects:
         self._transfers = anyio.CapacityLimiter(THREADS)
 
     @classmethod
-    def open(cls, url: str, config: Path | None = None, **options: str) -> "Objects":
+    def open(
+        cls, url: str, config: Path | None = None, options: Mapping[str, str] | None = None
+    ) -> "Objects":
         """`config` is a file of options for obstore, `options` are more of them; see cloud.py.
 
         Touches no network. Raises StartupError for a URL that names no store.
@@ -81,7 +83,7 @@ class Objects:
             if parts.scheme == "memory":
                 memory = MemoryStore()
                 return cls(Clients(memory, memory), None, remote=False)
-            given = (read_options(config) if config else {}) | options
+            given = (read_options(config) if config else {}) | dict(options or {})
             return cls(open_cloud(url, given), None, remote=True)
         except (BaseError, OSError, ValueError) as error:
             raise StartupError(f"The store {shown(url)} cannot be opened as configured.") from error
@@ -97,6 +99,11 @@ class Objects:
         self.delete_sync(key)
         if created != [True, False] or not kept:
             raise StartupError("store lacks conditional writes: it overwrites what must only be created.")
+
+    @property
+    def shared(self) -> bool:
+        """Whether other processes see the same objects."""
+        return self.remote or self._folder is not None
 
     # what the store does, blocking
 

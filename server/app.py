@@ -73,7 +73,6 @@ def build_app(settings: Settings) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         clear_incoming(settings)
-        await _prove(services.objects)
         await services.engine.start()
         publisher = Publisher(
             services.jobs, services.files, services.registry, services.objects, TrainedGate(services)
@@ -145,16 +144,6 @@ def build_services(settings: Settings) -> Services:
         jobs=Jobs(redis, queue, settings.max_jobs_per_tenant),
         queue=queue,
     )
-
-
-async def _prove(objects: Objects) -> None:
-    """A store that does not answer now may do so later; one that cannot keep versions apart never will."""
-    if not objects.remote:
-        return
-    try:
-        await objects.prove()
-    except StoreError as error:
-        log.warning("The store could not be tried: %s", error)
 
 
 async def _finish_deletes(registry: Registry) -> None:

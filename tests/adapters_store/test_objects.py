@@ -97,10 +97,12 @@ def test_a_folder_in_the_way_is_a_store_error(tmp_path: Path) -> None:
 def test_a_silent_server_is_a_store_error_soon() -> None:
     store = Objects.open(
         "s3://bucket/prefix",
-        endpoint="http://127.0.0.1:9",
-        access_key_id="a",
-        secret_access_key="b",
-        region="us-east-1",
+        options={
+            "endpoint": "http://127.0.0.1:9",
+            "access_key_id": "a",
+            "secret_access_key": "b",
+            "region": "us-east-1",
+        },
     )
     with pytest.raises(StoreError):
         store.get_sync("k")

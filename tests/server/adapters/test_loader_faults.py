@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -31,7 +32,7 @@ def folder(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(params=["file", "s3"])
 def engine(request: pytest.FixtureRequest, model: Path, tmp_path: Path) -> Iterator[Engine]:
-    given = {}
+    given: dict[str, Any] = {}
     if request.param == "s3":
         weed: Weed = request.getfixturevalue("weed")
         given = {"store": weed.url(), "store_config": weed.config}
@@ -86,7 +87,7 @@ def test_damage_on_the_way_from_the_store_is_never_served(
     with proxy(weed.endpoint) as (network, endpoint):
         settings = Settings(model=str(model), data_dir=tmp_path, kv_bytes=1 << 20, threads=1)
         engine = Engine(settings, model)
-        engine.loader.objects = Objects.open(weed.url(), **weed.options(endpoint))
+        engine.loader.objects = Objects.open(weed.url(), options=weed.options(endpoint))
         ref = publish(engine.loader.objects, engine.base, folder)
         network.method = "GET"
         network.fates.extend(["pass", "flip"])  # the manifest, the weights

@@ -57,8 +57,10 @@ def sent(http: httpx.Client, name: str, files: dict[str, bytes], **fields: Any) 
     return upload
 
 
-def left(system: System) -> list[str]:
-    return [key for key in system.app.state.services.objects.list_sync("tenants") if "/direct/" in key]
+def left(system: System, *uploads: dict[str, Any]) -> list[str]:
+    """What lies in the store of them."""
+    keys = system.app.state.services.objects.list_sync("tenants")
+    return [key for key in keys if any(f"/direct/{upload['id']}/" in key for upload in uploads)]
 
 
 def names(http: httpx.Client) -> list[str]:
@@ -81,7 +83,7 @@ def test_an_adapter_comes_past_the_server(http: httpx.Client, engine: FakeEngine
     assert len(engine.checked) == 1
     got = http.get("/v1/adapters/mine/versions/1/download").content
     assert got == files["adapter_model.safetensors"]
-    assert left(system) == []
+    assert left(system, upload) == []
     again = complete(http, upload, files)
     assert (again.status_code, again.json()) == (201, answer.json())
     said = http.get(f"{URL}/{upload['id']}").json()
@@ -97,14 +99,14 @@ def test_what_a_url_brings_later_changes_nothing_and_is_swept(http: httpx.Client
     put(upload, dict.fromkeys(files, b"other"))
     got = http.get("/v1/adapters/mine/versions/1/download").content
     assert got == files["adapter_model.safetensors"]
-    assert len(left(system)) == 2
+    assert len(left(system, upload)) == 2
     services = system.app.state.services
     due = dict(system.call(services.redis.zrange("pp:doomed", 0, -1, withscores=True)))
     (prefix,) = [key for key in due if upload["id"].encode() in key]
     assert due[prefix] / 1000 > upload["expires_at"]
     system.call(services.redis.zadd("pp:doomed", {prefix: 1}))
     system.call(services.files.doomed.sweep())
-    assert left(system) == []
+    assert left(system, upload) == []
 
 
 def test_what_is_not_what_was_announced_is_refused_and_may_come_again(
@@ -166,11 +168,12 @@ def test_another_tenants_upload_is_unknown(system: System, http: httpx.Client) -
 
 def test_urls_reach_one_key_of_the_tenant_and_only_by_put(http: httpx.Client, system: System) -> None:
     files = contents(lora_files())
-    file = start(http, "mine", files).json()["files"][0]
+    upload = start(http, "mine", files).json()
+    file = upload["files"][0]
     assert httpx.put(file["url"].replace("/0?", "/../../x?"), content=b"x").status_code == 403
     assert httpx.put(file["url"].replace("/0?", "/7?"), content=b"x").status_code == 403
     assert httpx.get(file["url"]).status_code == 403
-    assert left(system) == []
+    assert left(system, upload) == []
 
 
 @pytest.mark.parametrize(
@@ -215,7 +218,7 @@ def test_open_uploads_are_capped_and_cancelled_ones_do_not_count(http: httpx.Cli
     assert (refused.status_code, refused.json()["error"]["code"]) == (429, "quota_exceeded")
     cancel = f"{URL}/{uploads[0]['id']}/cancel"
     assert [http.post(cancel).json()["status"] for _ in range(2)] == ["cancelled"] * 2
-    assert len(left(system)) == 4
+    assert len(left(system, *uploads)) == 4
     assert complete(http, uploads[0], files).status_code == 409
     assert start(http, "mine", files).status_code == 201
     for upload in uploads[1:]:
@@ -237,7 +240,7 @@ def test_an_abandoned_one_expires_and_is_swept(
     assert any(upload["id"].encode() in prefix for prefix in key)
     services.objects.put_sync(key[0].decode() + "0", b"x")
     system.call(services.files.doomed.sweep())
-    assert left(system) == []
+    assert left(system, upload) == []
     assert complete(http, start(http, "m", files).json() | {"id": upload["id"]}, files).status_code == 409
 
 

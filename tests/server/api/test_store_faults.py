@@ -6,6 +6,7 @@ What was acknowledged is there, nothing is there by half, and the request after 
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import httpx
 import pytest
@@ -18,7 +19,7 @@ from tests.server.api.conftest import Files, System, lora_files, started, upload
 
 @pytest.fixture(scope="module", params=["file", "s3"])
 def system(request: pytest.FixtureRequest, valkey_url: str) -> Iterator[System]:
-    given = {}
+    given: dict[str, Any] = {}
     if request.param == "s3":
         weed: Weed = request.getfixturevalue("weed")
         given = {"store": weed.url(), "store_config": weed.config}
