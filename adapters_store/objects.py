@@ -72,6 +72,8 @@ class Objects:
         Touches no network. Raises StartupError for a URL that names no store.
         """
         parts = urlsplit(url)
+        if "@" in parts.netloc:
+            raise StartupError("store must not hold credentials: put them into the file of store_config.")
         if parts.scheme not in SCHEMES or (parts.scheme == "file" and parts.netloc):
             raise StartupError(f"store must be a URL like file:///folder or s3://bucket, not {shown(url)}.")
         try:

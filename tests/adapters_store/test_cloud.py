@@ -217,9 +217,10 @@ def test_options_that_are_none_stop_the_start(tmp_path: Path, options: dict[str,
     assert "SECRET" not in str(caught.value)
 
 
-def test_a_url_with_keys_in_it_is_refused_and_not_repeated() -> None:
+@pytest.mark.parametrize("scheme", ["s3", "gs", "ftp"])
+def test_a_url_with_keys_in_it_is_refused_and_not_repeated(scheme: str) -> None:
     with pytest.raises(StartupError, match="credentials") as caught:
-        Objects.open("s3://AK:SECRET@bucket/prefix")
+        Objects.open(f"{scheme}://AK:SECRET@bucket/prefix")
     assert "SECRET" not in str(caught.value)
 
 

@@ -19,6 +19,7 @@ from adapters_store.breaker import FAILURES
 from adapters_store.objects import CHUNK, PART, PARTS
 from tests.e2e.conftest import OPTIONS
 from tests.e2e.serving import Serving, ask, body, files_of, push, until
+from tests.e2e.test_faults import refused
 from tests.e2e.test_finetune_chaos import JOB_SECONDS, Impatient, Trainings
 from tests.fixtures.s3 import Weed
 
@@ -192,3 +193,19 @@ def test_without_its_store_it_serves_what_it_has_and_says_what_it_cannot(
     assert ask(http, "new", PROMPT) == golden(lora(1), PROMPT)
     answer = http.post("/v1/completions", json=body("new@1", PROMPT))
     assert answer.status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (("--store", "memory://"), "memory:// is one process's own"),
+        (("--store", "s3://AK:HIDDEN@bucket/prefix"), "store must not hold credentials"),
+        (("--store", "s3://bucket", "--store-config", "/nowhere/at/all"), "store_config"),
+    ],
+)
+def test_a_store_that_cannot_be_is_refused_at_once(
+    tiny: Path, tmp_path: Path, options: tuple[str, ...], sentence: str
+) -> None:
+    said = refused((it := Serving(str(tiny), tmp_path, *options)).launch(), it.log)
+    assert sentence in said
+    assert "HIDDEN" not in said
