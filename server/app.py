@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
 
+from adapters_store.direct import DirectUploads
 from adapters_store.objects import Objects
 from adapters_store.registry import Registry
 from adapters_store.valkey import connect
@@ -16,6 +17,7 @@ from server.api import (
     admin,
     chat,
     completions,
+    direct_uploads,
     files,
     fine_tuning,
     health,
@@ -50,6 +52,7 @@ ROUTERS = (
     chat,
     models,
     adapters,
+    direct_uploads,
     files,
     uploads,
     fine_tuning,
@@ -111,7 +114,7 @@ def build_services(settings: Settings) -> Services:
     metrics = Metrics()
     redis = connect(settings.redis_url)
     queue = WorkerQueue(settings.redis_url)
-    objects = Objects.open(settings.store_url)
+    objects = Objects.open(settings.store_url, settings.store_config)
     tenant_files = Files(
         redis,
         objects,
@@ -137,6 +140,7 @@ def build_services(settings: Settings) -> Services:
             max_bytes=settings.max_file_bytes,
             max_pending=settings.max_uploads_per_tenant,
         ),
+        directs=DirectUploads(redis, settings.max_uploads_per_tenant),
         jobs=Jobs(redis, queue, settings.max_jobs_per_tenant),
         queue=queue,
     )
