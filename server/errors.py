@@ -10,6 +10,7 @@ PolypeftError                           500  our fault unless a subclass says ot
 ├── NotFound                            404  unknown, or somebody else's: the same answer
 │   └── ModelNotFound                   404  ... a base or an adapter, in OpenAI's words
 ├── Conflict                            409  the thing exists, or changed meanwhile
+├── PreconditionFailed                  412  the thing is not as If-Match or If-None-Match says
 ├── TooLarge                            413  more bytes than the cap
 ├── UnsupportedMedia                    415  not a kind of file we take
 ├── QuotaExceeded                       429  the tenant's limit
@@ -87,6 +88,12 @@ class Conflict(PolypeftError):
     status = 409
     type = "invalid_request_error"
     code = "conflict"
+
+
+class PreconditionFailed(PolypeftError):
+    status = 412
+    type = "invalid_request_error"
+    code = "precondition_failed"
 
 
 class TooLarge(PolypeftError):
