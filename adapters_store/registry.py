@@ -26,6 +26,7 @@ from adapters_store.points import heaviest, pick
 from adapters_store.rebuild import Rebuild
 from adapters_store.records import Adapter, Deleted, Version, summary
 from adapters_store.staged import Staged
+from adapters_store.verify import Verifier
 from server.errors import (
     Conflict,
     InvalidField,
@@ -67,7 +68,8 @@ class Registry:
         self.retention = retention_seconds
         self._grace = grace_seconds
         self.collector = Collector(objects, self._staged, grace_seconds)
-        self.rebuild = Rebuild(objects, self._index, self._leftovers)
+        self._rebuild = Rebuild(objects, self._index, self._leftovers)
+        self.verifier = Verifier(objects, self._index)
 
     async def stage(self, tenant: str, files: list[tuple[str, Path]]) -> list[Blob]:
         """Store (name, file) pairs, each under a key of its own.
@@ -216,6 +218,10 @@ class Registry:
         if not found:
             raise unknown(name)
         return found
+
+    async def rebuild_index(self) -> int:
+        """Make the index say what the store says; how many versions there are, deleted ones included."""
+        return await self._rebuild.run()
 
     async def finish_deletes(self) -> None:
         """Purge what was deleted too long ago, and what a crash or a failing store left behind."""

@@ -71,8 +71,8 @@ local function bury(version)
   return record
 end
 
--- aliases follow their versions, and whoever lost its last one waits under lost: until that is restored. While
--- a lost index is made anew, versions come one by one: none is missed yet.
+-- aliases follow their versions, and whoever lost its last one waits under lost: until that is restored.
+-- While a lost index is made anew, versions come one by one: none is missed yet.
 local function follow(action)
   for alias, text in pairs(action ~= 'index' and all_of(aliases) or {}) do
     local left = living(text)

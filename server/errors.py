@@ -17,6 +17,7 @@ PolypeftError                           500  our fault unless a subclass says ot
 ├── Unavailable                         503  overloaded, draining, or a part is down: try again
 │   ├── EngineLost                      503  the engine died under this request
 │   └── StoreError                      503  object storage or Valkey did not answer
+│       └── CorruptObject               503  ... with bytes that are not what was stored
 ├── DeadlineExceeded                    504  the request's own deadline passed
 ├── NonFinite                           500  the model produced NaN or Inf for this row
 └── StartupError                             serve cannot start: wrong model, wrong setting
@@ -126,6 +127,10 @@ class EngineLost(Unavailable):
 
 class StoreError(Unavailable):
     code = "store_unavailable"
+
+
+class CorruptObject(StoreError):
+    code = "corrupt_object"
 
 
 class DeadlineExceeded(PolypeftError):

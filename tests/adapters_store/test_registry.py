@@ -16,7 +16,13 @@ WEIGHTS = "adapter_model.safetensors"
 
 
 def manifest(
-    tenant: str, name: str, version: int, digest: str = "d", blobs: list[Blob] | None = None
+    tenant: str,
+    name: str,
+    version: int,
+    digest: str = "d",
+    blobs: list[Blob] | None = None,
+    *,
+    promoted: bool = True,
 ) -> Manifest:
     return Manifest(
         tenant=tenant,
@@ -31,6 +37,7 @@ def manifest(
         tensors={},
         facts={"rank": 8},
         created=1,
+        promoted=promoted,
     )
 
 
@@ -257,11 +264,11 @@ async def test_the_index_can_be_rebuilt_and_keeps_aliases(
         await publish(registry, tenant, name, f"{tenant}{name}")
     await registry.aliases.set("t", "a", "prod", 1)
     before = [await registry.list(tenant) for tenant in ("t", "u")]
-    await registry.rebuild.run()
+    await registry.rebuild_index()
     assert [await registry.list(tenant) for tenant in ("t", "u")] == before
     await objects.delete(manifest_key("u", "b", 1))
     await redis.delete("pp:adapters:t", "pp:adapter:t:a:versions", "pp:adapters:t:last")
-    assert await registry.rebuild.run() == 3
+    assert await registry.rebuild_index() == 3
     (found,) = await registry.list("t")
     assert (found.versions, found.aliases) == (before[0][0].versions, {"latest": 2, "prod": 1})
     assert [a.name for a in await registry.list("u")] == ["a"]
