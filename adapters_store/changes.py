@@ -157,6 +157,7 @@ end
 PURGE = """
 local function change()
   local only, cutoff, removed = ARGV[5], tonumber(ARGV[6]), {}
+  if only ~= '' and redis.call('HEXISTS', gone, only) == 0 then redis.call('ZREM', due, manifest_of(only)) end
   for version, entry in pairs(all_of(gone)) do
     if (only == '' or only == version) and cjson.decode(entry).deleted <= cutoff then
       redis.call('HDEL', gone, version)

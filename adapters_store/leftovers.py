@@ -5,6 +5,7 @@ that the version is deleted. A purged one loses all three. Each move is a task i
 from the moment it is decided until the store is in line with it.
 """
 
+import asyncio
 import logging
 
 import msgspec
@@ -16,6 +17,7 @@ from adapters_store.names import ManifestKey
 from adapters_store.objects import Objects
 from server.errors import NotFound
 
+AT_ONCE = 16
 log = logging.getLogger(__name__)
 
 
@@ -26,10 +28,11 @@ class Leftovers:
         self._objects = objects
         self._index = index
 
-    async def settle(self) -> None:
-        """Do every task there is. Of several who do, none is in another's way."""
-        for member in sorted(await self._index.deleting()):
-            await self._settle(member)
+    async def settle(self, prefix: str = "") -> None:
+        """Do every task there is, or those under `prefix`. Of several who do, none is in another's way."""
+        ahead = sorted(task for task in await self._index.deleting() if task.startswith(prefix))
+        for start in range(0, len(ahead), AT_ONCE):
+            await asyncio.gather(*map(self._settle, ahead[start : start + AT_ONCE]))
 
     async def _settle(self, member: str) -> None:
         """What the index says may change while the store is being told: the last word counts."""

@@ -118,6 +118,8 @@ class Registry:
             if added == "expired":
                 raise StoreError("The upload took longer than its blobs are kept; send it again.")
             raise self._quota() if added == "too many" else conflict
+        if self._keep:
+            await self._try_finish_deletes(manifest.tenant, manifest.name)
 
     async def resolve(
         self, tenant: str, name: str, selector: str | None = None, sticky: str | None = None
@@ -179,7 +181,7 @@ class Registry:
             raise PreconditionFailed(f"Adapter {shown(name)} is not as If-Match says.", param="If-Match")
         if removed == "unknown" and not purged:
             raise unknown(model)
-        await self._try_finish_deletes()
+        await self._try_finish_deletes(tenant, name)
         return [gone.digest for gone in removed if isinstance(gone, Version)]
 
     async def restore(
@@ -203,7 +205,7 @@ class Registry:
             raise self._too_many_versions(name)
         if done == "unknown":
             raise NotFound(f"There is no deleted adapter {shown(name)} to restore.", param="name")
-        await self._try_finish_deletes()
+        await self._try_finish_deletes(tenant, name)
 
     async def deleted(self, tenant: str, after: str | None = None, limit: int = 100) -> list[Deleted]:
         """Up to `limit` of the names with versions that can be restored, those after `after`."""
@@ -231,10 +233,10 @@ class Registry:
                 await self._index.purge(place.tenant, place.name, place.version, "server", cutoff)
         await self._leftovers.settle()
 
-    async def _try_finish_deletes(self) -> None:
+    async def _try_finish_deletes(self, tenant: str, name: str) -> None:
         """Once the index has changed a version is deleted or restored; the store can follow later."""
         try:
-            await self._leftovers.settle()
+            await self._leftovers.settle(names.manifest_prefix(tenant, name))
         except StoreError as error:
             log.warning("the store does not know yet what is deleted; it is told later: %s", error)
 

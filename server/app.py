@@ -69,6 +69,7 @@ def build_app(settings: Settings) -> FastAPI:
     Raises StartupError for what is wrong with the settings or the model's tokenizer.
     """
     services = build_services(settings)
+    watcher = None if settings.watch_prefix is None else Watcher(services, settings.watch_prefix)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -78,8 +79,8 @@ def build_app(settings: Settings) -> FastAPI:
             services.jobs, services.files, services.registry, services.objects, TrainedGate(services)
         )
         loops = [publisher.run(), Upkeep(services.registry).run()]
-        if settings.watch_prefix is not None:
-            loops.append(Watcher(services, settings.watch_prefix).run())
+        if watcher is not None:
+            loops.append(watcher.run())
         tasks = [asyncio.create_task(loop) for loop in loops]
         app.state.services = services
         try:

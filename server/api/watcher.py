@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import msgspec
 from anyio.to_thread import run_sync
 
-from adapters_store.names import is_name
+from adapters_store.names import TENANTS, is_name
 from adapters_store.objects import Head, sha256_of
 from adapters_store.valkey import store_errors
 from server.api.adapter_form import CONFIG
@@ -29,6 +29,7 @@ from server.errors import (
     InvalidAdapter,
     NotFound,
     PolypeftError,
+    StartupError,
     StoreError,
     TooLarge,
     Unavailable,
@@ -61,6 +62,9 @@ class Seen(msgspec.Struct, frozen=True):
 
 class Watcher:
     def __init__(self, parts: Services, prefix: str) -> None:
+        """Raises StartupError for a prefix where other things lie."""
+        if prefix.partition("/")[0] == TENANTS:
+            raise StartupError(f"--watch-prefix {prefix!r} must not begin with {TENANTS}.")
         self._parts = parts
         self._prefix = prefix
         self._id = uuid.uuid4().hex
@@ -117,7 +121,8 @@ class Watcher:
             if self._again(place, error):
                 log.warning("What was copied to %s waits: %s", place, error)
                 return
-            log.exception("What was copied to %s is refused: %s", place, error)
+            ours = None if isinstance(error, PolypeftError) else error
+            log.error("What was copied to %s is refused: %s", place, error, exc_info=ours)
         self._tries.pop(place, None)
         await self._remember(place, Seen(stamp, content))
 
