@@ -47,9 +47,10 @@ class Aliases:
             done = await self._index.alias(tenant, name, alias, points, actor, condition, MAX_ALIASES)
         if done == "too many":
             raise QuotaExceeded(f"Adapter {shown(name)} has {MAX_ALIASES} aliases, the most it may.")
+        if done == "changed":
+            raise _changed(alias)
         if done != "done":
-            model = f"{name}@{points}" if isinstance(points, int) else f"{name}, in one of those versions,"
-            raise _changed(alias) if done == "changed" else unknown(model)
+            raise unknown(f"{name}@{await self._missing(tenant, name, points)}")
 
     async def unset(
         self, tenant: str, name: str, alias: str, *, actor: str = "server", condition: str = ""
@@ -75,6 +76,13 @@ class Aliases:
             raise Conflict(f"alias {shown(alias)} has no earlier state to roll back to.", param="alias")
         if done != "done":
             raise _changed(alias) if done == "changed" else unknown(f"{name}@{alias}")
+
+    async def _missing(self, tenant: str, name: str, points: Points) -> int:
+        """The first version that is not there: of an unknown adapter, the first."""
+        adapters = await self._index.adapters(tenant, [name]) if names.is_name(name) else []
+        there = {version.version for adapter in adapters for version in adapter.versions}
+        asked = [points] if isinstance(points, int) else sorted(points)
+        return next((version for version in asked if version not in there), asked[0])
 
 
 def _changed(alias: str) -> PreconditionFailed:
