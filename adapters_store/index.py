@@ -1,197 +1,156 @@
-"""The index of published versions, in Valkey. Knows no object store; it can be rebuilt from the manifests.
+"""The index of versions, in Valkey. Knows no object store; what it says of versions, manifests say too.
 
     pp:adapters:{tenant}                   sorted set   adapter names
     pp:adapters:{tenant}:last              hash         name -> highest version ever; outlives the adapter
     pp:adapter:{tenant}:{name}:versions    hash         version -> Version
-    pp:adapter:{tenant}:{name}:aliases     hash         alias -> version
-    pp:deleting                            set          manifests of removed versions, still to be removed
+    pp:adapter:{tenant}:{name}:aliases     hash         alias -> what it points at, see points.py
+    pp:adapter:{tenant}:{name}:state       hash         revision, tag:{alias}: ETags; pin: of `latest`;
+                                                        undo:{alias}: what it was before, newest first;
+                                                        lost:{alias}: waits for its version to be restored
+    pp:adapter:{tenant}:{name}:history     list         Entry, newest first
+    pp:adapter:{tenant}:{name}:deleted     hash         version -> Gone
+    pp:deleted:{tenant}                    sorted set   names with deleted versions
+    pp:deleted                             sorted set   manifests of deleted versions, by when (ms)
+    pp:deleting                            set          manifest#token: see leftovers.py
+    pp:staged                              sorted set   blobs no version has yet, see staged.py
+    pp:once:{token}                        string       what a change answered
 
 `latest` is the highest version that was promoted, or else the lowest there is: it follows from the versions
-alone, in whatever order they come back.
-
-Each change is one script: a crash leaves the index before it or after it. Every script may run twice.
+and the pin alone, in whatever order they come back.
 """
 
-from typing import Literal, NamedTuple
+import uuid
+from typing import Any, Literal
 
 import msgspec
 from redis.asyncio import Redis
 
-from adapters_store.manifest import Manifest
-from adapters_store.names import LATEST, manifest_key, manifest_prefix
+from adapters_store import changes, scripts
+from adapters_store.history import KEPT, KEPT_SECONDS, Entry, decode_entry
+from adapters_store.names import ManifestKey, deleted_key, manifest_prefix, parse_manifest_key
+from adapters_store.points import Points, from_text, to_text
+from adapters_store.records import Adapter, Deleted, Gone, Standing, Version, adapter_of, deleted_of
 from adapters_store.valkey import store_errors
 
+MAX_UNDO = 10  # times that an alias can be rolled back
+DELETED = "pp:deleted"
 DELETING = "pp:deleting"
+STAGED = "pp:staged"
 
-LATEST_OF = """
-local function latest_of(versions)
-  local promoted, lowest = 0, 0
-  local all = redis.call('HGETALL', versions)
-  for i = 1, #all, 2 do
-    local version = tonumber(all[i])
-    if cjson.decode(all[i + 1]).promoted ~= false then promoted = math.max(promoted, version) end
-    if lowest == 0 or version < lowest then lowest = version end
-  end
-  return promoted > 0 and promoted or lowest
-end
-"""
-
-ADD = """
-local names, last, versions, aliases = unpack(KEYS)
-local name, version, record, max, new = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4]), ARGV[5]
-local highest = tonumber(redis.call('HGET', last, name) or 0)
-if new == '1' and tonumber(version) <= highest and redis.call('HEXISTS', versions, version) == 0 then
-  return 'deleted'
-end
-if not redis.call('ZSCORE', names, name) and redis.call('ZCARD', names) >= max then return 'too many' end
-redis.call('ZADD', names, 0, name)
-redis.call('HSET', versions, version, record)
-if tonumber(version) > highest then redis.call('HSET', last, name, version) end
-redis.call('HSET', aliases, 'latest', latest_of(versions))
-return 'done'
-"""
-
-FIND = """
-local version = ARGV[1]
-if ARGV[2] == 'alias' then version = redis.call('HGET', KEYS[2], version) end
-return version and redis.call('HGET', KEYS[1], version)
-"""
-
-ALIAS = """
-local versions, aliases = unpack(KEYS)
-local alias, version, max = ARGV[1], ARGV[2], tonumber(ARGV[3])
-if redis.call('HEXISTS', versions, version) == 0 then return 'no version' end
-local new = redis.call('HEXISTS', aliases, alias) == 0
-if new and redis.call('HLEN', aliases) >= max then return 'too many' end
-redis.call('HSET', aliases, alias, version)
-return 'done'
-"""
-
-REMOVE = """
-local names, versions, aliases, deleting = unpack(KEYS)
-local name, only, prefix = ARGV[1], ARGV[2], ARGV[3]
-local removed = {}
-for _, version in ipairs(redis.call('HKEYS', versions)) do
-  if only == '' or only == version then
-    table.insert(removed, redis.call('HGET', versions, version))
-    redis.call('HDEL', versions, version)
-    redis.call('SADD', deleting, string.format('%s%08d.json', prefix, tonumber(version)))
-  end
-end
-local latest = latest_of(versions)
-if latest == 0 then
-  redis.call('ZREM', names, name)
-  redis.call('DEL', aliases)
-  return removed
-end
-for _, alias in ipairs(redis.call('HKEYS', aliases)) do
-  if redis.call('HEXISTS', versions, redis.call('HGET', aliases, alias)) == 0 then
-    redis.call('HDEL', aliases, alias)
-  end
-end
-redis.call('HSET', aliases, 'latest', latest)
-return removed
-"""
-
-
-class Version(msgspec.Struct, frozen=True):
-    """What the index keeps of a manifest: enough to list a version, and to ask the engine for it."""
-
-    tenant: str
-    name: str
-    version: int
-    digest: str
-    method: str
-    base: str
-    manifest_key: str
-    sha256: str  # of the weights file, as the tenant uploaded it
-    bytes: int  # of all files
-    rank: int
-    created: int  # Unix seconds
-    promoted: bool = True  # `latest` may point here
-    evaluated: bool = False  # the manifest says how it compares with the base
-
-
-class Adapter(msgspec.Struct, frozen=True):
-    tenant: str
-    name: str
-    versions: tuple[Version, ...]  # lowest first, at least one
-    aliases: dict[str, int]  # `latest` among them
-
-    @property
-    def latest(self) -> Version:
-        return next(version for version in self.versions if version.version == self.aliases[LATEST])
-
-
-def summary(manifest: Manifest) -> Version:
-    return Version(
-        tenant=manifest.tenant,
-        name=manifest.name,
-        version=manifest.version,
-        digest=manifest.digest,
-        method=manifest.method,
-        base=manifest.base,
-        manifest_key=manifest_key(manifest.tenant, manifest.name, manifest.version),
-        sha256=manifest.weights.sha256,
-        bytes=sum(file.bytes for file in manifest.files),
-        rank=int(manifest.facts.get("rank", 0)),
-        created=manifest.created,
-        promoted=manifest.promoted,
-        evaluated=manifest.evaluation is not None,
-    )
-
-
-class Standing(NamedTuple):
-    """What decides whether one more version may come, and which."""
-
-    last: int  # the highest version there ever was
-    versions: int  # that the adapter has now; 0: there is no such adapter
-    adapters: int  # that the tenant has
+Place = Literal["live", "deleted", "none"]
 
 
 class Index:
-    """All calls raise StoreError when Valkey does not answer."""
+    """All calls raise StoreError when Valkey does not answer. What changes something has an `actor`.
+
+    `condition`: "", or "absent", "*", or ETags joined by commas, of which one must be current.
+    """
 
     def __init__(self, redis: Redis) -> None:
         self._redis = redis
-        self._add = redis.register_script(LATEST_OF + ADD)
-        self._find = redis.register_script(FIND)
-        self._alias = redis.register_script(ALIAS)
-        self._remove = redis.register_script(LATEST_OF + REMOVE)
+        self._scripts = {
+            change: redis.register_script(
+                scripts.once(change, undo=MAX_UNDO, history=KEPT, history_seconds=KEPT_SECONDS)
+            )
+            for change in (
+                changes.ADD,
+                changes.ADD_GONE,
+                changes.ALIAS,
+                changes.UNALIAS,
+                changes.ROLLBACK,
+                changes.REMOVE,
+                changes.PURGE,
+                changes.RESTORE,
+            )
+        }
+        self._find = redis.register_script(scripts.FIND)
+        self._settled = redis.register_script(scripts.SETTLED)
 
     async def add(
-        self, version: Version, max_adapters: int, *, new: bool
-    ) -> Literal["done", "too many", "deleted"]:
-        """Too many: for one more name. Deleted: a version said to be `new` was here before."""
-        keys = [_names(version.tenant), _last(version.tenant), *_records(version.tenant, version.name)]
-        record = msgspec.json.encode(version)
-        with store_errors():
-            answer = await self._add(
-                keys=keys, args=[version.name, version.version, record, max_adapters, int(new)]
-            )
-        return _text(answer)  # type: ignore[return-value]  # what the script returns
+        self,
+        version: Version,
+        blobs: list[str],
+        actor: str,
+        *,
+        new: bool,
+        max_adapters: int,
+        keep: int = 0,
+    ) -> str:
+        """done, "too many" adapters, "deleted": was here before, "expired": its blobs may be lost.
 
-    async def find(self, tenant: str, name: str, selector: int | str) -> Version | None:
-        """By number or by alias, in one round trip."""
-        kind = "alias" if isinstance(selector, str) else "version"
-        with store_errors():
-            record = await self._find(keys=_records(tenant, name), args=[selector, kind])
-        return None if record is None else msgspec.json.decode(record, type=Version)
+        What is not `new` is there already, and its blobs are. All but the newest `keep` are deleted.
+        """
+        record = msgspec.json.encode(version)
+        place = version.tenant, version.name
+        return await self._do(
+            changes.ADD, place, actor, version.version, record, int(new), max_adapters, keep, *blobs
+        )
+
+    async def add_gone(self, gone: Gone) -> None:
+        place = gone.version.tenant, gone.version.name
+        entry = msgspec.json.encode(gone)
+        await self._do(changes.ADD_GONE, place, "server", gone.version.version, entry, gone.deleted)
 
     async def alias(
-        self, tenant: str, name: str, alias: str, version: int, max_aliases: int
-    ) -> Literal["done", "no version", "too many"]:
-        with store_errors():
-            answer = await self._alias(keys=_records(tenant, name), args=[alias, version, max_aliases])
-        return _text(answer)  # type: ignore[return-value]  # what the script returns
+        self, tenant: str, name: str, alias: str, points: Points, actor: str, condition: str, max_aliases: int
+    ) -> str:
+        """done, unknown, changed, "no version", "too many". `latest` is pinned."""
+        args = alias, to_text(points), max_aliases, condition
+        return await self._do(changes.ALIAS, (tenant, name), actor, *args)
 
-    async def remove(self, tenant: str, name: str, version: int | None) -> list[Version]:
-        """Remove one version, or all, and the aliases that point there; the manifests are now `deleting`."""
-        keys = [_names(tenant), *_records(tenant, name), DELETING]
-        args = [name, "" if version is None else version, manifest_prefix(tenant, name)]
+    async def unalias(self, tenant: str, name: str, alias: str, actor: str, condition: str) -> str:
+        """done, unknown, changed. `latest` goes back to what it would be without its pin."""
+        return await self._do(changes.UNALIAS, (tenant, name), actor, alias, condition)
+
+    async def rollback(self, tenant: str, name: str, alias: str, actor: str, condition: str) -> str:
+        """done, unknown, changed, nothing."""
+        return await self._do(changes.ROLLBACK, (tenant, name), actor, alias, condition)
+
+    async def remove(
+        self, tenant: str, name: str, version: int | None, actor: str, condition: str = "", *, purge: bool
+    ) -> list[Version] | str:
+        """Delete one version or all, and what points there alone; those that were, or unknown, or changed."""
+        only = "" if version is None else version
+        answer = await self._do(changes.REMOVE, (tenant, name), actor, only, int(purge), condition)
+        if answer in ("unknown", "changed"):
+            return answer
+        return msgspec.json.decode(answer, type=list[Version])
+
+    async def purge(
+        self, tenant: str, name: str, version: int | None, actor: str, cutoff: float | None = None
+    ) -> int:
+        """Let go of deleted versions: of one or all, or of those deleted before `cutoff` (Unix seconds)."""
+        only = "" if version is None else version
+        milliseconds = 2**53 if cutoff is None else int(cutoff * 1000)
+        return int(await self._do(changes.PURGE, (tenant, name), actor, only, milliseconds))
+
+    async def restore(
+        self,
+        tenant: str,
+        name: str,
+        version: int | None,
+        actor: str,
+        *,
+        max_adapters: int,
+        max_versions: int,
+        max_aliases: int,
+    ) -> str:
+        """done, unknown, "too many" adapters, "too many versions"."""
+        only = "" if version is None else version
+        return await self._do(
+            changes.RESTORE, (tenant, name), actor, only, max_adapters, max_versions, max_aliases
+        )
+
+    async def find(
+        self, tenant: str, name: str, selector: int | str
+    ) -> tuple[Points | None, dict[int, Version]]:
+        """By number or by alias, in one round trip: what the alias says, and the versions that may answer."""
+        kind = "alias" if isinstance(selector, str) else "version"
+        keys = _records(tenant, name)[:2]
         with store_errors():
-            records = await self._remove(keys=keys, args=args)
-        return [msgspec.json.decode(record, type=Version) for record in records]
+            text, *records = await self._find(keys=keys, args=[selector, kind])
+        found = [msgspec.json.decode(record, type=Version) for record in records if record]
+        return from_text(text.decode()) if text else None, {version.version: version for version in found}
 
     async def standing(self, tenant: str, name: str) -> Standing:
         with store_errors():
@@ -207,46 +166,93 @@ class Index:
         with store_errors():
             async with self._redis.pipeline(transaction=True) as transaction:
                 for name in names:
-                    versions, aliases = _records(tenant, name)
-                    transaction.hgetall(versions)
-                    transaction.hgetall(aliases)
+                    for key in _records(tenant, name)[:3]:
+                        transaction.hgetall(key)
                 answers = await transaction.execute()
-        pairs = zip(names, answers[::2], answers[1::2], strict=True)
-        return [_adapter(tenant, name, versions, aliases) for name, versions, aliases in pairs if versions]
+        hashes = zip(names, answers[::3], answers[1::3], answers[2::3], strict=True)
+        return [adapter_of(tenant, name, *three) for name, *three in hashes if three[0]]
 
-    async def names(self, tenant: str, after: str | None, limit: int) -> list[str]:
+    async def deleted(self, tenant: str, names: list[str]) -> list[Deleted]:
+        """Those that have deleted versions, in the order asked."""
+        with store_errors():
+            async with self._redis.pipeline(transaction=True) as transaction:
+                for name in names:
+                    transaction.hgetall(_records(tenant, name)[4])
+                answers = await transaction.execute()
+        return [deleted_of(name, found) for name, found in zip(names, answers, strict=True) if found]
+
+    async def names(self, tenant: str, after: str | None, limit: int, *, deleted: bool = False) -> list[str]:
         """In alphabetical (byte) order."""
         start = "-" if after is None else f"({after}"
+        key = f"{DELETED}:{tenant}" if deleted else _names(tenant)
         with store_errors():
-            found = await self._redis.zrangebylex(_names(tenant), start, "+", start=0, num=limit)
-        return [_text(name) for name in found]
+            found: Any = await self._redis.zrangebylex(key, start, "+", start=0, num=limit)
+        return [name.decode() for name in found]
+
+    async def history(self, tenant: str, name: str) -> list[Entry]:
+        with store_errors():
+            records: Any = await self._redis.lrange(_records(tenant, name)[3], 0, -1)
+        return [decode_entry(record) for record in records]
+
+    async def tenants(self, *, deleted: bool = False) -> list[str]:
+        """Every tenant that has an adapter, or a deleted one."""
+        prefix = f"{DELETED}:" if deleted else _names("")
+        with store_errors():
+            keys = [key.decode() async for key in self._redis.scan_iter(f"{prefix}*", _type="zset")]
+        return sorted({key.removeprefix(prefix) for key in keys})
+
+    async def place(self, key: ManifestKey) -> tuple[Place, Gone | None]:
+        """Where the index says that a version is."""
+        versions, gone = _records(key.tenant, key.name)[0::4]
+        with store_errors():
+            async with self._redis.pipeline(transaction=True) as transaction:
+                transaction.hexists(versions, str(key.version))
+                transaction.hget(gone, str(key.version))
+                live, entry = await transaction.execute()
+        if entry is not None:
+            return "deleted", msgspec.json.decode(entry, type=Gone)
+        return ("live" if live else "none"), None
+
+    async def due(self, cutoff: float, limit: int) -> list[ManifestKey]:
+        """Versions deleted before `cutoff` (Unix seconds), the oldest first."""
+        with store_errors():
+            keys: Any = await self._redis.zrange(
+                DELETED, 0, int(cutoff * 1000), byscore=True, offset=0, num=limit
+            )
+        places = [parse_manifest_key(key.decode()) for key in keys]
+        return [place for place in places if place is not None]
 
     async def deleting(self) -> set[str]:
         with store_errors():
-            return {_text(key) for key in await self._redis.smembers(DELETING)}
+            members: Any = await self._redis.smembers(DELETING)
+        return {member.decode() for member in members}
 
-    async def deleted(self, keys: list[str]) -> None:
-        if keys:
-            with store_errors():
-                await self._redis.srem(DELETING, *keys)
-
-    async def tenants(self) -> list[str]:
-        """Every tenant that has an adapter."""
-        prefix = _names("")
+    async def settled(self, key: ManifestKey, place: Place, member: str) -> bool:
+        """Forget the task `member`. False if the version has moved since: look again."""
+        versions, gone = _records(key.tenant, key.name)[0::4]
         with store_errors():
-            keys = [_text(key) async for key in self._redis.scan_iter(f"{prefix}*", _type="zset")]
-        return sorted({key.removeprefix(prefix) for key in keys})
+            return bool(
+                await self._settled(keys=[versions, gone, DELETING], args=[key.version, place, member])
+            )
+
+    async def _do(self, change: str, place: tuple[str, str], actor: str, *args: bytes | str | int) -> str:
+        """Run a change once, though the command may be sent again."""
+        tenant, name = place
+        token = uuid.uuid4().hex
+        keys = [_names(tenant), _last(tenant), *_records(tenant, name)]
+        keys += [f"{DELETED}:{tenant}", DELETED, DELETING, STAGED, f"pp:once:{token}"]
+        with store_errors():
+            answer: bytes = await self._scripts[change](
+                keys=keys, args=[token, actor, name, manifest_prefix(tenant, name), *args]
+            )
+        return answer.decode()
 
 
-def _adapter(tenant: str, name: str, versions: dict[bytes, bytes], aliases: dict[bytes, bytes]) -> Adapter:
-    found = [msgspec.json.decode(record, type=Version) for record in versions.values()]
-    by_number = tuple(sorted(found, key=lambda version: version.version))
-    named = {alias.decode(): int(version) for alias, version in sorted(aliases.items())}
-    return Adapter(tenant, name, by_number, {LATEST: by_number[-1].version} | named)
-
-
-def _text(value: bytes | str) -> str:
-    return value if isinstance(value, str) else value.decode()
+def mark_of(gone: Gone) -> tuple[str, bytes]:
+    """Where the store says that a version is deleted, and what it says there."""
+    version = gone.version
+    key = deleted_key(version.tenant, version.name, version.version)
+    return key, msgspec.json.encode({"deleted": gone.deleted})
 
 
 def _names(tenant: str) -> str:
@@ -258,4 +264,6 @@ def _last(tenant: str) -> str:
 
 
 def _records(tenant: str, name: str) -> list[str]:
-    return [f"pp:adapter:{tenant}:{name}:versions", f"pp:adapter:{tenant}:{name}:aliases"]
+    """versions, aliases, state, history, deleted."""
+    stem = f"pp:adapter:{tenant}:{name}"
+    return [f"{stem}:{kind}" for kind in ("versions", "aliases", "state", "history", "deleted")]

@@ -32,6 +32,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     created: int  # Unix seconds
     promoted: bool = True  # False: `latest` stays where it is
     evaluation: dict[str, Any] | None = None  # of a version trained here: base and adapter side by side
+    by: str = ""  # who published it: a key's id, "operator", "worker" or "watch"
     schema: int = SCHEMA
 
     @property

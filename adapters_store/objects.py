@@ -136,7 +136,7 @@ class Objects:
                 raise TooLarge(f"A stored object has {found.meta['size']} bytes, more than {MAX_GET}.")
             return found.bytes().to_bytes()
 
-    def download_sync(self, key: str, path: Path, sha256: str) -> None:
+    def download_sync(self, key: str, path: Path, sha256: str | None) -> None:
         """Stream the object to `path`, which appears once every byte is there, on disk, and `sha256`'s."""
         with self._call("download"):
             found = obstore.get(self._bulk, _checked(key))
@@ -179,7 +179,7 @@ class Objects:
     async def get(self, key: str) -> bytes:
         return await self._on_thread(lambda: self.get_sync(key))
 
-    async def download(self, key: str, path: Path, sha256: str) -> None:
+    async def download(self, key: str, path: Path, sha256: str | None) -> None:
         await run_sync(self.download_sync, key, path, sha256, limiter=self._transfers)
 
     async def head(self, key: str) -> Head:

@@ -47,7 +47,7 @@ def main(
     found: dict[str, dict[str, float]] = {}
     for layout in LAYOUTS:
         found[layout] = {
-            source: perplexity(folder, layout, tokens.split(window)[:windows])
+            source: perplexity(folder, layout, torch.split(tokens, window)[:windows])
             for source, tokens in texts.items()
         }
     report = {

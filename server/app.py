@@ -1,7 +1,6 @@
 """Builds every object of the API process once, by hand, and wires them. The only file that does."""
 
 import asyncio
-import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -15,6 +14,7 @@ from server.adapters.methods import build_methods
 from server.api import (
     adapters,
     admin,
+    aliases,
     chat,
     completions,
     direct_uploads,
@@ -23,6 +23,7 @@ from server.api import (
     health,
     limits,
     lora_compat,
+    maintenance,
     models,
     uploads,
 )
@@ -31,10 +32,12 @@ from server.api.errors import add_handlers
 from server.api.incoming import clear_incoming
 from server.api.publish import TrainedGate
 from server.api.services import Services
+from server.api.upkeep import Upkeep
+from server.api.watcher import Watcher
 from server.base.resolve import resolve_model
 from server.base.text import Tokenizer
 from server.engine.client import EngineClient
-from server.errors import StartupError, StoreError
+from server.errors import StartupError
 from server.finetune.files import Files
 from server.finetune.jobs import Jobs
 from server.finetune.publisher import Publisher
@@ -45,20 +48,20 @@ from server.settings import Settings
 from server.tenancy.keys import operator_key
 from server.tenancy.tenants import Tenants
 
-log = logging.getLogger(__name__)
-
 ROUTERS = (
     completions,
     chat,
     models,
     adapters,
     direct_uploads,
+    aliases,
     files,
     uploads,
     fine_tuning,
     lora_compat,
     limits,
     admin,
+    maintenance,
     health,
 )
 
@@ -69,6 +72,7 @@ def build_app(settings: Settings) -> FastAPI:
     Raises StartupError for what is wrong with the settings or the model's tokenizer.
     """
     services = build_services(settings)
+    watcher = None if settings.watch_prefix is None else Watcher(services, settings.watch_prefix)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -77,10 +81,10 @@ def build_app(settings: Settings) -> FastAPI:
         publisher = Publisher(
             services.jobs, services.files, services.registry, services.objects, TrainedGate(services)
         )
-        tasks = [
-            asyncio.create_task(_finish_deletes(services.registry)),
-            asyncio.create_task(publisher.run()),
-        ]
+        loops = [publisher.run(), Upkeep(services.registry).run()]
+        if watcher is not None:
+            loops.append(watcher.run())
+        tasks = [asyncio.create_task(loop) for loop in loops]
         app.state.services = services
         try:
             yield
@@ -127,7 +131,14 @@ def build_services(settings: Settings) -> Services:
         tokenizer=Tokenizer.load(resolve_model(settings)),
         redis=redis,
         objects=objects,
-        registry=Registry(objects, redis, settings.max_adapters_per_tenant),
+        registry=Registry(
+            objects,
+            redis,
+            settings.max_adapters_per_tenant,
+            keep_versions=settings.keep_versions,
+            retention_seconds=settings.retention_seconds,
+            grace_seconds=settings.grace_seconds,
+        ),
         methods=build_methods(settings.max_lora_rank),
         tenants=Tenants(redis),
         engine=EngineClient(settings.engine_socket, on_stats=metrics.absorb),
@@ -144,11 +155,3 @@ def build_services(settings: Settings) -> Services:
         jobs=Jobs(redis, queue, settings.max_jobs_per_tenant),
         queue=queue,
     )
-
-
-async def _finish_deletes(registry: Registry) -> None:
-    """What a crash left half deleted is invisible already: its manifests can wait for the store."""
-    try:
-        await registry.finish_deletes()
-    except StoreError as error:
-        log.warning("Manifests of deleted adapters stay until the next start: %s", error)

@@ -10,13 +10,14 @@ PolypeftError                           500  our fault unless a subclass says ot
 ├── NotFound                            404  unknown, or somebody else's: the same answer
 │   └── ModelNotFound                   404  ... a base or an adapter, in OpenAI's words
 ├── Conflict                            409  the thing exists, or changed meanwhile
+├── PreconditionFailed                  412  the thing is not as If-Match or If-None-Match says
 ├── TooLarge                            413  more bytes than the cap
 ├── UnsupportedMedia                    415  not a kind of file we take
 ├── QuotaExceeded                       429  the tenant's limit
 ├── Unavailable                         503  overloaded, draining, or a part is down: try again
 │   ├── EngineLost                      503  the engine died under this request
 │   └── StoreError                      503  object storage or Valkey did not answer
-│       └── WrongDigest                 503  stored bytes are not what their SHA-256 says
+│       └── CorruptObject               503  ... with bytes that are not what was stored
 ├── DeadlineExceeded                    504  the request's own deadline passed
 ├── NonFinite                           500  the model produced NaN or Inf for this row
 └── StartupError                             serve cannot start: wrong model, wrong setting
@@ -90,6 +91,12 @@ class Conflict(PolypeftError):
     code = "conflict"
 
 
+class PreconditionFailed(PolypeftError):
+    status = 412
+    type = "invalid_request_error"
+    code = "precondition_failed"
+
+
 class TooLarge(PolypeftError):
     status = 413
     type = "invalid_request_error"
@@ -122,8 +129,8 @@ class StoreError(Unavailable):
     code = "store_unavailable"
 
 
-class WrongDigest(StoreError):
-    code = "wrong_digest"
+class CorruptObject(StoreError):
+    code = "corrupt_object"
 
 
 class DeadlineExceeded(PolypeftError):

@@ -71,6 +71,18 @@ class Settings(BaseSettings):
     adapter_disk_bytes: int = Field(default=16384 * MiB, ge=MiB)
     """Local disk for adapters out of the object store."""
 
+    # versions that are deleted, and what nobody needs any more
+    retention_seconds: float = Field(default=7 * 86_400.0, ge=0)
+    """How long what is deleted can be restored."""
+    keep_versions: int = Field(default=0, ge=0)
+    """Versions an adapter keeps beside those that an alias points at; older ones are deleted. 0: all."""
+    grace_seconds: float = Field(default=86_400.0, ge=3600)
+    """How long an upload may take before its blobs are garbage."""
+    watch_prefix: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*(/[A-Za-z0-9_-]+)*$")
+    """Where in the store to look for adapters to publish, PREFIX/TENANT/NAME/; without it, nowhere."""
+    watch_seconds: float = Field(default=10.0, gt=0)
+    """Time between two looks there."""
+
     workers: int = Field(default=1, ge=0, le=64)
     """Processes for fine-tuning that `serve` starts; 0: none but `polypeft worker` elsewhere."""
 

@@ -1,5 +1,7 @@
 """Fixtures live beside what they start: real Valkey and stores in `services`, real models in `models`."""
 
+import pytest
+
 pytest_plugins = [
     "tests.fixtures.services",
     "tests.fixtures.models",
@@ -7,3 +9,8 @@ pytest_plugins = [
     "tests.fixtures.s3",
     "tests.fixtures.faults",
 ]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """How much of a test that could go on for ever is run."""
+    parser.addoption("--registry-examples", default="25", help="histories that the registry is put through")

@@ -1,4 +1,4 @@
-"""/admin: tenants, their keys, repairs. The operator's key only; a secret is shown once, when it is made."""
+"""/admin: tenants and their keys. The operator's key only; a secret is shown once, when it is made."""
 
 from typing import Annotated, Any
 
@@ -54,12 +54,6 @@ async def revoke_key(parts: Parts, tenant_id: str, key_id: str) -> Response:
     """The key fails from the next request on, in every process."""
     await parts.tenants.revoke(tenant_id, key_id)
     return json_response({"id": key_id, "object": "key", "deleted": True})
-
-
-@router.post("/rebuild-index")
-async def rebuild_index(parts: Parts) -> Response:
-    """For a lost or damaged index: it learns of every manifest in the store. Aliases are in none."""
-    return json_response({"object": "index", "versions": await parts.registry.rebuild_index()})
 
 
 def _tenant_object(tenant: Tenant) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Depends, Request, Response
 
 from server.api.body import json_body
 from server.api.choice import Piece
-from server.api.deps import CurrentTenant, Parts, current_tenant
+from server.api.deps import CurrentTenant, Parts, current_tenant, sticky
 from server.api.errors import json_response
 from server.api.generation import Generation
 from server.api.grammar import grammar_of
@@ -30,7 +30,7 @@ async def create_chat_completion(
     tenant: CurrentTenant,
     body: Annotated[ChatBody, Depends(json_body(ChatBody))],
 ) -> Response:
-    target = await resolve(parts, tenant, body.model, body.adapters)
+    target = await resolve(parts, tenant, body.model, body.adapters, sticky(request, body.user))
     asked = Asked(
         prefix="chatcmpl",
         prompts=[await chat_prompt(parts, body.messages)],
@@ -41,8 +41,8 @@ async def create_chat_completion(
     )
     answer = _Chat(prepare(parts, tenant, request, target, body, asked), body)
     if body.stream:
-        return await open_stream(request, answer.events())
-    return json_response(await while_connected(request.receive, answer.whole()))
+        return await open_stream(request, answer.events(), target.headers)
+    return json_response(await while_connected(request.receive, answer.whole()), headers=target.headers)
 
 
 class _Chat:

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Depends, Request, Response
 
 from server.api.body import json_body
 from server.api.choice import Piece
-from server.api.deps import CurrentTenant, Parts, current_tenant
+from server.api.deps import CurrentTenant, Parts, current_tenant, sticky
 from server.api.errors import json_response
 from server.api.generation import Generation
 from server.api.logprobs import add_logprobs, completion_logprobs
@@ -31,14 +31,14 @@ async def create_completion(
     tenant: CurrentTenant,
     body: Annotated[CompletionBody, Depends(json_body(CompletionBody))],
 ) -> Response:
-    target = await resolve(parts, tenant, body.model, body.adapters)
+    target = await resolve(parts, tenant, body.model, body.adapters, sticky(request, body.user))
     prompts = await completion_prompts(parts, body.prompt)
     asked = Asked("cmpl", prompts, body.max_tokens, DEFAULT_MAX_TOKENS, body.logprobs)
     generation = prepare(parts, tenant, request, target, body, asked)
     answer = _Completion(generation, body)
     if body.stream:
-        return await open_stream(request, answer.events())
-    return json_response(await while_connected(request.receive, answer.whole()))
+        return await open_stream(request, answer.events(), target.headers)
+    return json_response(await while_connected(request.receive, answer.whole()), headers=target.headers)
 
 
 class _Completion:

@@ -9,7 +9,7 @@ from fastapi import Depends, Request
 
 from server.api.services import Services
 from server.errors import Forbidden, Unauthenticated
-from server.tenancy.keys import same_secret
+from server.tenancy.keys import fingerprint, same_secret
 from server.tenancy.tenants import Tenant
 
 # The operator's key on a tenant's route: a tenant like any other, which owns what the operator loads.
@@ -42,6 +42,21 @@ async def operator(tenant: Annotated[Tenant, Depends(current_tenant)]) -> None:
 
 
 CurrentTenant = Annotated[Tenant, Depends(current_tenant)]
+
+
+async def current_actor(request: Request, parts: Parts, tenant: CurrentTenant) -> str:
+    """Who makes a change, for a history: the id of the key, or "operator". Says nothing of the secret."""
+    if tenant is OPERATOR:
+        return OPERATOR.id
+    return await parts.tenants.key_id(tenant.id, _bearer(request))
+
+
+Actor = Annotated[str, Depends(current_actor)]
+
+
+def sticky(request: Request, user: str | None) -> str:
+    """What always gets the same version of an alias with weights: the caller's `user`, or else its key."""
+    return f"user:{user}" if user else f"key:{fingerprint(_bearer(request))}"
 
 
 def _bearer(request: Request) -> str:

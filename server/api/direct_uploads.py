@@ -20,11 +20,12 @@ from fastapi import APIRouter, Depends, Response
 from pydantic import Field
 
 from adapters_store.direct import CLAIM_SECONDS, LIFE_SECONDS, AnnouncedFile, DirectUpload, ended, new_id
-from adapters_store.index import Version
+from adapters_store.records import Version
 from server.api.adapter_form import check_files, kept
-from server.api.adapters import uploaded_files, version_object
+from server.api.adapter_objects import version_object
+from server.api.adapters import uploaded_files
 from server.api.body import json_body
-from server.api.deps import CurrentTenant, Parts, current_tenant
+from server.api.deps import Actor, CurrentTenant, Parts, current_tenant
 from server.api.errors import json_response
 from server.api.incoming import incoming
 from server.api.multipart import StoredFile, Upload
@@ -32,13 +33,13 @@ from server.api.publish import check_adapter_name, publish
 from server.api.schemas import Body
 from server.api.services import Services
 from server.errors import (
+    CorruptObject,
     InvalidField,
     InvalidRequest,
     NotFound,
     PolypeftError,
     StoreError,
     TooLarge,
-    WrongDigest,
     shown,
 )
 from server.tenancy.tenants import Tenant
@@ -111,6 +112,7 @@ async def cancel_upload(parts: Parts, tenant: CurrentTenant, upload_id: str) -> 
 async def complete_upload(
     parts: Parts,
     tenant: CurrentTenant,
+    actor: Actor,
     upload_id: str,
     body: Annotated[CompleteBody, Depends(json_body(CompleteBody))],
 ) -> Response:
@@ -120,7 +122,7 @@ async def complete_upload(
     digests = _digests(upload, body)
     asked = hashlib.sha256(msgspec.json.encode(digests)).hexdigest()
     if upload.status == "pending":
-        version = await _complete(parts, tenant, upload, digests, asked)
+        version = await _complete(parts, tenant, actor, upload, digests, asked)
     elif upload.status == "completed" and upload.asked == asked:
         version = await parts.registry.resolve(tenant.id, upload.name, str(upload.version))
     else:
@@ -130,7 +132,7 @@ async def complete_upload(
 
 
 async def _complete(
-    parts: Services, tenant: Tenant, upload: DirectUpload, digests: list[str], asked: str
+    parts: Services, tenant: Tenant, actor: str, upload: DirectUpload, digests: list[str], asked: str
 ) -> Version:
     token = new_id()
     first = await parts.registry.next_version(tenant.id, upload.name)
@@ -148,6 +150,7 @@ async def _complete(
                 files,
                 create_only=upload.create_only,
                 allow_noop=upload.allow_noop,
+                actor=actor,
             )
         await parts.directs.complete(upload, version.version, asked)
     except BaseException:
@@ -186,7 +189,7 @@ async def _fetched(parts: Services, upload: DirectUpload, digests: list[str], fo
         path = folder / f"{number}.part"
         try:
             await parts.objects.download(upload.key(number), path, digest)
-        except WrongDigest:
+        except CorruptObject:
             raise InvalidField(
                 f"sha256 of {shown(file.name)} is {shown(digest)}, but its bytes have another.",
                 param="sha256",

@@ -28,6 +28,8 @@ FROM_SETTINGS = (
     "max_tensors",
     "max_header_bytes",
     "max_adapters_per_tenant",
+    "retention_seconds",
+    "keep_versions",
     "max_file_bytes",
     "max_files_per_tenant",
     "max_files_bytes_per_tenant",

@@ -43,13 +43,15 @@ async def load(parts: Parts, body: Annotated[LoadBody, Depends(json_body(LoadBod
     if not weights or not (folder / CONFIG).is_file():
         raise InvalidAdapter(f"lora_path must hold {CONFIG} and {' or '.join(WEIGHTS)}.", param="lora_path")
     files = Files((CONFIG, folder / CONFIG), (weights[0], folder / weights[0]))
-    await publish(parts, OPERATOR, body.lora_name, files, create_only=not body.load_inplace)
+    await publish(
+        parts, OPERATOR, body.lora_name, files, create_only=not body.load_inplace, actor=OPERATOR.id
+    )
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
 
 @router.post("/unload_lora_adapter")
 async def unload(parts: Parts, body: Annotated[UnloadBody, Depends(json_body(UnloadBody))]) -> Response:
-    await delete(parts, OPERATOR.id, body.lora_name, None)
+    await delete(parts, OPERATOR.id, body.lora_name, None, OPERATOR.id)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
 

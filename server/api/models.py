@@ -4,12 +4,12 @@ from typing import Any
 
 from fastapi import APIRouter, Depends, Response
 
-from adapters_store.index import Version
+from adapters_store.records import Version
 from server.api.adapters import PAGE, delete
-from server.api.deps import CurrentTenant, Parts, current_tenant
+from server.api.deps import Actor, CurrentTenant, Parts, current_tenant
 from server.api.errors import json_response
 from server.api.services import Services
-from server.api.target import find_version, split_model
+from server.api.target import exact_version, find_version, split_model
 from server.errors import Forbidden
 
 router = APIRouter(prefix="/v1/models", dependencies=[Depends(current_tenant)])
@@ -34,13 +34,15 @@ async def get_model(parts: Parts, tenant: CurrentTenant, model: str) -> Response
 
 
 @router.delete("/{model:path}")
-async def delete_model(parts: Parts, tenant: CurrentTenant, model: str) -> Response:
+async def delete_model(parts: Parts, tenant: CurrentTenant, actor: Actor, model: str) -> Response:
     """An adapter with all its versions, or the one version that `name@...` or `ft:...` means."""
     if model == parts.base.id:
         raise Forbidden("The base model cannot be deleted.", param="model")
     version = await find_version(parts, tenant, model)
     _, selector = split_model(parts, model)
-    await delete(parts, tenant.id, version.name, None if selector is None else version.version)
+    if selector is not None:
+        version = await exact_version(parts, tenant.id, version.name, selector)
+    await delete(parts, tenant.id, version.name, None if selector is None else version.version, actor)
     return json_response({"id": model, "object": "model", "deleted": True})
 
 

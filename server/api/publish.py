@@ -1,7 +1,7 @@
 """From two files to a version everyone of its tenant can call: inspect, stage, let the engine try, publish.
 
 Used by uploads and by vLLM's load route; what was trained here comes through the same gate, `prepare`.
-Until the last step nothing is visible; a failure leaves blobs that no manifest names, for a later sweep.
+Until the last step nothing is visible; a failure leaves blobs that no manifest names: see collector.py.
 """
 
 import time
@@ -14,9 +14,9 @@ from typing import Any
 import msgspec
 from anyio.to_thread import run_sync
 
-from adapters_store.index import Version, summary
 from adapters_store.manifest import Manifest, content_digest, encode_manifest
 from adapters_store.names import check_name
+from adapters_store.records import Version, summary
 from server.adapters.formats import hub_interface
 from server.adapters.formats.config import MAX_BYTES, method_of, read_config
 from server.adapters.formats.safetensors import read_header
@@ -58,6 +58,7 @@ async def publish(
     *,
     create_only: bool = False,
     allow_noop: bool = False,
+    actor: str = "server",
 ) -> Version:
     """The new version. Raises InvalidAdapter, InvalidField, Conflict, QuotaExceeded, Unavailable."""
     check_adapter_name(parts, name)
@@ -65,7 +66,7 @@ async def publish(
     # in this order: whoever publishes after we look has our number, and one of us gets a conflict
     if create_only and await _exists(parts, tenant, name):
         raise Conflict(f"An adapter named {shown(name)} exists.", param="name")
-    manifest = await prepare(parts, tenant.id, name, version, files, allow_noop=allow_noop)
+    manifest = await prepare(parts, tenant.id, name, version, files, allow_noop=allow_noop, actor=actor)
     try:
         await parts.registry.publish(manifest)
     except Conflict:
@@ -79,7 +80,14 @@ async def publish(
 
 
 async def prepare(
-    parts: Services, tenant_id: str, name: str, version: int, files: Files, *, allow_noop: bool = False
+    parts: Services,
+    tenant_id: str,
+    name: str,
+    version: int,
+    files: Files,
+    *,
+    allow_noop: bool = False,
+    actor: str = "worker",
 ) -> Manifest:
     """The gate: what would be published. Its blobs are staged, and the engine has loaded and run it.
 
@@ -102,6 +110,7 @@ async def prepare(
         tensors=found.tensors,
         facts={"rank": found.rank, "parameters": found.parameters},
         created=int(time.time()),
+        by=actor,
     )
     checked = await parts.engine.check(encode_manifest(manifest), allow_noop=allow_noop)
     if checked.error is not None:

@@ -52,14 +52,16 @@ async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
         await asyncio.gather(task, gone, return_exceptions=True)
 
 
-async def open_stream(request: Request, events: AsyncGenerator[object, None]) -> Response:
+async def open_stream(
+    request: Request, events: AsyncGenerator[object, None], headers: dict[str, str] | None = None
+) -> Response:
     """A streamed answer, once its first event is there: an error before it still has its own status."""
     try:
         first = await while_connected(request.receive, anext(events))
     except BaseException:
         await events.aclose()
         raise
-    return EventStream(first, events)
+    return EventStream(first, events, headers)
 
 
 class EventStream(Response):
@@ -67,8 +69,11 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, first: object, events: AsyncGenerator[object, None]) -> None:
-        super().__init__(headers={"cache-control": "no-store", "x-accel-buffering": "no"})
+    def __init__(
+        self, first: object, events: AsyncGenerator[object, None], headers: dict[str, str] | None = None
+    ) -> None:
+        fixed = {"cache-control": "no-store", "x-accel-buffering": "no"}
+        super().__init__(headers=fixed | (headers or {}))
         del self.headers["content-length"]
         self._first = first
         self._events = events

@@ -3,7 +3,8 @@
 import hashlib
 from dataclasses import dataclass
 
-from adapters_store.index import Version
+from adapters_store.names import version_number
+from adapters_store.records import Version
 from server.api.schemas import AdapterUse
 from server.api.services import Services
 from server.engine.messages import AdapterRef, Use
@@ -26,28 +27,39 @@ class Target:
         """Changes whenever other weights answer."""
         return f"fp_{self.digest[:FINGERPRINT_CHARS]}"
 
+    @property
+    def headers(self) -> dict[str, str]:
+        """Which versions answer: `model` may be an alias of several."""
+        refs = [self.adapter, *(use.adapter for use in self.adapters)]
+        used = [f"{ref.name}@{ref.version}" for ref in refs if ref is not None]
+        return {"x-polypeft-adapter": ", ".join(used)} if used else {}
+
 
 async def resolve(
-    parts: Services, tenant: Tenant, model: str, several: list[AdapterUse] | None = None
+    parts: Services,
+    tenant: Tenant,
+    model: str,
+    several: list[AdapterUse] | None = None,
+    sticky: str | None = None,
 ) -> Target:
     """The base's id, alone or with `several` adapters on it, or an adapter's name, name@version, name@alias,
-    or ft:{base}:name:version.
+    or ft:{base}:name:version. Of an alias with weights, `sticky` always gets the same version.
 
     Raises NotFound, the same for what does not exist and for what is another tenant's.
     """
     base = parts.base
     if model == base.id:
-        return await _stack(parts, tenant, several) if several else Target(model, None, base.digest)
+        return await _stack(parts, tenant, several, sticky) if several else Target(model, None, base.digest)
     if several:
         raise InvalidField(
             f"With adapters, model must be the base {shown(base.id)}, not {shown(model)}.", param="model"
         )
-    version = await find_version(parts, tenant, model)
+    version = await find_version(parts, tenant, model, sticky=sticky)
     return Target(model, adapter_ref(version), version.digest)
 
 
-async def _stack(parts: Services, tenant: Tenant, several: list[AdapterUse]) -> Target:
-    versions = [await find_version(parts, tenant, use.name, "adapters") for use in several]
+async def _stack(parts: Services, tenant: Tenant, several: list[AdapterUse], sticky: str | None) -> Target:
+    versions = [await find_version(parts, tenant, use.name, "adapters", sticky) for use in several]
     uses = tuple(
         Use(adapter_ref(version), use.weight) for version, use in zip(versions, several, strict=True)
     )
@@ -55,12 +67,26 @@ async def _stack(parts: Services, tenant: Tenant, several: list[AdapterUse]) -> 
     return Target(parts.base.id, None, hashlib.sha256(content.encode()).hexdigest(), uses)
 
 
-async def find_version(parts: Services, tenant: Tenant, model: str, param: str = "model") -> Version:
+async def find_version(
+    parts: Services, tenant: Tenant, model: str, param: str = "model", sticky: str | None = None
+) -> Version:
     name, selector = split_model(parts, model)
     try:
-        return await parts.registry.resolve(tenant.id, name, selector)
+        return await parts.registry.resolve(tenant.id, name, selector, sticky)
     except NotFound:
         raise unknown_model(model, param) from None
+
+
+async def exact_version(parts: Services, tenant_id: str, name: str, selector: str) -> Version:
+    """The one version that `selector` means. Raises InvalidField for an alias of several, NotFound."""
+    if version_number(selector) is None:
+        alias = await parts.registry.aliases.get(tenant_id, name, selector)
+        if not isinstance(alias.points, int):
+            raise InvalidField(
+                f"alias {shown(selector)} stands for several versions; name one by its number.",
+                param="version",
+            )
+    return await parts.registry.resolve(tenant_id, name, selector)
 
 
 def split_model(parts: Services, model: str) -> tuple[str, str | None]:

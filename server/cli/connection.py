@@ -76,15 +76,14 @@ def refusal(body: bytes | str, otherwise: str) -> PolypeftError:
         return Unavailable(otherwise)
 
 
-def pages(client: httpx.Client, path: str) -> Iterator[dict[str, Any]]:
+def pages(client: httpx.Client, path: str, **params: str) -> Iterator[dict[str, Any]]:
     """Everything that a list holds, page by page."""
-    after: dict[str, str] = {}
     while True:
-        page = answer(client.get(path, params=after))
+        page = answer(client.get(path, params=params))
         yield from page["data"]
         if not page["has_more"]:
             return
-        after = {"after": page["last_id"]}
+        params["after"] = page["last_id"]
 
 
 def options_to_reach(url: str, data_dir: Path | None = None) -> str:

@@ -64,7 +64,7 @@ class Layer:
         step.residual = stream
         normed = self.fast_norms[0](stream)
         first.polypeft_after(first, (stream,), normed)
-        q, k, v = (y.unflatten(1, (-1, self.dim)) for y in siblings(self.qkv, normed))
+        q, k, v = (by_head(y, self.dim) for y in siblings(self.qkv, normed))
         for x, norm in ((q, self.head_norms[0]), (k, self.head_norms[1])):
             rotate_(x, cos, sin, norm)
         seen = step.attention(self.index, q, k, v, self.scores)
@@ -77,7 +77,13 @@ class Layer:
         gate, up = siblings(self.gate_up, normed)
         added = self.mlp.down_proj(silu_times(gate, up))
         self.mlp.polypeft_after(self.mlp, None, added)
-        return added.add_(stream)[None]
+        result: torch.Tensor = added.add_(stream)[None]
+        return result
+
+
+def by_head(x: torch.Tensor, dim: int) -> torch.Tensor:
+    """[T, heads * dim] as [T, heads, dim], over the same memory."""
+    return x.as_strided((x.shape[0], x.shape[1] // dim, dim), (x.stride(0), dim, 1), x.storage_offset())
 
 
 def siblings(members: list[LinearSite], x: torch.Tensor) -> list[torch.Tensor]:

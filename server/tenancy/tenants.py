@@ -90,6 +90,14 @@ class Tenants:
         infos = [msgspec.json.decode(record, type=KeyRecord).info for record in records]
         return sorted(infos, key=lambda info: (info.created, info.id))
 
+    async def key_id(self, tenant_id: str, secret: str) -> str:
+        """Which of the tenant's keys it is; "revoked" if it is none any more."""
+        with store_errors():
+            values = await self._redis.hvals(_keys_of(tenant_id))
+        records = [msgspec.json.decode(value, type=KeyRecord) for value in values]
+        sha256 = fingerprint(secret)
+        return next((record.info.id for record in records if record.sha256 == sha256), "revoked")
+
     async def revoke(self, tenant_id: str, key_id: str) -> None:
         """From here on the key is unknown. Raises NotFound if it was already."""
         with store_errors():

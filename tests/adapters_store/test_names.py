@@ -53,9 +53,9 @@ def test_a_name_that_passes_is_one_segment_of_a_key(name: str) -> None:
         assert parse_manifest_key(manifest_key("ten_1", name, 7)) == ("ten_1", name, 7)
 
 
-@pytest.mark.parametrize("alias", ["latest", "3", "v3", "007"])
+@pytest.mark.parametrize("alias", ["3", "v3", "007"])
 def test_reserved_aliases(alias: str) -> None:
-    with pytest.raises(InvalidField, match="reserved"):
+    with pytest.raises(InvalidField, match="version number"):
         check_alias(alias)
 
 

@@ -12,10 +12,18 @@ from adapters_store.registry import Registry
 from server.errors import Conflict, InvalidField, NotFound, PolypeftError, QuotaExceeded, StoreError
 
 pytestmark = pytest.mark.anyio
+WEIGHTS = "adapter_model.safetensors"
 
 
-def manifest(tenant: str, name: str, version: int, digest: str = "d") -> Manifest:
-    weights = Blob(name="adapter_model.safetensors", key="k", sha256="0" * 64, bytes=10)
+def manifest(
+    tenant: str,
+    name: str,
+    version: int,
+    digest: str = "d",
+    blobs: list[Blob] | None = None,
+    *,
+    promoted: bool = True,
+) -> Manifest:
     return Manifest(
         tenant=tenant,
         name=name,
@@ -24,18 +32,23 @@ def manifest(tenant: str, name: str, version: int, digest: str = "d") -> Manifes
         base="b",
         base_digest="b",
         digest=digest,
-        files=[weights],
+        files=blobs or [Blob(name=WEIGHTS, key="tenants/t/blobs/nowhere", sha256="0" * 64, bytes=10)],
         config={},
         tensors={},
         facts={"rank": 8},
         created=1,
+        promoted=promoted,
     )
 
 
 async def publish(registry: Registry, tenant: str, name: str, digest: str = "d") -> int:
     version = await registry.next_version(tenant, name)
-    await registry.publish(manifest(tenant, name, version, digest))
+    await registry.publish(manifest(tenant, name, version, digest, await stage(registry, tenant)))
     return version
+
+
+async def stage(registry: Registry, tenant: str) -> list[Blob]:
+    return await registry.stage(tenant, [(WEIGHTS, Path(__file__))])
 
 
 async def test_versions_count_up_and_latest_follows(registry: Registry) -> None:
@@ -56,9 +69,13 @@ async def test_unknown_and_foreign_are_one_answer(registry: Registry) -> None:
         registry.get,
         registry.resolve,
         registry.delete,
+        registry.history,
         lambda t, n: registry.resolve(t, n, "1"),
         lambda t, n: registry.manifest(t, n, 1),
-        lambda t, n: registry.set_alias(t, n, "prod", 1),
+        lambda t, n: registry.aliases.get(t, n, "latest"),
+        lambda t, n: registry.aliases.set(t, n, "prod", 1),
+        lambda t, n: registry.aliases.unset(t, n, "latest"),
+        lambda t, n: registry.aliases.rollback(t, n, "latest"),
     ]
     for call in calls:
         answers = set()
@@ -82,9 +99,8 @@ async def test_unknown_selectors_are_not_found(registry: Registry, selector: str
 
 async def test_fifty_uploads_of_one_version_make_one(registry: Registry) -> None:
     version = await registry.next_version("t", "a")
-    outcomes = await asyncio.gather(
-        *(registry.publish(manifest("t", "a", version, f"d{i}")) for i in range(50)), return_exceptions=True
-    )
+    ready = [manifest("t", "a", version, f"d{i}", await stage(registry, "t")) for i in range(50)]
+    outcomes = await asyncio.gather(*map(registry.publish, ready), return_exceptions=True)
     assert outcomes.count(None) == 1
     assert sum(isinstance(outcome, Conflict) for outcome in outcomes) == 49
     assert (await registry.resolve("t", "a")).digest == f"d{outcomes.index(None)}"
@@ -93,14 +109,12 @@ async def test_fifty_uploads_of_one_version_make_one(registry: Registry) -> None
 async def test_aliases(registry: Registry) -> None:
     await publish(registry, "t", "a")
     await publish(registry, "t", "a")
-    await registry.set_alias("t", "a", "prod", 1)
+    await registry.aliases.set("t", "a", "prod", 1)
     assert (await registry.resolve("t", "a", "prod")).version == 1
-    await registry.set_alias("t", "a", "prod", 2)
+    await registry.aliases.set("t", "a", "prod", 2)
     assert (await registry.resolve("t", "a", "prod")).version == 2
     with pytest.raises(NotFound):
-        await registry.set_alias("t", "a", "prod", 3)
-    with pytest.raises(InvalidField):
-        await registry.set_alias("t", "a", "latest", 1)
+        await registry.aliases.set("t", "a", "prod", 3)
 
 
 async def test_deleting_a_version_moves_latest_and_drops_its_aliases(
@@ -108,22 +122,23 @@ async def test_deleting_a_version_moves_latest_and_drops_its_aliases(
 ) -> None:
     for digest in ("d1", "d2"):
         await publish(registry, "t", "a", digest)
-    await registry.set_alias("t", "a", "prod", 2)
-    assert await registry.delete("t", "a", 2) == ["d2"]
+    await registry.aliases.set("t", "a", "prod", 2)
+    assert await registry.delete("t", "a", 2, purge=True) == ["d2"]
     assert (await registry.get("t", "a")).aliases == {"latest": 1}
     assert await objects.list("tenants/t/adapters") == [manifest_key("t", "a", 1)]
+    assert len(await objects.list("tenants/t/blobs")) == 1
     assert await publish(registry, "t", "a") == 3, "a number is never used again"
 
 
 async def test_deleting_an_adapter(registry: Registry, objects: Objects) -> None:
     for digest in ("d1", "d2"):
         await publish(registry, "t", "a", digest)
-    assert sorted(await registry.delete("t", "a")) == ["d1", "d2"]
+    assert sorted(await registry.delete("t", "a", purge=True)) == ["d1", "d2"]
     for call in (registry.get, registry.resolve, registry.delete):
         with pytest.raises(NotFound):
             await call("t", "a")
     assert await registry.list("t") == []
-    assert await objects.list("tenants/t/adapters") == []
+    assert await objects.list("tenants/t") == []
     assert await publish(registry, "t", "a") == 3
 
 
@@ -151,15 +166,15 @@ async def test_quota_counts_names_not_versions(objects: Objects, redis: Redis) -
 
 async def test_versions_and_aliases_are_bounded(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("adapters_store.registry.MAX_VERSIONS", 2)
-    monkeypatch.setattr("adapters_store.registry.MAX_ALIASES", 2)
+    monkeypatch.setattr("adapters_store.aliases.MAX_ALIASES", 2)
     await publish(registry, "t", "a")
     await publish(registry, "t", "a")
     with pytest.raises(QuotaExceeded, match="2 versions"):
         await registry.next_version("t", "a")
-    await registry.set_alias("t", "a", "prod", 1)
-    await registry.set_alias("t", "a", "prod", 2)
+    await registry.aliases.set("t", "a", "prod", 1)
+    await registry.aliases.set("t", "a", "prod", 2)
     with pytest.raises(QuotaExceeded, match="2 aliases"):
-        await registry.set_alias("t", "a", "test", 1)
+        await registry.aliases.set("t", "a", "test", 1)
     await registry.delete("t", "a", 1)
     assert await registry.next_version("t", "a") == 3
 
@@ -170,7 +185,10 @@ async def test_stage_stores_by_content_under_the_tenant(
     (tmp_path / "f").write_bytes(b"bytes")
     (blob,) = await registry.stage("t", [("adapter_model.safetensors", tmp_path / "f")])
     assert blob.bytes == 5
-    assert blob.key == f"tenants/t/blobs/{blob.sha256}"
+    (again,) = await registry.stage("t", [("adapter_model.safetensors", tmp_path / "f")])
+    assert again.sha256 == blob.sha256
+    assert again.key != blob.key, "one key, two uploads: whoever removes the first takes the second's"
+    assert blob.key.startswith(f"tenants/t/blobs/{blob.sha256}.")
     assert await objects.get(blob.key) == b"bytes"
     for name in ["../x", "a/b", "", "a\x00", "\\", "x" * 129]:
         with pytest.raises(InvalidField, match="file name"):
@@ -202,7 +220,7 @@ async def test_a_store_that_fails_at_any_call_leaves_old_or_new(
 ) -> None:
     """upload, upload, delete: whatever breaks, versions are whole or absent, and the next upload works."""
     (tmp_path / "f").write_bytes(b"bytes")
-    for at in range(1, 10):
+    for at in range(1, 13):
         await redis.flushall()
         for key in await objects.list("tenants"):
             await objects.delete(key)
@@ -227,8 +245,15 @@ async def test_a_store_that_fails_at_any_call_leaves_old_or_new(
         except Conflict:  # the orphan of a lost answer is indexed now: one more try is enough
             await publish(healthy, "t", "a", "three")
         assert (await healthy.resolve("t", "a")).digest == "three"
-        await healthy.finish_deletes()
-        assert len(await objects.list("tenants/t/adapters")) == len((await healthy.get("t", "a")).versions)
+        await healthy.delete("t", "a", purge=True)
+        for key in await objects.list("tenants/t/adapters"):  # left by who could not take it back
+            with pytest.raises(NotFound):
+                await healthy.resolve("t", "a", str(int(key[-13:-5])))
+            await objects.delete(key)
+        await Registry(objects, redis, grace_seconds=-1).collector.collect()
+        await redis.delete("pp:staged")  # as if all leases had run out
+        await Registry(objects, redis, grace_seconds=-1).collector.collect()
+        assert await objects.list("tenants") == []
     assert failing.calls < at, "every call has had its turn to fail"
 
 
@@ -237,14 +262,15 @@ async def test_the_index_can_be_rebuilt_and_keeps_aliases(
 ) -> None:
     for tenant, name in [("t", "a"), ("t", "a"), ("u", "a"), ("u", "b")]:
         await publish(registry, tenant, name, f"{tenant}{name}")
-    await registry.set_alias("t", "a", "prod", 1)
+    await registry.aliases.set("t", "a", "prod", 1)
     before = [await registry.list(tenant) for tenant in ("t", "u")]
     await registry.rebuild_index()
     assert [await registry.list(tenant) for tenant in ("t", "u")] == before
     await objects.delete(manifest_key("u", "b", 1))
     await redis.delete("pp:adapters:t", "pp:adapter:t:a:versions", "pp:adapters:t:last")
     assert await registry.rebuild_index() == 3
-    assert await registry.list("t") == before[0]
+    (found,) = await registry.list("t")
+    assert (found.versions, found.aliases) == (before[0][0].versions, {"latest": 2, "prod": 1})
     assert [a.name for a in await registry.list("u")] == ["a"]
     assert await publish(registry, "t", "a") == 3
 

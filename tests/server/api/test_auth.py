@@ -178,6 +178,12 @@ def test_another_tenants_adapter_is_the_same_404_as_no_adapter_on_every_route(
         ("DELETE", "/v1/adapters/{}/versions/1", None),
         ("GET", "/v1/adapters/{}/versions/1/download", None),
         ("POST", "/v1/adapters/{}/aliases", {"alias": "prod", "version": 1}),
+        ("POST", "/v1/adapters/{}/aliases", {"alias": "prod", "weights": {"1": 1, "2": 1}}),
+        ("GET", "/v1/adapters/{}/aliases/latest", None),
+        ("DELETE", "/v1/adapters/{}/aliases/latest", None),
+        ("POST", "/v1/adapters/{}/aliases/latest/rollback", None),
+        ("POST", "/v1/adapters/{}/restore", None),
+        ("GET", "/v1/adapters/{}/history", None),
         ("GET", "/v1/models/{}", None),
         ("GET", "/v1/models/{}@1", None),
         ("DELETE", "/v1/models/{}", None),
@@ -187,7 +193,10 @@ def test_another_tenants_adapter_is_the_same_404_as_no_adapter_on_every_route(
         ("POST", "/v1/chat/completions", {"model": "{}", "messages": [{"role": "user", "content": "x"}]}),
     ]
     named = {path for _, path in routes(system) if "{name}" in path or "{model" in path}
-    asked = {path.replace("{}", "{name}").replace("/1", "/{version}") for _, path, _ in calls}
+    asked = {
+        path.replace("{}", "{name}").replace("/1", "/{version}").replace("aliases/latest", "aliases/{alias}")
+        for _, path, _ in calls
+    }
     assert {path for path in named if "{name}" in path} <= asked, "a route is missing from the table"
 
     with system.http(key) as a, system.http(other_key) as b:

@@ -17,8 +17,9 @@ from server.cli.options import read_settings
 from server.engine.fake import Behaviour
 from server.errors import StartupError
 from server.settings import Settings
+from tests.fixtures.hub import hub
 from tests.server.api.conftest import System, lora_files
-from tests.server.cli.conftest import Run
+from tests.server.cli.conftest import Done, Run
 
 
 def script(system: System, text: str) -> Behaviour:
@@ -92,6 +93,117 @@ def test_a_lost_index_is_rebuilt_from_the_manifests(run: Run, system: System, ad
     assert "index holds" in run("admin", "rebuild-index").out
     shown = json.loads(run("adapters", "show", "poet", "--key", key).out)
     assert [version["version"] for version in shown["versions"]] == [1, 2]
+
+
+def test_an_alias_is_pointed_split_rolled_back_and_forgotten(run: Run, system: System, adapter: Path) -> None:
+    key = ("--key", system.tenant("pointer"))
+    for _ in range(2):
+        run("adapters", "push", "poet", str(adapter), *key)
+    assert run("adapters", "alias", "poet", "prod", "v1", *key).out == "poet@prod -> 1\n"
+    split = run("adapters", "alias", "poet", "prod", "1=0.9,2=0.1", *key)
+    assert split.out == "poet@prod -> 1=0.9,2=0.1\n"
+    assert run("adapters", "alias", "poet", "prod", *key).out == split.out
+    assert run("adapters", "rollback", "poet", "prod", *key).out == "poet@prod -> 1\n"
+    assert run("adapters", "rollback", "poet", *key).out == "poet@latest -> 1\n"
+    assert run("adapters", "alias", "poet", "prod", "--delete", *key).out == "poet@prod is forgotten.\n"
+    for nonsense in ("x", "1=", "1=0.9;2=0.1", "=1"):
+        assert run("adapters", "alias", "poet", "prod", nonsense, *key).status == 1
+    history = [line.split("\t")[2:] for line in run("adapters", "history", "poet", *key).out.splitlines()]
+    assert history == [
+        ["unalias", "prod: 1 -> -"],
+        ["rollback", "latest: 2 -> 1"],
+        ["rollback", "prod: 1=0.9,2=0.1 -> 1"],
+        ["alias", "prod: 1 -> 1=0.9,2=0.1"],
+        ["alias", "prod: - -> 1"],
+        ["publish", "+2; latest: 1 -> 2"],
+        ["publish", "+1; latest: - -> 1"],
+    ]
+
+
+def test_what_is_removed_is_listed_and_restored_until_it_is_purged(
+    run: Run, system: System, adapter: Path
+) -> None:
+    key = ("--key", system.tenant("remover"))
+    for _ in range(2):
+        run("adapters", "push", "poet", str(adapter), *key)
+    assert run("adapters", "rm", "poet@1", *key).out == "poet@1 is deleted.\n"
+    assert run("adapters", "rm", "poet", *key).out == "poet is deleted.\n"
+    listed = [line.split("\t")[:2] for line in run("adapters", "list", "--deleted", *key).out.splitlines()]
+    assert listed == [["poet", "1"], ["poet", "2"]]
+    assert run("adapters", "restore", "poet", "--version", "1", *key).out == "poet has 1 versions.\n"
+    assert run("adapters", "restore", "poet", *key).out == "poet has 2 versions.\n"
+    assert run("adapters", "rm", "poet", "--purge", *key).out == "poet is purged.\n"
+    assert run("adapters", "restore", "poet", *key).status == 1
+
+
+def test_garbage_is_named_and_removed_and_a_whole_store_verified(
+    run: Run, system: System, adapter: Path
+) -> None:
+    services = system.app.state.services
+    run("adapters", "push", "kept", str(adapter), "--key", system.tenant("keeper"))
+    stray = "tenants/operator/blobs/stray"
+    services.objects.put_sync(stray, b"xyz")
+    collector = services.registry.collector
+    grace, collector._grace = collector._grace, -1
+    try:
+        for option, verb in (["--dry-run"], "would be removed"), ([], "are removed"):
+            done = run("admin", "gc", *option)
+            assert stray in done.out
+            assert f"{verb}." in done.out.splitlines()[-1]
+    finally:
+        collector._grace = grace
+    assert run("admin", "verify").status == 0
+    blob = next(key for key in services.objects.list_sync("tenants") if "/blobs/" in key)
+    whole = services.objects.get_sync(blob)
+    services.objects.put_sync(blob, whole[:-1])
+    damaged = run("admin", "verify")
+    services.objects.put_sync(blob, whole)
+    assert (damaged.status, damaged.out.split("\t")[0]) == (1, "corrupt")
+    assert damaged.err.endswith("1 objects that versions need are missing or corrupt.\n")
+    assert run("admin", "verify", "--key", system.tenant("curious")).status == 1
+
+
+def test_the_operator_imports_from_the_hub_what_is_safe(system: System, adapter: Path) -> None:
+    """In a process of its own: huggingface_hub reads where the hub is once."""
+    with system.http(system.operator) as operator:
+        tenant = operator.post("/admin/tenants", json={"name": "importer"}).json()
+    files = {path.name: path.read_bytes() for path in adapter.iterdir()}
+    other = {
+        "adapter_model.bin": b"\x80pickle",
+        "checkpoint-1/adapter_model.safetensors": b"x",
+        "run.py": b"",
+    }
+    pickled = {"adapter_config.json": b"{}", "adapter_model.bin": b"\x80pickle"}
+    with hub({"someone/poet": files | other, "someone/pickled": pickled}) as fake:
+        variables = {"HF_ENDPOINT": fake.url, "POLYPEFT_URL": system.url, "HF_HUB_OFFLINE": "0"}
+        variables["POLYPEFT_DATA_DIR"] = str(system.settings.data_dir)
+
+        def import_(model: str) -> Done:
+            arguments = ["admin", "import", model, "--tenant", tenant["id"], "--name", "poet"]
+            code = "from server.cli import main; main()"
+            done = subprocess.run(
+                [sys.executable, "-c", code, *arguments],
+                env=os.environ | variables | {"PYTHONPATH": str(Path.cwd())},
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            return Done(done.returncode, done.stdout, done.stderr)
+
+        made = import_("someone/poet@v1")
+        assert made.status == 0, made.err
+        assert sorted(fake.fetched) == ["adapter_config.json", "adapter_model.safetensors"]
+        assert "v1" in fake.revisions
+        refused = import_("someone/pickled")
+        assert (refused.status, "a pickle is not fetched" in refused.err) == (1, True)
+        assert "adapter_model.bin" not in fake.fetched
+        for model, said in ("someone/nothing", "could not be fetched"), ("../poet", "is no hub id"):
+            refused = import_(model)
+            assert (refused.status, said in refused.err) == (1, True), refused.err
+    with system.http(tenant["key"]) as client:
+        assert client.get("/v1/adapters/poet").json()["version"] == 1
+        (change,) = client.get("/v1/adapters/poet/history").json()["data"]
+        assert change["actor"] == "operator"
 
 
 def test_every_page_is_listed() -> None:

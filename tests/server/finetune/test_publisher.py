@@ -111,13 +111,13 @@ class System:
 
     async def upload(self) -> int:
         """Somebody else's version of the same adapter, as the API publishes it."""
-        blob = Blob(name="adapter_model.safetensors", key="k", sha256="0" * 64, bytes=10)
+        blobs = await self.registry.stage("t", [("adapter_model.safetensors", Path(__file__))])
         number = await self.registry.next_version("t", "mine")
         try:
-            await self.registry.publish(manifest("t", "mine", number, [blob]))
+            await self.registry.publish(manifest("t", "mine", number, blobs))
         except Conflict:
             number = await self.registry.next_version("t", "mine")
-            await self.registry.publish(manifest("t", "mine", number, [blob]))
+            await self.registry.publish(manifest("t", "mine", number, blobs))
         return number
 
     async def versions(self, name: str = "mine") -> list[int]:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from server.engine.layers import by_head
 from server.kernels.elementwise import (
     RmsNorm,
     rms_norm_reference,
@@ -41,11 +42,11 @@ def test_rotation_equals_its_twin(dim: int) -> None:
         turned = rotate_reference(expected, cos, sin)
         normed = rotate_reference(rms_norm_reference(expected, norm.weight, 1e-6), cos, sin)
         both = whole.clone()
-        rotate_(whole[:, dim : 4 * dim].unflatten(1, (3, dim)), cos, sin)
+        rotate_(by_head(whole[:, dim : 4 * dim], dim), cos, sin)
         torch.testing.assert_close(whole[:, dim : 4 * dim].view(count, 3, dim), turned, atol=2e-6, rtol=1e-5)
         assert torch.equal(whole[:, :dim], rest[:, :dim])
         assert torch.equal(whole[:, 4 * dim :], rest[:, 4 * dim :])
-        rotate_(both[:, dim : 4 * dim].unflatten(1, (3, dim)), cos, sin, norm)
+        rotate_(by_head(both[:, dim : 4 * dim], dim), cos, sin, norm)
         torch.testing.assert_close(both[:, dim : 4 * dim].view(count, 3, dim), normed, atol=4e-6, rtol=1e-5)
 
 
