@@ -10,8 +10,11 @@ import os
 import secrets
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Protocol
 
 from server.errors import StoreError
+
+HASHED = 1 << 20  # bytes at a time: hashed while they are in the processor's cache
 
 
 def write_file(
@@ -59,13 +62,36 @@ def make_folder(path: Path) -> None:
 
 
 def verified(chunks: Iterable[bytes], sha256: str | None) -> Iterator[bytes]:
-    """`chunks` as they are; StoreError at their end if they are not what `sha256` names."""
+    """`chunks` as they are; WrongBytes at their end if they are not what `sha256` names."""
     digest = hashlib.sha256()
     for chunk in chunks:
         digest.update(chunk)
         yield chunk
     if sha256 is not None and digest.hexdigest() != sha256:
-        raise StoreError("Stored bytes do not match their SHA-256; they were not used.")
+        raise WrongBytes
+
+
+class WrongBytes(StoreError):
+    """What was read is not what its name says."""
+
+    def __init__(self) -> None:
+        super().__init__("Stored bytes do not match their SHA-256; they were not used.")
+
+
+class ReadInto(Protocol):
+    def __call__(self, buffer: memoryview, /) -> int | None: ...
+
+
+def fill(buffer: memoryview, read_into: ReadInto, sha256: str) -> bool:
+    """Fill `buffer` from a file's `readinto`; whether it got all, and that is what `sha256` names."""
+    digest, at = hashlib.sha256(), 0
+    while at < len(buffer):
+        count = read_into(buffer[at : at + HASHED])
+        if not count:
+            return False
+        digest.update(buffer[at : at + count])
+        at += count
+    return digest.hexdigest() == sha256
 
 
 def _sync_folder(path: Path) -> None:
