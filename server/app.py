@@ -22,6 +22,7 @@ from server.api import (
     limits,
     lora_compat,
     models,
+    pins,
     uploads,
 )
 from server.api.envelope import Envelope
@@ -41,6 +42,7 @@ from server.finetune.uploads import Uploads
 from server.metrics import Metrics
 from server.settings import Settings
 from server.tenancy.keys import operator_key
+from server.tenancy.pins import Pins
 from server.tenancy.tenants import Tenants
 
 log = logging.getLogger(__name__)
@@ -50,6 +52,7 @@ ROUTERS = (
     chat,
     models,
     adapters,
+    pins,
     files,
     uploads,
     fine_tuning,
@@ -77,6 +80,7 @@ def build_app(settings: Settings) -> FastAPI:
         tasks = [
             asyncio.create_task(_finish_deletes(services.registry)),
             asyncio.create_task(publisher.run()),
+            asyncio.create_task(pins.keep_pins(services)),
         ]
         app.state.services = services
         try:
@@ -138,6 +142,7 @@ def build_services(settings: Settings) -> Services:
             max_pending=settings.max_uploads_per_tenant,
         ),
         jobs=Jobs(redis, queue, settings.max_jobs_per_tenant),
+        pins=Pins(redis, settings.max_pins_per_tenant),
         queue=queue,
     )
 

@@ -27,6 +27,7 @@ FROM_SETTINGS = (
     "max_tensors",
     "max_header_bytes",
     "max_adapters_per_tenant",
+    "max_pins_per_tenant",
     "max_file_bytes",
     "max_files_per_tenant",
     "max_files_bytes_per_tenant",
