@@ -11,7 +11,7 @@ Seconds over room is the cost- and size-awareness of GreedyDual-Size. No torch, 
 from collections import OrderedDict
 from dataclasses import dataclass
 
-LIVES = 6  # a half-life, in asks for each adapter held
+LIVES = 8  # a half-life, in asks for each adapter held
 SHORTEST = 64  # asks
 REMEMBERED = 16_384  # adapters at most whose frequency is known, about 3 MB
 

@@ -24,7 +24,7 @@ def test_a_pin_reaches_the_engine_and_goes_again(http: httpx.Client, engine: Fak
     digest = upload(http, "a").json()["digest"]
     answer = http.post("/v1/adapters/a/pin")
     assert (answer.status_code, answer.json()["pinned"], answer.json()["version"]) == (200, True, 1)
-    assert digest in engine.prefetched
+    until(lambda: digest in engine.prefetched)
     until(lambda: engine.pins == [digest])
     assert http.get("/v1/adapters/a/pin").json()["pinned"]
     assert not http.delete("/v1/adapters/a/pin").json()["pinned"]
