@@ -10,8 +10,12 @@ import os
 import secrets
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Protocol
 
 from server.errors import CorruptObject
+
+DAMAGED = "Stored bytes do not match their SHA-256; they were not used."
+HASHED = 1 << 20  # bytes at a time: hashed while they are in the processor's cache
 
 
 def write_file(
@@ -65,7 +69,23 @@ def verified(chunks: Iterable[bytes], sha256: str | None) -> Iterator[bytes]:
         digest.update(chunk)
         yield chunk
     if sha256 is not None and digest.hexdigest() != sha256:
-        raise CorruptObject("Stored bytes do not match their SHA-256; they were not used.")
+        raise CorruptObject(DAMAGED)
+
+
+class ReadInto(Protocol):
+    def __call__(self, buffer: memoryview, /) -> int | None: ...
+
+
+def fill(buffer: memoryview, read_into: ReadInto, sha256: str) -> bool:
+    """Fill `buffer` from a file's `readinto`; whether it got all, and that is what `sha256` names."""
+    digest, at = hashlib.sha256(), 0
+    while at < len(buffer):
+        count = read_into(buffer[at : at + HASHED])
+        if not count:
+            return False
+        digest.update(buffer[at : at + count])
+        at += count
+    return digest.hexdigest() == sha256
 
 
 def _sync_folder(path: Path) -> None:

@@ -10,6 +10,7 @@ store has failed several times in a row, calls fail at once until it answers aga
 
 import hashlib
 import logging
+import os
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -28,8 +29,8 @@ from obstore.store import AzureStore, GCSStore, LocalStore, MemoryStore, S3Store
 
 from adapters_store.breaker import Breaker
 from adapters_store.cloud import BULK_SECONDS, Clients, open_cloud, read_options
-from adapters_store.durable import make_folder, remove_file, verified, write_file
-from server.errors import NotFound, StartupError, StoreError, TooLarge, shown
+from adapters_store.durable import DAMAGED, fill, make_folder, remove_file, verified, write_file
+from server.errors import CorruptObject, NotFound, StartupError, StoreError, TooLarge, shown
 
 T = TypeVar("T")
 CHUNK = 4 << 20  # bytes
@@ -142,6 +143,23 @@ class Objects:
             found = obstore.get(self._bulk, _checked(key))
             chunks = (bytes(chunk) for chunk in found.stream(min_chunk_size=CHUNK))
             write_file(path, _in_time(chunks, BULK_SECONDS), sha256)
+
+    def read_sync(self, key: str, buffer: memoryview, sha256: str) -> None:
+        """Fill `buffer`, which is as long as the object; CorruptObject if they are not `sha256`'s."""
+        with self._call("read"):
+            if self._folder:
+                with (self._folder / _checked(key)).open("rb", buffering=0) as file:
+                    same = os.fstat(file.fileno()).st_size == len(buffer)
+                    if not same or not fill(buffer, file.readinto, sha256):
+                        raise CorruptObject(DAMAGED)
+                return
+            found, at = obstore.get(self._bulk, _checked(key)), 0
+            if found.meta["size"] != len(buffer):
+                raise CorruptObject(DAMAGED)
+            chunks = map(bytes, found.stream(min_chunk_size=CHUNK))
+            for chunk in verified(_in_time(chunks, BULK_SECONDS), sha256):
+                buffer[at : at + len(chunk)] = chunk
+                at += len(chunk)
 
     def head_sync(self, key: str) -> Head:
         with self._call("head"):

@@ -25,6 +25,7 @@ from server.api import (
     lora_compat,
     maintenance,
     models,
+    pins,
     uploads,
 )
 from server.api.envelope import Envelope
@@ -46,6 +47,7 @@ from server.finetune.uploads import Uploads
 from server.metrics import Metrics
 from server.settings import Settings
 from server.tenancy.keys import operator_key
+from server.tenancy.pins import Pins
 from server.tenancy.tenants import Tenants
 
 ROUTERS = (
@@ -55,6 +57,7 @@ ROUTERS = (
     adapters,
     direct_uploads,
     aliases,
+    pins,
     files,
     uploads,
     fine_tuning,
@@ -81,7 +84,7 @@ def build_app(settings: Settings) -> FastAPI:
         publisher = Publisher(
             services.jobs, services.files, services.registry, services.objects, TrainedGate(services)
         )
-        loops = [publisher.run(), Upkeep(services.registry).run()]
+        loops = [publisher.run(), Upkeep(services.registry).run(), pins.keep_pins(services)]
         if watcher is not None:
             loops.append(watcher.run())
         tasks = [asyncio.create_task(loop) for loop in loops]
@@ -153,5 +156,6 @@ def build_services(settings: Settings) -> Services:
         ),
         directs=DirectUploads(redis, settings.max_uploads_per_tenant),
         jobs=Jobs(redis, queue, settings.max_jobs_per_tenant),
+        pins=Pins(redis, settings.max_pins_per_tenant),
         queue=queue,
     )

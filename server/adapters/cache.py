@@ -1,100 +1,96 @@
-"""The device tier: which adapter sits in which slot. LRU, byte budget, pins. No torch, no I/O.
+"""The device tier: which adapter sits in which slot. What makes way, shelf.py says. No torch, no I/O.
 
-    loading  --put-->  resident, used (pins >= 1)  <-->  resident, idle (LRU order)  --evict-->  gone
+    loading --> in RAM --> on its way to a slot --put--> in use (pins >= 1)  <-->  idle --evict--> gone
 
-A slot in use is never evicted. Everything happens on the engine's thread: the loader works elsewhere and
-is polled through its futures.
+A slot in use is never evicted. Everything happens on the engine's thread: the loader and the copies work
+elsewhere and are polled. What goes into use is checked against its seal first; while it is in use it is not.
 """
 
+import time
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
+from server.adapters.policy import FROM_RAM
+from server.adapters.residents import Fetcher, Loaded, Moving, Pending, Resident, Slots
+from server.adapters.share import Shares
+from server.adapters.shelf import Shelf
 from server.engine.messages import AdapterRef
 from server.errors import PolypeftError, StoreError
 
-
-class Loaded(Protocol):
-    """What the loader brings: opaque here but for what it costs in bytes and in context."""
-
-    @property
-    def nbytes(self) -> int: ...
-    @property
-    def virtual(self) -> int: ...
-    @property
-    def given(self) -> bool: ...
-    @property
-    def summable(self) -> bool: ...
-
-
-class Slots(Protocol):
-    """The part of a bank that this file may touch."""
-
-    def put(self, slot: int, packed: Any) -> None: ...
-    def clear(self, slot: int) -> None: ...
-
-
-class Fetcher(Protocol):
-    def fetch(self, ref: AdapterRef) -> "Future[Any]": ...
-    def forget(self, digest: str) -> None: ...
-
-
-@dataclass
-class Resident:
-    digest: str
-    method: str
-    slot: int
-    nbytes: int
-    virtual: int = 0  # tokens it puts before each row
-    given: bool = False  # their K/V need no computing
-    summable: bool = False  # may be weighted, and added to others
-    pins: int = 0
-    forgotten: bool = False  # deleted while in use: goes with its last row
+LEASE_SECONDS = 30.0  # how long a load is kept in RAM for somebody who does not come back for it
+STALE_STEPS = 2  # after which one that nobody asked for makes way for another's
 
 
 class AdapterCache:
-    def __init__(self, banks: Mapping[str, Slots], loader: Fetcher, *, slots: int, budget: int) -> None:
+    def __init__(
+        self,
+        banks: Mapping[str, Slots],
+        loader: Fetcher,
+        *,
+        slots: int,
+        budget: int,
+        copy: Callable[[Any], Moving],
+        shares: Shares | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.banks = banks
         self.loader = loader
         self.budget = budget
         self.slots = slots
         self.free = list(range(slots, 0, -1))  # slot 0 is "no adapter"
-        self.by_digest: OrderedDict[str, Resident] = OrderedDict()  # least recently used first
+        self.shares = shares or Shares()
+        self.shelf: Shelf[Resident] = Shelf(budget, FROM_RAM, self.shares, slots)
+        self.by_digest = self.shelf.entries
         self.by_slot: dict[int, Resident] = {}
-        self.pending: OrderedDict[str, Future[Any]] = OrderedDict()
-        self.nbytes = 0
+        self.pending: OrderedDict[str, Pending] = OrderedDict()
+        self.pinned: dict[str, AdapterRef] = {}  # by their tenants
+        self.wanted: list[AdapterRef] = []  # of those, the ones that have not been tried yet
         self.hits = self.misses = self.evictions = self.failures = 0
+        self._copy = copy
+        self._clock = clock
+        self._step = 0
 
-    def acquire(self, ref: AdapterRef) -> int | None:
-        """A pinned slot; None when the adapter is on its way, or all memory is pinned (try next step).
+    @property
+    def nbytes(self) -> int:
+        return self.shelf.nbytes
 
-        Raises what ended the load; the next request tries it afresh.
+    @property
+    def busy(self) -> bool:
+        """Something is on its way that no row waits for."""
+        return bool(self.wanted)
+
+    def acquire(
+        self, ref: AdapterRef, *, weight: float = 1.0, mine: Collection[int] = (), again: bool = False
+    ) -> int | None:
+        """A slot that is the caller's to release; None when the adapter is on its way, or has to wait for
+        room (try next step).
+
+        `weight`: the tenant's. `mine`: slots the same row holds already. `again`: the row asked before, and
+        counts as asking once. Raises what ended the load; the next request tries it afresh.
         """
-        if found := self.by_digest.get(ref.digest):
-            self.by_digest.move_to_end(ref.digest)
+        if not again:
+            self._count(ref, weight)
+        found = self.by_digest.get(ref.digest)
+        if found is not None and found.moving is None and self._sound(found):
             found.pins += 1
-            self.hits += 1
             return found.slot
-        future = self.pending.get(ref.digest)
-        if future is None:
-            self.misses += 1
-            self._drop_abandoned()
-            future = self.pending[ref.digest] = self.loader.fetch(ref)
-        if not future.done():
-            return None
-        if error := future.exception():
-            del self.pending[ref.digest]
-            self.failures += 1
-            raise (
-                error if isinstance(error, PolypeftError) else StoreError("The adapter could not be loaded.")
-            )
-        return self._settle(ref, future.result())
+        if found is not None and found.moving is not None:
+            return self._arrive(found, pins=1)
+        return self._fetch(ref, mine)
 
     def loading(self, ref: AdapterRef) -> bool:
-        future = self.pending.get(ref.digest)
-        return future is not None and not future.done()
+        """It is on its way: not in RAM yet, or not on the device."""
+        if (found := self.by_digest.get(ref.digest)) and found.moving is not None:
+            return True
+        pending = self.pending.get(ref.digest)
+        return pending is None or not pending.future.done()
+
+    def waits_for_itself(self, ref: AdapterRef) -> bool:
+        """Its tenant is over its share: room for it comes from that tenant's own rows alone."""
+        pending = self.pending.get(ref.digest)
+        return pending is not None and pending.own
 
     def release(self, slot: int) -> None:
         """One row less uses the slot."""
@@ -105,66 +101,171 @@ class AdapterCache:
             self._evict(resident)
 
     def prefetch(self, ref: AdapterRef) -> None:
-        """Start a load into RAM; nobody waits for it here."""
+        """Start a load into RAM for somebody who will come for it; a hint, and dropped when many load."""
         if ref.digest not in self.by_digest and ref.digest not in self.pending:
-            self.loader.fetch(ref)
+            self._start(ref)
 
     def offer(self, ref: AdapterRef, load: "Future[Any]") -> None:
         """A load that was started elsewhere: rows that name it need not start another."""
-        if ref.digest not in self.by_digest:
-            self.pending[ref.digest] = load
+        if ref.digest not in self.by_digest and ref.digest not in self.pending:
+            self.loader.claim(ref.digest)
+            self.pending[ref.digest] = Pending(ref, load, self._step, self._clock())
+
+    def pin(self, refs: Collection[AdapterRef]) -> None:
+        """What tenants have pinned, all of it: brought onto the device as far as there is room, and kept
+        there as far as their shares go (shelf.py).
+        """
+        self.pinned = {ref.digest: ref for ref in refs}
+        self.wanted = [ref for ref in refs if ref.digest not in self.by_digest]
+        for resident in self.by_digest.values():
+            resident.fixed = resident.digest in self.pinned
 
     def forget(self, digest: str) -> None:
         """A deleted version: out of every tier, here as soon as no row uses it."""
+        self._let_go(digest)
         self.loader.forget(digest)
-        self.pending.pop(digest, None)
         if resident := self.by_digest.get(digest):
             resident.forgotten = True
             if resident.pins == 0:
                 self._evict(resident)
 
-    def _settle(self, ref: AdapterRef, packed: Loaded) -> int | None:
-        """Move a loaded adapter into a slot, evicting idle ones as needed; None if pins forbid it."""
+    def tend(self) -> None:
+        """Once a step: what nobody waits for any more, and pinned adapters on their way."""
+        self._step += 1
+        for resident in [r for r in self.by_digest.values() if r.moving is not None]:
+            self._arrive(resident, pins=0)
+        now = self._clock()
+        for digest, pending in [*self.pending.items()]:
+            if pending.future.done() and now - pending.asked > LEASE_SECONDS:
+                self._let_go(digest)
+        for ref in self.wanted[:1]:  # one at a time, and each of them once: rows come first
+            if ref.digest in self.by_digest or self._bring(ref):
+                self.wanted = self.wanted[1:]
+
+    def _bring(self, ref: AdapterRef) -> bool:
+        """Whether a pinned adapter has been brought, or cannot be."""
+        self.shares.note(ref.tenant, self.shares.weight(ref.tenant) or 1.0)
+        try:
+            slot = self._fetch(ref, ())
+        except PolypeftError:
+            return True
+        if slot is not None:
+            self.release(slot)
+        elif self.loading(ref):
+            return False
+        self._let_go(ref.digest)
+        return True
+
+    def _count(self, ref: AdapterRef, weight: float) -> None:
+        self.shares.note(ref.tenant, weight)
+        self.shelf.touch(ref.digest, ref.tenant)
+        if ref.digest in self.by_digest:
+            self.hits += 1
+        else:
+            self.misses += 1
+
+    def _sound(self, resident: Resident) -> bool:
+        """Whether an idle adapter is still what was loaded; if not it goes, and is loaded again."""
+        if resident.pins or resident.packed.intact():
+            return True
+        self._evict(resident)
+        self.loader.spoiled(resident.digest, "device")
+        return False
+
+    def _start(self, ref: AdapterRef) -> bool:
+        """One load more, if not too many wait for their slots already."""
+        if len(self.pending) >= self.slots:
+            return False
+        self.pending[ref.digest] = Pending(ref, self.loader.fetch(ref), self._step, self._clock())
+        return True
+
+    def _drop_stale(self) -> None:
+        """When too many wait: the load that nobody has come back for the longest."""
+        if len(self.pending) >= self.slots:
+            done = [p for p in self.pending.values() if p.future.done()]
+            oldest = min(done, key=lambda pending: pending.step, default=None)
+            if oldest is not None and self._step - oldest.step > STALE_STEPS:
+                self._let_go(oldest.ref.digest)
+
+    def _fetch(self, ref: AdapterRef, mine: Collection[int]) -> int | None:
+        if ref.digest not in self.pending:
+            self._drop_stale()
+            if not self._start(ref):
+                return None
+        pending = self.pending[ref.digest]
+        pending.step, pending.asked = self._step, self._clock()
+        if not pending.future.done():
+            return None
+        if error := pending.future.exception():
+            self._let_go(ref.digest)
+            self.failures += 1
+            raise (
+                error if isinstance(error, PolypeftError) else StoreError("The adapter could not be loaded.")
+            )
+        packed: Loaded = pending.future.result()
+        slot = self._settle(ref, packed, mine)
+        if slot is None:
+            pending.own = self.shelf.waits_for_itself(ref.tenant, packed.nbytes)
+        return slot
+
+    def _settle(self, ref: AdapterRef, packed: Loaded, mine: Collection[int]) -> int | None:
+        """Send a loaded adapter to a slot, evicting idle ones as needed; None if there is no room yet."""
         if packed.nbytes > self.budget:
-            del self.pending[ref.digest]
+            self._let_go(ref.digest)
             self.failures += 1
             raise StoreError(
                 f"The adapter needs {packed.nbytes} bytes on the device; all adapters share {self.budget}."
             )
-        idle = [r for r in self.by_digest.values() if r.pins == 0]
-        while not self.free or self.nbytes + packed.nbytes > self.budget:
-            if not idle:
-                return None
-            self._evict(idle.pop(0))
+        own = {self.by_slot[slot].digest for slot in mine}
+        gone = self.shelf.room(ref.tenant, packed.nbytes, own)
+        if gone is None:
+            return None
+        self._let_go(ref.digest)
+        if not packed.intact():
+            self.loader.spoiled(ref.digest, "ram")
+            self._start(ref)
+            return None
+        for resident in gone:
+            self._evict(resident)
             self.evictions += 1
-        del self.pending[ref.digest]
-        slot = self.free.pop()
+        moving = self._copy(packed)
         resident = Resident(
-            digest=ref.digest,
+            ref.digest,
+            ref.tenant,
+            packed.nbytes,
+            pins=1,
+            fixed=ref.digest in self.pinned,
             method=ref.method,
-            slot=slot,
-            nbytes=packed.nbytes,
+            slot=self.free.pop(),
             virtual=packed.virtual,
             given=packed.given,
             summable=packed.summable,
-            pins=1,
+            packed=moving.packed,
+            moving=moving,
         )
-        self.banks[ref.method].put(resident.slot, packed)
-        self.by_digest[ref.digest] = self.by_slot[resident.slot] = resident
-        self.nbytes += resident.nbytes
+        self.shelf.add(resident)
+        self.by_slot[resident.slot] = resident
+        return self._arrive(resident, pins=1)
+
+    def _arrive(self, resident: Resident, *, pins: int) -> int | None:
+        """Into its bank, if the copy has arrived; in use from then on by as many as `pins` says."""
+        if resident.moving is None or not resident.moving.arrived():
+            return None
+        self.banks[resident.method].put(resident.slot, resident.packed)
+        resident.moving = None
+        resident.pins = pins
+        if resident.forgotten and not pins:
+            self._evict(resident)
         return resident.slot
 
-    def _drop_abandoned(self) -> None:
-        """Loads that ended after all who waited had gone: at most one per slot is held for a return."""
-        while len(self.pending) > self.slots:
-            done = next((digest for digest, future in self.pending.items() if future.done()), None)
-            if done is None:
-                return
-            del self.pending[done]
+    def _let_go(self, digest: str) -> None:
+        """Nobody waits for this load any more."""
+        if self.pending.pop(digest, None):
+            self.loader.release(digest)
 
     def _evict(self, resident: Resident) -> None:
-        self.banks[resident.method].clear(resident.slot)
-        del self.by_digest[resident.digest]
+        if resident.moving is None:
+            self.banks[resident.method].clear(resident.slot)
+        self.shelf.drop(resident.digest)
         del self.by_slot[resident.slot]
         self.free.append(resident.slot)
-        self.nbytes -= resident.nbytes

@@ -1,34 +1,42 @@
 """From the object store to host RAM: fetch, verify, parse, check, pack. Never on the engine's thread.
 
-    store --SHA-256 while streaming--> disk --SHA-256 on read--> parse, shapes, finite --pack--> RAM
+    store or disk --SHA-256 while it streams--> one buffer --parse, shapes, finite, pack--> RAM, sealed
+                                                   and only then, if worth it: a copy on disk
 
 One load at a time per adapter, however many ask: they get the same future. A failed load is not
 remembered; the next request tries again. Loads run on two threads of low priority and one core each,
-so that the rows that run keep theirs.
+so that the rows that run keep theirs. What they take of RAM is reserved before the first byte comes.
 """
 
 import contextlib
+import io
+import logging
 import os
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from math import prod
 
 import msgspec
 import torch
 
-from adapters_store.manifest import Blob, Manifest, content_digest, decode_manifest
-from adapters_store.objects import Objects, sha256_of
-from server.adapters.formats.safetensors import find_non_finite, load_tensors, read_header
+from adapters_store.manifest import Manifest, content_digest, decode_manifest
+from adapters_store.objects import Objects
+from server.adapters.formats.safetensors import find_non_finite, read_header, view_tensors
 from server.adapters.methods.base import AdapterFiles, Method, Packed, Spec
+from server.adapters.seal import seal_of
 from server.adapters.sites import Base
 from server.adapters.tiers import DiskTier, RamTier
 from server.engine.messages import AdapterRef
-from server.errors import InvalidAdapter, ModelNotFound, NotFound, StoreError
+from server.errors import CorruptObject, InvalidAdapter, ModelNotFound, NotFound, StoreError
 from server.kernels.openmp import use_one_thread
 
 THREADS = 2
 NICENESS = 10
+log = logging.getLogger(__name__)
 
 
 class Limits(msgspec.Struct, frozen=True):
@@ -47,6 +55,8 @@ class Loader:
         weights: Mapping[str, torch.Tensor],  # the base's own, by site, read-only
         dtype: torch.dtype,
         limits: Limits,
+        *,
+        pinned: bool = False,  # pack into memory that a GPU can copy from by itself
     ) -> None:
         self.objects = objects
         self.disk = disk
@@ -56,53 +66,123 @@ class Loader:
         self.weights = weights
         self.dtype = dtype
         self.limits = limits
+        self.pinned = pinned
         self.observations: list[tuple[str, str, float]] = []  # (name, tier, value); the loop takes them
-        self.corrupt = 0  # copies on disk that did not hash to their name
+        self.corrupt: Counter[str] = Counter()  # see corrupt_copies
         self._running: dict[str, Future[Packed]] = {}
         self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(THREADS, "adapter-loader", initializer=_step_aside)
 
+    @property
+    def corrupt_copies(self) -> dict[str, int]:
+        """By tier: copies that were not what they should be, and were not used."""
+        return {**dict.fromkeys(("device", "ram", "store"), 0), **self.corrupt, "disk": self.disk.corrupt}
+
     def fetch(self, ref: AdapterRef) -> "Future[Packed]":
-        """The packed adapter: at once from RAM, else when it has been loaded. Errors are PolypeftError's."""
-        return self._once(ref.digest, lambda: self._load(self._manifest(ref)))
+        """The packed adapter: at once from RAM, else when it has been loaded. Errors are PolypeftError's.
+
+        It is claimed in RAM: the caller must `release` it, whatever comes of the load.
+        """
+        self.ram.claim(ref.digest)
+        self.ram.touch(ref.digest, ref.tenant)
+        return self._once(ref.digest, ref.tenant, lambda: self._manifest(ref))
 
     def check(self, manifest: Manifest) -> "Future[Packed]":
-        """Load a version that is staged but not published; InvalidAdapter if it cannot serve.
+        """Load a version that is staged but not published; InvalidAdapter if it cannot serve. No claim.
 
         Raises StoreError for a manifest that is not what its digest says.
         """
         check_identity(manifest)
-        return self._once(manifest.digest, lambda: self._load(manifest))
+        return self._once(manifest.digest, manifest.tenant, lambda: manifest)
+
+    def claim(self, digest: str) -> None:
+        self.ram.claim(digest)
+
+    def release(self, digest: str) -> None:
+        self.ram.release(digest)
 
     def forget(self, digest: str) -> None:
         self.ram.drop(digest)
 
+    def spoiled(self, digest: str, tier: str) -> None:
+        """A copy in memory is not what was loaded: count it, and load afresh next time."""
+        log.warning("An adapter in memory (%s) did not match its seal; it is loaded again.", tier)
+        self.corrupt[tier] += 1
+        self.ram.drop(digest)
+
     def close(self) -> None:
+        self.ram.close()
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _once(self, digest: str, load: Callable[[], Packed]) -> "Future[Packed]":
+    def _once(self, digest: str, tenant: str, manifest: Callable[[], Manifest]) -> "Future[Packed]":
         start = time.perf_counter()
-        if found := self.ram.get(digest):
-            future: Future[Packed] = Future()
-            future.set_result(found)
-            self._observe("ram", start)
-            return future
+        future: Future[Packed] = Future()
         with self._lock:
             if running := self._running.get(digest):
                 return running
-            future = self._pool.submit(self._run, digest, load)
-            self._running[digest] = future
-        future.add_done_callback(lambda _done: self._finished(digest))
+            found = self.ram.get(digest)
+            if found is None:
+                self._running[digest] = future
+        if found is not None:
+            future.set_result(found)
+            self._observe("ram", start)
+        else:
+            self._pool.submit(self._run, future, digest, tenant, manifest)
         return future
+
+    def _run(
+        self, future: "Future[Packed]", digest: str, tenant: str, manifest: Callable[[], Manifest]
+    ) -> None:
+        """One load, on a thread of the pool. What goes on after the future is set, nobody waits for."""
+        try:
+            self._load(future, digest, tenant, manifest())
+        except BaseException as error:
+            self._finished(digest)
+            if future.done():
+                log.exception("After an adapter was loaded")
+            else:
+                future.set_exception(error)
+
+    def _load(self, future: "Future[Packed]", digest: str, tenant: str, manifest: Manifest) -> None:
+        check_identity(manifest)
+        if manifest.base_digest != self.base.digest:
+            raise InvalidAdapter(
+                f"The adapter was made for the base {manifest.base!r}; this server runs {self.base.id!r}."
+            )
+        self.ram.claim(digest)  # until the last byte that this load takes is free again, or the adapter's
+        try:
+            self._through(future, digest, tenant, manifest)
+        finally:
+            self.ram.release(digest)
+
+    def _through(self, future: "Future[Packed]", digest: str, tenant: str, manifest: Manifest) -> None:
+        blob, start, most = manifest.weights, time.perf_counter(), packing_bytes(manifest, self.dtype)
+        self.ram.reserve(digest, tenant, blob.bytes + most)
+        try:
+            raw = torch.empty(blob.bytes, dtype=torch.uint8)
+            buffer = memoryview(raw.numpy())  # type: ignore[arg-type]  # it is a buffer
+            self.disk.touch(blob.sha256, tenant)
+            tier = "disk" if self.disk.read(blob.sha256, buffer) else "store"
+            if tier == "store":
+                self._download(manifest, buffer)
+            packed = self._pack(manifest, raw)
+            if packed.nbytes > most:
+                raise StoreError("The adapter's manifest does not describe its weights.")
+        except BaseException:
+            self.ram.give_up(digest)
+            raise
+        self.ram.fill(digest, packed, extra=blob.bytes)
+        self._observe(tier, start)
+        self._finished(digest)
+        future.set_result(packed)
+        if tier == "store":
+            self.disk.write(blob.sha256, tenant, buffer)
+        del buffer, raw
+        self.ram.trim(digest, packed)
 
     def _finished(self, digest: str) -> None:
         with self._lock:
             self._running.pop(digest, None)
-
-    def _run(self, digest: str, load: Callable[[], Packed]) -> Packed:
-        packed = load()
-        self.ram.add(digest, packed)
-        return packed
 
     def _manifest(self, ref: AdapterRef) -> Manifest:
         try:
@@ -115,56 +195,40 @@ class Loader:
             raise StoreError("The adapter's manifest is not the one its index names.")
         return manifest
 
-    def _load(self, manifest: Manifest) -> Packed:
-        check_identity(manifest)
-        if manifest.base_digest != self.base.digest:
-            raise InvalidAdapter(
-                f"The adapter was made for the base {manifest.base!r}; this server runs {self.base.id!r}."
-            )
-        blob, start = manifest.weights, time.perf_counter()
-        tier = "disk" if self._verified_on_disk(blob) else "store"
-        if tier == "store":
-            self._download(blob)
-        packed = self._pack(manifest, blob)
-        self._observe(tier, start)
-        return packed
+    def _download(self, manifest: Manifest, buffer: memoryview) -> None:
+        """Wrong bytes are asked for once more: they may have been changed on their way."""
+        blob = manifest.weights
+        for last in (False, True):
+            try:
+                self.objects.read_sync(blob.key, buffer, blob.sha256)
+            except NotFound as error:  # the manifest is there, so this is damage and not an unknown model
+                raise StoreError("The adapter's weights are missing from the store.") from error
+            except CorruptObject:
+                self.corrupt["store"] += 1
+                if last:
+                    raise
+            else:
+                return
 
-    def _download(self, blob: Blob) -> None:
-        try:
-            self.objects.download_sync(blob.key, self.disk.path(blob.sha256), blob.sha256)
-        except NotFound as error:  # the manifest is there, so this is damage and not an unknown model
-            raise StoreError("The adapter's weights are missing from the store.") from error
-        self.disk.add(blob.sha256)
-
-    def _verified_on_disk(self, blob: Blob) -> bool:
-        """A copy that does not hash to its name is dropped, and fetched again."""
-        if not self.disk.has(blob.sha256):
-            return False
-        try:
-            if sha256_of(self.disk.path(blob.sha256)) == blob.sha256:
-                return True
-        except FileNotFoundError:
-            return False  # evicted this very moment
-        self.disk.drop(blob.sha256)
-        self.corrupt += 1
-        return False
-
-    def _pack(self, manifest: Manifest, blob: Blob) -> Packed:
-        path = self.disk.path(blob.sha256)
-        with path.open("rb") as file:
-            header = read_header(
-                file,
-                blob.bytes,
-                max_header_bytes=self.limits.max_header_bytes,
-                max_tensors=self.limits.max_tensors,
-            )
+    def _pack(self, manifest: Manifest, raw: torch.Tensor) -> Packed:
+        """`raw`: the file, uint8 [bytes]."""
+        length = 8 + min(int.from_bytes(raw[:8].numpy().data, "little"), self.limits.max_header_bytes)
+        header = read_header(
+            io.BytesIO(raw[: max(length, 512)].numpy().data),
+            len(raw),
+            max_header_bytes=self.limits.max_header_bytes,
+            max_tensors=self.limits.max_tensors,
+        )
         method = self.methods[manifest.method]
         spec = method.parse(AdapterFiles(manifest.config, header), self.base)
-        if name := find_non_finite(path, header):
+        tensors = view_tensors(raw, header)
+        if name := find_non_finite(tensors):
             raise InvalidAdapter(f"Tensor {name!r} holds NaN or Inf.", param=name)
-        tensors = load_tensors(path, header)
         self._check_base_copies(spec, tensors)
-        return method.pack(spec, self.base, tensors, self.weights, self.dtype)
+        packed = method.pack(spec, self.base, tensors, self.weights, self.dtype)
+        if self.pinned:
+            packed = replace(packed, flat=packed.flat.pin_memory())
+        return replace(packed, seal=seal_of(packed.flat))
 
     def _check_base_copies(self, spec: Spec, tensors: Mapping[str, torch.Tensor]) -> None:
         """Whole tables that PEFT saves along must be the base's own: serving changed ones is not offered.
@@ -181,6 +245,14 @@ class Loader:
 
     def _observe(self, tier: str, start: float) -> None:
         self.observations.append(("adapter_load_seconds", tier, time.perf_counter() - start))
+
+
+def packing_bytes(manifest: Manifest, dtype: torch.dtype) -> int:
+    """At most what packing takes beside the file: every number twice, scaled and packed, and what is absent
+    from the file but has its place (a bias of zeros).
+    """
+    numbers = sum(prod(shape) for _, shape in manifest.tensors.values())
+    return 2 * numbers * max(dtype.itemsize, 4) + (64 << 10)
 
 
 def check_identity(manifest: Manifest) -> None:

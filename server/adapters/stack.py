@@ -6,7 +6,7 @@ one method that acts inside the layers) behind one prefix or prompt.
 
 from collections.abc import Sequence
 
-from server.adapters.cache import Resident
+from server.adapters.residents import Resident
 from server.engine.messages import Use
 
 

@@ -1,12 +1,25 @@
-"""The tiers below the device: host RAM and local disk. Each is an LRU with a byte budget and no opinion
-about what it holds. Both are used from the loader's threads; each locks itself.
+"""The tiers below the device: host RAM and local disk. What makes way in them, shelf.py says.
+
+Both are used from the loader's threads and the engine's; each locks itself.
 """
 
+import logging
 import os
-from collections import OrderedDict
+import secrets
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
-from threading import Lock
+from threading import Condition, Lock
 from typing import Generic, Protocol, TypeVar
+
+from adapters_store.durable import fill
+from server.adapters.policy import FROM_DISK, FROM_STORE
+from server.adapters.share import Shares
+from server.adapters.shelf import Entry, Shelf
+from server.errors import StoreError
+
+HEX = frozenset("0123456789abcdef")
+log = logging.getLogger(__name__)
 
 
 class Sized(Protocol):
@@ -17,94 +30,235 @@ class Sized(Protocol):
 T = TypeVar("T", bound=Sized)
 
 
-class RamTier(Generic[T]):
-    """Packed adapters by digest. What exceeds the whole budget is not kept."""
+@dataclass(eq=False)
+class Held(Entry, Generic[T]):
+    item: T | None = None  # None: room for a load under way
 
-    def __init__(self, budget: int) -> None:
-        self.budget = budget
-        self.nbytes = 0
-        self._held: OrderedDict[str, T] = OrderedDict()  # least recently used first
-        self._lock = Lock()
+
+class RamTier(Generic[T]):
+    """Packed adapters by digest, and the room that loads under way have reserved: both within the budget.
+
+    Somebody who waits for an adapter claims it; claimed ones stay. Claims may come before the adapter does.
+    """
+
+    def __init__(self, budget: int, shares: Shares | None = None) -> None:
+        self.shelf: Shelf[Held[T]] = Shelf(budget, FROM_DISK, shares or Shares())
+        self._claims: Counter[str] = Counter()
+        self._changed = Condition()
+        self._closed = False
+
+    @property
+    def nbytes(self) -> int:
+        return self.shelf.nbytes
+
+    @property
+    def budget(self) -> int:
+        return self.shelf.budget
 
     def __len__(self) -> int:
-        return len(self._held)
+        return len(self.shelf.entries)
 
     def get(self, digest: str) -> T | None:
-        with self._lock:
-            if found := self._held.get(digest):
-                self._held.move_to_end(digest)
-            return found
+        with self._changed:
+            found = self.shelf.entries.get(digest)
+            return found.item if found else None
 
-    def add(self, digest: str, item: T) -> None:
-        with self._lock:
-            if digest in self._held or item.nbytes > self.budget:
-                return
-            self._held[digest] = item
-            self.nbytes += item.nbytes
-            while self.nbytes > self.budget:
-                _oldest, dropped = self._held.popitem(last=False)
-                self.nbytes -= dropped.nbytes
+    def touch(self, digest: str, tenant: str) -> None:
+        with self._changed:
+            self.shelf.touch(digest, tenant)
+
+    def claim(self, digest: str) -> None:
+        """Keep the adapter, or what is to become of its load, until `release`."""
+        with self._changed:
+            self._claims[digest] += 1
+            self._pin(digest)
+
+    def release(self, digest: str) -> None:
+        with self._changed:
+            assert self._claims[digest] > 0, "a claim is given up once"
+            self._claims[digest] -= 1
+            if not self._claims[digest]:
+                del self._claims[digest]
+            self._pin(digest)
+
+    def reserve(self, digest: str, tenant: str, nbytes: int) -> None:
+        """Room for a load, waiting for others to end if need be. `fill` or `give_up` ends it.
+
+        Raises StoreError for a load that could never have it, and when the engine stops.
+        """
+        if nbytes > self.budget:
+            raise StoreError(
+                f"Loading the adapter takes {nbytes} bytes of host memory; all adapters share {self.budget}."
+            )
+        with self._changed:
+            while not self._closed:
+                gone = self.shelf.room(tenant, nbytes)
+                if gone is not None:
+                    for entry in gone:
+                        self.shelf.drop(entry.key)
+                    self.shelf.add(Held(digest, tenant, nbytes, pins=1))
+                    return
+                self._changed.wait()
+            raise StoreError("The engine is stopping.")
+
+    def fill(self, digest: str, item: T, extra: int = 0) -> None:
+        """The load is done: the room is now the item's, and that of `extra` bytes which are still in use."""
+        with self._changed:
+            self.shelf.entries[digest].item = item
+            self.shelf.resize(digest, item.nbytes + extra)
+            self._pin(digest)
+
+    def trim(self, digest: str, item: T) -> None:
+        """Nothing extra is in use any more."""
+        with self._changed:
+            entry = self.shelf.entries.get(digest)
+            if entry is not None and entry.item is item:  # neither forgotten nor loaded anew
+                self.shelf.resize(digest, item.nbytes)
+                self._changed.notify_all()
+
+    def give_up(self, digest: str) -> None:
+        """The load failed."""
+        with self._changed:
+            self.shelf.drop(digest)
+            self._changed.notify_all()
 
     def drop(self, digest: str) -> None:
-        with self._lock:
-            if dropped := self._held.pop(digest, None):
-                self.nbytes -= dropped.nbytes
+        """A load under way goes on: its memory is in use, and nobody asks for its outcome."""
+        with self._changed:
+            self.shelf.asked.forget(digest)
+            if (entry := self.shelf.entries.get(digest)) and entry.item is not None:
+                self.shelf.drop(digest)
+                self._changed.notify_all()
+
+    def close(self) -> None:
+        """Nobody waits for room any more."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    def _pin(self, digest: str) -> None:
+        if (entry := self.shelf.entries.get(digest)) and entry.item is not None:
+            entry.pins = self._claims.get(digest, 0)
+        self._changed.notify_all()
 
 
 class DiskTier:
-    """Blobs by SHA-256, as files of that name; survives restarts, so every read is verified by its reader.
+    """Blobs by SHA-256, as files of that name. Survives restarts; every read is verified, so no write waits
+    for the disk, and a file that was cut, changed or put there by somebody else is one that is not there.
 
-    A file that is being read when it is evicted stays readable until it is closed.
+    Files under other names are not ours and left alone, except the drafts of writes that were cut. Links are
+    never followed. A disk that is full or broken is done without.
     """
 
-    def __init__(self, folder: Path, budget: int) -> None:
+    def __init__(self, folder: Path, budget: int, shares: Shares | None = None) -> None:
         self.folder = folder
-        self.budget = budget
-        self.nbytes = 0
-        self._sizes: OrderedDict[str, int] = OrderedDict()  # least recently used first
+        self.failures = 0  # reads and writes that the disk refused
+        self.corrupt = 0  # copies that did not hash to their name
+        self.shelf: Shelf[Entry] = Shelf(budget, FROM_STORE, shares or Shares())
         self._lock = Lock()
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        for path in sorted(folder.iterdir(), key=lambda p: p.stat().st_mtime):
-            if len(path.name) == 64:
-                self._sizes[path.name] = path.stat().st_size
-                self.nbytes += path.stat().st_size
-            else:
-                path.unlink()  # a draft of a download that was cut
-        self._shrink()
+        self._take_stock()
+
+    @property
+    def nbytes(self) -> int:
+        return self.shelf.nbytes
 
     def __len__(self) -> int:
-        return len(self._sizes)
+        return len(self.shelf.entries)
 
     def path(self, sha256: str) -> Path:
         """Where the blob lies, or would."""
         return self.folder / sha256
 
-    def has(self, sha256: str) -> bool:
+    def touch(self, sha256: str, tenant: str) -> None:
         with self._lock:
-            if sha256 not in self._sizes:
-                return False
-            self._sizes.move_to_end(sha256)
-        if not self.path(sha256).exists():  # somebody cleaned up by hand
-            self.drop(sha256)
-            return False
-        os.utime(self.path(sha256))  # the order survives a restart
-        return True
+            self.shelf.touch(sha256, tenant)
 
-    def add(self, sha256: str) -> None:
-        """The file has just appeared at `path`."""
+    def read(self, sha256: str, buffer: memoryview) -> bool:
+        """Fill `buffer`, which is as long as the blob, with what hashes to its name; False if there is none.
+
+        A copy that does not is dropped, and counted.
+        """
         with self._lock:
-            if sha256 not in self._sizes:
-                self._sizes[sha256] = self.path(sha256).stat().st_size
-                self.nbytes += self._sizes[sha256]
-            self._shrink()
+            entry = self.shelf.entries.get(sha256)
+            if entry is None or entry.pins:  # unknown, or still being written
+                return False
+        try:
+            descriptor = os.open(self.path(sha256), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            with open(descriptor, "rb", buffering=0) as file:  # noqa: PTH123 - a descriptor has no path
+                whole = os.fstat(descriptor).st_size == len(buffer) and fill(buffer, file.readinto, sha256)
+            if whole:
+                os.utime(self.path(sha256))  # the order survives a restart
+                return True
+            self.corrupt += 1
+        except FileNotFoundError:
+            pass  # evicted this very moment, or somebody cleaned up by hand
+        except OSError as error:
+            self._failed("read", error)
+        self.drop(sha256)
+        return False
+
+    def write(self, sha256: str, tenant: str, data: memoryview) -> bool:
+        """Keep a copy if it is worth its room; False if there is none now."""
+        with self._lock:
+            if sha256 in self.shelf.entries:
+                return True
+            gone = self.shelf.room(tenant, len(data)) if len(data) <= self.shelf.budget else None
+            if gone is None or not self.shelf.deserves(sha256, tenant, len(data), gone):
+                return False
+            for entry in gone:
+                self._remove(entry.key)
+            self.shelf.add(Entry(sha256, tenant, len(data), pins=1))
+        draft = self.folder / f"{sha256}#{secrets.randbits(63)}"
+        try:
+            with draft.open("xb", buffering=0) as file:
+                while data:
+                    data = data[file.write(data) :]
+            draft.replace(self.path(sha256))
+        except OSError as error:
+            self._failed("write", error)
+            self.drop(sha256)
+            _unlink(draft)
+            return False
+        with self._lock:
+            self.shelf.entries[sha256].pins = 0
+        return True
 
     def drop(self, sha256: str) -> None:
         with self._lock:
-            self.nbytes -= self._sizes.pop(sha256, 0)
-            self.path(sha256).unlink(missing_ok=True)
+            self._remove(sha256)
 
-    def _shrink(self) -> None:
-        while self.nbytes > self.budget and len(self._sizes) > 1:
-            oldest, size = self._sizes.popitem(last=False)
-            self.nbytes -= size
-            self.path(oldest).unlink(missing_ok=True)
+    def _remove(self, sha256: str) -> None:
+        self.shelf.drop(sha256)
+        _unlink(self.path(sha256))
+
+    def _take_stock(self) -> None:
+        """What an earlier run left, the least recently used first; what is over the budget goes."""
+        found = []
+        for item in os.scandir(self.folder):
+            name, _, draft = item.name.partition("#")
+            if len(name) != 64 or set(name) - HEX:
+                continue
+            if draft or item.is_symlink():
+                _unlink(Path(item.path))
+            elif item.is_file(follow_symlinks=False):
+                stat = item.stat(follow_symlinks=False)
+                found.append((stat.st_mtime, name, stat.st_size))
+        for _, name, size in sorted(found, reverse=True):
+            if self.shelf.nbytes + size > self.shelf.budget:
+                _unlink(self.path(name))
+            else:
+                self.shelf.add(Entry(name, "", size))
+        self.shelf.entries = dict(reversed(self.shelf.entries.items()))
+
+    def _failed(self, what: str, error: OSError) -> None:
+        self.failures += 1
+        if self.failures & (self.failures - 1) == 0:  # the 1st, 2nd, 4th, ...: a full disk fails each time
+            log.warning("The adapter cache on disk cannot %s (%s); doing without.", what, error.strerror)
+
+
+def _unlink(path: Path) -> None:
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:  # a folder in our place, or a disk gone read-only: it counts for nothing
+        log.warning("A file in the adapter cache cannot be removed: %s.", error.strerror)

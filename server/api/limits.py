@@ -30,6 +30,7 @@ FROM_SETTINGS = (
     "max_adapters_per_tenant",
     "retention_seconds",
     "keep_versions",
+    "max_pins_per_tenant",
     "max_file_bytes",
     "max_files_per_tenant",
     "max_files_bytes_per_tenant",

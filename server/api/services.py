@@ -20,6 +20,7 @@ from server.finetune.queue import WorkerQueue
 from server.finetune.uploads import Uploads
 from server.metrics import Metrics
 from server.settings import Settings
+from server.tenancy.pins import Pins
 from server.tenancy.tenants import Tenants
 
 FOLLOWERS = 256  # streams of jobs' events at a time
@@ -41,6 +42,7 @@ class Services:
     uploads: Uploads
     directs: DirectUploads
     jobs: Jobs
+    pins: Pins
     queue: WorkerQueue
     checking: Turns = field(default_factory=Turns)  # training data: takes a core, and seconds
     following: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(FOLLOWERS))

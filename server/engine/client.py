@@ -133,6 +133,15 @@ class EngineClient:
         """A hint: bring `adapter` towards the device."""
         self._post(m.Prefetch(adapter))
 
+    @property
+    def boot(self) -> str | None:
+        """Which life of the engine this is; None while there is none."""
+        return self._boot
+
+    def pin(self, adapters: tuple[m.AdapterRef, ...]) -> bool:
+        """All that is pinned, by all tenants; False if it could not be sent."""
+        return self._post(m.Pins(adapters))
+
     def forget(self, digest: str) -> None:
         """A version is deleted: drop it from every tier."""
         self._post(m.Forget(digest))

@@ -48,6 +48,8 @@ class FakeEngine:
         self.cancelled: list[str] = []
         self.forgotten: list[str] = []
         self.checked: list[bytes] = []
+        self.prefetched: list[str] = []
+        self.pins: list[str] = []
         self.boot = ""
         self._address = address
         self._rows: dict[str, asyncio.Task[None]] = {}
@@ -101,8 +103,10 @@ class FakeEngine:
                     await self._send(peer, m.Checked(check.id, self.behaviour.refuse, self.behaviour.facts))
                 case m.Forget(digest):
                     self.forgotten.append(digest)
-                case m.Prefetch():
-                    pass
+                case m.Prefetch(adapter):
+                    self.prefetched.append(adapter.digest)
+                case m.Pins(adapters):
+                    self.pins = [adapter.digest for adapter in adapters]
 
     async def _run(self, peer: bytes, row: m.Generate) -> None:
         """One row, from its sibling's prefill to its only finish."""

@@ -113,7 +113,10 @@ class Gate:
 
     def _run(self, row_id: str, trial: Trial) -> None:
         manifest = trial.manifest
-        ref = AdapterRef(TENANT, manifest.name, manifest.version, manifest.digest, manifest.method, "")
+        # the tenant's own share of the tiers is what its uploads take
+        ref = AdapterRef(
+            manifest.tenant, manifest.name, manifest.version, manifest.digest, manifest.method, ""
+        )
         self.cache.offer(ref, trial.loading)  # it has no manifest in the store to be fetched by
         if self.base_row is None:
             self.base_row = self._row("gate-base", None)

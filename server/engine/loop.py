@@ -14,15 +14,17 @@ import torch
 
 from adapters_store.objects import Objects
 from server.adapters.cache import AdapterCache
+from server.adapters.copies import Copier
 from server.adapters.loader import Limits, Loader
 from server.adapters.methods import build_methods
 from server.adapters.methods.base import Bank
+from server.adapters.share import Shares
 from server.adapters.tiers import DiskTier, RamTier
 from server.engine.device import choose_placement
 from server.engine.gate import Gate
 from server.engine.grammar import Grammars, mask_logits
 from server.engine.kv import BlockPool
-from server.engine.messages import Cancel, Check, Checked, Chunk, Forget, Generate, Prefetch
+from server.engine.messages import Cancel, Check, Checked, Chunk, Forget, Generate, Pins, Prefetch
 from server.engine.model import ServedModel
 from server.engine.row import Row
 from server.engine.sampler import Sampled, SampleRow, sample
@@ -54,18 +56,25 @@ class Engine:
             made[kind] = kind(self.base, settings.adapter_slots, placement.device, placement.dtype)
         banks = {name: made[method.bank] for name, method in methods.items()}
         self.model.install(banks)
+        shares = Shares()
         self.loader = Loader(
             Objects.open(settings.store_url, settings.store_config),
-            DiskTier(settings.data_dir / "cache" / "adapters", settings.adapter_disk_bytes),
-            RamTier(settings.adapter_ram_bytes),
+            DiskTier(settings.data_dir / "cache" / "adapters", settings.adapter_disk_bytes, shares),
+            RamTier(settings.adapter_ram_bytes, shares),
             methods,
             self.base,
             self.model.weights,
             placement.dtype,
             Limits(settings.max_header_bytes, settings.max_tensors),
+            pinned=placement.device.type == "cuda",
         )
         self.cache = AdapterCache(
-            banks, self.loader, slots=settings.adapter_slots, budget=settings.adapter_device_bytes
+            banks,
+            self.loader,
+            slots=settings.adapter_slots,
+            budget=settings.adapter_device_bytes,
+            copy=Copier(placement.device).start,
+            shares=shares,
         )
         self.blocks = BlockPool(self.model.step.pages.count, share_prefixes=settings.prefix_cache)
         self.scheduler = Scheduler(
@@ -86,14 +95,14 @@ class Engine:
     @property
     def busy(self) -> bool:
         """A step would find something to do, now or when an adapter arrives."""
-        waiting = self.refused or self.compiling or self.gate.trials
+        waiting = self.refused or self.compiling or self.gate.trials or self.cache.busy
         return bool(self.scheduler.running or self.scheduler.waiting or waiting)
 
     def close(self) -> None:
         self.loader.close()
         self.grammars.close()
 
-    def submit(self, command: Generate | Cancel | Check | Prefetch | Forget) -> None:
+    def submit(self, command: Generate | Cancel | Check | Prefetch | Forget | Pins) -> None:
         match command:
             case Generate():
                 self._accept(command)
@@ -107,10 +116,13 @@ class Engine:
                 self.cache.prefetch(adapter)
             case Forget(digest=digest):
                 self.cache.forget(digest)
+            case Pins(adapters=adapters):
+                self.cache.pin(adapters)
 
     def step(self) -> list[Chunk]:
         """Run one step for every row that can run; what it gave to whom."""
         self._take_compiled()
+        self.cache.tend()
         self.gate.step()
         rows = self.scheduler.schedule(time.time())
         chunks = self._ended() + (self._run(rows) if rows else [])
@@ -169,7 +181,8 @@ class Engine:
             "adapter_misses": self.cache.misses,
             "adapter_evictions": self.cache.evictions,
             "adapter_load_failures": self.cache.failures,
-            "adapter_corrupt_copies": self.loader.corrupt,
+            "adapter_corrupt_copies": sum(self.loader.corrupt_copies.values()),
+            **{f"adapter_corrupt_{tier}": n for tier, n in self.loader.corrupt_copies.items()},
         }
 
     def take_observations(self) -> list[tuple[str, str, float]]:
@@ -195,6 +208,8 @@ class Engine:
             self.refused.append(_failure(command.id, error))
             return
         row = Row(command, command.sampling.seed or 0, tokens=list(command.prompt), prompt_length=length)
+        for use in row.uses:  # while the row is in line
+            self.cache.prefetch(use.adapter)
         if command.sampling.grammar is None:
             self.scheduler.add(row)
         else:

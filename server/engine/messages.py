@@ -88,11 +88,17 @@ class Forget(msgspec.Struct, frozen=True, tag=True):
     digest: str
 
 
+class Pins(msgspec.Struct, frozen=True, tag=True):
+    """All adapters that tenants have pinned: kept on the device as far as their shares go."""
+
+    adapters: tuple[AdapterRef, ...]
+
+
 class Hello(msgspec.Struct, frozen=True, tag=True):
     """First message of an API process; the engine answers Ready when it is."""
 
 
-Command = Generate | Cancel | Check | Prefetch | Forget | Hello
+Command = Generate | Cancel | Check | Prefetch | Forget | Pins | Hello
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):

@@ -31,6 +31,7 @@ class Row:
     cached: int = 0  # prompt tokens the prefix cache spared at first admission
     admitted: bool = False  # has run before, perhaps preempted since
     sampled: bool = False  # has had finite logits: its blocks may be shared
+    asked: bool = False  # for its adapters, which count that once
     passed_over: int = 0  # steps in which it could have started but for memory
     slots: tuple[int, ...] = ()  # one for each of `uses`, while the row runs
     grammar: Any = None  # what its schema allows next (engine/grammar.py), if it has one

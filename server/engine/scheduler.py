@@ -6,7 +6,7 @@ Token Counter, arXiv 2401.00588), oldest first. A row whose adapter is on its wa
 blocks run out the row admitted last goes back to its queue.
 """
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -146,10 +146,11 @@ class Scheduler:
 
     def _admit(self, batch: list[Row], budget: int) -> None:
         lacking = 0
+        own: Counter[str] = Counter()  # rows that wait for room their own tenant takes: no other's business
         for row in self._candidates():
             if budget <= 0 or len(self.running) >= self.max_seqs or lacking >= TRIES:
                 return
-            if self._waits_for_sibling(row):
+            if own[row.command.tenant] >= TRIES or self._waits_for_sibling(row):
                 continue
             try:
                 slots = self._acquire(row)
@@ -163,10 +164,14 @@ class Scheduler:
                 continue
             if slots is None or not self._take_blocks(row, slots):
                 self._let_go(slots or ())
-                lacking += 1
                 row.passed_over += 1
-                if row.passed_over > PATIENCE:
+                late = row.passed_over > PATIENCE
+                if slots is None and any(self.cache.waits_for_itself(use.adapter) for use in row.uses):
+                    own[row.command.tenant] += TRIES if late else 1  # late: none of its rows overtakes
+                    continue
+                if late:
                     return  # the memory that comes free next is this row's
+                lacking += 1
                 continue
             self._start(row, slots, min(row.remaining, budget))
             batch.append(row)
@@ -186,10 +191,12 @@ class Scheduler:
     def _acquire(self, row: Row) -> tuple[int, ...] | None:
         """A pinned slot for each adapter of a row; all or none. Starts what loads are needed."""
         slots: list[int] = []
-        missing = False
+        missing, again, row.asked = False, row.asked, True
         try:
             for use in row.uses:
-                slot = self.cache.acquire(use.adapter)
+                slot = self.cache.acquire(
+                    use.adapter, weight=row.command.weight, mine=tuple(slots), again=again
+                )
                 missing |= slot is None
                 slots += [] if slot is None else [slot]
         except PolypeftError:

@@ -7,6 +7,7 @@ The header is read and checked without the tensors and without torch: the API ho
 
 import math
 import mmap
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -79,29 +80,36 @@ def load_tensors(path: Path, header: dict[str, TensorInfo]) -> "dict[str, torch.
     """
     import torch  # here, so that who reads headers alone does not pay for it
 
-    dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
     with path.open("rb") as file:
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    if len(mapped) < max(info.end for info in header.values()):
+    return view_tensors(torch.frombuffer(mapped, dtype=torch.uint8), header)
+
+
+def view_tensors(data: "torch.Tensor", header: dict[str, TensorInfo]) -> "dict[str, torch.Tensor]":
+    """The same of a whole file in memory, uint8 [bytes]."""
+    import torch
+
+    dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    if len(data) < max(info.end for info in header.values()):
         raise InvalidAdapter("The safetensors file is shorter than its header says.", param="files")
     tensors = {}
     for name, info in header.items():
-        flat = torch.frombuffer(mapped, dtype=torch.uint8, count=info.end - info.begin, offset=info.begin)
+        flat = data[info.begin : info.end]
         if info.begin % ITEM_BYTES[info.dtype]:  # legal, but kernels want aligned items
             flat = flat.clone()
         tensors[name] = flat.view(dtypes[info.dtype]).view(info.shape)
     return tensors
 
 
-def find_non_finite(path: Path, header: dict[str, TensorInfo]) -> str | None:
+def find_non_finite(tensors: "Mapping[str, torch.Tensor]") -> str | None:
     """The first tensor that holds NaN or Inf, reading every byte once."""
-    import torch
+    return next((name for name, tensor in tensors.items() if not is_finite(tensor)), None)
 
-    for name, tensor in load_tensors(path, header).items():
-        low, high = torch.aminmax(tensor)  # NaN wins in both
-        if not math.isfinite(low) or not math.isfinite(high):
-            return name
-    return None
+
+def is_finite(tensor: "torch.Tensor") -> bool:
+    """Neither NaN nor Inf in it: one pass, and nothing written, where isfinite().all() takes three."""
+    low, high = tensor.aminmax()  # NaN wins in both
+    return math.isfinite(low) and math.isfinite(high)
 
 
 def _info(name: str, entry: Any, data: int) -> TensorInfo:

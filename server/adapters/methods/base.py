@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from server.adapters.formats.safetensors import TensorInfo
+from server.adapters.seal import seal_of
 from server.adapters.sites import Base, Site
 
 Tensors = dict[str, torch.Tensor]
@@ -37,6 +38,11 @@ class Packed:
     virtual: int = 0  # virtual tokens before each row, at positions 0..virtual-1; their ids are -1, -2, ...
     given: bool = False  # Bank.start gives their keys and values; else the model computes them
     summable: bool = False  # a weighted sum of several such adapters has a meaning
+    seal: int | None = None  # the loader's, over `flat` as it was packed
+
+    def intact(self) -> bool:
+        """Whether memory still holds what was packed. Waits for the device, if that is where `flat` lies."""
+        return self.seal is None or seal_of(self.flat) == self.seal
 
     @property
     def nbytes(self) -> int:

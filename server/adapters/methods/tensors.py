@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 
 import torch
 
-from server.adapters.formats.safetensors import TensorInfo
+from server.adapters.formats.safetensors import TensorInfo, is_finite
 from server.adapters.sites import Base, Site
 from server.errors import InvalidAdapter, shown
 
@@ -120,7 +120,7 @@ def check_shapes(shapes: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Te
 def flatten(parts: Iterable[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
     """One host buffer of all of them, back to back. Raises InvalidAdapter if a value overflows `dtype`."""
     flat = torch.cat([part.to(dtype).reshape(-1) for part in parts])
-    if not bool(torch.isfinite(flat).all()):
+    if not is_finite(flat):
         raise InvalidAdapter(f"The adapter overflows {str(dtype).removeprefix('torch.')} once it is scaled.")
     return flat
 

@@ -1,8 +1,12 @@
 """The path from the store to RAM, on a real store and a real tiny model's engine."""
 
+import errno
+import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -46,6 +50,20 @@ def tiers(engine: Engine) -> list[str]:
     return [tier for name, tier, _ in engine.take_observations() if name == "adapter_load_seconds"]
 
 
+def until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + LONG
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+def copies(engine: Engine) -> list[Path]:
+    """What is on disk once there is something: it is written behind the load."""
+    folder = engine.loader.disk.folder
+    until(lambda: any("#" not in path.name for path in folder.iterdir()))
+    return list(folder.iterdir())
+
+
 def failure(engine: Engine, ref: AdapterRef) -> PolypeftError:
     error = engine.loader.fetch(ref).exception(LONG)
     assert isinstance(error, PolypeftError)
@@ -56,11 +74,12 @@ def test_each_tier_spares_the_one_below(engine: Engine, folder: Path) -> None:
     ref = publish(engine.loader.objects, engine.base, folder)
     packed = engine.loader.fetch(ref).result(LONG)
     assert engine.loader.fetch(ref).result(LONG) is packed
+    copies(engine)
     engine.loader.ram.drop(ref.digest)
     again = engine.loader.fetch(ref).result(LONG)
     assert torch.equal(again.flat, packed.flat)
     assert tiers(engine) == ["store", "ram", "disk"]
-    assert engine.loader.ram.nbytes == packed.nbytes
+    until(lambda: engine.loader.ram.nbytes == packed.nbytes)
 
 
 def test_many_ask_at_once_and_one_load_runs(engine: Engine, folder: Path) -> None:
@@ -85,14 +104,15 @@ def test_a_damaged_disk_copy_is_counted_and_fetched_again(engine: Engine, folder
     ref = publish(engine.loader.objects, engine.base, folder)
     packed = engine.loader.fetch(ref).result(LONG)
     engine.loader.ram.drop(ref.digest)
-    (path,) = engine.loader.disk.folder.iterdir()
+    (path,) = copies(engine)
     data = path.read_bytes()
     middle = len(data) // 2
     flipped = data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
     path.write_bytes({"flip": flipped, "truncate": data[:-1], "empty": b""}[damage])
     engine.take_observations()
     assert torch.equal(engine.loader.fetch(ref).result(LONG).flat, packed.flat)
-    assert engine.counters()["adapter_corrupt_copies"] == 1
+    assert engine.counters()["adapter_corrupt_copies"] == engine.counters()["adapter_corrupt_disk"] == 1
+    (path,) = copies(engine)
     assert path.read_bytes() == data
 
 
@@ -104,6 +124,64 @@ def test_a_damaged_blob_in_the_store_never_serves(engine: Engine, folder: Path) 
     engine.loader.objects.put_sync(manifest.weights.key, bytes(data))
     assert isinstance(failure(engine, ref), StoreError)
     assert list(engine.loader.disk.folder.iterdir()) == []
+    assert engine.counters()["adapter_corrupt_store"] == 2  # it was asked for once more
+    assert engine.loader.ram.nbytes == 0
+
+
+def test_bytes_changed_on_their_way_are_asked_for_again(
+    engine: Engine, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ref = publish(engine.loader.objects, engine.base, folder)
+    whole, calls = engine.loader.objects.read_sync, 0
+
+    def once_wrong(key: str, buffer: memoryview, sha256: str) -> None:
+        nonlocal calls
+        calls += 1
+        whole(key, buffer, sha256 if calls > 1 else "0" * 64)
+
+    monkeypatch.setattr(engine.loader.objects, "read_sync", once_wrong)
+    assert engine.loader.fetch(ref).result(LONG).intact()
+    assert engine.counters()["adapter_corrupt_store"] == 1
+
+
+def test_a_byte_flipped_in_ram_never_serves(engine: Engine, folder: Path) -> None:
+    """Nor one that flips in a slot: it is found when the adapter goes into use again."""
+    ref = publish(engine.loader.objects, engine.base, folder)
+    packed = engine.loader.fetch(ref).result(LONG)
+    want = packed.flat.clone()
+    for tier in ("ram", "device", "device"):
+        engine.loader.ram.get(ref.digest).flat.view(torch.uint8)[-1] ^= 1  # type: ignore[union-attr]
+        slot = None
+        while slot is None:
+            slot = engine.cache.acquire(ref)
+        resident = engine.cache.by_slot[slot]
+        assert torch.equal(resident.packed.flat, want)
+        engine.cache.release(slot)
+        assert engine.counters()[f"adapter_corrupt_{tier}"] > 0
+    assert engine.counters()["adapter_corrupt_device"] == 2
+    assert engine.counters()["adapter_corrupt_ram"] == 1
+
+
+def test_a_full_disk_serves_all_the_same(
+    engine: Engine, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine.loader.objects = Objects.open("memory://")
+    ref = publish(engine.loader.objects, engine.base, folder)
+
+    def full(_path: Path, *_args: Any, **_more: Any) -> Any:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "open", full)
+    assert engine.loader.fetch(ref).result(LONG).nbytes > 0
+    until(lambda: engine.loader.disk.failures == 1)
+    assert list(engine.loader.disk.folder.iterdir()) == []
+
+
+def test_every_byte_of_a_load_is_reserved(engine: Engine, folder: Path) -> None:
+    ref = publish(engine.loader.objects, engine.base, folder)
+    engine.loader.ram.shelf.budget = 1000
+    assert "bytes of host memory" in failure(engine, ref).message
+    assert engine.loader.ram.nbytes == 0
 
 
 def test_a_changed_manifest_never_serves(engine: Engine, folder: Path) -> None:

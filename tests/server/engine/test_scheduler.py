@@ -2,13 +2,12 @@ from typing import Any
 
 import pytest
 
-from server.adapters.cache import AdapterCache
 from server.engine.kv import BLOCK, BlockPool
 from server.engine.messages import AdapterRef, Generate, Sampling
 from server.engine.row import Row
 from server.engine.scheduler import Scheduler
 from server.errors import DeadlineExceeded, InvalidAdapter
-from tests.server.adapters.test_cache import Loader, Slots
+from tests.fixtures.slots import Loader, make_cache
 
 
 class World:
@@ -16,7 +15,7 @@ class World:
 
     def __init__(self, blocks: int = 64, slots: int = 4, max_seqs: int = 8, tokens: int = 64) -> None:
         self.loader = Loader()
-        self.cache = AdapterCache({"lora": Slots()}, self.loader, slots=slots, budget=10_000)
+        self.cache = make_cache(self.loader, slots=slots, budget=10_000)
         self.pool = BlockPool(blocks)
         self.scheduler = Scheduler(
             self.cache, self.pool, max_seqs=max_seqs, max_batch_tokens=tokens, max_context=512
