@@ -32,6 +32,7 @@ from server.adapters.sites import Base
 from server.adapters.tiers import DiskTier, RamTier
 from server.engine.messages import AdapterRef
 from server.errors import CorruptObject, InvalidAdapter, ModelNotFound, NotFound, StoreError
+from server.kernels.int8 import stands_for
 from server.kernels.openmp import use_one_thread
 
 THREADS = 2
@@ -237,7 +238,8 @@ class Loader:
         """
         for name, site in spec.base_copies.items():
             copy, own = tensors[name], self.weights[site]
-            if not torch.equal(copy, own.to(copy.dtype)) and not torch.equal(copy.to(own.dtype), own):
+            same = torch.equal(copy, own.to(copy.dtype)) or torch.equal(copy.to(own.dtype), own)
+            if not same and not (self.base.layout == "int8" and stands_for(own, copy)):
                 raise InvalidAdapter(
                     f"Tensor {name!r} replaces the base's {site!r}; only low-rank changes can be served.",
                     param=name,

@@ -34,7 +34,7 @@ class Base(msgspec.Struct, frozen=True):
 
     id: str  # what GET /v1/models calls it
     model_type: str  # transformers' config.model_type
-    digest: str  # SHA-256 over all weights: the base never changes
+    digest: str  # SHA-256 over all weights as they came: the base never changes
     layers: int
     hidden_size: int
     kv_heads: int
@@ -42,6 +42,7 @@ class Base(msgspec.Struct, frozen=True):
     vocab_size: int
     max_context: int
     sites: dict[str, Site]
+    layout: str = "float32"  # what linears' weights became: int8 serves the same adapters, a little otherwise
 
 
 def encode_base(base: Base) -> bytes:

@@ -21,11 +21,13 @@ class Target:
     adapter: AdapterRef | None
     digest: str  # of the adapter or adapters, or of the base
     adapters: tuple[Use, ...] = ()  # several at once; `adapter` is None then
+    layout: str = "float32"  # of the base's weights
 
     @property
     def fingerprint(self) -> str:
         """Changes whenever other weights answer."""
-        return f"fp_{self.digest[:FINGERPRINT_CHARS]}"
+        layout = "" if self.layout == "float32" else f"_{self.layout}"
+        return f"fp_{self.digest[:FINGERPRINT_CHARS]}{layout}"
 
     @property
     def headers(self) -> dict[str, str]:
@@ -49,13 +51,15 @@ async def resolve(
     """
     base = parts.base
     if model == base.id:
-        return await _stack(parts, tenant, several, sticky) if several else Target(model, None, base.digest)
+        if several:
+            return await _stack(parts, tenant, several, sticky)
+        return Target(model, None, base.digest, layout=base.layout)
     if several:
         raise InvalidField(
             f"With adapters, model must be the base {shown(base.id)}, not {shown(model)}.", param="model"
         )
     version = await find_version(parts, tenant, model, sticky=sticky)
-    return Target(model, adapter_ref(version), version.digest)
+    return Target(model, adapter_ref(version), version.digest, layout=base.layout)
 
 
 async def _stack(parts: Services, tenant: Tenant, several: list[AdapterUse], sticky: str | None) -> Target:
@@ -64,7 +68,8 @@ async def _stack(parts: Services, tenant: Tenant, several: list[AdapterUse], sti
         Use(adapter_ref(version), use.weight) for version, use in zip(versions, several, strict=True)
     )
     content = ",".join(f"{use.adapter.digest}*{use.weight}" for use in uses)
-    return Target(parts.base.id, None, hashlib.sha256(content.encode()).hexdigest(), uses)
+    digest = hashlib.sha256(content.encode()).hexdigest()
+    return Target(parts.base.id, None, digest, uses, parts.base.layout)
 
 
 async def find_version(

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from torch import nn
 from transformers import AttentionInterface, AutoModelForCausalLM
@@ -69,6 +70,7 @@ class FrozenModel:
         found |= watch_norms(self.model, step)
         found |= watch_sublayers(self.model, config.num_hidden_layers, config.hidden_size, step)
         self.base = describe(config, base_id, found, identity, max_context)
+        self.base = msgspec.structs.replace(self.base, layout=placement.layout if packed else "float32")
         for module in self.model.modules():
             if hasattr(module, "layer_idx"):
                 module.polypeft_step = step  # how attention, a plain function, finds its step

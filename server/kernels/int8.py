@@ -17,12 +17,19 @@ from server.kernels.openmp import AVAILABLE, Arguments
 CHUNK = 96  # rows that a thread quantizes at a time: they stay in its own cache
 TOP = 127  # of a weight
 MAX_SUM = (1 << 31) - 1
+ROUNDED = 2.0**-8  # of a number in bfloat16, the most that it is off by
 
 
 def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(int8 [out, in], float32 scales [out]): symmetric, by output."""
     scales = (weight.abs().amax(1) / TOP).clamp_(min=torch.finfo(torch.float32).tiny)
     return (weight / scales[:, None]).round_().to(torch.int8), scales
+
+
+def stands_for(held: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether `held`, what int8 made of a weight [out, in], may come of this one, which may be rounded."""
+    step = held.abs().amax(1, keepdim=True) / TOP
+    return bool(((weight.float() - held).abs() <= 0.51 * step + held.abs() * ROUNDED).all())
 
 
 def pack(quantized: torch.Tensor) -> torch.Tensor:

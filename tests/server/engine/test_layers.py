@@ -12,6 +12,8 @@ from server.engine.layers import Layer
 from server.engine.model import ServedModel
 from server.engine.sublayers import decoder_layers
 from server.kernels.openmp import AVAILABLE
+from tests.fixtures.engine import Stand, run, same
+from tests.server.engine.test_kinds import kinds
 
 pytestmark = pytest.mark.skipif(not AVAILABLE, reason="needs numba and libgomp")
 
@@ -69,3 +71,12 @@ def test_int8_runs_by_kernels_and_is_the_same_base(tiny_models: Callable[[str], 
     assert all(by_kernels(int8))
     assert int8.base.digest == served(folder).base.digest, "adapters of one are adapters of the other"
     assert int8.digest() != int8.base.digest, "what is held is not what came"
+
+
+def test_in_int8_each_row_gets_what_it_gets_alone(stand: Callable[..., Stand]) -> None:
+    s = stand("llama", 0, max_batch_tokens=48, quantize="int8")
+    commands = [s.generate(i, ref) for i, ref in enumerate([*kinds(s).values(), None, None])]
+    expected = s.alone(commands)
+    for done, alone in zip(run(s.engine, commands), expected, strict=True):
+        assert done.error is None
+        same(done, alone)

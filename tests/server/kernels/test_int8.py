@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from server.kernels.int8 import Int8Linear, finest, int8_linear_reference, pack, quantize, unpack
+from server.kernels.int8 import Int8Linear, finest, int8_linear_reference, pack, quantize, stands_for, unpack
 from server.kernels.linear import join
 from server.kernels.openmp import AVAILABLE
 
@@ -27,6 +27,16 @@ def test_what_is_held_is_the_nearest_of_255_values(shape: tuple[int, int]) -> No
     assert torch.equal(held, quantized * scales[:, None])
     assert ((held - weight).abs() <= scales[:, None] * 0.5001).all()
     assert torch.equal(quantize(held)[0], quantized), "quantized again it stays as it is"
+
+
+def test_a_copy_of_the_base_is_known_and_another_table_is_not() -> None:
+    weight, _ = make(65, 41)
+    held = Int8Linear.of(weight, None).weight()
+    assert stands_for(held, weight)
+    assert stands_for(held, weight.bfloat16())
+    assert not stands_for(held, weight * 1.1)
+    weight[3, 5] += 0.5
+    assert not stands_for(held, weight)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
