@@ -58,6 +58,8 @@ class Settings(BaseSettings):
     """Tokens in a step, prompts beside decode; 0: 256 on a CPU, 2048 on CUDA."""
     kv_bytes: int = Field(default=1024 * MiB, ge=MiB)
     """Memory for keys and values of the running rows and the prefix cache."""
+    lookup_tokens: int = Field(default=7, ge=0, le=7)
+    """Tokens a row may guess ahead out of its own text, on a CPU: the same answers, sooner; 0: none."""
     prefix_cache: bool = True
     """Reuse the keys and values of a prompt's beginning, within one tenant and adapter."""
 

@@ -70,7 +70,7 @@ class Chunk:
 class Step:
     """The batch under way, as the model's modules need it: one object, refilled each step.
 
-    Packed tokens: | decoding rows, one token each | chunk of a row in prefill | chunk | ...
+    Packed tokens: | decoding rows, a token and guesses each | chunk of a row in prefill | chunk | ...
     """
 
     pages: Pages
@@ -85,7 +85,8 @@ class Step:
         self.head_inputs: list[tuple[Bank, Rows]] = []
         self.sublayer: list[tuple[Bank, Rows]] = []
         self.residual = torch.empty(0)  # the stream before the sub-block under way
-        self.decoding = 0
+        self.decoding = 0  # tokens that read their past from pages in place
+        self.ahead: torch.Tensor | None = None  # where their K/V go, if some see others of the same step
         self.tables = torch.empty(0)
         self.lengths = torch.empty(0)
         self.chunks: list[Chunk] = []
@@ -93,21 +94,25 @@ class Step:
         self.last: dict[str, int] = {}  # row id -> its last token's place in the batch
 
     def begin(self, rows: list[Row], device: torch.device) -> None:
-        """`rows` in the order of their tokens: those with one token first."""
-        decoding = [row for row in rows if row.scheduled == 1]
-        self.decoding = len(decoding)
+        """`rows` in the order of their tokens: those that decode first."""
+        decoding = [row for row in rows if row.decodes]
+        self.decoding = sum(row.scheduled for row in decoding)
         if decoding:
             most = max(len(row.blocks) for row in decoding)
-            tables = [row.blocks + [0] * (most - len(row.blocks)) for row in decoding]
-            self.tables = torch.tensor(tables, device=device)
-            self.lengths = torch.tensor([row.computed + 1 for row in decoding], device=device)
+            tables = [[row.blocks + [0] * (most - len(row.blocks))] * row.scheduled for row in decoding]
+            self.tables = torch.tensor([table for own in tables for table in own], device=device)
+            lengths = [row.computed + 1 + i for row in decoding for i in range(row.scheduled)]
+            self.lengths = torch.tensor(lengths, device=device)
+        guessing = any(row.guess for row in decoding)
+        self.ahead = [places_of(r.blocks, r.computed, r.computed + r.scheduled, device) for r in decoding]
+        self.ahead = torch.cat(self.ahead) if guessing else None
         self.chunks = []
         self.last = {}
         spans = Spans()
         start = 0
         for row in rows:
             end = start + row.scheduled
-            if row.scheduled > 1:
+            if not row.decodes:
                 self.chunks.append(chunk_of(row, start, end, device))
             spans.add(self.banks, row, start, end)
             self.last[row.id] = end - 1
@@ -125,6 +130,8 @@ class Step:
         parts = []
         if n := self.decoding:
             new = (q[:n], k[:n], v[:n])
+            if self.ahead is not None:  # a guess sees those before it, which another thread may compute
+                write_pages(keys, values, k[:n], v[:n], self.ahead)
             parts.append(decode_attention(*new, keys, values, self.tables, self.lengths, scores))
         for chunk in self.chunks:
             span = slice(chunk.start, chunk.end)
@@ -139,8 +146,11 @@ class Step:
     def keep(self, rows: list[Row]) -> None:
         """The output head sees one token of each row that completes, in the order given."""
         spans = Spans()
-        for i, row in enumerate(row for row in rows if row.completes):
-            spans.add(self.banks, row, i, i + 1)
+        start = 0
+        for row in (row for row in rows if row.completes):
+            end = start + 1 + len(row.guess)
+            spans.add(self.banks, row, start, end)
+            start = end
         self.head = spans.acting("affine")
         self.head_inputs = spans.acting("inputs")
 

@@ -83,6 +83,7 @@ class Engine:
             max_seqs=settings.max_seqs,
             max_batch_tokens=settings.max_batch_tokens or BATCH_TOKENS[placement.device.type],
             max_context=self.base.max_context,
+            lookup=settings.lookup_tokens if placement.device.type == "cpu" else 0,
         )
         self.ends = self.model.end_tokens()
         self.counts: Counter[str] = Counter()
@@ -138,19 +139,21 @@ class Engine:
             logits = self.model.forward(rows)
         except torch.OutOfMemoryError:
             return self._shed(rows)
-        completing = [row for row in rows if row.completes]
-        self.gate.observe(completing, logits)
-        if matchers := [(i, row.grammar) for i, row in enumerate(completing) if row.grammar]:
+        completing = [(row, i) for row in rows if row.completes for i in range(1 + len(row.guess))]
+        self.gate.observe([row for row, _ in completing], logits)
+        if matchers := [(i, row.grammar) for i, (row, _) in enumerate(completing) if row.grammar]:
             mask_logits(logits, matchers)
-        sampled = sample(logits, [self._sample_row(row) for row in completing])
+        sampled = sample(logits, [self._sample_row(row, guessed) for row, guessed in completing])
         self.counts["steps"] += 1
         self.counts["prompt_tokens"] += sum(row.scheduled for row in rows if not row.sampled)
         self.observations += [
             ("batch_rows", "", len(rows)),
             ("batch_tokens", "", sum(r.scheduled for r in rows)),
         ]
-        outcome = {row.id: result for row, result in zip(completing, sampled, strict=True)}
-        return [chunk for row in rows if (chunk := self._deliver(row, outcome.get(row.id)))]
+        outcome: dict[str, list[Sampled]] = {row.id: [] for row in rows}
+        for (row, _), result in zip(completing, sampled, strict=True):
+            outcome[row.id].append(result)
+        return [chunk for row in rows if (chunk := self._deliver(row, outcome[row.id]))]
 
     def checked(self) -> list[Checked]:
         """Checks that have ended since the last call."""
@@ -236,45 +239,63 @@ class Engine:
                 self.model.write(row, start, first)
         row.fill = None
 
-    def _sample_row(self, row: Row) -> SampleRow:
+    def _sample_row(self, row: Row, guessed: int) -> SampleRow:
+        """The row as it is once so many of its guesses have come true."""
         s = row.command.sampling
-        barred = row.output_length < s.min_tokens
+        barred = row.output_length + guessed < s.min_tokens
         return SampleRow(
             sampling=s,
             seed=row.seed,
             prompt=row.tokens[row.virtual : row.prompt_length],
-            output=row.tokens[row.prompt_length :],
+            output=row.tokens[row.prompt_length :] + row.guess[:guessed],
             banned=[*self.ends, *s.stop_token_ids] if barred else (),
         )
 
-    def _deliver(self, row: Row, sampled: Sampled | None) -> Chunk | None:
+    def _deliver(self, row: Row, sampled: list[Sampled]) -> Chunk | None:
         """Record what the step gave a row; what to tell its caller, if anything."""
-        if sampled is None:  # still in prefill
-            self.scheduler.commit(row, None)
+        if not sampled:  # still in prefill
+            self.scheduler.commit(row, [])
             return None
-        if not sampled.finite:
+        if not sampled[0].finite:
             self.counts["non_finite_rows"] += 1
             self.scheduler.remove(row)  # before its blocks were offered to anyone
             return _failure(row.id, NonFinite("The model produced NaN or Inf for this request."))
-        self.scheduler.commit(row, sampled.token)
-        if row.grammar and not row.grammar.consume_token(sampled.token):
+        first, guessed = row.output_length == 0, len(row.guess)
+        kept = self._kept(row, sampled)
+        self.scheduler.commit(row, [result.token for result in kept])
+        if row.grammar and not row.grammar.consume_token(kept[-1].token):
             self.scheduler.remove(row)
             return _failure(row.id, InvalidField("The answer left its schema.", param="response_format"))
-        self.counts["generation_tokens"] += 1
-        s = row.command.sampling
-        first = row.output_length == 1
-        stopped = sampled.token in s.stop_token_ids or (sampled.token in self.ends and not s.ignore_eos)
-        full = row.output_length >= s.max_tokens or len(row.tokens) >= self.base.max_context
-        if stopped or full:
+        self.counts["generation_tokens"] += len(kept)
+        self.counts["guessed_tokens"] += guessed
+        self.counts["guessed_right"] += len(kept) - 1
+        stop = kept[-1].token if self._stops(row, kept[-1].token) else None
+        most = row.command.sampling.max_tokens
+        full = row.output_length >= most or len(row.tokens) >= self.base.max_context
+        if stop is not None or full:
             self.scheduler.remove(row)
+        said = kept if stop is None else kept[:-1]
         return Chunk(
             id=row.id,
-            tokens=[] if stopped else [sampled.token],
-            logprobs=[sampled.logprobs] if sampled.logprobs and not stopped else [],
+            tokens=[result.token for result in said],
+            logprobs=[result.logprobs for result in said if result.logprobs],
             cached_tokens=max(row.cached - row.virtual, 0) if first else 0,
-            finish="stop" if stopped else "length" if full else None,
-            stop_token=sampled.token if stopped else None,
+            finish="stop" if stop is not None else "length" if full else None,
+            stop_token=stop,
         )
+
+    def _kept(self, row: Row, sampled: list[Sampled]) -> list[Sampled]:
+        """What stands: each token up to the first that the row had not guessed, or that ends it."""
+        for i, result in enumerate(sampled):
+            if i == len(row.guess) or result.token != row.guess[i] or self._stops(row, result.token):
+                return sampled[: i + 1]
+            if not sampled[i + 1].finite:  # it will be asked for again, by itself
+                return sampled[: i + 1]
+        raise AssertionError("there is one result more than guesses")
+
+    def _stops(self, row: Row, token: int) -> bool:
+        s = row.command.sampling
+        return token in s.stop_token_ids or (token in self.ends and not s.ignore_eos)
 
     def _ended(self) -> list[Chunk]:
         """Rows that ended without a step: refused, expired, or their adapter failed to load."""
@@ -288,7 +309,7 @@ class Engine:
         torch.cuda.empty_cache()
         largest = max(rows, key=lambda row: row.scheduled)
         for row in rows:
-            row.scheduled = 0
+            row.scheduled, row.guess = 0, []
         self.scheduler.remove(largest)
         return [_failure(largest.id, Unavailable("The device ran out of memory for this request."))]
 

@@ -37,16 +37,18 @@ class ServedModel(FrozenModel):
 
     @torch.inference_mode()
     def forward(self, rows: list[Row]) -> torch.Tensor:
-        """Compute each row's scheduled tokens; float32 logits [rows that complete, vocabulary].
+        """Compute each row's scheduled tokens; float32 logits [rows that complete and guesses, vocabulary].
 
-        The logits' order is that of `rows`, less those still in prefill after this step.
+        The logits' order is that of `rows`, less those still in prefill after this step; a row's own come
+        before those of its guesses.
         """
         device = self.placement.device
-        ordered = sorted(rows, key=lambda row: row.scheduled > 1)  # tokens of decoding rows come first
-        ids = [t for row in ordered for t in row.tokens[row.computed : row.computed + row.scheduled]]
+        ordered = sorted(rows, key=lambda row: not row.decodes)  # tokens of decoding rows come first
+        ids = [t for row in ordered for t in row.to_compute()]
         positions = [p for row in ordered for p in range(row.computed, row.computed + row.scheduled)]
         self.step.begin(ordered, device)
-        kept = torch.tensor([self.step.last[row.id] for row in rows if row.completes], dtype=torch.int64)
+        last = [(self.step.last[row.id], len(row.guess)) for row in rows if row.completes]
+        kept = torch.tensor([at for end, n in last for at in range(end - n, end + 1)], dtype=torch.int64)
         self.step.keep(rows)
         output = self.model(
             input_ids=torch.tensor([ids], device=device),

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from server.engine.lookup import Lookup
 from server.engine.messages import AdapterRef, Generate, Use
 
 
@@ -12,6 +13,8 @@ class Row:
 
     tokens:  | virtual | prompt ...... | output ........ |
              | computed: K/V in blocks | scheduled | ... |
+
+    A row that decodes has one token to compute, and what it guesses to come after that one.
 
     Virtual tokens are what prefix and prompt tuning put before the text: ids -1, -2, ... that stand in no
     vocabulary. They take positions and blocks like any other and are shared like any other.
@@ -35,6 +38,8 @@ class Row:
     passed_over: int = 0  # steps in which it could have started but for memory
     slots: tuple[int, ...] = ()  # one for each of `uses`, while the row runs
     grammar: Any = None  # what its schema allows next (engine/grammar.py), if it has one
+    guess: list[int] = field(default_factory=list)  # tokens that may come next; computed, and kept if they do
+    lookup: Lookup = field(default_factory=Lookup)
     blocks: list[int] = field(default_factory=list)
     hashes: list[bytes] = field(default_factory=list)  # of the full blocks of `tokens`, as far as known
 
@@ -69,7 +74,16 @@ class Row:
     @property
     def completes(self) -> bool:
         """After the step under way this row has logits to sample from."""
-        return self.computed + self.scheduled == len(self.tokens)
+        return self.computed + self.scheduled >= len(self.tokens)
+
+    @property
+    def decodes(self) -> bool:
+        """In the step under way it has one token to compute, and guesses."""
+        return self.scheduled == 1 + len(self.guess)
+
+    def to_compute(self) -> list[int]:
+        """The tokens of the step under way."""
+        return self.tokens[self.computed : self.computed + self.scheduled] + self.guess
 
     @property
     def slot(self) -> int:

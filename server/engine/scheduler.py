@@ -17,6 +17,7 @@ from server.engine.row import Row
 from server.errors import ContextTooLong, DeadlineExceeded, InvalidField, InvalidRequest, PolypeftError
 
 PATIENCE = 32  # steps in which a row may lack memory before later rows stop overtaking it
+GUESSES = 48  # tokens guessed in a step, all rows together: more would cost what they save
 TRIES = 8  # rows that may lack memory in one step before the others are not even asked
 
 
@@ -37,12 +38,14 @@ class Scheduler:
         max_seqs: int,
         max_batch_tokens: int,
         max_context: int,
+        lookup: int = 0,
     ) -> None:
         self.cache = cache
         self.blocks = blocks
         self.max_seqs = max_seqs
         self.max_batch_tokens = max(max_batch_tokens, max_seqs)
         self.max_context = max_context
+        self.lookup = lookup  # tokens that a row may guess at a time
         self.queues: dict[str, Queue] = {}
         self.running: dict[str, Row] = {}  # in order of admission
         self.ended: list[
@@ -82,23 +85,35 @@ class Scheduler:
         budget = self.max_batch_tokens
         batch: list[Row] = []
         current = list(self.running.values())
-        for row in [r for r in current if r.remaining == 1] + [r for r in current if r.remaining > 1]:
+        decoding = [row for row in current if row.remaining == 1]
+        spare = min(GUESSES, budget - len(decoding))
+        for i, row in enumerate(decoding + [row for row in current if row.remaining > 1]):
             if budget and row.id in self.running and self._continue(row, min(row.remaining, budget)):
                 batch.append(row)
+                if i < len(decoding):
+                    self._guess(row, max(0, spare) // (len(decoding) - i))
+                    spare -= len(row.guess)
                 budget -= row.scheduled
         # A preempted row may already stand in the batch.
         batch = [row for row in batch if row.id in self.running]
         self._admit(batch, budget)
         return batch
 
-    def commit(self, row: Row, token: int | None) -> None:
-        """Record a row's step: its tokens are computed, and `token`, if any, is its next."""
+    def commit(self, row: Row, tokens: Sequence[int]) -> None:
+        """Record a row's step: what it had to compute is computed, and these `tokens`, if any, come next.
+
+        The K/V of guesses that were wrong are written over by what comes in their place.
+        """
         row.computed += row.scheduled
-        if token is not None:
+        if tokens:
+            row.computed += len(tokens) - 1 - len(row.guess)
             row.sampled = True
-            row.tokens.append(token)
-            self.queues[row.command.tenant].served += 1 / row.command.weight
+            row.tokens += tokens
+            self.queues[row.command.tenant].served += len(tokens) / row.command.weight
+            if row.guess:
+                row.lookup.learn(len(row.guess), len(tokens) - 1, len(row.tokens))
         row.scheduled = 0
+        row.guess = []
         if row.sampled and self.blocks.share_prefixes:
             names = block_hashes(row.salt, row.tokens, row.hashes)
             for i in range(row.computed // BLOCK - 1, -1, -1):
@@ -127,10 +142,27 @@ class Scheduler:
         row.scheduled = count
         return True
 
+    def _guess(self, row: Row, most: int) -> None:
+        """Schedule what may come next along with a row's token, as long as memory for it lies free."""
+        s = row.command.sampling
+        ends = min(s.max_tokens - row.output_length, self.max_context - len(row.tokens)) - 1
+        if row.grammar or not self.lookup or (most := min(most, self.lookup, ends)) < 1:
+            return
+        guess = row.lookup.guess(row.tokens, most)
+        need = blocks_for(row.computed + 1 + len(guess)) - len(row.blocks)
+        if guess and need > 0:
+            fresh = self.blocks.allocate(need)
+            if fresh is None:
+                return
+            row.blocks += fresh
+        row.guess = guess
+        row.scheduled += len(guess)
+
     def _preempt(self, row: Row) -> None:
         del self.running[row.id]
         self._release(row)
         row.scheduled = 0
+        row.guess = []
         self.preemptions += 1
         queue = self.queues.setdefault(row.command.tenant, Queue())
         queue.rows[row.id] = row

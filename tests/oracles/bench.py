@@ -40,7 +40,7 @@ class Bench:
         self.folder = folder
         self.oracle = Oracle(model)
         self.vocabulary = self.oracle.base.config.vocab_size
-        own = Settings(data_dir=folder / "data", **({"prefix_cache": False} | settings))
+        own = Settings(data_dir=folder / "data", **({"prefix_cache": False, "lookup_tokens": 0} | settings))
         self.objects = Objects.open(own.store_url)
         self.engine = Engine(own, model)
         self.logits = record_logits(self.engine)

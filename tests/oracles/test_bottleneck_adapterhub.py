@@ -55,7 +55,13 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Family
 
 def run_family(name: str, folder: Path) -> Family:
     settings = Settings(
-        data_dir=folder, threads=1, max_batch_tokens=16, max_seqs=12, kv_bytes=4 << 20, prefix_cache=False
+        data_dir=folder,
+        threads=1,
+        max_batch_tokens=16,
+        max_seqs=12,
+        kv_bytes=4 << 20,
+        prefix_cache=False,
+        lookup_tokens=0,
     )
     engine = Engine(settings, GOLDEN / name / "base")
     objects = Objects.open(settings.store_url)

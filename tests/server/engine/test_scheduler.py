@@ -45,7 +45,7 @@ class World:
         for row in batch:
             assert row.scheduled > 0
             assert len(row.blocks) * BLOCK >= row.computed + row.scheduled
-            self.scheduler.commit(row, 7 if row.completes else None)
+            self.scheduler.commit(row, [7] if row.completes else [])
         owned = [b for row in self.scheduler.running.values() for b in row.blocks]
         assert all(self.pool.refs[b] == owned.count(b) for b in range(self.pool.count))
         return batch
@@ -55,7 +55,7 @@ def test_a_row_runs_from_prompt_to_removal() -> None:
     world = World()
     row = world.add(length=5)
     assert [r.scheduled for r in world.scheduler.schedule(0)] == [5]
-    world.scheduler.commit(row, 7)
+    world.scheduler.commit(row, [7])
     for _ in range(3):
         assert world.step() == [row]
     assert row.tokens[5:] == [7] * 4
