@@ -103,9 +103,10 @@ class Step:
             self.tables = torch.tensor([table for own in tables for table in own], device=device)
             lengths = [row.computed + 1 + i for row in decoding for i in range(row.scheduled)]
             self.lengths = torch.tensor(lengths, device=device)
-        guessing = any(row.guess for row in decoding)
-        self.ahead = [places_of(r.blocks, r.computed, r.computed + r.scheduled, device) for r in decoding]
-        self.ahead = torch.cat(self.ahead) if guessing else None
+        self.ahead = None
+        if any(row.guess for row in decoding):
+            own = [(row.blocks, row.computed, row.computed + row.scheduled) for row in decoding]
+            self.ahead = torch.cat([places_of(*span, device) for span in own])
         self.chunks = []
         self.last = {}
         spans = Spans()

@@ -48,7 +48,7 @@ def test_trust_follows_what_came_true() -> None:
 def asked(refs: Iterable[AdapterRef | None], **sampling: Any) -> list[Generate]:
     """A row for each; its prompt is a repetition, its answer of few tokens: guesses are right and wrong."""
     few = dict.fromkeys(REPEATED[:3], 50.0)
-    usual = {"max_tokens": 48, "temperature": 0.0, "ignore_eos": True, "logit_bias": few}
+    usual: dict[str, Any] = {"max_tokens": 48, "temperature": 0.0, "ignore_eos": True, "logit_bias": few}
     own = Sampling(**(usual | sampling))
     return [Generate(str(i), "tenant", [*REPEATED, i], own, ref) for i, ref in enumerate(refs)]
 
