@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol
+from typing import Any
 
 import httpx
 from rich.console import Console
@@ -18,13 +18,6 @@ from server.logs import visible
 SILENCE = httpx.Timeout(60.0, connect=5.0)  # the server says something every 15 seconds
 LINE_SECONDS = 10  # between two lines on steps
 STYLES = {"warn": "yellow", "error": "red"}
-
-
-class View(Protocol):
-    def event(self, event: dict[str, Any]) -> None: ...
-
-    def away(self, error: Exception) -> None:
-        """The server does not answer; it is asked again."""
 
 
 def follow(client: httpx.Client, job: str) -> dict[str, Any]:

@@ -16,16 +16,18 @@ T = TypeVar("T")
 
 
 def patiently(call: Callable[[], T], away: Callable[[Exception], None]) -> T:
-    """What `call` returns; it is made again while the server is away, and `away` hears of it each time.
+    """What `call` returns; it is made again while the server is away, of which `away` hears once.
 
     Raises what `call` raises: after PATIENCE_SECONDS also that the server is away.
     """
-    until = time.monotonic() + PATIENCE_SECONDS
+    until, told = time.monotonic() + PATIENCE_SECONDS, False
     while True:
         try:
             return call()
         except AWAY as error:
             if time.monotonic() > until:
                 raise
-            away(error)
+            if not told:
+                away(error)
+            told = True
         time.sleep(RETRY_SECONDS)

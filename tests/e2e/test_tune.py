@@ -35,7 +35,7 @@ def test_the_guides_walk_on_gpt2_outlives_the_server(tiny_models: Any, tmp_path:
         server.start()
         key = server.tenant("guide")
         environment = os.environ | {"POLYPEFT_URL": server.url, "POLYPEFT_API_KEY": key}
-        options = ["--name", "walk", "--epochs", "6", "--batch-size", "2", "--learning-rate", "0.01"]
+        options = ["--name", "walk", "--epochs", "4", "--batch-size", "2", "--learning-rate", "0.01"]
         options += ["--early-stopping", "0"]
         command = [*POLYPEFT, "tune", str(data), "--method", "lora", *GUIDE, *options]
         with (tmp_path / "out").open("wb") as out, (tmp_path / "err").open("wb") as err:
@@ -49,7 +49,7 @@ def test_the_guides_walk_on_gpt2_outlives_the_server(tiny_models: Any, tmp_path:
         server.start()
         assert tune.wait(TRAIN_SECONDS) == 0, said.read_text()
         assert said.read_text().count("Created fine-tuning job") == 1
-        assert said.read_text().count("Step 162/162") == 1
+        assert said.read_text().count("Step 108/108") == 1
         table = [line.split("\t") for line in (tmp_path / "out").read_text().splitlines()]
         assert float(table[0][2]) < float(table[0][1]), table
         asked = subprocess.run(
@@ -66,7 +66,7 @@ def test_the_guides_walk_on_gpt2_outlives_the_server(tiny_models: Any, tmp_path:
         (tmp_path / "adapter.safetensors").write_bytes(weights)
         assert {name.split(".")[-3] for name in load_file(tmp_path / "adapter.safetensors")} == {"c_attn"}
         config = version["config"]
-        assert (config["r"], config["lora_alpha"], config["fan_in_fan_out"]) == (16, 32, True)
+        assert (config["r"], config["lora_alpha"]) == (16, 32)
         server.stop()
     finally:
         server.end()
