@@ -95,7 +95,7 @@ UNALIAS = """
 local function change()
   local alias, condition, before = ARGV[5], ARGV[6], all_of(aliases)
   local there = before[alias]
-  if alias == 'latest' then there = redis.call('HEXISTS', state, 'pin') == 1 end
+  if there and alias == 'latest' then there = redis.call('HEXISTS', state, 'pin') == 1 end
   if not there then return 'unknown' end
   if unmet(condition, alias) then return 'changed' end
   if alias == 'latest' then

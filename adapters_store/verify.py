@@ -81,9 +81,7 @@ class Verifier:
             after = page[-1]
             if deleted:
                 gone = await self._index.deleted(tenant, page)
-                found += [
-                    ManifestKey(tenant, one.name, v.version.version) for one in gone for v in one.versions
-                ]
+                versions = [one.version for adapter in gone for one in adapter.versions]
             else:
                 live = await self._index.adapters(tenant, page)
                 versions = [version for adapter in live for version in adapter.versions]

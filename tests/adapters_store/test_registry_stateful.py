@@ -207,8 +207,7 @@ class Machine(RuleBasedStateMachine):
     @rule(name=st.sampled_from(NAMES), alias=st.sampled_from([*ALIASES, "latest"]))
     def unset(self, name: str, alias: str) -> None:
         model = self.models[name]
-        there = alias in model.aliases if alias != "latest" else model.pin != (0, 0)
-        there = there and bool(model.versions or alias != "latest" or model.pin)
+        there = alias in model.all() and (alias != "latest" or model.pin != (0, 0))
         self.expect(None if there else NotFound, lambda: self.registry.aliases.unset("t", name, alias))
         if there:
             before = model.all()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
 import openai
 import pytest
 from safetensors.torch import load
@@ -109,9 +110,11 @@ def test_a_version_whose_upload_died_before_the_index_knew_is_in_nobodys_way(
     http: httpx.Client, system: System
 ) -> None:
     first = upload(http, "orphaned").json()
-    objects = system.app.state.services.objects
+    objects, registry = system.app.state.services.objects, system.app.state.services.registry
     (key,) = (k for k in objects.list_sync("tenants") if k.endswith("/orphaned/00000001.json"))
-    manifest = json.loads(objects.get_sync(key)) | {"version": 2}
+    blobs = system.call(registry.stage(key.split("/")[1], [("adapter_model.safetensors", Path(__file__))]))
+    files = [msgspec.to_builtins(blob) for blob in blobs]
+    manifest = json.loads(objects.get_sync(key)) | {"version": 2, "files": files}
     objects.create_sync(key.replace("1.json", "2.json"), json.dumps(manifest).encode())
     third = upload(http, "orphaned", lora_files(3)).json()
     assert third["version"] == 3
