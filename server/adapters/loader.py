@@ -14,7 +14,7 @@ import logging
 import os
 import threading
 import time
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
@@ -37,6 +37,7 @@ from server.kernels.openmp import use_one_thread
 
 THREADS = 2
 NICENESS = 10
+SOURCES = 4096  # digests of which it is known where they were found
 log = logging.getLogger(__name__)
 
 
@@ -69,6 +70,7 @@ class Loader:
         self.limits = limits
         self.pinned = pinned
         self.observations: list[tuple[str, str, float]] = []  # (name, tier, value); the loop takes them
+        self.sources: OrderedDict[str, str] = OrderedDict()  # digest -> where it was found last
         self.corrupt: Counter[str] = Counter()  # see corrupt_copies
         self._running: dict[str, Future[Packed]] = {}
         self._lock = threading.Lock()
@@ -126,7 +128,7 @@ class Loader:
                 self._running[digest] = future
         if found is not None:
             future.set_result(found)
-            self._observe("ram", start)
+            self._observe("ram", start, digest, found.nbytes)
         else:
             self._pool.submit(self._run, future, digest, tenant, manifest)
         return future
@@ -173,7 +175,7 @@ class Loader:
             self.ram.give_up(digest)
             raise
         self.ram.fill(digest, packed, extra=blob.bytes)
-        self._observe(tier, start)
+        self._observe(tier, start, digest, packed.nbytes)
         self._finished(digest)
         future.set_result(packed)
         if tier == "store":
@@ -244,8 +246,15 @@ class Loader:
                     param=name,
                 )
 
-    def _observe(self, tier: str, start: float) -> None:
-        self.observations.append(("adapter_load_seconds", tier, time.perf_counter() - start))
+    def _observe(self, tier: str, start: float, digest: str, nbytes: int) -> None:
+        self.observations += [
+            ("adapter_load_seconds", tier, time.perf_counter() - start),
+            ("adapter_load_bytes", tier, nbytes),
+        ]
+        with self._lock:
+            self.sources[digest] = tier
+            if len(self.sources) > SOURCES:
+                self.sources.popitem(last=False)
 
 
 def packing_bytes(manifest: Manifest, dtype: torch.dtype) -> int:
