@@ -12,6 +12,7 @@ import contextlib
 import io
 import logging
 import os
+import sys
 import threading
 import time
 from collections import Counter, OrderedDict
@@ -37,6 +38,7 @@ from server.kernels.openmp import use_one_thread
 
 THREADS = 2
 NICENESS = 10
+HAND_OVER_SECONDS = 0.0005  # Python's own 5 ms, at each of a step's launches, would be most of a step
 SOURCES = 4096  # digests of which it is known where they were found
 log = logging.getLogger(__name__)
 
@@ -272,7 +274,8 @@ def check_identity(manifest: Manifest) -> None:
 
 
 def _step_aside() -> None:
-    """This thread yields to the engine's: lower priority where the system lets a thread have its own."""
+    """This thread yields to the engine's: the interpreter soon, and the core if the system lets it."""
     use_one_thread()
+    sys.setswitchinterval(HAND_OVER_SECONDS)
     with contextlib.suppress(OSError, AttributeError):
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
