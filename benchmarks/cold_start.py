@@ -184,7 +184,7 @@ def main(
     folder = ensure_default_model(CACHE)
     machine = measure(threads)
     lengths = prompt_tokens or [256, 512]
-    with tempfile.TemporaryDirectory(prefix="polypeft-cold-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="polypeft-cold-", ignore_cleanup_errors=True) as scratch:
         settings = Settings(data_dir=Path(scratch) / "data", threads=threads, prefix_cache=False)
         engine = Engine(settings, folder)
         objects = Objects.open(settings.store_url)

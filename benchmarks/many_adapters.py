@@ -149,7 +149,7 @@ def main(
     folder = ensure_default_model(CACHE)
     machine = measure(threads)
     rng = np.random.default_rng(1)
-    with tempfile.TemporaryDirectory(prefix="polypeft-many-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="polypeft-many-", ignore_cleanup_errors=True) as scratch:
         settings = Settings(
             data_dir=Path(scratch) / "data",
             threads=threads,

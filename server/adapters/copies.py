@@ -20,6 +20,7 @@ class Copy:
 
     packed: Any
     arrived: Callable[[], bool]
+    source: Any = None  # must outlive the copy, which reads it
 
 
 class Copier:
@@ -38,12 +39,11 @@ class Copier:
             event.record(self._stream)
 
         def arrived() -> bool:
-            """Holds on to the host's buffer as well, which must live as long as the copy reads it."""
-            if not event.query() or packed.flat.numel() != flat.numel():
+            if not event.query():
                 return False
             own = torch.cuda.current_stream(self.device)
             own.wait_event(event)
             flat.record_stream(own)  # the allocator must not hand it out again while this stream reads it
             return True
 
-        return Copy(replace(packed, flat=flat), arrived)
+        return Copy(replace(packed, flat=flat), arrived, packed)

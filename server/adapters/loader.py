@@ -12,9 +12,10 @@ import contextlib
 import io
 import logging
 import os
+import sys
 import threading
 import time
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
@@ -37,6 +38,8 @@ from server.kernels.openmp import use_one_thread
 
 THREADS = 2
 NICENESS = 10
+HAND_OVER_SECONDS = 0.0005  # Python's own 5 ms, at each of a step's launches, would be most of a step
+SOURCES = 4096  # digests of which it is known where they were found
 log = logging.getLogger(__name__)
 
 
@@ -69,6 +72,7 @@ class Loader:
         self.limits = limits
         self.pinned = pinned
         self.observations: list[tuple[str, str, float]] = []  # (name, tier, value); the loop takes them
+        self.sources: OrderedDict[str, str] = OrderedDict()  # digest -> where it was found last
         self.corrupt: Counter[str] = Counter()  # see corrupt_copies
         self._running: dict[str, Future[Packed]] = {}
         self._lock = threading.Lock()
@@ -126,7 +130,7 @@ class Loader:
                 self._running[digest] = future
         if found is not None:
             future.set_result(found)
-            self._observe("ram", start)
+            self._observe("ram", start, digest, found.nbytes)
         else:
             self._pool.submit(self._run, future, digest, tenant, manifest)
         return future
@@ -173,7 +177,7 @@ class Loader:
             self.ram.give_up(digest)
             raise
         self.ram.fill(digest, packed, extra=blob.bytes)
-        self._observe(tier, start)
+        self._observe(tier, start, digest, packed.nbytes)
         self._finished(digest)
         future.set_result(packed)
         if tier == "store":
@@ -245,8 +249,15 @@ class Loader:
                     param=name,
                 )
 
-    def _observe(self, tier: str, start: float) -> None:
-        self.observations.append(("adapter_load_seconds", tier, time.perf_counter() - start))
+    def _observe(self, tier: str, start: float, digest: str, nbytes: int) -> None:
+        self.observations += [
+            ("adapter_load_seconds", tier, time.perf_counter() - start),
+            ("adapter_load_bytes", tier, nbytes),
+        ]
+        with self._lock:
+            self.sources[digest] = tier
+            if len(self.sources) > SOURCES:
+                self.sources.popitem(last=False)
 
 
 def packing_bytes(manifest: Manifest, dtype: torch.dtype) -> int:
@@ -264,7 +275,8 @@ def check_identity(manifest: Manifest) -> None:
 
 
 def _step_aside() -> None:
-    """This thread yields to the engine's: lower priority where the system lets a thread have its own."""
+    """This thread yields to the engine's: the interpreter soon, and the core if the system lets it."""
     use_one_thread()
+    sys.setswitchinterval(HAND_OVER_SECONDS)
     with contextlib.suppress(OSError, AttributeError):
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)

@@ -42,6 +42,7 @@ class RamTier(Generic[T]):
     """
 
     def __init__(self, budget: int, shares: Shares | None = None) -> None:
+        self.evictions = 0
         self.shelf: Shelf[Held[T]] = Shelf(budget, FROM_DISK, shares or Shares())
         self._claims: Counter[str] = Counter()
         self._changed = Condition()
@@ -96,6 +97,7 @@ class RamTier(Generic[T]):
                 if gone is not None:
                     for entry in gone:
                         self.shelf.drop(entry.key)
+                    self.evictions += len(gone)
                     self.shelf.add(Held(digest, tenant, nbytes, pins=1))
                     return
                 self._changed.wait()
@@ -152,6 +154,7 @@ class DiskTier:
 
     def __init__(self, folder: Path, budget: int, shares: Shares | None = None) -> None:
         self.folder = folder
+        self.evictions = 0
         self.failures = 0  # reads and writes that the disk refused
         self.corrupt = 0  # copies that did not hash to their name
         self.shelf: Shelf[Entry] = Shelf(budget, FROM_STORE, shares or Shares())
@@ -208,6 +211,7 @@ class DiskTier:
                 return False
             for entry in gone:
                 self._remove(entry.key)
+            self.evictions += len(gone)
             self.shelf.add(Entry(sha256, tenant, len(data), pins=1))
         draft = self.folder / f"{sha256}#{secrets.randbits(63)}"
         try:

@@ -16,7 +16,7 @@ from server.api.errors import json_response
 from server.api.services import Services
 from server.api.target import adapter_ref, find_version, split_model
 from server.engine.messages import AdapterRef
-from server.errors import NotFound, StoreError
+from server.errors import NotFound, Unavailable
 
 router = APIRouter(prefix="/v1/adapters", dependencies=[Depends(current_tenant)])
 
@@ -55,7 +55,7 @@ async def keep_pins(parts: Services, sleep: Callable[[float], Awaitable[None]] =
     while True:
         try:
             boot, pinned = parts.engine.boot, await _pinned(parts)
-        except StoreError as error:
+        except Unavailable as error:
             log.warning("What is pinned could not be read: %s", error)
         else:
             if boot is not None and (boot, pinned) != told and parts.engine.pin(pinned):

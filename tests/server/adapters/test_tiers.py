@@ -1,6 +1,9 @@
 import errno
 import hashlib
 import os
+import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -259,3 +262,37 @@ def test_a_scan_does_not_wear_the_disk_out(tmp_path: Path) -> None:
     written = sum(write(tier, i) for i in range(100, 130))
     assert written == 0
     assert all(read(tier, i) for i in range(10))
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from server.adapters.tiers import DiskTier
+data, place = bytes([7]) * 100_000, int(sys.argv[2])
+tier = DiskTier(Path(sys.argv[1]), 1 << 20)
+opened, replaced = Path.open, Path.replace
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+class Half:
+    def __init__(self, file): self.file = file
+    def __enter__(self): return self
+    def __exit__(self, *_): self.file.close()
+    def write(self, data):
+        self.file.write(data[: place]); self.file.flush(); die()
+if place < len(data):
+    Path.open = lambda self, *a, **k: Half(opened(self, *a, **k))
+else:
+    Path.replace = die
+tier.write(sys.argv[3], "t", memoryview(data))
+"""
+
+
+@pytest.mark.parametrize("place", [0, 1, 50_000, 100_000])
+def test_a_write_that_was_killed_leaves_nothing_to_read(tmp_path: Path, place: int) -> None:
+    sha256 = hashlib.sha256(bytes([7]) * 100_000).hexdigest()
+    command = [sys.executable, "-c", KILLED, str(tmp_path), str(place), sha256]
+    assert subprocess.run(command, cwd=Path.cwd(), check=False).returncode == -signal.SIGKILL
+    assert [path.name.partition("#")[0] for path in tmp_path.iterdir()] == [sha256]
+    tier = DiskTier(tmp_path, 1 << 20)
+    assert (list(tmp_path.iterdir()), tier.nbytes) == ([], 0)
+    assert not tier.read(sha256, memoryview(bytearray(100_000)))

@@ -5,7 +5,7 @@ import pytest
 from server.engine.kv import BLOCK, BlockPool
 from server.engine.messages import AdapterRef, Generate, Sampling
 from server.engine.row import Row
-from server.engine.scheduler import Scheduler
+from server.engine.scheduler import PATIENCE, Scheduler
 from server.errors import DeadlineExceeded, InvalidAdapter
 from tests.fixtures.slots import Loader, make_cache
 
@@ -212,3 +212,43 @@ def test_virtual_tokens_may_leave_no_room() -> None:
     assert [r for r, _ in world.scheduler.ended] == [row]
     assert "492 tokens and the adapter puts 20" in world.scheduler.ended[0][1].message
     assert world.cache.by_digest["a"].pins == 0
+
+
+def test_a_tenant_over_its_share_waits_without_holding_up_others() -> None:
+    """A's rows hold its half of the slots; one more waits for them, however long, and B's rows go on."""
+    world = World(slots=4, max_seqs=8)
+    for name in "xy":
+        world.loader.arrive(name)
+        row = world.add(tenant="B", adapter=name)
+        world.step()
+        world.scheduler.remove(row)
+    held = []
+    for name in "ab":
+        world.loader.arrive(name)
+        held.append(world.add(tenant="A", adapter=name))
+        world.step()
+    world.loader.arrive("c")
+    late = world.add(tenant="A", adapter="c")
+    for _ in range(2 * PATIENCE):
+        world.step()
+    assert late.id not in world.scheduler.running
+    other, second = world.add(tenant="B", adapter="x"), world.add(tenant="A", adapter="a")
+    world.step()
+    assert other.id in world.scheduler.running
+    assert second.id not in world.scheduler.running  # nor does its own tenant's row overtake it any more
+    assert {"x", "y"} <= set(world.cache.by_digest)
+    world.scheduler.remove(held[0])
+    world.step()
+    assert late.id in world.scheduler.running
+    assert {"x", "y"} <= set(world.cache.by_digest)
+
+
+def test_a_row_asks_for_its_adapter_once_however_long_it_waits() -> None:
+    world = World()
+    row = world.add(adapter="a")
+    for _ in range(5):
+        world.step()
+    world.loader.arrive("a")
+    world.step()
+    assert row.id in world.scheduler.running
+    assert (world.cache.hits, world.cache.misses) == (0, 1)
