@@ -8,14 +8,13 @@ import multiprocessing
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import batched
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback
+from transformers import PrinterCallback, Trainer, TrainerCallback
 
 from benchmarks.arms import quiet
 from server.finetune.batches import Batches
@@ -143,8 +142,8 @@ class Theirs:
     def held_out(self) -> float:
         self.model.eval()
         total, targets = 0.0, 0
-        for examples in batched(self.job.held_out, EVALUATED_AT_ONCE, strict=False):
-            inputs = padded(examples)
+        for at in range(0, len(self.job.held_out), EVALUATED_AT_ONCE):
+            inputs = padded(self.job.held_out[at : at + EVALUATED_AT_ONCE])
             count = int((inputs["labels"] != NO_TARGET).sum())
             total += float(self.model(**inputs).loss) * count
             targets += count
@@ -155,6 +154,7 @@ class _Trainer(Trainer):  # type: ignore[misc]  # transformers has no types
     def __init__(self, model: Any, job: Job, turns: Turns) -> None:
         arguments = training_arguments(job.recipe, job.scratch / "theirs", torch.device("cpu"))
         super().__init__(model, arguments, train_dataset=job.examples, callbacks=[_Told(turns)])
+        self.remove_callback(PrinterCallback)
         self.batches = Batches([len(e.tokens) for e in job.examples], job.recipe.batch_size, job.recipe.seed)
 
     def get_train_dataloader(self) -> DataLoader[Example]:

@@ -25,6 +25,7 @@ from server.finetune.banks import SLOT, TrainedAffine
 from server.finetune.batch import NONE, Batch, Output
 from server.finetune.blank import blank_adapter
 from server.finetune.halves import Halves
+from server.finetune.linear import lay_out
 from server.finetune.loss import head_loss
 from server.finetune.peft_recipe import LoraRecipe
 from server.finetune.recipe import MAX_SEED, Recipe
@@ -54,6 +55,7 @@ class Trainable(nn.Module):
         self.step = TrainingStep()
         placement = Placement(self.device, torch.float32)
         self.frozen = FrozenModel(folder, base_id, placement, self.step, attend_within, packed=False)
+        lay_out(self.frozen.model)
         self.halves = Halves(self.frozen.model)
         self.base = self.frozen.base
         self.blank = blank_adapter(recipe.peft, self.base)
