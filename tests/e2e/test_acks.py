@@ -26,7 +26,7 @@ from tests.e2e.serving import Serving, ask, body, files_of, until
 from tests.fixtures.s3 import Weed
 
 SEED = int(os.environ.get("ACKS_SEED", random.SystemRandom().randrange(2**32)))
-KILLS = int(os.environ.get("ACKS_KILLS", "2"))
+KILLS = int(os.environ.get("ACKS_KILLS", "0"))  # 0: few
 CLIENTS = 3
 ADAPTERS = 6
 PROMPT = "What is the capital of France?"
@@ -44,6 +44,7 @@ class System:
         if weed is not None:
             options += ["--store", weed.url(), "--store-config", str(weed.config)]
         self.weed = weed
+        self.kills = KILLS or (1 if weed is None else 2)  # of each process
         self.server = Serving(str(tiny), folder, *OPTIONS, *options)
 
     @property
@@ -222,7 +223,8 @@ def test_nothing_acknowledged_is_lost_and_nothing_is_there_by_half(
     system: System, lora: Lora, golden: Callable[..., str]
 ) -> None:
     chance = random.Random(SEED)
-    kills = chance.sample(system.processes * KILLS, len(system.processes) * KILLS)
+    kills = system.processes * system.kills
+    chance.shuffle(kills)
     loras = [lora(seed) for seed in range(ADAPTERS)]
     texts = [golden(folder, PROMPT) for folder in loras]
     over = threading.Event()
@@ -240,7 +242,7 @@ def test_nothing_acknowledged_is_lost_and_nothing_is_there_by_half(
     for client, work in zip(clients, working, strict=True):
         assert work.exception() is None, (f"seed {SEED}", client.done, work.exception())
     done = sum((client.done for client in clients), Counter())
-    log.warning("seed %d, %d kills of each of %s: %s", SEED, KILLS, system.processes, dict(done))
+    log.warning("seed %d, %d kills of each of %s: %s", SEED, system.kills, system.processes, dict(done))
     expected = {"upload", "alias", "delete", "key", "revoke", "read"} | ({"direct"} if system.weed else set())
     assert expected <= done.keys()
     until(system.server.ready, system.server.log, seconds=60)
