@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
+from anyio.to_thread import run_sync
 from fastapi import APIRouter, Depends, Response
 from pydantic import Field
 
 from adapters_store.direct import CLAIM_SECONDS, LIFE_SECONDS, AnnouncedFile, DirectUpload, ended, new_id
+from adapters_store.objects import sha256_of
 from adapters_store.records import Version
 from server.api.adapter_form import check_files, kept
 from server.api.adapter_objects import version_object
@@ -29,7 +31,7 @@ from server.api.deps import Actor, CurrentTenant, Parts, current_tenant
 from server.api.errors import json_response
 from server.api.incoming import incoming
 from server.api.multipart import StoredFile, Upload
-from server.api.publish import check_adapter_name, publish
+from server.api.publish import Files, check_adapter_name, publish
 from server.api.schemas import Body
 from server.api.services import Services
 from server.errors import (
@@ -142,7 +144,7 @@ async def _complete(
         with incoming(parts.settings) as folder:
             arrived = await _fetched(parts, upload, digests, Path(folder))
             files = await uploaded_files(parts, arrived)
-            version = await _published_before(parts, upload, arrived)
+            version = await _published_before(parts, upload, files)
             version = version or await publish(
                 parts,
                 tenant,
@@ -200,15 +202,19 @@ async def _fetched(parts: Services, upload: DirectUpload, digests: list[str], fo
     return arrived
 
 
-async def _published_before(parts: Services, upload: DirectUpload, arrived: Upload) -> Version | None:
-    """What somebody who claimed the upload before us published, and died before he said so."""
+async def _published_before(parts: Services, upload: DirectUpload, files: Files) -> Version | None:
+    """What somebody who claimed the upload before us published of these files, and died before he said so."""
     try:
         adapter = await parts.registry.get(upload.tenant, upload.name)
     except NotFound:
         return None
-    digests = {file.sha256 for file in arrived.files.values()}
-    found = (v for v in adapter.versions if v.version >= upload.first and v.sha256 in digests)
-    return next(found, None)
+    wanted: set[str] = set()
+    for version in (version for version in adapter.versions if version.version >= upload.first):
+        manifest = await parts.registry.manifest(upload.tenant, upload.name, version.version)
+        wanted = wanted or {await run_sync(sha256_of, path) for _, path in (files.config, files.weights)}
+        if wanted == {blob.sha256 for blob in manifest.files}:
+            return version
+    return None
 
 
 async def _clear(parts: Services, upload: DirectUpload) -> None:

@@ -57,7 +57,7 @@ def test_a_load_whose_kth_call_fails(engine: Engine, folder: Path, store_faults:
             assert torch.equal(found.result().flat, right)
         with store_faults.paused():
             assert torch.equal(loader.fetch(ref).result(LONG).flat, right), "the request after it"
-    assert store_faults.met >= 6  # manifest, weights, and the file on disk: each before and after
+    assert store_faults.met >= 4  # manifest and weights: each before and after
 
 
 @pytest.mark.parametrize("damage", ["flipped", "truncated", "longer", "gone"])

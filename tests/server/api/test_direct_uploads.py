@@ -11,6 +11,7 @@ import pytest
 
 from adapters_store import direct
 from server.engine.fake import FakeEngine
+from tests.fixtures.faults import StoreFaults
 from tests.fixtures.s3 import Weed
 from tests.server.api.conftest import Files, System, lora_config, lora_files, parts, started
 
@@ -291,3 +292,27 @@ def test_a_store_in_a_folder_takes_none(valkey_url: str) -> None:
         answer = start(http, "mine", contents(lora_files()))
         assert (answer.status_code, answer.json()["error"]["code"]) == (400, "direct_uploads_off")
         assert "POST /v1/adapters" in json.loads(answer.text)["error"]["message"]
+
+
+def test_every_failing_store_call_leaves_an_upload_that_can_be_completed(
+    http: httpx.Client, store_faults: StoreFaults
+) -> None:
+    """For every k, before and after: an error or a version, and in the end one version for each upload."""
+    statuses = set()
+    for number, _ in enumerate(store_faults.each(), 1):
+        with store_faults.paused():
+            files = contents(lora_files(number))
+            upload = sent(http, "mine", files)
+        answer = complete(http, upload, files)
+        statuses.add(answer.status_code)
+        if answer.status_code == 503:
+            assert answer.json()["error"]["code"] == "store_unavailable"
+        with store_faults.paused():
+            again = complete(http, upload, files)
+            assert (again.status_code, again.json()["version"]) == (201, number)
+            versions = http.get("/v1/adapters/mine").json()["versions"]
+            assert len(versions) == number
+            got = http.get(f"/v1/adapters/mine/versions/{number}/download")
+            assert got.content == files["adapter_model.safetensors"]
+    assert statuses == {201, 503}
+    assert store_faults.met >= 12  # two heads, two downloads, two blobs, the manifest, and what is cleared
