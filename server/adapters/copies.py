@@ -28,14 +28,16 @@ class Copier:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None
+        cuda: Any = torch.cuda  # which has no types
+        self._stream: Any = cuda.Stream(device) if device.type == "cuda" else None
 
     def start(self, packed: Packed) -> Copy:
         if self._stream is None:
             return Copy(packed, lambda: True)
         with torch.cuda.stream(self._stream):
             flat = packed.flat.to(self.device, non_blocking=True)
-            event: Any = torch.cuda.Event()
+            cuda: Any = torch.cuda
+            event: Any = cuda.Event()
             event.record(self._stream)
 
         def arrived() -> bool:

@@ -16,6 +16,7 @@ from server.finetune.restraint import machine_bytes
 SHARE = 6  # of the machine's memory, one in so many bytes may go to the copies
 
 _ops: Any = torch.ops.mkldnn  # torch has no types for them
+_mkldnn: Any = torch.backends.mkldnn
 
 
 def lay_out(model: nn.Module) -> None:
@@ -23,7 +24,7 @@ def lay_out(model: nn.Module) -> None:
     found = {name: m for name, m in model.named_modules() if isinstance(m, LinearSite)}
     weights = [site.weight() for site in found.values()]
     plain = any(w.device.type != "cpu" or w.dtype != torch.float32 for w in weights)
-    if plain or not torch.backends.mkldnn.is_available():
+    if plain or not _mkldnn.is_available():
         return
     if 2 * sum(w.nbytes for w in weights) > machine_bytes() // SHARE:
         return

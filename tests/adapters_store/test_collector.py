@@ -46,7 +46,8 @@ class Interrupted:
 
 async def expire(redis: Redis) -> None:
     """As if the grace period of all that is staged were over."""
-    for key in await redis.zrange(STAGED, 0, -1):
+    staged: list[Any] = await redis.zrange(STAGED, 0, -1)
+    for key in staged:
         await redis.zadd(STAGED, {key: 1}, xx=True)
 
 
