@@ -30,6 +30,7 @@ from obstore.store import AzureStore, GCSStore, LocalStore, MemoryStore, S3Store
 from adapters_store.breaker import Breaker
 from adapters_store.cloud import BULK_SECONDS, Clients, open_cloud, read_options
 from adapters_store.durable import DAMAGED, fill, make_folder, remove_file, verified, write_file
+from adapters_store.streams import chunks_of, in_time
 from server.errors import CorruptObject, NotFound, StartupError, StoreError, TooLarge, shown
 
 T = TypeVar("T")
@@ -112,14 +113,14 @@ class Objects:
 
     def put_sync(self, key: str, source: Path | bytes, sha256: str | None = None) -> None:
         """Write it, whole or not at all, replacing any; StoreError if the bytes are not `sha256`'s."""
-        chunks = verified(_chunks(source), sha256)
+        chunks = verified(chunks_of(source, CHUNK), sha256)
         with self._call("put"):
             if self._folder:
                 write_file(self._folder / _checked(key), chunks)
             elif isinstance(source, bytes) or source.stat().st_size <= PART:
                 obstore.put(self._bulk, _checked(key), b"".join(chunks), use_multipart=False)
             else:
-                parts = _in_time(chunks, BULK_SECONDS)
+                parts = in_time(chunks, BULK_SECONDS)
                 obstore.put(self._bulk, _checked(key), parts, chunk_size=PART, max_concurrency=PARTS)
 
     def create_sync(self, key: str, data: bytes) -> bool:
@@ -142,7 +143,7 @@ class Objects:
         with self._call("download"):
             found = obstore.get(self._bulk, _checked(key))
             chunks = (bytes(chunk) for chunk in found.stream(min_chunk_size=CHUNK))
-            write_file(path, _in_time(chunks, BULK_SECONDS), sha256)
+            write_file(path, in_time(chunks, BULK_SECONDS), sha256)
 
     def read_sync(self, key: str, buffer: memoryview, sha256: str) -> None:
         """Fill `buffer`, which is as long as the object; CorruptObject if they are not `sha256`'s."""
@@ -157,7 +158,7 @@ class Objects:
             if found.meta["size"] != len(buffer):
                 raise CorruptObject(DAMAGED)
             chunks = map(bytes, found.stream(min_chunk_size=CHUNK))
-            for chunk in verified(_in_time(chunks, BULK_SECONDS), sha256):
+            for chunk in verified(in_time(chunks, BULK_SECONDS), sha256):
                 buffer[at : at + len(chunk)] = chunk
                 at += len(chunk)
 
@@ -275,24 +276,6 @@ def _checked(key: str) -> str:
     if not plain or {"", ".", ".."} & set(key.split("/")):
         raise ValueError(f"not an object key: {key!r}")
     return key
-
-
-def _chunks(source: Path | bytes) -> Iterator[bytes]:
-    if isinstance(source, bytes):
-        yield source
-        return
-    with source.open("rb") as file:
-        while chunk := file.read(CHUNK):
-            yield chunk
-
-
-def _in_time(chunks: Iterator[bytes], seconds: float) -> Iterator[bytes]:
-    """`chunks`, as long as they come within the time; StoreError after it."""
-    end = time.monotonic() + seconds
-    for chunk in chunks:
-        if time.monotonic() > end:
-            raise StoreError(f"A transfer took longer than {seconds:.0f} s; it was given up.")
-        yield chunk
 
 
 def _first_line(error: Exception) -> str:
