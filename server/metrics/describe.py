@@ -6,8 +6,10 @@ from server.metrics.names import API, ENGINE, FLEET, OPEN, SHARED, WORKER, Famil
 
 TABLES: Mapping[str, tuple[str, Mapping[str, Family]]] = {
     "The engine": (
-        "Counted by the engine. Counters and histograms go on where they were when it is restarted; gauges are "
-        "0 while there is none. On CUDA, times of phases are of every 16th step.",
+        (
+            "Counted by the engine. Counters and histograms go on where they were when it is restarted; "
+            "gauges are 0 while there is none."
+        ),
         ENGINE,
     ),
     "The API": (

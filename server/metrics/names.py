@@ -45,8 +45,8 @@ GATE_REFUSALS = ("invalid", "non_finite", "no_effect", "too_large", "store", OTH
 CLASSES = ("anonymous", "operator", "low", "standard", "high")
 FINISHED = ("stop", "length", "abort", "error")
 REJECTIONS = ("queue_full", "draining", "engine_unavailable", "quota")
-OPERATIONS = ("put", "create", "get", "download", "head", "delete", "list", OTHER)
-PROCESSES = ("api", "engine", "worker", "training")
+OPERATIONS = ("put", "create", "get", "download", "head", "delete", "list", "sign_put", OTHER)
+PROCESSES = ("api", "engine", "worker")
 OUTCOMES = ("finished", "saved", "crashed", "cancelled", "lost", "time", "disk", OTHER)
 
 
@@ -168,12 +168,14 @@ ENGINE: Mapping[str, Family] = {
         kind=("allocated", "reserved", "total"),
     ),
     # Only with metrics_adapter_labels: the busiest, the rest under `other`
-    "tenant_requests": _counter("polypeft_tenant_requests", "Rows begun", tenant=()),
-    "tenant_prompt_tokens": _counter("polypeft_tenant_prompt_tokens", "Prompt tokens begun", tenant=()),
+    "tenant_requests": _counter("polypeft_tenant_requests", "Rows ended", tenant=()),
+    "tenant_prompt_tokens": _counter(
+        "polypeft_tenant_prompt_tokens", "Prompt tokens of rows that ended", tenant=()
+    ),
     "tenant_generation_tokens": _counter("polypeft_tenant_generation_tokens", "Tokens generated", tenant=()),
     "tenant_wait_seconds": _counter("polypeft_tenant_wait_seconds", "Time rows waited", tenant=()),
     "tenant_failures": _counter("polypeft_tenant_failures", "Rows that ended in an error", tenant=()),
-    "adapter_requests": _counter("polypeft_adapter_requests", "Rows begun", tenant=(), adapter=()),
+    "adapter_requests": _counter("polypeft_adapter_requests", "Rows ended", tenant=(), adapter=()),
     "adapter_generation_tokens": _counter(
         "polypeft_adapter_generation_tokens", "Tokens generated", tenant=(), adapter=()
     ),
@@ -201,7 +203,7 @@ API: Mapping[str, Family] = {
     "http_seconds": _histogram(
         "polypeft_http_request_seconds", ROUTES, "From a request's arrival to its last byte", route=()
     ),
-    "http_open": _gauge("polypeft_http_requests_open", "HTTP requests under way"),
+    "http_open": _gauge("polypeft_http_requests_under_way", "HTTP requests under way"),
     "first_token": _histogram("vllm:time_to_first_token_seconds", SECONDS, "Arrival to first token"),
     "between_tokens": _histogram("vllm:inter_token_latency_seconds", SECONDS, "Between a row's tokens"),
     "end_to_end": _histogram("vllm:e2e_request_latency_seconds", SECONDS, "Arrival to last token"),
@@ -256,9 +258,10 @@ SHARED: Mapping[str, Family] = {
     ),
     "store_errors": _counter(
         "polypeft_store_errors",
-        "Calls of the object store that failed",
+        "Calls of the object store that failed, or were refused by the breaker",
         process=PROCESSES,
         operation=OPERATIONS,
+        outcome=("failed", "refused"),
     ),
     "store_breaker": _gauge(
         "polypeft_store_breaker_open", "1 while calls of the object store are refused", process=PROCESSES

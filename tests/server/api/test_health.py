@@ -27,16 +27,20 @@ def test_metrics_count_what_happened(http: httpx.Client, system: System) -> None
         http.post("/v1/completions", json=body)
 
     def grown(name: str, **labels: str) -> float:
-        key = (name, tuple(sorted(labels.items())))
+        vllm = {"model_name": system.settings.base_id, "engine": "0"} if name.startswith("vllm:") else {}
+        key = (name, tuple(sorted((vllm | labels).items())))
         return series(http.get("/metrics").text)[key] - before.get(key, 0)
+
+    def requests(route: str, status: str) -> float:
+        return grown("polypeft_http_requests_total", route=route, status=status, tenant_class="standard")
 
     http.get("/v1/adapters/x")
     http.get("/v1/models/a/b")
-    assert grown("polypeft_http_requests_total", route="/v1/adapters/{name}", status="404") == 1
-    assert grown("polypeft_http_requests_total", route="/v1/models/{model:path}", status="404") == 1
+    assert requests("/v1/adapters/{name}", "404") == 1
+    assert requests("/v1/models/{model:path}", "404") == 1
     route = "/v1/completions"
-    assert grown("polypeft_http_requests_total", route=route, status="200") == 1
-    assert grown("polypeft_http_requests_total", route=route, status="404") == 1
+    assert requests(route, "200") == 1
+    assert requests(route, "404") == 1
     assert grown("vllm:request_success_total", finished_reason="length") == 1
     assert grown("vllm:time_to_first_token_seconds_count") == 1
     assert grown("vllm:inter_token_latency_seconds_count") == 15
