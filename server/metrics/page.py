@@ -50,6 +50,7 @@ class Metrics:
         if folder is not None:
             _bury_dead(folder)
         self._instruments = {key: _instrument(family, self._own) for key, family in OWN.items()}
+        self._child("http_seconds", OTHER)
         for key, family in OWN.items():
             for labels in product(*family.labels.values()):  # a rate needs a beginning
                 if "process" not in family.labels or labels[0] == PROCESS:

@@ -57,7 +57,7 @@ def test_rows_that_ran_are_told_by_phase_tenant_and_adapter(stand: Stand) -> Non
     assert series(found, "tenant_requests")["ten_0",] == 6
     assert observed(found, "queue_seconds") == {(): 12}
     assert observed(found, "request_prompt_tokens") == {(): 12}
-    assert found.counters["adapter_hits"] + found.counters["adapter_misses"] == 12
+    assert found.counters.get("adapter_hits", 0) + found.counters["adapter_misses"] == 12
     assert found.counters["adapter_misses"] >= 3
     assert series(found, "adapter_evictions")["device",] > 0, "3 adapters on 2 slots"
     assert series(found, "adapter_load_bytes")["store",] > 0
@@ -187,9 +187,9 @@ def test_what_other_threads_and_the_loader_say_is_taken_if_it_is_known() -> None
     assert observed(found, "adapter_load_seconds") == {("disk",): 1}
 
 
-@pytest.mark.parametrize(("mode", "added"), [("off", 0), ("ids", 5 * (TOP + 1) * 2)])
+@pytest.mark.parametrize(("mode", "added"), [("off", 0), ("ids", 5 * TOP * 2)])
 def test_10000_tenants_and_adapters_add_a_known_number_of_series(mode: Mode, added: int) -> None:
-    """5 counters for each of TOP tenants and `other`, and as many for adapters; however many come."""
+    """5 counters for each of TOP tenants and as many for adapters; those of `other` are there anyway."""
     figures = Figures(None, mode, TOP)
     metrics = Metrics("toy")
     metrics.absorb(figures.report("boot", {}, []))
