@@ -50,14 +50,14 @@ class Stopwatch:
             for hook in ("affine", "inputs", "norm", "sublayer", "head", "head_inputs"):
                 acting: list[tuple[Bank, Rows]] = getattr(step, hook)
                 setattr(
-                    step, hook, [(cast("Bank", _Timed(bank, self._spent)), rows) for bank, rows in acting]
+                    step, hook, [(cast("Bank", Timed(bank, self.spent)), rows) for bank, rows in acting]
                 )
 
     @property
     def _sampled(self) -> bool:
         return self._steps % EVERY == 0
 
-    def _spent(self, call: Callable[[], Any]) -> Any:
+    def spent(self, call: Callable[[], Any]) -> Any:
         if self._cuda:
             torch.cuda.synchronize()
         start = time.perf_counter()
@@ -68,7 +68,7 @@ class Stopwatch:
         return result
 
 
-class _Timed:
+class Timed:
     """A bank, each of whose calls is timed."""
 
     def __init__(self, bank: Bank, spent: Callable[[Callable[[], Any]], Any]) -> None:

@@ -48,7 +48,7 @@ def of(spans: InMemorySpanExporter, trace_id: int) -> dict[str, ReadableSpan]:
 def test_a_streamed_completion_is_told_from_receive_to_stream(
     traced: System, spans: InMemorySpanExporter
 ) -> None:
-    body = {"model": traced.settings.base_id, "prompt": PROMPT, "max_tokens": 5, "stream": True}
+    body = {"model": "toy", "prompt": PROMPT, "max_tokens": 5, "stream": True}
     with traced.http(traced.tenant("alice")) as client:
         answer = client.post("/v1/completions", json=body, headers={"traceparent": PARENT})
     assert answer.text.endswith("data: [DONE]\n\n")
