@@ -88,9 +88,9 @@ class Trace:
         )
         child.end(int(max(start, end) * NS))
 
-    def tell(self, **attributes: str | float) -> None:
-        """Something about the whole request; `a_b` is shown as `a.b`."""
-        self._root.set_attributes({name.replace("_", ".", 1): value for name, value in attributes.items()})
+    def tell(self, attributes: Attributes) -> None:
+        """Something about the whole request."""
+        self._root.set_attributes(attributes)
 
     def sent(self, *, more: bool) -> None:
         """A piece of the body has gone out. The time from the first to the last of several is `stream`."""
@@ -129,9 +129,10 @@ def span(name: str) -> Iterator[None]:
         trace.add(name, start, time.time())
 
 
-def tell(**attributes: str | float) -> None:
+def tell(attributes: Attributes) -> None:
+    """Something about the request under way, if it is traced."""
     if trace := _under_way.get():
-        trace.tell(**attributes)
+        trace.tell(attributes)
 
 
 class RowTrace:

@@ -33,7 +33,7 @@ async def current_tenant(request: Request, parts: Parts) -> Tenant:
     if tenant is None:
         raise Unauthenticated("The API key is not valid.")
     request.state.tenant = tenant  # for the Envelope's figures
-    tell(polypeft_tenant=tenant.id)
+    tell({"polypeft.tenant": tenant.id})
     return tenant
 
 

@@ -8,7 +8,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api.errors import error_response
-from server.errors import PolypeftError
+from server.errors import PolypeftError, QuotaExceeded
 from server.logs import request_id
 from server.metrics import Metrics
 from server.tenancy.tenants import OPERATOR, Tenant
@@ -65,6 +65,8 @@ class Envelope:
             route = getattr(scope.get("route"), "path", "other")  # the template: no caller's text is a label
             self._metrics.opened(-1)
             self._metrics.count("http_requests", route, str(status), class_of(state.get("tenant")))
+            if status == QuotaExceeded.status:
+                self._metrics.count("rejections", "quota")
             self._metrics.observe("http_seconds", time.perf_counter() - start, route)
             if trace is not None:
                 trace.end(scope["method"], route, status)

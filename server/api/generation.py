@@ -81,7 +81,7 @@ class _Clock:
         self._left = len(generation.rows)
         self._last: dict[int, float] = {}
         self._traces = [RowTrace(row, choice) for choice, row in enumerate(generation.rows)]
-        tell(gen_ai_request_model=generation.target.model)
+        tell({"gen_ai.request.model": generation.target.model})
 
     async def __aenter__(self) -> Self:
         return self

@@ -49,9 +49,7 @@ class Stopwatch:
         if self._sampled:
             for hook in ("affine", "inputs", "norm", "sublayer", "head", "head_inputs"):
                 acting: list[tuple[Bank, Rows]] = getattr(step, hook)
-                setattr(
-                    step, hook, [(cast("Bank", Timed(bank, self.spent)), rows) for bank, rows in acting]
-                )
+                setattr(step, hook, [(cast("Bank", Timed(bank, self.spent)), rows) for bank, rows in acting])
 
     @property
     def _sampled(self) -> bool:

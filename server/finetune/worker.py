@@ -64,7 +64,7 @@ class Worker:
         global _worker  # rq calls `run` by its name alone
         _worker = self
         if self.settings.metrics_port:
-            self.tally.serve(self.settings.metrics_host, self.settings.metrics_port)
+            self._show(self.settings.metrics_host, self.settings.metrics_port)
         threading.Thread(target=self._sweep, name="sweep", daemon=True).start()
         with workplace(self.settings.data_dir.absolute() / "finetune", self._name) as self._folder:
             while not self.stopping:
@@ -105,6 +105,13 @@ class Worker:
         """The child ends with this process, and reaches no hub. The stores' secrets go nowhere else."""
         told = self.settings.model_copy(update={"supervisor_pid": os.getpid()})
         return child_environment(told) | OFFLINE
+
+    def _show(self, host: str, port: int) -> None:
+        """Its own /metrics; without them it works as well."""
+        try:
+            self.tally.serve(host, port)
+        except StartupError as error:
+            log.error("No figures: %s", error.message)
 
     async def _tell(self, redis: AsyncRedis) -> None:
         """Everybody what this worker does, for their figures. Raises StoreError."""

@@ -213,7 +213,11 @@ API: Mapping[str, Family] = {
         finished_reason=FINISHED,
     ),
     "failures": _counter("polypeft_request_failures", "Generations ended by an error", code=()),
-    "rejections": _counter("vllm:admission_rejections", "Generations refused at the door", reason=REJECTIONS),
+    "rejections": _counter(
+        "vllm:admission_rejections",
+        "Generations refused at the door; quota: any request beyond a tenant's limit",
+        reason=REJECTIONS,
+    ),
     "valkey_seconds": _histogram("polypeft_valkey_call_seconds", CALLS, "Calls of Valkey, pipelines as one"),
     "valkey_errors": _counter("polypeft_valkey_errors", "Calls of Valkey that failed"),
 }

@@ -49,7 +49,7 @@ def test_without_a_trace_nothing_is_imported_and_nothing_happens() -> None:
 import sys
 from server.tracing import RowTrace, span, tell
 with span("auth"):
-    tell(polypeft_tenant="t")
+    tell({"polypeft.tenant": "t"})
 assert not [name for name in sys.modules if name.startswith("opentelemetry")], "imported for nothing"
 """
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, env={"PYTHONPATH": ROOT})
@@ -130,7 +130,7 @@ def test_requests_under_way_at_once_keep_their_spans_apart(
         follow(trace)
         with span(f"work {number}"):
             await asyncio.sleep(0.001)
-        tell(polypeft_tenant=f"ten_{number}")
+        tell({"polypeft.tenant": f"ten_{number}"})
         trace.end("GET", f"/{number}", 200)
 
     async def both() -> None:

@@ -1,11 +1,13 @@
 """/healthz, /readyz, /metrics and /v1/limits."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from server.engine.fake import FakeEngine
-from server.metrics.names import FAMILIES, ON_API
+from server.metrics.names import FAMILIES, ON_API, REJECTIONS
 from tests.server.api.conftest import System, until
 
 
@@ -143,3 +145,30 @@ def test_rows_that_end_early_count_as_what_they_are(http: httpx.Client, engine: 
     http.post("/v1/completions", json=body | {"stream": False}, headers={"x-request-timeout": "0.1"})
     assert count(ended, finished_reason="error") == before["error"] + 2
     assert count("polypeft_request_failures_total", code="deadline_exceeded") >= 1
+
+
+def test_what_is_refused_at_the_door_counts_by_reason(system: System, engine: FakeEngine) -> None:
+    def refused(reason: str) -> float:
+        page = series(client.get("/metrics").text)
+        name = "vllm:admission_rejections_total"
+        return sum(
+            value for (found, has), value in page.items() if found == name and ("reason", reason) in has
+        )
+
+    body = {"model": "toy", "prompt": "x", "n": 8, "max_tokens": 200}
+    upload = {"filename": "x.jsonl", "purpose": "fine-tune", "bytes": 10, "mime_type": "text/jsonl"}
+    with system.http(system.tenant("many")) as client:
+        before = {reason: refused(reason) for reason in REJECTIONS}
+        engine.behaviour.step_seconds = 0.01
+        with ThreadPoolExecutor(3) as pool:
+            answers = [pool.submit(client.post, "/v1/completions", json=body) for _ in range(3)]
+        assert sorted(answer.result().status_code for answer in answers) == [200, 200, 503]
+        limit = system.settings.max_uploads_per_tenant
+        assert [client.post("/v1/uploads", json=upload).status_code for _ in range(limit + 1)][-1] == 429
+        system.app.state.services.draining = True
+        try:
+            assert client.post("/v1/completions", json=body).status_code == 503
+        finally:
+            system.app.state.services.draining = False
+        after = {reason: refused(reason) - before[reason] for reason in REJECTIONS}
+    assert after == {"queue_full": 1, "quota": 1, "draining": 1, "engine_unavailable": 0}

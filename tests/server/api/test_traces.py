@@ -70,6 +70,7 @@ def test_a_streamed_completion_is_told_from_receive_to_stream(
     assert attributes["polypeft.request_id"] == answer.headers["x-request-id"]
     assert attributes["http.response.status_code"] == 200
     assert attributes["polypeft.tenant"].startswith("ten_")
+    assert attributes["gen_ai.request.model"] == "toy"
     for child in found.values():
         assert child.parent == root.context
         assert (root.start_time or 0) - 5e6 <= (child.start_time or 0) <= (child.end_time or 0)
