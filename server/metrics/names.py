@@ -40,7 +40,7 @@ WAITS = ("capacity", "adapter", "sibling", "grammar")
 PHASES = ("schedule", "forward", "adapter", "sample", "deliver")
 TIERS = ("device", "ram", "disk")
 SOURCES = ("ram", "disk", "store")
-LOAD_FAILURES = ("missing", "invalid", "store", OTHER)
+LOAD_FAILURES = ("missing", "invalid", "store")
 GATE_REFUSALS = ("invalid", "non_finite", "no_effect", "too_large", "store", OTHER)
 CLASSES = ("anonymous", "operator", "low", "standard", "high")
 FINISHED = ("stop", "length", "abort", "error")
@@ -154,7 +154,9 @@ ENGINE: Mapping[str, Family] = {
         "polypeft_adapter_load_failures", "Adapters that could not be loaded", reason=LOAD_FAILURES
     ),
     "adapter_corrupt_copies": _counter(
-        "polypeft_adapter_corrupt_copies", "Cached copies that failed their SHA-256"
+        "polypeft_adapter_corrupt_copies",
+        "Copies that were not what they should be, and were not used",
+        tier=(*TIERS, "store"),
     ),
     "gate_accepted": _counter("polypeft_gate_accepted", "New versions that passed the engine's check"),
     "gate_refusals": _counter(
