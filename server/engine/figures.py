@@ -109,7 +109,7 @@ class Figures:
                 self._add(key, (label,) if label else (), value)
 
     def ended(self, row: Row, now: float, error: str = "") -> None:
-        """A row is over, with this error's code if with one: its latencies, its share of its owners' counts."""
+        """A row is over, with this error's code if with one: its latencies, and its owners' counts."""
         if row.command.tenant.startswith("\0"):
             return  # the gate's own
         row.wait_ends(now)
@@ -118,8 +118,8 @@ class Figures:
             self.count("adapter_misses" if row.cold else "adapter_hits")
         for reason, seconds in timing.waited.items():
             self.observe("wait_seconds", seconds, reason)
-        if reason := LOAD_REASONS.get(error):
-            self.count("adapter_load_failures", 1, reason)
+        if error in LOAD_REASONS:
+            self.count("adapter_load_failures", 1, LOAD_REASONS[error])
         if not error and timing.first_token:
             self.observe("queue_seconds", timing.queued)
             self.observe("prefill_seconds", timing.first_token - timing.started)
