@@ -247,7 +247,9 @@ FLEET: Mapping[str, Family] = {
     ),
     "training_tokens": _counter("polypeft_training_tokens", "Tokens trained on"),
     "training_steps": _counter("polypeft_training_steps", "Updates"),
-    "training_loss": _gauge("polypeft_training_loss", "Loss of the last update, by worker", worker=()),
+    "training_loss": _gauge(
+        "polypeft_training_loss", "Loss of the last update, by worker; not on a page open to all", worker=()
+    ),
     "checkpoints": _counter("polypeft_checkpoints", "Checkpoints stored"),
     "checkpoint_bytes": _counter("polypeft_checkpoint_bytes", "Bytes of checkpoints stored"),
 }
