@@ -174,7 +174,7 @@ def main(
                 if turn >= 0:
                     seconds[name].append(elapsed)
         grown = psutil.Process().memory_info().rss - resident
-        counters = engine.counters()
+        counters = {"adapter_hits": engine.cache.hits, "adapter_misses": engine.cache.misses}
         loads = Counter(tier for _, tier, _ in engine.loader.observations)
         engine.close()
     report = summary(seconds, requests, counters, loads) | {
@@ -203,7 +203,7 @@ def main(
 
 
 def summary(
-    seconds: dict[str, list[float]], requests: int, counters: dict[str, float], loads: Counter[str]
+    seconds: dict[str, list[float]], requests: int, counters: dict[str, int], loads: Counter[str]
 ) -> dict[str, Any]:
     pairs = zip(seconds["few"], seconds["many"], strict=True)
     asked = counters["adapter_hits"] + counters["adapter_misses"]

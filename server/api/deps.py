@@ -10,10 +10,10 @@ from fastapi import Depends, Request
 from server.api.services import Services
 from server.errors import Forbidden, Unauthenticated
 from server.tenancy.keys import fingerprint, same_secret
-from server.tenancy.tenants import Tenant
+from server.tenancy.tenants import OPERATOR, Tenant
+from server.tracing import span, tell
 
-# The operator's key on a tenant's route: a tenant like any other, which owns what the operator loads.
-OPERATOR = Tenant(id="operator", name="operator", weight=1.0, created=0)
+__all__ = ["OPERATOR", "CurrentTenant", "Parts", "current_tenant", "operator", "services"]
 
 
 def services(request: Request) -> Services:
@@ -26,12 +26,14 @@ Parts = Annotated[Services, Depends(services)]
 
 async def current_tenant(request: Request, parts: Parts) -> Tenant:
     """The tenant whose key the request carries. Raises Unauthenticated."""
-    secret = _bearer(request)
-    if same_secret(secret, parts.operator_secret):
-        return OPERATOR
-    tenant = await parts.tenants.authenticate(secret)
+    with span("auth"):
+        secret = bearer(request)
+        operator = same_secret(secret, parts.operator_secret)
+        tenant = OPERATOR if operator else await parts.tenants.authenticate(secret)
     if tenant is None:
         raise Unauthenticated("The API key is not valid.")
+    request.state.tenant = tenant  # for the Envelope's figures
+    tell({"polypeft.tenant": tenant.id})
     return tenant
 
 
@@ -48,7 +50,7 @@ async def current_actor(request: Request, parts: Parts, tenant: CurrentTenant) -
     """Who makes a change, for a history: the id of the key, or "operator". Says nothing of the secret."""
     if tenant is OPERATOR:
         return OPERATOR.id
-    return await parts.tenants.key_id(tenant.id, _bearer(request))
+    return await parts.tenants.key_id(tenant.id, bearer(request))
 
 
 Actor = Annotated[str, Depends(current_actor)]
@@ -56,10 +58,10 @@ Actor = Annotated[str, Depends(current_actor)]
 
 def sticky(request: Request, user: str | None) -> str:
     """What always gets the same version of an alias with weights: the caller's `user`, or else its key."""
-    return f"user:{user}" if user else f"key:{fingerprint(_bearer(request))}"
+    return f"user:{user}" if user else f"key:{fingerprint(bearer(request))}"
 
 
-def _bearer(request: Request) -> str:
+def bearer(request: Request) -> str:
     headers = request.headers.getlist("authorization")
     scheme, _, secret = headers[0].partition(" ") if len(headers) == 1 else ("", "", "")
     if scheme.lower() != "bearer" or not secret.strip():

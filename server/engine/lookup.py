@@ -7,7 +7,9 @@ token, would have given. The answer is the same whether anything is guessed or n
 Prompt lookup decoding: arXiv 2304.04487 (inference with reference).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 NGRAM = 3  # tokens that must have stood there before
 FIRST = 2.0  # guesses of a row of which nothing is known yet
@@ -48,3 +50,22 @@ class Lookup:
         else:
             self.trust = FIRST
             self.resting_until = length + REST
+
+
+class Result(Protocol):
+    """What sampling gave at one place."""
+
+    @property
+    def token(self) -> int: ...
+    @property
+    def finite(self) -> bool: ...
+
+
+def standing(guess: Sequence[int], results: Sequence[Result], ends: Sequence[bool]) -> int:
+    """How many results stand, of one more than guesses: up to the first token that was not guessed, or that
+    ends its row. One that is not finite will be asked for again, by itself.
+    """
+    for i, guessed in enumerate(guess):
+        if results[i].token != guessed or ends[i] or not results[i + 1].finite:
+            return i + 1
+    return len(guess) + 1

@@ -21,14 +21,17 @@ from server.adapters.methods.base import Bank
 from server.adapters.share import Shares
 from server.adapters.tiers import DiskTier, RamTier
 from server.engine.device import choose_placement
+from server.engine.figures import Figures, source_of
 from server.engine.gate import Gate
 from server.engine.grammar import Grammars, mask_logits
 from server.engine.kv import BlockPool
+from server.engine.lookup import standing
 from server.engine.messages import Cancel, Check, Checked, Chunk, Forget, Generate, Pins, Prefetch
 from server.engine.model import ServedModel
 from server.engine.row import Row
 from server.engine.sampler import Sampled, SampleRow, sample
 from server.engine.scheduler import Scheduler
+from server.engine.stopwatch import Stopwatch
 from server.errors import ContextTooLong, InvalidField, NonFinite, PolypeftError, Unavailable
 from server.settings import Settings
 
@@ -87,7 +90,11 @@ class Engine:
         )
         self.ends = self.model.end_tokens()
         self.counts: Counter[str] = Counter()
-        self.observations: list[tuple[str, str, float]] = []
+        self.figures = Figures(
+            settings.figures_dir / "engine", settings.metrics_adapter_labels, settings.metrics_top
+        )
+        self.stopwatch = Stopwatch(self.figures, placement.device)
+        self.model.watch = self.stopwatch.watch
         self.gate = Gate(self.scheduler, self.cache, self.loader, self.base.vocab_size)
         self.refused: list[Chunk] = []
         self.grammars = Grammars(model_dir, self.base.vocab_size, self.ends)
@@ -110,7 +117,7 @@ class Engine:
             case Cancel(id=id_):
                 self.compiling.pop(id_, None)
                 if row := self.scheduler.find(id_):
-                    self.scheduler.remove(row)
+                    self._end(row)
             case Check():
                 self.gate.open(command)
             case Prefetch(adapter=adapter):
@@ -125,7 +132,10 @@ class Engine:
         self._take_compiled()
         self.cache.tend()
         self.gate.step()
+        start = time.perf_counter()
         rows = self.scheduler.schedule(time.time())
+        if rows:
+            self.stopwatch.begin(start)
         chunks = self._ended() + (self._run(rows) if rows else [])
         return [chunk for chunk in chunks if not self.gate.take(chunk)]
 
@@ -133,65 +143,37 @@ class Engine:
     def _run(self, rows: list[Row]) -> list[Chunk]:
         """Forward, sample, deliver."""
         for row in rows:
-            if row.fill is not None:
-                self._fill(row, row.fill)
+            self.model.fill(row)
         try:
             logits = self.model.forward(rows)
         except torch.OutOfMemoryError:
             return self._shed(rows)
+        self.stopwatch.lap("forward")
         completing = [(row, i) for row in rows if row.completes for i in range(1 + len(row.guess))]
         self.gate.observe([row for row, _ in completing], logits)
         if matchers := [(i, row.grammar) for i, (row, _) in enumerate(completing) if row.grammar]:
             mask_logits(logits, matchers)
         sampled = sample(logits, [self._sample_row(row, guessed) for row, guessed in completing])
+        self.stopwatch.lap("sample")
         self.counts["steps"] += 1
         self.counts["prompt_tokens"] += sum(row.scheduled for row in rows if not row.sampled)
-        self.observations += [
-            ("batch_rows", "", len(rows)),
-            ("batch_tokens", "", sum(r.scheduled for r in rows)),
-        ]
+        self.figures.observe("batch_rows", len(rows))
+        self.figures.observe("batch_tokens", sum(row.scheduled for row in rows))
         outcome: dict[str, list[Sampled]] = {row.id: [] for row in rows}
         for (row, _), result in zip(completing, sampled, strict=True):
             outcome[row.id].append(result)
-        return [chunk for row in rows if (chunk := self._deliver(row, outcome[row.id]))]
+        chunks = [chunk for row in rows if (chunk := self._deliver(row, outcome[row.id]))]
+        self.stopwatch.lap("deliver")
+        return chunks
 
     def checked(self) -> list[Checked]:
         """Checks that have ended since the last call."""
         return self.gate.take_verdicts()
 
-    def gauges(self) -> dict[str, float]:
-        return {
-            "running": len(self.scheduler.running),
-            "waiting": self.scheduler.waiting,
-            "kv_usage": self.blocks.usage,
-            "slots_used": len(self.cache.by_digest),
-            "slots_total": self.cache.slots,
-            "device_bytes": self.cache.nbytes,
-            "ram_bytes": self.loader.ram.nbytes,
-            "disk_bytes": self.loader.disk.nbytes,
-            "device_adapters": len(self.cache.by_digest),
-            "ram_adapters": len(self.loader.ram),
-            "disk_adapters": len(self.loader.disk),
-        }
-
-    def counters(self) -> dict[str, float]:
-        return {
-            **self.counts,
-            "prefix_queries": self.blocks.queries,
-            "prefix_hits": self.blocks.hits,
-            "preemptions": self.scheduler.preemptions,
-            "adapter_hits": self.cache.hits,
-            "adapter_misses": self.cache.misses,
-            "adapter_evictions": self.cache.evictions,
-            "adapter_load_failures": self.cache.failures,
-            "adapter_corrupt_copies": sum(self.loader.corrupt_copies.values()),
-            **{f"adapter_corrupt_{tier}": n for tier, n in self.loader.corrupt_copies.items()},
-        }
-
     def take_observations(self) -> list[tuple[str, str, float]]:
-        taken, self.observations = self.observations, []
-        loads, self.loader.observations = self.loader.observations, []
-        return taken + loads
+        """Of loads, since the last call."""
+        taken, self.loader.observations = self.loader.observations, []
+        return taken
 
     def _accept(self, command: Generate) -> None:
         length = len(command.prompt)
@@ -213,9 +195,11 @@ class Engine:
         row = Row(command, command.sampling.seed or 0, tokens=list(command.prompt), prompt_length=length)
         for use in row.uses:  # while the row is in line
             self.cache.prefetch(use.adapter)
+        row.timing.arrived = row.since = time.time()
         if command.sampling.grammar is None:
             self.scheduler.add(row)
         else:
+            row.waits_for = "grammar"
             self.compiling[row.id] = (row, self.grammars.compile(command.sampling.grammar))
 
     def _take_compiled(self) -> None:
@@ -226,18 +210,12 @@ class Engine:
                 error = future.exception()
                 if error is None:
                     row.grammar = future.result()
+                    row.wait("capacity", time.time())
                     self.scheduler.add(row)
                 elif isinstance(error, PolypeftError):
                     self.refused.append(_failure(id_, error))
                 else:
                     raise error
-
-    def _fill(self, row: Row, first: int) -> None:
-        """Write the K/V of a row's virtual tokens that no cached block held."""
-        for use, slot in zip(row.uses, row.slots, strict=True):
-            if start := self.model.step.banks[use.adapter.method].start(slot):
-                self.model.write(row, start, first)
-        row.fill = None
 
     def _sample_row(self, row: Row, guessed: int) -> SampleRow:
         """The row as it is once so many of its guesses have come true."""
@@ -258,22 +236,26 @@ class Engine:
             return None
         if not sampled[0].finite:
             self.counts["non_finite_rows"] += 1
-            self.scheduler.remove(row)  # before its blocks were offered to anyone
+            self._end(row, NonFinite.code)  # before its blocks were offered to anyone
             return _failure(row.id, NonFinite("The model produced NaN or Inf for this request."))
         first, guessed = row.output_length == 0, len(row.guess)
-        kept = self._kept(row, sampled)
+        ends = [self._stops(row, result.token) for result in sampled]
+        kept = sampled[: standing(row.guess, sampled, ends)]
         self.scheduler.commit(row, [result.token for result in kept])
         if row.grammar and not row.grammar.consume_token(kept[-1].token):
-            self.scheduler.remove(row)
+            self._end(row, InvalidField.code)
             return _failure(row.id, InvalidField("The answer left its schema.", param="response_format"))
         self.counts["generation_tokens"] += len(kept)
         self.counts["guessed_tokens"] += guessed
         self.counts["guessed_right"] += len(kept) - 1
-        stop = kept[-1].token if self._stops(row, kept[-1].token) else None
+        stop = kept[-1].token if ends[len(kept) - 1] else None
         most = row.command.sampling.max_tokens
         full = row.output_length >= most or len(row.tokens) >= self.base.max_context
+        if first:
+            row.timing.first_token = time.time()
+            row.timing.source = source_of(row, self.loader.sources)
         if stop is not None or full:
-            self.scheduler.remove(row)
+            self._end(row)
         said = kept if stop is None else kept[:-1]
         return Chunk(
             id=row.id,
@@ -282,23 +264,22 @@ class Engine:
             cached_tokens=max(row.cached - row.virtual, 0) if first else 0,
             finish="stop" if stop is not None else "length" if full else None,
             stop_token=stop,
+            timing=row.timing if first else None,
         )
-
-    def _kept(self, row: Row, sampled: list[Sampled]) -> list[Sampled]:
-        """What stands: each token up to the first that the row had not guessed, or that ends it."""
-        for i, result in enumerate(sampled):
-            if i == len(row.guess) or result.token != row.guess[i] or self._stops(row, result.token):
-                return sampled[: i + 1]
-            if not sampled[i + 1].finite:  # it will be asked for again, by itself
-                return sampled[: i + 1]
-        raise AssertionError("there is one result more than guesses")
 
     def _stops(self, row: Row, token: int) -> bool:
         s = row.command.sampling
         return token in s.stop_token_ids or (token in self.ends and not s.ignore_eos)
 
+    def _end(self, row: Row, error: str = "") -> None:
+        """It is over, with this error's code if with one."""
+        self.figures.ended(row, time.time(), error)
+        self.scheduler.remove(row)
+
     def _ended(self) -> list[Chunk]:
         """Rows that ended without a step: refused, expired, or their adapter failed to load."""
+        for row, error in self.scheduler.ended:
+            self.figures.ended(row, time.time(), error.code)
         chunks = self.refused + [_failure(row.id, error) for row, error in self.scheduler.ended]
         self.refused = []
         self.scheduler.ended = []
@@ -310,7 +291,7 @@ class Engine:
         largest = max(rows, key=lambda row: row.scheduled)
         for row in rows:
             row.scheduled, row.guess = 0, []
-        self.scheduler.remove(largest)
+        self._end(largest, Unavailable.code)
         return [_failure(largest.id, Unavailable("The device ran out of memory for this request."))]
 
 

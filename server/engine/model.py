@@ -4,7 +4,7 @@ Tokens of all rows are packed [1, T] with explicit positions. Knows batches and 
 names or queues.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import msgspec
@@ -25,6 +25,7 @@ class ServedModel(FrozenModel):
         self, folder: Path, base_id: str, placement: Placement, *, kv_bytes: int, max_context: int
     ) -> None:
         self.step = Step()
+        self.watch: Callable[[Step], None] = lambda _step: None  # sees each step before it is computed
         super().__init__(folder, base_id, placement, self.step, attend, max_context=max_context)
         self.step.pages = Pages(self.base, placement.device, placement.dtype, kv_bytes)
         run_by_kernels(self.model, self.step)
@@ -50,6 +51,7 @@ class ServedModel(FrozenModel):
         last = [(self.step.last[row.id], len(row.guess)) for row in rows if row.completes]
         kept = torch.tensor([at for end, n in last for at in range(end - n, end + 1)], dtype=torch.int64)
         self.step.keep(rows)
+        self.watch(self.step)
         output = self.model(
             input_ids=torch.tensor([ids], device=device),
             position_ids=torch.tensor([positions], device=device),
@@ -58,6 +60,14 @@ class ServedModel(FrozenModel):
         )
         logits: torch.Tensor = output.logits[0].float()
         return logits
+
+    def fill(self, row: Row) -> None:
+        """Write the given K/V of a row's virtual tokens that no cached block held, if there are any."""
+        if row.fill is not None:
+            for use, slot in zip(row.uses, row.slots, strict=True):
+                if start := self.step.banks[use.adapter.method].start(slot):
+                    self.write(row, start, row.fill)
+            row.fill = None
 
     def write(self, row: Row, start: Start, first: int) -> None:
         """Put the given K/V of a row's virtual tokens, from `first` on, into its pages."""

@@ -1,32 +1,23 @@
 """Which rows run in the next step, and with how many tokens. No torch, no I/O, no clock of its own.
 
 Order of a step: rows that decode (one token each), then rows still in prefill, then newcomers, until the
-token budget is spent. Newcomers come from the tenant that has been served least for its weight (Virtual
-Token Counter, arXiv 2401.00588), oldest first. A row whose adapter is on its way is passed by; when KV
-blocks run out the row admitted last goes back to its queue.
+token budget is spent. Newcomers come in the order of queues.py. A row whose adapter is on its way is passed
+by; when KV blocks run out the row admitted last goes back to its queue.
 """
 
-from collections import Counter, OrderedDict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Sequence
 
 from server.adapters.cache import AdapterCache
 from server.adapters.stack import no_meaning
 from server.engine.kv import BLOCK, BlockPool, block_hashes, blocks_for
+from server.engine.queues import Queues
 from server.engine.row import Row
 from server.errors import ContextTooLong, DeadlineExceeded, InvalidField, InvalidRequest, PolypeftError
 
 PATIENCE = 32  # steps in which a row may lack memory before later rows stop overtaking it
 GUESSES = 48  # tokens guessed in a step, all rows together: more would cost what they save
 TRIES = 8  # rows that may lack memory in one step before the others are not even asked
-
-
-@dataclass
-class Queue:
-    """One tenant's waiting rows and what it has been served, in tokens over weight."""
-
-    rows: OrderedDict[str, Row] = field(default_factory=OrderedDict)
-    served: float = 0.0
 
 
 class Scheduler:
@@ -46,38 +37,32 @@ class Scheduler:
         self.max_batch_tokens = max(max_batch_tokens, max_seqs)
         self.max_context = max_context
         self.lookup = lookup  # tokens that a row may guess at a time
-        self.queues: dict[str, Queue] = {}
+        self.queues = Queues()
         self.running: dict[str, Row] = {}  # in order of admission
         self.ended: list[
             tuple[Row, PolypeftError]
         ] = []  # rows that ended without a step; the loop takes them
         self.preemptions = 0
+        self.cold: dict[str, Row] = {}  # rows that wait for an adapter's load
 
     @property
     def waiting(self) -> int:
-        return sum(len(queue.rows) for queue in self.queues.values())
+        return len(self.queues)
 
     def add(self, row: Row) -> None:
-        queue = self.queues.get(row.command.tenant)
-        if queue is None or not queue.rows:
-            # A tenant that was idle must not cash in on its absence.
-            least = min((q.served for q in self.queues.values() if q.rows), default=0.0)
-            queue = self.queues.setdefault(row.command.tenant, Queue())
-            queue.served = max(queue.served, least)
-        queue.rows[row.id] = row
+        self.queues.add(row)
 
     def find(self, id_: str) -> Row | None:
-        if row := self.running.get(id_):
-            return row
-        return next((q.rows[id_] for q in self.queues.values() if id_ in q.rows), None)
+        return self.running.get(id_) or self.queues.find(id_)
 
     def remove(self, row: Row) -> None:
         """Forget a row, wherever it is, and give back all it holds."""
         if self.running.pop(row.id, None) is not None:
             self._release(row)
-        elif queue := self.queues.get(row.command.tenant):
-            queue.rows.pop(row.id, None)
-        self._drop_idle_queues()
+        else:
+            self.queues.remove(row)
+        self.cold.pop(row.id, None)
+        self.queues.forget_idle({row.command.tenant for row in self.running.values()})
 
     def schedule(self, now: float) -> list[Row]:
         """The rows of the next step, each with `scheduled` set; `now` is time.time()."""
@@ -88,7 +73,7 @@ class Scheduler:
         decoding = [row for row in current if row.remaining == 1]
         spare = min(GUESSES, budget - len(decoding))
         for i, row in enumerate(decoding + [row for row in current if row.remaining > 1]):
-            if budget and row.id in self.running and self._continue(row, min(row.remaining, budget)):
+            if budget and row.id in self.running and self._continue(row, min(row.remaining, budget), now):
                 batch.append(row)
                 if i < len(decoding):
                     self._guess(row, max(0, spare) // (len(decoding) - i))
@@ -96,7 +81,8 @@ class Scheduler:
                 budget -= row.scheduled
         # A preempted row may already stand in the batch.
         batch = [row for row in batch if row.id in self.running]
-        self._admit(batch, budget)
+        self._note_loaded(now)
+        self._admit(batch, budget, now)
         return batch
 
     def commit(self, row: Row, tokens: Sequence[int]) -> None:
@@ -109,7 +95,7 @@ class Scheduler:
             row.computed += len(tokens) - 1 - len(row.guess)
             row.sampled = True
             row.tokens += tokens
-            self.queues[row.command.tenant].served += len(tokens) / row.command.weight
+            self.queues.charge(row, len(tokens))
             if row.guess:
                 row.lookup.learn(len(row.guess), len(tokens) - 1, len(row.tokens))
         row.scheduled = 0
@@ -121,7 +107,7 @@ class Scheduler:
                     break
                 self.blocks.name(row.blocks[i], names[i])
 
-    def _continue(self, row: Row, count: int) -> bool:
+    def _continue(self, row: Row, count: int, now: float) -> bool:
         """Room for `count` more tokens of a running row, if need be at the expense of later rows."""
         need = blocks_for(row.computed + count) - len(row.blocks)
         while need > 0:
@@ -136,7 +122,7 @@ class Scheduler:
                 )
                 self.ended.append((row, error))
                 return False
-            self._preempt(victim)
+            self._preempt(victim, now)
             if victim is row:
                 return False
         row.scheduled = count
@@ -158,15 +144,13 @@ class Scheduler:
         row.guess = guess
         row.scheduled += len(guess)
 
-    def _preempt(self, row: Row) -> None:
+    def _preempt(self, row: Row, now: float) -> None:
         del self.running[row.id]
         self._release(row)
-        row.scheduled = 0
-        row.guess = []
+        row.scheduled, row.guess = 0, []
+        row.waits_for, row.since = "capacity", now
         self.preemptions += 1
-        queue = self.queues.setdefault(row.command.tenant, Queue())
-        queue.rows[row.id] = row
-        queue.rows.move_to_end(row.id, last=False)
+        self.queues.put_back(row)
 
     def _release(self, row: Row) -> None:
         self.blocks.release(row.blocks)
@@ -176,13 +160,16 @@ class Scheduler:
         self._let_go(row.slots)
         row.slots = ()
 
-    def _admit(self, batch: list[Row], budget: int) -> None:
+    def _admit(self, batch: list[Row], budget: int, now: float) -> None:
         lacking = 0
         own: Counter[str] = Counter()  # rows that wait for room their own tenant takes: no other's business
-        for row in self._candidates():
+        for row in self.queues.candidates():
             if budget <= 0 or len(self.running) >= self.max_seqs or lacking >= TRIES:
                 return
-            if own[row.command.tenant] >= TRIES or self._waits_for_sibling(row):
+            if own[row.command.tenant] >= TRIES:
+                continue
+            if self._waits_for_sibling(row):
+                row.wait("sibling", now)
                 continue
             try:
                 slots = self._acquire(row)
@@ -190,8 +177,11 @@ class Scheduler:
                 self.remove(row)
                 self.ended.append((row, error))
                 continue
-            if slots is None and any(self.cache.loading(use.adapter) for use in row.uses):
+            if slots is None and self._loading(row):
+                row.wait("adapter", now)
+                self.cold[row.id] = row
                 continue
+            row.wait("capacity", now)
             if slots and not self._lead(row, slots):
                 continue
             if slots is None or not self._take_blocks(row, slots):
@@ -205,17 +195,17 @@ class Scheduler:
                     return  # the memory that comes free next is this row's
                 lacking += 1
                 continue
-            self._start(row, slots, min(row.remaining, budget))
+            self._start(row, slots, min(row.remaining, budget), now)
             batch.append(row)
             budget -= row.scheduled
 
-    def _start(self, row: Row, slots: tuple[int, ...], count: int) -> None:
-        queue = self.queues[row.command.tenant]
-        del queue.rows[row.id]
-        queue.served += row.remaining / row.command.weight
+    def _start(self, row: Row, slots: tuple[int, ...], count: int, now: float) -> None:
+        self.queues.remove(row)
+        self.queues.charge(row, row.remaining)
         self.running[row.id] = row
         row.slots = slots
         row.scheduled = count
+        row.start(now)
         if not row.admitted:
             row.admitted = True
             row.cached = row.computed
@@ -284,32 +274,24 @@ class Scheduler:
             row.computed = row.virtual
         return True
 
+    def _loading(self, row: Row) -> bool:
+        return any(self.cache.loading(use.adapter) for use in row.uses)
+
+    def _note_loaded(self, now: float) -> None:
+        """Rows whose adapter has come wait for room, also while nobody looks at them."""
+        for row in [row for row in self.cold.values() if not self._loading(row)]:
+            row.wait("capacity", now)
+            del self.cold[row.id]
+
     def _waits_for_sibling(self, row: Row) -> bool:
         """Choices of one prompt wait for the first one's prefill, then share its blocks."""
         leader = self.find(row.command.after) if row.command.after else None
         return leader is not None and not leader.sampled
 
-    def _candidates(self) -> Iterator[Row]:
-        """Waiting rows, the least-served tenant's oldest first; who starts is charged at once."""
-        left = [(queue, iter(list(queue.rows.values()))) for queue in self.queues.values() if queue.rows]
-        while left:
-            chosen = min(left, key=lambda pair: pair[0].served)
-            row = next(chosen[1], None)
-            if row is None:
-                left.remove(chosen)
-            else:
-                yield row
-
     def _expire(self, now: float) -> None:
-        for row in [*self.running.values(), *(r for q in self.queues.values() for r in q.rows.values())]:
+        for row in [*self.running.values(), *self.queues]:
             if row.command.deadline is not None and row.command.deadline < now:
                 self.remove(row)
                 self.ended.append(
                     (row, DeadlineExceeded("The request's deadline passed before it was done."))
                 )
-
-    def _drop_idle_queues(self) -> None:
-        """A tenant with nothing waiting or running leaves no trace: memory stays bounded."""
-        busy = {row.command.tenant for row in self.running.values()}
-        for tenant in [t for t, q in self.queues.items() if not q.rows and t not in busy]:
-            del self.queues[tenant]

@@ -111,7 +111,7 @@ def test_a_damaged_disk_copy_is_counted_and_fetched_again(engine: Engine, folder
     path.write_bytes({"flip": flipped, "truncate": data[:-1], "empty": b""}[damage])
     engine.take_observations()
     assert torch.equal(engine.loader.fetch(ref).result(LONG).flat, packed.flat)
-    assert engine.counters()["adapter_corrupt_copies"] == engine.counters()["adapter_corrupt_disk"] == 1
+    assert {tier: n for tier, n in engine.loader.corrupt_copies.items() if n} == {"disk": 1}
     (path,) = copies(engine)
     assert path.read_bytes() == data
 
@@ -124,7 +124,7 @@ def test_a_damaged_blob_in_the_store_never_serves(engine: Engine, folder: Path) 
     engine.loader.objects.put_sync(manifest.weights.key, bytes(data))
     assert isinstance(failure(engine, ref), StoreError)
     assert list(engine.loader.disk.folder.iterdir()) == []
-    assert engine.counters()["adapter_corrupt_store"] == 2  # it was asked for once more
+    assert engine.loader.corrupt_copies["store"] == 2  # it was asked for once more
     assert engine.loader.ram.nbytes == 0
 
 
@@ -141,7 +141,7 @@ def test_bytes_changed_on_their_way_are_asked_for_again(
 
     monkeypatch.setattr(engine.loader.objects, "read_sync", once_wrong)
     assert engine.loader.fetch(ref).result(LONG).intact()
-    assert engine.counters()["adapter_corrupt_store"] == 1
+    assert engine.loader.corrupt_copies["store"] == 1
 
 
 def test_a_byte_flipped_in_ram_never_serves(engine: Engine, folder: Path) -> None:
@@ -157,9 +157,9 @@ def test_a_byte_flipped_in_ram_never_serves(engine: Engine, folder: Path) -> Non
         resident = engine.cache.by_slot[slot]
         assert torch.equal(resident.packed.flat, want)
         engine.cache.release(slot)
-        assert engine.counters()[f"adapter_corrupt_{tier}"] > 0
-    assert engine.counters()["adapter_corrupt_device"] == 2
-    assert engine.counters()["adapter_corrupt_ram"] == 1
+        assert engine.loader.corrupt_copies[tier] > 0
+    assert engine.loader.corrupt_copies["device"] == 2
+    assert engine.loader.corrupt_copies["ram"] == 1
 
 
 def test_a_full_disk_serves_all_the_same(

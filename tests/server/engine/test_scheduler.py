@@ -62,7 +62,7 @@ def test_a_row_runs_from_prompt_to_removal() -> None:
     world.scheduler.remove(row)
     assert world.pool.available == world.pool.count
     assert world.scheduler.waiting == 0
-    assert not world.scheduler.queues
+    assert not world.scheduler.queues.by_tenant
 
 
 def test_a_long_prompt_is_chunked_beside_decoding_rows() -> None:
@@ -178,7 +178,7 @@ def test_tenants_share_by_weight_whatever_their_queue(weight: float, share: floa
     served = {"flood": 0, "modest": 0}
     for _ in range(200):
         for tenant, least, own in (("flood", 40, 1.0), ("modest", 8, weight)):
-            queue = world.scheduler.queues.get(tenant)
+            queue = world.scheduler.queues.by_tenant.get(tenant)
             for _ in range(least - (len(queue.rows) if queue else 0)):
                 world.add(tenant=tenant, length=8, weight=own)
         for row in world.step():
