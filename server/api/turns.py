@@ -5,14 +5,12 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from weakref import WeakValueDictionary
 
-from anyio import CapacityLimiter
-
 from server.errors import DeadlineExceeded
 
 
 class Turns:
     def __init__(self) -> None:
-        self._all = CapacityLimiter(1)
+        self._all = asyncio.Lock()
         self._tenants: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     @asynccontextmanager

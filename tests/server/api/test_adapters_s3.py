@@ -13,7 +13,7 @@ from tests.server.api.test_adapters import *  # noqa: F403 - the tests themselve
 
 @pytest.fixture(scope="module")
 def system(valkey_url: str, weed: Weed) -> Iterator[System]:
-    with started(valkey_url, store=weed.url("outer/inner"), store_config=weed.config) as it:
+    with started(valkey_url, store=weed.url("routes/inner"), store_config=weed.config) as it:
         yield it
 
 
@@ -34,7 +34,7 @@ def test_all_that_was_written_lies_under_the_prefix(system: System, weed: Weed) 
     from adapters_store.objects import Objects
 
     inside = system.app.state.services.objects.list_sync("tenants")
-    everything = Objects.open("s3://bucket/outer", weed.config).list_sync("inner")
+    everything = Objects.open("s3://bucket/routes", weed.config).list_sync("inner")
     assert inside
     assert everything == [f"inner/{key}" for key in inside]
 
