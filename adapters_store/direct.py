@@ -61,8 +61,8 @@ if redis.call('HGET', upload, 'claim') == ARGV[1] then redis.call('HDEL', upload
 return 'released'
 """
 FINISH = """
-local found = redis.call('HGET', upload, 'status')
-if ARGV[2] == 'cancelled' and redis.call('HEXISTS', upload, 'claim') == 1 then return 'busy' end
+local found, since = unpack(redis.call('HMGET', upload, 'status', 'claimed'))
+if ARGV[2] == 'cancelled' and since and tonumber(since) + ARGV[5] > now then return 'busy' end
 if found == 'pending' then
   redis.call('HSET', upload, 'status', ARGV[2], 'version', ARGV[3], 'asked', ARGV[4])
   redis.call('HDEL', upload, 'claim', 'claimed')
@@ -154,13 +154,13 @@ class DirectUploads:
         await self._run(self._release, upload, token)
 
     async def complete(self, upload: DirectUpload, version: int, asked: str) -> None:
-        await self._run(self._finish, upload, upload.id, "completed", version, asked)
+        await self._run(self._finish, upload, upload.id, "completed", version, asked, CLAIM_SECONDS)
 
     async def cancel(self, upload: DirectUpload) -> None:
         """Raises Conflict if it has ended otherwise, or is being completed."""
         answer = "expired" if upload.status == "expired" else "busy"
         if upload.status != "expired":
-            answer = await self._run(self._finish, upload, upload.id, "cancelled", 0, "")
+            answer = await self._run(self._finish, upload, upload.id, "cancelled", 0, "", CLAIM_SECONDS)
         if answer != "cancelled":
             raise ended(upload.id, "being completed" if answer == "busy" else answer)
 

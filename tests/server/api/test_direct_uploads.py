@@ -281,10 +281,32 @@ def test_who_died_after_publishing_is_followed_by_one_who_finds_it(
     assert complete(http, upload, files).status_code == 500
     monkeypatch.setattr(directs, "complete", real)
     assert complete(http, upload, files).status_code == 409  # somebody seems to be at it
+    assert http.post(f"{URL}/{upload['id']}/cancel").status_code == 409
     monkeypatch.setattr(direct, "CLAIM_SECONDS", -1)
     answer = complete(http, upload, files)
     assert (answer.status_code, answer.json()["version"]) == (201, 1)
     assert len(http.get("/v1/adapters/mine").json()["versions"]) == 1
+
+
+def test_what_a_dead_one_held_can_be_cancelled(
+    http: httpx.Client, system: System, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upload = start(http, "mine", contents(lora_files())).json()
+    directs = system.app.state.services.directs
+    held = system.call(directs.get(upload_tenant(system, upload), upload["id"]))
+    system.call(directs.claim(held, "somebody", 1))
+    cancel = f"{URL}/{upload['id']}/cancel"
+    assert http.post(cancel).status_code == 409
+    monkeypatch.setattr(direct, "CLAIM_SECONDS", -1)
+    assert http.post(cancel).json()["status"] == "cancelled"
+
+
+def upload_tenant(system: System, upload: dict[str, Any]) -> str:
+    """Whose it is: the store's keys say so, the API does not."""
+    redis = system.app.state.services.redis
+    keys = system.call(redis.keys(f"pp:direct:*:{upload['id']}"))
+    tenant: str = keys[0].decode().split(":")[2]
+    return tenant
 
 
 def test_a_store_in_a_folder_takes_none(valkey_url: str) -> None:
