@@ -39,6 +39,9 @@ SWEEP_SECONDS = 5.0
 TAKE_SECONDS = 30.0  # for the stores to answer; after that the call is lost, and made again
 RQ_SECONDS = 60  # rq's life signs; its calls wait a quarter less at a time
 AGAIN_SECONDS = 2.0  # after rq has given up
+# libgomp's turns of waiting before a thread of the training sleeps: some microseconds. By default it spins for
+# milliseconds, and keeps from its core the very thread that it waits for, where others have the second core.
+SPINS = {"GOMP_SPINCOUNT": "3000"}
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +100,7 @@ class Worker:
     def _environment(self) -> dict[str, str]:
         """The child ends with this process, and reaches no hub. The stores' secrets go nowhere else."""
         told = self.settings.model_copy(update={"supervisor_pid": os.getpid()})
-        return child_environment(told) | OFFLINE
+        return child_environment(told) | OFFLINE | SPINS
 
     def _sweep(self) -> None:
         asyncio.run(self._sweep_for_ever())
