@@ -40,7 +40,7 @@ TAKE_SECONDS = 30.0  # for the stores to answer; after that the call is lost, an
 RQ_SECONDS = 60  # rq's life signs; its calls wait a quarter less at a time
 AGAIN_SECONDS = 2.0  # after rq has given up
 # How often libgomp looks before a thread of the training that waits for another sleeps: for microseconds. By
-# default it spins for milliseconds, on the very core that the other may need, where somebody else has the rest.
+# default it spins for milliseconds, on the very core that the other may need, if others have the rest.
 SPINS = {"GOMP_SPINCOUNT": "3000"}
 
 log = logging.getLogger(__name__)
