@@ -42,6 +42,9 @@ SWEEP_SECONDS = 5.0
 TAKE_SECONDS = 30.0  # for the stores to answer; after that the call is lost, and made again
 RQ_SECONDS = 60  # rq's life signs; its calls wait a quarter less at a time
 AGAIN_SECONDS = 2.0  # after rq has given up
+# How often libgomp looks before a thread of the training that waits for another sleeps: for microseconds. By
+# default it spins for milliseconds, on the very core that the other may need, if others have the rest.
+SPINS = {"GOMP_SPINCOUNT": "3000"}
 
 log = logging.getLogger(__name__)
 
@@ -104,7 +107,7 @@ class Worker:
     def _environment(self) -> dict[str, str]:
         """The child ends with this process, and reaches no hub. The stores' secrets go nowhere else."""
         told = self.settings.model_copy(update={"supervisor_pid": os.getpid()})
-        return child_environment(told) | OFFLINE
+        return child_environment(told) | OFFLINE | SPINS
 
     def _show(self, host: str, port: int) -> None:
         """Its own /metrics; without them it works as well."""
