@@ -20,6 +20,7 @@ from server.engine.messages import AdapterRef
 from server.errors import PolypeftError, StoreError
 
 LEASE_SECONDS = 30.0  # how long a load is kept in RAM for somebody who does not come back for it
+LOADS = 8  # of one tenant under way or waiting for slots: the next tenant's load is not far back in line
 STALE_STEPS = 2  # after which one that nobody asked for makes way for another's
 
 
@@ -174,22 +175,29 @@ class AdapterCache:
 
     def _start(self, ref: AdapterRef) -> bool:
         """One load more, if not too many wait for their slots already."""
-        if len(self.pending) >= self.slots:
+        if self._full(ref.tenant):
             return False
         self.pending[ref.digest] = Pending(ref, self.loader.fetch(ref), self._step, self._clock())
         return True
 
-    def _drop_stale(self) -> None:
+    def _full(self, tenant: str) -> bool:
+        return len(self.pending) >= self.slots or len(self._waiting(tenant)) >= LOADS
+
+    def _waiting(self, tenant: str) -> list[Pending]:
+        return [pending for pending in self.pending.values() if pending.ref.tenant == tenant]
+
+    def _drop_stale(self, tenant: str) -> None:
         """When too many wait: the load that nobody has come back for the longest."""
-        if len(self.pending) >= self.slots:
-            done = [p for p in self.pending.values() if p.future.done()]
+        if self._full(tenant):
+            some = self._waiting(tenant) if len(self.pending) < self.slots else self.pending.values()
+            done = [pending for pending in some if pending.future.done()]
             oldest = min(done, key=lambda pending: pending.step, default=None)
             if oldest is not None and self._step - oldest.step > STALE_STEPS:
                 self._let_go(oldest.ref.digest)
 
     def _fetch(self, ref: AdapterRef, mine: Collection[int]) -> int | None:
         if ref.digest not in self.pending:
-            self._drop_stale()
+            self._drop_stale(ref.tenant)
             if not self._start(ref):
                 return None
         pending = self.pending[ref.digest]

@@ -28,8 +28,8 @@ def test_no_policy_passes_the_bound(name: str) -> None:
 
 
 def test_the_bound_of_a_trace_done_by_hand() -> None:
-    """Room for one: a a b a. Staying from the first ask to the second is free; b costs the third."""
+    """Room for one: a a b a."""
     trace = Trace("by hand", [0, 0, 1, 0], [10, 10], 10)
-    assert belady(trace) == [False, True, False, False]
+    assert belady(trace) == [False, True, False, True]  # b is not kept at all
     assert bound(trace, lambda _size: 1.0) == pytest.approx(0.5)  # a stays all four asks, b needs no room
     assert lru(trace) == [False, True, False, False]

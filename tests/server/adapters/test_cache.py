@@ -2,7 +2,7 @@ from typing import Any
 
 import pytest
 
-from server.adapters.cache import LEASE_SECONDS, AdapterCache
+from server.adapters.cache import LEASE_SECONDS, LOADS, AdapterCache
 from server.adapters.copies import Copy
 from server.engine.messages import AdapterRef
 from server.errors import InvalidAdapter, StoreError
@@ -310,3 +310,18 @@ def test_a_row_with_two_adapters_does_not_wait_for_itself_for_ever() -> None:
     first = resident(cache, loader, "a", tenant="A")
     loader.arrive("b")
     assert cache.acquire(ref("b", "A"), mine=(first,)) is not None
+
+
+def test_a_flood_of_loads_does_not_stand_in_line_before_anothers() -> None:
+    cache, loader, _ = build(slots=64, budget=1000)
+    for i in range(40):
+        cache.acquire(ref(f"a{i}", "A"))
+        cache.prefetch(ref(f"p{i}", "A"))
+    assert len(loader.fetched) == LOADS
+    cache.acquire(ref("b", "B"))
+    assert loader.fetched[-1] == "b"
+    for digest in loader.fetched[:LOADS]:
+        loader.arrive(digest)
+    slots = [cache.acquire(ref(f"a{i}", "A"), again=True) for i in range(40)]
+    assert None not in slots[: LOADS // 2]
+    assert len(loader.fetched) > LOADS + 1
