@@ -157,7 +157,7 @@ class Settings(BaseSettings):
     """How a record is written."""
     metrics_adapter_labels: Literal["off", "ids", "names"] = "off"
     """How /metrics calls the busiest tenants' adapters; unless off, it takes a key to read it."""
-    metrics_top: int = Field(default=20, ge=0, le=1000)
+    metrics_top: int = Field(default=20, ge=0, le=200)
     """Tenants, and adapters, with figures of their own in /metrics; the rest count as `other`."""
     metrics_token: str | None = Field(default=None, min_length=16)
     """Bearer token for /metrics, beside the operator's key; none: open while labels are off."""

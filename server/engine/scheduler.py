@@ -206,6 +206,7 @@ class Scheduler:
         row.slots = slots
         row.scheduled = count
         row.start(now)
+        self.cold.pop(row.id, None)
         if not row.admitted:
             row.admitted = True
             row.cached = row.computed

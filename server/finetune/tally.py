@@ -3,6 +3,7 @@
 The process that trains leaves its figures in a file of its work folder; the worker reads them there.
 """
 
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -42,7 +43,7 @@ class Trained(msgspec.Struct):
 
 
 class Tally:
-    """A worker's. Everything but `collect` happens on the thread that works or on the one that sweeps."""
+    """A worker's. One thread works, one sweeps and tells, one shows; what they share is under the lock."""
 
     def __init__(self, model: str) -> None:
         self.counts: Counter[str] = Counter()  # of attempts that are over
@@ -50,6 +51,7 @@ class Tally:
         self.beat_failures = 0
         self.loss: float | None = None  # of the last update
         self.heard: float | None = None  # time.monotonic() of the job's last heartbeat; None: no job
+        self._lock = threading.RLock()
         self._model = model
         self._folder: Path | None = None
         self._told: Counter[str] = Counter()
@@ -63,10 +65,11 @@ class Tally:
         self._folder, self.heard = folder, time.monotonic()
 
     def end(self, outcome: str) -> None:
-        done = self.trained()
-        self.counts.update({key: getattr(done, key) for key in SHOWN.values()})
-        self._folder = self.heard = None
-        self.outcomes[outcome] += 1
+        with self._lock:
+            done = self.trained()
+            self.counts.update({key: getattr(done, key) for key in SHOWN.values()})
+            self._folder = self.heard = None
+            self.outcomes[outcome] += 1
 
     def beat(self, *, heard: bool) -> None:
         if heard:
@@ -76,24 +79,27 @@ class Tally:
 
     def trained(self) -> Trained:
         """By the attempt under way."""
-        if self._folder is None:
-            return Trained()
-        try:
-            found = msgspec.json.decode((self._folder / FILE).read_bytes(), type=Trained)
-        except FileNotFoundError:  # its first step is still to come
-            return Trained()
-        self.loss = found.loss
-        return found
+        with self._lock:
+            if self._folder is None:
+                return Trained()
+            try:
+                found = msgspec.json.decode((self._folder / FILE).read_bytes(), type=Trained)
+            except FileNotFoundError:  # its first step is still to come
+                return Trained()
+            self.loss = found.loss
+            return found
 
     def totals(self) -> Counter[str]:
         """All this worker has done."""
-        done = self.trained()
-        return self.counts + Counter({key: getattr(done, key) for key in SHOWN.values()})
+        with self._lock:
+            done = self.trained()
+            return self.counts + Counter({key: getattr(done, key) for key in SHOWN.values()})
 
     def news(self) -> dict[str, int]:
         """What has been counted and not told; `told` it once it has been."""
-        all_of_it = self.totals() + Counter({f"attempts:{how}": n for how, n in self.outcomes.items()})
-        return dict(all_of_it - self._told)
+        with self._lock:
+            ended = Counter({f"attempts:{how}": n for how, n in self.outcomes.items()})
+            return dict(self.totals() + ended - self._told)
 
     def told(self, news: dict[str, int]) -> None:
         self._told.update(news)

@@ -41,6 +41,7 @@ COMMAND = (sys.executable, "-m", "server.finetune")  # the child: it gets the jo
 SWEEP_SECONDS = 5.0
 TAKE_SECONDS = 30.0  # for the stores to answer; after that the call is lost, and made again
 RQ_SECONDS = 60  # rq's life signs; its calls wait a quarter less at a time
+FAREWELL_SECONDS = 1.0
 AGAIN_SECONDS = 2.0  # after rq has given up
 # How often libgomp looks before a thread of the training that waits for another sleeps: for microseconds. By
 # default it spins for milliseconds, on the very core that the other may need, if others have the rest.
@@ -59,6 +60,7 @@ class Worker:
         self.url = settings.redis_url
         self.stopping = False
         self.tally = Tally(settings.base_id)
+        self._over = threading.Event()
         self._command = command
         self._name = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
 
@@ -68,7 +70,8 @@ class Worker:
         _worker = self
         if self.settings.metrics_port:
             self._show(self.settings.metrics_host, self.settings.metrics_port)
-        threading.Thread(target=self._sweep, name="sweep", daemon=True).start()
+        sweeping = threading.Thread(target=self._sweep, name="sweep", daemon=True)
+        sweeping.start()
         with workplace(self.settings.data_dir.absolute() / "finetune", self._name) as self._folder:
             while not self.stopping:
                 try:
@@ -77,6 +80,8 @@ class Worker:
                     log.warning("Valkey does not answer: %s", error)
                 if not self.stopping:
                     time.sleep(AGAIN_SECONDS)
+        self._over.set()
+        sweeping.join(FAREWELL_SECONDS)
 
     async def attempt(self, id_: str) -> None:
         """Train the job, if it is there to be trained. Raises StoreError; the job is safe then as well."""
@@ -129,7 +134,7 @@ class Worker:
     async def _sweep_for_ever(self) -> None:
         jobs = Jobs(redis := connect(self.url), WorkerQueue(self.url))
         doomed = Doomed(redis, Objects.open(self.settings.store_url, self.settings.store_config))
-        while True:
+        while not self._over.is_set():
             try:
                 await jobs.sweep()
                 await doomed.sweep()
@@ -138,7 +143,11 @@ class Worker:
                 log.warning("No sweep: %s", error.message)
             except Exception:  # the sweep is what nobody else does for a lost job: it never ends
                 log.exception("The sweep failed")
-            await asyncio.sleep(SWEEP_SECONDS)
+            self._over.wait(SWEEP_SECONDS)  # nothing else is on this loop
+        try:
+            await self._tell(redis)  # how the last job went
+        except StoreError as error:
+            log.warning("The last figures are lost: %s", error.message)
 
 
 class _NoTimeLimit(BaseDeathPenalty):
