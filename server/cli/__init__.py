@@ -10,6 +10,7 @@ from server.cli.admin import admin
 from server.cli.chat import chat
 from server.cli.output import print_error
 from server.cli.serve import serve
+from server.cli.size import size
 from server.cli.tenants import tenants
 from server.cli.worker import worker
 from server.errors import PolypeftError
@@ -23,6 +24,7 @@ app = typer.Typer(
 app.command()(serve)
 app.command()(worker)
 app.command()(chat)
+app.command()(size)
 app.add_typer(tenants, name="tenants")
 app.add_typer(adapters, name="adapters")
 app.add_typer(admin, name="admin")

@@ -19,6 +19,7 @@ from server.adapters.methods import build_methods
 from server.adapters.methods.base import Bank
 from server.adapters.tiers import DiskTier, RamTier
 from server.engine.device import choose_placement
+from server.engine.footprint import BATCH_TOKENS
 from server.engine.gate import Gate
 from server.engine.grammar import Grammars, mask_logits
 from server.engine.kv import BlockPool
@@ -29,9 +30,6 @@ from server.engine.sampler import Sampled, SampleRow, sample
 from server.engine.scheduler import Scheduler
 from server.errors import ContextTooLong, InvalidField, NonFinite, PolypeftError, Unavailable
 from server.settings import Settings
-
-# A step's tokens bound how long a prompt may hold up the rows that decode: half a second on two cores.
-BATCH_TOKENS = {"cpu": 256, "cuda": 2048}
 
 
 class Engine:
