@@ -9,12 +9,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio import BlockingConnectionPool
 from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialWithJitterBackoff
 from redis.exceptions import ConnectionError, RedisError, TimeoutError  # noqa: A004 - redis names them so
 
+from adapters_store.watched import Watched
 from server.errors import StoreError
 
 CONNECT_SECONDS = 2.0
@@ -61,7 +62,7 @@ def _cancels() -> int:
     return task.cancelling() if task else 0
 
 
-def connect(url: str) -> Redis:
+def connect(url: str) -> Watched:
     """A client for redis://, rediss:// or unix:// URLs; opens no connection yet.
 
     A cancelled command's connection is closed, never handed to the next caller with an answer pending.
@@ -77,7 +78,9 @@ def connect(url: str) -> Redis:
         retry_on_error=[ConnectionError, TimeoutError],
         decode_responses=False,
     )
-    return Redis.from_pool(pool)
+    client = Watched(connection_pool=pool)
+    client.auto_close_connection_pool = True  # it is nobody else's
+    return client
 
 
 @contextmanager

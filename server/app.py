@@ -29,6 +29,7 @@ from server.api.errors import add_handlers
 from server.api.incoming import clear_incoming
 from server.api.publish import TrainedGate
 from server.api.services import Services
+from server.api.system_figures import SystemFigures
 from server.base.resolve import resolve_model
 from server.base.text import Tokenizer
 from server.engine.client import EngineClient
@@ -39,9 +40,10 @@ from server.finetune.publisher import Publisher
 from server.finetune.queue import WorkerQueue
 from server.finetune.uploads import Uploads
 from server.metrics import Metrics
-from server.settings import Settings
+from server.settings import Settings, multiprocess_dir
 from server.tenancy.keys import operator_key
 from server.tenancy.tenants import Tenants
+from server.tracing import Tracing
 
 log = logging.getLogger(__name__)
 
@@ -60,12 +62,16 @@ ROUTERS = (
 )
 
 
-def build_app(settings: Settings) -> FastAPI:
+def build_app(settings: Settings, tracing: Tracing | None = None) -> FastAPI:
     """The application; its lifespan starts what needs a loop and closes it again. Waits for no engine.
+
+    `tracing` is where traces go, in place of the settings' collector.
 
     Raises StartupError for what is wrong with the settings or the model's tokenizer.
     """
     services = build_services(settings)
+    if tracing is None and settings.otlp_endpoint:
+        tracing = Tracing.to(settings.otlp_endpoint, settings.trace_share)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -88,6 +94,8 @@ def build_app(settings: Settings) -> FastAPI:
             await services.engine.close()
             await services.redis.aclose()
             services.queue.close()
+            if tracing is not None:
+                await asyncio.to_thread(tracing.close)
 
     app = FastAPI(
         title="Polypeft",
@@ -100,7 +108,7 @@ def build_app(settings: Settings) -> FastAPI:
     for module in ROUTERS:
         app.include_router(module.router)
     add_handlers(app)
-    app.add_middleware(Envelope, metrics=services.metrics)
+    app.add_middleware(Envelope, metrics=services.metrics, tracing=tracing)
     return app
 
 
@@ -108,8 +116,11 @@ def build_services(settings: Settings) -> Services:
     """Every object, none of them at work yet."""
     if settings.redis_url is None:
         raise StartupError("The API needs redis_url; `polypeft serve` sets it to the Valkey it starts.")
-    metrics = Metrics()
+    metrics = Metrics(settings.base_id, multiprocess_dir())
     redis = connect(settings.redis_url)
+    redis.on_call = metrics.on_valkey_call
+    engine = EngineClient(settings.engine_socket, on_stats=metrics.absorb)
+    metrics.engine_up = lambda: engine.ready
     queue = WorkerQueue(settings.redis_url)
     objects = Objects.open(settings.store_url)
     tenant_files = Files(
@@ -127,8 +138,9 @@ def build_services(settings: Settings) -> Services:
         registry=Registry(objects, redis, settings.max_adapters_per_tenant),
         methods=build_methods(settings.max_lora_rank),
         tenants=Tenants(redis),
-        engine=EngineClient(settings.engine_socket, on_stats=metrics.absorb),
+        engine=engine,
         metrics=metrics,
+        system_figures=SystemFigures(redis, metrics),
         files=tenant_files,
         uploads=Uploads(
             redis,

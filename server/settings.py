@@ -15,6 +15,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 MiB = 1 << 20
 # for processes that find the model on this disk; progress bars would break the log's lines
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+MULTIPROCESS = "PROMETHEUS_MULTIPROC_DIR"
 LONGEST_RUN_DIR = 90  # bytes; leaves room for a socket's own name
 
 
@@ -134,6 +135,20 @@ class Settings(BaseSettings):
     """The least a record must be to be logged."""
     log_format: Literal["text", "json"] = "text"
     """How a record is written."""
+    metrics_adapter_labels: Literal["off", "ids", "names"] = "off"
+    """How /metrics calls the busiest tenants' adapters; unless off, it takes a key to read it."""
+    metrics_top: int = Field(default=20, ge=0, le=1000)
+    """Tenants, and adapters, with figures of their own in /metrics; the rest count as `other`."""
+    metrics_token: str | None = Field(default=None, min_length=16)
+    """Bearer token for /metrics, beside the operator's key; none: open while labels are off."""
+    metrics_port: int = Field(default=0, ge=0, le=65535)
+    """Of a worker's own /metrics; several workers of one `serve` count up from it; 0: none."""
+    metrics_host: str = "127.0.0.1"
+    """Address of a worker's own /metrics."""
+    otlp_endpoint: str | None = None
+    """URL of an OpenTelemetry collector (OTLP over HTTP) for traces; needs polypeft[otel]."""
+    trace_share: float = Field(default=1.0, ge=0, le=1)
+    """Of requests without a traceparent, the share that is traced."""
     supervisor_pid: int = 0
     """Internal: set by `serve` for its children, which end with it; 0: runs alone."""
 
@@ -157,6 +172,16 @@ class Settings(BaseSettings):
         return Path(tempfile.gettempdir()) / f"polypeft-{digest}"
 
     @property
+    def metrics_closed(self) -> bool:
+        """/metrics takes a key: it names somebody, or the operator wants it so."""
+        return self.metrics_token is not None or self.metrics_adapter_labels != "off"
+
+    @property
+    def figures_dir(self) -> Path:
+        """Where processes keep their figures while one `serve` runs."""
+        return self.run_dir / "figures"
+
+    @property
     def engine_socket(self) -> str:
         return f"ipc://{self.run_dir / 'engine.sock'}"
 
@@ -173,6 +198,12 @@ class Settings(BaseSettings):
 def child_environment(settings: Settings) -> dict[str, str]:
     """This process's environment, with every POLYPEFT_* variable replaced by `settings`."""
     return inherited_environment() | settings.to_env()
+
+
+def multiprocess_dir() -> Path | None:
+    """Where several API processes sum their figures; `serve` tells prometheus_client, which reads it too."""
+    folder = os.environ.get(MULTIPROCESS)
+    return Path(folder) if folder else None
 
 
 def inherited_environment() -> dict[str, str]:

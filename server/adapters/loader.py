@@ -11,6 +11,7 @@ import contextlib
 import os
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -29,6 +30,7 @@ from server.kernels.openmp import use_one_thread
 
 THREADS = 2
 NICENESS = 10
+SOURCES = 4096  # digests of which it is known where they were found
 
 
 class Limits(msgspec.Struct, frozen=True):
@@ -57,6 +59,7 @@ class Loader:
         self.dtype = dtype
         self.limits = limits
         self.observations: list[tuple[str, str, float]] = []  # (name, tier, value); the loop takes them
+        self.sources: OrderedDict[str, str] = OrderedDict()  # digest -> where it was found last
         self.corrupt = 0  # copies on disk that did not hash to their name
         self._running: dict[str, Future[Packed]] = {}
         self._lock = threading.Lock()
@@ -85,7 +88,7 @@ class Loader:
         if found := self.ram.get(digest):
             future: Future[Packed] = Future()
             future.set_result(found)
-            self._observe("ram", start)
+            self._observe("ram", start, digest, found.nbytes)
             return future
         with self._lock:
             if running := self._running.get(digest):
@@ -126,7 +129,7 @@ class Loader:
         if tier == "store":
             self._download(blob)
         packed = self._pack(manifest, blob)
-        self._observe(tier, start)
+        self._observe(tier, start, manifest.digest, packed.nbytes)
         return packed
 
     def _download(self, blob: Blob) -> None:
@@ -179,8 +182,15 @@ class Loader:
                     param=name,
                 )
 
-    def _observe(self, tier: str, start: float) -> None:
-        self.observations.append(("adapter_load_seconds", tier, time.perf_counter() - start))
+    def _observe(self, tier: str, start: float, digest: str, nbytes: int) -> None:
+        self.observations += [
+            ("adapter_load_seconds", tier, time.perf_counter() - start),
+            ("adapter_load_bytes", tier, nbytes),
+        ]
+        with self._lock:
+            self.sources[digest] = tier
+            if len(self.sources) > SOURCES:
+                self.sources.popitem(last=False)
 
 
 def check_identity(manifest: Manifest) -> None:

@@ -23,6 +23,7 @@ class RamTier(Generic[T]):
     def __init__(self, budget: int) -> None:
         self.budget = budget
         self.nbytes = 0
+        self.evictions = 0
         self._held: OrderedDict[str, T] = OrderedDict()  # least recently used first
         self._lock = Lock()
 
@@ -44,6 +45,7 @@ class RamTier(Generic[T]):
             while self.nbytes > self.budget:
                 _oldest, dropped = self._held.popitem(last=False)
                 self.nbytes -= dropped.nbytes
+                self.evictions += 1
 
     def drop(self, digest: str) -> None:
         with self._lock:
@@ -61,6 +63,7 @@ class DiskTier:
         self.folder = folder
         self.budget = budget
         self.nbytes = 0
+        self.evictions = 0
         self._sizes: OrderedDict[str, int] = OrderedDict()  # least recently used first
         self._lock = Lock()
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -107,4 +110,5 @@ class DiskTier:
         while self.nbytes > self.budget and len(self._sizes) > 1:
             oldest, size = self._sizes.popitem(last=False)
             self.nbytes -= size
+            self.evictions += 1
             self.path(oldest).unlink(missing_ok=True)

@@ -23,6 +23,7 @@ from server.errors import (
     shown,
 )
 from server.settings import Settings
+from server.tracing import span
 
 M = TypeVar("M", bound=BaseModel)
 BODY_SECONDS = 60.0
@@ -48,11 +49,12 @@ async def read_body(request: Request, limit: int) -> bytes:
     if declared_length(request) > limit:
         raise too_large
     body = bytearray()
-    async with arriving_within(BODY_SECONDS):
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > limit:
-                raise too_large
+    with span("receive"):
+        async with arriving_within(BODY_SECONDS):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > limit:
+                    raise too_large
     return bytes(body)
 
 

@@ -4,12 +4,14 @@ import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from typing import Self
 
 from server.api.choice import Choice, Piece
 from server.api.services import Services
 from server.api.target import Target
-from server.engine.messages import Generate
-from server.errors import EngineLost
+from server.engine.messages import Chunk, Generate
+from server.errors import EngineLost, PolypeftError
+from server.tracing import RowTrace, tell
 
 
 @dataclass(frozen=True)
@@ -39,19 +41,18 @@ class Generation:
         """
         self.parts.admit(len(self.rows))
         choices = {row.id: choice for row, choice in zip(self.rows, self.choices, strict=True)}
-        clock = _Clock(self.parts, self._arrived)
-        engine = self.parts.engine
-        async with aclosing(engine.generate(*self.rows)) as chunks:
+        clock, engine = _Clock(self, self._arrived), self.parts.engine
+        async with clock, aclosing(engine.generate(*self.rows)) as chunks:
             async for chunk in chunks:
                 choice = choices[chunk.id]
                 if choice.finished:
                     continue
                 if chunk.finish == "cancelled":
                     raise EngineLost("The engine gave this request up; send it again.")
-                clock.tick(choice.index, len(chunk.tokens))
+                clock.tick(choice.index, chunk)
                 piece = choice.feed(chunk)
                 if piece.finish is not None:
-                    clock.finish(piece.finish)
+                    clock.finish(choice, piece.finish)
                     if chunk.finish is None:  # a stop string: the engine does not know
                         engine.cancel(chunk.id)
                 if piece.text or piece.tokens or piece.finish:
@@ -72,23 +73,41 @@ class Generation:
 
 
 class _Clock:
-    """Latencies of one request, into the metrics."""
+    """Latencies of one request and how it ended, into the metrics and its trace."""
 
-    def __init__(self, parts: Services, arrived: float) -> None:
-        self._metrics = parts.metrics
+    def __init__(self, generation: Generation, arrived: float) -> None:
+        self._metrics = generation.parts.metrics
         self._arrived = arrived
+        self._left = len(generation.rows)
         self._last: dict[int, float] = {}
+        self._traces = [RowTrace(row, choice) for choice, row in enumerate(generation.rows)]
+        tell({"gen_ai.request.model": generation.target.model})
 
-    def tick(self, index: int, tokens: int) -> None:
-        if not tokens:
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
+        """Choices that have not finished ended with the request."""
+        failed = isinstance(error, PolypeftError)
+        if isinstance(error, PolypeftError):
+            self._metrics.count("failures", error.code)
+        for _ in range(self._left):
+            self._metrics.count("finished", "error" if failed else "abort")
+
+    def tick(self, index: int, chunk: Chunk) -> None:
+        if chunk.timing is not None:
+            self._traces[index].first_token(chunk.timing)
+        if not chunk.tokens:
             return
         now = time.monotonic()
         if index in self._last:
-            self._metrics.between_tokens.observe((now - self._last[index]) / tokens)
+            self._metrics.observe("between_tokens", (now - self._last[index]) / len(chunk.tokens))
         else:
-            self._metrics.first_token.observe(now - self._arrived)
+            self._metrics.observe("first_token", now - self._arrived)
         self._last[index] = now
 
-    def finish(self, reason: str) -> None:
-        self._metrics.end_to_end.observe(time.monotonic() - self._arrived)
-        self._metrics.finished.labels(reason).inc()
+    def finish(self, choice: Choice, reason: str) -> None:
+        self._left -= 1
+        self._metrics.observe("end_to_end", time.monotonic() - self._arrived)
+        self._metrics.count("finished", reason)
+        self._traces[choice.index].finish(choice.completion_tokens)

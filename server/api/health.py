@@ -1,14 +1,17 @@
-"""What needs no key: alive, ready, and the metrics. Holds nothing that a tenant chose."""
+"""What needs no key: alive, ready, and the metrics while they hold nothing that a tenant chose."""
 
 import asyncio
 
-from fastapi import APIRouter, Response
+from anyio.to_thread import run_sync
+from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
 from redis.exceptions import RedisError
 
-from server.api.deps import Parts
+from server.api.deps import Parts, bearer
 from server.api.errors import json_response
 from server.api.services import Services
+from server.errors import Unauthenticated
+from server.tenancy.keys import same_secret
 
 router = APIRouter()
 
@@ -35,8 +38,21 @@ async def readyz(parts: Parts) -> Response:
 
 
 @router.get("/metrics")
-async def metrics(parts: Parts) -> Response:
-    return Response(parts.metrics.render(), media_type=CONTENT_TYPE_PLAIN_0_0_4)
+async def metrics(request: Request, parts: Parts) -> Response:
+    """Open, unless it names somebody or the operator has closed it."""
+    if parts.settings.metrics_closed:
+        _check_reader(bearer(request), parts)
+    await parts.system_figures.refresh()
+    page = await run_sync(parts.metrics.render)  # some milliseconds, which no stream shall wait
+    return Response(page, media_type=CONTENT_TYPE_PLAIN_0_0_4)
+
+
+def _check_reader(secret: str, parts: Services) -> None:
+    """Raises Unauthenticated."""
+    token = parts.settings.metrics_token
+    known = [parts.operator_secret] + ([token] if token else [])
+    if not any(same_secret(secret, each) for each in known):
+        raise Unauthenticated("Metrics take the operator's key or the metrics token.")
 
 
 async def _store_answers(parts: Services) -> bool:

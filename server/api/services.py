@@ -9,6 +9,7 @@ from adapters_store.objects import Objects
 from adapters_store.registry import Registry
 from server.adapters.methods.base import Method
 from server.adapters.sites import Base
+from server.api.system_figures import SystemFigures
 from server.api.turns import Turns
 from server.base.text import Tokenizer
 from server.engine.client import EngineClient
@@ -36,6 +37,7 @@ class Services:
     tenants: Tenants
     engine: EngineClient
     metrics: Metrics
+    system_figures: SystemFigures
     files: Files
     uploads: Uploads
     jobs: Jobs
@@ -59,11 +61,15 @@ class Services:
 
     def refuse_if_draining(self) -> None:
         if self.draining:
+            self.metrics.count("rejections", "draining")
             raise Unavailable("The server is shutting down; send the request elsewhere or later.")
 
     def admit(self, rows: int) -> None:
         """Raise Unavailable unless `rows` more may wait: the queue holds `max_queue` beyond the batch."""
         self.refuse_if_draining()
+        if not self.engine.ready:
+            self.metrics.count("rejections", "engine_unavailable")
         room = self.settings.max_queue + self.engine.limits.get("max_seqs", 0)
         if self.engine.rows + rows > room:
+            self.metrics.count("rejections", "queue_full")
             raise Unavailable(f"The queue of {self.settings.max_queue} is full; try again in a moment.")

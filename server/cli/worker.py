@@ -18,6 +18,8 @@ USED = (
     "dtype",
     "threads",
     "max_training_disk_bytes",
+    "metrics_port",
+    "metrics_host",
     "log_level",
     "log_format",
 )

@@ -21,10 +21,10 @@ from server.engine.messages import (
     Generate,
     Hello,
     Ready,
-    Stats,
     decode_command,
     encode,
 )
+from server.engine.report import stats
 from server.kernels.attention import BLOCK
 from server.lifeline import run_child
 from server.settings import Settings
@@ -105,11 +105,9 @@ class EngineServer:
         if now < self.next_stats:
             return
         self.next_stats = now + STATS_SECONDS
-        gauges, counters = self.engine.gauges(), self.engine.counters()
-        observations = self.engine.take_observations()
+        figures = stats(self.engine, self.boot)
         for peer in sorted(self.peers):
-            if self.send(peer, Stats(self.boot, gauges, counters, observations)):
-                observations = []  # each is counted once, by one peer
+            self.send(peer, figures)
 
     def ready(self) -> Ready:
         settings, base = self.engine.settings, self.engine.base

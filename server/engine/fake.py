@@ -118,6 +118,7 @@ class FakeEngine:
     async def _generate(self, peer: bytes, row: m.Generate) -> m.Chunk:
         """Send all chunks but the last, which is returned."""
         how, tokens = self.behaviour, list[int]()
+        timing = m.Timing(arrived=time.time(), source="device" if row.adapter else "")
         failing = row.adapter is not None and row.adapter.digest == how.fail_digest
         while True:
             await asyncio.sleep(how.step_seconds)
@@ -126,7 +127,12 @@ class FakeEngine:
                 return m.Chunk(row.id, finish="error", error=("deadline_exceeded", "The deadline passed."))
             if failing and len(tokens) >= how.fail_after:
                 return m.Chunk(row.id, finish="error", error=how.error)
+            first = not tokens
             chunk = self._step(row, tokens)
+            if first and chunk.tokens:
+                timing.started = timing.first_token = time.time()
+                timing.waited = {"capacity": timing.started - timing.arrived}
+                chunk = msgspec.structs.replace(chunk, timing=timing)
             if chunk.finish is not None:
                 return chunk
             await self._send(peer, m.Chunks([chunk]))
@@ -178,7 +184,7 @@ class FakeEngine:
             gauges = {"running": float(len(self._rows)), "waiting": 0.0, "kv_usage": 0.0}
             counters = {"generation_tokens": float(self._generated), "prompt_tokens": 0.0}
             for peer in list(self._peers):
-                await self._send(peer, m.Stats(self.boot, gauges, counters, []))
+                await self._send(peer, m.Stats(self.boot, gauges, counters))
             await asyncio.sleep(STATS_SECONDS)
 
     async def _send(self, peer: bytes, event: m.Event) -> None:

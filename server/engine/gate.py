@@ -6,6 +6,7 @@ that differ from the base's; an adapter that changes nothing is let in only when
 """
 
 import hashlib
+from collections import Counter
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,6 +25,7 @@ from server.errors import InvalidAdapter, PolypeftError, StoreError, TooLarge, e
 TENANT = "\0gate"  # no tenant's: shares no prefix and no queue with any
 PROMPT = 8  # tokens
 ANSWER = 8
+NON_FINITE = {"non_finite_logits": "non_finite"}  # code -> what a refusal for it is counted as
 LEAST_EFFECT = 1e-6  # of the largest logit; below it a difference is rounding
 
 
@@ -51,6 +53,8 @@ class Gate:
         self.base_row: Row | None = None
         self.trials: dict[str, Trial] = {}  # by row id
         self.verdicts: list[Checked] = []
+        self.accepted = 0
+        self.refusals: Counter[str] = Counter()  # by reason
 
     def open(self, check: Check) -> None:
         try:
@@ -92,7 +96,7 @@ class Gate:
         trial.tokens += chunk.tokens
         if chunk.error:
             del self.trials[chunk.id]
-            self._end(trial.check.id, self._explain(chunk.error))
+            self._end(trial.check.id, self._explain(chunk.error), NON_FINITE.get(chunk.error[0], ""))
         elif chunk.finish:
             del self.trials[chunk.id]
             self._judge(trial)
@@ -135,8 +139,9 @@ class Gate:
                 "The adapter changes nothing: its logits are the base's. "
                 "Send allow_noop=true if that is what you want."
             )
-            self._end(trial.check.id, InvalidAdapter(message, param="files"))
+            self._end(trial.check.id, InvalidAdapter(message, param="files"), "no_effect")
             return
+        self.accepted += 1
         packed = trial.loading.result()
         answer = hashlib.sha256(repr(trial.tokens).encode()).hexdigest()[:16]
         facts = {"device_bytes": packed.nbytes, "effect": round(effect, 6), "fingerprint": answer}
@@ -148,7 +153,8 @@ class Gate:
             return InvalidAdapter("The adapter makes the model produce NaN or Inf.", param="files")
         return error_from_code(code, message)
 
-    def _end(self, check_id: str, error: BaseException) -> None:
+    def _end(self, check_id: str, error: BaseException, reason: str = "") -> None:
         if not isinstance(error, PolypeftError):
             error = PolypeftError("The adapter could not be checked.")
+        self.refusals[reason or error.code] += 1
         self.verdicts.append(Checked(check_id, error=(error.code, error.message, error.param)))

@@ -19,6 +19,7 @@ from server.adapters.methods import build_methods
 from server.adapters.methods.base import Bank
 from server.adapters.tiers import DiskTier, RamTier
 from server.engine.device import choose_placement
+from server.engine.figures import Figures
 from server.engine.footprint import BATCH_TOKENS
 from server.engine.gate import Gate
 from server.engine.grammar import Grammars, mask_logits
@@ -28,6 +29,7 @@ from server.engine.model import ServedModel
 from server.engine.row import Row
 from server.engine.sampler import Sampled, SampleRow, sample
 from server.engine.scheduler import Scheduler
+from server.engine.stopwatch import Stopwatch
 from server.errors import ContextTooLong, InvalidField, NonFinite, PolypeftError, Unavailable
 from server.settings import Settings
 
@@ -75,7 +77,11 @@ class Engine:
         )
         self.ends = self.model.end_tokens()
         self.counts: Counter[str] = Counter()
-        self.observations: list[tuple[str, str, float]] = []
+        self.figures = Figures(
+            settings.figures_dir / "engine", settings.metrics_adapter_labels, settings.metrics_top
+        )
+        self.stopwatch = Stopwatch(self.figures, placement.device)
+        self.model.watch = self.stopwatch.watch
         self.gate = Gate(self.scheduler, self.cache, self.loader, self.base.vocab_size)
         self.refused: list[Chunk] = []
         self.grammars = Grammars(model_dir, self.base.vocab_size, self.ends)
@@ -98,7 +104,7 @@ class Engine:
             case Cancel(id=id_):
                 self.compiling.pop(id_, None)
                 if row := self.scheduler.find(id_):
-                    self.scheduler.remove(row)
+                    self._end(row)
             case Check():
                 self.gate.open(command)
             case Prefetch(adapter=adapter):
@@ -110,7 +116,10 @@ class Engine:
         """Run one step for every row that can run; what it gave to whom."""
         self._take_compiled()
         self.gate.step()
+        start = time.perf_counter()
         rows = self.scheduler.schedule(time.time())
+        if rows:
+            self.stopwatch.begin(start)
         chunks = self._ended() + (self._run(rows) if rows else [])
         return [chunk for chunk in chunks if not self.gate.take(chunk)]
 
@@ -124,19 +133,21 @@ class Engine:
             logits = self.model.forward(rows)
         except torch.OutOfMemoryError:
             return self._shed(rows)
+        self.stopwatch.lap("forward")
         completing = [row for row in rows if row.completes]
         self.gate.observe(completing, logits)
         if matchers := [(i, row.grammar) for i, row in enumerate(completing) if row.grammar]:
             mask_logits(logits, matchers)
         sampled = sample(logits, [self._sample_row(row) for row in completing])
+        self.stopwatch.lap("sample")
         self.counts["steps"] += 1
         self.counts["prompt_tokens"] += sum(row.scheduled for row in rows if not row.sampled)
-        self.observations += [
-            ("batch_rows", "", len(rows)),
-            ("batch_tokens", "", sum(r.scheduled for r in rows)),
-        ]
+        self.figures.observe("batch_rows", len(rows))
+        self.figures.observe("batch_tokens", sum(row.scheduled for row in rows))
         outcome = {row.id: result for row, result in zip(completing, sampled, strict=True)}
-        return [chunk for row in rows if (chunk := self._deliver(row, outcome.get(row.id)))]
+        chunks = [chunk for row in rows if (chunk := self._deliver(row, outcome.get(row.id)))]
+        self.stopwatch.lap("deliver")
+        return chunks
 
     def checked(self) -> list[Checked]:
         """Checks that have ended since the last call."""
@@ -149,31 +160,12 @@ class Engine:
             "kv_usage": self.blocks.usage,
             "slots_used": len(self.cache.by_digest),
             "slots_total": self.cache.slots,
-            "device_bytes": self.cache.nbytes,
-            "ram_bytes": self.loader.ram.nbytes,
-            "disk_bytes": self.loader.disk.nbytes,
-            "device_adapters": len(self.cache.by_digest),
-            "ram_adapters": len(self.loader.ram),
-            "disk_adapters": len(self.loader.disk),
-        }
-
-    def counters(self) -> dict[str, float]:
-        return {
-            **self.counts,
-            "prefix_queries": self.blocks.queries,
-            "prefix_hits": self.blocks.hits,
-            "preemptions": self.scheduler.preemptions,
-            "adapter_hits": self.cache.hits,
-            "adapter_misses": self.cache.misses,
-            "adapter_evictions": self.cache.evictions,
-            "adapter_load_failures": self.cache.failures,
-            "adapter_corrupt_copies": self.loader.corrupt,
         }
 
     def take_observations(self) -> list[tuple[str, str, float]]:
-        taken, self.observations = self.observations, []
-        loads, self.loader.observations = self.loader.observations, []
-        return taken + loads
+        """Of loads, since the last call."""
+        taken, self.loader.observations = self.loader.observations, []
+        return taken
 
     def _accept(self, command: Generate) -> None:
         length = len(command.prompt)
@@ -193,9 +185,11 @@ class Engine:
             self.refused.append(_failure(command.id, error))
             return
         row = Row(command, command.sampling.seed or 0, tokens=list(command.prompt), prompt_length=length)
+        row.timing.arrived = row.since = time.time()
         if command.sampling.grammar is None:
             self.scheduler.add(row)
         else:
+            row.waits_for = "grammar"
             self.compiling[row.id] = (row, self.grammars.compile(command.sampling.grammar))
 
     def _take_compiled(self) -> None:
@@ -206,6 +200,7 @@ class Engine:
                 error = future.exception()
                 if error is None:
                     row.grammar = future.result()
+                    row.wait("capacity", time.time())
                     self.scheduler.add(row)
                 elif isinstance(error, PolypeftError):
                     self.refused.append(_failure(id_, error))
@@ -237,19 +232,22 @@ class Engine:
             return None
         if not sampled.finite:
             self.counts["non_finite_rows"] += 1
-            self.scheduler.remove(row)  # before its blocks were offered to anyone
+            self._end(row, failed=True)  # before its blocks were offered to anyone
             return _failure(row.id, NonFinite("The model produced NaN or Inf for this request."))
         self.scheduler.commit(row, sampled.token)
         if row.grammar and not row.grammar.consume_token(sampled.token):
-            self.scheduler.remove(row)
+            self._end(row, failed=True)
             return _failure(row.id, InvalidField("The answer left its schema.", param="response_format"))
         self.counts["generation_tokens"] += 1
         s = row.command.sampling
         first = row.output_length == 1
+        if first:
+            row.timing.first_token = time.time()
+            row.timing.source = self._source(row)
         stopped = sampled.token in s.stop_token_ids or (sampled.token in self.ends and not s.ignore_eos)
         full = row.output_length >= s.max_tokens or len(row.tokens) >= self.base.max_context
         if stopped or full:
-            self.scheduler.remove(row)
+            self._end(row)
         return Chunk(
             id=row.id,
             tokens=[] if stopped else [sampled.token],
@@ -257,10 +255,23 @@ class Engine:
             cached_tokens=max(row.cached - row.virtual, 0) if first else 0,
             finish="stop" if stopped else "length" if full else None,
             stop_token=sampled.token if stopped else None,
+            timing=row.timing if first else None,
         )
+
+    def _end(self, row: Row, *, failed: bool = False) -> None:
+        self.figures.ended(row, time.time(), failed=failed)
+        self.scheduler.remove(row)
+
+    def _source(self, row: Row) -> str:
+        """Where its adapter was found; of several, the last one's."""
+        if row.cold:
+            return self.loader.sources.get(row.uses[-1].adapter.digest, "store")
+        return "device" if row.uses else ""
 
     def _ended(self) -> list[Chunk]:
         """Rows that ended without a step: refused, expired, or their adapter failed to load."""
+        for row, _ in self.scheduler.ended:
+            self.figures.ended(row, time.time(), failed=True)
         chunks = self.refused + [_failure(row.id, error) for row, error in self.scheduler.ended]
         self.refused = []
         self.scheduler.ended = []
@@ -272,7 +283,7 @@ class Engine:
         largest = max(rows, key=lambda row: row.scheduled)
         for row in rows:
             row.scheduled = 0
-        self.scheduler.remove(largest)
+        self._end(largest, failed=True)
         return [_failure(largest.id, Unavailable("The device ran out of memory for this request."))]
 
 

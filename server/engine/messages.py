@@ -108,6 +108,18 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
     top: list[tuple[int, float]]  # best first
 
 
+class Timing(msgspec.Struct, array_like=True):
+    """When a row did what, in Unix seconds, and what it waited for (see server/metrics/names.py)."""
+
+    arrived: float = 0.0
+    started: float = 0.0  # its first step
+    first_token: float = 0.0
+    queued: float = 0.0  # seconds from its arrival to its first step
+    waited: dict[str, float] = {}  # reason -> seconds, waits after a preemption included
+    source: str = ""  # where its adapter was found: device, ram, disk, store; "": it has none
+    load: tuple[float, float] | None = None  # it waited for its adapter from then to then
+
+
 class Chunk(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     """What one step gave one row. `finish` is set exactly once, in the row's last chunk."""
 
@@ -118,6 +130,7 @@ class Chunk(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     finish: FinishReason | None = None
     stop_token: int | None = None  # the token that ended the row; it is in no `tokens`
     error: tuple[str, str] | None = None  # (code, message) with finish="error"
+    timing: Timing | None = None  # with the row's first token
 
 
 class Chunks(msgspec.Struct, frozen=True, tag=True):
@@ -133,17 +146,16 @@ class Checked(msgspec.Struct, frozen=True, tag=True):
 
 
 class Stats(msgspec.Struct, frozen=True, tag=True):
-    """Engine figures, about once a second, for /metrics.
+    """Engine figures, about once a second, for /metrics; keys are those of server/metrics/names.py.
 
-    gauges and counters are absolute since the engine's start; observations are new since the last.
+    Everything is absolute, also across the engine's restarts, so one that is lost or told twice does no harm.
     """
 
     boot: str
-    gauges: dict[str, float]
+    gauges: dict[str, float]  # without labels, as the counters here
     counters: dict[str, float]
-    observations: list[
-        tuple[str, str, float]
-    ]  # (name, label, value), e.g. ("adapter_load_seconds", "disk", 0.02)
+    series: list[tuple[str, tuple[str, ...], float]] = []  # (key, label values, value), of both kinds
+    histograms: list[tuple[str, tuple[str, ...], list[int], float]] = []  # ... counts by bucket, sum
 
 
 Event = Ready | Chunks | Checked | Stats

@@ -4,7 +4,7 @@ Tokens of all rows are packed [1, T] with explicit positions. Knows batches and 
 names or queues.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import msgspec
@@ -24,6 +24,7 @@ class ServedModel(FrozenModel):
         self, folder: Path, base_id: str, placement: Placement, *, kv_bytes: int, max_context: int
     ) -> None:
         self.step = Step()
+        self.watch: Callable[[Step], None] = lambda _step: None  # sees each step before it is computed
         super().__init__(folder, base_id, placement, self.step, attend, max_context=max_context)
         self.step.pages = Pages(self.base, placement.device, placement.dtype, kv_bytes)
         holds = self.step.pages.count * BLOCK  # one row may fill the whole cache, and no more
@@ -46,6 +47,7 @@ class ServedModel(FrozenModel):
         self.step.begin(ordered, device)
         kept = torch.tensor([self.step.last[row.id] for row in rows if row.completes], dtype=torch.int64)
         self.step.keep(rows)
+        self.watch(self.step)
         output = self.model(
             input_ids=torch.tensor([ids], device=device),
             position_ids=torch.tensor([positions], device=device),

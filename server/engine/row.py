@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from server.engine.messages import AdapterRef, Generate, Use
+from server.engine.messages import AdapterRef, Generate, Timing, Use
 
 
 @dataclass(eq=False)
@@ -36,6 +36,10 @@ class Row:
     grammar: Any = None  # what its schema allows next (engine/grammar.py), if it has one
     blocks: list[int] = field(default_factory=list)
     hashes: list[bytes] = field(default_factory=list)  # of the full blocks of `tokens`, as far as known
+    timing: Timing = field(default_factory=Timing)
+    waits_for: str = "capacity"  # while it waits
+    since: float = 0.0  # when it began to wait for that, Unix seconds; 0: it does not wait
+    cold: bool = False  # has waited for an adapter's load
 
     def __post_init__(self) -> None:
         single = self.command.adapter
@@ -47,6 +51,29 @@ class Row:
             self.tokens[:0] = range(-1, -virtual - 1, -1)
             self.prompt_length += virtual
             self.virtual = virtual
+
+    def wait(self, reason: str, now: float) -> None:
+        """From here on it waits for this; what it waited for until now is told in `timing`."""
+        if reason != self.waits_for:
+            self.wait_ends(now)
+            self.waits_for, self.since = reason, now
+            self.cold |= reason == "adapter"
+
+    def wait_ends(self, now: float) -> None:
+        if not self.since:
+            return
+        waited, seconds = self.timing.waited, max(0.0, now - self.since)  # clocks are set back at times
+        waited[self.waits_for] = waited.get(self.waits_for, 0.0) + seconds
+        if self.waits_for == "adapter":
+            self.timing.load = (self.since, now)
+        self.since = 0.0
+
+    def start(self, now: float) -> None:
+        """It is in the batch."""
+        self.wait_ends(now)
+        if not self.timing.started:
+            self.timing.started = now
+            self.timing.queued = max(0.0, now - self.timing.arrived)
 
     @property
     def id(self) -> str:

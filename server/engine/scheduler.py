@@ -6,7 +6,7 @@ Token Counter, arXiv 2401.00588), oldest first. A row whose adapter is on its wa
 blocks run out the row admitted last goes back to its queue.
 """
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -49,6 +49,8 @@ class Scheduler:
             tuple[Row, PolypeftError]
         ] = []  # rows that ended without a step; the loop takes them
         self.preemptions = 0
+        self.cold: dict[str, Row] = {}  # rows that wait for an adapter's load
+        self.failures: Counter[str] = Counter()  # loads that failed, by their error's code
 
     @property
     def waiting(self) -> int:
@@ -74,6 +76,7 @@ class Scheduler:
             self._release(row)
         elif queue := self.queues.get(row.command.tenant):
             queue.rows.pop(row.id, None)
+        self.cold.pop(row.id, None)
         self._drop_idle_queues()
 
     def schedule(self, now: float) -> list[Row]:
@@ -83,12 +86,13 @@ class Scheduler:
         batch: list[Row] = []
         current = list(self.running.values())
         for row in [r for r in current if r.remaining == 1] + [r for r in current if r.remaining > 1]:
-            if budget and row.id in self.running and self._continue(row, min(row.remaining, budget)):
+            if budget and row.id in self.running and self._continue(row, min(row.remaining, budget), now):
                 batch.append(row)
                 budget -= row.scheduled
         # A preempted row may already stand in the batch.
         batch = [row for row in batch if row.id in self.running]
-        self._admit(batch, budget)
+        self._note_loaded(now)
+        self._admit(batch, budget, now)
         return batch
 
     def commit(self, row: Row, token: int | None) -> None:
@@ -106,7 +110,7 @@ class Scheduler:
                     break
                 self.blocks.name(row.blocks[i], names[i])
 
-    def _continue(self, row: Row, count: int) -> bool:
+    def _continue(self, row: Row, count: int, now: float) -> bool:
         """Room for `count` more tokens of a running row, if need be at the expense of later rows."""
         need = blocks_for(row.computed + count) - len(row.blocks)
         while need > 0:
@@ -121,16 +125,17 @@ class Scheduler:
                 )
                 self.ended.append((row, error))
                 return False
-            self._preempt(victim)
+            self._preempt(victim, now)
             if victim is row:
                 return False
         row.scheduled = count
         return True
 
-    def _preempt(self, row: Row) -> None:
+    def _preempt(self, row: Row, now: float) -> None:
         del self.running[row.id]
         self._release(row)
         row.scheduled = 0
+        row.waits_for, row.since = "capacity", now
         self.preemptions += 1
         queue = self.queues.setdefault(row.command.tenant, Queue())
         queue.rows[row.id] = row
@@ -144,21 +149,26 @@ class Scheduler:
         self._let_go(row.slots)
         row.slots = ()
 
-    def _admit(self, batch: list[Row], budget: int) -> None:
+    def _admit(self, batch: list[Row], budget: int, now: float) -> None:
         lacking = 0
         for row in self._candidates():
             if budget <= 0 or len(self.running) >= self.max_seqs or lacking >= TRIES:
                 return
             if self._waits_for_sibling(row):
+                row.wait("sibling", now)
                 continue
             try:
                 slots = self._acquire(row)
             except PolypeftError as error:
+                self.failures[error.code] += 1
                 self.remove(row)
                 self.ended.append((row, error))
                 continue
-            if slots is None and any(self.cache.loading(use.adapter) for use in row.uses):
+            if slots is None and self._loading(row):
+                row.wait("adapter", now)
+                self.cold[row.id] = row
                 continue
+            row.wait("capacity", now)
             if slots and not self._lead(row, slots):
                 continue
             if slots is None or not self._take_blocks(row, slots):
@@ -168,17 +178,18 @@ class Scheduler:
                 if row.passed_over > PATIENCE:
                     return  # the memory that comes free next is this row's
                 continue
-            self._start(row, slots, min(row.remaining, budget))
+            self._start(row, slots, min(row.remaining, budget), now)
             batch.append(row)
             budget -= row.scheduled
 
-    def _start(self, row: Row, slots: tuple[int, ...], count: int) -> None:
+    def _start(self, row: Row, slots: tuple[int, ...], count: int, now: float) -> None:
         queue = self.queues[row.command.tenant]
         del queue.rows[row.id]
         queue.served += row.remaining / row.command.weight
         self.running[row.id] = row
         row.slots = slots
         row.scheduled = count
+        row.start(now)
         if not row.admitted:
             row.admitted = True
             row.cached = row.computed
@@ -244,6 +255,15 @@ class Scheduler:
             row.fill = row.computed
             row.computed = row.virtual
         return True
+
+    def _loading(self, row: Row) -> bool:
+        return any(self.cache.loading(use.adapter) for use in row.uses)
+
+    def _note_loaded(self, now: float) -> None:
+        """Rows whose adapter has come wait for room, also while nobody looks at them."""
+        for row in [row for row in self.cold.values() if not self._loading(row)]:
+            row.wait("capacity", now)
+            del self.cold[row.id]
 
     def _waits_for_sibling(self, row: Row) -> bool:
         """Choices of one prompt wait for the first one's prefill, then share its blocks."""

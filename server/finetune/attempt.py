@@ -22,6 +22,7 @@ from server.finetune.job import Job, Wish
 from server.finetune.leases import Leases
 from server.finetune.patience import patiently
 from server.finetune.restraint import oom_kills
+from server.finetune.tally import Tally
 from server.finetune.workplace import bytes_in
 
 SAVED = 75  # exit status of a child that was asked to stop: all it had is in a checkpoint (EX_TEMPFAIL)
@@ -50,6 +51,7 @@ class Attempt:
         folder: Path,
         disk_bytes: int,
         stopping: Callable[[], bool],
+        tally: Tally | None = None,
     ) -> None:
         """`command` gets the job's id, its fence and `folder`, where it may fill `disk_bytes`."""
         self._jobs = jobs
@@ -59,6 +61,7 @@ class Attempt:
         self._folder = folder
         self._disk_bytes = disk_bytes
         self._stopping = stopping
+        self._tally = tally or Tally("")
         self._wish: Wish = "go"
         self._used_bytes = 0
         self._reason: Reason | None = None  # why the child was asked to stop, or killed
@@ -73,7 +76,9 @@ class Attempt:
         )
         log.info("Job %s: attempt %d, process %d", self._job.id, self._job.attempts, process.pid)
         self._ends_at = time.monotonic() + self._job.recipe.max_seconds + LATE_SECONDS
+        self._tally.begin(self._folder)
         beating = asyncio.create_task(self._beat())
+        status = None
         try:
             status = await self._watch(process)
             log.info("Job %s: the process %s", self._job.id, ending(status))
@@ -81,13 +86,16 @@ class Attempt:
         finally:
             beating.cancel()
             _signal(process, signal.SIGKILL)
+            self._tally.end(self._outcome(status))
 
     async def _beat(self) -> None:
         """Keep the lease, learn what is wished, count what the child has written; for ever."""
         while True:
             try:
                 self._wish = await self._jobs.beat(self._job.id, self._job.fence)
+                self._tally.beat(heard=True)
             except StoreError as error:  # nobody else can take the job meanwhile either
+                self._tally.beat(heard=False)
                 log.warning("Job %s: no heartbeat: %s", self._job.id, error.message)
             self._used_bytes = await asyncio.to_thread(bytes_in, self._folder)
             await asyncio.sleep(BEAT_SECONDS)
@@ -144,6 +152,13 @@ class Attempt:
                 return
             case _:  # one killed for being slow to save goes on from an older checkpoint
                 await self._say(lambda: self._jobs.release(id_, fence))
+
+    def _outcome(self, status: int | None) -> str:
+        """How figures call the attempt's end."""
+        if self._reason in KILLED:
+            return str(self._reason)
+        ends = {0: "finished", SAVED: "saved", None: "other"}
+        return ends.get(status, "crashed" if self._reason is None else "saved")
 
     async def _say(self, call: Callable[[], Awaitable[str]]) -> None:
         log.info("Job %s: %s", self._job.id, await patiently(call, OUTAGE_SECONDS, self._stopping))

@@ -10,6 +10,7 @@
     pp:jobs:queued              zset     jobs that wait for a worker, by when one was last called (ms)
     pp:jobs:leases              zset     jobs that a worker has, by when its lease ends (ms)
     pp:jobs:publishing          zset     trained jobs, by when they came (ms)
+    pp:figures                  hash     finished:STATUS -> how many jobs have ended so (see figures.py)
     pp:doomed                   zset     object keys and prefixes ("/" at the end), by when to remove (ms)
 
 Times are Valkey's own. A script makes its keys from the job's id, so this wants one Valkey, not a cluster.
@@ -45,6 +46,7 @@ local function finish(status)
   set('status', status, 'phase', 'done', 'finished', seconds(), 'pausing', 0)
   redis.call('HDEL', job, 'estimated_finish')
   redis.call('HINCRBY', job, 'fence', 1)
+  redis.call('HINCRBY', 'pp:figures', 'finished:' .. status, 1)
   local tenant = get('tenant')
   redis.call('SREM', 'pp:jobs:' .. tenant .. ':active', id)
   redis.call('ZADD', 'pp:doomed', whole(now() + {DOOM_SECONDS * 1000}),

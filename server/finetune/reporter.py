@@ -19,7 +19,9 @@ from server.finetune.checkpoints import Checkpoints
 from server.finetune.job import Job, Level, Progress, Wish
 from server.finetune.leases import Leases
 from server.finetune.patience import patiently
+from server.finetune.tally import Trained
 from server.finetune.watcher import Evaluated, StepDone
+from server.finetune.workplace import bytes_in
 
 SEND_SECONDS = 1.0
 OUTAGE_SECONDS = 600.0  # of a store: so long a checkpoint is tried, then the attempt is over
@@ -43,12 +45,17 @@ class Reporter:
         checkpoints: Checkpoints,
         job: Job,
         stopping: Callable[[], bool],
+        folder: Path,
     ) -> None:
+        """What is trained is noted in `folder`, where the worker reads it."""
         self._portal = portal
         self._leases = leases
         self._checkpoints = checkpoints
         self._job = job
         self._stopping = stopping
+        self._folder = folder
+        self._trained = Trained()
+        self._tokens: int | None = None  # of all attempts, before the step under way
         self._wish: Wish = "go"
         self._unsent: deque[_Event] = deque(maxlen=MAX_UNSENT)
         self._progress: Progress | None = None
@@ -57,6 +64,7 @@ class Reporter:
     # from the thread that trains
 
     def on_step(self, done: StepDone) -> Wish:
+        self._note(done)
         self._progress = Progress(
             step=done.step,
             total_steps=done.total,
@@ -76,6 +84,15 @@ class Reporter:
         if self._stopping() and self._wish == "go":
             return "pause"
         return self._wish
+
+    def _note(self, done: StepDone) -> None:
+        if self._tokens is None:  # of an earlier attempt's tokens nothing is known but their mean
+            self._tokens = done.tokens - done.tokens // done.step
+        self._trained.training_tokens += done.tokens - self._tokens
+        self._trained.training_steps += 1
+        self._trained.loss = done.loss
+        self._tokens = done.tokens
+        self._trained.write(self._folder)
 
     def on_evaluation(self, evaluated: Evaluated) -> None:
         metrics = {
@@ -135,6 +152,8 @@ class Reporter:
         if not await patiently(save, OUTAGE_SECONDS):
             self._wish = self._wish if self._wish == "cancel" else "lost"
             return
+        self._trained.checkpoints += 1
+        self._trained.checkpoint_bytes += bytes_in(folder)
         self._unsent.append(_Event("info", f"Checkpoint created at step {step}"))
         log.info("Job %s: checkpoint %d", self._job.id, step)
         await patiently(self._checkpoints.prune, OUTAGE_SECONDS)

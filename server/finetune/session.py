@@ -95,7 +95,7 @@ class Session:
     def _train(self, job: Job) -> bool:
         """False if somebody else has the job by now. Raises whatever `fault_of` knows, and Stopped."""
         checkpoints = Checkpoints(self.jobs, self._objects, job)
-        reporter = Reporter(self._portal, self.jobs, checkpoints, job, lambda: self._stopping)
+        reporter = Reporter(self._portal, self.jobs, checkpoints, job, lambda: self._stopping, self._folder)
         resume = self._restored(checkpoints)
         reporting = self._portal.start_task_soon(reporter.report)
         try:

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from types import FrameType
 
 from redis import Redis
+from redis.asyncio import Redis as AsyncRedis
 from redis.exceptions import RedisError
 from rq import SimpleWorker
 from rq.exceptions import StopRequested
@@ -28,9 +29,11 @@ from adapters_store.valkey import CONNECT_SECONDS, connect
 from server.errors import StartupError, StoreError
 from server.finetune.attempt import Attempt
 from server.finetune.doomed import Doomed
+from server.finetune.figures import tell
 from server.finetune.jobs import Jobs
 from server.finetune.patience import patiently
 from server.finetune.queue import NAME, WorkerQueue
+from server.finetune.tally import Tally
 from server.finetune.workplace import desk, workplace
 from server.settings import OFFLINE, Settings, child_environment
 
@@ -52,6 +55,7 @@ class Worker:
         self.settings = settings
         self.url = settings.redis_url
         self.stopping = False
+        self.tally = Tally(settings.base_id)
         self._command = command
         self._name = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
 
@@ -59,6 +63,8 @@ class Worker:
         """Until SIGTERM or SIGINT. Valkey's absence is waited out."""
         global _worker  # rq calls `run` by its name alone
         _worker = self
+        if self.settings.metrics_port:
+            self._show(self.settings.metrics_host, self.settings.metrics_port)
         threading.Thread(target=self._sweep, name="sweep", daemon=True).start()
         with workplace(self.settings.data_dir.absolute() / "finetune", self._name) as self._folder:
             while not self.stopping:
@@ -88,6 +94,7 @@ class Worker:
                     folder=folder,
                     disk_bytes=self.settings.max_training_disk_bytes,
                     stopping=lambda: self.stopping,
+                    tally=self.tally,
                 )
                 await attempt.run()
         finally:
@@ -99,6 +106,20 @@ class Worker:
         told = self.settings.model_copy(update={"supervisor_pid": os.getpid()})
         return child_environment(told) | OFFLINE
 
+    def _show(self, host: str, port: int) -> None:
+        """Its own /metrics; without them it works as well."""
+        try:
+            self.tally.serve(host, port)
+        except StartupError as error:
+            log.error("No figures: %s", error.message)
+
+    async def _tell(self, redis: AsyncRedis) -> None:
+        """Everybody what this worker does, for their figures. Raises StoreError."""
+        news = self.tally.news()
+        worker = self._name.rpartition("-")[2]
+        await tell(redis, worker, self.tally.busy, self.tally.trained().loss, news)
+        self.tally.told(news)
+
     def _sweep(self) -> None:
         asyncio.run(self._sweep_for_ever())
 
@@ -109,6 +130,7 @@ class Worker:
             try:
                 await jobs.sweep()
                 await doomed.sweep()
+                await self._tell(redis)
             except StoreError as error:
                 log.warning("No sweep: %s", error.message)
             except Exception:  # the sweep is what nobody else does for a lost job: it never ends

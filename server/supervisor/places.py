@@ -1,6 +1,7 @@
 """What `serve` owns before any child runs: the data directory, the folder of the sockets, the port."""
 
 import os
+import shutil
 import socket
 import stat
 from collections.abc import Iterator
@@ -50,6 +51,12 @@ def make_run_dir(settings: Settings) -> Path:
         )
     folder.chmod(0o700)
     return folder
+
+
+def begin_figures(settings: Settings) -> None:
+    """An empty folder for the figures of this `serve`: what an earlier one counted is not its own."""
+    shutil.rmtree(settings.figures_dir, ignore_errors=True)
+    settings.figures_dir.mkdir(mode=0o700)
 
 
 @contextmanager

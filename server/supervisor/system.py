@@ -16,9 +16,15 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 
 import httpx
 
-from server.settings import OFFLINE, Settings, child_environment
+from server.settings import MULTIPROCESS, OFFLINE, Settings, child_environment
 from server.supervisor.child import Child
-from server.supervisor.places import address_of, listening, locked_data_dir, make_run_dir
+from server.supervisor.places import (
+    address_of,
+    begin_figures,
+    listening,
+    locked_data_dir,
+    make_run_dir,
+)
 from server.supervisor.valkey import answering, embedded_command, embedded_url, end_orphan
 
 Commands = Mapping[str, Sequence[str]]
@@ -45,6 +51,7 @@ def serve(settings: Settings, ready: Callable[[str], None], commands: Commands =
     """
     with locked_data_dir(settings), listening(settings.host, settings.port) as listener:
         make_run_dir(settings)
+        begin_figures(settings)
         asyncio.run(_run(settings, listener, ready, commands))
 
 
@@ -98,12 +105,14 @@ class _System:
         await self._add(Child("engine", self._commands["engine"], environment, STOP_SECONDS))
         fd = self._listener.fileno()
         command = [*self._commands["api"], "--fd", str(fd)]
-        await self._add(Child("api", command, environment, settings.drain_seconds + STOP_SECONDS, fds=(fd,)))
+        summed = environment | {MULTIPROCESS: str(settings.figures_dir)}
+        await self._add(Child("api", command, summed, settings.drain_seconds + STOP_SECONDS, fds=(fd,)))
         await _answering_readyz(address_of(self._listener))
         self._was_ready = True
         self._ready(address_of(self._listener))
         for number in range(settings.workers):
-            worker = Child(f"worker {number + 1}", self._commands["worker"], environment, STOP_SECONDS)
+            own = environment | _own_port(settings, number)
+            worker = Child(f"worker {number + 1}", self._commands["worker"], own, STOP_SECONDS)
             await self._add(worker, beside_last=True)
 
     async def _add(self, child: Child, *, beside_last: bool = False) -> None:
@@ -140,6 +149,12 @@ def _environment(settings: Settings, redis_url: str) -> dict[str, str]:
     """
     told = settings.model_copy(update={"redis_url": redis_url, "supervisor_pid": os.getpid()})
     return child_environment(told) | OFFLINE
+
+
+def _own_port(settings: Settings, number: int) -> dict[str, str]:
+    """Workers of one machine show their figures on ports that follow each other."""
+    port = settings.metrics_port and settings.metrics_port + number
+    return {"POLYPEFT_METRICS_PORT": str(port)}
 
 
 async def _answering_readyz(url: str) -> None:

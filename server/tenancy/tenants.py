@@ -44,6 +44,10 @@ class Tenant(msgspec.Struct, frozen=True):
     created: int  # Unix seconds
 
 
+# The operator's key on a tenant's route: a tenant like any other, which owns what the operator loads.
+OPERATOR = Tenant(id="operator", name="operator", weight=1.0, created=0)
+
+
 class KeyInfo(msgspec.Struct, frozen=True):
     """A key as it may be shown: never its secret, nor anything made from it."""
 

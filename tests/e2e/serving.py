@@ -164,9 +164,11 @@ class Serving:
         return key
 
     def gauge(self, name: str) -> float:
-        """A metric without labels, as /metrics says it now."""
-        text = self.get("/metrics").text
-        return float(next(line.split()[1] for line in text.splitlines() if line.startswith(f"{name} ")))
+        """A metric as /metrics says it now, over all its labels."""
+        lines = self.get("/metrics").text.splitlines()
+        found = [line.rpartition(" ")[2] for line in lines if re.match(rf"{re.escape(name)}[ {{]", line)]
+        assert found, f"no {name}"
+        return sum(map(float, found))
 
 
 def until(condition: Callable[[], Any], explain: Callable[[], str] = str, seconds: float = 30.0) -> None:

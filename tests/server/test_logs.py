@@ -6,8 +6,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from server.logs import OURS, configure_logs, visible
+from server.errors import NotFound
+from server.logs import OURS, WITHHELD, configure_logs, request_id, visible
 from server.settings import Settings
+from server.tenancy.keys import new_secret
 
 FORGED = "name\r\n2026-01-01T00:00:00Z INFO api: all is well\x1b[2J\u2028"
 
@@ -59,3 +61,60 @@ def test_below_the_level_nothing_is_written(capsys: pytest.CaptureFixture[str]) 
 
 def test_visible_keeps_what_it_is_told_to() -> None:
     assert visible("a\n\tb\x07", keep="\n\t") == "a\n\tb\\x07"
+
+
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_secrets_never_stand_in_a_line(capsys: pytest.CaptureFixture[str], form: str) -> None:
+    key, token = new_secret(), "a-token-for-metrics"
+    configure_logs(Settings(log_format=form, metrics_token=token), "api")  # type: ignore[arg-type]
+    log = logging.getLogger("server.test")
+    log.warning("key %s, Authorization: Bearer %s, %s", key, "abc.def", token)
+    log.warning("redis://user:hunter2@host:1/0 and https://h/x?password=hunter2&n=1")
+    try:
+        raise OSError(f"cannot reach redis://:hunter2@host with {key}")
+    except OSError:
+        log.exception("failed with %s", key)
+    said = capsys.readouterr().err
+    assert all(secret not in said for secret in (key, key[3:], "abc.def", token, "hunter2"))
+    assert said.count("pp-***") == 3
+    assert "cannot reach redis://***@host" in said
+
+
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_an_unforeseen_exception_says_where_and_not_what(
+    capsys: pytest.CaptureFixture[str], form: str
+) -> None:
+    configure_logs(Settings(log_format=form), "api")  # type: ignore[arg-type]
+    prompt = "the patient's name"
+    try:
+        try:
+            {}[prompt]
+        except KeyError as error:
+            raise ValueError(prompt) from error
+    except ValueError:
+        logging.getLogger("server.test").exception("failed")
+    said = capsys.readouterr().err
+    assert "patient" not in said
+    assert said.count(WITHHELD) == 2
+    assert "KeyError" in said
+    assert "ValueError" in said
+    assert "test_an_unforeseen_exception" in said
+    try:
+        raise NotFound("There is no such job.")
+    except NotFound:
+        logging.getLogger("server.test").exception("failed")
+    assert "There is no such job." in capsys.readouterr().err
+
+
+def test_lines_name_the_request_they_are_about(capsys: pytest.CaptureFixture[str]) -> None:
+    configure_logs(Settings(), "api")
+    token = request_id.set("req_1")
+    logging.getLogger("server.test").warning("slow")
+    configure_logs(Settings(log_format="json"), "api")
+    logging.getLogger("server.test").warning("slow")
+    request_id.reset(token)
+    logging.getLogger("server.test").warning("nobody's")
+    text, about, nobody = capsys.readouterr().err.splitlines()
+    assert text.endswith("server.test: [req_1] slow")
+    assert json.loads(about)["request_id"] == "req_1"
+    assert "request_id" not in json.loads(nobody)

@@ -17,7 +17,7 @@ import pytest
 from redis import Redis
 
 from server.errors import StartupError
-from server.settings import Settings
+from server.settings import MULTIPROCESS, Settings
 from server.supervisor.valkey import answering, embedded_url
 
 PARENT = """
@@ -320,3 +320,24 @@ def test_log_lines_name_their_process(system: System) -> None:
     lines = [json.loads(line) for line in system.log().splitlines()]
     assert any(line["process"] == "serve" and line["level"] == "error" for line in lines)
     assert parent.poll() is None
+
+
+def test_figures_begin_with_a_serve_and_each_worker_has_a_port(tmp_path: Path) -> None:
+    system = System(tmp_path, workers=2, metrics_port=9400)
+    system.child("worker", f"(folder / f'port-{{settings.metrics_port}}').touch(); {ENGINE}")
+    system.settings.figures_dir.mkdir(parents=True)
+    (system.settings.figures_dir / "engine").write_text("of an earlier serve")
+    parent = system.start()
+    try:
+        system.ready()
+        assert system.settings.figures_dir.is_dir()
+        assert not any(system.settings.figures_dir.iterdir())
+        told = psutil.Process(system.pid("api")).environ()
+        assert told[MULTIPROCESS] == str(system.settings.figures_dir)
+        assert MULTIPROCESS not in psutil.Process(system.pid("engine")).environ()
+        until(
+            lambda: {path.name for path in tmp_path.glob("port-*")} == {"port-9400", "port-9401"}, system.log
+        )
+    finally:
+        parent.send_signal(signal.SIGTERM)
+        parent.wait(10)

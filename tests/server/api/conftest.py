@@ -94,8 +94,9 @@ def system(valkey_url: str) -> Iterator[System]:
 class running:  # noqa: N801 - used as a context manager
     """Server and fake engine in one thread's loop, until the block ends."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, build: Callable[[Settings], FastAPI] = build_app) -> None:
         self._settings = settings
+        self._build = build
         self._up: threading.Event = threading.Event()
         self._system: System | None = None
         self._server: uvicorn.Server | None = None
@@ -114,7 +115,7 @@ class running:  # noqa: N801 - used as a context manager
         assert not self._thread.is_alive()
 
     async def _main(self) -> None:
-        app = build_app(self._settings)
+        app = self._build(self._settings)
         engine = FakeEngine(self._settings.engine_socket, toy_base(), {"max_seqs": 8})
         await engine.start()
         config = uvicorn.Config(app, port=0, http="httptools", log_config=None, access_log=False)

@@ -1,9 +1,13 @@
 """/healthz, /readyz, /metrics and /v1/limits."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import httpx
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from server.engine.fake import FakeEngine
+from server.metrics.names import FAMILIES, ON_API, REJECTIONS
 from tests.server.api.conftest import System, until
 
 
@@ -27,16 +31,20 @@ def test_metrics_count_what_happened(http: httpx.Client, system: System) -> None
         http.post("/v1/completions", json=body)
 
     def grown(name: str, **labels: str) -> float:
-        key = (name, tuple(sorted(labels.items())))
+        vllm = {"model_name": system.settings.base_id, "engine": "0"} if name.startswith("vllm:") else {}
+        key = (name, tuple(sorted((vllm | labels).items())))
         return series(http.get("/metrics").text)[key] - before.get(key, 0)
+
+    def requests(route: str, status: str) -> float:
+        return grown("polypeft_http_requests_total", route=route, status=status, tenant_class="standard")
 
     http.get("/v1/adapters/x")
     http.get("/v1/models/a/b")
-    assert grown("polypeft_http_requests_total", route="/v1/adapters/{name}", status="404") == 1
-    assert grown("polypeft_http_requests_total", route="/v1/models/{model:path}", status="404") == 1
+    assert requests("/v1/adapters/{name}", "404") == 1
+    assert requests("/v1/models/{model:path}", "404") == 1
     route = "/v1/completions"
-    assert grown("polypeft_http_requests_total", route=route, status="200") == 1
-    assert grown("polypeft_http_requests_total", route=route, status="404") == 1
+    assert requests(route, "200") == 1
+    assert requests(route, "404") == 1
     assert grown("vllm:request_success_total", finished_reason="length") == 1
     assert grown("vllm:time_to_first_token_seconds_count") == 1
     assert grown("vllm:inter_token_latency_seconds_count") == 15
@@ -64,3 +72,103 @@ def test_limits_are_data(http: httpx.Client, engine: FakeEngine) -> None:
     too_many = {"model": "toy", "prompt": "x", "n": limits["max_n"] + 1}
     assert http.post("/v1/completions", json=too_many).status_code == 422
     assert http.post("/v1/completions", json=too_many | {"n": limits["max_n"]}).status_code == 200
+
+
+def test_every_documented_family_is_on_the_page(http: httpx.Client, system: System) -> None:
+    http.post("/v1/completions", json={"model": "toy", "prompt": "x", "max_tokens": 3})
+    text = http.get("/metrics").text
+    page = series(text)
+    assert len(page) == sum(not line.startswith("#") for line in text.splitlines()), "a series stands twice"
+    for key in ON_API:
+        assert f"# TYPE {FAMILIES[key].shown} {FAMILIES[key].kind}\n" in text
+    values = {name: value for (name, _), value in page.items()}
+    assert (
+        values["polypeft_engine_up"] == values["polypeft_valkey_up"] == values["polypeft_valkey_aof_ok"] == 1
+    )
+    assert values["polypeft_tenants"] >= 1
+    assert values["polypeft_valkey_call_seconds_count"] > 0
+    assert values["polypeft_process_resident_memory_bytes"] > 1e6
+    assert values["polypeft_http_requests_under_way"] == 1, "this one"
+
+
+@pytest.mark.parametrize(
+    "settings", [{"metrics_token": "a-token-of-16-letters"}, {"metrics_adapter_labels": "ids"}]
+)
+def test_a_page_that_names_somebody_or_is_closed_takes_a_key(
+    system: System, key: str, monkeypatch: pytest.MonkeyPatch, settings: dict[str, str]
+) -> None:
+    closed = system.settings.model_copy(update=settings)
+    monkeypatch.setattr(system.app.state.services, "settings", closed)
+    for given in (None, key, "x" * 8192, "pp-" + "x" * 43):
+        with system.http(given) as client:
+            answer = client.get("/metrics")
+            assert answer.status_code == 401
+            assert answer.headers["www-authenticate"] == "Bearer"
+    for given in (system.operator, settings.get("metrics_token", system.operator)):
+        with system.http(given) as client:
+            assert client.get("/metrics").status_code == 200
+            assert client.get("/metrics", params={"token": given}).status_code == 200
+    with system.http(settings.get("metrics_token")) as client:
+        assert client.get("/v1/models").status_code == 401, "it opens nothing else"
+
+
+def test_a_class_of_tenant_is_a_label_and_a_tenant_is_not(http: httpx.Client, system: System) -> None:
+    http.get("/v1/limits")
+    with system.http(system.operator) as client:
+        client.get("/v1/limits")
+        light = client.post("/admin/tenants", json={"name": "light", "weight": 0.5}).json()["key"]
+        heavy = client.post("/admin/tenants", json={"name": "heavy", "weight": 4}).json()["key"]
+    for given in (light, heavy, "pp-" + "x" * 43):
+        with system.http(given) as client:
+            client.get("/v1/limits")
+    page = series(http.get("/metrics").text)
+    seen = {dict(labels)["tenant_class"] for (name, labels) in page if name == "polypeft_http_requests_total"}
+    assert seen == {"anonymous", "operator", "standard", "low", "high"}
+
+
+def test_rows_that_end_early_count_as_what_they_are(http: httpx.Client, engine: FakeEngine) -> None:
+    def count(name: str, **labels: str) -> float:
+        page = series(http.get("/metrics").text)
+        return sum(
+            value
+            for (found, has), value in page.items()
+            if found == name and labels.items() <= dict(has).items()
+        )
+
+    ended = "vllm:request_success_total"
+    before = {how: count(ended, finished_reason=how) for how in ("abort", "error")}
+    engine.behaviour.step_seconds = 0.02
+    body = {"model": "toy", "prompt": "x", "max_tokens": 200, "stream": True, "n": 2}
+    with http.stream("POST", "/v1/completions", json=body) as answer:
+        next(answer.iter_lines())
+    until(lambda: count(ended, finished_reason="abort") == before["abort"] + 2)
+    http.post("/v1/completions", json=body | {"stream": False}, headers={"x-request-timeout": "0.1"})
+    assert count(ended, finished_reason="error") == before["error"] + 2
+    assert count("polypeft_request_failures_total", code="deadline_exceeded") >= 1
+
+
+def test_what_is_refused_at_the_door_counts_by_reason(system: System, engine: FakeEngine) -> None:
+    def refused(reason: str) -> float:
+        page = series(client.get("/metrics").text)
+        name = "vllm:admission_rejections_total"
+        return sum(
+            value for (found, has), value in page.items() if found == name and ("reason", reason) in has
+        )
+
+    body = {"model": "toy", "prompt": "x", "n": 8, "max_tokens": 200}
+    upload = {"filename": "x.jsonl", "purpose": "fine-tune", "bytes": 10, "mime_type": "text/jsonl"}
+    with system.http(system.tenant("many")) as client:
+        before = {reason: refused(reason) for reason in REJECTIONS}
+        engine.behaviour.step_seconds = 0.01
+        with ThreadPoolExecutor(3) as pool:
+            answers = [pool.submit(client.post, "/v1/completions", json=body) for _ in range(3)]
+        assert sorted(answer.result().status_code for answer in answers) == [200, 200, 503]
+        limit = system.settings.max_uploads_per_tenant
+        assert [client.post("/v1/uploads", json=upload).status_code for _ in range(limit + 1)][-1] == 429
+        system.app.state.services.draining = True
+        try:
+            assert client.post("/v1/completions", json=body).status_code == 503
+        finally:
+            system.app.state.services.draining = False
+        after = {reason: refused(reason) - before[reason] for reason in REJECTIONS}
+    assert after == {"queue_full": 1, "quota": 1, "draining": 1, "engine_unavailable": 0}
