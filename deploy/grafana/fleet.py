@@ -202,7 +202,7 @@ FLEET: dict[str, list[Panel]] = {
         ),
         Panel(
             "Memory of processes",
-            "Resident.",
+            "Physical memory that each kind of process holds.",
             "bytes",
             ((gauge("polypeft_process_resident_memory_bytes", by="process"), "{{process}}"),),
         ),

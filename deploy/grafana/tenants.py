@@ -12,13 +12,13 @@ TENANTS: dict[str, list[Panel]] = {
         ),
         Panel(
             "Tokens generated",
-            "A second.",
+            "A second, by tenant.",
             "short",
             ((top("polypeft_tenant_generation_tokens_total", "tenant"), "{{tenant}}"),),
         ),
         Panel(
             "Prompt tokens",
-            "A second.",
+            "Read a second, by tenant.",
             "short",
             ((top("polypeft_tenant_prompt_tokens_total", "tenant"), "{{tenant}}"),),
         ),
@@ -57,7 +57,7 @@ TENANTS: dict[str, list[Panel]] = {
     "Adapters (the busiest by name, the rest as other)": [
         Panel(
             "Rows of an adapter",
-            "A second.",
+            "Sequences a second that use it.",
             "short",
             (
                 (

@@ -101,7 +101,7 @@ TUNING: dict[str, list[Panel]] = {
         ),
         Panel(
             "Updates by worker",
-            "A second.",
+            "Steps of the optimizer a second.",
             "short",
             ((rate("polypeft_worker_training_steps_total", by="instance"), "{{instance}}"),),
         ),

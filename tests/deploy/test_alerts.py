@@ -1,4 +1,4 @@
-"""Every alert fires on its fault and is quiet without it, by promtool; each has a paragraph in the runbook."""
+"""Every alert fires on its fault and is quiet without it, by promtool; the runbook has a paragraph for each."""
 
 import re
 from pathlib import Path

@@ -1,0 +1,211 @@
+"""A real Prometheus over a server at work: every panel and every rule has data, and real faults raise alerts.
+
+`--load-seconds 120` works longer; `--plots FOLDER` draws what was recorded. Both are for a run by hand.
+"""
+
+import asyncio
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import httpx
+import pytest
+import torch
+from prometheus_client.parser import text_string_to_metric_families
+
+from adapters_store.objects import Objects
+from tests.deploy.load import train, upload, use
+from tests.deploy.plant import TOKEN, Prometheus, Store, Worker
+from tests.deploy.plots import draw
+from tests.deploy.queries import TARGET_LABELS, Query, conditions, named, panels, recordings
+from tests.e2e.serving import Serving, ask, until
+from tests.fixtures.models import load_model, make_lora
+
+STORE = "s3://polypeft/v1"
+LINEARS = ("q_proj", "v_proj", "down_proj")
+# one of two cores, few slots, little KV, a short queue: evictions, waits and refusals come by themselves
+OPTIONS = ("--threads", "1", "--adapter-slots", "2", "--kv-bytes", str(1 << 20), "--max-seqs", "8")
+TOGETHER = ("--max-queue", "24", "--workers", "0", "--store", STORE)
+FIGURES = ("--metrics-adapter-labels", "ids", "--metrics-token", TOKEN)
+
+# What this test does not cause, or a CPU does not have
+SILENT = {"fleet: GPU memory": "there is no GPU"}
+ZERO = {
+    "fleet: Damage": "nothing is damaged",
+    "fleet: KV cache in use": "",
+    "tuning: Heartbeat": "beats that failed: Valkey is never away",
+    "fleet: Valkey": "errors: Valkey is never away",
+}
+# Until the store tells how its calls went
+STORE_PANELS = ("fleet: Object store's calls, p95", "fleet: Object store's errors", "polypeft:store_errors")
+STORE_TELLS = hasattr(Objects.open("memory://"), "on_call")
+
+
+class Site(NamedTuple):
+    server: Serving
+    worker: Worker
+    store: Store
+    prometheus: Prometheus
+    keys: dict[str, list[str]]  # tenants' keys, and the adapters of each
+    loras: list[Path]
+
+
+@pytest.fixture(scope="module")
+def site(tiny_models: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    folder = tmp_path_factory.mktemp("live")
+    model, threads = tiny_models("llama"), torch.get_num_threads()
+    torch.set_num_threads(1)
+    store = Store(folder / "s3")
+    patch = pytest.MonkeyPatch()
+    for name, value in store.environment.items():
+        patch.setenv(name, value)
+    server = Serving(str(model), folder / "serving", *OPTIONS, *TOGETHER, *FIGURES)
+    worker = Worker(str(model), server, folder, STORE)
+    base = load_model(model)
+    loras = [
+        make_lora(base, folder / f"lora{i}", seed=i, r=4, target_modules=list(LINEARS)) for i in range(8)
+    ]
+    prometheus = None
+    try:
+        store.start()
+        server.start()
+        worker.start()
+        prometheus = Prometheus(folder / "prometheus", server.url, worker.port)
+        prometheus.start()
+        keys = {server.tenant(name): [f"{name}-{i}" for i in range(2)] for name in ("acme", "bmw", "citi")}
+        yield Site(server, worker, store, prometheus, keys, loras)
+    finally:
+        for stop in (worker.kill, server.end, prometheus.stop if prometheus else store.stop, store.stop):
+            stop()
+        patch.undo()
+        torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def worked(site: Site, request: pytest.FixtureRequest) -> Site:
+    """After uploads, misses, evictions, errors, a fine-tuning job, and three faults with their alerts."""
+    seconds = request.config.getoption("--load-seconds", default=None) or 12
+    number = iter(range(len(site.loras)))
+    for key, names in site.keys.items():
+        for name in names:
+            assert upload(site.server, key, name, site.loras[next(number)]) == 201
+    first = next(iter(site.keys))
+    train(site.server, first, "llama", "tuned", 2)
+    asyncio.run(use(site.server, site.keys, "llama", seconds))
+    with site.server.sdk(first) as sdk:
+        until(lambda: _done(sdk), site.worker.log, 60)
+    kill_the_engine(site)
+    stop_the_store(site)
+    kill_the_worker(site)
+    if plots := request.config.getoption("--plots", default=None):
+        draw(site.prometheus, Path(plots))
+    return site
+
+
+def _done(sdk: Any) -> bool:
+    return all(job.status == "succeeded" for job in sdk.fine_tuning.jobs.list())
+
+
+def kill_the_engine(site: Site) -> None:
+    site.server.kill("engine")
+    with site.server.http(next(iter(site.keys))) as client:
+        client.post("/v1/completions", json={"model": "llama", "prompt": "x", "max_tokens": 4})
+    site.prometheus.fires("PolypeftEngineRestarts", site.server.log)
+    until(site.server.ready, site.server.log, 60)
+
+
+def stop_the_store(site: Site) -> None:
+    """Adapters that are nowhere on this machine cannot be had; the base goes on."""
+    for key, names in site.keys.items():
+        _forget_copies(site)
+        with site.server.http(key) as client:
+            assert ask(client, "llama", "warm", 2)
+    site.store.stop()
+    for key, names in site.keys.items():
+        with site.server.http(key) as client:
+            for name in names:
+                asked = {"model": name, "prompt": "x", "max_tokens": 2}
+                assert client.post("/v1/completions", json=asked).status_code >= 500
+            assert ask(client, "llama", "the base", 2)
+    site.prometheus.fires("PolypeftAdapterLoadsFail", site.server.log)
+    site.prometheus.fires("PolypeftErrorBudgetBurnsFast", site.server.log)
+    if STORE_TELLS:
+        site.prometheus.fires("PolypeftStoreErrors", site.server.log)
+    site.store.start()
+
+
+def _forget_copies(site: Site) -> None:
+    """The local copies: a server that is new, or whose disk was too small."""
+    for copy in (site.server.data_dir / "cache" / "adapters").iterdir():
+        copy.unlink()
+
+
+def kill_the_worker(site: Site) -> None:
+    key = next(iter(site.keys))
+    train(site.server, key, "llama", "second", 40)
+    with site.server.sdk(key) as sdk:
+        until(lambda: "running" in {j.status for j in sdk.fine_tuning.jobs.list()}, site.worker.log, 30)
+    site.worker.kill()
+    site.prometheus.fires("PolypeftWorkerDown", site.worker.log)
+    site.prometheus.fires("PolypeftJobHeartbeatStale", site.worker.log)
+
+
+@pytest.mark.timeout(900)
+def test_every_panel_has_data(worked: Site) -> None:
+    faults = [fault for query in panels() if (fault := _without_data(worked.prometheus, query))]
+    assert not faults, "\n".join(faults)
+
+
+def test_every_rule_has_data(worked: Site) -> None:
+    faults = [fault for query in recordings() if (fault := _without_data(worked.prometheus, query))]
+    assert not faults, "\n".join(faults)
+
+
+def _without_data(prometheus: Prometheus, query: Query) -> str | None:
+    if query.where in SILENT or (not STORE_TELLS and query.where.startswith(STORE_PANELS)):
+        return None
+    series = prometheus.over_time(query.text)
+    values = [float(value) for one in series for _, value in one["values"]]
+    known = [value for value in values if value == value]  # NaN: nothing happened in that window
+    if not known:
+        return f"no data: {query.where}: {query.text}"
+    if not any(known) and query.where not in ZERO:
+        return f"always 0: {query.where}: {query.text}"
+    return None
+
+
+def test_every_metric_and_label_is_on_the_pages(worked: Site) -> None:
+    """By name in what the server and the worker really show, not by the tables they are made from."""
+    worked.worker.start()
+    pages = [
+        httpx.get(f"{worked.server.url}/metrics", headers={"authorization": f"Bearer {TOKEN}"}),
+    ]
+    url = f"http://127.0.0.1:{worked.worker.port}/metrics"
+    until(lambda: _reached(url), worked.worker.log, 60)
+    pages.append(httpx.get(url))
+    shown: dict[str, set[str]] = {"up": set()}
+    for page in pages:
+        assert page.status_code == 200
+        for family in text_string_to_metric_families(page.text):
+            for sample in family.samples:
+                shown.setdefault(sample.name, set()).update(sample.labels)
+    for query in [*panels(), *conditions()]:
+        for name, labels in named(query.text):
+            if name.startswith("polypeft:") or query.where in SILENT:
+                continue
+            assert name in shown, f"{name} of {query.where}"
+            assert labels - TARGET_LABELS <= shown[name], f"{name} of {query.where}"
+
+
+def _reached(url: str) -> bool:
+    try:
+        return httpx.get(url).status_code == httpx.codes.OK
+    except httpx.TransportError:
+        return False
+
+
+def test_the_metrics_page_needs_its_token(site: Site) -> None:
+    """What Prometheus sends is what opens it, and nothing less does."""
+    assert httpx.get(f"{site.server.url}/metrics").status_code == 401
+    assert os.environ["AWS_ACCESS_KEY_ID"]
