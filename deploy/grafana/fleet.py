@@ -40,7 +40,7 @@ FLEET: dict[str, list[Panel]] = {
             (16, 64),
         ),
         stat(
-            "KV cache in use",
+            "KV cache, fullest",
             "Fullest server. At 100% rows wait, or are put back.",
             "percentunit",
             gauge("vllm:kv_cache_usage_perc", over="max"),

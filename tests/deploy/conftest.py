@@ -1,4 +1,4 @@
-"""Options of the live test, for a run by hand: pytest tests/deploy --load-seconds 120 --plots docs/dashboards"""
+"""Options of the live test, by hand: pytest tests/deploy --load-seconds 120 --plots docs/dashboards"""
 
 import pytest
 

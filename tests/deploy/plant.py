@@ -1,4 +1,4 @@
-"""A whole site for the live test: server, worker, S3 store, and a Prometheus that scrapes them every second."""
+"""A whole site for the live test: server, worker, S3 store, and a Prometheus that scrapes each second."""
 
 import json
 import os

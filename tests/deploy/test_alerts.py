@@ -1,4 +1,4 @@
-"""Every alert fires on its fault and is quiet without it, by promtool; the runbook has a paragraph for each."""
+"""Every alert fires on its fault and is quiet without it, by promtool; each is in the runbook."""
 
 import re
 from pathlib import Path

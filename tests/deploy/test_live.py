@@ -117,10 +117,7 @@ def kill_the_engine(site: Site) -> None:
 
 def stop_the_store(site: Site) -> None:
     """Adapters that are nowhere on this machine cannot be had; the base goes on."""
-    for key, names in site.keys.items():
-        _forget_copies(site)
-        with site.server.http(key) as client:
-            assert ask(client, "llama", "warm", 2)
+    _forget_copies(site)
     site.store.stop()
     for key, names in site.keys.items():
         with site.server.http(key) as client:
