@@ -3,7 +3,7 @@
 #   docker build -t polypeft --build-arg VARIANT=cpu --build-arg TORCH_INDEX_URL=... .
 #   docker run --read-only --tmpfs /tmp -v polypeft:/data -p 8000:8000 polypeft
 #
-# VARIANT  what torch must turn out to be: cpu (PyTorch's index of CPU wheels as TORCH_INDEX_URL; a fifth of the
+# VARIANT  what torch must turn out to be: cpu (PyTorch's index of CPU wheels as TORCH_INDEX_URL; much
 #          size) or cuda (the default index will do).
 # BASE     pinned by tag. For a build that repeats to the byte, give it by digest: python@sha256:...
 #
