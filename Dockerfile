@@ -3,8 +3,8 @@
 #   docker build -t polypeft --build-arg VARIANT=cpu --build-arg TORCH_INDEX_URL=... .
 #   docker run --read-only --tmpfs /tmp -v polypeft:/data -p 8000:8000 polypeft
 #
-# VARIANT  what torch must turn out to be: cpu (PyTorch's index of CPU wheels as TORCH_INDEX_URL; much
-#          size) or cuda (the default index will do).
+# VARIANT  what torch must turn out to be: cpu (with PyTorch's index of CPU wheels as TORCH_INDEX_URL; a much
+#          smaller image) or cuda (the default index will do).
 # BASE     pinned by tag. For a build that repeats to the byte, give it by digest: python@sha256:...
 #
 # Debian 12 and Python 3.11 are what the tests run on. deploy/check-image builds and runs this file without Docker.
