@@ -70,7 +70,7 @@ def of_engine(console: Console) -> None:
             figures.observe("batch_tokens", ROWS)
 
         def end() -> None:
-            figures.ended(rows[int(time.perf_counter() * 1e6) % 200], 2.0, failed=False)
+            figures.ended(rows[int(time.perf_counter() * 1e6) % 200], 2.0)
 
         def report() -> None:
             figures.review(time.monotonic())
@@ -98,7 +98,7 @@ def of_api(console: Console) -> None:
     metrics = Metrics("model", multiprocess_dir())
     figures = Figures(None, "ids", TOP)
     for number in range(200):
-        figures.ended(row(number), 2.0, failed=False)
+        figures.ended(row(number), 2.0)
     message = encode(figures.report("boot", {}, []))
 
     def token() -> None:

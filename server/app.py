@@ -140,7 +140,7 @@ def build_services(settings: Settings) -> Services:
         tenants=Tenants(redis),
         engine=engine,
         metrics=metrics,
-        system_figures=SystemFigures(redis, metrics),
+        system_figures=SystemFigures(redis, metrics, losses=settings.metrics_closed),
         files=tenant_files,
         uploads=Uploads(
             redis,

@@ -16,16 +16,18 @@ from server.errors import StoreError
 from server.finetune.figures import Figures, figures
 from server.metrics import Metrics
 from server.metrics.names import FLEET, OUTCOMES
-from server.metrics.render import Values
+from server.metrics.render import Labels, Values
 
 FRESH_SECONDS = 2.0
-CENSUS_SECONDS = 30.0  # it walks over all tenants
+CENSUS_SECONDS = 10.0  # it walks over all tenants
 PATIENCE_SECONDS = 1.0
 
 
 class SystemFigures:
-    def __init__(self, redis: Redis, metrics: Metrics) -> None:
+    def __init__(self, redis: Redis, metrics: Metrics, *, losses: bool) -> None:
+        """`losses`: how some tenant's training goes is shown as well."""
         self._redis = redis
+        self._losses = losses
         self._metrics = metrics
         self._reading = asyncio.Lock()
         self._read_at = self._counted_at = float("-inf")
@@ -56,14 +58,14 @@ class SystemFigures:
             "valkey_memory": [((), float(info.get("used_memory", 0)))],
             "tenants": [((), float(self._census.tenants))],
             "adapters_registered": [((), float(self._census.adapters))],
-            **_of_training(await figures(self._redis)),
+            **_of_training(found := await figures(self._redis)),
+            "training_loss": _losses(found) if self._losses else [],
         }
 
 
 def _of_training(found: Figures) -> Values:
     counted = Counter(found.counters)
     busy = sum(state.busy for state in found.workers.values())
-    losses = [(name, state.loss) for name, state in found.workers.items()]
     plain = ("training_tokens", "training_steps", "checkpoints", "checkpoint_bytes")
     return {
         "jobs": [
@@ -78,5 +80,8 @@ def _of_training(found: Figures) -> Values:
         "workers": [(("idle",), len(found.workers) - busy), (("busy",), busy)],
         "attempts": [((how,), counted[f"attempts:{how}"]) for how in OUTCOMES],
         **{key: [((), counted[key])] for key in plain},
-        "training_loss": [((name,), loss) for name, loss in losses if loss is not None],
     }
+
+
+def _losses(found: Figures) -> list[tuple[Labels, float]]:
+    return [((name,), state.loss) for name, state in found.workers.items() if state.loss is not None]

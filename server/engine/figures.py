@@ -7,7 +7,7 @@ the next engine goes on from there. Keys are those of server/metrics/names.py.
 import logging
 from bisect import bisect_left
 from collections import defaultdict, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -26,9 +26,18 @@ DIGEST_CHARS = 16  # of a content hash, as in system_fingerprint
 LISTED = 64  # adapters in one list of lora_requests_info
 PROCESS = "engine"
 TENANT_KEYS = tuple(key for key in ENGINE if key.startswith("tenant_"))
+# what only a load can end a row with -> the reason in metrics
+LOAD_REASONS = {"model_not_found": "missing", "invalid_adapter": "invalid", "store_unavailable": "store"}
 ADAPTER_KEYS = tuple(key for key, family in ENGINE.items() if "adapter" in family.labels)
 
 log = logging.getLogger(__name__)
+
+
+def source_of(row: Row, sources: Mapping[str, str]) -> str:
+    """Where its adapter was found; of several, the last one's. `sources` says it of what was loaded."""
+    if row.cold:
+        return sources.get(row.uses[-1].adapter.digest, "store")
+    return "device" if row.uses else ""
 
 
 class Histogram:
@@ -99,8 +108,8 @@ class Figures:
             if family and (not label or label in next(iter(family.labels.values()), ())):
                 self._add(key, (label,) if label else (), value)
 
-    def ended(self, row: Row, now: float, *, failed: bool) -> None:
-        """A row is over: its latencies, and what it adds to its tenant's and adapters' counts."""
+    def ended(self, row: Row, now: float, error: str = "") -> None:
+        """A row is over, with this error's code if with one: its latencies, and its owners' counts."""
         if row.command.tenant.startswith("\0"):
             return  # the gate's own
         row.wait_ends(now)
@@ -109,7 +118,9 @@ class Figures:
             self.count("adapter_misses" if row.cold else "adapter_hits")
         for reason, seconds in timing.waited.items():
             self.observe("wait_seconds", seconds, reason)
-        if not failed and timing.first_token:
+        if error in LOAD_REASONS:
+            self.count("adapter_load_failures", 1, LOAD_REASONS[error])
+        if not error and timing.first_token:
             self.observe("queue_seconds", timing.queued)
             self.observe("prefill_seconds", timing.first_token - timing.started)
             self.observe("decode_seconds", now - timing.first_token)
@@ -119,7 +130,7 @@ class Figures:
             if tokens > 1:
                 self.observe("per_token_seconds", (now - timing.first_token) / (tokens - 1))
         if self._mode != "off":
-            self._attribute(row, tokens, failed)
+            self._attribute(row, tokens, failed=bool(error))
 
     def adapter(self, ref: AdapterRef) -> str:
         """How an adapter is called in labels."""
@@ -157,7 +168,7 @@ class Figures:
         else:
             self.count(key, value, *labels)
 
-    def _attribute(self, row: Row, tokens: int, failed: bool) -> None:
+    def _attribute(self, row: Row, tokens: int, *, failed: bool) -> None:
         waited, prompt = row.timing.waited, row.prompt_length - row.virtual
         amounts = {
             "tenant_requests": 1,

@@ -19,7 +19,7 @@ from server.adapters.methods import build_methods
 from server.adapters.methods.base import Bank
 from server.adapters.tiers import DiskTier, RamTier
 from server.engine.device import choose_placement
-from server.engine.figures import Figures
+from server.engine.figures import Figures, source_of
 from server.engine.footprint import BATCH_TOKENS
 from server.engine.gate import Gate
 from server.engine.grammar import Grammars, mask_logits
@@ -153,15 +153,6 @@ class Engine:
         """Checks that have ended since the last call."""
         return self.gate.take_verdicts()
 
-    def gauges(self) -> dict[str, float]:
-        return {
-            "running": len(self.scheduler.running),
-            "waiting": self.scheduler.waiting,
-            "kv_usage": self.blocks.usage,
-            "slots_used": len(self.cache.by_digest),
-            "slots_total": self.cache.slots,
-        }
-
     def take_observations(self) -> list[tuple[str, str, float]]:
         """Of loads, since the last call."""
         taken, self.loader.observations = self.loader.observations, []
@@ -232,18 +223,18 @@ class Engine:
             return None
         if not sampled.finite:
             self.counts["non_finite_rows"] += 1
-            self._end(row, failed=True)  # before its blocks were offered to anyone
+            self._end(row, NonFinite.code)  # before its blocks were offered to anyone
             return _failure(row.id, NonFinite("The model produced NaN or Inf for this request."))
         self.scheduler.commit(row, sampled.token)
         if row.grammar and not row.grammar.consume_token(sampled.token):
-            self._end(row, failed=True)
+            self._end(row, InvalidField.code)
             return _failure(row.id, InvalidField("The answer left its schema.", param="response_format"))
         self.counts["generation_tokens"] += 1
         s = row.command.sampling
         first = row.output_length == 1
         if first:
             row.timing.first_token = time.time()
-            row.timing.source = self._source(row)
+            row.timing.source = source_of(row, self.loader.sources)
         stopped = sampled.token in s.stop_token_ids or (sampled.token in self.ends and not s.ignore_eos)
         full = row.output_length >= s.max_tokens or len(row.tokens) >= self.base.max_context
         if stopped or full:
@@ -258,20 +249,15 @@ class Engine:
             timing=row.timing if first else None,
         )
 
-    def _end(self, row: Row, *, failed: bool = False) -> None:
-        self.figures.ended(row, time.time(), failed=failed)
+    def _end(self, row: Row, error: str = "") -> None:
+        """It is over, with this error's code if with one."""
+        self.figures.ended(row, time.time(), error)
         self.scheduler.remove(row)
-
-    def _source(self, row: Row) -> str:
-        """Where its adapter was found; of several, the last one's."""
-        if row.cold:
-            return self.loader.sources.get(row.uses[-1].adapter.digest, "store")
-        return "device" if row.uses else ""
 
     def _ended(self) -> list[Chunk]:
         """Rows that ended without a step: refused, expired, or their adapter failed to load."""
-        for row, _ in self.scheduler.ended:
-            self.figures.ended(row, time.time(), failed=True)
+        for row, error in self.scheduler.ended:
+            self.figures.ended(row, time.time(), error.code)
         chunks = self.refused + [_failure(row.id, error) for row, error in self.scheduler.ended]
         self.refused = []
         self.scheduler.ended = []
@@ -283,7 +269,7 @@ class Engine:
         largest = max(rows, key=lambda row: row.scheduled)
         for row in rows:
             row.scheduled = 0
-        self._end(largest, failed=True)
+        self._end(largest, Unavailable.code)
         return [_failure(largest.id, Unavailable("The device ran out of memory for this request."))]
 
 

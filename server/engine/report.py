@@ -7,10 +7,9 @@ import torch
 from server.engine.loop import Engine
 from server.engine.messages import Stats
 from server.memory import resident_bytes
-from server.metrics.names import GATE_REFUSALS, LOAD_FAILURES, OTHER, WAITS
+from server.metrics.names import GATE_REFUSALS, OTHER, WAITS
 
 # PolypeftError's code -> the reason in metrics
-LOAD_REASONS = {"model_not_found": "missing", "invalid_adapter": "invalid", "store_unavailable": "store"}
 GATE_REASONS = {"invalid_adapter": "invalid", "store_unavailable": "store"}
 
 
@@ -18,7 +17,14 @@ def stats(engine: Engine, boot: str) -> Stats:
     """Everything for /metrics; also keeps it for the next engine."""
     engine.figures.review(time.monotonic())
     _count(engine)
-    return engine.figures.report(boot, engine.gauges(), _labelled(engine))
+    gauges = {
+        "running": len(engine.scheduler.running),
+        "waiting": engine.scheduler.waiting,
+        "kv_usage": engine.blocks.usage,
+        "slots_used": len(engine.cache.by_digest),
+        "slots_total": engine.cache.slots,
+    }
+    return engine.figures.report(boot, gauges, _labelled(engine))
 
 
 def _labelled(engine: Engine) -> list[tuple[str, tuple[str, ...], float]]:
@@ -48,20 +54,17 @@ def _labelled(engine: Engine) -> list[tuple[str, tuple[str, ...], float]]:
 
 def _count(engine: Engine) -> None:
     """What the parts have counted since the process began."""
-    figures, cache, loader, scheduler = engine.figures, engine.cache, engine.loader, engine.scheduler
+    figures, cache, loader = engine.figures, engine.cache, engine.loader
     for key, value in engine.counts.items():
         figures.set_count(key, value)
     figures.set_count("prefix_queries", engine.blocks.queries)
     figures.set_count("prefix_hits", engine.blocks.hits)
-    figures.set_count("preemptions", scheduler.preemptions)
+    figures.set_count("preemptions", engine.scheduler.preemptions)
     figures.set_count("adapter_evictions", cache.evictions, "device")
     figures.set_count("adapter_evictions", loader.ram.evictions, "ram")
     figures.set_count("adapter_evictions", loader.disk.evictions, "disk")
-    figures.set_count("adapter_corrupt_copies", loader.corrupt)
+    figures.set_count("adapter_corrupt_copies", loader.corrupt, "disk")
     figures.set_count("gate_accepted", engine.gate.accepted)
-    for reason in LOAD_FAILURES:
-        codes = [code for code in scheduler.failures if LOAD_REASONS.get(code, OTHER) == reason]
-        figures.set_count("adapter_load_failures", sum(scheduler.failures[code] for code in codes), reason)
     for reason in GATE_REFUSALS:
         codes = [code for code in engine.gate.refusals if _gate_reason(code) == reason]
         figures.set_count("gate_refusals", sum(engine.gate.refusals[code] for code in codes), reason)

@@ -6,7 +6,7 @@ Token Counter, arXiv 2401.00588), oldest first. A row whose adapter is on its wa
 blocks run out the row admitted last goes back to its queue.
 """
 
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -50,7 +50,6 @@ class Scheduler:
         ] = []  # rows that ended without a step; the loop takes them
         self.preemptions = 0
         self.cold: dict[str, Row] = {}  # rows that wait for an adapter's load
-        self.failures: Counter[str] = Counter()  # loads that failed, by their error's code
 
     @property
     def waiting(self) -> int:
@@ -160,7 +159,6 @@ class Scheduler:
             try:
                 slots = self._acquire(row)
             except PolypeftError as error:
-                self.failures[error.code] += 1
                 self.remove(row)
                 self.ended.append((row, error))
                 continue

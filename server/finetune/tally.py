@@ -48,6 +48,7 @@ class Tally:
         self.counts: Counter[str] = Counter()  # of attempts that are over
         self.outcomes: Counter[str] = Counter()
         self.beat_failures = 0
+        self.loss: float | None = None  # of the last update
         self.heard: float | None = None  # time.monotonic() of the job's last heartbeat; None: no job
         self._model = model
         self._folder: Path | None = None
@@ -78,9 +79,11 @@ class Tally:
         if self._folder is None:
             return Trained()
         try:
-            return msgspec.json.decode((self._folder / FILE).read_bytes(), type=Trained)
+            found = msgspec.json.decode((self._folder / FILE).read_bytes(), type=Trained)
         except FileNotFoundError:  # its first step is still to come
             return Trained()
+        self.loss = found.loss
+        return found
 
     def totals(self) -> Counter[str]:
         """All this worker has done."""
@@ -97,7 +100,7 @@ class Tally:
 
     def collect(self) -> Iterator[Metric]:
         """For prometheus_client."""
-        totals, loss, heard = self.totals(), self.trained().loss, self.heard
+        totals, loss, heard = self.totals(), self.loss, self.heard
         values: Values = {key: [((), totals[name])] for key, name in SHOWN.items()}
         values |= {
             "worker_busy": [((), self.busy)],

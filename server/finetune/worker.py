@@ -117,7 +117,7 @@ class Worker:
         """Everybody what this worker does, for their figures. Raises StoreError."""
         news = self.tally.news()
         worker = self._name.rpartition("-")[2]
-        await tell(redis, worker, self.tally.busy, self.tally.trained().loss, news)
+        await tell(redis, worker, self.tally.busy, self.tally.loss, news)
         self.tally.told(news)
 
     def _sweep(self) -> None:

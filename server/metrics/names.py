@@ -40,7 +40,7 @@ WAITS = ("capacity", "adapter", "sibling", "grammar")
 PHASES = ("schedule", "forward", "adapter", "sample", "deliver")
 TIERS = ("device", "ram", "disk")
 SOURCES = ("ram", "disk", "store")
-LOAD_FAILURES = ("missing", "invalid", "store", OTHER)
+LOAD_FAILURES = ("missing", "invalid", "store")
 GATE_REFUSALS = ("invalid", "non_finite", "no_effect", "too_large", "store", OTHER)
 CLASSES = ("anonymous", "operator", "low", "standard", "high")
 FINISHED = ("stop", "length", "abort", "error")
@@ -154,7 +154,9 @@ ENGINE: Mapping[str, Family] = {
         "polypeft_adapter_load_failures", "Adapters that could not be loaded", reason=LOAD_FAILURES
     ),
     "adapter_corrupt_copies": _counter(
-        "polypeft_adapter_corrupt_copies", "Cached copies that failed their SHA-256"
+        "polypeft_adapter_corrupt_copies",
+        "Copies that were not what they should be, and were not used",
+        tier=(*TIERS, "store"),
     ),
     "gate_accepted": _counter("polypeft_gate_accepted", "New versions that passed the engine's check"),
     "gate_refusals": _counter(
@@ -245,7 +247,9 @@ FLEET: Mapping[str, Family] = {
     ),
     "training_tokens": _counter("polypeft_training_tokens", "Tokens trained on"),
     "training_steps": _counter("polypeft_training_steps", "Updates"),
-    "training_loss": _gauge("polypeft_training_loss", "Loss of the last update, by worker", worker=()),
+    "training_loss": _gauge(
+        "polypeft_training_loss", "Loss of the last update, by worker; not on a page open to all", worker=()
+    ),
     "checkpoints": _counter("polypeft_checkpoints", "Checkpoints stored"),
     "checkpoint_bytes": _counter("polypeft_checkpoint_bytes", "Bytes of checkpoints stored"),
 }

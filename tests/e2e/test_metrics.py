@@ -95,25 +95,24 @@ def busy(server: Serving, lora: Lora, tiny: Path, tmp_path_factory: pytest.TempP
     noop = make_lora(
         load_model(tiny), tmp_path_factory.mktemp("noop"), scale=0.0, r=2, target_modules=["q_proj"]
     )
-    for key in keys:
-        with server.http(key) as http:
-            for seed in range(4):
-                push(http, f"poet-{seed}", lora(seed))
-            for round_ in range(2):
-                for seed in range(4):
-                    ask(http, f"poet-{seed}", f"{CANARY} {round_}")
+    with server.http(keys[0]) as http:
+        for seed in range(4):
+            push(http, f"poet-{seed}", lora(seed))
+        for seed in (0, 1, 2, 3, 0, 1, 2, 3):
+            ask(http, f"poet-{seed}", CANARY, 4)
+        refused = http.post("/v1/adapters", data={"name": "noop"}, files=files_of(noop))
+        assert refused.status_code == 422, refused.text
+    with server.http(keys[1]) as http:
+        push(http, "poet-1", lora(5))
+        for _ in range(2):  # the second finds its prefix
             ask(http, "llama", CANARY * 20)
-            ask(http, "llama", CANARY * 20)  # finds its prefix
-            stream = body("poet-1", CANARY, 8, stream=True, n=2)
-            assert http.post("/v1/completions", json=stream).text.endswith("data: [DONE]\n\n")
-            late = http.post(
-                "/v1/completions", json=body("llama", CANARY, 400), headers={"x-request-timeout": "0.01"}
-            )
-            assert late.status_code == 504
-            refused = http.post("/v1/adapters", data={"name": "noop"}, files=files_of(noop))
-            assert refused.status_code == 422, refused.text
-            with http.stream("POST", "/v1/completions", json=body("llama", CANARY, 400, stream=True)) as gone:
-                next(gone.iter_lines())
+        stream = body("poet-1", CANARY, 8, stream=True, n=2)
+        assert http.post("/v1/completions", json=stream).text.endswith("data: [DONE]\n\n")
+        long = body("llama", CANARY, 400)
+        late = http.post("/v1/completions", json=long, headers={"x-request-timeout": "0.01"})
+        assert late.status_code == 504
+        with http.stream("POST", "/v1/completions", json=long | {"stream": True}) as gone:
+            next(gone.iter_lines())
     with server.http(keys[0]) as http:
         http.delete("/v1/adapters/poet-3")
     with server.sdk(keys[1]) as sdk:
@@ -125,15 +124,15 @@ def busy(server: Serving, lora: Lora, tiny: Path, tmp_path_factory: pytest.TempP
 @pytest.mark.timeout(600)
 def test_everything_documented_is_there_after_real_traffic(server: Serving, busy: str) -> None:
     until(lambda: total(page(server), "polypeft_training_attempts_total", outcome="finished") == 1)
+    until(lambda: total(page(server), "polypeft_adapters_registered") == 5)  # they are counted now and then
     found = page(server)
     missing = [key for key in ON_API - EMPTY if not series_of(found, key)]
     assert not missing
     silent = [key for key in ON_API - EMPTY - QUIET if not any(series_of(found, key))]
     assert not silent
-    assert total(found, "polypeft_adapters_registered") == 8
     assert total(found, "polypeft_tenants") == 2
     assert total(found, "polypeft_jobs_finished_total", status="succeeded") == 1
-    assert total(found, "polypeft_gate_refusals_total", reason="no_effect") == 2
+    assert total(found, "polypeft_gate_refusals_total", reason="no_effect") == 1
     assert total(found, "polypeft_adapter_cache_evictions_total", tier="device") > 4
     assert total(found, "vllm:prefix_cache_hits_total") > 0
     phases = {

@@ -88,7 +88,7 @@ def test_an_unforeseen_exception_says_where_and_not_what(
     prompt = "the patient's name"
     try:
         try:
-            {}[prompt]
+            dict[str, int]()[prompt]
         except KeyError as error:
             raise ValueError(prompt) from error
     except ValueError:

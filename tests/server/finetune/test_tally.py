@@ -57,7 +57,7 @@ def test_the_port_shows_attempts_done_and_under_way(tmp_path: Path) -> None:
     assert seen["polypeft_worker_attempts_total[finished]"] == 1
     assert seen["polypeft_worker_heartbeat_failures_total"] == 2
     assert seen["polypeft_worker_heartbeat_age_seconds"] == 0
-    assert "polypeft_worker_training_loss" not in seen
+    assert seen["polypeft_worker_training_loss"] == 2.5, "of the last update there was"
 
 
 def test_what_is_told_is_told_once(tmp_path: Path) -> None:
