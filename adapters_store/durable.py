@@ -11,13 +11,13 @@ import secrets
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from server.errors import StoreError
+from server.errors import WrongDigest
 
 
 def write_file(
     path: Path, chunks: Iterable[bytes], sha256: str | None = None, *, only_if_absent: bool = False
 ) -> bool:
-    """Write `path` durably. False if it was there and had to be absent; StoreError if `sha256` is another's.
+    """Write `path` durably. False if it was there and had to be absent; WrongDigest if `sha256` is another's.
 
     The draft lies beside its target under a name obstore's listing leaves out ("#" and digits at its end).
     """
@@ -59,13 +59,13 @@ def make_folder(path: Path) -> None:
 
 
 def verified(chunks: Iterable[bytes], sha256: str | None) -> Iterator[bytes]:
-    """`chunks` as they are; StoreError at their end if they are not what `sha256` names."""
+    """`chunks` as they are; WrongDigest at their end if they are not what `sha256` names."""
     digest = hashlib.sha256()
     for chunk in chunks:
         digest.update(chunk)
         yield chunk
     if sha256 is not None and digest.hexdigest() != sha256:
-        raise StoreError("Stored bytes do not match their SHA-256; they were not used.")
+        raise WrongDigest("Stored bytes do not match their SHA-256; they were not used.")
 
 
 def _sync_folder(path: Path) -> None:

@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
 
+from adapters_store.direct import DirectUploads
 from adapters_store.objects import Objects
 from adapters_store.registry import Registry
 from adapters_store.valkey import connect
@@ -16,6 +17,7 @@ from server.api import (
     admin,
     chat,
     completions,
+    direct_uploads,
     files,
     fine_tuning,
     health,
@@ -52,6 +54,7 @@ ROUTERS = (
     chat,
     models,
     adapters,
+    direct_uploads,
     files,
     uploads,
     fine_tuning,
@@ -122,7 +125,7 @@ def build_services(settings: Settings) -> Services:
     engine = EngineClient(settings.engine_socket, on_stats=metrics.absorb)
     metrics.engine_up = lambda: engine.ready
     queue = WorkerQueue(settings.redis_url)
-    objects = Objects.open(settings.store_url)
+    objects = Objects.open(settings.store_url, settings.store_config)
     tenant_files = Files(
         redis,
         objects,
@@ -149,6 +152,7 @@ def build_services(settings: Settings) -> Services:
             max_bytes=settings.max_file_bytes,
             max_pending=settings.max_uploads_per_tenant,
         ),
+        directs=DirectUploads(redis, settings.max_uploads_per_tenant),
         jobs=Jobs(redis, queue, settings.max_jobs_per_tenant),
         queue=queue,
     )

@@ -16,6 +16,7 @@ PolypeftError                           500  our fault unless a subclass says ot
 ├── Unavailable                         503  overloaded, draining, or a part is down: try again
 │   ├── EngineLost                      503  the engine died under this request
 │   └── StoreError                      503  object storage or Valkey did not answer
+│       └── WrongDigest                 503  stored bytes are not what their SHA-256 says
 ├── DeadlineExceeded                    504  the request's own deadline passed
 ├── NonFinite                           500  the model produced NaN or Inf for this row
 └── StartupError                             serve cannot start: wrong model, wrong setting
@@ -119,6 +120,10 @@ class EngineLost(Unavailable):
 
 class StoreError(Unavailable):
     code = "store_unavailable"
+
+
+class WrongDigest(StoreError):
+    code = "wrong_digest"
 
 
 class DeadlineExceeded(PolypeftError):

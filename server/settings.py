@@ -37,6 +37,8 @@ class Settings(BaseSettings):
     """Where everything lies that must survive."""
     store: str | None = None
     """URL of the object store for adapters; without it, a folder in the data directory."""
+    store_config: Path | None = None
+    """File with the store's endpoint, region and keys, JSON or INI; without it, the cloud's own variables."""
     redis_url: str | None = None
     """URL of a Valkey or Redis; without it, a Valkey of our own in the data directory."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

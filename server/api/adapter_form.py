@@ -1,8 +1,10 @@
-"""Which files make an adapter's upload, and the form they come in. Knows nothing of their contents."""
+"""Which files make an adapter's upload, and the form they come in. Knows nothing of what is in them."""
+
+from collections.abc import Iterable
 
 from server.adapters.formats.convert import PICKLES
 from server.api.multipart import Form
-from server.errors import UnsupportedMedia, shown
+from server.errors import InvalidAdapter, UnsupportedMedia, shown
 from server.settings import Settings
 
 CONFIG = "adapter_config.json"
@@ -22,11 +24,12 @@ def adapter_form(settings: Settings) -> Form:
         file="files",
         max_bytes=settings.max_upload_bytes,
         max_files=settings.max_upload_files,
-        keep=_keep,
+        keep=kept,
     )
 
 
-def _keep(name: str) -> bool:
+def kept(name: str) -> bool:
+    """Whether an adapter needs the file. Raises UnsupportedMedia for one that has no business here."""
     if name.endswith(IGNORED_ENDINGS) or name in IGNORED:
         return False
     if name not in (CONFIG, INTERFACE, *WEIGHTS):
@@ -34,3 +37,12 @@ def _keep(name: str) -> bool:
             f"The file {shown(name)} is none of {CONFIG}, {INTERFACE}, {', '.join(WEIGHTS)}.", param="files"
         )
     return True
+
+
+def check_files(names: Iterable[str]) -> str:
+    """Which of them holds the weights. Raises InvalidAdapter unless they make an adapter."""
+    given = set(names)
+    weights = [name for name in WEIGHTS if name in given]
+    if CONFIG not in given or len(weights) != 1:
+        raise InvalidAdapter(f"An upload needs {CONFIG} and one of {' or '.join(WEIGHTS)}.", param="files")
+    return weights[0]

@@ -11,7 +11,7 @@ from pydantic import Field
 from adapters_store.index import Adapter, Version
 from adapters_store.manifest import Manifest
 from server.adapters.formats.convert import PICKLES, convert_pickle
-from server.api.adapter_form import CONFIG, INTERFACE, WEIGHTS, adapter_form
+from server.api.adapter_form import CONFIG, INTERFACE, adapter_form, check_files
 from server.api.body import json_body
 from server.api.deps import CurrentTenant, Parts, current_tenant
 from server.api.errors import json_response
@@ -20,7 +20,7 @@ from server.api.multipart import Upload, receive_form
 from server.api.publish import Files, publish
 from server.api.schemas import Body
 from server.api.services import Services
-from server.errors import InvalidAdapter, InvalidField, NotFound, shown
+from server.errors import InvalidField, NotFound, shown
 
 router = APIRouter(prefix="/v1/adapters", dependencies=[Depends(current_tenant)])
 
@@ -45,12 +45,12 @@ async def upload_adapter(request: Request, parts: Parts, tenant: CurrentTenant) 
     with incoming(parts.settings) as folder:
         upload = await receive_form(request, Path(folder), form, seconds)
         create_only = request.headers.get("if-none-match") == "*"
-        files, noop = await _files(parts, upload), _flag(upload, "allow_noop")
+        files, noop = await uploaded_files(parts, upload), _flag(upload, "allow_noop")
         version = await publish(
             parts, tenant, upload.fields["name"], files, create_only=create_only, allow_noop=noop
         )
     headers = {"Location": f"/v1/adapters/{version.name}"}
-    return json_response(_version_object(version) | {"object": "adapter", "name": version.name}, 201, headers)
+    return json_response(version_object(version) | {"object": "adapter", "name": version.name}, 201, headers)
 
 
 @router.get("")
@@ -99,7 +99,7 @@ async def get_version(parts: Parts, tenant: CurrentTenant, name: str, version: s
     found = await parts.registry.resolve(tenant.id, name, version)
     manifest = await parts.registry.manifest(tenant.id, name, found.version)
     more = {"facts": manifest.facts, "config": manifest.config, "evaluation": manifest.evaluation}
-    return json_response(_version_object(found) | more)
+    return json_response(version_object(found) | more)
 
 
 @router.delete("/{name}/versions/{version}")
@@ -138,20 +138,18 @@ async def delete(parts: Services, tenant_id: str, name: str, version: int | None
         parts.engine.forget(digest)
 
 
-async def _files(parts: Services, upload: Upload) -> Files:
+async def uploaded_files(parts: Services, upload: Upload) -> Files:
     """The upload's files, if it holds them and they are what the client meant to send."""
-    weights = [name for name in WEIGHTS if name in upload.files]
     upload.required("name")
-    if CONFIG not in upload.files or len(weights) != 1:
-        raise InvalidAdapter(f"An upload needs {CONFIG} and one of {' or '.join(WEIGHTS)}.", param="files")
-    file, expected = upload.files[weights[0]], upload.fields.get("sha256")
+    name = check_files(upload.files)
+    file, expected = upload.files[name], upload.fields.get("sha256")
     if expected is not None and expected.lower() != file.sha256:
         raise InvalidField(
-            f"sha256 is {shown(expected)}, but the {file.bytes} bytes of {weights[0]} have {file.sha256}.",
+            f"sha256 is {shown(expected)}, but the {file.bytes} bytes of {name} have {file.sha256}.",
             param="sha256",
         )
     interface = upload.files[INTERFACE].path if INTERFACE in upload.files else None
-    name, path = weights[0], file.path
+    path = file.path
     if name in PICKLES:
         name, path = PICKLES[name], path.with_suffix(".safetensors")
         await run_sync(convert_pickle, file.path, path, limiter=parts.converting)
@@ -172,7 +170,7 @@ def _blob(manifest: Manifest, name: str) -> Any:
     raise NotFound(f"This version has no file {shown(name)}.", param="file")
 
 
-def _version_object(version: Version) -> dict[str, Any]:
+def version_object(version: Version) -> dict[str, Any]:
     return {
         "object": "adapter.version",
         "id": f"{version.name}@{version.version}",
@@ -189,10 +187,10 @@ def _version_object(version: Version) -> dict[str, Any]:
 
 def _adapter_object(adapter: Adapter) -> dict[str, Any]:
     latest = adapter.latest
-    return _version_object(latest) | {
+    return version_object(latest) | {
         "object": "adapter",
         "id": adapter.name,
         "name": adapter.name,
         "aliases": adapter.aliases,
-        "versions": [_version_object(version) for version in adapter.versions],
+        "versions": [version_object(version) for version in adapter.versions],
     }

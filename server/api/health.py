@@ -33,7 +33,12 @@ async def readyz(parts: Parts) -> Response:
         "control_store": await _store_answers(parts),
     }
     ready = all(checks.values())
-    body = {"status": "ready" if ready else "not ready", "checks": checks}
+    # for information: adapters on the device, in RAM and on disk are served without the store
+    body = {
+        "status": "ready" if ready else "not ready",
+        "checks": checks,
+        "object_store": {"breaker": parts.objects.breaker.state},
+    }
     return json_response(body, 200 if ready else 503, {} if ready else {"Retry-After": "1"})
 
 

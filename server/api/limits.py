@@ -2,6 +2,7 @@
 
 from fastapi import APIRouter, Depends, Response
 
+from adapters_store import direct
 from server.api import adapters, completions, grammar, uploads
 from server.api.deps import Parts, current_tenant
 from server.api.errors import json_response
@@ -54,6 +55,7 @@ async def get_limits(parts: Parts) -> Response:
             "page": adapters.PAGE,
             "max_part_bytes": uploads.MAX_PART_BYTES,
             "upload_seconds": LIFE_SECONDS,
+            "adapter_upload_seconds": direct.LIFE_SECONDS,
             "idempotency_seconds": SAME_SECONDS,
         }
     )

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from anyio import CapacityLimiter
 from redis.asyncio import Redis
 
+from adapters_store.direct import DirectUploads
 from adapters_store.objects import Objects
 from adapters_store.registry import Registry
 from server.adapters.methods.base import Method
@@ -40,6 +41,7 @@ class Services:
     system_figures: SystemFigures
     files: Files
     uploads: Uploads
+    directs: DirectUploads
     jobs: Jobs
     queue: WorkerQueue
     checking: Turns = field(default_factory=Turns)  # training data: takes a core, and seconds

@@ -1,12 +1,20 @@
 """`polypeft serve`: the whole system on this machine. Its options are the Settings, read off the class."""
 
+import logging
+from typing import TYPE_CHECKING
+
 from rich.console import Console
 
 from server.cli.connection import base_id, connection
 from server.cli.options import read_settings, signature_of
+from server.errors import StartupError, StoreError
 from server.logs import configure_logs
 from server.settings import Settings
 
+if TYPE_CHECKING:
+    from adapters_store.objects import Objects
+
+log = logging.getLogger(__name__)
 INTERNAL = {"supervisor_pid"}  # between `serve` and its children
 WELCOME = """
 {model} is ready at {url}/v1
@@ -25,6 +33,7 @@ WELCOME = """
 
 def serve(**given: str | bool | None) -> None:
     """Start Valkey, engine and API as one, and stop them as one. Every option is also POLYPEFT_<OPTION>."""
+    from adapters_store.objects import Objects
     from server.base.resolve import resolve_model  # these load more than the other commands should wait for
     from server.supervisor import serve as run
     from server.tenancy.keys import operator_key
@@ -33,6 +42,7 @@ def serve(**given: str | bool | None) -> None:
     configure_logs(settings, "serve")
     settings.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     resolve_model(settings)
+    _try_store(Objects.open(settings.store_url, settings.store_config))
     console = Console(highlight=False, markup=False, soft_wrap=True)
     key, created = operator_key(settings.data_dir)
     if created:
@@ -50,6 +60,18 @@ def serve(**given: str | bool | None) -> None:
 
     with loading:
         run(settings, welcome)
+
+
+def _try_store(objects: "Objects") -> None:
+    """Now, not whenever a child starts: what is cached is served without it. Raises StartupError."""
+    if not objects.shared:
+        raise StartupError(
+            "store memory:// is one process's own, and serve runs several; name a folder, file://..."
+        )
+    try:
+        objects.prove_sync()
+    except StoreError:
+        log.warning("The object store does not answer; what needs it will fail until it does")
 
 
 def _options_to_reach(settings: Settings, url: str) -> str:

@@ -13,6 +13,7 @@ USED = (
     "model",
     "data_dir",
     "store",
+    "store_config",
     "redis_url",
     "device",
     "dtype",

@@ -55,7 +55,7 @@ class Engine:
         banks = {name: made[method.bank] for name, method in methods.items()}
         self.model.install(banks)
         self.loader = Loader(
-            Objects.open(settings.store_url),
+            Objects.open(settings.store_url, settings.store_config),
             DiskTier(settings.data_dir / "cache" / "adapters", settings.adapter_disk_bytes),
             RamTier(settings.adapter_ram_bytes),
             methods,

@@ -66,7 +66,7 @@ class Session:
         self._folder = folder
         redis = connect(settings.redis_url)
         self.jobs = Jobs(redis, WorkerQueue(settings.redis_url))
-        self._objects = Objects.open(settings.store_url)
+        self._objects = Objects.open(settings.store_url, settings.store_config)
         self._files = Files(redis, self._objects)
         self._stopping = False
 

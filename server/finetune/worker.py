@@ -125,7 +125,7 @@ class Worker:
 
     async def _sweep_for_ever(self) -> None:
         jobs = Jobs(redis := connect(self.url), WorkerQueue(self.url))
-        doomed = Doomed(redis, Objects.open(self.settings.store_url))
+        doomed = Doomed(redis, Objects.open(self.settings.store_url, self.settings.store_config))
         while True:
             try:
                 await jobs.sweep()

@@ -9,14 +9,18 @@ import pytest
 
 from adapters_store.objects import Objects
 from server.errors import NotFound, StartupError, StoreError
+from tests.fixtures.s3 import Weed
 
 
 def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-@pytest.fixture(params=["file", "memory"])
+@pytest.fixture(params=["file", "memory", "s3"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Objects:
+    if request.param == "s3":
+        weed: Weed = request.getfixturevalue("weed")
+        return weed.open()
     return Objects.open((tmp_path / "s t").as_uri() if request.param == "file" else "memory://")
 
 
@@ -38,7 +42,7 @@ async def test_put_get_head_list_delete(store: Objects) -> None:
             await missing("t/a/1")
 
 
-@pytest.mark.parametrize("size", [0, 10, 9 << 20])
+@pytest.mark.parametrize("size", [0, 10, 19 << 20])
 def test_files_travel_whole_and_checked(store: Objects, tmp_path: Path, size: int) -> None:
     data = bytes(range(250)) * (size // 250) + b"x" * (size % 250)
     (tmp_path / "in").write_bytes(data)
@@ -93,12 +97,12 @@ def test_a_folder_in_the_way_is_a_store_error(tmp_path: Path) -> None:
 def test_a_silent_server_is_a_store_error_soon() -> None:
     store = Objects.open(
         "s3://bucket/prefix",
-        endpoint="http://127.0.0.1:9",
-        client_options={"allow_http": True},
-        access_key_id="a",
-        secret_access_key="b",
-        region="us-east-1",
-        retry_config={"max_retries": 1},
+        options={
+            "endpoint": "http://127.0.0.1:9",
+            "access_key_id": "a",
+            "secret_access_key": "b",
+            "region": "us-east-1",
+        },
     )
     with pytest.raises(StoreError):
         store.get_sync("k")

@@ -7,6 +7,7 @@ import tempfile
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -70,6 +71,13 @@ class System:
 
 @pytest.fixture(scope="module")
 def system(valkey_url: str) -> Iterator[System]:
+    with started(valkey_url) as it:
+        yield it
+
+
+@contextmanager
+def started(valkey_url: str, **given: Any) -> Iterator[System]:
+    """A system of its own on an empty Valkey; `given` are settings."""
     folder = Path(tempfile.mkdtemp(prefix="pp"))
     model = folder / "model"
     byte_level_tokenizer(model)
@@ -84,6 +92,7 @@ def system(valkey_url: str) -> Iterator[System]:
         max_upload_bytes=1 << 20,
         max_adapters_per_tenant=20,
         lora_folder=folder / "loras",
+        **given,
     )
     settings.run_dir.mkdir(parents=True)
     with running(settings) as system:
