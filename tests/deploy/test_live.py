@@ -4,7 +4,6 @@
 """
 
 import asyncio
-import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,19 +14,18 @@ import pytest
 import torch
 from prometheus_client.parser import text_string_to_metric_families
 
-from adapters_store.objects import Objects
 from tests.deploy.load import train, upload, use
-from tests.deploy.plant import TOKEN, Prometheus, Store, Worker
+from tests.deploy.plant import TOKEN, Prometheus, Worker
 from tests.deploy.plots import draw
 from tests.deploy.queries import TARGET_LABELS, Query, conditions, named, panels, recordings
 from tests.e2e.serving import Serving, ask, until
 from tests.fixtures.models import load_model, make_lora
+from tests.fixtures.s3 import Weed
 
-STORE = "s3://polypeft/v1"
 LINEARS = ("q_proj", "v_proj", "down_proj")
 # one of two cores, few slots, little KV, a short queue: evictions, waits and refusals come by themselves
 OPTIONS = ("--threads", "1", "--adapter-slots", "2", "--kv-bytes", str(1 << 20), "--max-seqs", "8")
-TOGETHER = ("--max-queue", "24", "--workers", "0", "--store", STORE)
+TOGETHER = ("--max-queue", "24", "--workers", "0")
 FIGURES = ("--metrics-adapter-labels", "ids", "--metrics-token", TOKEN)
 
 # What this test does not cause, or a CPU does not have
@@ -38,15 +36,12 @@ ZERO = {
     "polypeft_valkey_errors_total": "Valkey is never away",
     "polypeft_worker_heartbeat_failures_total": "nor for workers",
 }
-# Until the store tells how its calls went
-STORE_PANELS = ("fleet: Object store's calls, p95", "fleet: Object store's errors", "polypeft:store_errors")
-STORE_TELLS = hasattr(Objects.open("memory://"), "on_call")
 
 
 class Site(NamedTuple):
     server: Serving
     worker: Worker
-    store: Store
+    store: Weed
     prometheus: Prometheus
     keys: dict[str, list[str]]  # tenants' keys, and the adapters of each
     loras: list[Path]
@@ -58,12 +53,10 @@ def site(tiny_models: Callable[[str], Path], tmp_path_factory: pytest.TempPathFa
     folder = tmp_path_factory.mktemp("live")
     model, threads = tiny_models("llama"), torch.get_num_threads()
     torch.set_num_threads(1)
-    store = Store(folder / "s3")
-    patch = pytest.MonkeyPatch()
-    for name, value in store.environment.items():
-        patch.setenv(name, value)
-    server = Serving(str(model), folder / "serving", *OPTIONS, *TOGETHER, *FIGURES)
-    worker = Worker(str(model), server, folder, STORE)
+    store = Weed()
+    at = ("--store", store.url(), "--store-config", str(store.config))
+    server = Serving(str(model), folder / "serving", *OPTIONS, *TOGETHER, *FIGURES, *at)
+    worker = Worker(str(model), server, folder, *at)
     base = load_model(model)
     loras = [
         make_lora(base, folder / f"lora{i}", seed=i, r=4, target_modules=list(LINEARS)) for i in range(8)
@@ -79,9 +72,11 @@ def site(tiny_models: Callable[[str], Path], tmp_path_factory: pytest.TempPathFa
         keys = {server.tenant(name): [f"{name}-{i}" for i in range(2)] for name in ("acme", "bmw", "citi")}
         yield Site(server, worker, store, prometheus, keys, loras, noop)
     finally:
-        for stop in (worker.kill, server.end, prometheus.stop if prometheus else store.stop, store.stop):
-            stop()
-        patch.undo()
+        worker.kill()
+        server.end()
+        if prometheus is not None:
+            prometheus.stop()
+        store.end()
         torch.set_num_threads(threads)
 
 
@@ -122,7 +117,7 @@ def kill_the_engine(site: Site) -> None:
 def stop_the_store(site: Site) -> None:
     """Adapters that are nowhere on this machine cannot be had; the base goes on."""
     _forget_copies(site)
-    site.store.stop()
+    site.store.kill()
     cold = [(key, name) for key, names in site.keys.items() for name in names]
     with ThreadPoolExecutor(len(cold)) as pool:
         answers = list(pool.map(lambda pair: _asked(site, *pair), cold))
@@ -131,8 +126,7 @@ def stop_the_store(site: Site) -> None:
         assert ask(client, "llama", "the base", 2)
     site.prometheus.fires("PolypeftAdapterLoadsFail", site.server.log)
     site.prometheus.fires("PolypeftErrorBudgetBurnsFast", site.server.log)
-    if STORE_TELLS:
-        site.prometheus.fires("PolypeftStoreErrors", site.server.log)
+    site.prometheus.fires("PolypeftStoreErrors", site.server.log)
     site.store.start()
 
 
@@ -172,7 +166,7 @@ def test_every_rule_has_data(worked: Site) -> None:
 
 
 def _without_data(prometheus: Prometheus, query: Query) -> str | None:
-    if query.where in SILENT or (not STORE_TELLS and query.where.startswith(STORE_PANELS)):
+    if query.where in SILENT:
         return None
     series = prometheus.over_time(query.text)
     values = [float(value) for one in series for _, value in one["values"]]
@@ -217,4 +211,3 @@ def _reached(url: str) -> bool:
 def test_the_metrics_page_needs_its_token(site: Site) -> None:
     """What Prometheus sends is what opens it, and nothing less does."""
     assert httpx.get(f"{site.server.url}/metrics").status_code == 401
-    assert os.environ["AWS_ACCESS_KEY_ID"]
