@@ -128,6 +128,15 @@ def stop_the_store(site: Site) -> None:
     site.prometheus.fires("PolypeftErrorBudgetBurnsFast", site.server.log)
     site.prometheus.fires("PolypeftStoreErrors", site.server.log)
     site.store.start()
+    until(lambda: _takes_files(site, cold[0][0]), site.server.log, 60)
+
+
+def _takes_files(site: Site, key: str) -> bool:
+    """The store is back, and its breaker closed."""
+    with site.server.http(key) as client:
+        file = {"file": ("data.jsonl", b'{"text": "x"}\n')}
+        answer = client.post("/v1/files", data={"purpose": "fine-tune"}, files=file)
+    return answer.status_code == httpx.codes.OK
 
 
 def _asked(site: Site, key: str, model: str) -> int:
@@ -152,6 +161,8 @@ def kill_the_worker(site: Site) -> None:
     site.prometheus.fires("PolypeftWorkerDown", site.worker.log)
     site.prometheus.fires("PolypeftJobHeartbeatStale", site.worker.log)
     train(site.server, key, "llama", "third", 1)  # which nobody takes
+    queued = 'polypeft_jobs{state="queued"} > 0'
+    until(lambda: site.prometheus.over_time(queued), site.server.log)
 
 
 @pytest.mark.timeout(900)
