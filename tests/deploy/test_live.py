@@ -1,6 +1,6 @@
 """A real Prometheus over a server at work: every panel and every rule has data, and real faults raise alerts.
 
-`--load-seconds 120` works longer; `--plots FOLDER` draws what was recorded. Both are for a run by hand.
+By hand: `pytest tests/deploy/test_live.py --load-seconds 12`; `--plots FOLDER` draws what was recorded.
 """
 
 import asyncio
@@ -49,7 +49,13 @@ class Site(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def site(tiny_models: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+def site(
+    tiny_models: Callable[[str], Path],
+    tmp_path_factory: pytest.TempPathFactory,
+    request: pytest.FixtureRequest,
+) -> Iterator[Site]:
+    if request.config.getoption("--load-seconds", default=None) is None:
+        pytest.skip("by hand: pytest tests/deploy/test_live.py --load-seconds 12")
     folder = tmp_path_factory.mktemp("live")
     model, threads = tiny_models("llama"), torch.get_num_threads()
     torch.set_num_threads(1)
@@ -83,7 +89,7 @@ def site(tiny_models: Callable[[str], Path], tmp_path_factory: pytest.TempPathFa
 @pytest.fixture(scope="module")
 def worked(site: Site, request: pytest.FixtureRequest) -> Site:
     """After uploads, misses, evictions, errors, a fine-tuning job, and three faults with their alerts."""
-    seconds = request.config.getoption("--load-seconds", default=None) or 12
+    seconds = request.config.getoption("--load-seconds")
     number = iter(range(len(site.loras)))
     for key, names in site.keys.items():
         for name in names:
