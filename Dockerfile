@@ -1,36 +1,52 @@
-# docker build -t polypeft . && docker run -p 8000:8000 -v polypeft:/data polypeft
+# The base model, adapters, keys and caches lie in /data; nothing else but /tmp is written:
 #
-# The base model, adapters, keys and caches lie in /data. On a machine without a GPU, a much smaller image
-# comes from PyTorch's index of CPU wheels: docker build --build-arg TORCH_INDEX_URL=... .
-FROM python:3.12-slim AS build
+#   docker build -t polypeft --build-arg VARIANT=cpu --build-arg TORCH_INDEX_URL=... .
+#   docker run --read-only --tmpfs /tmp -v polypeft:/data -p 8000:8000 polypeft
+#
+# VARIANT  what torch must turn out to be: cpu (with PyTorch's index of CPU wheels as TORCH_INDEX_URL; a much
+#          smaller image) or cuda (the default index will do).
+# BASE     pinned by tag. For a build that repeats to the byte, give it by digest: python@sha256:...
+#
+# Debian 12 and Python 3.11 are what the tests run on. deploy/check-image builds and runs this file without Docker.
+ARG BASE=python:3.11-slim-bookworm
+
+FROM ${BASE} AS build
+ARG VARIANT=cuda
 ARG TORCH_INDEX_URL=
-ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1
+ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PIP_ROOT_USER_ACTION=ignore
 RUN python -m venv /venv
 WORKDIR /src
 COPY pyproject.toml README.md LICENSE ./
 # torch alone from the index given, so that no other package can come from there
-RUN if [ -n "$TORCH_INDEX_URL" ]; then \
-        torch=$(python -c 'import tomllib; print(tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"][0])') \
-        && /venv/bin/pip install --index-url "$TORCH_INDEX_URL" "$torch"; \
+RUN torch=$(python -c 'import tomllib; print(tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"][0])') \
+    && if [ -n "${TORCH_INDEX_URL}" ]; then \
+        /venv/bin/pip install --no-deps --index-url "${TORCH_INDEX_URL}" "${torch}"; \
     fi
 COPY adapters_store adapters_store
 COPY server server
-RUN /venv/bin/pip install .
+RUN /venv/bin/pip install --only-binary :all: --no-binary polypeft . \
+    && /venv/bin/pip check \
+    && /venv/bin/python -c "import sys, torch; found = 'cuda' if torch.version.cuda else 'cpu'; \
+found == '${VARIANT}' or sys.exit(f'VARIANT=${VARIANT}, but torch {torch.__version__} is built for {found}: see TORCH_INDEX_URL')"
 
-FROM python:3.12-slim
-RUN useradd --uid 10001 --home-dir /data --create-home polypeft
+FROM ${BASE}
+RUN useradd --system --uid 10001 --user-group --home-dir /data --create-home --shell /usr/sbin/nologin polypeft
 COPY --from=build /venv /venv
 ENV PATH=/venv/bin:$PATH \
     PYTHONUNBUFFERED=1 \
+    PYTHONDONTWRITEBYTECODE=1 \
     POLYPEFT_HOST=0.0.0.0 \
     POLYPEFT_DATA_DIR=/data \
+    POLYPEFT_LOG_FORMAT=json \
     HF_HOME=/data/cache/huggingface \
-    NUMBA_CACHE_DIR=/data/cache/numba
-USER 10001
+    NUMBA_CACHE_DIR=/data/cache/numba \
+    MPLCONFIGDIR=/data/cache/matplotlib
+USER 10001:10001
 WORKDIR /data
 VOLUME /data
 EXPOSE 8000
-HEALTHCHECK --interval=10s --timeout=5s --start-period=180s \
+STOPSIGNAL SIGTERM
+HEALTHCHECK --interval=10s --timeout=5s --start-period=180s --retries=3 \
     CMD ["python", "-c", "import urllib.request as u; u.urlopen('http://127.0.0.1:8000/healthz', timeout=4)"]
 ENTRYPOINT ["polypeft"]
 CMD ["serve"]

@@ -133,6 +133,8 @@ def build_services(settings: Settings) -> Services:
     metrics.engine_up = lambda: engine.ready
     queue = WorkerQueue(settings.redis_url)
     objects = Objects.open(settings.store_url, settings.store_config)
+    objects.on_call = metrics.on_store_call
+    metrics.breaker = lambda: objects.breaker.state
     tenant_files = Files(
         redis,
         objects,

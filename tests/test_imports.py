@@ -104,6 +104,7 @@ ROOMS: dict[str, set[str]] = {
 NO_TORCH = {
     "server.engine.scheduler",
     "server.engine.kv",
+    "server.engine.footprint",
     "server.engine.row",
     "server.adapters.cache",
     "server.errors",

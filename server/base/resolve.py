@@ -6,7 +6,7 @@ It finds and fetches; whether the engine can serve what lies there is `support`'
 import re
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 from server.base.default_model import NAME, ensure_default_model
@@ -36,6 +36,25 @@ def resolve_model(settings: Settings) -> Path:
     return _from_hub(settings.model, settings.data_dir)
 
 
+def resolve_config(settings: Settings) -> Path:
+    """A folder with the model's config.json, and with its weights only if they are here already.
+
+    Raises StartupError as `resolve_model` does. The default model comes whole: it is small.
+    """
+    if settings.model == NAME or not _HUB_ID.fullmatch(settings.model) or Path(settings.model).is_dir():
+        return resolve_model(settings)
+    name, _, revision = settings.model.partition("@")
+    try:
+        return Path(hf_hub_download(name, "config.json", revision=revision or None)).parent
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise _not_fetched(settings.model, error) from error
+
+
+def _not_fetched(model: str, error: Exception) -> StartupError:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return StartupError(f"--model {model!r} could not be fetched from the hub: {reason}")
+
+
 def _from_hub(model: str, data_dir: Path) -> Path:
     """The snapshot of `owner/name[@revision]` in the hub's own cache.
 
@@ -53,8 +72,7 @@ def _from_hub(model: str, data_dir: Path) -> Path:
                 return Path(snapshot_download(name, revision=revision, allow_patterns=_WANTED))
         folder = Path(snapshot_download(name, revision=revision or None, allow_patterns=_WANTED))
     except (HfHubHTTPError, OSError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise StartupError(f"--model {model!r} could not be fetched from the hub: {reason}") from error
+        raise _not_fetched(model, error) from error
     pin.parent.mkdir(parents=True, exist_ok=True)
     write_whole(pin, folder.name)
     return folder

@@ -12,6 +12,7 @@ from server.cli.complete import complete
 from server.cli.jobs import jobs
 from server.cli.output import print_error
 from server.cli.serve import serve
+from server.cli.size import size
 from server.cli.tenants import tenants
 from server.cli.tune import tune
 from server.cli.worker import worker
@@ -28,6 +29,7 @@ app.command()(worker)
 app.command()(chat)
 app.command()(complete)
 app.command()(tune)
+app.command()(size)
 app.add_typer(tenants, name="tenants")
 app.add_typer(adapters, name="adapters")
 app.add_typer(jobs, name="jobs")

@@ -22,6 +22,7 @@ from server.adapters.share import Shares
 from server.adapters.tiers import DiskTier, RamTier
 from server.engine.device import choose_placement
 from server.engine.figures import Figures, source_of
+from server.engine.footprint import BATCH_TOKENS
 from server.engine.gate import Gate
 from server.engine.grammar import Grammars, mask_logits
 from server.engine.kv import BlockPool
@@ -34,9 +35,6 @@ from server.engine.scheduler import Scheduler
 from server.engine.stopwatch import Stopwatch
 from server.errors import ContextTooLong, InvalidField, NonFinite, PolypeftError, Unavailable
 from server.settings import Settings
-
-# A step's tokens bound how long a prompt may hold up the rows that decode: half a second on two cores.
-BATCH_TOKENS = {"cpu": 256, "cuda": 2048}
 
 
 class Engine:
@@ -93,6 +91,7 @@ class Engine:
         self.figures = Figures(
             settings.figures_dir / "engine", settings.metrics_adapter_labels, settings.metrics_top
         )
+        self.loader.objects.on_call = self.figures.on_store_call
         self.stopwatch = Stopwatch(self.figures, placement.device)
         self.model.watch = self.stopwatch.watch
         self.gate = Gate(self.scheduler, self.cache, self.loader, self.base.vocab_size)

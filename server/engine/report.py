@@ -47,6 +47,7 @@ def _labelled(engine: Engine) -> list[tuple[str, tuple[str, ...], float]]:
         ("adapters_resident", ("ram",), len(loader.ram)),
         ("adapters_resident", ("disk",), len(loader.disk)),
         ("memory", ("engine",), resident_bytes()),
+        ("store_breaker", ("engine",), float(loader.objects.breaker.state != "closed")),
         ("lora_info", info, time.time()),
         *_gpu(),
     ]

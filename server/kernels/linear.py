@@ -24,11 +24,16 @@ DEPTH = 192  # inputs at a time: a tile's panels stay in the first-level cache, 
 def pack(weight: torch.Tensor) -> torch.Tensor:
     """[out, in] as panels [out / 16, in, 16], with zeros up to a multiple of 64 outputs."""
     outputs, inputs = weight.shape
-    padded = -(-outputs // (LANES * GROUP)) * LANES * GROUP
-    panels = weight.new_zeros(padded // LANES, inputs, LANES)
-    whole = weight if padded == outputs else F.pad(weight, (0, 0, 0, padded - outputs))
+    width = padded(outputs)
+    panels = weight.new_zeros(width // LANES, inputs, LANES)
+    whole = weight if width == outputs else F.pad(weight, (0, 0, 0, width - outputs))
     panels.copy_(whole.view(-1, LANES, inputs).transpose(1, 2))
     return panels
+
+
+def padded(outputs: int) -> int:
+    """How many outputs a packed weight has room for."""
+    return -(-outputs // (LANES * GROUP)) * LANES * GROUP
 
 
 def unpack(panels: torch.Tensor, outputs: int) -> torch.Tensor:

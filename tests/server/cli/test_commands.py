@@ -18,6 +18,7 @@ from server.engine.fake import Behaviour
 from server.errors import StartupError
 from server.settings import Settings
 from tests.fixtures.hub import hub
+from tests.fixtures.models import build_tiny
 from tests.server.api.conftest import System, lora_files
 from tests.server.cli.conftest import Done, Run
 
@@ -320,3 +321,38 @@ def test_a_text_is_completed_as_it_stands(run: Run, system: System) -> None:
     assert run("complete", stdin="a line\n") == (0, " fine\n", "")
     assert prompts(system) == ["Word: good\nSentiment:", "a line"]
     assert run("complete", "x", "--adapter", "nobody").status == 1
+
+
+def test_size_tells_bytes_and_the_options_that_go_with_them(run: Run, tmp_path: Path) -> None:
+    build_tiny("llama", tmp_path / "tiny")
+    (tmp_path / "tiny" / "model.safetensors").unlink()  # config.json is all it reads
+    done = run(
+        "size", "--model", str(tmp_path / "tiny"), "--adapters", "10", "--rank", "4", "--context", "64"
+    )
+    assert done.status == 0, done.err
+    rows = {line.split("\t")[0]: int(line.split("\t")[1]) for line in done.out.splitlines() if "\t" in line}
+    assert rows["KV cache"] == 32 * 4 * 16 * (2 * 2 * 2 * 16 * 4)  # rows, blocks, tokens, bytes of a token
+    assert rows["adapters in slots"] == 10 * 4 * 2 * 928 * 4  # rank, layers, in + out of 7 linears
+    assert rows["adapters in RAM"] == 0
+    in_memory = {"weights", "KV cache", "adapters in slots", "adapters in RAM"}
+    assert rows["host, together"] >= sum(rows[part] for part in in_memory)
+    options = done.err.split("polypeft serve ")[1].split()
+    told = dict(zip(options[::2], options[1::2], strict=True))
+    settings = read_settings({name[2:].replace("-", "_"): value for name, value in told.items()})
+    assert settings.kv_bytes == max(rows["KV cache"], 1 << 20)
+    assert settings.adapter_slots == 10
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("--context", "513"), "--context 513 is more than 512, the model's own."),
+        (("--model", "nowhere"), "--model 'nowhere' is neither"),
+        (("--model", "."), "--model '.' cannot be sized: "),
+    ],
+)
+def test_size_of_what_cannot_be(run: Run, tmp_path: Path, arguments: tuple[str, ...], sentence: str) -> None:
+    build_tiny("llama", tmp_path / "tiny")
+    done = run("size", "--model", str(tmp_path / "tiny"), *arguments)
+    assert done.status == 1
+    assert sentence in done.err

@@ -1,0 +1,48 @@
+"""`python -m server.engine.shapes FOLDER`: a model's Shapes as one JSON line, from its config.json alone.
+
+A program of its own: it needs torch and transformers, the command that asks does not. The model
+is built as the engine builds it, but its weights take no memory.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from accelerate import init_empty_weights
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from server.engine.attention import Step
+from server.engine.footprint import Shapes
+from server.engine.frozen import describe, replace_modules
+from server.kernels.linear import padded
+from server.kernels.openmp import AVAILABLE
+
+
+def read_shapes(folder: Path) -> Shapes:
+    """Raises what transformers raises for a config.json that it cannot build a model of."""
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    with init_empty_weights():  # buffers are real: Gemma's sites read one
+        model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    model.tie_weights()
+    weights = sum(parameter.numel() for parameter in model.parameters())  # shared ones come once
+    head = model.get_output_embeddings()
+    tied = head is not None and head.weight is model.get_input_embeddings().weight
+    names = {module: name for name, module in model.named_modules()}
+    head_name = names.get(head, "")
+    found = replace_modules(model, Step(), packed=False)
+    sites = {name: module.site for name, module in found.items()}
+    packed = weights
+    for site in sites.values():
+        if site.kind == "linear" and AVAILABLE:
+            own = 0 if tied and site.name == head_name else site.outputs * site.inputs
+            packed += padded(site.outputs) * site.inputs - own
+    return Shapes(describe(config, folder.name, sites, "", 0), head_name, weights, packed)
+
+
+def main() -> None:
+    sys.stdout.buffer.write(msgspec.json.encode(read_shapes(Path(sys.argv[1]))) + b"\n")
+
+
+if __name__ == "__main__":
+    main()

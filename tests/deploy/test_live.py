@@ -1,0 +1,230 @@
+"""A real Prometheus over a server at work: every panel and every rule has data, and real faults raise alerts.
+
+By hand: `pytest tests/deploy/test_live.py --load-seconds 12`; `--plots FOLDER` draws what was recorded.
+"""
+
+import asyncio
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import httpx
+import pytest
+import torch
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.deploy.load import train, upload, use
+from tests.deploy.plant import TOKEN, Prometheus, Worker
+from tests.deploy.plots import draw
+from tests.deploy.queries import TARGET_LABELS, Query, conditions, named, panels, recordings
+from tests.e2e.serving import Serving, ask, until
+from tests.fixtures.models import load_model, make_lora
+from tests.fixtures.s3 import Weed
+
+LINEARS = ("q_proj", "v_proj", "down_proj")
+# one of two cores, few slots, little KV, a short queue: evictions, waits and refusals come by themselves
+OPTIONS = ("--threads", "1", "--adapter-slots", "2", "--kv-bytes", str(1 << 20), "--max-seqs", "8")
+TOGETHER = ("--max-queue", "24", "--workers", "0")
+FIGURES = ("--metrics-adapter-labels", "ids", "--metrics-token", TOKEN)
+
+# What this test does not cause, or a CPU does not have
+SILENT = {"fleet: GPU memory": "there is no GPU"}
+ZERO = {
+    "polypeft_non_finite_rows_total": "no adapter is broken",
+    "polypeft_adapter_corrupt_copies_total": "no disk is",
+    "polypeft_valkey_errors_total": "Valkey is never away",
+    "polypeft_worker_heartbeat_failures_total": "nor for workers",
+}
+
+
+class Site(NamedTuple):
+    server: Serving
+    worker: Worker
+    store: Weed
+    prometheus: Prometheus
+    keys: dict[str, list[str]]  # tenants' keys, and the adapters of each
+    loras: list[Path]
+    noop: Path  # an adapter that changes nothing: refused
+
+
+@pytest.fixture(scope="module")
+def site(
+    tiny_models: Callable[[str], Path],
+    tmp_path_factory: pytest.TempPathFactory,
+    request: pytest.FixtureRequest,
+) -> Iterator[Site]:
+    if request.config.getoption("--load-seconds", default=None) is None:
+        pytest.skip("by hand: pytest tests/deploy/test_live.py --load-seconds 12")
+    folder = tmp_path_factory.mktemp("live")
+    model, threads = tiny_models("llama"), torch.get_num_threads()
+    torch.set_num_threads(1)
+    store = Weed()
+    at = ("--store", store.url(), "--store-config", str(store.config))
+    server = Serving(str(model), folder / "serving", *OPTIONS, *TOGETHER, *FIGURES, *at)
+    worker = Worker(str(model), server, folder, *at)
+    base = load_model(model)
+    loras = [
+        make_lora(base, folder / f"lora{i}", seed=i, r=4, target_modules=list(LINEARS)) for i in range(8)
+    ]
+    noop = make_lora(base, folder / "noop", scale=0.0, r=2, target_modules=["q_proj"])
+    prometheus = None
+    try:
+        store.start()
+        server.start()
+        worker.start()
+        prometheus = Prometheus(folder / "prometheus", server.url, worker.port)
+        prometheus.start()
+        keys = {server.tenant(name): [f"{name}-{i}" for i in range(2)] for name in ("acme", "bmw", "citi")}
+        yield Site(server, worker, store, prometheus, keys, loras, noop)
+    finally:
+        worker.kill()
+        server.end()
+        if prometheus is not None:
+            prometheus.stop()
+        store.end()
+        torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def worked(site: Site, request: pytest.FixtureRequest) -> Site:
+    """After uploads, misses, evictions, errors, a fine-tuning job, and three faults with their alerts."""
+    seconds = request.config.getoption("--load-seconds")
+    number = iter(range(len(site.loras)))
+    for key, names in site.keys.items():
+        for name in names:
+            assert upload(site.server, key, name, site.loras[next(number)]) == 201
+    first = next(iter(site.keys))
+    assert upload(site.server, first, "noop", site.noop) == 422
+    train(site.server, first, "llama", "tuned", 2)
+    asyncio.run(use(site.server, site.keys, "llama", seconds))
+    with site.server.sdk(first) as sdk:
+        until(lambda: _done(sdk), site.worker.log, 60)
+    kill_the_engine(site)
+    stop_the_store(site)
+    kill_the_worker(site)
+    if plots := request.config.getoption("--plots", default=None):
+        draw(site.prometheus, Path(plots))
+    return site
+
+
+def _done(sdk: Any) -> bool:
+    return all(job.status == "succeeded" for job in sdk.fine_tuning.jobs.list())
+
+
+def kill_the_engine(site: Site) -> None:
+    site.server.kill("engine")
+    with site.server.http(next(iter(site.keys))) as client:
+        client.post("/v1/completions", json={"model": "llama", "prompt": "x", "max_tokens": 4})
+    site.prometheus.fires("PolypeftEngineRestarts", site.server.log)
+    until(site.server.ready, site.server.log, 60)
+
+
+def stop_the_store(site: Site) -> None:
+    """Adapters that are nowhere on this machine cannot be had; the base goes on."""
+    _forget_copies(site)
+    site.store.kill()
+    cold = [(key, name) for key, names in site.keys.items() for name in names]
+    with ThreadPoolExecutor(len(cold)) as pool:
+        answers = list(pool.map(lambda pair: _asked(site, *pair), cold))
+    assert all(status >= 500 for status in answers), answers
+    with site.server.http(cold[0][0]) as client:
+        assert ask(client, "llama", "the base", 2)
+    site.prometheus.fires("PolypeftAdapterLoadsFail", site.server.log)
+    site.prometheus.fires("PolypeftErrorBudgetBurnsFast", site.server.log)
+    site.prometheus.fires("PolypeftStoreErrors", site.server.log)
+    site.store.start()
+    until(lambda: _takes_files(site, cold[0][0]), site.server.log, 60)
+
+
+def _takes_files(site: Site, key: str) -> bool:
+    """The store is back, and its breaker closed."""
+    with site.server.http(key) as client:
+        file = {"file": ("data.jsonl", b'{"text": "x"}\n')}
+        answer = client.post("/v1/files", data={"purpose": "fine-tune"}, files=file)
+    return answer.status_code == httpx.codes.OK
+
+
+def _asked(site: Site, key: str, model: str) -> int:
+    with site.server.http(key) as client:
+        asked = {"model": model, "prompt": "x", "max_tokens": 2}
+        return client.post("/v1/completions", json=asked).status_code
+
+
+def _forget_copies(site: Site) -> None:
+    """The local copies: a server that is new, or whose disk was too small."""
+    for copy in (site.server.data_dir / "cache" / "adapters").rglob("*"):
+        if copy.is_file():
+            copy.unlink()
+
+
+def kill_the_worker(site: Site) -> None:
+    key = next(iter(site.keys))
+    train(site.server, key, "llama", "second", 40)
+    with site.server.sdk(key) as sdk:
+        until(lambda: "running" in {j.status for j in sdk.fine_tuning.jobs.list()}, site.worker.log, 30)
+    site.worker.kill()
+    site.prometheus.fires("PolypeftWorkerDown", site.worker.log)
+    site.prometheus.fires("PolypeftJobHeartbeatStale", site.worker.log)
+    train(site.server, key, "llama", "third", 1)  # which nobody takes
+    queued = 'polypeft_jobs{state="queued"} > 0'
+    until(lambda: site.prometheus.over_time(queued), site.server.log)
+
+
+@pytest.mark.timeout(900)
+def test_every_panel_has_data(worked: Site) -> None:
+    faults = [fault for query in panels() if (fault := _without_data(worked.prometheus, query))]
+    assert not faults, "\n".join(faults)
+
+
+def test_every_rule_has_data(worked: Site) -> None:
+    faults = [fault for query in recordings() if (fault := _without_data(worked.prometheus, query))]
+    assert not faults, "\n".join(faults)
+
+
+def _without_data(prometheus: Prometheus, query: Query) -> str | None:
+    if query.where in SILENT:
+        return None
+    series = prometheus.over_time(query.text)
+    values = [float(value) for one in series for _, value in one["values"]]
+    known = [value for value in values if value == value]  # NaN: nothing happened in that window
+    if not known:
+        return f"no data: {query.where}: {query.text}"
+    if not any(known) and not any(name in ZERO for name, _ in named(query.text)):
+        return f"always 0: {query.where}: {query.text}"
+    return None
+
+
+def test_every_metric_and_label_is_on_the_pages(worked: Site) -> None:
+    """By name in what the server and the worker really show, not by the tables they are made from."""
+    worked.worker.start()
+    pages = [
+        httpx.get(f"{worked.server.url}/metrics", headers={"authorization": f"Bearer {TOKEN}"}),
+    ]
+    url = f"http://127.0.0.1:{worked.worker.port}/metrics"
+    until(lambda: _reached(url), worked.worker.log, 60)
+    pages.append(httpx.get(url))
+    shown: dict[str, set[str]] = {"up": set()}
+    for page in pages:
+        assert page.status_code == 200
+        for family in text_string_to_metric_families(page.text):
+            for sample in family.samples:
+                shown.setdefault(sample.name, set()).update(sample.labels)
+    for query in [*panels(), *conditions()]:
+        for name, labels in named(query.text):
+            if name.startswith("polypeft:") or query.where in SILENT:
+                continue
+            assert name in shown, f"{name} of {query.where}"
+            assert labels - TARGET_LABELS <= shown[name], f"{name} of {query.where}"
+
+
+def _reached(url: str) -> bool:
+    try:
+        return httpx.get(url).status_code == httpx.codes.OK
+    except httpx.TransportError:
+        return False
+
+
+def test_the_metrics_page_needs_its_token(site: Site) -> None:
+    """What Prometheus sends is what opens it, and nothing less does."""
+    assert httpx.get(f"{site.server.url}/metrics").status_code == 401
