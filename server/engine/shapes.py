@@ -30,7 +30,7 @@ def read_shapes(folder: Path) -> Shapes:
     tied = head is not None and head.weight is model.get_input_embeddings().weight
     names = {module: name for name, module in model.named_modules()}
     head_name = names.get(head, "")
-    found = replace_modules(model, Step(), packed=False)
+    found = replace_modules(model, Step())
     sites = {name: module.site for name, module in found.items()}
     packed = weights
     for site in sites.values():

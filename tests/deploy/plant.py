@@ -100,7 +100,12 @@ class Prometheus:
 
     def over_time(self, query: str) -> list[dict[str, Any]]:
         """Every series of the query, a point a second since the beginning."""
-        span = {"query": query, "start": self.start_time, "end": time.time(), "step": 1}
+        span: dict[str, str | float] = {
+            "query": query,
+            "start": self.start_time,
+            "end": time.time(),
+            "step": 1,
+        }
         answer = httpx.get(f"{self.url}/api/v1/query_range", params=span, timeout=30).json()
         assert answer["status"] == "success", f"{query}: {answer}"
         series: list[dict[str, Any]] = answer["data"]["result"]
