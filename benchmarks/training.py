@@ -50,7 +50,6 @@ METHODS: dict[str, Peft] = {
     "prompt": PromptRecipe(num_virtual_tokens=20),
 }
 TASK = "titles"
-HELD_OUT = 60
 TAIL = 20  # steps whose mean is the training loss at the end
 Targets = Literal["answers", "all"]
 
@@ -114,6 +113,7 @@ def main(
     steps: int = 120,
     batch_size: int = 4,
     steps_a_turn: int = 10,
+    held_out: Annotated[int, typer.Option(help="Examples to evaluate both on at the end.")] = 40,
     targets: Targets = "answers",
     threads: int = 2,
     output: Annotated[Path, typer.Option(help="The JSON; the picture lies beside it.")] = Path(
@@ -126,11 +126,11 @@ def main(
     machine = measure(threads)
     compared = []
     with tempfile.TemporaryDirectory(prefix="polypeft-training-") as scratch:
-        examples, held_out = data(folder, Path(scratch), steps * batch_size, targets)
+        examples, others = data(folder, Path(scratch), steps * batch_size, held_out, targets)
         for name in method or ["lora"]:
             own = recipe(METHODS[name], batch_size)
             place = Path(scratch) / name
-            job = Job(folder, own, examples, held_out, place / "start", place, threads, steps_a_turn)
+            job = Job(folder, own, examples, others, place / "start", place, threads, steps_a_turn)
             ours(job).save(job.start)
             compared.append(compare(name, job))
     bound = floor(machine, work_of(folder), examples)
@@ -147,7 +147,9 @@ def main(
     draw(machine, compared, output.with_suffix(".png"))
 
 
-def data(model: Path, scratch: Path, count: int, targets: Targets) -> tuple[list[Example], list[Example]]:
+def data(
+    model: Path, scratch: Path, count: int, held_out: int, targets: Targets
+) -> tuple[list[Example], list[Example]]:
     """(to train on, held out), tokenised as a job's are."""
     tokenizer = Tokenizer.load(model)
     sides = []
@@ -155,7 +157,7 @@ def data(model: Path, scratch: Path, count: int, targets: Targets) -> tuple[list
         path = scratch / f"{name}.jsonl"
         path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
         sides.append(load(path, tokenizer, 1024))
-    train, test = sides[0][:count], sides[1][:HELD_OUT]
+    train, test = sides[0][:count], sides[1][:held_out]
     if len(train) < count:
         raise typer.BadParameter(
             f"{TASK} has {len(train)} examples, and {count} are needed", param_hint="steps"
