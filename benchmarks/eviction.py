@@ -222,7 +222,8 @@ def main(
 
 def _following(asks: Sequence[int]) -> list[int]:
     """For each ask, when the same adapter is asked for next; len(asks) for never."""
-    following, later = [len(asks)] * len(asks), {}
+    following = [len(asks)] * len(asks)
+    later: dict[int, int] = {}
     for at in range(len(asks) - 1, -1, -1):
         following[at] = later.get(asks[at], len(asks))
         later[asks[at]] = at

@@ -5,6 +5,7 @@ pp:pins:{tenant}    sorted set   models as a request names them (name, name@alia
 """
 
 import time
+from typing import Any
 
 from redis.asyncio import Redis
 
@@ -54,7 +55,8 @@ class Pins:
 
     async def of(self, tenant: str) -> list[str]:
         with store_errors():
-            return [_text(model) for model in await self._redis.zrange(_keys(tenant)[1], 0, -1)]
+            found: Any = await self._redis.zrange(_keys(tenant)[1], 0, -1)
+        return [_text(model) for model in found]
 
     async def all(self) -> list[tuple[str, str]]:
         """(tenant, model) of everybody."""
