@@ -13,6 +13,8 @@ import torch
 
 from server.adapters.methods.base import Packed
 
+cuda: Any = torch.cuda  # typed in part only
+
 
 @dataclass(frozen=True)
 class Copy:
@@ -28,22 +30,20 @@ class Copier:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        cuda: Any = torch.cuda  # which has no types
-        self._stream: Any = cuda.Stream(device) if device.type == "cuda" else None
+        self._stream = cuda.Stream(device) if device.type == "cuda" else None
 
     def start(self, packed: Packed) -> Copy:
         if self._stream is None:
             return Copy(packed, lambda: True)
-        with torch.cuda.stream(self._stream):
+        with cuda.stream(self._stream):
             flat = packed.flat.to(self.device, non_blocking=True)
-            cuda: Any = torch.cuda
-            event: Any = cuda.Event()
+            event = cuda.Event()
             event.record(self._stream)
 
         def arrived() -> bool:
             if not event.query():
                 return False
-            own = torch.cuda.current_stream(self.device)
+            own = cuda.current_stream(self.device)
             own.wait_event(event)
             flat.record_stream(own)  # the allocator must not hand it out again while this stream reads it
             return True

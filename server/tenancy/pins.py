@@ -55,8 +55,8 @@ class Pins:
 
     async def of(self, tenant: str) -> list[str]:
         with store_errors():
-            models: list[Any] = await self._redis.zrange(_keys(tenant)[1], 0, -1)
-            return [_text(model) for model in models]
+            found: Any = await self._redis.zrange(_keys(tenant)[1], 0, -1)
+        return [_text(model) for model in found]
 
     async def all(self) -> list[tuple[str, str]]:
         """(tenant, model) of everybody."""

@@ -28,11 +28,6 @@ def resident(cache: AdapterCache, loader: Loader, digest: str, nbytes: int = 10,
     return slot
 
 
-def is_busy(cache: AdapterCache) -> bool:
-    """A call, whose answer may change from one to the next."""
-    return cache.busy
-
-
 def test_a_load_is_waited_for_and_shared() -> None:
     cache, loader, bank = build()
     assert cache.acquire(ref("a")) is None
@@ -223,12 +218,12 @@ def test_a_row_that_left_leaves_its_copy_idle() -> None:
 def test_pinned_adapters_come_by_themselves_and_stay() -> None:
     cache, loader, _ = build(slots=4)
     cache.pin([ref("a"), ref("b")])
-    assert is_busy(cache)
+    assert cache.busy
     for digest in "ab":
         cache.tend()
         loader.arrive(digest)
         cache.tend()
-    assert not is_busy(cache)
+    assert cache.wanted == []
     assert set(cache.by_digest) == {"a", "b"}
     for i in range(20):
         cache.release(resident(cache, loader, str(i)))
