@@ -10,9 +10,10 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 
@@ -110,16 +111,22 @@ def _generate(model: Any, prompts: list[list[int]], **options: Any) -> list[list
 
 
 class Polypeft:
-    """Our engine in process, with its default settings; prompts are never cached."""
+    """Our engine in process; prompts are never cached, and unless told so nothing is guessed."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, *, lookup: bool = False, quantize: Literal["none", "int8"] = "none") -> None:
         from adapters_store.objects import Objects
         from server.engine.loop import Engine
         from server.settings import Settings
         from tests.fixtures.engine import publish
 
         self.folder = tempfile.TemporaryDirectory(prefix="polypeft-benchmark-")
-        settings = Settings(data_dir=Path(self.folder.name), threads=job.threads, prefix_cache=False)
+        settings = Settings(
+            data_dir=Path(self.folder.name),
+            threads=job.threads,
+            prefix_cache=False,
+            quantize=quantize,
+            lookup_tokens=7 if lookup else 0,
+        )
         self.engine = Engine(settings, job.model)
         objects = Objects.open(settings.store_url)
         self.refs = [publish(objects, self.engine.base, folder) for folder in job.adapters]
@@ -138,6 +145,9 @@ class Polypeft:
 
 SYSTEMS: dict[str, Callable[[Job], System]] = {
     "polypeft": Polypeft,
+    "polypeft-lookup": partial(Polypeft, lookup=True),
+    "polypeft-int8": partial(Polypeft, quantize="int8"),
+    "polypeft-int8-lookup": partial(Polypeft, quantize="int8", lookup=True),
     "transformers": Transformers,
     "peft-mixed": PeftMixed,
     "peft-switch": PeftSwitch,

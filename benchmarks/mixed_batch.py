@@ -4,7 +4,9 @@
     python -m benchmarks.mixed_batch --rows 16 --repeats 3 --arm polypeft-lora --arm peft-mixed
 
 Arms take turns within each repeat, so that a slow minute of the machine hits them all; medians are shown.
-Rows have 64 prompt and 64 new tokens, greedy, fp32. Ours must give the oracle's tokens, row for row.
+Rows have 64 prompt and 64 new tokens, greedy, fp32. Ours must give the oracle's tokens, row for row. In the
+arms called lookup rows guess ahead (prompt lookup), which --repeat-prompts gives something to find; nothing
+is guessed in the others. int8 is `--quantize int8`, whose tokens are its own.
 """
 
 import tempfile
@@ -24,6 +26,7 @@ from benchmarks.machine import Machine, floor_seconds, measure, work_of
 from benchmarks.report import Cell, Report
 from server.base.default_model import ensure_default_model
 
+LINE = 12  # tokens
 CACHE = Path(__file__).resolve().parents[1] / ".cache"
 
 
@@ -38,6 +41,11 @@ class Arm:
 ARMS = [
     Arm("polypeft-base", "polypeft", adapters=False, oracles=("transformers",)),
     Arm("polypeft-lora", "polypeft", adapters=True, oracles=("peft-switch", "peft-mixed")),
+    Arm("lookup-base", "polypeft-lookup", adapters=False, oracles=("polypeft-base",)),
+    Arm("lookup-lora", "polypeft-lookup", adapters=True, oracles=("polypeft-lora",)),
+    Arm("int8-base", "polypeft-int8", adapters=False),
+    Arm("int8-lora", "polypeft-int8", adapters=True),
+    Arm("int8-lookup-lora", "polypeft-int8-lookup", adapters=True, oracles=("int8-lora",)),
     Arm("transformers", "transformers", adapters=False),
     Arm("peft-mixed", "peft-mixed", adapters=True, oracles=("peft-switch",)),
     Arm("peft-switch", "peft-switch", adapters=True),
@@ -51,6 +59,7 @@ def main(
     prompt_tokens: int = 64,
     new_tokens: int = 64,
     threads: int = 2,
+    repeat_prompts: Annotated[bool, typer.Option(help="Prompts of one line, over and over.")] = False,
     switch_rows: Annotated[int, typer.Option(help="Rows at most for peft-switch, whose rate is flat.")] = 4,
     model: Annotated[
         Path | None, typer.Option(help="Folder of a Llama-like model; else the default.")
@@ -71,7 +80,10 @@ def main(
     with tempfile.TemporaryDirectory(prefix="polypeft-adapters-") as scratch:
         adapters, parameters = make_adapters(folder, Path(scratch), most)
         job = Job(folder, adapters, threads, new_tokens)
-        cells = compare(job, turns, make_prompts(folder, most, prompt_tokens), repeats)
+        prompts = make_prompts(folder, most, prompt_tokens)
+        if repeat_prompts:
+            prompts = [(prompt[:LINE] * prompt_tokens)[:prompt_tokens] for prompt in prompts]
+        cells = compare(job, turns, prompts, repeats)
     report = Report(
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         machine=machine,

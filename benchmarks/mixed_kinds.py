@@ -58,7 +58,9 @@ def main(
     folder = ensure_default_model(CACHE)
     machine = measure(threads)
     with tempfile.TemporaryDirectory(prefix="polypeft-kinds-") as scratch:
-        settings = Settings(data_dir=Path(scratch) / "data", threads=threads, prefix_cache=False)
+        settings = Settings(
+            data_dir=Path(scratch) / "data", threads=threads, prefix_cache=False, lookup_tokens=0
+        )
         engine = Engine(settings, folder)
         adapters = publish_kinds(engine, folder, Path(scratch), rows)
         arms: dict[str, Arm] = {"base": [None] * rows, LONGER: [None] * rows}
