@@ -1,0 +1,222 @@
+"""bottleneck.py on a GPU: h += U act(D x + d) + u, each block of tokens with its own adapter.
+
+As in triton_affine.py: `_down` gives D x for splits of x's width, and the sums of its squares where x is to
+be divided by its root mean square; `_up` adds the splits up and does the rest.
+
+Table: int64 [slots, sites, COLUMNS], columns as in bottleneck.py.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra import libdevice
+
+from server.kernels.bottleneck import COLUMNS
+from server.kernels.gpu import FIELDS, RANK_STEP, SMALL, Plan
+from server.kernels.triton_types import DTYPES, INTERPRETED, dot_type
+
+DEPTH = 1024  # of x's width a split takes at least
+SPLITS = 8  # at most
+
+
+@triton.jit
+def _tanh(x, PLAIN: tl.constexpr):  # type: ignore[no-untyped-def]
+    if PLAIN:  # the interpreter has no libdevice
+        return 2 * tl.sigmoid(2 * x) - 1
+    return libdevice.tanh(x)
+
+
+@triton.jit
+def _activate(z, kind, PLAIN: tl.constexpr):  # type: ignore[no-untyped-def]
+    """`kind` is an index of NON_LINEARITIES."""
+    if kind == 1:
+        z = tl.maximum(z, 0.0)
+    elif kind == 2:
+        z = tl.where(z < 0, 0.01 * z, z)
+    elif kind == 3:
+        z = _tanh(z, PLAIN)
+    elif kind == 4:
+        z = z * tl.sigmoid(z)
+    elif kind == 5:
+        z = 0.5 * z * (1 + tl.erf(z * 0.7071067811865476))
+    elif kind == 6:
+        z = 0.5 * z * (1 + _tanh(0.7978845608028654 * (z + 0.044715 * z * z * z), PLAIN))
+    return z
+
+
+@triton.jit
+def _down(  # type: ignore[no-untyped-def]
+    h,  # [T, hidden]
+    r,  # [T, hidden]
+    table,
+    order,
+    blocks,
+    z,  # float32 [SPLITS, n, WIDTHS]
+    squares,  # float32 [SPLITS, n]
+    h_stride,
+    r_stride,
+    n,
+    site,
+    sites,
+    hidden,
+    WIDTHS: tl.constexpr,
+    STEP: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    DTYPE: tl.constexpr,
+    DOT: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    FIELDS: tl.constexpr,
+):
+    slot = tl.load(blocks + tl.program_id(0) * FIELDS)
+    if slot == 0:
+        return
+    entry = table + (slot * sites + site) * COLUMNS
+    width = tl.load(entry + 4)
+    first_row = tl.program_id(1) * STEP
+    if first_row >= width:
+        return
+    kind = tl.load(entry + 6)
+    first = tl.load(blocks + tl.program_id(0) * FIELDS + 1)
+    count = tl.load(blocks + tl.program_id(0) * FIELDS + 2)
+    split = tl.program_id(2)
+    down = tl.multiple_of(tl.load(entry).to(tl.pointer_type(DTYPE)), 16)
+    place = tl.arange(0, BLOCK)
+    tokens = tl.load(order + first + place, mask=place < count, other=0)
+    rows = first_row + tl.arange(0, STEP)
+    total = tl.zeros((BLOCK, STEP), tl.float32)
+    square = tl.zeros((BLOCK,), tl.float32)
+    share = tl.cdiv(tl.cdiv(hidden, BLOCK_K), SPLITS) * BLOCK_K
+    for start in range(split * share, tl.minimum(hidden, (split + 1) * share), BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        within = k < hidden
+        inside = (place < count)[:, None] & within[None, :]
+        part = tl.zeros((BLOCK, BLOCK_K), tl.float32)
+        if kind != 1:
+            part += tl.load(h + tokens[:, None] * h_stride + k[None, :], mask=inside, other=0.0).to(tl.float32)
+        if kind != 0:
+            part += tl.load(r + tokens[:, None] * r_stride + k[None, :], mask=inside, other=0.0).to(tl.float32)
+        part = part.to(DTYPE)
+        weights = tl.load(
+            down + rows[None, :] * hidden + k[:, None],
+            mask=(rows < width)[None, :] & within[:, None],
+            other=0.0,
+        )
+        total = tl.dot(part.to(DOT), weights.to(DOT), total, input_precision="ieee")
+        square += tl.sum(part.to(tl.float32) * part.to(tl.float32), 1)
+    at = split * n + first + place
+    tl.store(z + at[:, None] * WIDTHS + rows[None, :], total, mask=(place < count)[:, None])
+    if first_row == 0:
+        tl.store(squares + at, square, mask=place < count)
+
+
+@triton.jit
+def _up(  # type: ignore[no-untyped-def]
+    h,
+    table,
+    order,
+    blocks,
+    z,
+    squares,
+    h_stride,
+    n,
+    site,
+    sites,
+    hidden,
+    WIDTHS: tl.constexpr,
+    STEP: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    DTYPE: tl.constexpr,
+    DOT: tl.constexpr,
+    PLAIN: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    FIELDS: tl.constexpr,
+):
+    slot = tl.load(blocks + tl.program_id(0) * FIELDS)
+    if slot == 0:
+        return
+    entry = table + (slot * sites + site) * COLUMNS
+    width = tl.load(entry + 4)
+    if width == 0:
+        return
+    bits = tl.load(entry + 7).to(tl.int32)
+    epsilon = bits.to(tl.float32, bitcast=True)
+    kind = tl.load(entry + 5)
+    first = tl.load(blocks + tl.program_id(0) * FIELDS + 1)
+    count = tl.load(blocks + tl.program_id(0) * FIELDS + 2)
+    place = tl.arange(0, BLOCK)
+    held = place < count
+    tokens = tl.load(order + first + place, mask=held, other=0)
+    columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    within = columns < hidden
+    scale = tl.full((BLOCK,), 1.0, tl.float32)
+    if bits != 0:
+        square = tl.zeros((BLOCK,), tl.float32)
+        for split in tl.static_range(SPLITS):
+            square += tl.load(squares + split * n + first + place, mask=held, other=0.0)
+        scale = tl.rsqrt(square / hidden + epsilon)
+    down_bias = tl.multiple_of(tl.load(entry + 1).to(tl.pointer_type(DTYPE)), 16)
+    up = tl.multiple_of(tl.load(entry + 2).to(tl.pointer_type(DTYPE)), 16)
+    up_bias = tl.multiple_of(tl.load(entry + 3).to(tl.pointer_type(DTYPE)), 16)
+    total = tl.zeros((BLOCK, BLOCK_N), tl.float32)
+    for start in range(0, width, STEP):
+        rows = start + tl.arange(0, STEP)
+        having = rows < width
+        low = tl.zeros((BLOCK, STEP), tl.float32)
+        for split in tl.static_range(SPLITS):
+            at = z + (split * n + first + place)[:, None] * WIDTHS + rows[None, :]
+            low += tl.load(at, mask=held[:, None], other=0.0)
+        bias = tl.load(down_bias + rows, mask=having, other=0.0).to(tl.float32)
+        low = _activate(low * scale[:, None] + bias[None, :], kind, PLAIN)
+        weights = tl.load(
+            up + rows[:, None] * hidden + columns[None, :],
+            mask=having[:, None] & within[None, :],
+            other=0.0,
+        )
+        total = tl.dot(low.to(DTYPE).to(DOT), weights.to(DOT), total, input_precision="ieee")
+    total += tl.load(up_bias + columns, mask=within, other=0.0).to(tl.float32)[None, :]
+    at = h + tokens[:, None] * h_stride + columns[None, :]
+    inside = held[:, None] & within[None, :]
+    own = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(at, (own + total).to(DTYPE), mask=inside)
+
+
+def grouped_bottleneck(
+    h: torch.Tensor,  # [T, hidden], rows contiguous, changed in place
+    r: torch.Tensor,  # [T, hidden], rows contiguous
+    plan: Plan,
+    tables: torch.Tensor,  # int64 [slots, sites, COLUMNS], on the device
+    site: int,
+) -> None:
+    """Run each token's adapter at one site; tokens in no block stay as they are."""
+    n, groups, hidden = plan.order.shape[0], plan.blocks.shape[0], h.shape[1]
+    if not n or not groups:
+        return
+    splits = min(SPLITS, -(-hidden // DEPTH))
+    common = {
+        "WIDTHS": plan.ranks,
+        "STEP": RANK_STEP,
+        "SPLITS": splits,
+        "BLOCK": plan.size,
+        "DTYPE": DTYPES[h.dtype],
+        "DOT": dot_type(h.dtype),
+        "COLUMNS": COLUMNS,
+        "FIELDS": FIELDS,
+    }
+    z = h.new_empty(splits, n, plan.ranks, dtype=torch.float32)
+    squares = h.new_empty(splits, n, dtype=torch.float32)
+    held = (tables, plan.order, plan.blocks, z, squares)
+    _down[groups, plan.ranks // RANK_STEP, splits](
+        *(h, r, *held, h.stride(0), r.stride(0), n, site, tables.shape[1], hidden), BLOCK_K=64, **common
+    )
+    block_n = 256 if plan.size == SMALL else 128
+    _up[groups, -(-hidden // block_n)](
+        *(h, *held, h.stride(0), n, site, tables.shape[1], hidden),
+        BLOCK_N=block_n,
+        num_warps=4 if plan.size == SMALL else 8,
+        PLAIN=INTERPRETED,
+        **common,
+    )
