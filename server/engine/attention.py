@@ -4,14 +4,16 @@ transformers' attention classes call `attend`; it finds the step under way on th
 in server/kernels/attention.py; which blocks a row owns was decided by the scheduler (engine/kv.py).
 """
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from server.adapters.methods.base import Bank, Rows, Span
+from server.adapters.methods.base import FEW, Bank, Rows, Span
 from server.adapters.sites import Base
+from server.engine.gpu_batch import GpuBatch
 from server.engine.row import Row
 from server.kernels.attention import (
     BLOCK,
@@ -24,20 +26,23 @@ from server.kernels.attention import (
 
 
 class Spans:
-    """Which tokens each bank is asked about."""
+    """Which tokens each bank is asked about. `most`: tokens of a span that kernels take, as Rows has it."""
 
-    def __init__(self) -> None:
+    def __init__(self, most: int = FEW) -> None:
+        self.most = most
         self.by_bank: dict[Bank, list[Span]] = {}
 
     def add(self, banks: Mapping[str, Bank], row: Row, start: int, end: int) -> None:
         """Tokens [start, end) are this row's."""
         for use, slot in zip(row.uses, row.slots, strict=True):
             bank = banks[use.adapter.method]
+            if bank.leads and row.computed >= row.virtual:
+                continue
             self.by_bank.setdefault(bank, []).append(Span(slot, start, end, use.weight))
 
     def acting(self, hook: str) -> list[tuple[Bank, Rows]]:
         """Those of them that act through `hook`."""
-        return [(bank, Rows(spans)) for bank, spans in self.by_bank.items() if bank.acts(hook)]
+        return [(bank, Rows(spans, self.most)) for bank, spans in self.by_bank.items() if bank.acts(hook)]
 
 
 class Pages:
@@ -75,8 +80,11 @@ class Step:
 
     pages: Pages
     banks: Mapping[str, Bank]
+    batch: GpuBatch | None = None  # where a GPU's kernels run: all they need of the rows, on the device
 
-    def __init__(self) -> None:
+    def __init__(self, *, gpu: bool = False) -> None:
+        self.most = sys.maxsize if gpu else FEW  # on a GPU kernels take prefill, too
+        self.gpu = gpu
         # banks with rows in this batch, by the hook they act through; `head`: at the tokens sampled from
         self.affine: list[tuple[Bank, Rows]] = []
         self.inputs: list[tuple[Bank, Rows]] = []
@@ -95,18 +103,17 @@ class Step:
         """`rows` in the order of their tokens: those with one token first."""
         decoding = [row for row in rows if row.scheduled == 1]
         self.decoding = len(decoding)
-        if decoding:
-            most = max(len(row.blocks) for row in decoding)
-            tables = [row.blocks + [0] * (most - len(row.blocks)) for row in decoding]
-            self.tables = torch.tensor(tables, device=device)
-            self.lengths = torch.tensor([row.computed + 1 for row in decoding], device=device)
         self.chunks = []
+        if self.gpu:
+            self.batch = GpuBatch.of(rows, device)
+        else:
+            self._find_pages(decoding, device)
         self.last = {}
-        spans = Spans()
+        spans = Spans(self.most)
         start = 0
         for row in rows:
             end = start + row.scheduled
-            if row.scheduled > 1:
+            if row.scheduled > 1 and not self.gpu:
                 self.chunks.append(chunk_of(row, start, end, device))
             spans.add(self.banks, row, start, end)
             self.last[row.id] = end - 1
@@ -116,9 +123,16 @@ class Step:
         self.norm = spans.acting("norm")
         self.sublayer = spans.acting("sublayer")
 
+    def _find_pages(self, decoding: list[Row], device: torch.device) -> None:
+        if decoding:
+            most = max(len(row.blocks) for row in decoding)
+            tables = [row.blocks + [0] * (most - len(row.blocks)) for row in decoding]
+            self.tables = torch.tensor(tables, device=device)
+            self.lengths = torch.tensor([row.computed + 1 for row in decoding], device=device)
+
     def keep(self, rows: list[Row]) -> None:
         """The output head sees one token of each row that completes, in the order given."""
-        spans = Spans()
+        spans = Spans(self.most)
         for i, row in enumerate(row for row in rows if row.completes):
             spans.add(self.banks, row, i, i + 1)
         self.head = spans.acting("affine")
@@ -153,6 +167,8 @@ def attend(
     q, k, v = query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)
     keys, values = step.pages.keys[module.layer_idx], step.pages.values[module.layer_idx]
     scores = Scores(q.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window or 0, softcap or 0.0)
+    if step.batch is not None:
+        return step.batch.attend(q, k, v, keys, values, scores)[None], None
     parts = []
     if n := step.decoding:
         parts.append(decode_attention(q[:n], k[:n], v[:n], keys, values, step.tables, step.lengths, scores))

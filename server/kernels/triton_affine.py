@@ -15,12 +15,13 @@ import torch
 import triton
 import triton.language as tl
 
-from server.kernels.affine import COLUMNS
-from server.kernels.gpu import FIELDS, RANK_STEP, SMALL, Plan
-from server.kernels.triton_types import DTYPES, dot_type
+from server.kernels import affine
+from server.kernels.gpu import RANK_STEP, SMALL, Plan
+from server.kernels.triton_types import DTYPES, FIELDS, STEP, dot_type, members, summed
 
 DEPTH = 1024  # of x's width a split takes at least
 SPLITS = 8  # at most
+COLUMNS = tl.constexpr(affine.COLUMNS)
 
 
 @triton.jit
@@ -29,7 +30,7 @@ def _shrink(  # type: ignore[no-untyped-def]
     table,
     order,
     blocks,
-    h,  # float32 [SPLITS, n, SITES, RANKS]
+    h,  # float32 [SPLITS, n, SITES * RANKS]
     x_stride,
     n,
     first_site,
@@ -38,55 +39,78 @@ def _shrink(  # type: ignore[no-untyped-def]
     EMBEDDING: tl.constexpr,
     SITES: tl.constexpr,
     RANKS: tl.constexpr,
-    STEP: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
     DTYPE: tl.constexpr,
     DOT: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    FIELDS: tl.constexpr,
 ):
     slot = tl.load(blocks + tl.program_id(0) * FIELDS)
     if slot == 0:
         return
     site = tl.program_id(1) // (RANKS // STEP)
-    first_rank = tl.program_id(1) % (RANKS // STEP) * STEP
+    ranks = tl.program_id(1) % (RANKS // STEP) * STEP + tl.arange(0, STEP)
     entry = table + (slot * sites + first_site + site) * COLUMNS
     rank = tl.load(entry + 4)
-    if first_rank >= rank:
+    if tl.program_id(1) % (RANKS // STEP) * STEP >= rank:
         return
-    first = tl.load(blocks + tl.program_id(0) * FIELDS + 1)
-    count = tl.load(blocks + tl.program_id(0) * FIELDS + 2)
     split = tl.program_id(2)
     a = tl.multiple_of(tl.load(entry).to(tl.pointer_type(DTYPE)), 16)
-    place = tl.arange(0, BLOCK)
-    tokens = tl.load(order + first + place, mask=place < count, other=0)
-    ranks = first_rank + tl.arange(0, STEP)
+    places, tokens, held = members(blocks, order, BLOCK)
     total = tl.zeros((BLOCK, STEP), tl.float32)
     if EMBEDDING:
         ids = tl.load(x + tokens)
-        real = (place < count) & (ids >= 0)  # virtual tokens have no row in a table
+        real = held & (ids >= 0)  # virtual tokens have no row in a table
         at = a + ids[:, None] * rank + ranks[None, :]
         total += tl.load(at, mask=real[:, None] & (ranks < rank)[None, :], other=0.0).to(tl.float32)
     else:
         share = tl.cdiv(tl.cdiv(fan_in, BLOCK_K), SPLITS) * BLOCK_K
         for start in range(split * share, tl.minimum(fan_in, (split + 1) * share), BLOCK_K):
             k = start + tl.arange(0, BLOCK_K)
-            within = k < fan_in
-            part = tl.load(
-                x + tokens[:, None] * x_stride + k[None, :],
-                mask=(place < count)[:, None] & within[None, :],
-                other=0.0,
-            )
-            weights = tl.load(
-                a + ranks[None, :] * fan_in + k[:, None],
-                mask=(ranks < rank)[None, :] & within[:, None],
-                other=0.0,
-            )
+            at = x + tokens[:, None] * x_stride + k[None, :]
+            part = tl.load(at, mask=held[:, None] & (k < fan_in)[None, :], other=0.0)
+            at = a + ranks[None, :] * fan_in + k[:, None]
+            weights = tl.load(at, mask=(ranks < rank)[None, :] & (k < fan_in)[:, None], other=0.0)
             total = tl.dot(part.to(DOT), weights.to(DOT), total, input_precision="ieee")
-    at = h + (((split * n + first + place)[:, None] * SITES) + site) * RANKS + ranks[None, :]
-    tl.store(at, total, mask=(place < count)[:, None])
+    at = h + (split * n + places)[:, None] * (SITES * RANKS) + site * RANKS + ranks[None, :]
+    tl.store(at, total, mask=held[:, None])
+
+
+@triton.jit
+def _site_of(  # type: ignore[no-untyped-def]
+    tile, OUT0: tl.constexpr, OUT1: tl.constexpr, OUT2: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """A tile of the group's columns: its site, its number there, the site's width and first column."""
+    tiles0: tl.constexpr = (OUT0 + BLOCK_N - 1) // BLOCK_N
+    tiles1: tl.constexpr = (OUT1 + BLOCK_N - 1) // BLOCK_N
+    site, outputs, first = 0, OUT0, 0
+    if OUT1 > 0 and tile >= tiles0:
+        site, outputs, first, tile = 1, OUT1, OUT0, tile - tiles0
+        if OUT2 > 0 and tile >= tiles1:
+            site, outputs, first, tile = 2, OUT2, OUT0 + OUT1, tile - tiles1
+    return site, tile, outputs, first
+
+
+@triton.jit
+def _affine(  # type: ignore[no-untyped-def]
+    entry, own, columns, outputs, base_bias, HAS_BIAS: tl.constexpr, DTYPE: tl.constexpr
+):
+    """gain * (own - base_bias) + bias, as far as there are such: float32 like own."""
+    within = columns < outputs
+    total = tl.zeros_like(own)
+    gain, bias = tl.load(entry + 2), tl.load(entry + 3)
+    if gain != 0:
+        at = tl.multiple_of(gain.to(tl.pointer_type(DTYPE)), 16)
+        factor = tl.load(at + columns, mask=within, other=0.0).to(tl.float32)
+        if HAS_BIAS:
+            base = tl.load(base_bias + columns, mask=within, other=0.0).to(tl.float32)
+            total += factor[None, :] * (own - base[None, :])
+        else:
+            total += factor[None, :] * own
+    if bias != 0:
+        at = tl.multiple_of(bias.to(tl.pointer_type(DTYPE)), 16)
+        total += tl.load(at + columns, mask=within, other=0.0).to(tl.float32)[None, :]
+    return total
 
 
 @triton.jit
@@ -108,72 +132,35 @@ def _expand(  # type: ignore[no-untyped-def]
     HAS_RANKS: tl.constexpr,  # False: nobody has matrices here, and h holds nothing
     SITES: tl.constexpr,
     RANKS: tl.constexpr,
-    STEP: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_N: tl.constexpr,
     DTYPE: tl.constexpr,
     DOT: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    FIELDS: tl.constexpr,
 ):
     slot = tl.load(blocks + tl.program_id(0) * FIELDS)
     if slot == 0:
         return
-    tile = tl.program_id(1)
-    tiles0: tl.constexpr = (OUT0 + BLOCK_N - 1) // BLOCK_N
-    tiles1: tl.constexpr = (OUT1 + BLOCK_N - 1) // BLOCK_N
-    site, outputs, offset = 0, OUT0, 0
-    if SITES > 1 and tile >= tiles0:
-        site, outputs, offset, tile = 1, OUT1, OUT0, tile - tiles0
-        if SITES > 2 and tile >= tiles1:
-            site, outputs, offset, tile = 2, OUT2, OUT0 + OUT1, tile - tiles1
+    site, tile, outputs, first_column = _site_of(tl.program_id(1), OUT0, OUT1, OUT2, BLOCK_N)
     entry = table + (slot * sites + first_site + site) * COLUMNS
     rank = tl.load(entry + 4)
-    gain = tl.load(entry + 2)
-    bias = tl.load(entry + 3)
-    if (rank == 0) & (gain == 0) & (bias == 0):
+    if (rank == 0) & (tl.load(entry + 2) == 0) & (tl.load(entry + 3) == 0):
         return
-    first = tl.load(blocks + tl.program_id(0) * FIELDS + 1)
-    count = tl.load(blocks + tl.program_id(0) * FIELDS + 2)
-    place = tl.arange(0, BLOCK)
-    tokens = tl.load(order + first + place, mask=place < count, other=0)
+    places, tokens, held = members(blocks, order, BLOCK)
     columns = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     within = columns < outputs
-    inside = (place < count)[:, None] & within[None, :]
-    at = y + tokens[:, None] * y_stride + (offset + columns)[None, :]
-    own = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-    total = tl.zeros((BLOCK, BLOCK_N), tl.float32)
+    at = y + tokens[:, None] * y_stride + (first_column + columns)[None, :]
+    own = tl.load(at, mask=held[:, None] & within[None, :], other=0.0).to(tl.float32)
+    total = _affine(entry, own, columns, outputs, base_bias + first_column, HAS_BIAS, DTYPE)
     if HAS_RANKS:
         b = tl.multiple_of(tl.load(entry + 1).to(tl.pointer_type(DTYPE)), 16)
         for start in range(0, rank, STEP):
             ranks = start + tl.arange(0, STEP)
-            having = ranks < rank
-            low = tl.zeros((BLOCK, STEP), tl.float32)
-            for split in tl.static_range(SPLITS):
-                low += tl.load(
-                    h + (((split * n + first + place)[:, None] * SITES) + site) * RANKS + ranks[None, :],
-                    mask=(place < count)[:, None],  # ranks beyond its own are zeros there
-                    other=0.0,
-                )
-            weights = tl.load(
-                b + ranks[:, None] * outputs + columns[None, :],
-                mask=having[:, None] & within[None, :],
-                other=0.0,
-            )
+            low = summed(h, n, places, held, site * RANKS + ranks, SITES * RANKS, SPLITS)
+            ahead = b + ranks[:, None] * outputs + columns[None, :]
+            weights = tl.load(ahead, mask=(ranks < rank)[:, None] & within[None, :], other=0.0)
             total = tl.dot(low.to(DTYPE).to(DOT), weights.to(DOT), total, input_precision="ieee")
-    if gain != 0:
-        gains = tl.multiple_of(gain.to(tl.pointer_type(DTYPE)), 16)
-        factor = tl.load(gains + columns, mask=within, other=0.0).to(tl.float32)
-        if HAS_BIAS:
-            base = tl.load(base_bias + offset + columns, mask=within, other=0.0).to(tl.float32)
-            total += factor[None, :] * (own - base[None, :])
-        else:
-            total += factor[None, :] * own
-    if bias != 0:
-        biases = tl.multiple_of(bias.to(tl.pointer_type(DTYPE)), 16)
-        total += tl.load(biases + columns, mask=within, other=0.0).to(tl.float32)[None, :]
-    tl.store(at, (own + total).to(DTYPE), mask=inside)
+    tl.store(at, (own + total).to(DTYPE), mask=held[:, None] & within[None, :])
 
 
 def grouped_affine(
@@ -197,16 +184,13 @@ def grouped_affine(
     common = {
         "SITES": len(outputs),
         "RANKS": plan.ranks,
-        "STEP": RANK_STEP,
         "SPLITS": splits,
         "BLOCK": plan.size,
         "DTYPE": DTYPES[y.dtype],
         "DOT": dot_type(y.dtype),
-        "COLUMNS": COLUMNS,
-        "FIELDS": FIELDS,
     }
     places = (tables, plan.order, plan.blocks)
-    h = y.new_empty((splits, n, len(outputs), plan.ranks) if heavy else 0, dtype=torch.float32)
+    h = y.new_empty((splits, n, len(outputs) * plan.ranks) if heavy else 0, dtype=torch.float32)
     if heavy:
         _shrink[groups, len(outputs) * (plan.ranks // RANK_STEP), splits](
             x,

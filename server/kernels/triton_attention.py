@@ -1,4 +1,4 @@
-"""attention.py on a GPU: K and V into their pages, one new token a row, and chunks of many.
+"""attention.py on a GPU: K and V into their pages, and one new token a row. Many: triton_prefill.py.
 
 Pages as there: keys [blocks, kv_heads, head_dim, BLOCK], values [blocks, kv_heads, BLOCK, head_dim]. All
 addresses come from tables on the device, so a launch can be recorded once and replayed.
@@ -16,7 +16,6 @@ from server.kernels.attention import BLOCK, Scores
 from server.kernels.triton_types import DTYPES, INTERPRETED, dot_type
 
 PROGRAMS = 24 if INTERPRETED else 512  # of a decode launch, about: what fills a large device
-CHUNK = 64  # query tokens of a program in prefill
 AHEAD = 64  # past tokens at a time
 
 
@@ -49,7 +48,7 @@ def _write(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _attend(  # type: ignore[no-untyped-def]
+def attend(  # type: ignore[no-untyped-def]
     q,  # [BLOCK, WIDE], scaled
     position,  # [BLOCK]: of each query
     low,
@@ -146,7 +145,7 @@ def _decode(  # type: ignore[no-untyped-def]
     scaled = (tl.load(at, mask=mine, other=0.0).to(tl.float32) * scale).to(DTYPE)
     position = tl.zeros((BLOCK,), tl.int64) + length - 1
     table = tables + row * table_stride
-    top, total, sums = _attend(
+    top, total, sums = attend(
         *(scaled, position, low, high, table, keys, values, head),
         *(HEADS, DIM, WIDE, PAGE, BLOCK, AHEAD, WINDOW, SOFTCAP, DTYPE, DOT),
     )
@@ -183,47 +182,6 @@ def _combine(  # type: ignore[no-untyped-def]
     tl.store(out + tl.program_id(0) * DIM + d, result.to(DTYPE), mask=d < DIM)
 
 
-@triton.jit
-def _chunks(  # type: ignore[no-untyped-def]
-    q,
-    keys,
-    values,
-    tables,
-    chunks,  # [programs, 4]: row of the tables, first token in q, how many, position of the first
-    out,
-    q_token,
-    q_head,
-    table_stride,
-    scale,
-    HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    BLOCK: tl.constexpr,
-    DIM: tl.constexpr,
-    WIDE: tl.constexpr,
-    PAGE: tl.constexpr,
-    AHEAD: tl.constexpr,
-    WINDOW: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    DTYPE: tl.constexpr,
-    DOT: tl.constexpr,
-):
-    head = tl.program_id(1)
-    chunk = chunks + tl.program_id(0) * 4
-    row, first, count, begin = tl.load(chunk), tl.load(chunk + 1), tl.load(chunk + 2), tl.load(chunk + 3)
-    m, d = tl.arange(0, BLOCK), tl.arange(0, WIDE)
-    mine = (m < count)[:, None] & (d < DIM)[None, :]
-    at = q + (first + m)[:, None] * q_token + head * q_head + d[None, :]
-    scaled = (tl.load(at, mask=mine, other=0.0).to(tl.float32) * scale).to(DTYPE)
-    low = tl.maximum(begin - WINDOW + 1, 0) if WINDOW > 0 else begin * 0
-    _, total, sums = _attend(
-        *(scaled, begin + m, low, begin + count, tables + row * table_stride, keys, values, head // GROUP),
-        *(HEADS, DIM, WIDE, PAGE, BLOCK, AHEAD, WINDOW, SOFTCAP, DTYPE, DOT),
-    )
-    result = sums / tl.where(total == 0, 1.0, total)[:, None]
-    at = out + ((first + m) * HEADS * GROUP + head)[:, None] * DIM + d[None, :]
-    tl.store(at, result.to(DTYPE), mask=mine)
-
-
 def write_pages(
     keys: torch.Tensor,
     values: torch.Tensor,
@@ -234,7 +192,10 @@ def write_pages(
     tokens, heads, dim = k.shape
     _write[tokens, heads](
         *(k, v, keys, values, places, k.stride(0), k.stride(1), v.stride(0), v.stride(1)),
-        **{"HEADS": heads, "DIM": dim, "WIDE": triton.next_power_of_2(dim), "PAGE": BLOCK},
+        HEADS=heads,
+        DIM=dim,
+        WIDE=triton.next_power_of_2(dim),
+        PAGE=BLOCK,
     )
 
 
@@ -263,28 +224,9 @@ def decode_attention(
     if shares > 1:
         _combine[(rows * heads,)](
             *(parts, out),
-            **{"SHARES": shares, "MANY": triton.next_power_of_2(shares)},
+            SHARES=shares,
+            MANY=triton.next_power_of_2(shares),
             **{name: fixed[name] for name in ("DIM", "WIDE", "DTYPE")},
-        )
-
-
-def chunk_attention(
-    q: torch.Tensor,  # [T, heads, head_dim], heads contiguous
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    tables: torch.Tensor,  # int64 [rows, most blocks]
-    chunks: torch.Tensor,  # int64 [programs, 4], as `cut_chunks` gives them
-    scores: Scores,
-    out: torch.Tensor,  # [T, heads, head_dim], contiguous
-) -> None:
-    """Causal attention of many tokens a row over their pages, which hold their own K and V already."""
-    if chunks.shape[0]:
-        _chunks[chunks.shape[0], q.shape[1]](
-            *(q, keys, values, tables, chunks, out),
-            *(q.stride(0), q.stride(1), tables.stride(0), scores.scale),
-            BLOCK=CHUNK,
-            num_stages=3 if q.shape[2] <= 128 else 2,  # more would not fit into shared memory
-            **constants(q, keys, scores),
         )
 
 
@@ -302,15 +244,3 @@ def constants(q: torch.Tensor, keys: torch.Tensor, scores: Scores) -> dict[str, 
         "DTYPE": DTYPES[q.dtype],
         "DOT": dot_type(q.dtype),
     }
-
-
-def cut_chunks(spans: list[tuple[int, int, int, int]]) -> list[int]:
-    """(row of the tables, first token, count, position of the first) of each row in prefill, in programs'
-    pieces of CHUNK tokens, flat.
-    """
-    return [
-        value
-        for row, first, count, begin in spans
-        for at in range(0, count, CHUNK)
-        for value in (row, first + at, min(CHUNK, count - at), begin + at)
-    ]

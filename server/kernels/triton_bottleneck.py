@@ -11,12 +11,13 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
-from server.kernels.bottleneck import COLUMNS
-from server.kernels.gpu import FIELDS, RANK_STEP, SMALL, Plan
-from server.kernels.triton_types import DTYPES, INTERPRETED, dot_type
+from server.kernels import bottleneck
+from server.kernels.gpu import RANK_STEP, SMALL, Plan
+from server.kernels.triton_types import DTYPES, FIELDS, INTERPRETED, STEP, dot_type, members, summed
 
 DEPTH = 1024  # of x's width a split takes at least
 SPLITS = 8  # at most
+COLUMNS = tl.constexpr(bottleneck.COLUMNS)
 
 
 @triton.jit
@@ -45,6 +46,21 @@ def _activate(z, kind, PLAIN: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _input(  # type: ignore[no-untyped-def]
+    h, r, h_stride, r_stride, kind, tokens, k, inside, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    """h, r or their sum, as INPUTS has them: float32 [BLOCK, BLOCK_K]."""
+    x = tl.zeros((BLOCK, BLOCK_K), tl.float32)
+    if kind != 1:
+        at = h + tokens[:, None] * h_stride + k[None, :]
+        x += tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    if kind != 0:
+        at = r + tokens[:, None] * r_stride + k[None, :]
+        x += tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    return x
+
+
+@triton.jit
 def _down(  # type: ignore[no-untyped-def]
     h,  # [T, hidden]
     r,  # [T, hidden]
@@ -60,55 +76,39 @@ def _down(  # type: ignore[no-untyped-def]
     sites,
     hidden,
     WIDTHS: tl.constexpr,
-    STEP: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
     DTYPE: tl.constexpr,
     DOT: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    FIELDS: tl.constexpr,
 ):
     slot = tl.load(blocks + tl.program_id(0) * FIELDS)
     if slot == 0:
         return
     entry = table + (slot * sites + site) * COLUMNS
     width = tl.load(entry + 4)
-    first_row = tl.program_id(1) * STEP
-    if first_row >= width:
+    if tl.program_id(1) * STEP >= width:
         return
     kind = tl.load(entry + 6)
-    first = tl.load(blocks + tl.program_id(0) * FIELDS + 1)
-    count = tl.load(blocks + tl.program_id(0) * FIELDS + 2)
     split = tl.program_id(2)
     down = tl.multiple_of(tl.load(entry).to(tl.pointer_type(DTYPE)), 16)
-    place = tl.arange(0, BLOCK)
-    tokens = tl.load(order + first + place, mask=place < count, other=0)
-    rows = first_row + tl.arange(0, STEP)
+    places, tokens, held = members(blocks, order, BLOCK)
+    rows = tl.program_id(1) * STEP + tl.arange(0, STEP)
     total = tl.zeros((BLOCK, STEP), tl.float32)
     square = tl.zeros((BLOCK,), tl.float32)
     share = tl.cdiv(tl.cdiv(hidden, BLOCK_K), SPLITS) * BLOCK_K
     for start in range(split * share, tl.minimum(hidden, (split + 1) * share), BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
-        within = k < hidden
-        inside = (place < count)[:, None] & within[None, :]
-        part = tl.zeros((BLOCK, BLOCK_K), tl.float32)
-        if kind != 1:
-            part += tl.load(h + tokens[:, None] * h_stride + k[None, :], mask=inside, other=0.0).to(tl.float32)
-        if kind != 0:
-            part += tl.load(r + tokens[:, None] * r_stride + k[None, :], mask=inside, other=0.0).to(tl.float32)
-        part = part.to(DTYPE)
-        weights = tl.load(
-            down + rows[None, :] * hidden + k[:, None],
-            mask=(rows < width)[None, :] & within[:, None],
-            other=0.0,
-        )
-        total = tl.dot(part.to(DOT), weights.to(DOT), total, input_precision="ieee")
-        square += tl.sum(part.to(tl.float32) * part.to(tl.float32), 1)
-    at = split * n + first + place
-    tl.store(z + at[:, None] * WIDTHS + rows[None, :], total, mask=(place < count)[:, None])
-    if first_row == 0:
-        tl.store(squares + at, square, mask=place < count)
+        inside = held[:, None] & (k < hidden)[None, :]
+        x = _input(h, r, h_stride, r_stride, kind, tokens, k, inside, BLOCK, BLOCK_K).to(DTYPE)
+        at = down + rows[None, :] * hidden + k[:, None]
+        weights = tl.load(at, mask=(rows < width)[None, :] & (k < hidden)[:, None], other=0.0)
+        total = tl.dot(x.to(DOT), weights.to(DOT), total, input_precision="ieee")
+        square += tl.sum(x.to(tl.float32) * x.to(tl.float32), 1)
+    at = split * n + places
+    tl.store(z + at[:, None] * WIDTHS + rows[None, :], total, mask=held[:, None])
+    if tl.program_id(1) == 0:
+        tl.store(squares + at, square, mask=held)
 
 
 @triton.jit
@@ -125,63 +125,45 @@ def _up(  # type: ignore[no-untyped-def]
     sites,
     hidden,
     WIDTHS: tl.constexpr,
-    STEP: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_N: tl.constexpr,
     DTYPE: tl.constexpr,
     DOT: tl.constexpr,
     PLAIN: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    FIELDS: tl.constexpr,
 ):
     slot = tl.load(blocks + tl.program_id(0) * FIELDS)
     if slot == 0:
         return
     entry = table + (slot * sites + site) * COLUMNS
-    width = tl.load(entry + 4)
+    width, kind, bits = tl.load(entry + 4), tl.load(entry + 5), tl.load(entry + 7).to(tl.int32)
     if width == 0:
         return
-    bits = tl.load(entry + 7).to(tl.int32)
-    epsilon = bits.to(tl.float32, bitcast=True)
-    kind = tl.load(entry + 5)
-    first = tl.load(blocks + tl.program_id(0) * FIELDS + 1)
-    count = tl.load(blocks + tl.program_id(0) * FIELDS + 2)
-    place = tl.arange(0, BLOCK)
-    held = place < count
-    tokens = tl.load(order + first + place, mask=held, other=0)
+    places, tokens, held = members(blocks, order, BLOCK)
     columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     within = columns < hidden
     scale = tl.full((BLOCK,), 1.0, tl.float32)
     if bits != 0:
         square = tl.zeros((BLOCK,), tl.float32)
         for split in tl.static_range(SPLITS):
-            square += tl.load(squares + split * n + first + place, mask=held, other=0.0)
-        scale = tl.rsqrt(square / hidden + epsilon)
+            square += tl.load(squares + split * n + places, mask=held, other=0.0)
+        scale = tl.rsqrt(square / hidden + bits.to(tl.float32, bitcast=True))
     down_bias = tl.multiple_of(tl.load(entry + 1).to(tl.pointer_type(DTYPE)), 16)
     up = tl.multiple_of(tl.load(entry + 2).to(tl.pointer_type(DTYPE)), 16)
     up_bias = tl.multiple_of(tl.load(entry + 3).to(tl.pointer_type(DTYPE)), 16)
     total = tl.zeros((BLOCK, BLOCK_N), tl.float32)
     for start in range(0, width, STEP):
         rows = start + tl.arange(0, STEP)
-        having = rows < width
-        low = tl.zeros((BLOCK, STEP), tl.float32)
-        for split in tl.static_range(SPLITS):
-            at = z + (split * n + first + place)[:, None] * WIDTHS + rows[None, :]
-            low += tl.load(at, mask=held[:, None], other=0.0)
-        bias = tl.load(down_bias + rows, mask=having, other=0.0).to(tl.float32)
-        low = _activate(low * scale[:, None] + bias[None, :], kind, PLAIN)
-        weights = tl.load(
-            up + rows[:, None] * hidden + columns[None, :],
-            mask=having[:, None] & within[None, :],
-            other=0.0,
-        )
-        total = tl.dot(low.to(DTYPE).to(DOT), weights.to(DOT), total, input_precision="ieee")
+        bias = tl.load(down_bias + rows, mask=rows < width, other=0.0).to(tl.float32)
+        low = summed(z, n, places, held, rows, WIDTHS, SPLITS) * scale[:, None] + bias[None, :]
+        low = _activate(low, kind, PLAIN).to(DTYPE)
+        at = up + rows[:, None] * hidden + columns[None, :]
+        weights = tl.load(at, mask=(rows < width)[:, None] & within[None, :], other=0.0)
+        total = tl.dot(low.to(DOT), weights.to(DOT), total, input_precision="ieee")
     total += tl.load(up_bias + columns, mask=within, other=0.0).to(tl.float32)[None, :]
     at = h + tokens[:, None] * h_stride + columns[None, :]
-    inside = held[:, None] & within[None, :]
-    own = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(at, (own + total).to(DTYPE), mask=inside)
+    own = tl.load(at, mask=held[:, None] & within[None, :], other=0.0).to(tl.float32)
+    tl.store(at, (own + total).to(DTYPE), mask=held[:, None] & within[None, :])
 
 
 def grouped_bottleneck(
@@ -198,13 +180,10 @@ def grouped_bottleneck(
     splits = min(SPLITS, -(-hidden // DEPTH))
     common = {
         "WIDTHS": plan.ranks,
-        "STEP": RANK_STEP,
         "SPLITS": splits,
         "BLOCK": plan.size,
         "DTYPE": DTYPES[h.dtype],
         "DOT": dot_type(h.dtype),
-        "COLUMNS": COLUMNS,
-        "FIELDS": FIELDS,
     }
     z = h.new_empty(splits, n, plan.ranks, dtype=torch.float32)
     squares = h.new_empty(splits, n, dtype=torch.float32)
