@@ -21,6 +21,9 @@ pytestmark = [
 ]
 
 
+Pair = Callable[[str], tuple[Stand, Stand]]
+
+
 @pytest.fixture
 def on_gpu(tiny_models: Callable[[str], Path], tmp_path: Path) -> Iterator[Pair]:
     """Two engines over the same model: one as on a GPU, one as on a CPU."""
@@ -71,7 +74,7 @@ def test_rows_of_all_kinds_and_of_none(on_gpu: Pair, family: str) -> None:
 
 
 def test_recorded_steps_serve_whoever_comes(on_gpu: Pair) -> None:
-    """Rows come and go, adapters change places, the batch grows and shrinks: replays, and the same tokens."""
+    """Rows come and go, adapters change places, batches grow and shrink: replays, and the same tokens."""
     ours, plain = on_gpu("llama")
     graphs = ours.engine.model.graphs
 
