@@ -24,8 +24,6 @@ from rich.table import Table
 
 from benchmarks.arms import quiet
 from benchmarks.gpu_parts import (
-    LINEARS,
-    RANK,
     Clock,
     make_engine,
     make_packed,
@@ -35,6 +33,7 @@ from benchmarks.gpu_parts import (
     try_peft,
     write_config,
 )
+from benchmarks.inputs import LINEARS, RANK
 from server.adapters.methods.base import Packed
 from server.engine.loop import Engine
 from server.engine.messages import AdapterRef

@@ -15,7 +15,6 @@ from benchmarks.inputs import LINEARS, RANK
 from server.adapters.methods.affine import Piece
 from server.adapters.methods.base import Packed
 from server.engine import frozen
-from server.engine.frozen import Placement
 from server.engine.loop import Engine
 from server.engine.messages import AdapterRef, Generate, Sampling
 from server.settings import Settings
@@ -113,18 +112,9 @@ def random_model(folder: Path, device: torch.device) -> Any:
 def make_engine(folder: Path, device: torch.device, *, rows: int, tiny: bool) -> Engine:
     """Our engine over a random model. Its weights' digest is not taken: it would be a minute of hashing."""
 
-    class Random(frozen.FrozenModel):
-        """Only for what it overrides."""
-
-        def digest(self) -> str:
-            return "0" * 64
-
-    def draw(model_folder: Path, placement: Placement) -> Any:
-        return random_model(model_folder, placement.device)
-
     settings = Settings(
         data_dir=folder / "data",
-        device=device.type,
+        device="cuda" if device.type == "cuda" else "cpu",
         max_seqs=rows,
         max_batch_tokens=1 << 16,
         max_model_len=256 if tiny else 4096,
@@ -133,8 +123,9 @@ def make_engine(folder: Path, device: torch.device, *, rows: int, tiny: bool) ->
         adapter_slots=2 * rows,
         adapter_device_bytes=16 * GIB,
     )
-    before = (frozen.load_base, frozen.FrozenModel.digest)
-    frozen.load_base, frozen.FrozenModel.digest = draw, Random.digest  # type: ignore[method-assign]
+    before = frozen.load_base, frozen.FrozenModel.digest
+    frozen.load_base = lambda folder, placement: random_model(folder, placement.device)
+    frozen.FrozenModel.digest = lambda self: "0" * 64  # type: ignore[method-assign] # noqa: ARG005
     try:
         return Engine(settings, folder / "model")
     finally:

@@ -42,7 +42,7 @@ class Recorded(NamedTuple):
 
 def record_on_cuda(call: Call) -> Recorded:
     """Twice to warm up, so that kernels are compiled and libraries have their memory; then as a graph."""
-    stream = torch.cuda.Stream()
+    stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         call()

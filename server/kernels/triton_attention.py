@@ -8,6 +8,8 @@ one product, so that K and V are read once. Shares are put together by a second 
 row's length never counts, whatever it is: a freed page may hold anything, NaN included.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -230,7 +232,7 @@ def decode_attention(
         )
 
 
-def constants(q: torch.Tensor, keys: torch.Tensor, scores: Scores) -> dict[str, object]:
+def constants(q: torch.Tensor, keys: torch.Tensor, scores: Scores) -> dict[str, Any]:
     dim, kv_heads = q.shape[2], keys.shape[1]
     return {
         "HEADS": kv_heads,

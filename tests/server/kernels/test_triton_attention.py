@@ -77,8 +77,8 @@ def test_chunks_of_many_rows_match_their_twin(scores: Scores, dtype: torch.dtype
     out = torch.full((sum(counts) + 1, heads, dim), float("nan")).to(DEVICE, dtype)
     chunk_attention(q, keys, values, tables.to(DEVICE), chunks, scores, out)
     for (_, first, count, _), (k, v) in zip(spans, dense, strict=True):
-        past = (t.to(DEVICE, dtype).float().transpose(0, 1) for t in (k, v))
-        expected = prefill_attention(q[first : first + count].float(), *past, scores)
+        past_k, past_v = (t.to(DEVICE, dtype).float().transpose(0, 1) for t in (k, v))
+        expected = prefill_attention(q[first : first + count].float(), past_k, past_v, scores)
         own = out[first : first + count].float()
         torch.testing.assert_close(own, expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
     assert out[0].isnan().all()
