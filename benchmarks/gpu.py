@@ -66,6 +66,7 @@ class Figures:
     kv_bytes_read: int = 0
     base_step: float = 0.0
     lora_step: float = 0.0
+    replay: dict[str, float] = field(default_factory=dict)  # a step's graph alone, no host in between
     replayed: float = 0.0  # share of the timed decode steps that were graphs
     prefill: float = 0.0
     prefill_lora: float = 0.0
@@ -110,6 +111,7 @@ class Figures:
             "floor of a step, ms": 1e3 * self.floor,
             "base step, ms": 1e3 * self.base_step,
             "LoRA step, ms": 1e3 * self.lora_step,
+            **{f"{name} step, its graph alone, ms": 1e3 * value for name, value in self.replay.items()},
             "steps replayed": self.replayed,
             "prefill, tokens/s": tokens / self.prefill,
             "prefill with LoRA, tokens/s": tokens / self.prefill_lora,
@@ -153,7 +155,7 @@ def main(
         clock = Clock(place)
         bandwidths(figures, clock, adapters[0])
         console.print("decode ...")
-        decode(figures, engine, refs)
+        decode(figures, engine, clock, refs)
         console.print("prefill ...")
         prefill(figures, engine, refs)
         console.print("swap ...")
@@ -183,7 +185,7 @@ def bandwidths(figures: Figures, clock: Clock, packed: Packed) -> None:
     figures.pinned_gb_per_s = packed.nbytes / seconds / 1e9
 
 
-def decode(figures: Figures, engine: Engine, refs: list[AdapterRef]) -> None:
+def decode(figures: Figures, engine: Engine, clock: Clock, refs: list[AdapterRef]) -> None:
     """Steps in which all rows decode, of base rows and of rows with an adapter each, in turns."""
     job, model = figures.job, engine.model
     linears = [weight for name, weight in model.weights.items() if engine.base.sites[name].kind == "linear"]
@@ -200,6 +202,9 @@ def decode(figures: Figures, engine: Engine, refs: list[AdapterRef]) -> None:
                 found[name] += seconds
         figures.replayed = (model.graphs.replays - before) / (len(arms) * (job.steps + 1))
     figures.base_step, figures.lora_step = (median(found[name]) for name in ("base", "lora"))
+    for variant, (recorded, _) in model.graphs.recorded.items():
+        if variant.rows >= job.rows:
+            figures.replay["LoRA" if variant.traces else "base"] = clock.best(recorded.replay)
 
 
 def prefill(figures: Figures, engine: Engine, refs: list[AdapterRef]) -> None:

@@ -1,11 +1,13 @@
-"""On a GPU: linears that see the same x as one product, their adapters in one launch; and norms in one each.
+"""On a GPU: linears that see the same x as one product, their adapters in one launch; norms and rotary
+embeddings in one each.
 
-Classes stay as transformers has them: a linear that is asked for its columns finds them computed already,
-and a norm whose outputs are an RMSNorm's gets another `forward`.
+Classes stay as transformers has them: a linear that is asked for its columns finds them computed already; a
+norm whose outputs are an RMSNorm's, and an attention that rotates halves, get another `forward` as objects.
 """
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -14,6 +16,8 @@ from torch import nn
 
 from server.engine.attention import Step
 from server.engine.linear import SIBLINGS, Family, LinearSite
+
+Rotary = Callable[..., tuple[torch.Tensor, torch.Tensor]]  # (q, k, cos, sin, unsqueeze_dim=1)
 
 
 class FusedFamily(Family):
@@ -98,3 +102,60 @@ def rms_norm_of(module: Any) -> tuple[torch.Tensor, float, bool] | None:
         if expected.dtype == x.dtype and torch.allclose(twin, expected, rtol=2e-2, atol=1e-3):
             return weight.data, epsilon, around_one
     return None
+
+
+ROTARY = "apply_rotary_pos_emb"  # what transformers' attention classes call, out of their own modules
+
+
+def fuse_rotary(model: nn.Module) -> int:
+    """Let attention modules rotate queries and keys in one launch; how many there are.
+
+    Their `forward` stays, line by line: a copy of it is bound to the module, to which the name ROTARY means
+    ours. The class, its module and other models of it know nothing of that.
+    """
+    count = 0
+    for module in model.modules():
+        forward = getattr(type(module).forward, "__wrapped__", type(module).forward)
+        if not isinstance(forward, FunctionType) or ROTARY not in forward.__code__.co_names:
+            continue
+        if forward is not type(module).forward or not rotates_halves(forward.__globals__[ROTARY]):
+            continue  # decorated, or something else by the same name
+        names = forward.__globals__ | {ROTARY: rotary_like(forward.__globals__[ROTARY])}
+        copied = FunctionType(
+            forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__
+        )
+        copied.__kwdefaults__ = forward.__kwdefaults__
+        module.forward = MethodType(copied, module)
+        count += 1
+    return count
+
+
+def rotary_like(original: Rotary) -> Rotary:
+    """Ours where it does the same as the original, else the original."""
+    from server.kernels.triton_rotary import rotate
+
+    def apply_rotary_pos_emb(
+        q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, unsqueeze_dim: int = 1
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        whole = cos.shape == (1, q.shape[2], q.shape[3]) and q.shape[0] == 1 and unsqueeze_dim == 1
+        if not whole or q.stride(3) != 1 or k.stride(3) != 1:
+            return original(q, k, cos, sin, unsqueeze_dim)
+        return rotate(q, k, cos, sin)
+
+    return apply_rotary_pos_emb
+
+
+@torch.inference_mode()
+def rotates_halves(original: Rotary) -> bool:
+    """Whether a function gives what ours gives."""
+    from server.kernels.triton_rotary import rotate_reference
+
+    rng = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(1, heads, 5, 8, generator=rng) for heads in (4, 2))
+    cos, sin = (torch.randn(1, 5, 8, generator=rng) for _ in range(2))
+    try:
+        found = original(q, k, cos, sin)
+        torch.testing.assert_close(tuple(found), rotate_reference(q, k, cos, sin))
+    except (TypeError, RuntimeError, IndexError, AssertionError):  # it takes, or gives, something else
+        return False
+    return True

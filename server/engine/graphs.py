@@ -40,19 +40,26 @@ class Recorded(NamedTuple):
     output: torch.Tensor
 
 
-def record_on_cuda(call: Call) -> Recorded:
-    """Twice to warm up, so that kernels are compiled and libraries have their memory; then as a graph."""
-    stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        call()
-        call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    # thread_local: the loader's threads may allocate meanwhile
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        output = call()
-    return Recorded(graph.replay, output)
+class CudaRecorder:
+    """All graphs share one pool of memory: they run one after the other, and only outputs stay."""
+
+    def __init__(self) -> None:
+        self.pool: Any = None
+
+    def __call__(self, call: Call) -> Recorded:
+        """Twice to warm up, so that kernels are compiled and libraries have their memory; then as a graph."""
+        stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            call()
+            call()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        # thread_local: the loader's threads may allocate meanwhile
+        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+            output = call()
+        self.pool = graph.pool()
+        return Recorded(graph.replay, output)
 
 
 class Tables:
@@ -135,9 +142,9 @@ class DecodeGraphs:
         run: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
         device: torch.device,
         max_context: int,
-        record: Callable[[Call], Recorded] = record_on_cuda,
     ) -> None:
-        self.step, self.run, self.device, self.record = step, run, device, record
+        self.step, self.run, self.device = step, run, device
+        self.record: Callable[[Call], Recorded] = CudaRecorder()
         self.most = -(-max_context // BLOCK)
         self.seen: Counter[Variant] = Counter()
         self.recorded: OrderedDict[Variant, tuple[Recorded, Tables]] = OrderedDict()

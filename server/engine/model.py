@@ -13,7 +13,7 @@ import torch
 from server.adapters.methods.base import Bank, Start
 from server.engine.attention import Pages, Step, attend, places_of
 from server.engine.frozen import FrozenModel, Placement
-from server.engine.fused import fuse_norms, fuse_siblings
+from server.engine.fused import fuse_norms, fuse_rotary, fuse_siblings
 from server.engine.graphs import DecodeGraphs
 from server.engine.row import Row
 from server.kernels import gpu
@@ -33,6 +33,7 @@ class ServedModel(FrozenModel):
         if on_gpu:
             fuse_siblings(self.model, self.step)
             fuse_norms(self.model)
+            fuse_rotary(self.model)
         self.step.pages = Pages(self.base, placement.device, placement.dtype, kv_bytes)
         holds = self.step.pages.count * BLOCK  # one row may fill the whole cache, and no more
         self.base = msgspec.structs.replace(self.base, max_context=min(self.base.max_context, holds))

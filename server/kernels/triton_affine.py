@@ -21,10 +21,11 @@ from server.kernels.triton_types import DTYPES, FIELDS, STEP, dot_type, members,
 
 DEPTH = 1024  # of x's width a split takes at least
 SPLITS = 8  # at most
+NUMBERS = ["n", "first_site", "sites"]  # numbers that no kernel is compiled anew for
 COLUMNS = tl.constexpr(affine.COLUMNS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS)
 def _shrink(  # type: ignore[no-untyped-def]
     x,  # [T, fan_in]; of an embedding ids [T]
     table,
@@ -113,7 +114,7 @@ def _affine(  # type: ignore[no-untyped-def]
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS)
 def _expand(  # type: ignore[no-untyped-def]
     y,  # [T, out of all sites]
     base_bias,  # [out of all sites], if HAS_BIAS

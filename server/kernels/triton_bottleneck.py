@@ -17,6 +17,7 @@ from server.kernels.triton_types import DTYPES, FIELDS, INTERPRETED, STEP, dot_t
 
 DEPTH = 1024  # of x's width a split takes at least
 SPLITS = 8  # at most
+NUMBERS = ["n", "site", "sites"]  # numbers that no kernel is compiled anew for
 COLUMNS = tl.constexpr(bottleneck.COLUMNS)
 
 
@@ -60,7 +61,7 @@ def _input(  # type: ignore[no-untyped-def]
     return x
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS)
 def _down(  # type: ignore[no-untyped-def]
     h,  # [T, hidden]
     r,  # [T, hidden]
@@ -111,7 +112,7 @@ def _down(  # type: ignore[no-untyped-def]
         tl.store(squares + at, square, mask=held)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS)
 def _up(  # type: ignore[no-untyped-def]
     h,
     table,

@@ -17,6 +17,7 @@ from server.kernels.triton_attention import _combine, _decode, _write
 from server.kernels.triton_bottleneck import _down, _up
 from server.kernels.triton_norm import _rms_norm
 from server.kernels.triton_prefill import _chunks
+from server.kernels.triton_rotary import _rotate
 
 SHARED = {80: 163 << 10, 90: 227 << 10}  # bytes a block may have
 
@@ -45,6 +46,7 @@ CASES: list[tuple[Any, dict[str, Any], bool]] = [
     (_decode, {"BLOCK": 16, "SHARES": 1, **PAST, **CAPPED}, True),
     (_combine, {"SHARES": 4, "MANY": 4, "DIM": 128, "WIDE": 128, "DTYPE": tl.bfloat16}, False),
     (_rms_norm, {"WIDTH": 4096, "WIDE": 4096, "AROUND_ONE": False, "DTYPE": tl.bfloat16}, False),
+    (_rotate, {"HEADS": 32, "KV_HEADS": 8, "DIM": 128, "WIDE": 64, "DTYPE": tl.bfloat16}, False),
     (_chunks, {"BLOCK": 64, **PAST, **CAPPED}, True),
 ]
 FLOATS = {"h": "*fp32", "z": "*fp32", "squares": "*fp32", "parts": "*fp32"}
