@@ -68,7 +68,7 @@ def sample(logits: Tensor, rows: Sequence[SampleRow]) -> list[Sampled]:
         _edit(logits, [(i, rows[i]) for i in edited])
         tokens[edited] = logits[edited].argmax(dim=-1)
     random = _where(rows, lambda row: not row.greedy)
-    if len(random) == len(rows):
+    if random and len(random) == len(rows):
         tokens = _draw(logits, list(rows))
     elif random:
         tokens[random] = _draw(logits[random], [rows[i] for i in random])

@@ -47,24 +47,32 @@ def on_gpu(tiny_models: Callable[[str], Path], tmp_path: Path) -> Iterator[Pair]
 
 
 def command(s: Stand, i: int, adapter: AdapterRef | None, *, tokens: int = 4, **more: object) -> Generate:
-    prompt = s.prompt(i, (3, 16, 17, 33)[i % 4])
+    prompt = s.prompt(i, (3, 5, 17)[i % 3])  # the interpreter takes milliseconds for a program
     sampling = Sampling(max_tokens=tokens, temperature=0.0, seed=i, ignore_eos=True)
     return Generate(f"row-{i}", "tenant", prompt, sampling, adapter, **more)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
-def test_rows_of_all_kinds_and_of_none(on_gpu: Pair, family: str) -> None:
+@pytest.mark.parametrize(
+    ("family", "names"),
+    [
+        ("llama", ("lora", "dora", "bottleneck", "prefix", "prompt", "bitfit", "ia3", "ln_tuning")),
+        ("gpt2", ("dora", "bitfit", "bottleneck")),
+        ("gemma2", ("lora", "bottleneck", "ln_tuning")),
+    ],
+)
+def test_rows_of_all_kinds_and_of_none(on_gpu: Pair, family: str, names: tuple[str, ...]) -> None:
     ours, plain = on_gpu(family)
-    found = {name: (kinds(s)) for name, s in (("ours", ours), ("plain", plain))}
-    adapters = [[*found[name].values(), None, None] for name in ("ours", "plain")]
-    mine = [command(ours, i, ref) for i, ref in enumerate(adapters[0])]
-    theirs = [command(plain, i, ref) for i, ref in enumerate(adapters[1])]
+    found = [kinds(s) for s in (ours, plain)]
+    mine, theirs = (
+        [command(s, i, ref) for i, ref in enumerate([*(own[name] for name in names), None])]
+        for s, own in zip((ours, plain), found, strict=True)
+    )
     expected = run(plain.engine, theirs)
-    assert len({tuple(done.tokens) for done in expected}) > len(expected) - 2, "rows are too alike"
+    assert len({tuple(done.tokens) for done in expected}) == len(expected), "rows are too alike"
     driver = Driver(ours.engine)
-    for i, each in enumerate(mine):  # one joins at every fourth step, while others prefill or decode
+    for i, each in enumerate(mine):  # the second half joins while others decode
         driver.submit(each)
-        if i % 4 == 3:
+        if i == len(mine) // 2:
             driver.step()
     driver.finish(600)
     for done, other in zip(driver.rows.values(), expected, strict=True):
@@ -80,34 +88,35 @@ def test_recorded_steps_serve_whoever_comes(on_gpu: Pair) -> None:
 
     def commands(s: Stand) -> list[Generate]:
         some = kinds(s)
-        lora = [s.adapter("wide", 1, r=24), some["lora"], some["dora"]]
-        used = [lora[0], None, some["bottleneck"], lora[1], some["prefix"], lora[2], some["bitfit"]]
-        return [command(s, i, ref, tokens=5 + 3 * (i % 3)) for i, ref in enumerate(used)]
+        used = [s.adapter("wide", 1, r=24), None, some["bottleneck"], some["prefix"], some["dora"]]
+        return [command(s, i, ref, tokens=5 + i % 3) for i, ref in enumerate(used)]
 
     expected = run(plain.engine, commands(plain))
     mine = commands(ours)
-    first = run(ours.engine, mine[1:2] + mine[4:5])
+    first = run(ours.engine, [mine[1], mine[3]])
     alone = graphs.replays
     assert alone, "no step of the base's was replayed"
     assert not next(iter(graphs.recorded)).traces, "rows of the base pay for adapters"
-    together = run(ours.engine, [mine[0], *mine[2:4], *mine[5:]])
-    for done, i in zip([*first, *together], [1, 4, 0, 2, 3, 5, 6], strict=True):
+    together = run(ours.engine, [mine[0], mine[2], mine[4]])
+    for done, i in zip([*first, *together], [1, 3, 0, 2, 4], strict=True):
         assert done.error is None
         assert done.tokens == expected[i].tokens, mine[i].adapter
     assert graphs.replays > alone
-    assert graphs.recorded.keys() >= {v for v in graphs.recorded if v.rows == 8 and v.traces}
+    (mixed,) = [variant for variant in graphs.recorded if len(variant.traces) == 2]  # linears, sub-blocks
+    assert mixed.rows == 4
+    assert max(trace.ranks for _, trace in mixed.traces) == 32
 
 
 def test_a_recorded_step_reads_its_tables_alone(on_gpu: Pair) -> None:
     """Replays for more rows than there are, with blocks and slots that it has not seen when recorded."""
     ours, plain = on_gpu("llama")
     adapters = [[s.adapter(f"a{i}", i) for i in (1, 2, 5)] for s in (ours, plain)]
-    for turn in range(3):
+    for turn in range(2):
         mine = [command(ours, 7 * turn + i, adapters[0][(turn + i) % 3], tokens=6) for i in range(3)]
         theirs = [command(plain, 7 * turn + i, adapters[1][(turn + i) % 3], tokens=6) for i in range(3)]
         found, expected = run(ours.engine, mine), run(plain.engine, theirs)
         assert [done.tokens for done in found] == [done.tokens for done in expected]
-    assert ours.engine.model.graphs.replays >= 12
+    assert ours.engine.model.graphs.replays >= 8
     assert all(variant.rows == 4 for variant in ours.engine.model.graphs.recorded)
 
 
@@ -130,7 +139,7 @@ def test_a_model_that_cannot_be_recorded_runs_all_the_same(
         raise RuntimeError("operation not permitted when stream is capturing")
 
     ours.engine.model.graphs.record = refuse  # type: ignore[assignment]
-    found = run(ours.engine, [command(ours, 1, None, tokens=8)])
-    assert found[0].tokens == run(plain.engine, [command(plain, 1, None, tokens=8)])[0].tokens
+    found = run(ours.engine, [command(ours, 1, None, tokens=5)])
+    assert found[0].tokens == run(plain.engine, [command(plain, 1, None, tokens=5)])[0].tokens
     assert ours.engine.model.graphs.off
     assert "not permitted" in caplog.text
