@@ -33,9 +33,7 @@ def on_gpu(tiny_models: Callable[[str], Path], tmp_path: Path) -> Iterator[Pair]
         common = {"dtype": "float32", "max_batch_tokens": 48}
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(gpu, "chosen", lambda device: True)
-            if (
-                not fused and DEVICE.type == "cpu"
-            ):  # a program a token, and the interpreter takes milliseconds
+            if not fused and DEVICE.type == "cpu":  # programs for single tokens, which take milliseconds
                 patch.setattr("server.engine.model.fuse_norms", lambda model: 0)
                 patch.setattr("server.engine.model.fuse_rotary", lambda model: 0)
             ours = Stand(tiny_models(family), tmp_path / "gpu", 0, device=DEVICE.type, **common)
@@ -67,7 +65,7 @@ def command(s: Stand, i: int, adapter: AdapterRef | None, *, tokens: int = 4, **
 )
 def test_rows_of_all_kinds_and_of_none(on_gpu: Pair, family: str, names: tuple[str, ...]) -> None:
     ours, plain = on_gpu(family, fused=family == "llama")
-    found = [kinds(s) for s in (ours, plain)]
+    found = [kinds(s, names) for s in (ours, plain)]
     mine, theirs = (
         [command(s, i, ref) for i, ref in enumerate([*(own[name] for name in names), None])]
         for s, own in zip((ours, plain), found, strict=True)
@@ -92,7 +90,7 @@ def test_recorded_steps_serve_whoever_comes(on_gpu: Pair) -> None:
     graphs = ours.engine.model.graphs
 
     def commands(s: Stand) -> list[Generate]:
-        some = kinds(s)
+        some = kinds(s, ("bottleneck", "prefix", "dora"))
         used = [s.adapter("wide", 1, r=24), None, some["bottleneck"], some["prefix"], some["dora"]]
         return [command(s, i, ref, tokens=5 + i % 3) for i, ref in enumerate(used)]
 
