@@ -104,6 +104,7 @@ def rms_norm_of(module: Any) -> tuple[torch.Tensor, float, bool] | None:
     return None
 
 
+RENAMES = "transformers.utils.deprecation"  # its decorators only take arguments by their former names
 ROTARY = "apply_rotary_pos_emb"  # what transformers' attention classes call, out of their own modules
 
 
@@ -115,11 +116,13 @@ def fuse_rotary(model: nn.Module) -> int:
     """
     count = 0
     for module in model.modules():
-        forward = getattr(type(module).forward, "__wrapped__", type(module).forward)
+        forward: Any = type(module).forward
+        if getattr(forward, "__globals__", {}).get("__name__") == RENAMES:
+            forward = forward.__wrapped__
         if not isinstance(forward, FunctionType) or ROTARY not in forward.__code__.co_names:
             continue
-        if forward is not type(module).forward or not rotates_halves(forward.__globals__[ROTARY]):
-            continue  # decorated, or something else by the same name
+        if not rotates_halves(forward.__globals__[ROTARY]):
+            continue
         names = forward.__globals__ | {ROTARY: rotary_like(forward.__globals__[ROTARY])}
         copied = FunctionType(
             forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__
