@@ -6,10 +6,11 @@ addresses, for as many rows as were recorded; rows that are not there have no to
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, takewhile
 
 import torch
 
+from server.adapters.methods.base import FEW
 from server.engine.row import Row
 from server.kernels.attention import BLOCK, Scores
 from server.kernels.gpu import upload
@@ -17,28 +18,31 @@ from server.kernels.gpu import upload
 
 @dataclass(frozen=True)
 class GpuBatch:
-    """All int64. Tokens are packed as in Step: rows that decode first, one token each."""
+    """All int64. Tokens are packed as in Step: rows that decode first."""
 
     places: torch.Tensor  # [T]: where each token's K and V go; negative: nowhere
-    lengths: torch.Tensor  # [rows that decode], the new token included
-    tables: torch.Tensor  # [rows, most]: their blocks
+    lengths: torch.Tensor  # [tokens that decode]: what each sees, itself included
+    tables: torch.Tensor  # [tokens that decode, then rows in prefill; most]: their blocks
     chunks: torch.Tensor  # [programs, 4]: of rows in prefill, as kernels/triton_prefill.py has them
 
     @classmethod
     def of(cls, rows: Sequence[Row], device: torch.device) -> "GpuBatch":
+        """The first rows that have few tokens decode, each token for itself; from then on, chunks."""
         from server.kernels.triton_prefill import cut_chunks  # Triton is not everywhere
 
-        most = max(len(row.blocks) for row in rows)
-        spans, start = [], 0
-        for i, row in enumerate(rows):
-            if row.scheduled > 1:
-                spans.append((i, start, row.scheduled, row.computed))
+        decoding = [*takewhile(lambda row: row.scheduled <= FEW, rows)]
+        owners = [row for row in decoding for _ in range(row.scheduled)]
+        spans, start = [], len(owners)
+        for row in rows[len(decoding) :]:
+            spans.append((len(owners), start, row.scheduled, row.computed))
+            owners.append(row)
             start += row.scheduled
+        most = max(len(row.blocks) for row in rows)
         places, lengths, tables, chunks = upload(
             [
                 [place_of(row, row.computed + i) for row in rows for i in range(row.scheduled)],
-                [row.computed + 1 for row in rows if row.scheduled == 1],
-                [*chain.from_iterable(row.blocks + [0] * (most - len(row.blocks)) for row in rows)],
+                [row.computed + 1 + i for row in decoding for i in range(row.scheduled)],
+                [*chain.from_iterable(row.blocks + [0] * (most - len(row.blocks)) for row in owners)],
                 cut_chunks(spans),
             ],
             device,
