@@ -205,6 +205,20 @@ class DecodeGraphs:
     def _record(self, variant: Variant) -> bool:
         """False if this model cannot be recorded; then nothing ever is."""
         tables = Tables(variant.rows, len(variant.traces), self.most, self.device)
+        try:
+            recorded = self.record(lambda: self._run(variant, tables))
+        except RuntimeError as error:  # an operator of this model's waits for the device, say
+            log.warning("decode steps are not recorded as CUDA graphs: %s", error)
+            self.off = True
+            return False
+        if len(self.recorded) >= MOST:
+            self.recorded.popitem(last=False)
+        self.recorded[variant] = (recorded, tables)
+        del self.seen[variant]
+        return True
+
+    def _run(self, variant: Variant, tables: Tables) -> torch.Tensor:
+        """The step that these tables tell of; whatever step was set before is forgotten."""
         ids, positions, lengths, places, *plans, blocks = tables.there
         step = self.step
         step.batch = GpuBatch(places, lengths, blocks, blocks.new_empty(0, 4))
@@ -218,14 +232,4 @@ class DecodeGraphs:
             for hook in ("affine", "inputs", "norm", "sublayer")
         )
         step.head, step.head_inputs = step.affine, step.inputs
-        try:
-            recorded = self.record(lambda: self.run(ids, positions))
-        except RuntimeError as error:  # an operator of this model's waits for the device, say
-            log.warning("decode steps are not recorded as CUDA graphs: %s", error)
-            self.off = True
-            return False
-        if len(self.recorded) >= MOST:
-            self.recorded.popitem(last=False)
-        self.recorded[variant] = (recorded, tables)
-        del self.seen[variant]
-        return True
+        return self.run(ids, positions)

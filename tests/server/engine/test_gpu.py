@@ -119,7 +119,7 @@ def test_a_recorded_step_reads_its_tables_alone(on_gpu: Pair) -> None:
         theirs = [command(plain, 7 * turn + i, adapters[1][(turn + i) % 3], tokens=6) for i in range(3)]
         found, expected = run(ours.engine, mine), run(plain.engine, theirs)
         assert [done.tokens for done in found] == [done.tokens for done in expected]
-    assert ours.engine.model.graphs.replays >= 8
+    assert ours.engine.model.graphs.replays >= 5
     assert all(variant.rows == 4 for variant in ours.engine.model.graphs.recorded)
 
 
