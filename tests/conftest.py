@@ -2,6 +2,10 @@
 
 import pytest
 
+from tests.fixtures.gpu import interpret_without_gpu
+
+interpret_without_gpu()
+
 pytest_plugins = [
     "tests.fixtures.services",
     "tests.fixtures.models",

@@ -4,14 +4,16 @@ transformers' attention classes call `attend`; it finds the step under way on th
 in server/kernels/attention.py; which blocks a row owns was decided by the scheduler (engine/kv.py).
 """
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from server.adapters.methods.base import Bank, Rows, Span
+from server.adapters.methods.base import FEW, Bank, Rows, Span
 from server.adapters.sites import Base
+from server.engine.gpu_batch import GpuBatch
 from server.engine.row import Row
 from server.kernels.attention import (
     BLOCK,
@@ -24,20 +26,23 @@ from server.kernels.attention import (
 
 
 class Spans:
-    """Which tokens each bank is asked about."""
+    """Which tokens each bank is asked about. `most`: tokens of a span that kernels take, as Rows has it."""
 
-    def __init__(self) -> None:
+    def __init__(self, most: int = FEW) -> None:
+        self.most = most
         self.by_bank: dict[Bank, list[Span]] = {}
 
     def add(self, banks: Mapping[str, Bank], row: Row, start: int, end: int) -> None:
         """Tokens [start, end) are this row's."""
         for use, slot in zip(row.uses, row.slots, strict=True):
             bank = banks[use.adapter.method]
+            if bank.leads and row.computed >= row.virtual:
+                continue
             self.by_bank.setdefault(bank, []).append(Span(slot, start, end, use.weight))
 
     def acting(self, hook: str) -> list[tuple[Bank, Rows]]:
         """Those of them that act through `hook`."""
-        return [(bank, Rows(spans)) for bank, spans in self.by_bank.items() if bank.acts(hook)]
+        return [(bank, Rows(spans, self.most)) for bank, spans in self.by_bank.items() if bank.acts(hook)]
 
 
 class Pages:
@@ -75,8 +80,11 @@ class Step:
 
     pages: Pages
     banks: Mapping[str, Bank]
+    batch: GpuBatch | None = None  # where a GPU's kernels run: all they need of the rows, on the device
 
-    def __init__(self) -> None:
+    def __init__(self, *, gpu: bool = False) -> None:
+        self.most = sys.maxsize if gpu else FEW  # on a GPU kernels take prefill, too
+        self.gpu = gpu
         # banks with rows in this batch, by the hook they act through; `head`: at the tokens sampled from
         self.affine: list[tuple[Bank, Rows]] = []
         self.inputs: list[tuple[Bank, Rows]] = []
@@ -97,23 +105,17 @@ class Step:
         """`rows` in the order of their tokens: those that decode first."""
         decoding = [row for row in rows if row.decodes]
         self.decoding = sum(row.scheduled for row in decoding)
-        if decoding:
-            most = max(len(row.blocks) for row in decoding)
-            tables = [[row.blocks + [0] * (most - len(row.blocks))] * row.scheduled for row in decoding]
-            self.tables = torch.tensor([table for own in tables for table in own], device=device)
-            lengths = [row.computed + 1 + i for row in decoding for i in range(row.scheduled)]
-            self.lengths = torch.tensor(lengths, device=device)
-        self.ahead = None
-        if any(row.guess for row in decoding):
-            own = [(row.blocks, row.computed, row.computed + row.scheduled) for row in decoding]
-            self.ahead = torch.cat([places_of(*span, device) for span in own])
         self.chunks = []
+        if self.gpu:
+            self.batch = GpuBatch.of(rows, device)
+        else:
+            self._find_pages(decoding, device)
         self.last = {}
-        spans = Spans()
+        spans = Spans(self.most)
         start = 0
         for row in rows:
             end = start + row.scheduled
-            if not row.decodes:
+            if not row.decodes and not self.gpu:
                 self.chunks.append(chunk_of(row, start, end, device))
             spans.add(self.banks, row, start, end)
             self.last[row.id] = end - 1
@@ -123,11 +125,26 @@ class Step:
         self.norm = spans.acting("norm")
         self.sublayer = spans.acting("sublayer")
 
+    def _find_pages(self, decoding: list[Row], device: torch.device) -> None:
+        self.ahead = None
+        if not decoding:
+            return
+        most = max(len(row.blocks) for row in decoding)
+        tables = [[row.blocks + [0] * (most - len(row.blocks))] * row.scheduled for row in decoding]
+        self.tables = torch.tensor([table for own in tables for table in own], device=device)
+        lengths = [row.computed + 1 + i for row in decoding for i in range(row.scheduled)]
+        self.lengths = torch.tensor(lengths, device=device)
+        if any(row.guess for row in decoding):
+            own = [(row.blocks, row.computed, row.computed + row.scheduled) for row in decoding]
+            self.ahead = torch.cat([places_of(*span, device) for span in own])
+
     def attention(
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scores: Scores
     ) -> torch.Tensor:
         """[T, heads, head_dim]; q is such, k and v [T, kv_heads, head_dim], which go to their pages."""
         keys, values = self.pages.keys[layer], self.pages.values[layer]
+        if self.batch is not None:
+            return self.batch.attend(q, k, v, keys, values, scores)
         parts = []
         if n := self.decoding:
             new = (q[:n], k[:n], v[:n])
@@ -146,7 +163,7 @@ class Step:
 
     def keep(self, rows: list[Row]) -> None:
         """The output head sees one token of each row that completes, in the order given."""
-        spans = Spans()
+        spans = Spans(self.most)
         start = 0
         for row in (row for row in rows if row.completes):
             end = start + 1 + len(row.guess)

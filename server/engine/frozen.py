@@ -29,6 +29,11 @@ class Placement:
     layout: Layout = "float32"  # of linears' weights, on a CPU
 
 
+def load_base(folder: Path, placement: Placement) -> Any:
+    """A transformers causal LM with its weights, in this dtype."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=placement.dtype, local_files_only=True)
+
+
 class FrozenModel:
     """Weights and sites, and the step that all of them look at.
 
@@ -51,7 +56,7 @@ class FrozenModel:
         self.placement = placement
         name = f"polypeft_{attention.__name__}"
         AttentionInterface.register(name, attention)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=placement.dtype, local_files_only=True)
+        model = load_base(folder, placement)
         model.requires_grad_(False)
         model.eval()
         model.set_attn_implementation(name)

@@ -13,9 +13,13 @@ import torch
 from server.adapters.methods.base import Bank, Start
 from server.engine.attention import Pages, Step, attend, places_of
 from server.engine.frozen import FrozenModel, Placement
+from server.engine.fused import fuse_norms, fuse_rotary, fuse_siblings
+from server.engine.graphs import DecodeGraphs
 from server.engine.layers import run_by_kernels
 from server.engine.row import Row
+from server.kernels import gpu
 from server.kernels.attention import BLOCK, write_pages
+from server.kernels.gpu import upload
 
 
 class ServedModel(FrozenModel):
@@ -24,13 +28,20 @@ class ServedModel(FrozenModel):
     def __init__(
         self, folder: Path, base_id: str, placement: Placement, *, kv_bytes: int, max_context: int
     ) -> None:
-        self.step = Step()
+        on_gpu = gpu.chosen(placement.device)
+        self.step = Step(gpu=on_gpu)
         self.watch: Callable[[Step], None] = lambda _step: None  # sees each step before it is computed
         super().__init__(folder, base_id, placement, self.step, attend, max_context=max_context)
         self.step.pages = Pages(self.base, placement.device, placement.dtype, kv_bytes)
-        run_by_kernels(self.model, self.step)
+        if on_gpu:
+            fuse_siblings(self.model, self.step)
+            fuse_norms(self.model)
+            fuse_rotary(self.model)
+        else:
+            run_by_kernels(self.model, self.step)
         holds = self.step.pages.count * BLOCK  # one row may fill the whole cache, and no more
         self.base = msgspec.structs.replace(self.base, max_context=min(self.base.max_context, holds))
+        self.graphs = DecodeGraphs(self.step, self.run, placement.device, self.base.max_context)
 
     def install(self, banks: Mapping[str, Bank]) -> None:
         """The banks whose adapters rows may name, by method."""
@@ -43,20 +54,28 @@ class ServedModel(FrozenModel):
         The logits' order is that of `rows`, less those still in prefill after this step; a row's own come
         before those of its guesses.
         """
+        if self.step.gpu and (replayed := self.graphs.forward(rows)) is not None:
+            return replayed
         device = self.placement.device
         ordered = sorted(rows, key=lambda row: not row.decodes)  # tokens of decoding rows come first
         ids = [t for row in ordered for t in row.to_compute()]
         positions = [p for row in ordered for p in range(row.computed, row.computed + row.scheduled)]
         self.step.begin(ordered, device)
         last = [(self.step.last[row.id], len(row.guess)) for row in rows if row.completes]
-        kept = torch.tensor([at for end, n in last for at in range(end - n, end + 1)], dtype=torch.int64)
+        kept = [at for end, n in last for at in range(end - n, end + 1)]
         self.step.keep(rows)
         self.watch(self.step)
+        return self.run(*upload([ids, positions, kept], device))
+
+    def run(
+        self, ids: torch.Tensor, positions: torch.Tensor, kept: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The step that is set, for tokens int64 [T]: float32 logits [kept, vocabulary]; None keeps all."""
         output = self.model(
-            input_ids=torch.tensor([ids], device=device),
-            position_ids=torch.tensor([positions], device=device),
+            input_ids=ids[None],
+            position_ids=positions[None],
             use_cache=False,
-            logits_to_keep=kept.to(device),
+            logits_to_keep=0 if kept is None else kept,
         )
         logits: torch.Tensor = output.logits[0].float()
         return logits

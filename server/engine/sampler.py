@@ -59,7 +59,7 @@ class Sampled:
 def sample(logits: Tensor, rows: Sequence[SampleRow]) -> list[Sampled]:
     """One token for each row of logits [R, V] float32, which are scratch: they may be changed in place."""
     best, tokens = logits.max(dim=-1)  # NaN and +Inf win, so `best` also tells whether the row is finite
-    finite = best.isfinite().tolist()
+    finite = best.isfinite()
     asked = _where(rows, lambda row: row.sampling.logprobs is not None)
     raw = logits[asked].log_softmax(dim=-1) if asked else None  # a copy, before the edits below
 
@@ -68,16 +68,18 @@ def sample(logits: Tensor, rows: Sequence[SampleRow]) -> list[Sampled]:
         _edit(logits, [(i, rows[i]) for i in edited])
         tokens[edited] = logits[edited].argmax(dim=-1)
     random = _where(rows, lambda row: not row.greedy)
-    if random:
-        drawn = logits if len(random) == len(rows) else logits[random]
-        tokens[random] = _draw(drawn, [rows[i] for i in random])
+    if random and len(random) == len(rows):
+        tokens = _draw(logits, list(rows))
+    elif random:
+        tokens[random] = _draw(logits[random], [rows[i] for i in random])
 
     logprobs: dict[int, TokenLogprobs] = {}
     if raw is not None:
         logprobs = dict(zip(asked, _logprobs(raw, tokens[asked], [rows[i] for i in asked]), strict=True))
+    both = torch.stack([tokens, finite.to(tokens.dtype)]).tolist()  # a GPU is waited for once
     return [
-        Sampled(token, logprobs.get(i) if finite[i] else None, finite[i])
-        for i, token in enumerate(tokens.tolist())
+        Sampled(token, logprobs.get(i) if ok else None, bool(ok))
+        for i, (token, ok) in enumerate(zip(*both, strict=True))
     ]
 
 

@@ -6,18 +6,21 @@ Each adapter is one flat buffer, and a table per site says where its pieces lie:
 its own bytes, whatever its rank and targets, and a slot is a row of a table. At a norm there is no A and B.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
 
 import msgspec
 import torch
 
-from server.adapters.methods.base import Bank, Packed, Rows
+from server.adapters.methods.base import Bank, Packed, Rows, Trace
 from server.adapters.methods.tensors import flatten
 from server.adapters.sites import Base, Site
 from server.kernels import affine as kernel
+from server.kernels import gpu
 from server.kernels.openmp import AVAILABLE
+
+MOST_UNIONS = 256
 
 
 @dataclass(frozen=True)
@@ -63,57 +66,124 @@ class AffineBank(Bank):
 
     def __init__(self, base: Base, slots: int, device: torch.device, dtype: torch.dtype) -> None:
         self.device = device
+        self.sites = base.sites
         self.changes: list[dict[str, Change]] = [{} for _ in range(slots + 1)]
+        names = [name for name, site in base.sites.items() if site.kind in ("linear", "embedding", "norm")]
+        self.table = gpu.SiteTable(names, slots, kernel.COLUMNS, device) if gpu.chosen(device) else None
         self.tables = {
             name: torch.zeros(slots + 1, kernel.COLUMNS, dtype=torch.int64)
-            for name, site in base.sites.items()
-            if site.kind in ("linear", "embedding", "norm")
+            for name in names
+            if self.table is None
         }
         self.fast = AVAILABLE and device.type == "cpu" and dtype == torch.float32
+        self._unions: dict[frozenset[int], dict[str, bool]] = {}  # sites touched by sets of slots
 
     def put(self, slot: int, packed: Packed) -> None:
         """Fill a free slot. On a CPU this copies nothing: the host buffer is the device's."""
         flat = packed.flat.to(self.device, non_blocking=True)
         found: dict[str, dict[str, torch.Tensor]] = {}
+        sizes = [prod(piece.shape) for piece in packed.layout]
         # one split, so that in training the gradients come back as one concatenation
-        views = torch.split(flat, [prod(piece.shape) for piece in packed.layout])
+        views = gpu.aligned(flat, sizes) if self.table else torch.split(flat, sizes)
         for piece, view in zip(packed.layout, views, strict=True):
             found.setdefault(piece.site, {})[piece.part] = view.view(piece.shape)
-        for name, parts in found.items():
-            self.changes[slot][name] = change = Change(name, **parts)
-            addresses = [
-                0 if t is None else t.data_ptr() for t in (change.a, change.b, change.gain, change.bias)
-            ]
-            rank = 0 if change.b is None else change.b.shape[0]
-            assert rank <= kernel.MAX_RANK, f"rank {rank} is over the kernel's scratch"
-            self.tables[name][slot] = torch.tensor([*addresses, rank])
+        self.changes[slot] = {name: Change(name, **parts) for name, parts in found.items()}
+        entries = {name: table_row(change) for name, change in self.changes[slot].items()}
+        if self.table:
+            self.table.put(slot, entries, max((entry[-1] for entry in entries.values()), default=0))
+        else:
+            for name, entry in entries.items():
+                self.tables[name][slot] = torch.tensor(entry)
+        self._unions.clear()
 
     def clear(self, slot: int) -> None:
-        for name in self.changes[slot]:
-            self.tables[name][slot].zero_()
+        if self.table:
+            self.table.clear(slot)
+        else:
+            for name in self.changes[slot]:
+                self.tables[name][slot].zero_()
         self.changes[slot] = {}
+        self._unions.clear()
 
     def affine(
         self, site: Site, x: torch.Tensor, y: torch.Tensor, rows: Rows, bias: torch.Tensor | None
     ) -> None:
-        if rows.touched is None:
-            rows.touched = self._touched(rows)
-        if site.name not in rows.touched:
+        touched = self._touched(rows)
+        if site.name in rows.settled:
+            rows.settled.discard(site.name)
+        elif site.name not in touched:
             return
-        fast = self.fast and site.kind != "embedding"
-        if fast and rows.tokens.shape[0]:
-            heavy = rows.touched[site.name]
+        elif self.table:
+            self._launch([site], x, y, rows, bias)
+        elif self.fast and site.kind != "embedding" and rows.tokens.shape[0]:
+            heavy = touched[site.name]
             kernel.grouped_affine(x, y, rows.tokens, rows.slots, self.tables[site.name], bias, heavy=heavy)
-        for slot, start, end, weight in rows.many if fast else rows.spans:
+        taken = self.table or (self.fast and site.kind != "embedding")
+        for slot, start, end, weight in rows.many if taken else rows.spans:
             if change := self.changes[slot].get(site.name):
                 apply(change, site, x[start:end], y[start:end], bias, weight)
 
+    def joint(
+        self, sites: Sequence[Site], x: torch.Tensor, y: torch.Tensor, rows: Rows, bias: torch.Tensor | None
+    ) -> None:
+        """On a GPU one launch for them all, if they stand side by side in its table, too."""
+        if self.table is None:
+            return
+        numbers = [self.table.numbers[site.name] for site in sites]
+        if numbers != list(range(numbers[0], numbers[0] + len(sites))):
+            return
+        touched = self._touched(rows)
+        if any(site.name in touched for site in sites):
+            self._launch(sites, x, y, rows, bias)
+        rows.settled.update(site.name for site in sites)
+
+    def trace(self, slot: int) -> Trace | None:
+        return Trace(self.table.masks[slot], self.table.ranks[slot]) if self.table else None
+
+    def touched(self, mask: int) -> dict[str, bool]:
+        assert self.table, "only a GPU's steps are recorded"
+        norms = {name for name, site in self.sites.items() if site.kind == "norm"}
+        return {name: name not in norms for name in self.table.among(mask)}
+
+    def _launch(
+        self, sites: Sequence[Site], x: torch.Tensor, y: torch.Tensor, rows: Rows, bias: torch.Tensor | None
+    ) -> None:
+        from server.kernels.triton_affine import grouped_affine  # Triton is not everywhere
+
+        assert self.table, "kernels read a table"
+        touched, ranks = self._touched(rows), self.table.ranks
+        grouped_affine(
+            x,
+            y,
+            rows.plan(self.device, ranks.__getitem__),
+            self.table.rows,
+            self.table.numbers[sites[0].name],
+            [site.outputs for site in sites],
+            bias,
+            heavy=any(touched.get(site.name, False) for site in sites),
+        )
+
     def _touched(self, rows: Rows) -> dict[str, bool]:
-        touched: dict[str, bool] = {}
-        for slot in {span.slot for span in rows.spans}:
-            for name, change in self.changes[slot].items():
-                touched[name] = change.b is not None or touched.get(name, False)
-        return touched
+        if rows.touched is None:
+            slots = frozenset(span.slot for span in rows.spans)
+            if slots not in self._unions:
+                if len(self._unions) >= MOST_UNIONS:
+                    self._unions.clear()
+                union: dict[str, bool] = {}
+                for slot in slots:
+                    for name, change in self.changes[slot].items():
+                        union[name] = change.b is not None or union.get(name, False)
+                self._unions[slots] = union
+            rows.touched = self._unions[slots]
+        return rows.touched
+
+
+def table_row(change: Change) -> list[int]:
+    """What a kernel reads of a change: COLUMNS numbers."""
+    parts = (change.a, change.b, change.gain, change.bias)
+    rank = 0 if change.b is None else change.b.shape[0]
+    assert rank <= kernel.MAX_RANK, f"rank {rank} is over the kernel's scratch"
+    return [*(0 if t is None else t.data_ptr() for t in parts), rank]
 
 
 def apply(

@@ -5,8 +5,9 @@ line in `__init__.build_methods`.
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -14,6 +15,7 @@ import torch
 from server.adapters.formats.safetensors import TensorInfo
 from server.adapters.seal import seal_of
 from server.adapters.sites import Base, Site
+from server.kernels.gpu import FIELDS, LARGE, SMALL, Plan, put_in_blocks, round_up, upload
 
 Tensors = dict[str, torch.Tensor]
 
@@ -64,21 +66,51 @@ class Span(NamedTuple):
 class Rows:
     """The batch as banks see it: which slot each packed token uses. Slot 0 is "no adapter".
 
-    Base tokens are in no span. The few-token spans (decode) are flattened into `tokens` and `slots`, ordered
-    by slot so that rows that share an adapter find its weights in the cache. The others stay spans in
-    `many`: prefill, and rows with several or weighted adapters, whose sums have an order.
+    Base tokens are in no span. Spans of up to `most` tokens (decode) are what kernels take: `few`, ordered by
+    slot so that rows that share an adapter find its weights in the cache. The others stay spans in `many`:
+    prefill on a CPU, and rows with several or weighted adapters, whose sums have an order.
     """
 
-    def __init__(self, spans: list[Span]) -> None:
+    def __init__(self, spans: list[Span], most: int = FEW) -> None:
         sharing = Counter(span.start for span in spans)
-        few = sorted(s for s in spans if s.end - s.start <= FEW and s.weight == 1 and sharing[s.start] == 1)
-        kept = set(few)
+        self.few = sorted(
+            s for s in spans if s.end - s.start <= most and s.weight == 1 and sharing[s.start] == 1
+        )
+        kept = set(self.few)
         self.spans = spans
         # the sites its adapters change, and whether with matrices; the bank fills it in
         self.touched: dict[str, bool] | None = None
+        self.settled: set[str] = set()  # sites that the bank has done already, along with a sibling
         self.many = [span for span in spans if span not in kept]
-        self.tokens = torch.tensor([t for s in few for t in range(s.start, s.end)], dtype=torch.int64)
-        self.slots = torch.tensor([s.slot for s in few for _ in range(s.start, s.end)], dtype=torch.int64)
+        self._plan: Plan | None = None
+
+    @classmethod
+    def recorded(cls, plan: Plan, touched: dict[str, bool]) -> "Rows":
+        """Of a step that is recorded: whose tokens they are, the plan's tensors say at each replay."""
+        rows = cls([])
+        rows._plan, rows.touched = plan, touched
+        return rows
+
+    @cached_property
+    def tokens(self) -> torch.Tensor:
+        """int64: the tokens of `few`."""
+        return torch.tensor([t for s in self.few for t in range(s.start, s.end)], dtype=torch.int64)
+
+    @cached_property
+    def slots(self) -> torch.Tensor:
+        """int64: the slot of each of these tokens."""
+        return torch.tensor([s.slot for s in self.few for _ in range(s.start, s.end)], dtype=torch.int64)
+
+    def plan(self, device: torch.device, ranks: Callable[[int], int]) -> Plan:
+        """The tokens of `few` in blocks, on a GPU; `ranks` gives a slot's highest rank or width."""
+        if self._plan is None:
+            longest = max((s.end - s.start for s in self.few), default=0)
+            size = SMALL if longest <= SMALL else LARGE
+            order, blocks = put_in_blocks((s[:3] for s in self.few), size)
+            highest = max((ranks(s.slot) for s in self.few), default=0)
+            own = upload([order, blocks], device)
+            self._plan = Plan(own[0], own[1].view(-1, FIELDS), size, round_up(highest))
+        return self._plan
 
     def spread(
         self, of_slot: Callable[[int], torch.Tensor | None]
@@ -103,6 +135,13 @@ class Start:
     values: torch.Tensor
 
 
+class Trace(NamedTuple):
+    """What a slot asks of a recorded step: bits of the sites it touches, its highest rank or width."""
+
+    mask: int = 0
+    ranks: int = 0
+
+
 # x [n, hidden] -> (fixed, scaled): with any weight w and bias b, the norm of x is fixed + scaled * w + b
 NormParts = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
@@ -113,6 +152,8 @@ class Bank:
     `put` and `clear` are called between steps, the hooks within one; they do nothing by default. A bank is
     asked only about rows of its own methods, and only through the hooks that it overrides.
     """
+
+    leads = False  # it acts on virtual tokens alone: rows that are past them need not ask it
 
     def __init__(self, base: Base, slots: int, device: torch.device, dtype: torch.dtype) -> None:
         """Empty, for slots 1..slots."""
@@ -130,6 +171,15 @@ class Bank:
         an embedding (x is token ids [T], negative for virtual tokens) or a norm. `bias` is the base's b.
         """
 
+    def joint(
+        self, sites: Sequence[Site], x: torch.Tensor, y: torch.Tensor, rows: Rows, bias: torch.Tensor | None
+    ) -> None:
+        """As `affine`, for several sites that see the same x; their columns stand side by side in y and b.
+
+        A bank may do here what it would do at each, and name them in `rows.settled`; `affine` comes all the
+        same. By default it does nothing.
+        """
+
     def inputs(self, site: Site, x: torch.Tensor, rows: Rows) -> torch.Tensor:  # noqa: ARG002 - a hook's default
         """What a linear sees in the place of x [T, in], which stays as it is."""
         return x
@@ -145,6 +195,16 @@ class Bank:
     def start(self, slot: int) -> Start | None:  # noqa: ARG002 - a hook's default
         """The K/V of an adapter's virtual tokens; asked when a row begins and finds them nowhere cached."""
         return None
+
+    def trace(self, slot: int) -> Trace | None:  # noqa: ARG002 - as above
+        """What a decode step that is recorded once and replayed must hold for this slot's rows; None if
+        this slot's rows cannot be in one.
+        """
+        return None
+
+    def touched(self, mask: int) -> dict[str, bool]:  # noqa: ARG002 - as above
+        """`Rows.touched` for the sites of a trace."""
+        return {}
 
     def acts(self, hook: str) -> bool:
         """Whether this bank overrides `hook`."""

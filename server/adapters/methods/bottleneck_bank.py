@@ -12,10 +12,11 @@ import msgspec
 import torch
 import torch.nn.functional as F
 
-from server.adapters.methods.base import Bank, Packed, Rows
+from server.adapters.methods.base import Bank, Packed, Rows, Trace
 from server.adapters.methods.tensors import flatten
 from server.adapters.sites import Base, Site
 from server.kernels import bottleneck as kernel
+from server.kernels import gpu
 from server.kernels.openmp import AVAILABLE
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -67,10 +68,15 @@ def pack_changes(changes: Iterable[Change], dtype: torch.dtype) -> Packed:
     return Packed(flatten(parts, dtype), pieces)
 
 
-def views(flat: torch.Tensor, pieces: Sequence[Piece], hidden: int) -> Iterator[Change]:
+def views(
+    flat: torch.Tensor,
+    pieces: Sequence[Piece],
+    hidden: int,
+    split: Callable[[torch.Tensor, list[int]], Iterable[torch.Tensor]] = torch.split,
+) -> Iterator[Change]:
     """The pieces' changes; one split, so that in training the gradients come back as one concatenation."""
     sizes = [size for p in pieces for size in (p.width * hidden, p.width, p.width * hidden, hidden)]
-    parts = iter(torch.split(flat, sizes))
+    parts = iter(split(flat, sizes))
     for p, down, down_bias, up, up_bias in zip(pieces, parts, parts, parts, parts, strict=True):
         matrices = (down.view(-1, hidden), down_bias, up.view(-1, hidden), up_bias)
         yield Change(p.site, *matrices, p.non_linearity, p.input, p.epsilon)
@@ -83,23 +89,34 @@ class BottleneckBank(Bank):
         self.hidden = base.hidden_size
         self.device = device
         self.changes: list[dict[str, Change]] = [{} for _ in range(slots + 1)]
+        names = [name for name, site in base.sites.items() if site.kind in ("attention", "mlp")]
+        self.table = gpu.SiteTable(names, slots, kernel.COLUMNS, device) if gpu.chosen(device) else None
         self.tables = {
             name: torch.zeros(slots + 1, kernel.COLUMNS, dtype=torch.int64)
-            for name, site in base.sites.items()
-            if site.kind in ("attention", "mlp")
+            for name in names
+            if self.table is None
         }
-        self.fast = AVAILABLE and device.type == "cpu" and dtype == torch.float32
+        on_cpu = AVAILABLE and device.type == "cpu" and dtype == torch.float32
+        self.fast = self.table is not None or on_cpu
 
     def put(self, slot: int, packed: Packed) -> None:
         """Fill a free slot. On a CPU this copies nothing: the host buffer is the device's."""
         flat = packed.flat.to(self.device, non_blocking=True)
-        for change in views(flat, packed.layout, self.hidden):
-            self.changes[slot][change.site] = change
-            self.tables[change.site][slot] = table_row(change)
+        split = gpu.aligned if self.table and self.fast else torch.split
+        self.changes[slot] = {c.site: c for c in views(flat, packed.layout, self.hidden, split)}
+        rows = {name: table_row(change) for name, change in self.changes[slot].items()}
+        if self.table:
+            self.table.put(slot, rows, max((piece.width for piece in packed.layout), default=0))
+        else:
+            for name, row in rows.items():
+                self.tables[name][slot] = torch.tensor(row)
 
     def clear(self, slot: int) -> None:
-        for name in self.changes[slot]:
-            self.tables[name][slot].zero_()
+        if self.table:
+            self.table.clear(slot)
+        else:
+            for name in self.changes[slot]:
+                self.tables[name][slot].zero_()
         self.changes[slot] = {}
 
     def sublayer(self, site: Site, h: torch.Tensor, r: torch.Tensor, rows: Rows) -> None:
@@ -107,11 +124,27 @@ class BottleneckBank(Bank):
             rows.touched = {name: True for span in rows.spans for name in self.changes[span.slot]}
         if site.name not in rows.touched:
             return
-        if self.fast and rows.tokens.shape[0]:
+        if self.table and self.fast:
+            self._launch(site, h, r, rows)
+        elif self.fast and rows.tokens.shape[0]:
             kernel.grouped_bottleneck(h, r, rows.tokens, rows.slots, self.tables[site.name])
         for slot, start, end, _ in rows.many if self.fast else rows.spans:
             if change := self.changes[slot].get(site.name):
                 apply(change, h[start:end], r[start:end])
+
+    def trace(self, slot: int) -> Trace | None:
+        return Trace(self.table.masks[slot], self.table.ranks[slot]) if self.table else None
+
+    def touched(self, mask: int) -> dict[str, bool]:
+        assert self.table, "only a GPU's steps are recorded"
+        return dict.fromkeys(self.table.among(mask), True)
+
+    def _launch(self, site: Site, h: torch.Tensor, r: torch.Tensor, rows: Rows) -> None:
+        from server.kernels.triton_bottleneck import grouped_bottleneck  # Triton is not everywhere
+
+        assert self.table, "kernels read a table"
+        plan = rows.plan(self.device, self.table.ranks.__getitem__)
+        grouped_bottleneck(h, r, plan, self.table.rows, self.table.numbers[site.name])
 
 
 def apply(change: Change, h: torch.Tensor, r: torch.Tensor) -> None:
@@ -126,9 +159,9 @@ def apply(change: Change, h: torch.Tensor, r: torch.Tensor) -> None:
     h += change.up_bias
 
 
-def table_row(change: Change) -> torch.Tensor:
-    """What the kernel reads of a change, int64 [COLUMNS]."""
+def table_row(change: Change) -> list[int]:
+    """What a kernel reads of a change: COLUMNS numbers."""
     parts = (change.down, change.down_bias, change.up, change.up_bias)
     kinds = (kernel.NON_LINEARITIES.index(change.non_linearity), kernel.INPUTS.index(change.input))
     epsilon = kernel.epsilon_bits(change.epsilon)
-    return torch.tensor([*(t.data_ptr() for t in parts), change.down.shape[0], *kinds, epsilon])
+    return [*(t.data_ptr() for t in parts), change.down.shape[0], *kinds, epsilon]

@@ -11,7 +11,7 @@ import torch
 from server.adapters.formats.peft import typed_config
 from server.adapters.formats.peft_vectors import Ia3Config
 from server.adapters.methods.affine import AffineBank, Change, pack_changes
-from server.adapters.methods.base import AdapterFiles, Packed, Rows, Tensors
+from server.adapters.methods.base import AdapterFiles, Packed, Rows, Tensors, Trace
 from server.adapters.methods.tensors import (
     COPIES,
     Endings,
@@ -44,6 +44,11 @@ class Ia3Bank(AffineBank):
         x = x.clone()
         x[tokens] *= scales
         return x
+
+    def trace(self, slot: int) -> Trace | None:
+        """Inputs are scaled by the host's lists: no step of these is recorded."""
+        scales = any(change.scale is not None for change in self.changes[slot].values())
+        return None if scales else super().trace(slot)
 
     def _scale(self, slot: int, site: str) -> torch.Tensor | None:
         change = self.changes[slot].get(site)

@@ -11,7 +11,7 @@ import torch
 
 from server.adapters.formats.peft import typed_config
 from server.adapters.formats.peft_virtual import PrefixConfig
-from server.adapters.methods.base import AdapterFiles, Bank, Packed, Start, Tensors
+from server.adapters.methods.base import AdapterFiles, Bank, Packed, Start, Tensors, Trace
 from server.adapters.methods.tensors import check_shapes, flatten
 from server.adapters.methods.virtual import TENSOR, check_field, check_tokens
 from server.adapters.sites import Base
@@ -37,6 +37,9 @@ class PrefixBank(Bank):
 
     def clear(self, slot: int) -> None:
         self.starts[slot] = None
+
+    def trace(self, slot: int) -> Trace | None:  # noqa: ARG002 - as Bank
+        return Trace()
 
     def start(self, slot: int) -> Start | None:
         return self.starts[slot]

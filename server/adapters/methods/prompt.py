@@ -10,7 +10,7 @@ import torch
 
 from server.adapters.formats.peft import typed_config
 from server.adapters.formats.peft_virtual import PromptConfig
-from server.adapters.methods.base import AdapterFiles, Bank, Packed, Rows, Tensors
+from server.adapters.methods.base import AdapterFiles, Bank, Packed, Rows, Tensors, Trace
 from server.adapters.methods.tensors import check_shapes, flatten
 from server.adapters.methods.virtual import TENSOR, check_field, check_tokens
 from server.adapters.sites import Base, Site
@@ -24,6 +24,8 @@ class PromptSpec(msgspec.Struct, frozen=True):
 
 class PromptBank(Bank):
     """Embeddings by slot, put in the place of negative token ids: -1 is an adapter's first."""
+
+    leads = True
 
     def __init__(self, base: Base, slots: int, device: torch.device, dtype: torch.dtype) -> None:  # noqa: ARG002 - as Bank
         self.device = device
@@ -43,13 +45,16 @@ class PromptBank(Bank):
         rows: Rows,
         bias: torch.Tensor | None,  # noqa: ARG002 - as Bank
     ) -> None:
-        if site.kind != "embedding" or not bool((x < 0).any()):
+        if site.kind != "embedding":
             return
         for slot, start, end, _ in rows.spans:
-            embeddings, ids = self.embeddings[slot], x[start:end]
-            if embeddings is not None:
-                virtual = ids[ids < 0]  # they come first
-                y[start : start + len(virtual)] = embeddings[-1 - virtual]
+            embeddings, ids = self.embeddings[slot], x[start:end, None]
+            if embeddings is not None:  # no index that the host would have to wait for
+                own = embeddings[(-1 - ids[:, 0]).clamp(0, embeddings.shape[0] - 1)]
+                y[start:end] = torch.where(ids < 0, own, y[start:end])
+
+    def trace(self, slot: int) -> Trace | None:  # noqa: ARG002 - as Bank
+        return Trace()
 
 
 class Prompt:

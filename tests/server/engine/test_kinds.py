@@ -1,6 +1,6 @@
 """Rows of every kind of adapter in one batch: each gets what it gets alone."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,8 @@ from tests.fixtures.engine import LINEARS, Driver, Stand, publish, run, same
 from tests.fixtures.models import make_lora
 
 
-def kinds(s: Stand) -> dict[str, AdapterRef]:
-    """One of every method, and of each way in which a method touches the model."""
+def kinds(s: Stand, names: Collection[str] | None = None) -> dict[str, AdapterRef]:
+    """One of every method, and of each way in which a method touches the model; or those named."""
     gpt2 = s.base.config.model_type == "gpt2"
     linears = LINEARS["gpt2" if gpt2 else "llama"]
     down = ["mlp.c_proj"] if gpt2 else ["down_proj"]
@@ -44,6 +44,7 @@ def kinds(s: Stand) -> dict[str, AdapterRef]:
     return {
         name: publish(s.objects, s.engine.base, make(s.base, s.folder / name))
         for name, make in makers.items()
+        if names is None or name in names
     }
 
 

@@ -36,7 +36,7 @@ def test_every_token_gets_its_own_adapter(non_linearity: str) -> None:
     changes = [change(width, non_linearity, input_, epsilon) for width, input_, epsilon in kinds]
     table = torch.zeros(len(changes) + 2, COLUMNS, dtype=torch.int64)
     for slot, own in enumerate(changes, start=1):
-        table[slot] = table_row(own)
+        table[slot] = torch.tensor(table_row(own))
     h, r = torch.randn(20, HIDDEN), 2 * torch.randn(20, HIDDEN)
     tokens = torch.tensor([0, 19, 4, 5, 6, 11, 12, 13])
     slots = torch.tensor([1, 2, 3, 3, 4, 5, 6, 7])  # slot 7 holds nothing
@@ -58,7 +58,7 @@ def test_large_values_overflow_as_the_twin_does(width: int) -> None:
     torch.manual_seed(0)
     for non_linearity in NON_LINEARITIES:
         own = change(width, non_linearity, "output", 0.0)
-        table = torch.stack([torch.zeros(COLUMNS, dtype=torch.int64), table_row(own)])
+        table = torch.tensor([[0] * COLUMNS, table_row(own)])
         h, r = 1e4 * torch.randn(2, HIDDEN), torch.randn(2, HIDDEN)
         expected = h.clone()
         apply(own, expected, r)
