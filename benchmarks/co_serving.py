@@ -168,7 +168,9 @@ class Bench:
             phase.gaps += kept
             for task in tasks:
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            for error in await asyncio.gather(*tasks, return_exceptions=True):
+                if isinstance(error, Exception):  # being cancelled is none
+                    raise error
 
     async def _stream(self, http: httpx.AsyncClient, load: Load, phase: Phase) -> None:
         """One stream after the other, for ever."""
