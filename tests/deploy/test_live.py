@@ -54,7 +54,7 @@ def site(
     tmp_path_factory: pytest.TempPathFactory,
     request: pytest.FixtureRequest,
 ) -> Iterator[Site]:
-    if request.config.getoption("--load-seconds", default=None) is None:
+    if request.config.getoption("--load-seconds") is None:
         pytest.skip("by hand: pytest tests/deploy/test_live.py --load-seconds 12")
     folder = tmp_path_factory.mktemp("live")
     model, threads = tiny_models("llama"), torch.get_num_threads()
@@ -103,7 +103,7 @@ def worked(site: Site, request: pytest.FixtureRequest) -> Site:
     kill_the_engine(site)
     stop_the_store(site)
     kill_the_worker(site)
-    if plots := request.config.getoption("--plots", default=None):
+    if plots := request.config.getoption("--plots"):
         draw(site.prometheus, Path(plots))
     return site
 
