@@ -101,6 +101,10 @@ class AdapterCache:
         if resident.forgotten and resident.pins == 0:
             self._evict(resident)
 
+    def has(self, ref: AdapterRef) -> bool:
+        """It is on the device."""
+        return ref.digest in self.by_digest
+
     def prefetch(self, ref: AdapterRef) -> None:
         """Start a load into RAM for somebody who will come for it; a hint, and dropped when many load."""
         if ref.digest not in self.by_digest and ref.digest not in self.pending:

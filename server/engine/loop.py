@@ -193,6 +193,7 @@ class Engine:
             return
         row = Row(command, command.sampling.seed or 0, tokens=list(command.prompt), prompt_length=length)
         for use in row.uses:  # while the row is in line
+            row.cold |= not self.cache.has(use.adapter)
             self.cache.prefetch(use.adapter)
         row.timing.arrived = row.since = time.time()
         if command.sampling.grammar is None:
