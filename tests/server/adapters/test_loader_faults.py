@@ -90,8 +90,10 @@ def test_damage_on_the_way_from_the_store_is_never_served(
         engine.loader.objects = Objects.open(weed.url(), options=weed.options(endpoint))
         ref = publish(engine.loader.objects, engine.base, folder)
         network.method = "GET"
-        network.fates.extend(["pass", "flip"])  # the manifest, the weights
+        network.fates.extend(["pass", "flip", "flip"])  # the manifest, the weights, and once more
         assert isinstance(engine.loader.fetch(ref).exception(LONG), StoreError)
-        assert [fate for method, _, fate in network.seen if method == "GET"][-2:] == ["pass", "flip"]
+        assert [fate for method, _, fate in network.seen if method == "GET"][-3:] == ["pass", "flip", "flip"]
+        network.fates.extend(["pass", "flip"])  # then they come as they are
         assert engine.loader.fetch(ref).result(LONG).nbytes > 0
+        assert engine.loader.corrupt_copies["store"] == 3
         engine.close()
