@@ -19,12 +19,16 @@ from tests.fixtures.models import FAMILIES, load_model, make_lora
 SEQS, CONTEXT, SLOTS = 3, 100, 2
 
 
+def held_by(site: LinearSite) -> tuple[torch.Tensor, ...]:
+    return site.fast.parts if site.fast else (site.held,)
+
+
 def held_bytes(engine: Engine) -> int:
     """Every byte of the base's weights, storages that are shared once."""
     model = engine.model
     tensors = [
         *model.model.parameters(),
-        *(s.held for s in model.sites.values() if isinstance(s, LinearSite)),
+        *(t for s in model.sites.values() if isinstance(s, LinearSite) for t in held_by(s)),
     ]
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(storages.values())
