@@ -49,7 +49,9 @@ def test_the_guides_walk_on_gpt2_outlives_the_server(tiny_models: Any, tmp_path:
         server.start()
         assert tune.wait(TRAIN_SECONDS) == 0, said.read_text()
         assert said.read_text().count("Created fine-tuning job") == 1
-        assert said.read_text().count("Step 108/108") == 1
+        # not told twice; nor once, if the server died between the last checkpoint and the word of its step
+        assert said.read_text().count("Step 108/108") <= 1
+        assert "The job has successfully completed" in said.read_text()
         table = [line.split("\t") for line in (tmp_path / "out").read_text().splitlines()]
         assert float(table[0][2]) < float(table[0][1]), table
         asked = subprocess.run(
