@@ -1,19 +1,21 @@
 """What may come next in a row: what came after the same few tokens the last time they stood there.
 
-Texts repeat themselves and quote their prompts. A row that decodes computes its guesses along with its token:
-a batch of a few more tokens costs hardly more, and as many are kept as turn out to be what sampling, token by
-token, would have given. The answer is the same whether anything is guessed or not.
+Texts repeat themselves and quote their prompts. A row that decodes computes its guesses along with its token,
+and as many are kept as turn out to be what sampling, token by token, would have given: the answer is the same
+whether anything is guessed or not. A few more tokens cost a small batch hardly anything and a large one
+nearly their full price, so a row guesses only as far ahead as it is right often enough; how often, it learns
+for nothing from tokens that it has not guessed.
 
 Prompt lookup decoding: arXiv 2304.04487 (inference with reference).
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 NGRAM = 3  # tokens that must have stood there before
-FIRST = 2.0  # guesses of a row of which nothing is known yet
-REST = 16  # tokens without a guess, after guesses that were all wrong
+MEMORY = 8  # about how many past guesses the share remembers
 
 
 @dataclass
@@ -22,34 +24,34 @@ class Lookup:
 
     after: dict[tuple[int, ...], int] = field(default_factory=dict)  # tokens -> what followed, the last time
     read: int = 0
-    trust: float = FIRST  # how many tokens to guess
-    resting_until: int = 0  # tokens of the row
+    share: float = 0.5  # of what it would have guessed lately, how much was right
 
-    def guess(self, tokens: list[int], most: int) -> list[int]:
-        """Up to `most` tokens that may follow."""
-        count = min(int(self.trust), most)
-        if count < 1 or len(tokens) <= max(NGRAM, self.resting_until):
-            return []
-        for end in range(max(self.read, NGRAM), len(tokens)):
-            self.after[tuple(tokens[end - NGRAM : end])] = end
-        self.read = len(tokens)
-        start = self.after.get(tuple(tokens[-NGRAM:]))
-        if start is None:
+    def guess(self, tokens: list[int], most: int, worth: float) -> list[int]:
+        """Up to `most` tokens that may follow, as long as they are right with a likelihood of `worth`."""
+        self._read(tokens)
+        start = self.after.get(tuple(tokens[-NGRAM:])) if len(tokens) > NGRAM else None
+        count = self._reach(most, worth)
+        if start is None or count < 1:
             return []
         found = tokens[start : start + count]
         while len(found) < count:  # they repeat themselves up to here: so may what comes
             found.append(found[start + len(found) - len(tokens)])
         return found
 
-    def learn(self, guessed: int, right: int, length: int) -> None:
-        """Of the last `guessed` tokens so many were `right`; the row has `length` by now."""
-        if right == guessed:
-            self.trust = max(self.trust, 2.0 * guessed)
-        elif right:
-            self.trust = right + 1.0
-        else:
-            self.trust = FIRST
-            self.resting_until = length + REST
+    def _read(self, tokens: list[int]) -> None:
+        for i in range(max(self.read, NGRAM), len(tokens)):
+            gram = tuple(tokens[i - NGRAM : i])
+            seen = self.after.get(gram)
+            if seen is not None:
+                self.share += ((tokens[seen] == tokens[i]) - self.share) / MEMORY
+            self.after[gram] = i
+        self.read = len(tokens)
+
+    def _reach(self, most: int, worth: float) -> int:
+        """How many guesses one after the other are all right with this likelihood."""
+        if not 0 < self.share < 1:
+            return most if self.share else 0
+        return min(most, math.floor(math.log(worth) / math.log(self.share)))
 
 
 class Result(Protocol):

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from server.engine.lookup import NGRAM, REST, Lookup
+from server.engine.lookup import Lookup
 from server.engine.messages import AdapterRef, Generate, Sampling
 from tests.fixtures.engine import Stand, run, same
 from tests.server.engine.test_kinds import kinds
@@ -15,34 +15,39 @@ REPEATED = [5, 6, 7, 8, 9, 10, 11, 12] * 5
 
 def test_what_followed_the_last_time_is_guessed() -> None:
     tokens = [1, 2, 3, 50, 51, 52, 9, 1, 2, 3, 60, 61, 62, 9, 1, 2, 3]
-    assert Lookup(trust=3).guess(tokens, 7) == [60, 61, 62]
-    assert Lookup(trust=9).guess(tokens, 2) == [60, 61]
-    assert Lookup().guess([1, 2, 3, 4, 5, 6], 7) == []
-    assert Lookup().guess([1, 1], 7) == []
+    assert Lookup(share=0.9).guess(tokens, 3, 0.1) == [60, 61, 62]
+    assert Lookup(share=0.9).guess(tokens, 2, 0.1) == [60, 61]
+    assert Lookup().guess([1, 2, 3, 4, 5, 6], 7, 0.1) == []
+    assert Lookup().guess([1, 1], 7, 0.1) == []
 
 
 def test_what_repeats_itself_goes_on_for_as_long_as_it_may() -> None:
-    assert Lookup(trust=7).guess([1, 2, 9, 8, 7, 9, 8, 7, 9, 8, 7], 7) == [9, 8, 7, 9, 8, 7, 9]
-    assert Lookup(trust=5).guess([4] * (NGRAM + 1), 7) == [4] * 5
+    again = [9, 8, 7] * 9
+    assert Lookup().guess([1, 2, *again], 7, 0.1) == [9, 8, 7, 9, 8, 7, 9]
+    assert Lookup().guess([4] * 40, 5, 0.1) == [4] * 5
+    assert Lookup(share=1.0).guess([4] * 40, 5, 0.99) == [4] * 5
 
 
 def test_new_tokens_are_read_once() -> None:
     lookup, tokens = Lookup(), list(REPEATED)
-    lookup.guess(tokens, 7)
+    lookup.guess(tokens, 7, 0.1)
     tokens += [99, 98, 97, 96, 95, 99, 98, 97]
-    assert lookup.guess(tokens, 7) == [96, 95]
+    assert lookup.guess(tokens, 2, 0.1) == [96, 95]
     assert lookup.read == len(tokens)
 
 
-def test_trust_follows_what_came_true() -> None:
+def test_it_learns_how_far_it_is_worth_to_guess_without_guessing() -> None:
     lookup = Lookup()
-    lookup.learn(2, 2, 20)
-    assert len(lookup.guess(REPEATED, 7)) == 4
-    lookup.learn(4, 1, 22)
-    assert len(lookup.guess(REPEATED, 7)) == 2
-    lookup.learn(2, 0, len(REPEATED))
-    assert lookup.guess(REPEATED, 7) == []
-    assert lookup.guess((REPEATED * 2)[: len(REPEATED) + REST + 1], 7)
+    lookup.guess(REPEATED, 7, 0.9)
+    assert lookup.share > 0.9
+    assert len(lookup.guess(REPEATED, 7, 0.1)) == 7
+    assert 0 < len(lookup.guess(REPEATED, 7, 0.97)) < 7, "a large batch asks for more"
+    tokens = list(REPEATED)
+    for i in range(40):  # after what has stood there comes something else each time
+        tokens += [5, 6, 7, 100 + i]
+    lookup.guess(tokens, 7, 0.9)
+    assert lookup.guess([*tokens, 5, 6, 7], 7, 0.9) == []
+    assert Lookup(share=0.0).guess(REPEATED[:12], 7, 0.5) == []
 
 
 def asked(refs: Iterable[AdapterRef | None], **sampling: Any) -> list[Generate]:
