@@ -17,8 +17,8 @@ from server.errors import ContextTooLong, DeadlineExceeded, InvalidField, Invali
 
 PATIENCE = 32  # steps in which a row may lack memory before later rows stop overtaking it
 GUESSES = 48  # tokens guessed in a step, all rows together
-# A guess pays if it is right with a likelihood of rows / (rows + CHEAP). A step on two cores takes 25, 32, 71,
-CHEAP = 2  # 124 ms at 1, 4, 16, 32 rows; 2 is where no batch became slower by its guesses
+# A guess pays if it is right with a likelihood of rows / (rows + CHEAP), for a token more costs a large batch
+CHEAP = 2  # nearly its full price; 2 is where no batch became slower by its guesses
 TRIES = 8  # rows that may lack memory in one step before the others are not even asked
 
 
