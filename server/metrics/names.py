@@ -101,6 +101,8 @@ ENGINE: Mapping[str, Family] = {
     ),
     "prompt_tokens": _counter("vllm:prompt_tokens", "Prompt tokens processed, cached ones left out"),
     "generation_tokens": _counter("vllm:generation_tokens", "Tokens generated"),
+    "guessed_tokens": _counter("vllm:spec_decode_num_draft_tokens", "Tokens guessed ahead"),
+    "guessed_right": _counter("vllm:spec_decode_num_accepted_tokens", "Guessed tokens that were right"),
     "prefix_queries": _counter("vllm:prefix_cache_queries", "Prompt tokens looked up in the prefix cache"),
     "prefix_hits": _counter("vllm:prefix_cache_hits", "Prompt tokens found in the prefix cache"),
     "preemptions": _counter("vllm:num_preemptions", "Rows put back because KV ran out"),

@@ -24,6 +24,8 @@ CANARY = "the patient is called Zanzibar"
 EMPTY = {"gpu_memory"}
 QUIET = {
     "preemptions",
+    "guessed_tokens",  # it depends on what the tiny model says
+    "guessed_right",
     "adapter_corrupt_copies",
     "non_finite_rows",
     "engine_restarts",
