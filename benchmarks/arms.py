@@ -162,28 +162,36 @@ def quiet() -> None:
     warnings.simplefilter("ignore")
 
 
-class Remote:
-    """A system in a child process of its own, so that no arm inherits another's threads or memory."""
+class Child:
+    """A process of its own, which inherits nobody's threads or memory; it says when it has loaded."""
 
-    def __init__(self, system: str, job: Job) -> None:
+    def __init__(self, target: Callable[..., None], *given: object) -> None:
+        """`target` is called with `given`, and the connection to us."""
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(system, job, theirs), daemon=True)
+        self.process = context.Process(target=target, args=(*given, theirs), daemon=True)
         self.process.start()
         theirs.close()
         self.connection.recv()  # loaded
-
-    def generate(self, prompts: list[list[int]], *, adapters: bool) -> Result:
-        """Raises EOFError when the child died; its own traceback is on stderr."""
-        self.connection.send((prompts, adapters))
-        result: Result = self.connection.recv()
-        return result
 
     def close(self) -> None:
         self.connection.close()
         self.process.join(timeout=10)
         if self.process.is_alive():
             self.process.terminate()
+
+
+class Remote(Child):
+    """A system in a child process."""
+
+    def __init__(self, system: str, job: Job) -> None:
+        super().__init__(_serve, system, job)
+
+    def generate(self, prompts: list[list[int]], *, adapters: bool) -> Result:
+        """Raises EOFError when the child died; its own traceback is on stderr."""
+        self.connection.send((prompts, adapters))
+        result: Result = self.connection.recv()
+        return result
 
 
 def _serve(name: str, job: Job, connection: Connection) -> None:

@@ -4,7 +4,6 @@ Both start from the same tensors and see the same batches in the same order, thr
 with the same arguments. PEFT's side pads each batch to its longest example, and has SDPA and the fused AdamW.
 """
 
-import multiprocessing
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
-from benchmarks.arms import quiet
+from benchmarks.arms import Child, quiet
 from server.finetune.batches import Batches
 from server.finetune.evaluate import score
 from server.finetune.job import Level, Wish
@@ -188,28 +187,17 @@ def padded(examples: Sequence[Example]) -> dict[str, torch.Tensor]:
 SIDES: dict[str, Callable[[Job, Turns], Side]] = {"polypeft": Ours, "peft": Theirs}
 
 
-class Remote:
-    """A side in a process of its own, so that neither inherits the other's threads or memory."""
+class Remote(Child):
+    """A side in a child process."""
 
     def __init__(self, name: str, job: Job) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(name, job, theirs), daemon=True)
-        self.process.start()
-        theirs.close()
-        self.connection.recv()  # loaded
+        super().__init__(_serve, name, job)
 
     def turn(self) -> Turn:
         """Raises EOFError when the child died; its own traceback is on stderr."""
         self.connection.send("go")
         turn: Turn = self.connection.recv()
         return turn
-
-    def close(self) -> None:
-        self.connection.close()
-        self.process.join(timeout=10)
-        if self.process.is_alive():
-            self.process.terminate()
 
 
 def _serve(name: str, job: Job, connection: Connection) -> None:
