@@ -4,14 +4,13 @@ transformers' attention classes call `attend`; it finds the step under way on th
 in server/kernels/attention.py; which blocks a row owns was decided by the scheduler (engine/kv.py).
 """
 
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from server.adapters.methods.base import FEW, Bank, Rows, Span
+from server.adapters.methods.base import Bank, Rows, Span
 from server.adapters.sites import Base
 from server.engine.gpu_batch import GpuBatch
 from server.engine.row import Row
@@ -26,10 +25,9 @@ from server.kernels.attention import (
 
 
 class Spans:
-    """Which tokens each bank is asked about. `most`: tokens of a span that kernels take, as Rows has it."""
+    """Which tokens each bank is asked about."""
 
-    def __init__(self, most: int = FEW) -> None:
-        self.most = most
+    def __init__(self) -> None:
         self.by_bank: dict[Bank, list[Span]] = {}
 
     def add(self, banks: Mapping[str, Bank], row: Row, start: int, end: int) -> None:
@@ -42,7 +40,7 @@ class Spans:
 
     def acting(self, hook: str) -> list[tuple[Bank, Rows]]:
         """Those of them that act through `hook`."""
-        return [(bank, Rows(spans, self.most)) for bank, spans in self.by_bank.items() if bank.acts(hook)]
+        return [(bank, Rows(spans, bank.most)) for bank, spans in self.by_bank.items() if bank.acts(hook)]
 
 
 class Pages:
@@ -83,7 +81,6 @@ class Step:
     batch: GpuBatch | None = None  # where a GPU's kernels run: all they need of the rows, on the device
 
     def __init__(self, *, gpu: bool = False) -> None:
-        self.most = sys.maxsize if gpu else FEW  # on a GPU kernels take prefill, too
         self.gpu = gpu
         # banks with rows in this batch, by the hook they act through; `head`: at the tokens sampled from
         self.affine: list[tuple[Bank, Rows]] = []
@@ -111,7 +108,7 @@ class Step:
         else:
             self._find_pages(decoding, device)
         self.last = {}
-        spans = Spans(self.most)
+        spans = Spans()
         start = 0
         for row in rows:
             end = start + row.scheduled
@@ -163,7 +160,7 @@ class Step:
 
     def keep(self, rows: list[Row]) -> None:
         """The output head sees one token of each row that completes, in the order given."""
-        spans = Spans(self.most)
+        spans = Spans()
         start = 0
         for row in (row for row in rows if row.completes):
             end = start + 1 + len(row.guess)

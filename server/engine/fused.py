@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from server.engine.attention import Step
 from server.engine.linear import SIBLINGS, Family, LinearSite
 
 Rotary = Callable[..., tuple[torch.Tensor, torch.Tensor]]  # (q, k, cos, sin, unsqueeze_dim=1)
@@ -23,46 +22,32 @@ Rotary = Callable[..., tuple[torch.Tensor, torch.Tensor]]  # (q, k, cos, sin, un
 class FusedFamily(Family):
     """Plain weights of one module's linears, one below the other; each member holds its rows as a view."""
 
-    def __init__(self, members: Sequence[LinearSite], step: Step) -> None:
-        self.step = step
-        self.sites = [member.site for member in members]
+    def __init__(self, members: Sequence[LinearSite]) -> None:
         self.weight = torch.cat([member.held for member in members])
         self.bias: torch.Tensor | None = None
         if any(member.bias is not None for member in members):
             self.bias = self.weight.new_zeros(self.weight.shape[0])
-        self.columns = {}
-        at = 0
+        columns, at = [], 0
         for member in members:
-            self.columns[member] = slice(at, at + member.site.outputs)
-            at += member.site.outputs
-            member.held = self.weight[self.columns[member]]
-            member.family = self
+            columns.append(slice(at, at + member.site.outputs))
+            at = columns[-1].stop
+            member.held = self.weight[columns[-1]]
             if self.bias is not None and member.bias is not None:
-                self.bias[self.columns[member]] = member.bias
-        self.x = self.y = torch.empty(0)
-        self.left = 0
+                self.bias[columns[-1]] = member.bias
+        self.adopt(members, columns)
 
-    def output(self, member: LinearSite, x: torch.Tensor, flat: torch.Tensor) -> torch.Tensor:
-        if self.x is not x:
-            self.x, self.left = x, len(self.columns)
-            self.y = F.linear(flat, self.weight, self.bias)
-            for bank, rows in self.step.affine:
-                bank.joint(self.sites, flat, self.y, rows, self.bias)
-        y = self.y[:, self.columns[member]]
-        self.left -= 1
-        if not self.left:
-            self.x = self.y = torch.empty(0)
-        return y
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight, self.bias)
 
 
-def fuse_siblings(model: nn.Module, step: Step) -> None:
+def fuse_siblings(model: nn.Module) -> None:
     """Let linears that see the same input be one."""
     for module in model.modules():
         for names in SIBLINGS:
             found = [getattr(module, name, None) for name in names]
             members = [member for member in found if isinstance(member, LinearSite) and not member.fast]
             if len(members) == len(names):
-                FusedFamily(members, step)
+                FusedFamily(members)
 
 
 @torch.inference_mode()

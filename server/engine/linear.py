@@ -6,6 +6,8 @@ is dropped. Linears that see the same input (q, k and v; gate and up) lie one be
 computed in one launch, when the first of them is called.
 """
 
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -87,25 +89,43 @@ class Family:
 
     def __init__(self, members: list[LinearSite]) -> None:
         self.fast, columns = join([member.fast for member in members if member.fast])
+        self.bias = self.fast.bias
+        self.adopt(members, columns)
+
+    def adopt(self, members: Sequence[LinearSite], columns: Sequence[slice]) -> None:
+        self.step = members[0].step
+        self.sites = [member.site for member in members]
         self.columns = dict(zip(members, columns, strict=True))
+        self.beside = all(one.stop == other.start for one, other in pairwise(columns))
         for member in members:
             member.family = self
         self.x = self.y = torch.empty(0)
         self.left = 0  # members that have not yet taken their columns of y
 
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        """[T, all outputs] of x [T, in]."""
+        return self.fast(x)
+
     def outputs(self, x: torch.Tensor) -> list[torch.Tensor]:
         """What x [T, in] gives to each member, in their order: columns [T, out] of one tensor."""
-        y = self.fast(x)
+        y = self._joint(x)
         return [y[:, columns] for columns in self.columns.values()]
 
     def output(self, member: LinearSite, x: torch.Tensor, flat: torch.Tensor) -> torch.Tensor:
         """The member's columns [T, out] of what x, which is `flat` once it is flat, gives to all."""
         if self.x is not x:
-            self.x, self.y, self.left = x, self.fast(flat), len(self.columns)
+            self.x, self.y, self.left = x, self._joint(flat), len(self.columns)
         y = self.y[:, self.columns[member]]
         self.left -= 1
         if not self.left:  # the tensor may be written to, or another take its place
             self.x = self.y = torch.empty(0)
+        return y
+
+    def _joint(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.product(x)
+        if self.beside:
+            for bank, rows in self.step.affine:
+                bank.joint(self.sites, x, y, rows, self.bias)
         return y
 
 

@@ -34,7 +34,7 @@ class ServedModel(FrozenModel):
         super().__init__(folder, base_id, placement, self.step, attend, max_context=max_context)
         self.step.pages = Pages(self.base, placement.device, placement.dtype, kv_bytes)
         if on_gpu:
-            fuse_siblings(self.model, self.step)
+            fuse_siblings(self.model)
             fuse_norms(self.model)
             fuse_rotary(self.model)
         else:

@@ -122,6 +122,7 @@ def decode_attention_reference(
 if AVAILABLE:
     import numba as nb
 
+    from server.kernels.attention_tiles import HEADS, add_page_values, page_scores
     from server.kernels.openmp import bits_to_float, floats, ints, kernel, num_threads, thread_num
 
     @nb.njit(cache=True, fastmath=True, inline="always")
@@ -140,21 +141,6 @@ if AVAILABLE:
         return p * bits_to_float(np.int32((np.int32(n) + np.int32(127)) << np.int32(23)))
 
     @nb.njit(cache=True, fastmath=True, error_model="numpy")
-    def _block_scores(out, q, page, dim):  # type: ignore[no-untyped-def]
-        """out[16] = q . K for the 16 tokens of one page [dim, 16]. Eight dims at a time: `out` stays
-        in registers meanwhile. head_dim is a multiple of 8 wherever this kernel is chosen."""
-        for j in range(16):
-            out[j] = np.float32(0)
-        for d in range(0, dim, 8):
-            q0, q1, q2, q3 = q[d], q[d + 1], q[d + 2], q[d + 3]
-            q4, q5, q6, q7 = q[d + 4], q[d + 5], q[d + 6], q[d + 7]
-            k = page[d * 16 : d * 16 + 128]
-            for j in range(16):
-                out[j] += (q0 * k[j] + q1 * k[16 + j] + q2 * k[32 + j] + q3 * k[48 + j]) + (
-                    q4 * k[64 + j] + q5 * k[80 + j] + q6 * k[96 + j] + q7 * k[112 + j]
-                )
-
-    @nb.njit(cache=True, fastmath=True, error_model="numpy")
     def _softmax(p, first, length, softcap):  # type: ignore[no-untyped-def]
         """In place over p[first:length], not normalised; returns 1 / sum."""
         if softcap > 0:
@@ -169,22 +155,38 @@ if AVAILABLE:
             total += p[t]
         return np.float32(1) / total
 
-    @nb.njit(cache=True, fastmath=True, error_model="numpy")
-    def _add_values(out, p, page, count, dim, inverse):  # type: ignore[no-untyped-def]
-        """out[dim] += sum over `count` tokens of p * V, page [16, dim]. Tokens beyond count are not
-        read: a freed page may hold anything, NaN included."""
-        j = 0
-        while j + 4 <= count:
-            w0, w1, w2, w3 = p[j] * inverse, p[j + 1] * inverse, p[j + 2] * inverse, p[j + 3] * inverse
-            v = page[j * dim : (j + 4) * dim]
+    @nb.njit(cache=True, error_model="numpy")
+    def _attend(out, p, between, q, heads, keys, values, table, kv, kv_heads, first, length, dim, softcap):  # type: ignore[no-untyped-def]
+        """out [heads, dim] += the attention of q [heads, dim] over tokens [first, length)."""
+        page, blocks = dim * 64, (length + 15) // 16
+        p_at, apart = p.ctypes.data, between * 4
+        for b in range(first // 16, blocks):
+            here = keys + (table[b] * kv_heads + kv) * page
+            last = b + 1 == blocks
+            beyond = values + (table[first // 16] * kv_heads + kv) * page
+            following = beyond if last else keys + (table[b + 1] * kv_heads + kv) * page
+            page_scores(p_at + b * 64, apart, q.ctypes.data, dim * 4, heads, here, following, dim)
+        inverses = np.empty(HEADS, np.float32)
+        for h in range(heads):
+            inverses[h] = _softmax(p[h * between : (h + 1) * between], first, length, softcap)
+        for b in range(first // 16, blocks):
+            skip = max(first - b * 16, 0)
+            here = values + (table[b] * kv_heads + kv) * page
+            following = here if b + 1 == blocks else values + (table[b + 1] * kv_heads + kv) * page
+            add_page_values(
+                out.ctypes.data,
+                dim * 4,
+                p_at + (b * 16 + skip) * 4,
+                apart,
+                heads,
+                here + skip * dim * 4,
+                following,
+                min(16, length - b * 16) - skip,
+                dim,
+            )
+        for h in range(heads):
             for d in range(dim):
-                out[d] += w0 * v[d] + w1 * v[dim + d] + w2 * v[2 * dim + d] + w3 * v[3 * dim + d]
-            j += 4
-        while j < count:
-            w0 = p[j] * inverse
-            for d in range(dim):
-                out[d] += w0 * page[j * dim + d]
-            j += 1
+                out[h * dim + d] *= inverses[h]
 
     @kernel
     def _decode_attention(args):  # type: ignore[no-untyped-def]
@@ -200,8 +202,9 @@ if AVAILABLE:
             work += lengths[r] * kv_heads
         thread, threads = thread_num(), num_threads()
         low, high = work * thread // threads, work * (thread + 1) // threads
-        p = np.empty(longest + 16, np.float32)
-        scaled = np.empty(dim, np.float32)
+        between = longest + 16  # what lies between two heads' shares
+        p = np.empty(HEADS * between, np.float32)
+        scaled = np.empty(HEADS * dim, np.float32)
         done = 0
         for task in range(rows * kv_heads):
             r, kv = task // kv_heads, task % kv_heads
@@ -221,21 +224,29 @@ if AVAILABLE:
             for d in range(dim):
                 keys[d * 16 + at] = new_k[d]
                 values[at * dim + d] = new_v[d]
-            for h in range(kv * group, (kv + 1) * group):
-                q = floats(args[6] + (r * args[15] + h * dim) * 4, dim)
-                out = floats(args[12] + (r * heads + h) * dim * 4, dim)
-                for d in range(dim):
+            for head in range(kv * group, (kv + 1) * group, HEADS):
+                heard = min(HEADS, (kv + 1) * group - head)
+                q = floats(args[6] + (r * args[15] + head * dim) * 4, heard * dim)
+                out = floats(args[12] + (r * heads + head) * dim * 4, heard * dim)
+                for d in range(heard * dim):
                     scaled[d] = q[d] * factors[0]
                     out[d] = np.float32(0)
-                for b in range(first // 16, (length + 15) // 16):
-                    block = floats(args[7] + (table[b] * kv_heads + kv) * page * 4, page)
-                    _block_scores(p[b * 16 : b * 16 + 16], scaled, block, dim)
-                inverse = _softmax(p, first, length, factors[1])
-                for b in range(first // 16, (length + 15) // 16):
-                    block = floats(args[8] + (table[b] * kv_heads + kv) * page * 4, page)
-                    skip = max(first - b * 16, 0)
-                    count = min(16, length - b * 16) - skip
-                    _add_values(out, p[b * 16 + skip :], block[skip * dim :], count, dim, inverse)
+                _attend(
+                    out,
+                    p,
+                    between,
+                    scaled,
+                    heard,
+                    args[7],
+                    args[8],
+                    table,
+                    kv,
+                    kv_heads,
+                    first,
+                    length,
+                    dim,
+                    factors[1],
+                )
 
 
 def decode_attention(

@@ -29,7 +29,7 @@ if AVAILABLE:
 
     import numba as nb
 
-    from server.kernels.affine import expand, shrink
+    from server.kernels.low_rank import expand, shrink
     from server.kernels.openmp import bits_to_float, floats, ints, kernel, num_threads, thread_num
 
     @nb.njit(cache=True, fastmath=True, error_model="numpy")
@@ -63,7 +63,7 @@ if AVAILABLE:
         z = np.empty(MAX_WIDTH, np.float32)
         total = np.empty(n, np.float32)
         for i in range(count * thread // threads, count * (thread + 1) // threads):
-            entry = ints(args[8] + slots[i] * 64, 8)
+            entry = ints(args[8] + slots[i] * args[9] * 8, 8)
             width = entry[4]
             if width == 0:
                 continue
@@ -76,7 +76,8 @@ if AVAILABLE:
                 for o in range(n):
                     total[o] = h[o] + r[o]
                 x = total
-            shrink(z, x, floats(entry[0], width * n), width, n)
+            z_at, x_at = z.ctypes.data, x.ctypes.data
+            shrink(z_at, 0, x_at, x_at, x_at, x_at, 1, entry[0], width, n)
             if entry[7] != 0:
                 squares = np.float32(0)
                 for o in range(n):
@@ -88,7 +89,8 @@ if AVAILABLE:
             for k in range(width):
                 z[k] += bias[k]
             _activate(z, width, entry[5])
-            expand(h, z, floats(entry[2], width * n), width, n)
+            h_at = h.ctypes.data
+            expand(h_at, h_at, h_at, h_at, 1, z_at, 0, entry[2], width, n)
             added = floats(entry[3], n)
             for o in range(n):
                 h[o] += added[o]
@@ -99,8 +101,9 @@ def grouped_bottleneck(
     r: torch.Tensor,  # float32 [T, n], rows contiguous
     tokens: torch.Tensor,  # int64 [k]: which rows of h and r
     slots: torch.Tensor,  # int64 [k]: whose adapter; equal slots side by side stay in the CPU's cache
-    table: torch.Tensor,  # int64 [slots, 8]
+    table: torch.Tensor,  # int64 [slots, 8], rows contiguous
 ) -> None:
     """Run each token's adapter at one site. CPU, float32; sees only tokens listed."""
     pointers = (tensor.data_ptr() for tensor in (h, r, tokens, slots, table))
-    _grouped_bottleneck(arguments(tokens.shape[0], h.shape[1], h.stride(0), r.stride(0), *pointers))
+    sizes = (tokens.shape[0], h.shape[1], h.stride(0), r.stride(0))
+    _grouped_bottleneck(arguments(*sizes, *pointers, table.stride(0)))

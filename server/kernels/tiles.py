@@ -20,7 +20,7 @@ LANES = 16  # outputs of a panel
 AHEAD = 4096  # bytes of the weight
 _FEATURES = llvm.get_host_cpu_features()
 WIDE = bool(_FEATURES.get("avx512f", False))
-_BYTE, _SHORT, _WORD, _LONG = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
+BYTE, SHORT, WORD, LONG = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 
 
 class Float32:
@@ -33,10 +33,10 @@ class Float32:
         return b.load(b.inttoptr(address, self.sums.as_pointer()), align=4)
 
     def spread(self, b: Any, address: Any) -> Any:
-        return _spread(b, b.load(b.inttoptr(address, ir.FloatType().as_pointer())), self.sums)
+        return spread(b, b.load(b.inttoptr(address, ir.FloatType().as_pointer())), self.sums)
 
     def add(self, b: Any, sums: Any, weights: Any, x: Any) -> Any:
-        return _call(b, f"llvm.fma.v{LANES}f32", self.sums, [weights, x, sums])
+        return call(b, f"llvm.fma.v{LANES}f32", self.sums, [weights, x, sums])
 
     def store(self, b: Any, sums: Any, place: Any) -> None:
         b.store(b.fadd(b.load(place, align=4), sums), place, align=4)
@@ -45,16 +45,16 @@ class Float32:
 class Int8:
     """Weights int8 [pairs, 16, 2] and x int16 [pairs, rows, 2]; sums are int32. Writes over what is there."""
 
-    sums = ir.VectorType(_WORD, LANES)
+    sums = ir.VectorType(WORD, LANES)
     zero, stride = 0, 2 * LANES
-    bytes, shorts = ir.VectorType(_BYTE, 2 * LANES), ir.VectorType(_SHORT, 2 * LANES)
+    bytes, shorts = ir.VectorType(BYTE, 2 * LANES), ir.VectorType(SHORT, 2 * LANES)
 
     def weights(self, b: Any, address: Any) -> Any:
         return b.sext(b.load(b.inttoptr(address, self.bytes.as_pointer()), align=4), self.shorts)
 
     def spread(self, b: Any, address: Any) -> Any:
-        pair = b.load(b.inttoptr(address, _WORD.as_pointer()), align=4)
-        return b.bitcast(_spread(b, pair, self.sums), self.shorts)
+        pair = b.load(b.inttoptr(address, WORD.as_pointer()), align=4)
+        return b.bitcast(spread(b, pair, self.sums), self.shorts)
 
     def add(self, b: Any, sums: Any, weights: Any, x: Any) -> Any:
         return b.add(sums, self._products(b, weights, x))
@@ -65,17 +65,17 @@ class Int8:
     def _products(self, b: Any, one: Any, other: Any) -> Any:
         """Two <32 x i16>: the sum of each pair's two products, <16 x i32>."""
         if _FEATURES.get("avx512bw"):
-            return _call(b, "llvm.x86.avx512.pmaddw.d.512", self.sums, [one, other])
+            return call(b, "llvm.x86.avx512.pmaddw.d.512", self.sums, [one, other])
         if _FEATURES.get("avx2"):
-            half = ir.VectorType(_WORD, LANES // 2)
+            half = ir.VectorType(WORD, LANES // 2)
             parts = [
-                _call(b, "llvm.x86.avx2.pmadd.wd", half, [_lanes(b, v, span) for v in (one, other)])
+                call(b, "llvm.x86.avx2.pmadd.wd", half, [lanes_of(b, v, span) for v in (one, other)])
                 for span in (range(LANES), range(LANES, 2 * LANES))
             ]
-            return b.shuffle_vector(*parts, _mask(range(LANES)))
-        wide = ir.VectorType(_WORD, 2 * LANES)
+            return b.shuffle_vector(*parts, mask(range(LANES)))
+        wide = ir.VectorType(WORD, 2 * LANES)
         products = b.mul(b.sext(one, wide), b.sext(other, wide))
-        return b.add(*(_lanes(b, products, range(first, 2 * LANES, 2)) for first in (0, 1)))
+        return b.add(*(lanes_of(b, products, range(first, 2 * LANES, 2)) for first in (0, 1)))
 
 
 def tile(rows: int, panels: int, kind: Float32 | Int8) -> Any:
@@ -98,50 +98,50 @@ def _loop(
     loop, done = b.append_basic_block("input"), b.append_basic_block("done")
     b.branch(loop)
     b.position_at_end(loop)
-    at = b.phi(_LONG)
-    at.add_incoming(_LONG(0), before)
+    at = b.phi(LONG)
+    at.add_incoming(LONG(0), before)
     sums = [b.phi(kind.sums) for _ in range(rows * panels)]
     for phi in sums:
         phi.add_incoming(zeros, before)
     lanes = []
     for p in range(panels):
-        address = b.add(b.add(w, b.mul(step, _LONG(p))), b.mul(at, _LONG(kind.stride)))
+        address = b.add(b.add(w, b.mul(step, LONG(p))), b.mul(at, LONG(kind.stride)))
         lanes.append(kind.weights(b, address))
-        _prefetch(b, b.add(address, _LONG(AHEAD)))
-    row = b.add(x, b.mul(at, _LONG(4 * rows)))
+        prefetch(b, b.add(address, LONG(AHEAD)))
+    row = b.add(x, b.mul(at, LONG(4 * rows)))
     added = []
     for r in range(rows):
-        value = kind.spread(b, b.add(row, _LONG(4 * r)))
+        value = kind.spread(b, b.add(row, LONG(4 * r)))
         added += [kind.add(b, sums[r * panels + p], lanes[p], value) for p in range(panels)]
-    following = b.add(at, _LONG(1))
+    following = b.add(at, LONG(1))
     at.add_incoming(following, loop)
     for phi, value in zip(sums, added, strict=True):
         phi.add_incoming(value, loop)
     b.cbranch(b.icmp_signed("<", following, depth), loop, done)
     b.position_at_end(done)
     for i, value in enumerate(added):
-        kind.store(b, value, b.inttoptr(b.add(out, _LONG(4 * LANES * i)), kind.sums.as_pointer()))
+        kind.store(b, value, b.inttoptr(b.add(out, LONG(4 * LANES * i)), kind.sums.as_pointer()))
 
 
-def _spread(b: Any, value: Any, vector: Any) -> Any:
-    one = b.insert_element(ir.Constant(vector, ir.Undefined), value, _WORD(0))
-    return b.shuffle_vector(one, one, _mask([0] * LANES))
+def spread(b: Any, value: Any, vector: Any) -> Any:
+    one = b.insert_element(ir.Constant(vector, ir.Undefined), value, WORD(0))
+    return b.shuffle_vector(one, one, mask([0] * vector.count))
 
 
-def _prefetch(b: Any, address: Any) -> None:
-    hints = [_WORD(value) for value in (0, 3, 1)]
-    _call(b, "llvm.prefetch.p0", ir.VoidType(), [b.inttoptr(address, _BYTE.as_pointer()), *hints])
+def prefetch(b: Any, address: Any) -> None:
+    hints = [WORD(value) for value in (0, 3, 1)]
+    call(b, "llvm.prefetch.p0", ir.VoidType(), [b.inttoptr(address, BYTE.as_pointer()), *hints])
 
 
-def _call(b: Any, name: str, result: Any, args: list[Any]) -> Any:
+def call(b: Any, name: str, result: Any, args: list[Any]) -> Any:
     kind = ir.FunctionType(result, [arg.type for arg in args])
     return b.call(cgutils.get_or_insert_function(b.module, kind, name), args)
 
 
-def _lanes(b: Any, vector: Any, chosen: range) -> Any:
-    return b.shuffle_vector(vector, vector, _mask(chosen))
+def lanes_of(b: Any, vector: Any, chosen: range) -> Any:
+    return b.shuffle_vector(vector, vector, mask(chosen))
 
 
-def _mask(lanes: Any) -> Any:
+def mask(lanes: Any) -> Any:
     chosen = list(lanes)
-    return ir.Constant(ir.VectorType(_WORD, len(chosen)), chosen)
+    return ir.Constant(ir.VectorType(WORD, len(chosen)), chosen)

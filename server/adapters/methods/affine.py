@@ -6,6 +6,7 @@ Each adapter is one flat buffer, and a table per site says where its pieces lie:
 its own bytes, whatever its rank and targets, and a slot is a row of a table. At a norm there is no A and B.
 """
 
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -19,6 +20,7 @@ from server.adapters.sites import Base, Site
 from server.kernels import affine as kernel
 from server.kernels import gpu
 from server.kernels.openmp import AVAILABLE
+from server.kernels.site_table import SiteTable
 
 MOST_UNIONS = 256
 
@@ -69,13 +71,10 @@ class AffineBank(Bank):
         self.sites = base.sites
         self.changes: list[dict[str, Change]] = [{} for _ in range(slots + 1)]
         names = [name for name, site in base.sites.items() if site.kind in ("linear", "embedding", "norm")]
-        self.table = gpu.SiteTable(names, slots, kernel.COLUMNS, device) if gpu.chosen(device) else None
-        self.tables = {
-            name: torch.zeros(slots + 1, kernel.COLUMNS, dtype=torch.int64)
-            for name in names
-            if self.table is None
-        }
+        self.table = SiteTable(names, slots, kernel.COLUMNS, device)
+        self.gpu = gpu.chosen(device)
         self.fast = AVAILABLE and device.type == "cpu" and dtype == torch.float32
+        self.most = sys.maxsize  # prefill, too
         self._unions: dict[frozenset[int], dict[str, bool]] = {}  # sites touched by sets of slots
 
     def put(self, slot: int, packed: Packed) -> None:
@@ -84,24 +83,16 @@ class AffineBank(Bank):
         found: dict[str, dict[str, torch.Tensor]] = {}
         sizes = [prod(piece.shape) for piece in packed.layout]
         # one split, so that in training the gradients come back as one concatenation
-        views = gpu.aligned(flat, sizes) if self.table else torch.split(flat, sizes)
+        views = gpu.aligned(flat, sizes) if self.gpu else torch.split(flat, sizes)
         for piece, view in zip(packed.layout, views, strict=True):
             found.setdefault(piece.site, {})[piece.part] = view.view(piece.shape)
         self.changes[slot] = {name: Change(name, **parts) for name, parts in found.items()}
         entries = {name: table_row(change) for name, change in self.changes[slot].items()}
-        if self.table:
-            self.table.put(slot, entries, max((entry[-1] for entry in entries.values()), default=0))
-        else:
-            for name, entry in entries.items():
-                self.tables[name][slot] = torch.tensor(entry)
+        self.table.put(slot, entries, max((entry[-1] for entry in entries.values()), default=0))
         self._unions.clear()
 
     def clear(self, slot: int) -> None:
-        if self.table:
-            self.table.clear(slot)
-        else:
-            for name in self.changes[slot]:
-                self.tables[name][slot].zero_()
+        self.table.clear(slot)
         self.changes[slot] = {}
         self._unions.clear()
 
@@ -113,24 +104,18 @@ class AffineBank(Bank):
             rows.settled.discard(site.name)
         elif site.name not in touched:
             return
-        elif self.table:
+        elif self._takes(site):
             self._launch([site], x, y, rows, bias)
-        elif self.fast and site.kind != "embedding" and rows.tokens.shape[0]:
-            heavy = touched[site.name]
-            kernel.grouped_affine(x, y, rows.tokens, rows.slots, self.tables[site.name], bias, heavy=heavy)
-        taken = self.table or (self.fast and site.kind != "embedding")
-        for slot, start, end, weight in rows.many if taken else rows.spans:
+        for slot, start, end, weight in rows.many if self._takes(site) else rows.spans:
             if change := self.changes[slot].get(site.name):
                 apply(change, site, x[start:end], y[start:end], bias, weight)
 
     def joint(
         self, sites: Sequence[Site], x: torch.Tensor, y: torch.Tensor, rows: Rows, bias: torch.Tensor | None
     ) -> None:
-        """On a GPU one launch for them all, if they stand side by side in its table, too."""
-        if self.table is None:
-            return
+        """One launch for them all, where a kernel takes them and they stand side by side in its table."""
         numbers = [self.table.numbers[site.name] for site in sites]
-        if numbers != list(range(numbers[0], numbers[0] + len(sites))):
+        if not self._takes(sites[0]) or numbers != list(range(numbers[0], numbers[0] + len(sites))):
             return
         touched = self._touched(rows)
         if any(site.name in touched for site in sites):
@@ -138,30 +123,31 @@ class AffineBank(Bank):
         rows.settled.update(site.name for site in sites)
 
     def trace(self, slot: int) -> Trace | None:
-        return Trace(self.table.masks[slot], self.table.ranks[slot]) if self.table else None
+        return Trace(self.table.masks[slot], self.table.ranks[slot]) if self.gpu else None
 
     def touched(self, mask: int) -> dict[str, bool]:
-        assert self.table, "only a GPU's steps are recorded"
         norms = {name for name, site in self.sites.items() if site.kind == "norm"}
         return {name: name not in norms for name in self.table.among(mask)}
+
+    def _takes(self, site: Site) -> bool:
+        """Whether a kernel does what `rows.few` ask of it."""
+        return self.gpu or (self.fast and site.kind != "embedding")
 
     def _launch(
         self, sites: Sequence[Site], x: torch.Tensor, y: torch.Tensor, rows: Rows, bias: torch.Tensor | None
     ) -> None:
+        touched, first = self._touched(rows), self.table.numbers[sites[0].name]
+        heavy = any(touched.get(site.name, False) for site in sites)
+        widths = [site.outputs for site in sites]
+        if not self.gpu:
+            if rows.few:
+                own = (rows.tokens, rows.slots, self.table.rows)
+                kernel.grouped_affine(x, y, *own, first, widths, bias, heavy=heavy)
+            return
         from server.kernels.triton_affine import grouped_affine  # Triton is not everywhere
 
-        assert self.table, "kernels read a table"
-        touched, ranks = self._touched(rows), self.table.ranks
-        grouped_affine(
-            x,
-            y,
-            rows.plan(self.device, ranks.__getitem__),
-            self.table.rows,
-            self.table.numbers[sites[0].name],
-            [site.outputs for site in sites],
-            bias,
-            heavy=any(touched.get(site.name, False) for site in sites),
-        )
+        plan = rows.plan(self.device, self.table.ranks.__getitem__)
+        grouped_affine(x, y, plan, self.table.rows, first, widths, bias, heavy=heavy)
 
     def _touched(self, rows: Rows) -> dict[str, bool]:
         if rows.touched is None:

@@ -154,6 +154,7 @@ class Bank:
     """
 
     leads = False  # it acts on virtual tokens alone: rows that are past them need not ask it
+    most = FEW  # tokens of a span that its kernels take, as Rows has it
 
     def __init__(self, base: Base, slots: int, device: torch.device, dtype: torch.dtype) -> None:
         """Empty, for slots 1..slots."""

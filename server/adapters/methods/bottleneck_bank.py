@@ -4,6 +4,7 @@ As in affine.py, each adapter is one flat buffer of exactly its own bytes, whate
 and a table per site says where its pieces lie; a slot is a row of a table.
 """
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -12,12 +13,13 @@ import msgspec
 import torch
 import torch.nn.functional as F
 
-from server.adapters.methods.base import Bank, Packed, Rows, Trace
+from server.adapters.methods.base import FEW, Bank, Packed, Rows, Trace
 from server.adapters.methods.tensors import flatten
 from server.adapters.sites import Base, Site
 from server.kernels import bottleneck as kernel
 from server.kernels import gpu
 from server.kernels.openmp import AVAILABLE
+from server.kernels.site_table import SiteTable
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "linear": lambda z: z,
@@ -90,33 +92,21 @@ class BottleneckBank(Bank):
         self.device = device
         self.changes: list[dict[str, Change]] = [{} for _ in range(slots + 1)]
         names = [name for name, site in base.sites.items() if site.kind in ("attention", "mlp")]
-        self.table = gpu.SiteTable(names, slots, kernel.COLUMNS, device) if gpu.chosen(device) else None
-        self.tables = {
-            name: torch.zeros(slots + 1, kernel.COLUMNS, dtype=torch.int64)
-            for name in names
-            if self.table is None
-        }
-        on_cpu = AVAILABLE and device.type == "cpu" and dtype == torch.float32
-        self.fast = self.table is not None or on_cpu
+        self.table = SiteTable(names, slots, kernel.COLUMNS, device)
+        self.gpu = gpu.chosen(device)
+        self.most = sys.maxsize if self.gpu else FEW
+        self.fast = self.gpu or (AVAILABLE and device.type == "cpu" and dtype == torch.float32)
 
     def put(self, slot: int, packed: Packed) -> None:
         """Fill a free slot. On a CPU this copies nothing: the host buffer is the device's."""
         flat = packed.flat.to(self.device, non_blocking=True)
-        split = gpu.aligned if self.table and self.fast else torch.split
+        split = gpu.aligned if self.gpu else torch.split
         self.changes[slot] = {c.site: c for c in views(flat, packed.layout, self.hidden, split)}
         rows = {name: table_row(change) for name, change in self.changes[slot].items()}
-        if self.table:
-            self.table.put(slot, rows, max((piece.width for piece in packed.layout), default=0))
-        else:
-            for name, row in rows.items():
-                self.tables[name][slot] = torch.tensor(row)
+        self.table.put(slot, rows, max((piece.width for piece in packed.layout), default=0))
 
     def clear(self, slot: int) -> None:
-        if self.table:
-            self.table.clear(slot)
-        else:
-            for name in self.changes[slot]:
-                self.tables[name][slot].zero_()
+        self.table.clear(slot)
         self.changes[slot] = {}
 
     def sublayer(self, site: Site, h: torch.Tensor, r: torch.Tensor, rows: Rows) -> None:
@@ -124,27 +114,28 @@ class BottleneckBank(Bank):
             rows.touched = {name: True for span in rows.spans for name in self.changes[span.slot]}
         if site.name not in rows.touched:
             return
-        if self.table and self.fast:
+        if self.fast:
             self._launch(site, h, r, rows)
-        elif self.fast and rows.tokens.shape[0]:
-            kernel.grouped_bottleneck(h, r, rows.tokens, rows.slots, self.tables[site.name])
         for slot, start, end, _ in rows.many if self.fast else rows.spans:
             if change := self.changes[slot].get(site.name):
                 apply(change, h[start:end], r[start:end])
 
     def trace(self, slot: int) -> Trace | None:
-        return Trace(self.table.masks[slot], self.table.ranks[slot]) if self.table else None
+        return Trace(self.table.masks[slot], self.table.ranks[slot]) if self.gpu else None
 
     def touched(self, mask: int) -> dict[str, bool]:
-        assert self.table, "only a GPU's steps are recorded"
         return dict.fromkeys(self.table.among(mask), True)
 
     def _launch(self, site: Site, h: torch.Tensor, r: torch.Tensor, rows: Rows) -> None:
+        number = self.table.numbers[site.name]
+        if not self.gpu:
+            if rows.few:
+                kernel.grouped_bottleneck(h, r, rows.tokens, rows.slots, self.table.rows[:, number])
+            return
         from server.kernels.triton_bottleneck import grouped_bottleneck  # Triton is not everywhere
 
-        assert self.table, "kernels read a table"
         plan = rows.plan(self.device, self.table.ranks.__getitem__)
-        grouped_bottleneck(h, r, plan, self.table.rows, self.table.numbers[site.name])
+        grouped_bottleneck(h, r, plan, self.table.rows, number)
 
 
 def apply(change: Change, h: torch.Tensor, r: torch.Tensor) -> None:

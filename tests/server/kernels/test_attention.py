@@ -34,13 +34,13 @@ def paged(
     return keys, values, tables, dense
 
 
-@pytest.mark.parametrize("heads", [(4, 2), (9, 3), (4, 4)])
+@pytest.mark.parametrize("dim", [8, 24, 64, 72, 128])
+@pytest.mark.parametrize("heads", [(4, 2), (9, 3), (4, 4), (8, 2), (14, 2)])
 @pytest.mark.parametrize(
     "scores", [Scores(0.125), Scores(0.3, window=10), Scores(0.3, 20, 5.0), Scores(1.0, 0, 2.0)]
 )
-def test_decode_matches_its_twin(heads: tuple[int, int], scores: Scores) -> None:
+def test_decode_matches_its_twin(heads: tuple[int, int], scores: Scores, dim: int) -> None:
     torch.manual_seed(0)
-    dim = 24
     keys, values, tables, _ = paged(LENGTHS, heads[1], dim)
     q = torch.randn(len(LENGTHS), heads[0], dim)
     k, v = torch.randn(2, len(LENGTHS), heads[1], dim)
@@ -50,6 +50,20 @@ def test_decode_matches_its_twin(heads: tuple[int, int], scores: Scores) -> None
     twin = decode_attention_reference(q, k, v, *pages, tables, lengths, scores)
     torch.testing.assert_close(ours, twin, atol=2e-6, rtol=1e-5)
     torch.testing.assert_close((keys, values), pages, equal_nan=True, atol=0, rtol=0)
+
+
+def test_a_row_gets_the_same_bits_alone_and_among_others() -> None:
+    torch.manual_seed(0)
+    keys, values, tables, _ = paged(LENGTHS, 3, 64)
+    q, lengths = torch.randn(len(LENGTHS), 9, 64), torch.tensor(LENGTHS)
+    k, v = torch.randn(2, len(LENGTHS), 3, 64)
+    together = decode_attention(q, k, v, keys, values, tables, lengths, Scores(0.125))
+    for i in range(len(LENGTHS)):
+        own = slice(i, i + 1)
+        alone = decode_attention(
+            q[own], k[own], v[own], keys, values, tables[own], lengths[own], Scores(0.125)
+        )
+        assert torch.equal(alone, together[own])
 
 
 def test_gather_returns_what_was_written() -> None:

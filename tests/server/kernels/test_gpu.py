@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.kernels.gpu import SiteTable, aligned, put_in_blocks, round_up, upload
+from server.kernels.gpu import aligned, put_in_blocks, round_up, upload
 
 CPU = torch.device("cpu")
 
@@ -48,14 +48,3 @@ def test_one_upload_many_parts() -> None:
     parts = upload([[1, 2], [], [3]], CPU)
     assert [part.tolist() for part in parts] == [[1, 2], [], [3]]
     assert parts[0].dtype == torch.int64
-
-
-def test_a_slot_tells_what_it_touches() -> None:
-    table = SiteTable(["a", "b", "c"], 2, 2, CPU)
-    table.put(2, {"c": [5, 6], "a": [1, 2]}, 8)
-    assert table.rows[2].tolist() == [[1, 2], [0, 0], [5, 6]]
-    assert table.among(table.masks[2]) == ["a", "c"]
-    assert table.ranks == [0, 0, 8]
-    table.clear(2)
-    assert not table.rows.any()
-    assert table.masks == [0, 0, 0]

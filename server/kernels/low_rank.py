@@ -1,0 +1,199 @@
+"""h = A x and y += B h of one adapter, for one token or several at once; the loops are LLVM's own terms.
+
+Of A [r, in] and B^T [r, out] every element is read once for all the tokens of a tile, several ranks at a
+time: as many sums as the registers hold. Each sum runs in one order whatever the tile, so a token's result is
+the same bit for bit alone and among others.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numba as nb
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from server.kernels.openmp import floats
+from server.kernels.tiles import LANES, LONG, WIDE, WORD, call, mask, prefetch, spread
+
+TOKENS = 4 if WIDE else 2  # of a tile; the rest of a run comes one by one
+RANKS = 8 if WIDE else 4  # of a tile for one token
+FEWER = 4 if WIDE else 2  # of a tile for TOKENS
+AHEAD = 1024  # bytes of each rank's row
+_FLOAT = ir.FloatType()
+_VECTOR = ir.VectorType(_FLOAT, LANES)
+
+
+def shrink_tile(tokens: int, ranks: int) -> Any:
+    """tile(h, h_bytes, x0, x1, x2, x3, a, row_bytes, n): h[t, k] = the sum of a[k, :n] * x_t[:n].
+
+    Addresses; n is whole vectors. Rows of h lie h_bytes apart, those of a row_bytes.
+    """
+
+    def typed(_context, h, h_bytes, x0, x1, x2, x3, a, row, n):  # type: ignore[no-untyped-def]  # noqa: ARG001
+        def generate(context: Any, b: Any, _sig: Any, args: Any) -> Any:
+            h, h_bytes, *x, a, row, n = args
+            _shrink(b, h, h_bytes, x[:tokens], a, row, n, ranks)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 9), generate
+
+    return intrinsic(typed)
+
+
+def _shrink(b: Any, h: Any, h_bytes: Any, x: Sequence[Any], a: Any, row: Any, n: Any, ranks: int) -> None:
+    zeros = ir.Constant(_VECTOR, [0.0] * LANES)
+    before = b.block
+    loop, done = b.append_basic_block("input"), b.append_basic_block("done")
+    rows = [b.add(a, b.mul(row, LONG(k))) for k in range(ranks)]
+    b.branch(loop)
+    b.position_at_end(loop)
+    at = b.phi(LONG)
+    at.add_incoming(LONG(0), before)
+    sums = [b.phi(_VECTOR) for _ in range(ranks * len(x))]
+    for phi in sums:
+        phi.add_incoming(zeros, before)
+    offset = b.mul(at, LONG(4))
+    xs = [_load(b, b.add(address, offset)) for address in x]
+    added = []
+    for k in range(ranks):
+        address = b.add(rows[k], offset)
+        weights = _load(b, address)
+        prefetch(b, b.add(address, LONG(AHEAD)))
+        added += [_fma(b, weights, xs[t], sums[k * len(x) + t]) for t in range(len(x))]
+    following = b.add(at, LONG(LANES))
+    at.add_incoming(following, loop)
+    for phi, value in zip(sums, added, strict=True):
+        phi.add_incoming(value, loop)
+    b.cbranch(b.icmp_signed("<", following, n), loop, done)
+    b.position_at_end(done)
+    for k in range(ranks):
+        for t in range(len(x)):
+            place = b.add(b.add(h, b.mul(h_bytes, LONG(t))), LONG(4 * k))
+            b.store(_total(b, added[k * len(x) + t]), b.inttoptr(place, _FLOAT.as_pointer()))
+
+
+def expand_tile(tokens: int, ranks: int) -> Any:
+    """tile(y0, y1, y2, y3, h, h_bytes, b, row_bytes, n): y_t[:n] += sum of h[t, k] * b[k, :n]; as above."""
+
+    def typed(_context, y0, y1, y2, y3, h, h_bytes, m, row, n):  # type: ignore[no-untyped-def]  # noqa: ARG001
+        def generate(context: Any, b: Any, _sig: Any, args: Any) -> Any:
+            *y, h, h_bytes, m, row, n = args
+            _expand(b, y[:tokens], h, h_bytes, m, row, n, ranks)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 9), generate
+
+    return intrinsic(typed)
+
+
+def _expand(b: Any, y: Sequence[Any], h: Any, h_bytes: Any, m: Any, row: Any, n: Any, ranks: int) -> None:
+    before = b.block
+    factors = []
+    for t in range(len(y)):
+        own = b.add(h, b.mul(h_bytes, LONG(t)))
+        for k in range(ranks):
+            value = b.load(b.inttoptr(b.add(own, LONG(4 * k)), _FLOAT.as_pointer()))
+            factors.append(spread(b, value, _VECTOR))
+    rows = [b.add(m, b.mul(row, LONG(k))) for k in range(ranks)]
+    loop, done = b.append_basic_block("output"), b.append_basic_block("done")
+    b.branch(loop)
+    b.position_at_end(loop)
+    at = b.phi(LONG)
+    at.add_incoming(LONG(0), before)
+    offset = b.mul(at, LONG(4))
+    places = [b.add(address, offset) for address in y]
+    sums = [_load(b, place) for place in places]
+    for k in range(ranks):
+        address = b.add(rows[k], offset)
+        weights = _load(b, address)
+        prefetch(b, b.add(address, LONG(AHEAD)))
+        sums = [_fma(b, weights, factors[t * ranks + k], total) for t, total in enumerate(sums)]
+    for place, total in zip(places, sums, strict=True):
+        b.store(total, b.inttoptr(place, _VECTOR.as_pointer()), align=4)
+    following = b.add(at, LONG(LANES))
+    at.add_incoming(following, loop)
+    b.cbranch(b.icmp_signed("<", following, n), loop, done)
+    b.position_at_end(done)
+
+
+def _load(b: Any, address: Any) -> Any:
+    return b.load(b.inttoptr(address, _VECTOR.as_pointer()), align=4)
+
+
+def _fma(b: Any, one: Any, other: Any, total: Any) -> Any:
+    return call(b, f"llvm.fma.v{LANES}f32", _VECTOR, [one, other, total])
+
+
+def _total(b: Any, vector: Any) -> Any:
+    """The sum of its lanes, halves first."""
+    width = LANES
+    while width > 1:
+        width //= 2
+        halves = [b.shuffle_vector(vector, vector, mask(range(at, at + width))) for at in (0, width)]
+        vector = b.fadd(*halves)
+    return b.extract_element(vector, WORD(0))
+
+
+_shrink_one, _shrink_few = shrink_tile(1, RANKS), shrink_tile(TOKENS, FEWER)
+_shrink_one_rank, _shrink_few_rank = shrink_tile(1, 1), shrink_tile(TOKENS, 1)
+_expand_one, _expand_few = expand_tile(1, RANKS), expand_tile(TOKENS, FEWER)
+_expand_one_rank, _expand_few_rank = expand_tile(1, 1), expand_tile(TOKENS, 1)
+
+
+@nb.njit(cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
+def shrink(h, h_bytes, x0, x1, x2, x3, tokens, a, r, n):  # type: ignore[no-untyped-def]
+    """h[t, :r] = A x_t. Addresses; `tokens` is 1 or TOKENS, and tells which x there are."""
+    whole, row, k = n // LANES * LANES, n * 4, 0
+    if whole and tokens == 1:
+        while k + RANKS <= r:
+            _shrink_one(h + k * 4, h_bytes, x0, x1, x2, x3, a + k * row, row, whole)
+            k += RANKS
+        while k < r:
+            _shrink_one_rank(h + k * 4, h_bytes, x0, x1, x2, x3, a + k * row, row, whole)
+            k += 1
+    elif whole:
+        while k + FEWER <= r:
+            _shrink_few(h + k * 4, h_bytes, x0, x1, x2, x3, a + k * row, row, whole)
+            k += FEWER
+        while k < r:
+            _shrink_few_rank(h + k * 4, h_bytes, x0, x1, x2, x3, a + k * row, row, whole)
+            k += 1
+    if whole < n:
+        for t in range(tokens):
+            x = floats((x0, x1, x2, x3)[t], n)
+            own = floats(h + t * h_bytes, r)
+            for k in range(r):
+                weights = floats(a + k * row, n)
+                total = own[k] if whole else nb.float32(0)
+                for c in range(whole, n):
+                    total += weights[c] * x[c]
+                own[k] = total
+
+
+@nb.njit(cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
+def expand(y0, y1, y2, y3, tokens, h, h_bytes, b, r, n):  # type: ignore[no-untyped-def]
+    """y_t += B h[t, :r]; as above, b [r, n]."""
+    whole, row, k = n // LANES * LANES, n * 4, 0
+    if whole and tokens == 1:
+        while k + RANKS <= r:
+            _expand_one(y0, y1, y2, y3, h + k * 4, h_bytes, b + k * row, row, whole)
+            k += RANKS
+        while k < r:
+            _expand_one_rank(y0, y1, y2, y3, h + k * 4, h_bytes, b + k * row, row, whole)
+            k += 1
+    elif whole:
+        while k + FEWER <= r:
+            _expand_few(y0, y1, y2, y3, h + k * 4, h_bytes, b + k * row, row, whole)
+            k += FEWER
+        while k < r:
+            _expand_few_rank(y0, y1, y2, y3, h + k * 4, h_bytes, b + k * row, row, whole)
+            k += 1
+    if whole < n:
+        for t in range(tokens):
+            y = floats((y0, y1, y2, y3)[t], n)
+            own = floats(h + t * h_bytes, r)
+            for k in range(r):
+                weights = floats(b + k * row, n)
+                for o in range(whole, n):
+                    y[o] += own[k] * weights[o]

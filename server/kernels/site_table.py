@@ -1,0 +1,40 @@
+"""What a bank's kernels read of each slot and site: addresses and sizes, where the kernels run."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from server.kernels.gpu import upload
+
+
+class SiteTable:
+    """What a bank's kernels read of every slot and site, in one tensor on the device; and what each slot
+    asks of a launch: the sites it touches, and its highest rank or width.
+    """
+
+    def __init__(self, names: Sequence[str], slots: int, columns: int, device: torch.device) -> None:
+        self.names = list(names)
+        self.numbers = {name: i for i, name in enumerate(self.names)}
+        self.rows = torch.zeros(slots + 1, len(self.names), columns, dtype=torch.int64, device=device)
+        self.masks = [0] * (slots + 1)  # bit i: the site i is touched
+        self.ranks = [0] * (slots + 1)
+
+    def put(self, slot: int, entries: Mapping[str, Sequence[int]], ranks: int) -> None:
+        """Fill a free slot; one copy, not waited for."""
+        columns = self.rows.shape[2]
+        flat = [0] * (len(self.names) * columns)
+        for name, entry in entries.items():
+            at = self.numbers[name]
+            flat[at * columns : (at + 1) * columns] = entry
+            self.masks[slot] |= 1 << at
+        self.ranks[slot] = ranks
+        self.rows[slot].view(-1).copy_(upload([flat], self.rows.device)[0])
+
+    def clear(self, slot: int) -> None:
+        if self.masks[slot]:
+            self.rows[slot].zero_()
+        self.masks[slot] = self.ranks[slot] = 0
+
+    def among(self, mask: int) -> list[str]:
+        """The names of these sites."""
+        return [name for i, name in enumerate(self.names) if mask >> i & 1]
