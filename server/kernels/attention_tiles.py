@@ -22,7 +22,7 @@ _FLOAT = ir.FloatType()
 
 
 def score_tile(heads: int) -> Any:
-    """tile(p, p_bytes, q, q_bytes, page, following, dim): p_h[:16] = q_h [dim] times a page of keys [dim, 16].
+    """tile(p, p_bytes, q, q_bytes, page, following, dim): p_h[:16] = q_h [dim] times keys [dim, 16].
 
     Addresses; what belongs to the next head lies p_bytes or q_bytes further. dim is a multiple of CHAINS.
     """
