@@ -17,11 +17,11 @@ from server.engine.row import Row
 from server.kernels.attention import (
     BLOCK,
     Scores,
-    decode_attention,
     gather_pages,
     prefill_attention,
     write_pages,
 )
+from server.kernels.decode import decode_attention
 
 
 class Spans:

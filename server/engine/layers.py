@@ -7,10 +7,13 @@ the linears.
 
     r = x;  n = norm(r);  q, k, v = W n;  h = W attention(rotate(q), rotate(k), v)
     r = r + h;  n = norm(r);  x = r + W (silu(W n) * W n)
+
+Steps in which all rows decode are one launch from the first layer to the last (programs.py).
 """
 
 import logging
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,9 +22,10 @@ from torch import nn
 
 from server.engine.attention import Chunk, Step, places_of
 from server.engine.linear import Family, LinearSite
+from server.engine.programs import Programs
 from server.engine.sublayers import decoder_layers
 from server.kernels.attention import BLOCK
-from server.kernels.elementwise import RmsNorm, rotate_, silu_times
+from server.kernels.elementwise import RmsNorm, add_, rotate_, silu_times
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +37,7 @@ TOLERANCE = 1e-4  # of the largest state's difference, over the largest state
 
 
 class Layer:
-    """One decoder layer, which its class has run before; `forward` takes and gives what the class does."""
+    """One decoder layer, which its class has run before."""
 
     def __init__(self, layer: Any, step: Step) -> None:
         attention, mlp = layer.self_attn, layer.mlp
@@ -51,16 +55,12 @@ class Layer:
         self.dim: int = attention.head_dim
         self.scores = step.heard[self.index]
 
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        *_args: Any,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        **_kwargs: Any,
-    ) -> torch.Tensor:
+    def __call__(self, stream: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        """stream [T, hidden] after this layer; cos and sin [T, head_dim]. All contiguous, none changed.
+
+        What is computed here is computed by kernels that can be recorded: torch only makes views.
+        """
         step, (first, second) = self.step, self.norms
-        cos, sin = (part[0].contiguous() for part in position_embeddings)
-        stream = hidden_states[0]
         step.residual = stream
         normed = self.fast_norms[0](stream)
         first.polypeft_after(first, (stream,), normed)
@@ -77,8 +77,36 @@ class Layer:
         gate, up = siblings(self.gate_up, normed)
         added = self.mlp.down_proj(silu_times(gate, up))
         self.mlp.polypeft_after(self.mlp, None, added)
-        result: torch.Tensor = added.add_(stream)[None]
-        return result
+        return add_(added, stream)
+
+
+class Decoder:
+    """All layers of a model; `forward` stands in the place of each one's own."""
+
+    def __init__(self, layers: list[Any], step: Step, max_context: int) -> None:
+        self.layers = [Layer(layer, step) for layer in layers]
+        self.programs = Programs(self.layers, step, max_context)
+        self.whole = False  # the first layer's call has run them all
+
+    def forward(
+        self,
+        index: int,
+        hidden_states: torch.Tensor,
+        *_args: Any,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        **_kwargs: Any,
+    ) -> torch.Tensor:
+        """[1, T, hidden], as the class gives it."""
+        stream = hidden_states[0]
+        cos, sin = (part[0].contiguous() for part in position_embeddings)
+        if index == 0:
+            result = self.programs.run(stream, cos, sin)
+            self.whole = result is not None
+            if result is not None:
+                return result[None]
+        elif self.whole:
+            return hidden_states
+        return self.layers[index](stream, cos, sin)[None]
 
 
 def by_head(x: torch.Tensor, dim: int) -> torch.Tensor:
@@ -124,25 +152,26 @@ def norms_of(layer: Any) -> Iterator[nn.Module]:
 
 
 @torch.inference_mode()
-def run_by_kernels(model: Any, step: Step) -> bool:
+def run_by_kernels(model: Any, step: Step) -> Decoder | None:
     """Give each layer of `model` the forward above, if all can have it and the states stay the same.
 
-    Takes the first pages meanwhile, and leaves them zeroed.
+    None if not. Takes the first pages meanwhile, and leaves them zeroed.
     """
     layers = [layer for _, layer in decoder_layers(model, model.config.num_hidden_layers)]
     if not layers or not all(map(is_llama_like, layers)):
-        return False
+        return None
     expected = _states(model, step)
-    for layer in layers:
-        layer.forward = Layer(layer, step).forward
+    decoder = Decoder(layers, step, model.config.max_position_embeddings)
+    for i, layer in enumerate(layers):
+        layer.forward = partial(decoder.forward, i)
     found = _states(model, step)
     error = float((found - expected).abs().max() / expected.abs().max())
     if error > TOLERANCE:
         log.warning("%s runs by its class: by our kernels it is %.1e off", type(model).__name__, error)
         for layer in layers:
             del layer.forward
-        return False
-    return True
+        return None
+    return decoder
 
 
 def _states(model: Any, step: Step) -> torch.Tensor:

@@ -15,7 +15,7 @@ from server.engine.attention import Pages, Step, attend, places_of
 from server.engine.frozen import FrozenModel, Placement
 from server.engine.fused import fuse_norms, fuse_rotary, fuse_siblings
 from server.engine.graphs import DecodeGraphs
-from server.engine.layers import run_by_kernels
+from server.engine.layers import Decoder, run_by_kernels
 from server.engine.row import Row
 from server.kernels import gpu
 from server.kernels.attention import BLOCK, write_pages
@@ -29,6 +29,7 @@ class ServedModel(FrozenModel):
         self, folder: Path, base_id: str, placement: Placement, *, kv_bytes: int, max_context: int
     ) -> None:
         on_gpu = gpu.chosen(placement.device)
+        self.decoder: Decoder | None = None  # where kernels of ours run the layers
         self.step = Step(gpu=on_gpu)
         self.watch: Callable[[Step], None] = lambda _step: None  # sees each step before it is computed
         super().__init__(folder, base_id, placement, self.step, attend, max_context=max_context)
@@ -38,7 +39,7 @@ class ServedModel(FrozenModel):
             fuse_norms(self.model)
             fuse_rotary(self.model)
         else:
-            run_by_kernels(self.model, self.step)
+            self.decoder = run_by_kernels(self.model, self.step)
         holds = self.step.pages.count * BLOCK  # one row may fill the whole cache, and no more
         self.base = msgspec.structs.replace(self.base, max_context=min(self.base.max_context, holds))
         self.graphs = DecodeGraphs(self.step, self.run, placement.device, self.base.max_context)

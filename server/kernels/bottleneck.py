@@ -20,10 +20,6 @@ NON_LINEARITIES = ("linear", "relu", "leakyrelu", "tanh", "silu", "gelu", "gelu_
 INPUTS = ("output", "residual", "sum")  # h, r, r + h
 
 
-def epsilon_bits(epsilon: float) -> int:
-    return int(np.float32(epsilon).view(np.int32))
-
-
 if AVAILABLE:
     from math import erf, sqrt
 

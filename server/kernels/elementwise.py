@@ -1,4 +1,4 @@
-"""What stands between the linears of a Llama-like layer, each in one pass: norm, rotary embedding, SiLU.
+"""What stands between the linears of a Llama-like layer, in one pass each: norm, rotary embedding, SiLU, sum.
 
 Small work, done in torch by a handful of operators each: at 16 rows their calls cost more than the linears'
 arithmetic. A token's result depends on nothing but itself: it is the same bit for bit in any batch.
@@ -9,7 +9,7 @@ RMSNorm: arXiv 1910.07467. Rotary embedding, in halves: arXiv 2104.09864. SwiGLU
 import torch
 import torch.nn.functional as F
 
-from server.kernels.openmp import AVAILABLE, arguments
+from server.kernels.openmp import AVAILABLE, arguments, empty
 
 ALONE = 1 << 15  # elements: less than that costs one thread less time than waking the others
 
@@ -34,7 +34,7 @@ if AVAILABLE:
     import numba as nb
     import numpy as np
 
-    from server.kernels.attention import exp_of_negative
+    from server.kernels.decode import exp_of_negative
     from server.kernels.openmp import floats, kernel, num_threads, thread_num
 
     # reordered sums, but NaN must stay NaN
@@ -96,6 +96,14 @@ if AVAILABLE:
             gate, up = floats(args[3] + t * stride * 4, n), floats(args[4] + t * stride * 4, n)
             _silu_times_row(floats(args[5] + t * n * 4, n), gate, up, n)
 
+    @kernel
+    def _add(args):  # type: ignore[no-untyped-def]
+        thread, threads = thread_num(), num_threads()
+        first, end = args[0] * thread // threads, args[0] * (thread + 1) // threads
+        y, x = floats(args[1] + first * 4, end - first), floats(args[2] + first * 4, end - first)
+        for i in range(end - first):
+            y[i] += x[i]
+
 
 class RmsNorm:
     """A norm's weight [n] and epsilon, ready to be called. CPU, float32."""
@@ -105,13 +113,13 @@ class RmsNorm:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x [T, n], contiguous; the same of its norm."""
-        y = torch.empty_like(x)
+        y = empty(x, *x.shape)
         self._launch(x, y, 0, 0)
         return y
 
     def of_sum(self, x: torch.Tensor, added: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(x + added, its norm), all [T, n] and contiguous."""
-        total, y = torch.empty_like(x), torch.empty_like(x)
+        total, y = empty(x, *x.shape), empty(x, *x.shape)
         self._launch(x, y, added.data_ptr(), total.data_ptr())
         return total, y
 
@@ -134,8 +142,14 @@ def rotate_(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, norm: RmsNorm
 
 def silu_times(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up, [T, n]; both may be columns of one tensor."""
-    y = gate.new_empty(gate.shape)
+    y = empty(gate, *gate.shape)
     sizes = (*gate.shape, gate.stride(0))
     held = (gate.data_ptr(), up.data_ptr(), y.data_ptr())
     _silu_times(arguments(*sizes, *held), parallel=4 * y.numel() > ALONE)
+    return y
+
+
+def add_(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """y += x, both [T, n] and contiguous; gives y."""
+    _add(arguments(y.numel(), y.data_ptr(), x.data_ptr()), parallel=y.numel() > ALONE)
     return y

@@ -12,7 +12,7 @@ step at 1/4/8/16/32 rows, against 25/28/33/40/58 of oneDNN's own packed form.
 import torch
 import torch.nn.functional as F
 
-from server.kernels.openmp import AVAILABLE, Arguments, arguments
+from server.kernels.openmp import AVAILABLE, Arguments, arguments, empty
 
 LANES = 16  # outputs of a panel
 GROUP = 4  # panels at a time, at most; a packed weight has a multiple of these
@@ -221,7 +221,7 @@ class PackedLinear:
         """x [T, in], T > 0; [T, out]."""
         if x.stride(1) != 1:
             x = x.contiguous()
-        y = x.new_empty(x.shape[0], self.outputs)
+        y = empty(x, x.shape[0], self.outputs)
         place = (x.shape[0], x.data_ptr(), x.stride(0), y.data_ptr(), self.outputs)
         self._launch(arguments(*self._fixed, *place))
         return y

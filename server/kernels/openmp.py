@@ -21,7 +21,7 @@ try:
     _parallel = _torch.GOMP_parallel
     _parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
     _parallel.restype = None
-    for _name in ("omp_get_thread_num", "omp_get_num_threads"):
+    for _name in ("omp_get_thread_num", "omp_get_num_threads", "GOMP_barrier"):
         llvm.add_symbol(_name, ctypes.cast(getattr(_torch, _name), ctypes.c_void_p).value)
     AVAILABLE = True
 except (ImportError, OSError, AttributeError):  # not Linux, no numba, or a torch without libgomp
@@ -30,6 +30,7 @@ except (ImportError, OSError, AttributeError):  # not Linux, no numba, or a torc
 if AVAILABLE:
     thread_num = types.ExternalFunction("omp_get_thread_num", types.int32())
     num_threads = types.ExternalFunction("omp_get_num_threads", types.int32())
+    barrier = types.ExternalFunction("GOMP_barrier", types.void())
 
     def _pointer_to(element: Any) -> Any:
         def typed(_context: Any, address: Any) -> Any:  # noqa: ARG001 - numba matches arguments by name
@@ -87,6 +88,51 @@ def arguments(*values: int) -> Arguments:
     return (ctypes.c_int64 * len(values))(*values)
 
 
+def bits_of(value: float) -> int:
+    """Of a float32, for a kernel's arguments."""
+    return ctypes.c_int32.from_buffer_copy(ctypes.c_float(value)).value
+
+
+class Recorder:
+    """While it is entered, launches are noted and not made; what they write comes from `empty`."""
+
+    def __init__(self) -> None:
+        self.launches: list[tuple[int, Arguments]] = []
+        self._buffers: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
+        self._turn, self._taken = 0, 0
+
+    def __enter__(self) -> "Recorder":
+        global _recorder
+        assert _recorder is None, "one recording at a time"
+        _recorder = self
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        global _recorder
+        _recorder = None
+
+    def turn(self) -> None:
+        """What was taken before the last turn may be written over: nobody reads it any more."""
+        self._turn, self._taken = 1 - self._turn, 0
+
+    def take(self, like: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+        own = self._buffers[self._turn]
+        if self._taken == len(own):
+            own.append(like.new_empty(shape))
+        self._taken += 1
+        found = own[self._taken - 1]
+        assert found.shape == shape, "turns are alike"
+        return found
+
+
+_recorder: Recorder | None = None
+
+
+def empty(like: torch.Tensor, *shape: int) -> torch.Tensor:
+    """For a kernel to write to: of the type and device of `like`."""
+    return like.new_empty(shape) if _recorder is None else _recorder.take(like, shape)
+
+
 def kernel(body: Callable[[Any], None]) -> Launcher:
     """Compile `body(args: int64*)` and return a launcher; every OpenMP thread runs the body once.
 
@@ -98,6 +144,9 @@ def kernel(body: Callable[[Any], None]) -> Launcher:
 
     def launch(args: Arguments, *, parallel: bool = True) -> None:
         """`parallel=False`: on this thread alone, for work that is smaller than a barrier."""
-        _parallel(address, ctypes.addressof(args), torch.get_num_threads() if parallel else 1, 0)
+        if _recorder is not None:
+            _recorder.launches.append((address, args))
+        else:
+            _parallel(address, ctypes.addressof(args), torch.get_num_threads() if parallel else 1, 0)
 
     return launch

@@ -123,7 +123,8 @@ class AffineBank(Bank):
         rows.settled.update(site.name for site in sites)
 
     def trace(self, slot: int) -> Trace | None:
-        return Trace(self.table.masks[slot], self.table.ranks[slot]) if self.gpu else None
+        recorded = self.gpu or self.fast
+        return Trace(self.table.masks[slot], self.table.ranks[slot]) if recorded else None
 
     def touched(self, mask: int) -> dict[str, bool]:
         norms = {name for name, site in self.sites.items() if site.kind == "norm"}
@@ -140,7 +141,7 @@ class AffineBank(Bank):
         heavy = any(touched.get(site.name, False) for site in sites)
         widths = [site.outputs for site in sites]
         if not self.gpu:
-            if rows.few:
+            if len(rows.tokens):
                 own = (rows.tokens, rows.slots, self.table.rows)
                 kernel.grouped_affine(x, y, *own, first, widths, bias, heavy=heavy)
             return

@@ -91,6 +91,13 @@ class Rows:
         rows._plan, rows.touched = plan, touched
         return rows
 
+    @classmethod
+    def held(cls, tokens: torch.Tensor, slots: torch.Tensor, touched: dict[str, bool]) -> "Rows":
+        """The same on a CPU: tokens and slots as the tensors have them then, 0 where nothing is."""
+        rows = cls([])
+        rows.tokens, rows.slots, rows.touched = tokens, slots, touched
+        return rows
+
     @cached_property
     def tokens(self) -> torch.Tensor:
         """int64: the tokens of `few`."""

@@ -18,7 +18,7 @@ from server.adapters.methods.tensors import flatten
 from server.adapters.sites import Base, Site
 from server.kernels import bottleneck as kernel
 from server.kernels import gpu
-from server.kernels.openmp import AVAILABLE
+from server.kernels.openmp import AVAILABLE, bits_of
 from server.kernels.site_table import SiteTable
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -121,7 +121,7 @@ class BottleneckBank(Bank):
                 apply(change, h[start:end], r[start:end])
 
     def trace(self, slot: int) -> Trace | None:
-        return Trace(self.table.masks[slot], self.table.ranks[slot]) if self.gpu else None
+        return Trace(self.table.masks[slot], self.table.ranks[slot]) if self.fast else None
 
     def touched(self, mask: int) -> dict[str, bool]:
         return dict.fromkeys(self.table.among(mask), True)
@@ -129,7 +129,7 @@ class BottleneckBank(Bank):
     def _launch(self, site: Site, h: torch.Tensor, r: torch.Tensor, rows: Rows) -> None:
         number = self.table.numbers[site.name]
         if not self.gpu:
-            if rows.few:
+            if len(rows.tokens):
                 kernel.grouped_bottleneck(h, r, rows.tokens, rows.slots, self.table.rows[:, number])
             return
         from server.kernels.triton_bottleneck import grouped_bottleneck  # Triton is not everywhere
@@ -154,5 +154,5 @@ def table_row(change: Change) -> list[int]:
     """What a kernel reads of a change: COLUMNS numbers."""
     parts = (change.down, change.down_bias, change.up, change.up_bias)
     kinds = (kernel.NON_LINEARITIES.index(change.non_linearity), kernel.INPUTS.index(change.input))
-    epsilon = kernel.epsilon_bits(change.epsilon)
+    epsilon = bits_of(change.epsilon)
     return [*(t.data_ptr() for t in parts), change.down.shape[0], *kinds, epsilon]

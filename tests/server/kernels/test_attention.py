@@ -4,12 +4,12 @@ import torch
 from server.kernels.attention import (
     BLOCK,
     Scores,
-    decode_attention,
     decode_attention_reference,
     gather_pages,
     prefill_attention,
     write_pages,
 )
+from server.kernels.decode import decode_attention
 
 LENGTHS = [1, 15, 16, 17, 40, 129]
 

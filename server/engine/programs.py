@@ -1,0 +1,146 @@
+"""Decode steps on a CPU as one launch: layers recorded once for so many tokens and what their adapters touch.
+
+Between the kernels of a step stood a quarter of its time: thirty layers of Python, each a dozen launches. A
+program runs them all in one parallel region. What differs from step to step lies in tensors at fixed
+addresses, filled before it runs; kernels read from them what a launch's arguments cannot say.
+
+Recorded are steps in which all rows decode and every adapter is a bank's that can be (`Bank.trace`); others
+run layer by layer. Results are the same bit for bit: it is the same kernels in the same order.
+"""
+
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+
+from server.adapters.methods.base import Bank, Rows
+from server.engine.attention import Step
+from server.kernels.attention import BLOCK
+from server.kernels.openmp import Recorder
+from server.kernels.program import Program
+
+AFTER = 2  # times that the like of a step comes before it is recorded, which takes a step's time
+MOST = 48  # programs that are kept, of a megabyte or so each; the one longest unused goes
+
+Layer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]  # (stream, cos, sin) -> stream
+Acting = tuple[Bank, Rows]
+
+
+class Need(NamedTuple):
+    """What a program must hold: so many tokens, guesses among them or not, and of each bank these sites."""
+
+    tokens: int
+    guesses: bool
+    affine: tuple[tuple[Bank, int], ...]
+    sublayer: tuple[tuple[Bank, int], ...]
+
+
+class Held:
+    """What a recorded step of `need` reads, at fixed addresses; and what it gives."""
+
+    def __init__(self, need: Need, x: torch.Tensor, cos: torch.Tensor, blocks: int) -> None:
+        count = need.tokens
+        self.x, self.cos, self.sin = torch.empty_like(x), torch.empty_like(cos), torch.empty_like(cos)
+        self.tables = torch.zeros(count, blocks, dtype=torch.int64)
+        self.lengths, self.ahead = torch.zeros(2, count, dtype=torch.int64)
+        self.affine, self.sublayer = (
+            [
+                (bank, Rows.held(*torch.zeros(2, count, dtype=torch.int64), bank.touched(mask)))
+                for bank, mask in traces
+            ]
+            for traces in (need.affine, need.sublayer)
+        )
+        self.output = torch.empty(0)
+
+    def fill(self, step: Step, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
+        self.x.copy_(x)
+        self.cos.copy_(cos)
+        self.sin.copy_(sin)
+        self.tables[:, : step.tables.shape[1]] = step.tables
+        self.lengths.copy_(step.lengths)
+        if step.ahead is not None:
+            self.ahead.copy_(step.ahead)
+        for held, acting in ((self.affine, step.affine), (self.sublayer, step.sublayer)):
+            own = dict(acting)
+            for bank, rows in held:
+                count = len(own[bank].tokens)
+                rows.tokens[:count], rows.slots[:count] = own[bank].tokens, own[bank].slots
+                rows.tokens[count:] = rows.slots[count:] = 0  # slot 0 holds nothing
+
+
+class Programs:
+    """Recorded steps of these layers."""
+
+    def __init__(self, layers: Sequence[Layer], step: Step, max_context: int) -> None:
+        self.layers, self.step = layers, step
+        self.blocks = -(-max_context // BLOCK)
+        self.seen: Counter[Need] = Counter()
+        self.recorded: OrderedDict[Need, tuple[Program, Held]] = OrderedDict()
+        self.runs = 0
+
+    def run(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor | None:
+        """x [T, hidden] after all layers, good until the next step; None if this step is not recorded."""
+        need = self._need(len(x))
+        if need is None:
+            return None
+        if need not in self.recorded:
+            if len(self.seen) > 16 * MOST:
+                self.seen.clear()
+            self.seen[need] += 1
+            if self.seen[need] < AFTER:
+                return None
+            self._record(need, x, cos)
+        self.recorded.move_to_end(need)
+        program, held = self.recorded[need]
+        held.fill(self.step, x, cos, sin)
+        program()
+        self.runs += 1
+        return held.output
+
+    def _need(self, tokens: int) -> Need | None:
+        """What the step that is set needs; None if a row is in prefill, or has adapters that take Python."""
+        step = self.step
+        if step.decoding != tokens or step.inputs or step.norm:
+            return None
+        traces = []
+        for acting in (step.affine, step.sublayer):
+            own = []
+            for bank, rows in acting:
+                mask = 0
+                for slot in {span.slot for span in rows.few}:
+                    trace = bank.trace(slot)
+                    if trace is None:
+                        return None
+                    mask |= trace.mask
+                if rows.many:
+                    return None
+                own.append((bank, mask))
+            traces.append(tuple(own))
+        return Need(tokens, step.ahead is not None, traces[0], traces[1])
+
+    def _record(self, need: Need, x: torch.Tensor, cos: torch.Tensor) -> None:
+        """As the step under way, but of what is held; that is set again afterwards."""
+        step = self.step
+        held = Held(need, x, cos, self.blocks)
+        own = (step.tables, step.lengths, step.ahead, step.affine, step.sublayer)
+        step.tables, step.lengths, step.affine, step.sublayer = (
+            held.tables,
+            held.lengths,
+            held.affine,
+            held.sublayer,
+        )
+        step.ahead = held.ahead if need.guesses else None
+        try:
+            with Recorder() as recorder:
+                stream = held.x
+                for layer in self.layers:
+                    recorder.turn()
+                    stream = layer(stream, held.cos, held.sin)
+        finally:
+            step.tables, step.lengths, step.ahead, step.affine, step.sublayer = own
+        held.output = stream
+        if len(self.recorded) >= MOST:
+            self.recorded.popitem(last=False)
+        self.recorded[need] = (Program(recorder), held)
+        del self.seen[need]
