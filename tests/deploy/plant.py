@@ -69,6 +69,7 @@ class Prometheus:
         (folder / "token").write_text(TOKEN)
         config = load(DEPLOY / "prometheus" / "prometheus.yaml")
         config["global"] = {"scrape_interval": "1s", "scrape_timeout": "1s", "evaluation_interval": "1s"}
+        self.jobs = [job["job_name"] for job in config["scrape_configs"]]
         for job in config["scrape_configs"]:
             if "authorization" in job:
                 job["authorization"]["credentials_file"] = str(folder / "token")
@@ -80,12 +81,17 @@ class Prometheus:
             (folder / name).write_text(hurried((DEPLOY / "prometheus" / name).read_text()))
 
     def start(self) -> None:
+        """Returns when it has read every page once: what is counted from now on has a beginning."""
         command = [str(program("prometheus")), f"--config.file={self._folder / 'prometheus.yaml'}"]
         command += [f"--storage.tsdb.path={self._folder / 'data'}"]
         command += [f"--web.listen-address={self.url.removeprefix('http://')}"]
         with (self._folder / "log").open("wb") as log:
             self._process = subprocess.Popen(command, stdout=log, stderr=log)
-        until(self._ready, lambda: (self._folder / "log").read_text(), 30)
+        until(self._ready, self.log, 30)
+        until(lambda: all(self.over_time(f'up{{job="{job}"}} == 1') for job in self.jobs), self.log, 30)
+
+    def log(self) -> str:
+        return (self._folder / "log").read_text()
 
     def stop(self) -> None:
         if self._process is not None:
@@ -110,6 +116,15 @@ class Prometheus:
         assert answer["status"] == "success", f"{query}: {answer}"
         series: list[dict[str, Any]] = answer["data"]["result"]
         return series
+
+    def shown(self) -> dict[str, set[str]]:
+        """Every metric it has read or recorded, with its labels."""
+        span: dict[str, str | float] = {"match[]": '{__name__!=""}', "start": self.start_time}
+        answer = httpx.get(f"{self.url}/api/v1/series", params=span, timeout=30).json()
+        found: dict[str, set[str]] = {}
+        for labels in answer["data"]:
+            found.setdefault(labels["__name__"], set()).update(labels)
+        return found
 
     def firing(self) -> set[str]:
         """Alerts that fire now."""
