@@ -6,8 +6,8 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ from tests.e2e.serving import POLYPEFT, Serving, until
 
 TOKEN = "a token for Prometheus alone"
 WINDOW = "15s"  # in place of every window in the rules: faults must show within a test's patience
+FIRING = 'ALERTS{alertstate="firing"}'
+PATIENCE = 45.0  # seconds: fault, scrape, rule, alert
 STALE = 4  # seconds of a worker's silence that raise its alert here
 
 
@@ -126,14 +128,20 @@ class Prometheus:
             found.setdefault(labels["__name__"], set()).update(labels)
         return found
 
-    def firing(self) -> set[str]:
-        """Alerts that fire now."""
-        answer = httpx.get(f"{self.url}/api/v1/alerts", timeout=30).json()
-        alerts = answer["data"]["alerts"]
-        return {alert["labels"]["alertname"] for alert in alerts if alert["state"] == "firing"}
+    def fired(self) -> set[str]:
+        """Alerts that fire, or did."""
+        return {series["metric"]["alertname"] for series in self.over_time(FIRING)}
 
-    def fires(self, alert: str, explain: Callable[[], str], seconds: float = 45.0) -> None:
-        until(lambda: alert in self.firing(), lambda: f"{alert} is quiet: {explain()[-3000:]}", seconds)
+    @contextmanager
+    def raises(self, *alerts: str, explain: Callable[[], str]) -> Iterator[None]:
+        """What happens inside makes these alerts fire, which never did before."""
+        assert not (early := self.fired() & set(alerts)), early
+        yield
+        until(
+            lambda: self.fired() >= set(alerts),
+            lambda: f"{set(alerts) - self.fired()} are quiet: {explain()[-3000:]}",
+            PATIENCE,
+        )
 
 
 def hurried(rules: str) -> str:

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+from PIL import Image
 
-from tests.deploy.plant import Prometheus
+from tests.deploy.plant import FIRING, Prometheus
 from tests.deploy.queries import Query, panels
 
 MAIN = {
@@ -23,11 +24,10 @@ MAIN = {
         "KV cache in use",
     ),
     "tenants": ("Rows a second", "Mean wait of a row", "Cold starts"),
-    "tuning": ("Unfinished jobs", "Loss", "Tokens trained on"),
+    "tuning": ("Unfinished jobs", "Loss by worker", "Updates by worker"),
 }
 UNITS = {"short": "", "reqps": "requests a second", "percentunit": "share", "s": "seconds"}
 WIDTH = 3  # panels in a line
-FIRING = 'ALERTS{alertstate="firing"}'
 
 
 def draw(prometheus: Prometheus, folder: Path) -> None:
@@ -38,12 +38,12 @@ def draw(prometheus: Prometheus, folder: Path) -> None:
 
     for board, titles in MAIN.items():
         lines = -(-len(titles) // WIDTH)
-        size = (15, 3.2 * lines)
+        size = (18, 3.2 * lines)
         figure, axes = plt.subplots(lines, WIDTH, figsize=size, sharex=True, layout="constrained")
         for title, axis in zip(titles, axes.flat, strict=True):
             _panel(axis, title, prometheus, [q for q in panels() if q.where == f"{board}: {title}"])
         _save(figure, axes.flat[-WIDTH:], folder / f"{board}.png")
-    figure, axis = plt.subplots(figsize=(15, 3.2), layout="constrained")
+    figure, axis = plt.subplots(figsize=(18, 4), layout="constrained")
     _alerts(axis, prometheus)
     _save(figure, [axis], folder / "alerts.png")
     plt.close("all")
@@ -58,7 +58,7 @@ def _panel(axis: Any, title: str, prometheus: Prometheus, queries: list[Query]) 
     axis.set_title(title, fontsize=10, loc="left")
     axis.set_ylabel(UNITS[queries[0].unit], fontsize=8)
     axis.set_ylim(bottom=0)
-    axis.legend(fontsize=7, loc="best")
+    axis.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def _alerts(axis: Any, prometheus: Prometheus) -> None:
@@ -91,3 +91,4 @@ def _save(figure: Any, bottom: Iterable[Any], path: Path) -> None:
     for axis in bottom:
         axis.set_xlabel("seconds", fontsize=8)
     figure.savefig(path, dpi=70)
+    Image.open(path).quantize(64).save(path)  # a third of the bytes

@@ -96,7 +96,9 @@ def worked(site: Site, request: pytest.FixtureRequest) -> Site:
     first = next(iter(site.keys))
     assert upload(site.server, first, "noop", site.noop) == 422
     train(site.server, first, "llama", "tuned", 10)
-    asyncio.run(use(site.server, site.keys, "llama", seconds))
+    overload = ("PolypeftRejects", "PolypeftErrorBudgetBurnsFast", "PolypeftAdaptersThrash")
+    with site.prometheus.raises(*overload, explain=site.server.log):
+        asyncio.run(use(site.server, site.keys, "llama", seconds))
     with site.server.sdk(first) as sdk:
         until(lambda: _done(sdk), site.worker.log, 120)
     kill_the_engine(site)
@@ -113,38 +115,38 @@ def _done(sdk: Any) -> bool:
 
 
 def kill_the_engine(site: Site) -> None:
-    site.server.kill("engine")
-    with site.server.http(next(iter(site.keys))) as client:
-        client.post("/v1/completions", json={"model": "llama", "prompt": "x", "max_tokens": 4})
-    site.prometheus.fires("PolypeftEngineRestarts", site.server.log)
-    until(site.server.ready, site.server.log, 60)
+    with site.prometheus.raises("PolypeftEngineRestarts", explain=site.server.log):
+        _new_engine(site)
 
 
 def spoil_the_disk(site: Site) -> None:
     """The engine is new, and the disk all it has: it sees the damage, and takes them from the store."""
-    for copy in _copies(site):
-        copy.write_bytes(b"spoilt")
-    assert set(_ask_all(site)) == {200}
-    site.prometheus.fires("PolypeftAdapterCopiesCorrupt", site.server.log)
+    with site.prometheus.raises("PolypeftAdapterCopiesCorrupt", explain=site.server.log):
+        for copy in _copies(site):
+            copy.write_bytes(b"spoilt")
+        assert set(_ask_all(site)) == {200}
 
 
 def stop_the_store(site: Site) -> None:
     """A new engine with an empty disk can have no adapter; the base goes on."""
     for copy in _copies(site):
         copy.unlink()
+    _new_engine(site)
+    alerts = ("PolypeftAdapterLoadsFail", "PolypeftStoreErrors", "PolypeftStoreBreakerOpen")
+    with site.prometheus.raises(*alerts, explain=site.server.log):
+        site.store.kill()
+        answers = _ask_all(site)
+        assert all(status >= 500 for status in answers), answers
+        with site.server.http(next(iter(site.keys))) as client:
+            assert ask(client, "llama", "the base", 2)
+    site.store.start()
+    until(lambda: _takes_files(site, next(iter(site.keys))), site.server.log, 60)
+
+
+def _new_engine(site: Site) -> None:
     site.server.kill("engine")
     until(lambda: not site.server.ready(), site.server.log)
     until(site.server.ready, site.server.log, 60)
-    site.store.kill()
-    answers = _ask_all(site)
-    assert all(status >= 500 for status in answers), answers
-    with site.server.http(next(iter(site.keys))) as client:
-        assert ask(client, "llama", "the base", 2)
-    site.prometheus.fires("PolypeftAdapterLoadsFail", site.server.log)
-    site.prometheus.fires("PolypeftErrorBudgetBurnsFast", site.server.log)
-    site.prometheus.fires("PolypeftStoreErrors", site.server.log)
-    site.store.start()
-    until(lambda: _takes_files(site, next(iter(site.keys))), site.server.log, 60)
 
 
 def _takes_files(site: Site, key: str) -> bool:
@@ -179,9 +181,9 @@ def kill_the_worker(site: Site) -> None:
     train(site.server, key, "llama", "second", 40)
     with site.server.sdk(key) as sdk:
         until(lambda: "running" in {j.status for j in sdk.fine_tuning.jobs.list()}, site.worker.log, 30)
-    site.worker.kill()
-    site.prometheus.fires("PolypeftWorkerDown", site.worker.log)
-    site.prometheus.fires("PolypeftJobHeartbeatStale", site.worker.log)
+    alerts = ("PolypeftWorkerDown", "PolypeftJobHeartbeatStale")
+    with site.prometheus.raises(*alerts, explain=site.worker.log):
+        site.worker.kill()
     train(site.server, key, "llama", "third", 1)  # which nobody takes
     queued = 'polypeft_jobs{state="queued"} > 0'
     until(lambda: site.prometheus.over_time(queued), site.server.log)
