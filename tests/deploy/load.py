@@ -24,8 +24,8 @@ def upload(server: Serving, key: str, name: str, folder: Path) -> int:
 
 def train(server: Serving, key: str, base: str, name: str, epochs: int) -> None:
     """Begin a fine-tuning job."""
-    turns = [("user", "Say {}."), ("assistant", "Yes, yes.")]
-    lines = ([{"role": role, "content": text.format(i)} for role, text in turns] for i in range(48))
+    turns = [("user", "{0} squared?"), ("assistant", "{1}.")]  # takes a while to learn by heart
+    lines = ([{"role": role, "content": text.format(i, i * i)} for role, text in turns] for i in range(48))
     data = b"".join(json.dumps({"messages": line}).encode() + b"\n" for line in lines)
     with server.sdk(key) as sdk:
         file = sdk.files.create(file=("data.jsonl", data), purpose="fine-tune")
@@ -36,7 +36,7 @@ def train(server: Serving, key: str, base: str, name: str, epochs: int) -> None:
             suffix=name,
             seed=1,
             method={"type": "supervised", "supervised": {"hyperparameters": hyper}},
-            extra_body={"peft": {"type": "lora", "r": 4, "learning_rate": 0.002}},
+            extra_body={"peft": {"type": "lora", "r": 4, "learning_rate": 0.0005}},
         )
 
 

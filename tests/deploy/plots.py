@@ -82,7 +82,7 @@ def _points(prometheus: Prometheus, series: dict[str, Any]) -> list[tuple[float,
 
 def _label(legend: str, labels: dict[str, str]) -> str:
     """As Grafana fills it in, long values cut."""
-    return re.sub(r"{{(\w+)}}", lambda found: labels[found[1]][:12], legend)
+    return re.sub(r"{{(\w+)}}", lambda found: labels[found[1]][:16], legend)
 
 
 def _save(figure: Any, bottom: Iterable[Any], path: Path) -> None:

@@ -95,8 +95,8 @@ def worked(site: Site, request: pytest.FixtureRequest) -> Site:
             assert upload(site.server, key, name, site.loras[next(number)]) == 201
     first = next(iter(site.keys))
     assert upload(site.server, first, "noop", site.noop) == 422
-    train(site.server, first, "llama", "tuned", 10)
-    overload = ("PolypeftRejects", "PolypeftErrorBudgetBurnsFast", "PolypeftAdaptersThrash")
+    train(site.server, first, "llama", "tuned", 40)
+    overload = ("PolypeftRejects", "PolypeftErrorBudgetBurnsFast")
     with site.prometheus.raises(*overload, explain=site.server.log):
         asyncio.run(use(site.server, site.keys, "llama", seconds))
     with site.server.sdk(first) as sdk:
