@@ -73,16 +73,20 @@ def added(*calls: Calls) -> Calls:
 
 def shown(calls: Calls) -> tuple[Values, Counts]:
     """Every operation, also those that nobody has called: a rate needs a beginning."""
-    errors = [
-        ((PROCESS, operation, outcome), calls.get(f"{operation}:{outcome}", 0.0))
-        for operation, outcome in product(OPERATIONS, OUTCOMES)
-    ]
-    seconds = [
-        (
-            (PROCESS, operation),
-            [int(calls.get(f"{operation}:{at}", 0)) for at in range(len(BUCKETS) + 1)],
-            calls.get(f"{operation}:seconds", 0.0),
-        )
-        for operation in OPERATIONS
-    ]
-    return {"store_errors": errors}, {"store_seconds": seconds}
+    values: Values = {
+        "store_errors": [
+            ((PROCESS, operation, outcome), calls.get(f"{operation}:{outcome}", 0.0))
+            for operation, outcome in product(OPERATIONS, OUTCOMES)
+        ]
+    }
+    counts: Counts = {
+        "store_seconds": [
+            (
+                (PROCESS, operation),
+                [int(calls.get(f"{operation}:{at}", 0)) for at in range(len(BUCKETS) + 1)],
+                calls.get(f"{operation}:seconds", 0.0),
+            )
+            for operation in OPERATIONS
+        ]
+    }
+    return values, counts

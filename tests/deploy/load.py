@@ -36,7 +36,7 @@ def train(server: Serving, key: str, base: str, name: str, epochs: int) -> None:
             suffix=name,
             seed=1,
             method={"type": "supervised", "supervised": {"hyperparameters": hyper}},
-            extra_body={"peft": {"type": "lora", "r": 4, "learning_rate": 0.0005}},
+            extra_body={"peft": {"type": "lora", "r": 4, "learning_rate": 0.001}},
         )
 
 
