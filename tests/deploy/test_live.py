@@ -21,9 +21,7 @@ from tests.e2e.serving import Serving, ask, until
 from tests.fixtures.models import load_model, make_lora
 from tests.fixtures.s3 import Weed
 
-pytestmark = pytest.mark.timeout(
-    900
-)  # all of it passes before the first test: a minute, or three if busy
+pytestmark = pytest.mark.timeout(900)  # all of it passes before the first test: a minute, or three if busy
 LINEARS = ("q_proj", "v_proj", "down_proj")
 RANK = 64  # five adapters of it fill a tier of TIERS
 # One of two cores, few slots, small tiers, little KV, a short queue: evictions, loads from everywhere, rows
