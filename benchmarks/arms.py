@@ -197,7 +197,11 @@ class Remote(Child):
 def _serve(name: str, job: Job, connection: Connection) -> None:
     quiet()
     torch.set_num_threads(job.threads)
-    system = SYSTEMS[name](job)
+    answer(SYSTEMS[name](job), job, connection)
+
+
+def answer(system: System, job: Job, connection: Connection) -> None:
+    """A child's life."""
     connection.send("loaded")
     while True:
         try:

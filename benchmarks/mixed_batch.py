@@ -6,7 +6,8 @@
 Arms take turns within each repeat, so that a slow minute of the machine hits them all; medians are shown.
 Rows have 64 prompt and 64 new tokens, greedy, fp32. Ours must give the oracle's tokens, row for row. In the
 arms called lookup rows guess ahead (prompt lookup), which --repeat-prompts gives something to find; nothing
-is guessed in the others. int8 is `--quantize int8`, whose tokens are its own.
+is guessed in the others. int8 is `--quantize int8`, whose tokens are its own. vLLM's arms run if named: they
+need an environment of their own (see `vllm_cpu`).
 """
 
 import tempfile
@@ -24,6 +25,7 @@ from benchmarks.arms import Job, Remote, quiet
 from benchmarks.inputs import RANK, make_adapters, make_prompts
 from benchmarks.machine import Machine, floor_seconds, measure, work_of
 from benchmarks.report import Cell, Report
+from benchmarks.vllm_cpu import Vllm
 from server.base.default_model import ensure_default_model
 
 LINE = 12  # tokens
@@ -36,6 +38,7 @@ class Arm:
     system: str
     adapters: bool
     oracles: tuple[str, ...] = ()  # arms whose tokens it must give, the most trustworthy first
+    always: bool = True  # run, unless others are named
 
 
 ARMS = [
@@ -49,6 +52,8 @@ ARMS = [
     Arm("transformers", "transformers", adapters=False),
     Arm("peft-mixed", "peft-mixed", adapters=True, oracles=("peft-switch",)),
     Arm("peft-switch", "peft-switch", adapters=True),
+    Arm("vllm-base", "vllm", adapters=False, oracles=("transformers", "polypeft-base"), always=False),
+    Arm("vllm-lora", "vllm-lora", adapters=True, oracles=("peft-switch", "polypeft-lora"), always=False),
 ]
 
 
@@ -71,7 +76,7 @@ def main(
     if unknown := set(arm or ()) - {a.name for a in ARMS}:
         raise typer.BadParameter(f"no such arm: {', '.join(sorted(unknown))}", param_hint="--arm")
     quiet()
-    chosen = [a for a in ARMS if not arm or a.name in arm]
+    chosen = [a for a in ARMS if (a.name in arm if arm else a.always)]
     turns = [(a, n) for n in sorted(rows or [1, 4, 16, 32]) for a in chosen]
     turns = [(a, n) for a, n in turns if a.name != "peft-switch" or n <= switch_rows]
     most = max(n for _, n in turns)
@@ -105,7 +110,7 @@ def compare(job: Job, turns: list[tuple[Arm, int]], prompts: list[list[int]], re
     tokens: dict[tuple[str, int], list[list[int]]] = {}
     with ExitStack() as stack, Progress(console=Console(stderr=True)) as progress:
         task = progress.add_task("loading", total=(repeats + 1) * len(turns))
-        systems = {name: Remote(name, job) for name in {arm.system for arm, _ in turns}}
+        systems = {name: start(name, job) for name in {arm.system for arm, _ in turns}}
         for system in systems.values():
             stack.callback(system.close)
         for repeat in range(-1, repeats):
@@ -123,6 +128,13 @@ def compare(job: Job, turns: list[tuple[Arm, int]], prompts: list[list[int]], re
         cell.compared_rows = len(compared)
         cell.equal_rows = sum(tokens[arm.name, n][i] == golden[i] for i in compared)
     return cells
+
+
+def start(system: str, job: Job) -> Remote:
+    """Returns when it has loaded."""
+    if system.startswith("vllm"):
+        return Vllm(job, lora=system == "vllm-lora")
+    return Remote(system, job)
 
 
 def golden_rows(arm: Arm, tokens: dict[tuple[str, int], list[list[int]]]) -> dict[int, list[int]]:

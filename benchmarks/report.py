@@ -71,6 +71,8 @@ class Report:
             ("polypeft-lora", "peft-switch"),
             ("polypeft-lora", "polypeft-base"),
             ("polypeft-base", "transformers"),
+            ("polypeft-lora", "vllm-lora"),
+            ("polypeft-base", "vllm-base"),
         ]
         speed = {(cell.arm, cell.rows): cell.median for cell in self.cells}
         found: dict[str, dict[int, float]] = {}

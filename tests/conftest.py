@@ -17,6 +17,8 @@ pytest_plugins = [
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """How much of a test that could go on for ever is run."""
-    parser.addoption("--load-seconds", type=float, help="tests/deploy: how long the live test's tenants work")
+    parser.addoption(
+        "--load-seconds", type=float, default=12.0, help="tests/deploy: how long the live test's tenants work"
+    )
     parser.addoption("--plots", metavar="FOLDER", help="tests/deploy: draw what its Prometheus recorded")
     parser.addoption("--registry-examples", default="25", help="histories that the registry is put through")

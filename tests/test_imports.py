@@ -63,7 +63,13 @@ ROOMS: dict[str, set[str]] = {
     "server.finetune.jobs": {"adapters_store", "server.finetune", "server.finetune.job"},
     "server.finetune.queue": {"adapters_store"},
     "server.finetune.figures": {"adapters_store", "server.finetune"},
-    "server.finetune.tally": {"server.build", "server.memory", "server.metrics"},
+    "server.finetune.store_calls": {"server.metrics"},
+    "server.finetune.tally": {
+        "server.build",
+        "server.memory",
+        "server.metrics",
+        "server.finetune.store_calls",
+    },
     "server.finetune": {
         "adapters_store",
         "server.adapters",
@@ -76,6 +82,7 @@ ROOMS: dict[str, set[str]] = {
         "server.finetune.jobs",
         "server.finetune.queue",
         "server.finetune.recipe",
+        "server.finetune.store_calls",
         "server.finetune.tally",
         "server.kernels",
         "server.lifeline",

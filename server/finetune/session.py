@@ -30,6 +30,7 @@ from server.finetune.patience import patiently
 from server.finetune.queue import WorkerQueue
 from server.finetune.reporter import OUTAGE_SECONDS, Reporter
 from server.finetune.restraint import limit_resources, machine_bytes
+from server.finetune.store_calls import StoreCalls
 from server.finetune.task import Trained, run_task
 from server.finetune.watcher import Stopped
 from server.settings import Settings
@@ -67,6 +68,7 @@ class Session:
         redis = connect(settings.redis_url)
         self.jobs = Jobs(redis, WorkerQueue(settings.redis_url))
         self._objects = Objects.open(settings.store_url, settings.store_config)
+        self._objects.on_call = StoreCalls(folder).on_call
         self._files = Files(redis, self._objects)
         self._stopping = False
 

@@ -14,9 +14,10 @@ from prometheus_client import CollectorRegistry, Metric, start_http_server
 
 from server.build import build
 from server.errors import StartupError
+from server.finetune.store_calls import Calls, StoreCalls, added, read, shown
 from server.memory import resident_bytes
 from server.metrics.names import FLEET, ON_WORKER, OUTCOMES, SHARED, WORKER
-from server.metrics.render import Values, metrics_of, with_zeros
+from server.metrics.render import Values, metrics_of
 
 FILE = "figures.json"  # in an attempt's work folder
 SHOWN = {
@@ -50,10 +51,12 @@ class Tally:
         self.outcomes: Counter[str] = Counter()
         self.beat_failures = 0
         self.loss: float | None = None  # of the last update
+        self.store = StoreCalls()  # the worker's own
         self.heard: float | None = None  # time.monotonic() of the job's last heartbeat; None: no job
         self._lock = threading.RLock()
         self._model = model
         self._folder: Path | None = None
+        self._stored: Calls = {}  # by attempts that are over
         self._told: Counter[str] = Counter()
 
     @property
@@ -68,6 +71,7 @@ class Tally:
         with self._lock:
             done = self.trained()
             self.counts.update({key: getattr(done, key) for key in SHOWN.values()})
+            self._stored = self._of_attempts()
             self._folder = self.heard = None
             self.outcomes[outcome] += 1
 
@@ -88,6 +92,11 @@ class Tally:
                 return Trained()
             self.loss = found.loss
             return found
+
+    def _of_attempts(self) -> Calls:
+        """Calls of the store by all processes that trained."""
+        with self._lock:
+            return added(self._stored, read(self._folder) if self._folder else {})
 
     def totals(self) -> Counter[str]:
         """All this worker has done."""
@@ -118,8 +127,9 @@ class Tally:
         }
         if loss is not None:
             values["worker_loss"] = [((), loss)]
+        errors, seconds = shown(added(self._of_attempts(), self.store.calls()))
         families = {key: family for key, family in {**WORKER, **SHARED, **FLEET}.items() if key in ON_WORKER}
-        yield from metrics_of(families, (), with_zeros({}, values, {})[0])
+        yield from metrics_of(families, (), values | errors, seconds)
 
     def serve(self, host: str, port: int) -> None:
         """Show it on a thread of its own, for as long as the process lives. Raises StartupError."""

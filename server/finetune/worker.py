@@ -133,7 +133,9 @@ class Worker:
 
     async def _sweep_for_ever(self) -> None:
         jobs = Jobs(redis := connect(self.url), WorkerQueue(self.url))
-        doomed = Doomed(redis, Objects.open(self.settings.store_url, self.settings.store_config))
+        objects = Objects.open(self.settings.store_url, self.settings.store_config)
+        objects.on_call = self.tally.store.on_call
+        doomed = Doomed(redis, objects)
         while not self._over.is_set():
             try:
                 await jobs.sweep()

@@ -17,8 +17,14 @@ TABLES: Mapping[str, tuple[str, Mapping[str, Family]]] = {
         API,
     ),
     "The whole system": ("Every API shows the same: take `max`, not `sum`, over instances.", FLEET),
-    "Several processes": ("The label says whose.", SHARED),
-    "A worker's own port": ("With `--metrics-port`; `memory` and `build_info` are there as well.", WORKER),
+    "Several processes": ("The label says whose; those of a worker are on its own port.", SHARED),
+    "A worker's own port": (
+        (
+            "With `--metrics-port`; its memory, its calls of the store and those of the processes that "
+            "train for it, and `polypeft_build_info` are there as well."
+        ),
+        WORKER,
+    ),
 }
 
 

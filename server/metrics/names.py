@@ -274,7 +274,7 @@ SHARED: Mapping[str, Family] = {
         outcome=("failed", "refused"),
     ),
     "store_breaker": _gauge(
-        "polypeft_store_breaker_open", "1 while calls of the object store are refused", process=PROCESSES
+        "polypeft_store_breaker_open", "1 while calls of the object store are refused", process=PROCESSES[:2]
     ),
 }
 
@@ -295,4 +295,4 @@ WORKER: Mapping[str, Family] = {
 
 FAMILIES: Mapping[str, Family] = {**ENGINE, **API, **FLEET, **SHARED, **WORKER}
 ON_API = FAMILIES.keys() - WORKER.keys()
-ON_WORKER = {*WORKER, "memory", "build_info"}
+ON_WORKER = {*WORKER, "memory", "store_seconds", "store_errors", "build_info"}

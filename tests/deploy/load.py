@@ -14,6 +14,7 @@ from tests.e2e.serving import Serving, body, files_of
 LONG = "One frozen base model stays resident. " * 6
 GRAMMAR = {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "integer"}}}
 AT_ONCE = 24  # more than the queue and the batch of the test's server hold
+MANY = 400  # tokens: all rows of a batch begin, and its KV cannot hold them all to the end
 
 
 def upload(server: Serving, key: str, name: str, folder: Path) -> int:
@@ -23,8 +24,8 @@ def upload(server: Serving, key: str, name: str, folder: Path) -> int:
 
 def train(server: Serving, key: str, base: str, name: str, epochs: int) -> None:
     """Begin a fine-tuning job."""
-    turns = [("user", "Say {}."), ("assistant", "Yes, yes.")]
-    lines = ([{"role": role, "content": text.format(i)} for role, text in turns] for i in range(48))
+    turns = [("user", "{0} squared?"), ("assistant", "{1}.")]  # takes a while to learn by heart
+    lines = ([{"role": role, "content": text.format(i, i * i)} for role, text in turns] for i in range(48))
     data = b"".join(json.dumps({"messages": line}).encode() + b"\n" for line in lines)
     with server.sdk(key) as sdk:
         file = sdk.files.create(file=("data.jsonl", data), purpose="fine-tune")
@@ -35,7 +36,7 @@ def train(server: Serving, key: str, base: str, name: str, epochs: int) -> None:
             suffix=name,
             seed=1,
             method={"type": "supervised", "supervised": {"hyperparameters": hyper}},
-            extra_body={"peft": {"type": "lora", "r": 4, "learning_rate": 0.01}},
+            extra_body={"peft": {"type": "lora", "r": 4, "learning_rate": 0.001}},
         )
 
 
@@ -74,7 +75,7 @@ async def _tenant(client: httpx.AsyncClient, key: str, models: list[str], turn: 
         _left(post("/v1/completions", body(model, "left", 300))),
     ]
     if turn % 4 == 0:
-        calls += [post("/v1/completions", body(model, LONG * 2 + str(i), 32)) for i in range(AT_ONCE)]
+        calls += [post("/v1/completions", body(model, f"{i} at once", MANY)) for i in range(AT_ONCE)]
     await asyncio.gather(*calls, return_exceptions=True)
 
 

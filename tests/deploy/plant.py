@@ -6,8 +6,8 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ from tests.e2e.serving import POLYPEFT, Serving, until
 
 TOKEN = "a token for Prometheus alone"
 WINDOW = "15s"  # in place of every window in the rules: faults must show within a test's patience
+FIRING = 'ALERTS{alertstate="firing"}'
+PATIENCE = 45.0  # seconds: fault, scrape, rule, alert
 STALE = 4  # seconds of a worker's silence that raise its alert here
 
 
@@ -69,6 +71,7 @@ class Prometheus:
         (folder / "token").write_text(TOKEN)
         config = load(DEPLOY / "prometheus" / "prometheus.yaml")
         config["global"] = {"scrape_interval": "1s", "scrape_timeout": "1s", "evaluation_interval": "1s"}
+        self.jobs = [job["job_name"] for job in config["scrape_configs"]]
         for job in config["scrape_configs"]:
             if "authorization" in job:
                 job["authorization"]["credentials_file"] = str(folder / "token")
@@ -80,12 +83,17 @@ class Prometheus:
             (folder / name).write_text(hurried((DEPLOY / "prometheus" / name).read_text()))
 
     def start(self) -> None:
+        """Returns when it has read every page once: what is counted from now on has a beginning."""
         command = [str(program("prometheus")), f"--config.file={self._folder / 'prometheus.yaml'}"]
         command += [f"--storage.tsdb.path={self._folder / 'data'}"]
         command += [f"--web.listen-address={self.url.removeprefix('http://')}"]
         with (self._folder / "log").open("wb") as log:
             self._process = subprocess.Popen(command, stdout=log, stderr=log)
-        until(self._ready, lambda: (self._folder / "log").read_text(), 30)
+        until(self._ready, self.log, 30)
+        until(lambda: all(self.over_time(f'up{{job="{job}"}} == 1') for job in self.jobs), self.log, 30)
+
+    def log(self) -> str:
+        return (self._folder / "log").read_text()
 
     def stop(self) -> None:
         if self._process is not None:
@@ -111,14 +119,29 @@ class Prometheus:
         series: list[dict[str, Any]] = answer["data"]["result"]
         return series
 
-    def firing(self) -> set[str]:
-        """Alerts that fire now."""
-        answer = httpx.get(f"{self.url}/api/v1/alerts", timeout=30).json()
-        alerts = answer["data"]["alerts"]
-        return {alert["labels"]["alertname"] for alert in alerts if alert["state"] == "firing"}
+    def shown(self) -> dict[str, set[str]]:
+        """Every metric it has read or recorded, with its labels."""
+        span: dict[str, str | float] = {"match[]": '{__name__!=""}', "start": self.start_time}
+        answer = httpx.get(f"{self.url}/api/v1/series", params=span, timeout=30).json()
+        found: dict[str, set[str]] = {}
+        for labels in answer["data"]:
+            found.setdefault(labels["__name__"], set()).update(labels)
+        return found
 
-    def fires(self, alert: str, explain: Callable[[], str], seconds: float = 45.0) -> None:
-        until(lambda: alert in self.firing(), lambda: f"{alert} is quiet: {explain()[-3000:]}", seconds)
+    def fired(self) -> set[str]:
+        """Alerts that fire, or did."""
+        return {series["metric"]["alertname"] for series in self.over_time(FIRING)}
+
+    @contextmanager
+    def raises(self, *alerts: str, explain: Callable[[], str]) -> Iterator[None]:
+        """What happens inside makes these alerts fire, which never did before."""
+        assert not (early := self.fired() & set(alerts)), early
+        yield
+        until(
+            lambda: self.fired() >= set(alerts),
+            lambda: f"{set(alerts) - self.fired()} are quiet: {explain()[-3000:]}",
+            PATIENCE,
+        )
 
 
 def hurried(rules: str) -> str:

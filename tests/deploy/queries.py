@@ -16,6 +16,13 @@ TARGET_LABELS = {"instance", "job", "namespace", "pod", "le"}  # Prometheus's ow
 class Query(NamedTuple):
     where: str
     text: str
+    legend: str = ""
+    unit: str = ""
+
+    @property
+    def labels(self) -> set[str]:
+        """Named in the legend."""
+        return set(re.findall(r"{{(\w+)}}", self.legend))
 
 
 def panels() -> list[Query]:
@@ -26,7 +33,8 @@ def panels() -> list[Query]:
             for target in panel.get("targets", ()):
                 text = target["expr"].replace("$__rate_interval", "10s")
                 text = re.sub(r"\$(instance|tenant|adapter)", ".*", text)
-                found.append(Query(f"{path.stem}: {panel['title']}", text))
+                unit = panel["fieldConfig"]["defaults"]["unit"]
+                found.append(Query(f"{path.stem}: {panel['title']}", text, target["legendFormat"], unit))
     return found
 
 

@@ -1,6 +1,6 @@
 """A real Prometheus over a server at work: every panel and every rule has data, and real faults raise alerts.
 
-By hand: `pytest tests/deploy/test_live.py --load-seconds 12`; `--plots FOLDER` draws what was recorded.
+`--load-seconds 60` makes the tenants work longer, `--plots FOLDER` draws what was recorded.
 """
 
 import asyncio
@@ -12,19 +12,22 @@ from typing import Any, NamedTuple
 import httpx
 import pytest
 import torch
-from prometheus_client.parser import text_string_to_metric_families
 
 from tests.deploy.load import train, upload, use
 from tests.deploy.plant import TOKEN, Prometheus, Worker
 from tests.deploy.plots import draw
-from tests.deploy.queries import TARGET_LABELS, Query, conditions, named, panels, recordings
+from tests.deploy.queries import TARGET_LABELS, Query, conditions, grouped, named, panels, recordings
 from tests.e2e.serving import Serving, ask, until
 from tests.fixtures.models import load_model, make_lora
 from tests.fixtures.s3 import Weed
 
+pytestmark = pytest.mark.timeout(900)  # all of it passes before the first test: a minute, or three if busy
 LINEARS = ("q_proj", "v_proj", "down_proj")
-# one of two cores, few slots, little KV, a short queue: evictions, waits and refusals come by themselves
+RANK = 64  # five adapters of it fill a tier of TIERS
+# One of two cores, few slots, small tiers, little KV, a short queue: evictions, loads from everywhere, rows
+# that are put back, waits and refusals come by themselves.
 OPTIONS = ("--threads", "1", "--adapter-slots", "2", "--kv-bytes", str(1 << 20), "--max-seqs", "8")
+TIERS = ("--adapter-ram-bytes", str(1 << 20), "--adapter-disk-bytes", str(1 << 20))
 TOGETHER = ("--max-queue", "24", "--workers", "0")
 FIGURES = ("--metrics-adapter-labels", "ids", "--metrics-token", TOKEN)
 
@@ -32,7 +35,6 @@ FIGURES = ("--metrics-adapter-labels", "ids", "--metrics-token", TOKEN)
 SILENT = {"fleet: GPU memory": "there is no GPU"}
 ZERO = {
     "polypeft_non_finite_rows_total": "no adapter is broken",
-    "polypeft_adapter_corrupt_copies_total": "no disk is",
     "polypeft_valkey_errors_total": "Valkey is never away",
     "polypeft_worker_heartbeat_failures_total": "nor for workers",
 }
@@ -54,18 +56,16 @@ def site(
     tmp_path_factory: pytest.TempPathFactory,
     request: pytest.FixtureRequest,
 ) -> Iterator[Site]:
-    if request.config.getoption("--load-seconds") is None:
-        pytest.skip("by hand: pytest tests/deploy/test_live.py --load-seconds 12")
     folder = tmp_path_factory.mktemp("live")
     model, threads = tiny_models("llama"), torch.get_num_threads()
     torch.set_num_threads(1)
     store = Weed()
     at = ("--store", store.url(), "--store-config", str(store.config))
-    server = Serving(str(model), folder / "serving", *OPTIONS, *TOGETHER, *FIGURES, *at)
+    server = Serving(str(model), folder / "serving", *OPTIONS, *TIERS, *TOGETHER, *FIGURES, *at)
     worker = Worker(str(model), server, folder, *at)
     base = load_model(model)
     loras = [
-        make_lora(base, folder / f"lora{i}", seed=i, r=4, target_modules=list(LINEARS)) for i in range(8)
+        make_lora(base, folder / f"lora{i}", seed=i, r=RANK, target_modules=list(LINEARS)) for i in range(9)
     ]
     noop = make_lora(base, folder / "noop", scale=0.0, r=2, target_modules=["q_proj"])
     prometheus = None
@@ -75,7 +75,7 @@ def site(
         worker.start()
         prometheus = Prometheus(folder / "prometheus", server.url, worker.port)
         prometheus.start()
-        keys = {server.tenant(name): [f"{name}-{i}" for i in range(2)] for name in ("acme", "bmw", "citi")}
+        keys = {server.tenant(name): [f"{name}-{i}" for i in range(3)] for name in ("acme", "bmw", "citi")}
         yield Site(server, worker, store, prometheus, keys, loras, noop)
     finally:
         worker.kill()
@@ -88,7 +88,7 @@ def site(
 
 @pytest.fixture(scope="module")
 def worked(site: Site, request: pytest.FixtureRequest) -> Site:
-    """After uploads, misses, evictions, errors, a fine-tuning job, and three faults with their alerts."""
+    """After uploads, misses, evictions, errors, a fine-tuning job, and four faults with their alerts."""
     seconds = request.config.getoption("--load-seconds")
     number = iter(range(len(site.loras)))
     for key, names in site.keys.items():
@@ -96,11 +96,14 @@ def worked(site: Site, request: pytest.FixtureRequest) -> Site:
             assert upload(site.server, key, name, site.loras[next(number)]) == 201
     first = next(iter(site.keys))
     assert upload(site.server, first, "noop", site.noop) == 422
-    train(site.server, first, "llama", "tuned", 2)
-    asyncio.run(use(site.server, site.keys, "llama", seconds))
+    train(site.server, first, "llama", "tuned", 12)
+    overload = ("PolypeftRejects", "PolypeftErrorBudgetBurnsFast")
+    with site.prometheus.raises(*overload, explain=site.server.log):
+        asyncio.run(use(site.server, site.keys, "llama", seconds))
     with site.server.sdk(first) as sdk:
-        until(lambda: _done(sdk), site.worker.log, 60)
+        until(lambda: _done(sdk), site.worker.log, 240)
     kill_the_engine(site)
+    spoil_the_disk(site)
     stop_the_store(site)
     kill_the_worker(site)
     if plots := request.config.getoption("--plots"):
@@ -113,28 +116,38 @@ def _done(sdk: Any) -> bool:
 
 
 def kill_the_engine(site: Site) -> None:
-    site.server.kill("engine")
-    with site.server.http(next(iter(site.keys))) as client:
-        client.post("/v1/completions", json={"model": "llama", "prompt": "x", "max_tokens": 4})
-    site.prometheus.fires("PolypeftEngineRestarts", site.server.log)
-    until(site.server.ready, site.server.log, 60)
+    with site.prometheus.raises("PolypeftEngineRestarts", explain=site.server.log):
+        _new_engine(site)
+
+
+def spoil_the_disk(site: Site) -> None:
+    """The engine is new, and the disk all it has: it sees the damage, and takes them from the store."""
+    with site.prometheus.raises("PolypeftAdapterCopiesCorrupt", explain=site.server.log):
+        for copy in _copies(site):
+            copy.write_bytes(b"spoilt")
+        assert set(_ask_all(site)) == {200}
 
 
 def stop_the_store(site: Site) -> None:
-    """Adapters that are nowhere on this machine cannot be had; the base goes on."""
-    _forget_copies(site)
-    site.store.kill()
-    cold = [(key, name) for key, names in site.keys.items() for name in names]
-    with ThreadPoolExecutor(len(cold)) as pool:
-        answers = list(pool.map(lambda pair: _asked(site, *pair), cold))
-    assert all(status >= 500 for status in answers), answers
-    with site.server.http(cold[0][0]) as client:
-        assert ask(client, "llama", "the base", 2)
-    site.prometheus.fires("PolypeftAdapterLoadsFail", site.server.log)
-    site.prometheus.fires("PolypeftErrorBudgetBurnsFast", site.server.log)
-    site.prometheus.fires("PolypeftStoreErrors", site.server.log)
+    """A new engine with an empty disk can have no adapter; the base goes on."""
+    for copy in _copies(site):
+        copy.unlink()
+    _new_engine(site)
+    alerts = ("PolypeftAdapterLoadsFail", "PolypeftStoreErrors", "PolypeftStoreBreakerOpen")
+    with site.prometheus.raises(*alerts, explain=site.server.log):
+        site.store.kill()
+        answers = _ask_all(site)
+        assert all(status >= 500 for status in answers), answers
+        with site.server.http(next(iter(site.keys))) as client:
+            assert ask(client, "llama", "the base", 2)
     site.store.start()
-    until(lambda: _takes_files(site, cold[0][0]), site.server.log, 60)
+    until(lambda: _takes_files(site, next(iter(site.keys))), site.server.log, 60)
+
+
+def _new_engine(site: Site) -> None:
+    site.server.kill("engine")
+    until(lambda: not site.server.ready(), site.server.log)
+    until(site.server.ready, site.server.log, 60)
 
 
 def _takes_files(site: Site, key: str) -> bool:
@@ -151,11 +164,17 @@ def _asked(site: Site, key: str, model: str) -> int:
         return client.post("/v1/completions", json=asked).status_code
 
 
-def _forget_copies(site: Site) -> None:
-    """The local copies: a server that is new, or whose disk was too small."""
-    for copy in (site.server.data_dir / "cache" / "adapters").rglob("*"):
-        if copy.is_file():
-            copy.unlink()
+def _ask_all(site: Site) -> list[int]:
+    """Every adapter at once."""
+    pairs = [(key, name) for key, names in site.keys.items() for name in names]
+    with ThreadPoolExecutor(len(pairs)) as pool:
+        return list(pool.map(lambda pair: _asked(site, *pair), pairs))
+
+
+def _copies(site: Site) -> list[Path]:
+    found = [path for path in (site.server.data_dir / "cache" / "adapters").rglob("*") if path.is_file()]
+    assert found
+    return found
 
 
 def kill_the_worker(site: Site) -> None:
@@ -163,26 +182,26 @@ def kill_the_worker(site: Site) -> None:
     train(site.server, key, "llama", "second", 40)
     with site.server.sdk(key) as sdk:
         until(lambda: "running" in {j.status for j in sdk.fine_tuning.jobs.list()}, site.worker.log, 30)
-    site.worker.kill()
-    site.prometheus.fires("PolypeftWorkerDown", site.worker.log)
-    site.prometheus.fires("PolypeftJobHeartbeatStale", site.worker.log)
+    alerts = ("PolypeftWorkerDown", "PolypeftJobHeartbeatStale")
+    with site.prometheus.raises(*alerts, explain=site.worker.log):
+        site.worker.kill()
     train(site.server, key, "llama", "third", 1)  # which nobody takes
     queued = 'polypeft_jobs{state="queued"} > 0'
     until(lambda: site.prometheus.over_time(queued), site.server.log)
 
 
-@pytest.mark.timeout(900)
 def test_every_panel_has_data(worked: Site) -> None:
-    faults = [fault for query in panels() if (fault := _without_data(worked.prometheus, query))]
+    faults = [fault for query in panels() if (fault := _fault(worked.prometheus, query))]
     assert not faults, "\n".join(faults)
 
 
 def test_every_rule_has_data(worked: Site) -> None:
-    faults = [fault for query in recordings() if (fault := _without_data(worked.prometheus, query))]
+    faults = [fault for query in recordings() if (fault := _fault(worked.prometheus, query))]
     assert not faults, "\n".join(faults)
 
 
-def _without_data(prometheus: Prometheus, query: Query) -> str | None:
+def _fault(prometheus: Prometheus, query: Query) -> str | None:
+    """What is wrong with a query's answer; None: nothing."""
     if query.where in SILENT:
         return None
     series = prometheus.over_time(query.text)
@@ -192,37 +211,23 @@ def _without_data(prometheus: Prometheus, query: Query) -> str | None:
         return f"no data: {query.where}: {query.text}"
     if not any(known) and not any(name in ZERO for name, _ in named(query.text)):
         return f"always 0: {query.where}: {query.text}"
+    if missing := [label for one in series for label in query.labels - one["metric"].keys()]:
+        return f"no {missing[0]} for its legend: {query.where}: {query.text}"
     return None
 
 
-def test_every_metric_and_label_is_on_the_pages(worked: Site) -> None:
-    """By name in what the server and the worker really show, not by the tables they are made from."""
-    worked.worker.start()
-    pages = [
-        httpx.get(f"{worked.server.url}/metrics", headers={"authorization": f"Bearer {TOKEN}"}),
-    ]
-    url = f"http://127.0.0.1:{worked.worker.port}/metrics"
-    until(lambda: _reached(url), worked.worker.log, 60)
-    pages.append(httpx.get(url))
-    shown: dict[str, set[str]] = {"up": set()}
-    for page in pages:
-        assert page.status_code == 200
-        for family in text_string_to_metric_families(page.text):
-            for sample in family.samples:
-                shown.setdefault(sample.name, set()).update(sample.labels)
+def test_every_metric_and_label_was_on_the_pages(worked: Site) -> None:
+    """By name in what the server and the worker showed, not by the tables they are made from."""
+    shown = worked.prometheus.shown()
     for query in [*panels(), *conditions()]:
-        for name, labels in named(query.text):
-            if name.startswith("polypeft:") or query.where in SILENT:
-                continue
+        if query.where in SILENT:
+            continue
+        found = named(query.text)
+        for name, labels in found:
             assert name in shown, f"{name} of {query.where}"
-            assert labels - TARGET_LABELS <= shown[name], f"{name} of {query.where}"
-
-
-def _reached(url: str) -> bool:
-    try:
-        return httpx.get(url).status_code == httpx.codes.OK
-    except httpx.TransportError:
-        return False
+            assert labels <= shown[name] | TARGET_LABELS, f"{name} of {query.where}"
+        everywhere = TARGET_LABELS.union(*(shown[name] for name, _ in found))
+        assert grouped(query.text) <= everywhere, f"{query.where}: {query.text}"
 
 
 def test_the_metrics_page_needs_its_token(site: Site) -> None:

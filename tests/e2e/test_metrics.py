@@ -165,6 +165,8 @@ def test_the_worker_shows_its_own(server: Serving, busy: str, port: int) -> None
         found = parsed(answer.read().decode())
     assert not [key for key in ON_WORKER - {"worker_loss"} if not series_of(found, key)]
     assert total(found, "polypeft_worker_attempts_total", outcome="finished") == 1
+    for operation in ("download", "put"):  # the data; a checkpoint and the result
+        assert total(found, "polypeft_store_call_seconds_count", process="worker", operation=operation) > 0
     everybody = page(server)
     for mine, all_workers in (
         ("polypeft_worker_training_tokens_total", "polypeft_training_tokens_total"),
