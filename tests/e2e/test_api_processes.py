@@ -78,6 +78,13 @@ def streams_on_both(server: Serving, key: str) -> list[Stream]:
     return streams
 
 
+def kill_one(server: Serving) -> None:
+    """Returns when another is in its place, which may still be starting."""
+    victim = server.pids_of("api")[0]
+    os.kill(victim, signal.SIGKILL)
+    until(lambda: len(set(server.pids_of("api")) - {victim}) == 2, server.log)
+
+
 def test_one_is_killed_and_the_other_serves_on(server: Serving) -> None:
     key = server.tenant("alice")
     with server.http(key) as http:
@@ -118,9 +125,7 @@ def test_every_scrape_shows_the_sum_of_all(server: Serving) -> None:
         for asked in (24, 48):
             assert set(pool.map(one, range(24))) == {200}
             assert [counted() for _ in range(8)] == [asked] * 8
-            victim = server.pids_of("api")[0]
-            os.kill(victim, signal.SIGKILL)  # what it counted still counts
-            until(lambda gone=victim: len(set(server.pids_of("api")) - {gone}) == 2, server.log)
+            kill_one(server)  # what it counted still counts
             assert [counted() for _ in range(8)] == [asked] * 8
     until(lambda: server.gauge("vllm:generation_tokens_total") == 48 * 8)
     assert server.gauge("polypeft_engine_up") == 1
