@@ -1,18 +1,24 @@
-"""How many tokens a second one API process relays: the fake engine behind it, a counter of bytes before it.
+"""What one API process takes: for a request, and for each token of a busy engine's streams.
+
+The fake engine is behind it, a plain client or a counter of bytes before it.
 
 Engine and counter live in the caller's loop, the API in a process of its own, Valkey in another. If the API's
 process is busy all the time it was the limit; its processor time a token says what one core could carry.
 """
 
 import asyncio
+import http.client
 import json
 import socket
+import statistics
 import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
@@ -29,25 +35,55 @@ TOKENS = 200  # of an answer
 STEP_SECONDS = 0.002  # of the engine: with 64 rows, more than can be relayed
 TEXT = "One frozen base model stays resident. Thousands of tenants bring small adapters of their own. "
 WARM_SECONDS = 2.0
+ONE_BY_ONE = 500  # requests
 
 
-async def relay(model: Path, folder: Path, seconds: float, counts: list[int]) -> list[dict[str, float]]:
-    """For each of `counts`, so many streams at a time, each followed by the next."""
+@dataclass(frozen=True)
+class Api:
+    """The API's process over a fake engine in this loop."""
+
+    process: psutil.Process
+    url: httpx.URL
+    key: str  # a tenant's
+    engine: FakeEngine
+
+    def one_token_ms(self) -> float:
+        """The median time of a request for one token, one after the other on one connection."""
+        connection = http.client.HTTPConnection(self.url.host, self.url.port)
+        headers = {"authorization": f"Bearer {self.key}", "content-type": "application/json"}
+        times = []
+        for _ in range(ONE_BY_ONE):
+            start = time.perf_counter()
+            connection.request("POST", "/v1/completions", json.dumps(body("model", TEXT, 1)), headers)
+            if b'"text"' not in (answer := connection.getresponse().read()):
+                raise RuntimeError(answer.decode())
+            times.append(time.perf_counter() - start)
+        return 1000 * statistics.median(times)
+
+    def cpu(self) -> float:
+        return float(sum(self.process.cpu_times()[:2]))
+
+
+async def relay(model: Path, folder: Path, seconds: float, counts: list[int]) -> dict[str, Any]:
+    """Requests for one token; then, for each of `counts`, so many streams at a time without a pause."""
     tokenizer = Tokenizer.load(model)
     script = (tokenizer.encode(TEXT) * TOKENS)[:TOKENS]
-    async with _api(model, folder, tokenizer, script) as (process, url, key):
-        return [await _measure(process, url, key, seconds, streams) for streams in counts]
+    async with _api(model, folder, tokenizer, script) as api:
+        one_token_ms = await asyncio.to_thread(api.one_token_ms)
+        api.engine.behaviour.step_seconds = STEP_SECONDS
+        return {
+            "one_token_ms": one_token_ms,
+            "streams": [await _streams(api, seconds, streams) for streams in counts],
+        }
 
 
-async def _measure(
-    process: psutil.Process, url: httpx.URL, key: str, seconds: float, streams: int
-) -> dict[str, float]:
+async def _streams(api: Api, seconds: float, streams: int) -> dict[str, float]:
     counter = Counter()
-    own = [asyncio.create_task(counter.keep_asking(url, key)) for _ in range(streams)]
+    own = [asyncio.create_task(counter.keep_asking(api.url, api.key)) for _ in range(streams)]
     await asyncio.sleep(WARM_SECONDS)
-    began, before, cpu = time.perf_counter(), counter.events, _cpu(process)
+    began, before, cpu = time.perf_counter(), counter.events, api.cpu()
     await asyncio.sleep(seconds)
-    took, events, cpu = time.perf_counter() - began, counter.events - before, _cpu(process) - cpu
+    took, events, cpu = time.perf_counter() - began, counter.events - before, api.cpu() - cpu
     for task in own:
         task.cancel()
     for error in await asyncio.gather(*own, return_exceptions=True):
@@ -91,10 +127,7 @@ class Counter:
 
 
 @asynccontextmanager
-async def _api(
-    model: Path, folder: Path, tokenizer: Tokenizer, script: list[int]
-) -> AsyncIterator[tuple[psutil.Process, httpx.URL, str]]:
-    """The API process over a fake engine in this loop: its process, its address, and the operator's key."""
+async def _api(model: Path, folder: Path, tokenizer: Tokenizer, script: list[int]) -> AsyncIterator[Api]:
     with (
         tempfile.TemporaryDirectory(prefix="pp") as short,
         socket.create_server(("127.0.0.1", 0)) as listener,
@@ -106,22 +139,25 @@ async def _api(
         settings.figures_dir.mkdir()
         base = Base("model", "llama", "b" * 64, 30, 576, 9, 64, len(tokenizer.pieces), 2048, {})
         engine = FakeEngine(settings.engine_socket, base)
-        engine.behaviour.step_seconds, engine.behaviour.script = STEP_SECONDS, script
+        engine.behaviour.script = script
         await engine.start()
         environment = child_environment(settings) | {MULTIPROCESS: str(settings.figures_dir)}
         fd = listener.fileno()
         command = (sys.executable, "-m", "server.api", "--fd", str(fd))
-        api = await asyncio.create_subprocess_exec(*command, pass_fds=[fd], env=environment)
+        process = await asyncio.create_subprocess_exec(*command, pass_fds=[fd], env=environment)
         try:
             url = httpx.URL(f"http://127.0.0.1:{listener.getsockname()[1]}")
             await asyncio.to_thread(until, lambda: httpx.get(url.join("/readyz"), timeout=60).is_success)
-            yield psutil.Process(api.pid), url, operator_key(settings.data_dir)[0]
+            key = await asyncio.to_thread(_tenant, url, operator_key(settings.data_dir)[0])
+            yield Api(psutil.Process(process.pid), url, key, engine)
         finally:
-            api.terminate()
-            await api.wait()
+            process.terminate()
+            await process.wait()
             await engine.close()
             valkey.stop()
 
 
-def _cpu(process: psutil.Process) -> float:
-    return float(sum(process.cpu_times()[:2]))
+def _tenant(url: httpx.URL, operator: str) -> str:
+    headers = {"authorization": f"Bearer {operator}"}
+    made = httpx.post(url.join("/admin/tenants"), json={"name": "relay"}, headers=headers)
+    return str(made.raise_for_status().json()["key"])

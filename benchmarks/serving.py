@@ -128,12 +128,15 @@ def figures_of(served: Sequence[Served], seconds: float, objective: Objective) -
 
 
 def upload(server: Serving, key: str, model: Path, scratch: Path, count: int) -> None:
-    """Adapters a0, a1, ...: one that PEFT saved, its numbers scaled a little differently each time."""
+    """Adapters a0, a1, ...: one that PEFT saved, its numbers scaled a little differently each time.
+
+    The most popular, a0, comes last: the device is then as if they had been asked for.
+    """
     folder = make_lora(model, scratch / "lora", target_modules=["q_proj", "v_proj"], r=8, scale=0.02)
     weights = folder / "adapter_model.safetensors"
     first = load_file(weights)
     with server.http(key) as http:
-        for i in track(range(count), "uploading adapters", console=Console(stderr=True)):
+        for i in track(range(count)[::-1], "uploading adapters", console=Console(stderr=True)):
             save_file({name: tensor * (1 + i / count) for name, tensor in first.items()}, weights)
             push(http, f"a{i}", folder)
 
@@ -153,7 +156,7 @@ def counted(server: Serving, into: Figures) -> Iterator[None]:
 
 
 def main(
-    rates: Annotated[str, typer.Option(help="Requests a second, with commas.")] = "1,2,3",
+    rates: Annotated[str, typer.Option(help="Requests a second, with commas.")] = "2,4,6",
     seconds: Annotated[float, typer.Option(help="That requests of a phase come.")] = 20.0,
     adapters: int = 48,
     slots: int = 16,

@@ -52,7 +52,7 @@ from server.tenancy.pins import Pins
 from server.tenancy.tenants import Tenants
 from server.tracing import Tracing
 
-MEETING_SECONDS = 2.0  # an engine that works answers after its step
+TOLD_SECONDS = 3.0  # an engine that works tells its figures each second
 
 ROUTERS = (
     completions,
@@ -98,8 +98,8 @@ def build_app(settings: Settings, tracing: Tracing | None = None) -> FastAPI:
             loops += [watcher.run()] if watcher is not None else []
         tasks = [asyncio.create_task(loop) for loop in loops]
         app.state.services = services
-        if settings.api_processes > 1:  # no connection that another could serve, before we can
-            await services.engine.met(MEETING_SECONDS)
+        if settings.api_processes > 1:  # take no connection that another serves better, a scrape included
+            await services.engine.told(TOLD_SECONDS)
         try:
             yield
         finally:

@@ -40,7 +40,7 @@ class EngineClient:
         self._address = address
         self._on_stats = on_stats
         self._boot: str | None = None
-        self._met = asyncio.Event()  # set while there is a boot
+        self._told = asyncio.Event()  # set while there is a boot whose figures we have
         self._heard = 0.0
         self._rows: dict[str, _Inbox] = {}
         self._checks: dict[str, asyncio.Future[m.Checked]] = {}
@@ -71,11 +71,11 @@ class EngineClient:
         loops = (self._receive(), self._watch(), self._hang_up())
         self._tasks = [asyncio.create_task(loop) for loop in loops]
 
-    async def met(self, seconds: float) -> None:
-        """Returns when the engine has answered, or after so long without it."""
+    async def told(self, seconds: float) -> None:
+        """Returns when the engine has answered and told its figures, or after so long without that."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
-                await self._met.wait()
+                await self._told.wait()
 
     async def close(self) -> None:
         for task in self._tasks:
@@ -187,13 +187,14 @@ class EngineClient:
                 if event.boot != self._boot:
                     self._lose()
                 self.base, self.limits, self._boot = decode_base(event.base), event.limits, event.boot
-                self._met.set()
 
     def _handle_stats(self, stats: m.Stats) -> None:
         if self._boot is not None and stats.boot != self._boot:
             self._lose()  # a restarted engine: _watch says Hello and its Ready follows
             return
         self.stats = stats
+        if self._boot is not None:
+            self._told.set()
         if self._on_stats is not None:
             self._on_stats(stats)
 
@@ -216,7 +217,7 @@ class EngineClient:
     def _lose(self) -> None:
         """The engine is gone, and all it worked on; the next Ready starts afresh."""
         self._boot = None
-        self._met.clear()
+        self._told.clear()
         self.drop_rows()
         for answer in self._checks.values():
             if not answer.done():
