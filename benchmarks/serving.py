@@ -250,12 +250,12 @@ def draw(phases: list[Figures], objective: Objective, path: Path) -> None:
                 axes.plot(
                     *zip(*points, strict=True), style, marker="o", color=colour, label=f"{kind}{suffix}"
                 )
-        axes.set(xlabel="requests per second", ylabel=label)
-        axes.set_ylim(0, 1.05 if axes is kept else None)
+        axes.set(xlabel="requests per second", ylabel=label, xticks=[one["rate"] for one in phases])
         axes.grid(alpha=0.3)
     for axes, limit in ((first, objective.first_ms), (token, objective.token_ms)):
         axes.axhline(limit, color="grey", linewidth=0.8, label="objective")
     for axes in (throughput, kept, first, token):
+        axes.set_ylim(0, 1.05 if axes is kept else None)
         axes.legend(fontsize=8)
     figure.savefig(path, dpi=110)
 
