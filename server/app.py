@@ -1,7 +1,7 @@
 """Builds every object of the API process once, by hand, and wires them. The only file that does."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
@@ -52,6 +52,8 @@ from server.tenancy.pins import Pins
 from server.tenancy.tenants import Tenants
 from server.tracing import Tracing
 
+TOLD_SECONDS = 3.0  # an engine that works tells its figures each second
+
 ROUTERS = (
     completions,
     chat,
@@ -90,11 +92,14 @@ def build_app(settings: Settings, tracing: Tracing | None = None) -> FastAPI:
         publisher = Publisher(
             services.jobs, services.files, services.registry, services.objects, TrainedGate(services)
         )
-        loops = [publisher.run(), Upkeep(services.registry).run(), pins.keep_pins(services)]
-        if watcher is not None:
-            loops.append(watcher.run())
+        loops: list[Coroutine[None, None, None]] = []
+        if settings.api_number == 0:
+            loops = [publisher.run(), Upkeep(services.registry).run(), pins.keep_pins(services)]
+            loops += [watcher.run()] if watcher is not None else []
         tasks = [asyncio.create_task(loop) for loop in loops]
         app.state.services = services
+        if settings.api_processes > 1:  # take no connection that another serves better, a scrape included
+            await services.engine.told(TOLD_SECONDS)
         try:
             yield
         finally:

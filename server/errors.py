@@ -15,6 +15,7 @@ PolypeftError                           500  our fault unless a subclass says ot
 ├── UnsupportedMedia                    415  not a kind of file we take
 ├── QuotaExceeded                       429  the tenant's limit
 ├── Unavailable                         503  overloaded, draining, or a part is down: try again
+│   ├── QueueFull                       503  more rows wait than may
 │   ├── EngineLost                      503  the engine died under this request
 │   └── StoreError                      503  object storage or Valkey did not answer
 │       └── CorruptObject               503  ... with bytes that are not what was stored
@@ -119,6 +120,10 @@ class Unavailable(PolypeftError):
     status = 503
     type = "server_error"
     code = "unavailable"
+
+
+class QueueFull(Unavailable):
+    code = "queue_full"
 
 
 class EngineLost(Unavailable):

@@ -33,6 +33,8 @@ class Settings(BaseSettings):
     """Address to listen on."""
     port: int = Field(default=8000, ge=0, le=65535)
     """Port to listen on; 0: any free one."""
+    api_processes: int = Field(default=1, ge=1, le=64)
+    """Processes that speak HTTP, all on that port and to the one engine."""
     data_dir: Path = Path("data")
     """Where everything lies that must survive."""
     store: str | None = None
@@ -171,6 +173,8 @@ class Settings(BaseSettings):
     """Of requests without a traceparent, the share that is traced."""
     supervisor_pid: int = 0
     """Internal: set by `serve` for its children, which end with it; 0: runs alone."""
+    api_number: int = Field(default=0, ge=0)
+    """Internal: which of the API processes this is; the first also does what only one has to do."""
 
     @property
     def base_id(self) -> str:

@@ -17,12 +17,23 @@ def incoming(settings: Settings) -> tempfile.TemporaryDirectory[str]:
     """A folder of the caller's own, gone when its block ends."""
     folder = settings.data_dir / FOLDER
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    return tempfile.TemporaryDirectory(dir=folder, ignore_cleanup_errors=True)
+    prefix = _prefix(settings.api_number)
+    return tempfile.TemporaryDirectory(prefix=prefix, dir=folder, ignore_cleanup_errors=True)
 
 
 def clear_incoming(settings: Settings) -> None:
-    """Remove the bodies that died with the process they arrived at. Before the first request only."""
-    shutil.rmtree(settings.data_dir / FOLDER, ignore_errors=True)
+    """Remove the bodies that died with the process they arrived at. Before its first request only.
+
+    Those of the other API processes stay: they may be on their way.
+    """
+    others = tuple(_prefix(n) for n in range(settings.api_processes) if n != settings.api_number)
+    for path in (settings.data_dir / FOLDER).glob("*"):
+        if not path.name.startswith(others):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _prefix(api_number: int) -> str:
+    return f"{api_number}-"
 
 
 async def stored_file(settings: Settings, objects: Objects, key: str, name: str, sha256: str) -> FileResponse:

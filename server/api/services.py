@@ -14,7 +14,7 @@ from server.api.system_figures import SystemFigures
 from server.api.turns import Turns
 from server.base.text import Tokenizer
 from server.engine.client import EngineClient
-from server.errors import Unavailable
+from server.errors import QueueFull, Unavailable
 from server.finetune.files import Files
 from server.finetune.jobs import Jobs
 from server.finetune.queue import WorkerQueue
@@ -76,4 +76,4 @@ class Services:
         room = self.settings.max_queue + self.engine.limits.get("max_seqs", 0)
         if self.engine.rows + rows > room:
             self.metrics.count("rejections", "queue_full")
-            raise Unavailable(f"The queue of {self.settings.max_queue} is full; try again in a moment.")
+            raise QueueFull(f"The queue of {self.settings.max_queue} is full; try again in a moment.")

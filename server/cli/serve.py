@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from adapters_store.objects import Objects
 
 log = logging.getLogger(__name__)
-INTERNAL = {"supervisor_pid"}  # between `serve` and its children
+INTERNAL = {"supervisor_pid", "api_number"}  # between `serve` and its children
 WELCOME = """
 {model} is ready at {url}/v1
 

@@ -5,6 +5,7 @@ a row yields at most max_tokens chunks. Every row ends in exactly one finish, in
 """
 
 import asyncio
+import contextlib
 import logging
 import time
 import uuid
@@ -39,6 +40,7 @@ class EngineClient:
         self._address = address
         self._on_stats = on_stats
         self._boot: str | None = None
+        self._told = asyncio.Event()  # set while there is a boot whose figures we have
         self._heard = 0.0
         self._rows: dict[str, _Inbox] = {}
         self._checks: dict[str, asyncio.Future[m.Checked]] = {}
@@ -68,6 +70,12 @@ class EngineClient:
         self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         loops = (self._receive(), self._watch(), self._hang_up())
         self._tasks = [asyncio.create_task(loop) for loop in loops]
+
+    async def told(self, seconds: float) -> None:
+        """Returns when the engine has answered and told its figures, or after so long without that."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._told.wait()
 
     async def close(self) -> None:
         for task in self._tasks:
@@ -185,6 +193,8 @@ class EngineClient:
             self._lose()  # a restarted engine: _watch says Hello and its Ready follows
             return
         self.stats = stats
+        if self._boot is not None:
+            self._told.set()
         if self._on_stats is not None:
             self._on_stats(stats)
 
@@ -207,6 +217,7 @@ class EngineClient:
     def _lose(self) -> None:
         """The engine is gone, and all it worked on; the next Ready starts afresh."""
         self._boot = None
+        self._told.clear()
         self.drop_rows()
         for answer in self._checks.values():
             if not answer.done():

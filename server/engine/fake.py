@@ -9,6 +9,7 @@ import asyncio
 import hashlib
 import time
 import uuid
+from collections import defaultdict
 from dataclasses import dataclass, field
 
 import msgspec
@@ -25,7 +26,7 @@ STATS_SECONDS = 0.2
 class Behaviour:
     """What a test makes the engine do. May be changed while it runs."""
 
-    step_seconds: float = 0.0  # a pause before each token
+    step_seconds: float = 0.0  # rows get their tokens together, once in so long
     chunk_tokens: int = 1  # tokens a chunk
     stop_after: int | None = None  # end with "stop" after so many tokens
     script: list[int] | None = None  # these tokens, then "stop", whatever the prompt
@@ -56,6 +57,7 @@ class FakeEngine:
         self._prefilled: dict[str, asyncio.Event] = {}
         self._peers: set[bytes] = set()
         self._tasks: list[asyncio.Task[None]] = []
+        self._untold: defaultdict[bytes, list[m.Chunk]] = defaultdict(list)
         self._generated = 0
 
     @property
@@ -77,6 +79,7 @@ class FakeEngine:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         self._rows.clear()
+        self._untold.clear()
         self._peers.clear()
         self._socket.close()
         self._context.term()
@@ -113,8 +116,7 @@ class FakeEngine:
         try:
             if row.after is not None and (sibling := self._prefilled.get(row.after)):
                 await sibling.wait()
-            last = await self._generate(peer, row)
-            await self._send(peer, m.Chunks([last]))
+            self._tell(peer, await self._generate(peer, row))
         finally:
             self._prefilled.pop(row.id).set()
             self._rows.pop(row.id, None)
@@ -125,7 +127,7 @@ class FakeEngine:
         timing = m.Timing(arrived=time.time(), source="device" if row.adapter else "")
         failing = row.adapter is not None and row.adapter.digest == how.fail_digest
         while True:
-            await asyncio.sleep(how.step_seconds)
+            await self._step_ends()
             self._prefilled[row.id].set()
             if row.deadline is not None and time.time() > row.deadline:
                 return m.Chunk(row.id, finish="error", error=("deadline_exceeded", "The deadline passed."))
@@ -139,7 +141,7 @@ class FakeEngine:
                 chunk = msgspec.structs.replace(chunk, timing=timing)
             if chunk.finish is not None:
                 return chunk
-            await self._send(peer, m.Chunks([chunk]))
+            self._tell(peer, chunk)
 
     def _step(self, row: m.Generate, tokens: list[int]) -> m.Chunk:
         """Up to `chunk_tokens` more, or fewer and the finish."""
@@ -190,6 +192,22 @@ class FakeEngine:
             for peer in list(self._peers):
                 await self._send(peer, m.Stats(self.boot, gauges, counters))
             await asyncio.sleep(STATS_SECONDS)
+
+    async def _step_ends(self) -> None:
+        seconds = self.behaviour.step_seconds
+        await asyncio.sleep(seconds and seconds - time.monotonic() % seconds)
+
+    def _tell(self, peer: bytes, chunk: m.Chunk) -> None:
+        """With what the step gives the peer's other rows, in one message."""
+        if not self._untold:
+            asyncio.get_running_loop().call_soon(self._deliver)
+        self._untold[peer].append(chunk)
+
+    def _deliver(self) -> None:
+        untold, self._untold = self._untold, defaultdict(list)
+        for peer, chunks in untold.items():
+            if not self.behaviour.mute and not self._socket.closed:
+                self._socket.send_multipart([peer, m.encode(m.Chunks(chunks))])
 
     async def _send(self, peer: bytes, event: m.Event) -> None:
         if not self.behaviour.mute:

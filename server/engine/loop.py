@@ -33,7 +33,7 @@ from server.engine.row import Row
 from server.engine.sampler import Sampled, SampleRow, sample
 from server.engine.scheduler import Scheduler
 from server.engine.stopwatch import Stopwatch
-from server.errors import ContextTooLong, InvalidField, NonFinite, PolypeftError, Unavailable
+from server.errors import ContextTooLong, InvalidField, NonFinite, PolypeftError, QueueFull, Unavailable
 from server.settings import Settings
 
 
@@ -187,7 +187,7 @@ class Engine:
                 param="adapters",
             )
         elif self.scheduler.waiting >= self.settings.max_queue:
-            error = Unavailable(f"The queue is full ({self.settings.max_queue} requests); try again later.")
+            error = QueueFull(f"The queue is full ({self.settings.max_queue} requests); try again later.")
         if error:
             self.refused.append(_failure(command.id, error))
             return

@@ -1,7 +1,7 @@
 """The life of one system: take the places, start the children in order, keep them, stop them in order.
 
-start   Valkey, and wait for it; then engine and API side by side; ready when GET /readyz says 200; then
-        the workers for fine-tuning, for which nobody waits
+start   Valkey, and wait for it; then engine and API processes side by side; ready when GET /readyz says
+        200, whichever of them answers; then the workers for fine-tuning, for which nobody waits
 stop    the API drains (at most drain_seconds) while workers save what they train, then the engine, then
         Valkey; a second signal kills all
 """
@@ -103,10 +103,8 @@ class _System:
             await answering(url, REDIS_SECONDS)
         environment = _environment(settings, url)
         await self._add(Child("engine", self._commands["engine"], environment, STOP_SECONDS))
-        fd = self._listener.fileno()
-        command = [*self._commands["api"], "--fd", str(fd)]
-        summed = environment | {MULTIPROCESS: str(settings.figures_dir)}
-        await self._add(Child("api", command, summed, settings.drain_seconds + STOP_SECONDS, fds=(fd,)))
+        for number in range(settings.api_processes):
+            await self._add(self._api(number, environment), beside_last=number > 0)
         await _answering_readyz(address_of(self._listener))
         self._was_ready = True
         self._ready(address_of(self._listener))
@@ -114,6 +112,19 @@ class _System:
             own = environment | _own_port(settings, number)
             worker = Child(f"worker {number + 1}", self._commands["worker"], own, STOP_SECONDS)
             await self._add(worker, beside_last=True)
+
+    def _api(self, number: int, environment: dict[str, str]) -> Child:
+        """All API processes accept from one listening socket: whoever is alive and idle takes a connection,
+        and none waits for one that has died."""
+        settings, fd = self._settings, self._listener.fileno()
+        own = {MULTIPROCESS: str(settings.figures_dir), "POLYPEFT_API_NUMBER": str(number)}
+        return Child(
+            "api" if settings.api_processes == 1 else f"api {number + 1}",
+            [*self._commands["api"], "--fd", str(fd)],
+            environment | own,
+            settings.drain_seconds + STOP_SECONDS,
+            fds=(fd,),
+        )
 
     async def _add(self, child: Child, *, beside_last: bool = False) -> None:
         if not beside_last:

@@ -105,19 +105,19 @@ class Serving:
 
     def pid(self, name: str) -> int:
         """Of the child called `name`, as soon as there is one."""
-        found: list[int] = []
+        until(lambda: self.pids_of(name), self.log)
+        return self.pids_of(name)[-1]
 
-        def look() -> bool:
-            for child in psutil.Process(self.process.pid).children():
-                try:
-                    if CHILDREN[name] in " ".join(child.cmdline()[:3]):
-                        found.append(child.pid)
-                except psutil.Error:
-                    continue
-            return bool(found)
-
-        until(look, self.log)
-        return found[-1]
+    def pids_of(self, name: str) -> list[int]:
+        """Of all children called so that run now."""
+        found = []
+        for child in psutil.Process(self.process.pid).children():
+            try:
+                if CHILDREN[name] in " ".join(child.cmdline()[:3]):
+                    found.append(child.pid)
+            except psutil.Error:
+                continue
+        return found
 
     def kill(self, name: str) -> None:
         os.kill(self.pid(name), signal.SIGKILL)

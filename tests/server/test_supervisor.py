@@ -61,6 +61,7 @@ API = """
     server = http.server.ThreadingHTTPServer(("", 0), Handler, bind_and_activate=False)
     server.socket.close()
     server.socket = socket.socket(fileno=fd)
+    server.socket.setblocking(False)  # of several that are told of a connection, one gets it
     server.daemon_threads = False
     signal.signal(signal.SIGTERM, lambda *_: threading.Thread(target=server.shutdown).start())
     server.serve_forever(0.05)
@@ -181,6 +182,33 @@ def test_a_killed_child_is_restarted(name: str, system: System) -> None:
     assert httpx.get(f"{url}/readyz", timeout=10).status_code == 200  # waited in the backlog, if it had to
     until(lambda: system.redis().ping() if name != "valkey" else True)
     assert f"The {name} process was ended by SIGKILL" in system.log()
+
+
+def test_several_api_processes_share_the_port_and_come_back_each(tmp_path: Path) -> None:
+    system = System(tmp_path, api_processes=3)
+    system.child("api", f"(folder / f'number-{{os.getpid()}}').write_text(str(settings.api_number)){API}")
+    parent = system.start()
+
+    def numbers() -> dict[int, int]:
+        return {pid: int((tmp_path / f"number-{pid}").read_text()) for pid in system.pids("api")}
+
+    try:
+        url = system.ready()
+        until(lambda: len(system.pids("api")) == 3, system.log)
+        until(lambda: sorted(numbers().values()) == [0, 1, 2])
+        victim, number = next((pid, number) for pid, number in numbers().items() if number == 1)
+        os.kill(victim, signal.SIGKILL)
+        for _ in range(20):  # whoever is alive answers
+            assert httpx.get(f"{url}/readyz", timeout=10).status_code == 200
+        until(lambda: len(system.pids("api")) == 4, system.log)
+        assert numbers()[system.pids("api")[-1]] == number
+        assert "The api 2 process was ended by SIGKILL" in system.log()
+        parent.send_signal(signal.SIGTERM)
+        assert parent.wait(10) == 0
+        assert not any(map(alive, system.pids("api")))
+    finally:
+        parent.kill()
+        parent.wait(10)
 
 
 def test_workers_come_after_readiness_and_come_back_when_they_die(tmp_path: Path) -> None:

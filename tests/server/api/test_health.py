@@ -8,7 +8,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from server.engine.fake import FakeEngine
 from server.metrics.names import FAMILIES, ON_API, REJECTIONS
-from tests.server.api.conftest import System, until
+from tests.server.api.conftest import System, until, upload
 
 
 def series(text: str) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
@@ -172,3 +172,28 @@ def test_what_is_refused_at_the_door_counts_by_reason(system: System, engine: Fa
             system.app.state.services.draining = False
         after = {reason: refused(reason) - before[reason] for reason in REJECTIONS}
     assert after == {"queue_full": 1, "quota": 1, "draining": 1, "engine_unavailable": 0}
+
+
+def test_a_queue_that_other_processes_filled_is_a_refusal_not_a_failure(
+    system: System, http: httpx.Client, engine: FakeEngine
+) -> None:
+    engine.behaviour.fail_digest = upload(http, "crowded").json()["digest"]
+    engine.behaviour.error = ("queue_full", "The queue is full.")
+    names = {
+        "refused": ("vllm:admission_rejections_total", ("reason", "queue_full")),
+        "failed": ("polypeft_request_failures_total", ("code", "queue_full")),
+        "ended": ("vllm:request_success_total", ("finished_reason", "error")),
+    }
+
+    def counts() -> dict[str, float]:
+        page = series(http.get("/metrics").text)
+        return {
+            key: sum(value for (found, has), value in page.items() if found == name and label in has)
+            for key, (name, label) in names.items()
+        }
+
+    before = counts()
+    body = {"model": "crowded", "prompt": "x", "n": 2, "stream": True}
+    answer = http.post("/v1/completions", json=body)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "queue_full")
+    assert counts() == before | {"refused": before["refused"] + 1}

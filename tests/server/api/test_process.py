@@ -23,6 +23,26 @@ from tests.server.api.conftest import toy_base, until
 from tests.server.api.loops import LoopThread
 from tests.server.api.tokenizers import byte_level_tokenizer
 
+# an API process whose one route says whether its end of the connection sends what it has at once
+PROMPT_SENDER = """
+import os, socket, sys
+from fastapi import FastAPI, Request
+from server.api.__main__ import serve
+from server.settings import Settings
+app = FastAPI()
+@app.get("/")
+async def no_delay(request: Request) -> list[int]:
+    found = []
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            own = socket.socket(fileno=os.dup(int(name)))
+            if own.getpeername() == tuple(request.client):
+                found.append(own.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+        except OSError:
+            pass
+    return found
+serve(app, Settings(), int(sys.argv[1]))
+"""
 BODY = {"model": "toy", "prompt": "x", "max_tokens": 200, "stream": True}
 
 
@@ -87,3 +107,18 @@ def test_sigterm_lets_streams_finish_within_the_limit(
             assert api.process.wait(10) == 0
         finally:
             api.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_what_is_sent_waits_for_no_acknowledgement() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        command = [sys.executable, "-c", PROMPT_SENDER, str(listener.fileno())]
+        process = subprocess.Popen(command, pass_fds=[listener.fileno()], cwd=Path.cwd())
+        try:
+            answer = httpx.get(f"http://127.0.0.1:{listener.getsockname()[1]}/", timeout=60)
+            assert answer.json() == [1]
+            process.terminate()
+            assert process.wait(20) in (0, -signal.SIGTERM)  # uvicorn raises the signal again at its end
+        finally:
+            process.kill()
+            process.wait()
