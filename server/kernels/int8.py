@@ -11,10 +11,9 @@ Panels of 16 outputs, inputs in pairs: [panels, pairs, 16, 2]. One multiply-add 
 import torch
 import torch.nn.functional as F
 
-from server.kernels.linear import BY_ROWS, GROUP, LANES, PackedLinear
+from server.kernels.linear import AHEAD, CHUNK, GROUP, LANES, PackedLinear
 from server.kernels.openmp import AVAILABLE, Arguments
 
-CHUNK = 96  # rows that a thread quantizes at a time: they stay in its own cache
 TOP = 127  # of a weight
 MAX_SUM = (1 << 31) - 1
 ROUNDED = 2.0**-8  # of a number in bfloat16, the most that it is off by
@@ -64,27 +63,35 @@ if AVAILABLE:
     import numba as nb
     import numpy as np
 
-    from server.kernels.linear import MANY, MOST, TILES, tile_for
-    from server.kernels.openmp import floats, kernel, num_threads, thread_num
+    from server.kernels.linear import SHARE, TILES, tiles_for
+    from server.kernels.openmp import barrier, floats, kernel, num_threads, shorts, thread_num
     from server.kernels.tiles import Int8, tile
 
-    R0, R1, R2, R3, R4, R5 = TILES
-    _t0, _t1, _t2, _t3, _t4, _t5 = (tile(rows, panels, Int8()) for rows, panels in TILES.items())
+    R0, R1, R2, R3, R4 = TILES
+    _t0, _t1, _t2, _t3, _t4 = (tile(rows, panels, Int8()) for rows, panels in TILES.items())
+    _h0, _h1, _h2 = (tile(rows, min(panels, SHARE), Int8()) for rows, panels in [*TILES.items()][:3])
 
     @nb.njit(cache=True, error_model="numpy")
-    def _run_tile(rows, w, x, out, pairs, panel_bytes):  # type: ignore[no-untyped-def]
+    def _run_tile(rows, half, w, x, out, pairs, panel_bytes, later, pace):  # type: ignore[no-untyped-def]
         if rows == R0:
-            _t0(w, x, out, pairs, panel_bytes)
+            if half:
+                _h0(w, x, out, pairs, panel_bytes, later, pace)
+            else:
+                _t0(w, x, out, pairs, panel_bytes, later, pace)
         elif rows == R1:
-            _t1(w, x, out, pairs, panel_bytes)
+            if half:
+                _h1(w, x, out, pairs, panel_bytes, later, pace)
+            else:
+                _t1(w, x, out, pairs, panel_bytes, later, pace)
         elif rows == R2:
-            _t2(w, x, out, pairs, panel_bytes)
+            if half:
+                _h2(w, x, out, pairs, panel_bytes, later, pace)
+            else:
+                _t2(w, x, out, pairs, panel_bytes, later, pace)
         elif rows == R3:
-            _t3(w, x, out, pairs, panel_bytes)
-        elif rows == R4:
-            _t4(w, x, out, pairs, panel_bytes)
+            _t3(w, x, out, pairs, panel_bytes, later, pace)
         else:
-            _t5(w, x, out, pairs, panel_bytes)
+            _t4(w, x, out, pairs, panel_bytes, later, pace)
 
     @nb.njit(cache=True, error_model="numpy", fastmath={"reassoc", "contract"})  # NaN must stay NaN
     def _quantize_row(target, rows, x, depth, most):  # type: ignore[no-untyped-def]
@@ -105,18 +112,16 @@ if AVAILABLE:
         return top / np.float32(most) + wrong
 
     @nb.njit(cache=True, error_model="numpy")
-    def _lay_out(beside, steps, x, stride, first, end, depth, most):  # type: ignore[no-untyped-def]
-        """Rows [first, end) of x as blocks [pairs, rows of a tile, 2]. The last row fills a block up."""
-        at, start, pairs = first, 0, (depth + 1) // 2
-        while at < end:
-            rows, _ = tile_for(end - at)
-            for r in range(rows):
-                row = floats(x + min(at + r, end - 1) * stride * 4, depth)
-                step = _quantize_row(beside[start + r * 2 :], rows, row, depth, most)
-                if at + r < end:
-                    steps[at + r - first] = step
-            start += rows * pairs * 2
-            at += rows
+    def _lay_out(laid, steps, x, stride, first, end, depth, most, rows, low, high):  # type: ignore[no-untyped-def]
+        """Of rows from `first` on those in [low, high), in blocks [pairs, rows of a tile, 2].
+
+        Those from `end` on, which fill a block up, repeat the last.
+        """
+        pairs = (depth + 1) // 2
+        for i in range(low, high):
+            block = shorts(laid + i // rows * rows * pairs * 4, rows * pairs * 2)
+            row = floats(x + min(first + i, end - 1) * stride * 4, depth)
+            steps[i] = _quantize_row(block[i % rows * 2 :], rows, row, depth, most)
 
     @nb.njit(cache=True, error_model="numpy", fastmath=True)
     def _write(y, y_stride, out, width, count, last, steps, scales, bias):  # type: ignore[no-untyped-def]
@@ -133,55 +138,84 @@ if AVAILABLE:
                     target[j] = np.float32(out[r * width + j]) * (step * by_output[j])
 
     @nb.njit(cache=True, error_model="numpy")
-    def _multiply(x, x_stride, y, y_stride, w, scales, bias, depth, n, most, first, end, low, high):  # type: ignore[no-untyped-def]
-        """Rows [first, end) times the outputs of groups [low, high)."""
+    def _multiply(
+        laid, steps, y, y_stride, w, scales, bias, depth, n, first, end, rows, panels, tiles, low, high
+    ):  # type: ignore[no-untyped-def]
+        """Rows [first, end), as they are laid out, times panels [low, high)."""
         pairs = (depth + 1) // 2
-        beside = np.empty((end - first + MOST) * pairs * 2, np.int16)
-        steps = np.empty(end - first, np.float32)
-        out = np.empty(MOST * GROUP * LANES, np.int32)
-        _lay_out(beside, steps, x, x_stride, first, end, depth, most)
+        out = np.empty(rows * panels * LANES, np.int32)
         panel_bytes = pairs * 2 * LANES
-        at, start = first, 0
-        while at < end:
-            rows, panels = tile_for(end - at)
-            whole = max(1, (end - at - MOST + rows - 1) // rows)
-            width = panels * LANES
-            for column in range(low * GROUP * LANES, min(high * GROUP * LANES, n), width):
-                weight, last = w + column // LANES * panel_bytes, min(width, n - column)
-                added = 0 if bias == 0 else bias + column * 4
-                for block in range(whole):
-                    done = at + block * rows
-                    laid = beside.ctypes.data + (start + block * rows * pairs * 2) * 2
-                    _run_tile(rows, weight, laid, out.ctypes.data, pairs, panel_bytes)
-                    _write(
-                        y + (done * y_stride + column) * 4,
-                        y_stride,
-                        out,
-                        width,
-                        min(rows, end - done),
-                        last,
-                        steps[done - first :],
-                        scales + column * 4,
-                        added,
-                    )
-            start += whole * rows * pairs * 2
-            at += whole * rows
+        p = low
+        while p < high and p * LANES < n:
+            here = panels if p + panels <= high else SHARE
+            width, column = here * LANES, p * LANES
+            added, own = 0 if bias == 0 else bias + column * 4, w + p * panel_bytes
+            for block in range(tiles):
+                done = first + block * rows
+                x = laid + block * rows * pairs * 4
+                later = (
+                    own + AHEAD if tiles == 1 else own + (here * pairs + block * (pairs // tiles)) * 2 * LANES
+                )
+                _run_tile(
+                    rows,
+                    here < panels,
+                    own,
+                    x,
+                    out.ctypes.data,
+                    pairs,
+                    panel_bytes,
+                    later,
+                    2 * LANES // tiles,
+                )
+                _write(
+                    y + (done * y_stride + column) * 4,
+                    y_stride,
+                    out,
+                    width,
+                    min(rows, end - done),
+                    min(width, n - column),
+                    steps[block * rows :],
+                    scales + column * 4,
+                    added,
+                )
+            p += here
 
     @kernel
     def _linear(args):  # type: ignore[no-untyped-def]
-        depth, n, most, w, scales, bias = args[0], args[1], args[2], args[3], args[4], args[5]
-        rows, x, x_stride, y, y_stride = args[6], args[7], args[8], args[9], args[10]
-        groups = (n + GROUP * LANES - 1) // (GROUP * LANES)
+        depth, n, laid, most, w, scales, bias = args[0], args[1], args[2], args[3], args[4], args[5], args[6]
+        count, x, x_stride, y, y_stride = args[7], args[8], args[9], args[10], args[11]
+        shares = (n + SHARE * LANES - 1) // (SHARE * LANES)
         thread, threads = thread_num(), num_threads()
-        if rows < BY_ROWS:
-            low, high = groups * thread // threads, groups * (thread + 1) // threads
-            _multiply(x, x_stride, y, y_stride, w, scales, bias, depth, n, most, 0, rows, low, high)
-            return
-        blocks = (rows + MANY - 1) // MANY
-        first, end = blocks * thread // threads * MANY, min(blocks * (thread + 1) // threads * MANY, rows)
-        for at in range(first, end, CHUNK):
-            last = min(at + CHUNK, end)
-            _multiply(x, x_stride, y, y_stride, w, scales, bias, depth, n, most, at, last, 0, groups)
+        low, high = shares * thread // threads * SHARE, shares * (thread + 1) // threads * SHARE
+        for first in range(0, count, CHUNK):
+            end = min(first + CHUNK, count)
+            rows, panels, tiles = tiles_for(end - first)
+            total = rows * tiles
+            steps = floats(laid, total)
+            blocks = laid + total * 4
+            if first > 0:
+                barrier()
+            mine = (total * thread // threads, total * (thread + 1) // threads)
+            _lay_out(blocks, steps, x, x_stride, first, end, depth, most, rows, mine[0], mine[1])
+            barrier()
+            _multiply(
+                blocks,
+                steps,
+                y,
+                y_stride,
+                w,
+                scales,
+                bias,
+                depth,
+                n,
+                first,
+                end,
+                rows,
+                panels,
+                tiles,
+                low,
+                high,
+            )
 
 
 class Int8Linear(PackedLinear):
@@ -201,7 +235,7 @@ class Int8Linear(PackedLinear):
         return unpack(panels, self.outputs, self.inputs) * scales.flatten()[: self.outputs, None]
 
     def _sizes(self) -> tuple[int, ...]:
-        return self.inputs, self.outputs, finest(self.inputs)
+        return *super()._sizes(), finest(self.inputs)
 
     def _launch(self, args: Arguments) -> None:
         _linear(args)

@@ -16,8 +16,8 @@ from server.kernels.openmp import AVAILABLE, Arguments, arguments, empty
 
 LANES = 16  # outputs of a panel
 GROUP = 4  # panels at a time, at most; a packed weight has a multiple of these
-BY_ROWS = 64  # from so many rows on, threads share rows instead of outputs
-CHUNK = 120  # rows that a thread lays out at a time: they stay in its own cache
+CHUNK = 240  # rows at a time: laid out, they stay in the second-level cache
+AHEAD = 4096  # bytes of a panel that are asked for before they are used, where one tile takes all rows
 DEPTH = 192  # inputs at a time: a tile's panels stay in the first-level cache, and rounding errors small
 
 
@@ -52,74 +52,84 @@ if AVAILABLE:
     import numba as nb
     import numpy as np
 
-    from server.kernels.openmp import floats, kernel, num_threads, thread_num
+    from server.kernels.openmp import barrier, floats, kernel, num_threads, thread_num
     from server.kernels.tiles import WIDE, Float32, tile
 
-    # rows -> panels of the tiles there are: as many sums as the registers hold (32 of 16 lanes, or 16 of 8).
-    # A longer run of rows goes through tiles of MANY rows.
-    TILES = {1: 4, 2: 4, 4: 4, 8: 2, 12: 2, 16: 1} if WIDE else {1: 4, 2: 2, 3: 1, 4: 1, 5: 1, 6: 1}
-    MANY = 12 if WIDE else 6
-    MOST = max(TILES)
-    R0, R1, R2, R3, R4, R5 = TILES
-    P0, P1, P2, P3, P4, P5 = TILES.values()
-    _t0, _t1, _t2, _t3, _t4, _t5 = (tile(rows, panels, Float32()) for rows, panels in TILES.items())
+    # rows -> panels of the tiles there are: as many sums as the registers hold (32 of 16 lanes, or 16 of 8)
+    TILES = {1: 4, 2: 4, 4: 4, 8: 2, 12: 2} if WIDE else {1: 4, 2: 2, 3: 1, 4: 1, 6: 1}
+    SHARE = 2  # panels: the least that a thread takes
+    LARGE, LESS = (12, 8) if WIDE else (6, 4)  # rows of the tiles that more rows than these are cut into
+    R0, R1, R2, R3, R4 = TILES
+    P0, P1, P2, P3, P4 = TILES.values()
+    TILE_LARGE, TILE_LESS = TILES[LARGE], TILES[LESS]
+    _t0, _t1, _t2, _t3, _t4 = (tile(rows, panels, Float32()) for rows, panels in TILES.items())
+    _h0, _h1, _h2 = (tile(rows, min(panels, SHARE), Float32()) for rows, panels in [*TILES.items()][:3])
 
     @nb.njit(cache=True, error_model="numpy")
-    def _run_tile(rows, w, x, out, depth, panel_bytes):  # type: ignore[no-untyped-def]
+    def _run_tile(rows, half, w, x, out, depth, panel_bytes, later, pace):  # type: ignore[no-untyped-def]
+        """`half`: on SHARE panels, where the tile has more."""
         if rows == R0:
-            _t0(w, x, out, depth, panel_bytes)
+            if half:
+                _h0(w, x, out, depth, panel_bytes, later, pace)
+            else:
+                _t0(w, x, out, depth, panel_bytes, later, pace)
         elif rows == R1:
-            _t1(w, x, out, depth, panel_bytes)
+            if half:
+                _h1(w, x, out, depth, panel_bytes, later, pace)
+            else:
+                _t1(w, x, out, depth, panel_bytes, later, pace)
         elif rows == R2:
-            _t2(w, x, out, depth, panel_bytes)
+            if half:
+                _h2(w, x, out, depth, panel_bytes, later, pace)
+            else:
+                _t2(w, x, out, depth, panel_bytes, later, pace)
         elif rows == R3:
-            _t3(w, x, out, depth, panel_bytes)
-        elif rows == R4:
-            _t4(w, x, out, depth, panel_bytes)
+            _t3(w, x, out, depth, panel_bytes, later, pace)
         else:
-            _t5(w, x, out, depth, panel_bytes)
+            _t4(w, x, out, depth, panel_bytes, later, pace)
 
     @nb.njit(cache=True, error_model="numpy")
-    def tile_for(count):  # type: ignore[no-untyped-def]
-        """The tile for the next of `count` rows: (its rows, its panels)."""
+    def tiles_for(count):  # type: ignore[no-untyped-def]
+        """Equal tiles for `count` rows: (rows and panels of one, how many)."""
         if count <= R0:
-            return R0, P0
+            return R0, P0, 1
         if count <= R1:
-            return R1, P1
+            return R1, P1, 1
         if count <= R2:
-            return R2, P2
+            return R2, P2, 1
         if count <= R3:
-            return R3, P3
-        if count <= R4 or (count > R5 and MANY == R4):
-            return R4, P4
-        return R5, P5
+            return R3, P3, 1
+        large, less = (count + LARGE - 1) // LARGE, (count + LESS - 1) // LESS
+        if less * LESS < large * LARGE:  # fewer rows are computed for nothing
+            return LESS, TILE_LESS, less
+        return LARGE, TILE_LARGE, large
 
     @nb.njit(cache=True, error_model="numpy")
-    def _lay_out(beside, x, stride, first, end, depth):  # type: ignore[no-untyped-def]
-        """Rows [first, end) of x as blocks [in, rows of a tile]. What a block has too many repeats a row."""
-        at, start = first, 0
-        while at < end:
-            rows, _ = tile_for(end - at)
-            block = beside[start : start + rows * depth]
+    def _lay_out(laid, x, stride, first, end, depth, rows, tiles, low, high):  # type: ignore[no-untyped-def]
+        """Inputs [low, high) of rows [first, end) of x as blocks [in, rows] of `tiles` tiles.
+
+        What they have too many repeats the last row.
+        """
+        for block in range(tiles):
+            at = first + block * rows
+            target = floats(laid + block * rows * depth * 4, rows * depth)
             r = 0
             while r + 4 <= rows:  # four at a time: their values are stored together
                 x0 = floats(x + min(at + r, end - 1) * stride * 4, depth)
                 x1 = floats(x + min(at + r + 1, end - 1) * stride * 4, depth)
                 x2 = floats(x + min(at + r + 2, end - 1) * stride * 4, depth)
                 x3 = floats(x + min(at + r + 3, end - 1) * stride * 4, depth)
-                for k in range(depth):
-                    block[k * rows + r] = x0[k]
-                    block[k * rows + r + 1] = x1[k]
-                    block[k * rows + r + 2] = x2[k]
-                    block[k * rows + r + 3] = x3[k]
+                for k in range(low, high):
+                    target[k * rows + r] = x0[k]
+                    target[k * rows + r + 1] = x1[k]
+                    target[k * rows + r + 2] = x2[k]
+                    target[k * rows + r + 3] = x3[k]
                 r += 4
             while r < rows:
                 x0 = floats(x + min(at + r, end - 1) * stride * 4, depth)
-                for k in range(depth):
-                    block[k * rows + r] = x0[k]
+                for k in range(low, high):
+                    target[k * rows + r] = x0[k]
                 r += 1
-            start += rows * depth
-            at += rows
 
     @nb.njit(cache=True, error_model="numpy")
     def _write(y, y_stride, out, width, count, last, bias):  # type: ignore[no-untyped-def]
@@ -135,59 +145,65 @@ if AVAILABLE:
                     target[j] = out[r * width + j]
 
     @nb.njit(cache=True, error_model="numpy")
-    def _multiply(x, x_stride, y, y_stride, w, bias, depth, n, first, end, low, high):  # type: ignore[no-untyped-def]
-        """Rows [first, end) times the outputs of groups [low, high)."""
-        beside = np.empty((end - first + MOST) * depth, np.float32)
-        out = np.empty((end - first + MOST) * 2 * LANES + MOST * GROUP * LANES, np.float32)
-        _lay_out(beside, x, x_stride, first, end, depth)
+    def _multiply(laid, y, y_stride, w, bias, depth, n, first, end, rows, panels, tiles, low, high):  # type: ignore[no-untyped-def]
+        """Rows [first, end), as they are laid out, times panels [low, high)."""
+        out = np.empty(tiles * rows * panels * LANES, np.float32)
         panel_bytes = depth * 4 * LANES
-        # all rows of a long run go through equal tiles, but for the last few: their panels come by themselves
-        at, start = first, 0
-        while at < end:
-            rows, panels = tile_for(end - at)
-            whole = max(1, (end - at - MOST + rows - 1) // rows)
-            width = panels * LANES
-            for column in range(low * GROUP * LANES, min(high * GROUP * LANES, n), width):
-                out[: whole * rows * width] = np.float32(0)
-                weight = w + column // LANES * panel_bytes
-                for k in range(0, depth, DEPTH):
-                    for block in range(whole):
-                        _run_tile(
-                            rows,
-                            weight + k * 4 * LANES,
-                            beside.ctypes.data + (start + (block * depth + k) * rows) * 4,
-                            out.ctypes.data + block * rows * width * 4,
-                            min(DEPTH, depth - k),
-                            panel_bytes,
-                        )
-                count = min(whole * rows, end - at)
-                added = 0 if bias == 0 else bias + column * 4
-                _write(
-                    y + (at * y_stride + column) * 4,
-                    y_stride,
-                    out,
-                    width,
-                    count,
-                    min(width, n - column),
-                    added,
-                )
-            start += whole * rows * depth
-            at += whole * rows
+        p = low
+        while p < high and p * LANES < n:
+            here = panels if p + panels <= high else SHARE
+            width, column = here * LANES, p * LANES
+            out[: tiles * rows * width] = np.float32(0)
+            for k in range(0, depth, DEPTH):
+                own, some = w + p * panel_bytes + k * 4 * LANES, min(DEPTH, depth - k)
+                # tiles after the first find all in the cache: each asks for its share of what comes next
+                following = own + some * 4 * LANES
+                if k + DEPTH >= depth:
+                    following += (here - 1) * panel_bytes
+                for block in range(tiles):
+                    later = own + AHEAD if tiles == 1 else following + block * (some * 4 * LANES // tiles)
+                    _run_tile(
+                        rows,
+                        here < panels,
+                        own,
+                        laid + (block * depth + k) * rows * 4,
+                        out.ctypes.data + block * rows * width * 4,
+                        some,
+                        panel_bytes,
+                        later,
+                        4 * LANES // tiles,
+                    )
+            added = 0 if bias == 0 else bias + column * 4
+            target = y + (first * y_stride + column) * 4
+            _write(target, y_stride, out, width, end - first, min(width, n - column), added)
+            p += here
 
     @kernel
     def _linear(args):  # type: ignore[no-untyped-def]
-        depth, n, w, bias = args[0], args[1], args[2], args[3]
-        rows, x, x_stride, y, y_stride = args[4], args[5], args[6], args[7], args[8]
-        groups = (n + GROUP * LANES - 1) // (GROUP * LANES)
+        depth, n, laid, w, bias = args[0], args[1], args[2], args[3], args[4]
+        count, x, x_stride, y, y_stride = args[5], args[6], args[7], args[8], args[9]
+        shares = (n + SHARE * LANES - 1) // (SHARE * LANES)
         thread, threads = thread_num(), num_threads()
-        if rows < BY_ROWS:
-            low, high = groups * thread // threads, groups * (thread + 1) // threads
-            _multiply(x, x_stride, y, y_stride, w, bias, depth, n, 0, rows, low, high)
-            return
-        blocks = (rows + MANY - 1) // MANY
-        first, end = blocks * thread // threads * MANY, min(blocks * (thread + 1) // threads * MANY, rows)
-        for at in range(first, end, CHUNK):
-            _multiply(x, x_stride, y, y_stride, w, bias, depth, n, at, min(at + CHUNK, end), 0, groups)
+        low, high = shares * thread // threads * SHARE, shares * (thread + 1) // threads * SHARE
+        for first in range(0, count, CHUNK):
+            end = min(first + CHUNK, count)
+            rows, panels, tiles = tiles_for(end - first)
+            if first > 0:
+                barrier()
+            mine = (depth * thread // threads, depth * (thread + 1) // threads)
+            _lay_out(laid, x, x_stride, first, end, depth, rows, tiles, mine[0], mine[1])
+            barrier()
+            _multiply(laid, y, y_stride, w, bias, depth, n, first, end, rows, panels, tiles, low, high)
+
+
+_laid: dict[int, torch.Tensor] = {}
+
+
+def laid_out(inputs: int) -> torch.Tensor:
+    """Where a launch lays its rows out, for all threads; launches come one at a time."""
+    if inputs not in _laid:
+        _laid[inputs] = torch.empty((CHUNK + 12) * (inputs + 2))
+    return _laid[inputs]
 
 
 class PackedLinear:
@@ -227,7 +243,7 @@ class PackedLinear:
         return y
 
     def _sizes(self) -> tuple[int, ...]:
-        return self.inputs, self.outputs
+        return self.inputs, self.outputs, laid_out(self.inputs).data_ptr()
 
     def _launch(self, args: Arguments) -> None:
         _linear(args)

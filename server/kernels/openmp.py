@@ -56,6 +56,13 @@ if AVAILABLE:
         """int64[count] at an address."""
         return nb.carray(_i64(address), count)
 
+    _i16 = _pointer_to(types.int16)
+
+    @nb.njit(inline="always", cache=True)  # type: ignore[untyped-decorator]
+    def shorts(address: int, count: int) -> Any:
+        """int16[count] at an address."""
+        return nb.carray(_i16(address), count)
+
     @intrinsic  # type: ignore[untyped-decorator]
     def bits_to_float(_context: Any, bits: Any) -> Any:  # noqa: ARG001 - as above
         """Reinterpret an int32 as float32."""

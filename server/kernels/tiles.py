@@ -17,7 +17,6 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 LANES = 16  # outputs of a panel
-AHEAD = 4096  # bytes of the weight
 _FEATURES = llvm.get_host_cpu_features()
 WIDE = bool(_FEATURES.get("avx512f", False))
 BYTE, SHORT, WORD, LONG = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
@@ -79,20 +78,33 @@ class Int8:
 
 
 def tile(rows: int, panels: int, kind: Float32 | Int8) -> Any:
-    """tile(w, x, out, depth, panel_bytes): out [rows, panels, 16] = x by w's panels, over `depth` vectors."""
+    """tile(w, x, out, depth, panel_bytes, later, pace): out [rows, panels, 16] = x by w's panels.
 
-    def typed(_context: Any, w: Any, x: Any, out: Any, depth: Any, panel_bytes: Any) -> Any:  # noqa: ARG001
+    Over `depth` vectors. Meanwhile `pace` bytes a vector are asked for from `later` on, of each panel.
+    """
+
+    def typed(_context, w, x, out, depth, panel_bytes, later, pace):  # type: ignore[no-untyped-def]  # noqa: ARG001
         def generate(context: Any, b: Any, _sig: Any, args: Any) -> Any:
             _loop(b, rows, panels, kind, *args)
             return context.get_dummy_value()
 
-        return types.void(*[types.int64] * 5), generate
+        return types.void(*[types.int64] * 7), generate
 
     return intrinsic(typed)
 
 
 def _loop(
-    b: Any, rows: int, panels: int, kind: Float32 | Int8, w: Any, x: Any, out: Any, depth: Any, step: Any
+    b: Any,
+    rows: int,
+    panels: int,
+    kind: Float32 | Int8,
+    w: Any,
+    x: Any,
+    out: Any,
+    depth: Any,
+    step: Any,
+    later: Any,
+    pace: Any,
 ) -> None:
     before, zeros = b.block, ir.Constant(kind.sums, [kind.zero] * LANES)
     loop, done = b.append_basic_block("input"), b.append_basic_block("done")
@@ -105,9 +117,9 @@ def _loop(
         phi.add_incoming(zeros, before)
     lanes = []
     for p in range(panels):
-        address = b.add(b.add(w, b.mul(step, LONG(p))), b.mul(at, LONG(kind.stride)))
-        lanes.append(kind.weights(b, address))
-        prefetch(b, b.add(address, LONG(AHEAD)))
+        panel = b.mul(step, LONG(p))
+        lanes.append(kind.weights(b, b.add(b.add(w, panel), b.mul(at, LONG(kind.stride)))))
+        prefetch(b, b.add(b.add(later, panel), b.mul(at, pace)))
     row = b.add(x, b.mul(at, LONG(4 * rows)))
     added = []
     for r in range(rows):
