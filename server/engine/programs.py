@@ -43,12 +43,10 @@ class Held:
         count = need.tokens
         self.x, self.cos, self.sin = torch.empty_like(x), torch.empty_like(cos), torch.empty_like(cos)
         self.tables = torch.zeros(count, blocks, dtype=torch.int64)
-        self.lengths, self.ahead = torch.zeros(2, count, dtype=torch.int64)
+        none = torch.zeros(count, dtype=torch.int64)
+        self.lengths, self.ahead = none.clone(), none.clone()
         self.affine, self.sublayer = (
-            [
-                (bank, Rows.held(*torch.zeros(2, count, dtype=torch.int64), bank.touched(mask)))
-                for bank, mask in traces
-            ]
+            [(bank, Rows.held(none.clone(), none.clone(), bank.touched(mask))) for bank, mask in traces]
             for traces in (need.affine, need.sublayer)
         )
         self.output = torch.empty(0)

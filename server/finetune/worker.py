@@ -35,7 +35,7 @@ from server.finetune.patience import patiently
 from server.finetune.queue import NAME, WorkerQueue
 from server.finetune.tally import Tally
 from server.finetune.workplace import desk, workplace
-from server.settings import OFFLINE, Settings, child_environment
+from server.settings import OFFLINE, SPINS, Settings, child_environment
 
 COMMAND = (sys.executable, "-m", "server.finetune")  # the child: it gets the job's id, its fence and a folder
 SWEEP_SECONDS = 5.0
@@ -43,9 +43,6 @@ TAKE_SECONDS = 30.0  # for the stores to answer; after that the call is lost, an
 RQ_SECONDS = 60  # rq's life signs; its calls wait a quarter less at a time
 FAREWELL_SECONDS = 1.0
 AGAIN_SECONDS = 2.0  # after rq has given up
-# How often libgomp looks before a thread of the training that waits for another sleeps: for microseconds. By
-# default it spins for milliseconds, on the very core that the other may need, if others have the rest.
-SPINS = {"GOMP_SPINCOUNT": "3000"}
 
 log = logging.getLogger(__name__)
 

@@ -147,7 +147,7 @@ _v1, _v2, _v3, _v4 = (value_tile(heads, VECTORS, LANES) for heads in (1, 2, 3, 4
 _h1, _h2, _h3, _h4 = (value_tile(heads, 1, HALF) for heads in (1, 2, 3, 4))
 
 
-@nb.njit(cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
+@nb.njit(cache=True, error_model="numpy")
 def page_scores(p, p_bytes, q, q_bytes, heads, page, following, dim):  # type: ignore[no-untyped-def]
     """As score_tile, for up to HEADS heads."""
     if heads == 1:
@@ -160,7 +160,7 @@ def page_scores(p, p_bytes, q, q_bytes, heads, page, following, dim):  # type: i
         _s4(p, p_bytes, q, q_bytes, page, following, dim)
 
 
-@nb.njit(cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
+@nb.njit(cache=True, error_model="numpy")
 def add_page_values(out, out_bytes, p, p_bytes, heads, page, following, count, dim):  # type: ignore[no-untyped-def]
     """out_h [dim] += p_h [count] times the first `count` tokens of a page [16, dim].
 

@@ -138,9 +138,9 @@ if AVAILABLE:
                     target[j] = np.float32(out[r * width + j]) * (step * by_output[j])
 
     @nb.njit(cache=True, error_model="numpy")
-    def _multiply(
+    def _multiply(  # type: ignore[no-untyped-def]
         laid, steps, y, y_stride, w, scales, bias, depth, n, first, end, rows, panels, tiles, low, high
-    ):  # type: ignore[no-untyped-def]
+    ):
         """Rows [first, end), as they are laid out, times panels [low, high)."""
         pairs = (depth + 1) // 2
         out = np.empty(rows * panels * LANES, np.int32)

@@ -141,7 +141,7 @@ _expand_one, _expand_few = expand_tile(1, RANKS), expand_tile(TOKENS, FEWER)
 _expand_one_rank, _expand_few_rank = expand_tile(1, 1), expand_tile(TOKENS, 1)
 
 
-@nb.njit(cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
+@nb.njit(cache=True, error_model="numpy")
 def shrink(h, h_bytes, x0, x1, x2, x3, tokens, a, r, n):  # type: ignore[no-untyped-def]
     """h[t, :r] = A x_t. Addresses; `tokens` is 1 or TOKENS, and tells which x there are."""
     whole, row, k = n // LANES * LANES, n * 4, 0
@@ -171,7 +171,7 @@ def shrink(h, h_bytes, x0, x1, x2, x3, tokens, a, r, n):  # type: ignore[no-unty
                 own[k] = total
 
 
-@nb.njit(cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
+@nb.njit(cache=True, error_model="numpy")
 def expand(y0, y1, y2, y3, tokens, h, h_bytes, b, r, n):  # type: ignore[no-untyped-def]
     """y_t += B h[t, :r]; as above, b [r, n]."""
     whole, row, k = n // LANES * LANES, n * 4, 0

@@ -16,7 +16,7 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 
 import httpx
 
-from server.settings import MULTIPROCESS, OFFLINE, Settings, child_environment
+from server.settings import MULTIPROCESS, OFFLINE, SPINS, Settings, child_environment
 from server.supervisor.child import Child
 from server.supervisor.places import (
     address_of,
@@ -154,12 +154,12 @@ class _System:
 
 
 def _environment(settings: Settings, redis_url: str) -> dict[str, str]:
-    """What engine, API and workers see: the store's URL, whom to end with, and no way to the hub.
+    """What engine, API and workers see: the store's URL, whom to end with, no way to the hub, how to wait.
 
     The model has been fetched before they start.
     """
     told = settings.model_copy(update={"redis_url": redis_url, "supervisor_pid": os.getpid()})
-    return child_environment(told) | OFFLINE
+    return SPINS | child_environment(told) | OFFLINE
 
 
 def _own_port(settings: Settings, number: int) -> dict[str, str]:
