@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from server import __version__
 from server.cli.connection import pages
 from server.cli.options import read_settings
+from server.cli.serve import INTERNAL
 from server.engine.fake import Behaviour
 from server.errors import StartupError
 from server.settings import Settings
@@ -282,7 +283,7 @@ def test_without_a_key_it_says_where_one_was_looked_for(run: Run, tmp_path: Path
 
 def test_every_setting_is_an_option_with_its_help(run: Run) -> None:
     shown = run("serve", "--help").out.replace("\n", " ")
-    for name in Settings.model_fields.keys() - {"supervisor_pid"}:
+    for name in Settings.model_fields.keys() - INTERNAL:
         flag = "--" + name.replace("_", "-")
         assert flag in shown or flag[:14] in shown  # a narrow terminal cuts long ones
     assert "supervisor" not in shown
