@@ -63,6 +63,7 @@ API = """
     server.socket = socket.socket(fileno=fd)
     server.socket.setblocking(False)  # of several that are told of a connection, one gets it
     server.daemon_threads = False
+    server.handle_error = lambda *_: None  # one who asked is gone: no matter of this server's
     signal.signal(signal.SIGTERM, lambda *_: threading.Thread(target=server.shutdown).start())
     server.serve_forever(0.05)
     server.server_close()
