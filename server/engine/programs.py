@@ -72,7 +72,7 @@ class Programs:
 
     def __init__(self, layers: Sequence[Layer], step: Step, max_context: int) -> None:
         self.layers, self.step = layers, step
-        self.blocks = -(-max_context // BLOCK)
+        self.blocks = min(-(-max_context // BLOCK), step.pages.count)  # of one row, at most
         self.seen: Counter[Need] = Counter()
         self.recorded: OrderedDict[Need, tuple[Program, Held]] = OrderedDict()
         self.runs = 0

@@ -187,8 +187,9 @@ if AVAILABLE:
         shares = (n + SHARE * LANES - 1) // (SHARE * LANES)
         thread, threads = thread_num(), num_threads()
         low, high = shares * thread // threads * SHARE, shares * (thread + 1) // threads * SHARE
-        for first in range(0, count, CHUNK):
-            end = min(first + CHUNK, count)
+        pieces = (count + CHUNK - 1) // CHUNK  # of about the same size: each reads the whole weight
+        for piece in range(pieces):
+            first, end = count * piece // pieces, count * (piece + 1) // pieces
             rows, panels, tiles = tiles_for(end - first)
             total = rows * tiles
             steps = floats(laid, total)

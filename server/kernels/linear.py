@@ -16,7 +16,7 @@ from server.kernels.openmp import AVAILABLE, Arguments, arguments, empty
 
 LANES = 16  # outputs of a panel
 GROUP = 4  # panels at a time, at most; a packed weight has a multiple of these
-CHUNK = 240  # rows at a time: laid out, they stay in the second-level cache
+CHUNK = 256  # rows at a time, as many as a step has on a CPU: laid out, they stay in the second-level cache
 AHEAD = 4096  # bytes of a panel that are asked for before they are used, where one tile takes all rows
 DEPTH = 192  # inputs at a time: a tile's panels stay in the first-level cache, and rounding errors small
 
@@ -185,8 +185,9 @@ if AVAILABLE:
         shares = (n + SHARE * LANES - 1) // (SHARE * LANES)
         thread, threads = thread_num(), num_threads()
         low, high = shares * thread // threads * SHARE, shares * (thread + 1) // threads * SHARE
-        for first in range(0, count, CHUNK):
-            end = min(first + CHUNK, count)
+        pieces = (count + CHUNK - 1) // CHUNK  # of about the same size: each reads the whole weight
+        for piece in range(pieces):
+            first, end = count * piece // pieces, count * (piece + 1) // pieces
             rows, panels, tiles = tiles_for(end - first)
             if first > 0:
                 barrier()
