@@ -238,7 +238,7 @@ def test_ctrl_c_leaves_the_job_alone_and_says_how_to_come_back(system: System, k
     code = (
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from server.cli import main"
     )
-    command = [sys.executable, "-c", f"{code}; main()", "tune", str(data)]
+    command = [sys.executable, "-c", f"{code}; from server.cli import main; main()", "tune", str(data)]
     environment = os.environ | {"POLYPEFT_URL": system.url, "POLYPEFT_API_KEY": key}
     with subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
