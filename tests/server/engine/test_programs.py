@@ -91,6 +91,7 @@ def test_guesses_are_in_programs_too(stand: Callable[..., Stand], monkeypatch: p
 def test_what_takes_python_runs_layer_by_layer(stand: Callable[..., Stand]) -> None:
     s = stand("llama", 1, lookup_tokens=0)
     ia3 = kinds(s, ["ia3"])["ia3"]
+    run(s.engine, commands(s, [ia3]))  # from here on it is loaded: the rows below go step by step together
     run(s.engine, commands(s, [ia3, None]))
     assert programs(s).runs == 0
     run(s.engine, commands(s, [s.refs[0], None]))
