@@ -12,7 +12,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from server.kernels.tiles import LANES, LONG, WIDE, call, prefetch, spread
+from server.kernels.tiles import LANES, LONG, WIDE, fma, load, prefetch, spread, summed
 
 HEADS = 4 if WIDE else 2  # of a tile, at most
 VECTORS = 4 if WIDE else 2  # of head_dim in a tile of values
@@ -41,31 +41,22 @@ def _scores(
     b: Any, heads: int, p: Any, p_bytes: Any, q: Any, q_bytes: Any, page: Any, following: Any, dim: Any
 ) -> None:
     vector = ir.VectorType(_FLOAT, LANES)
-    zeros = ir.Constant(vector, [0.0] * LANES)
     queries = [b.add(q, b.mul(q_bytes, LONG(h))) for h in range(heads)]
-    before, loop, done = b.block, b.append_basic_block("dim"), b.append_basic_block("done")
-    b.branch(loop)
-    b.position_at_end(loop)
-    at = b.phi(LONG)
-    at.add_incoming(LONG(0), before)
-    sums = [b.phi(vector) for _ in range(heads * CHAINS)]
-    for phi in sums:
-        phi.add_incoming(zeros, before)
-    added = []
-    for chain in range(CHAINS):
-        d = b.add(at, LONG(chain))
-        offset = b.mul(d, LONG(4 * LANES))
-        keys = _load(b, b.add(page, offset), vector)
-        prefetch(b, b.add(following, offset))
-        for h in range(heads):
-            value = b.load(b.inttoptr(b.add(queries[h], b.mul(d, LONG(4))), _FLOAT.as_pointer()))
-            added.append(_fma(b, keys, spread(b, value, vector), sums[chain * heads + h]))
-    upper = b.add(at, LONG(CHAINS))
-    at.add_incoming(upper, loop)
-    for phi, value in zip(sums, added, strict=True):
-        phi.add_incoming(value, loop)
-    b.cbranch(b.icmp_signed("<", upper, dim), loop, done)
-    b.position_at_end(done)
+
+    def of_dims(at: Any, sums: list[Any]) -> list[Any]:
+        added = []
+        for chain in range(CHAINS):
+            d = b.add(at, LONG(chain))
+            offset = b.mul(d, LONG(4 * LANES))
+            keys = load(b, b.add(page, offset), vector)
+            prefetch(b, b.add(following, offset))
+            for h in range(heads):
+                value = b.load(b.inttoptr(b.add(queries[h], b.mul(d, LONG(4))), _FLOAT.as_pointer()))
+                added.append(fma(b, keys, spread(b, value, vector), sums[chain * heads + h]))
+        return added
+
+    zeros = [ir.Constant(vector, [0.0] * LANES)] * (heads * CHAINS)
+    added = summed(b, dim, CHAINS, zeros, of_dims)
     for h in range(heads):
         total = b.fadd(b.fadd(added[h], added[heads + h]), b.fadd(added[2 * heads + h], added[3 * heads + h]))
         place = b.add(p, b.mul(p_bytes, LONG(h)))
@@ -106,40 +97,22 @@ def _values(
     own = [b.add(out, b.mul(out_bytes, LONG(h))) for h in range(heads)]
     places = [b.add(place, LONG(width * v)) for place in own for v in range(vectors)]
     shares = [b.add(p, b.mul(p_bytes, LONG(h))) for h in range(heads)]
-    old = [_load(b, place, vector) for place in places]
-    before, loop, done = b.block, b.append_basic_block("token"), b.append_basic_block("done")
-    b.branch(loop)
-    b.position_at_end(loop)
-    at = b.phi(LONG)
-    at.add_incoming(LONG(0), before)
-    sums = [b.phi(vector) for _ in places]
-    for phi, value in zip(sums, old, strict=True):
-        phi.add_incoming(value, before)
-    token, later = (b.add(address, b.mul(row, at)) for address in (page, following))
-    for v in range(vectors):
-        prefetch(b, b.add(later, LONG(width * v)))
-    values = [_load(b, b.add(token, LONG(width * v)), vector) for v in range(vectors)]
-    added = []
-    for h in range(heads):
-        share = b.load(b.inttoptr(b.add(shares[h], b.mul(at, LONG(4))), _FLOAT.as_pointer()))
-        spreaded = spread(b, share, vector)
-        added += [_fma(b, values[v], spreaded, sums[h * vectors + v]) for v in range(vectors)]
-    upper = b.add(at, LONG(1))
-    at.add_incoming(upper, loop)
-    for phi, value in zip(sums, added, strict=True):
-        phi.add_incoming(value, loop)
-    b.cbranch(b.icmp_signed("<", upper, count), loop, done)
-    b.position_at_end(done)
-    for place, value in zip(places, added, strict=True):
+
+    def of_token(at: Any, sums: list[Any]) -> list[Any]:
+        token, later = (b.add(address, b.mul(row, at)) for address in (page, following))
+        for v in range(vectors):
+            prefetch(b, b.add(later, LONG(width * v)))
+        values = [load(b, b.add(token, LONG(width * v)), vector) for v in range(vectors)]
+        added = []
+        for h in range(heads):
+            share = b.load(b.inttoptr(b.add(shares[h], b.mul(at, LONG(4))), _FLOAT.as_pointer()))
+            factor = spread(b, share, vector)
+            added += [fma(b, values[v], factor, sums[h * vectors + v]) for v in range(vectors)]
+        return added
+
+    old = [load(b, place, vector) for place in places]
+    for place, value in zip(places, summed(b, count, 1, old, of_token), strict=True):
         b.store(value, b.inttoptr(place, vector.as_pointer()), align=4)
-
-
-def _load(b: Any, address: Any, vector: Any) -> Any:
-    return b.load(b.inttoptr(address, vector.as_pointer()), align=4)
-
-
-def _fma(b: Any, one: Any, other: Any, total: Any) -> Any:
-    return call(b, f"llvm.fma.v{total.type.count}f32", total.type, [one, other, total])
 
 
 _s1, _s2, _s3, _s4 = (score_tile(heads) for heads in (1, 2, 3, 4))

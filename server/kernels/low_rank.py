@@ -14,7 +14,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from server.kernels.openmp import floats
-from server.kernels.tiles import LANES, LONG, WIDE, WORD, call, mask, prefetch, spread
+from server.kernels.tiles import LANES, LONG, WIDE, WORD, fma, load, mask, prefetch, spread, summed
 
 TOKENS = 4 if WIDE else 2  # of a tile; the rest of a run comes one by one
 RANKS = 8 if WIDE else 4  # of a tile for one token
@@ -42,31 +42,21 @@ def shrink_tile(tokens: int, ranks: int) -> Any:
 
 
 def _shrink(b: Any, h: Any, h_bytes: Any, x: Sequence[Any], a: Any, row: Any, n: Any, ranks: int) -> None:
-    zeros = ir.Constant(_VECTOR, [0.0] * LANES)
-    before = b.block
-    loop, done = b.append_basic_block("input"), b.append_basic_block("done")
     rows = [b.add(a, b.mul(row, LONG(k))) for k in range(ranks)]
-    b.branch(loop)
-    b.position_at_end(loop)
-    at = b.phi(LONG)
-    at.add_incoming(LONG(0), before)
-    sums = [b.phi(_VECTOR) for _ in range(ranks * len(x))]
-    for phi in sums:
-        phi.add_incoming(zeros, before)
-    offset = b.mul(at, LONG(4))
-    xs = [_load(b, b.add(address, offset)) for address in x]
-    added = []
-    for k in range(ranks):
-        address = b.add(rows[k], offset)
-        weights = _load(b, address)
-        prefetch(b, b.add(address, LONG(AHEAD)))
-        added += [_fma(b, weights, xs[t], sums[k * len(x) + t]) for t in range(len(x))]
-    following = b.add(at, LONG(LANES))
-    at.add_incoming(following, loop)
-    for phi, value in zip(sums, added, strict=True):
-        phi.add_incoming(value, loop)
-    b.cbranch(b.icmp_signed("<", following, n), loop, done)
-    b.position_at_end(done)
+
+    def of_inputs(at: Any, sums: list[Any]) -> list[Any]:
+        offset = b.mul(at, LONG(4))
+        xs = [load(b, b.add(address, offset), _VECTOR) for address in x]
+        added = []
+        for k in range(ranks):
+            address = b.add(rows[k], offset)
+            weights = load(b, address, _VECTOR)
+            prefetch(b, b.add(address, LONG(AHEAD)))
+            added += [fma(b, weights, xs[t], sums[k * len(x) + t]) for t in range(len(x))]
+        return added
+
+    zeros = [ir.Constant(_VECTOR, [0.0] * LANES)] * (ranks * len(x))
+    added = summed(b, n, LANES, zeros, of_inputs)
     for k in range(ranks):
         for t in range(len(x)):
             place = b.add(b.add(h, b.mul(h_bytes, LONG(t))), LONG(4 * k))
@@ -88,7 +78,6 @@ def expand_tile(tokens: int, ranks: int) -> Any:
 
 
 def _expand(b: Any, y: Sequence[Any], h: Any, h_bytes: Any, m: Any, row: Any, n: Any, ranks: int) -> None:
-    before = b.block
     factors = []
     for t in range(len(y)):
         own = b.add(h, b.mul(h_bytes, LONG(t)))
@@ -96,33 +85,21 @@ def _expand(b: Any, y: Sequence[Any], h: Any, h_bytes: Any, m: Any, row: Any, n:
             value = b.load(b.inttoptr(b.add(own, LONG(4 * k)), _FLOAT.as_pointer()))
             factors.append(spread(b, value, _VECTOR))
     rows = [b.add(m, b.mul(row, LONG(k))) for k in range(ranks)]
-    loop, done = b.append_basic_block("output"), b.append_basic_block("done")
-    b.branch(loop)
-    b.position_at_end(loop)
-    at = b.phi(LONG)
-    at.add_incoming(LONG(0), before)
-    offset = b.mul(at, LONG(4))
-    places = [b.add(address, offset) for address in y]
-    sums = [_load(b, place) for place in places]
-    for k in range(ranks):
-        address = b.add(rows[k], offset)
-        weights = _load(b, address)
-        prefetch(b, b.add(address, LONG(AHEAD)))
-        sums = [_fma(b, weights, factors[t * ranks + k], total) for t, total in enumerate(sums)]
-    for place, total in zip(places, sums, strict=True):
-        b.store(total, b.inttoptr(place, _VECTOR.as_pointer()), align=4)
-    following = b.add(at, LONG(LANES))
-    at.add_incoming(following, loop)
-    b.cbranch(b.icmp_signed("<", following, n), loop, done)
-    b.position_at_end(done)
 
+    def of_outputs(at: Any, none: list[Any]) -> list[Any]:
+        offset = b.mul(at, LONG(4))
+        places = [b.add(address, offset) for address in y]
+        sums = [load(b, place, _VECTOR) for place in places]
+        for k in range(ranks):
+            address = b.add(rows[k], offset)
+            weights = load(b, address, _VECTOR)
+            prefetch(b, b.add(address, LONG(AHEAD)))
+            sums = [fma(b, weights, factors[t * ranks + k], total) for t, total in enumerate(sums)]
+        for place, total in zip(places, sums, strict=True):
+            b.store(total, b.inttoptr(place, _VECTOR.as_pointer()), align=4)
+        return none
 
-def _load(b: Any, address: Any) -> Any:
-    return b.load(b.inttoptr(address, _VECTOR.as_pointer()), align=4)
-
-
-def _fma(b: Any, one: Any, other: Any, total: Any) -> Any:
-    return call(b, f"llvm.fma.v{LANES}f32", _VECTOR, [one, other, total])
+    summed(b, n, LANES, [], of_outputs)
 
 
 def _total(b: Any, vector: Any) -> Any:

@@ -8,6 +8,7 @@ int8: inputs come in pairs of 16 bits, and a multiply-add of pairs is one instru
 with VNNI it adds up as well); elsewhere the same in plain operations.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import llvmlite.binding as llvm
@@ -29,13 +30,13 @@ class Float32:
     zero, stride = 0.0, 4 * LANES
 
     def weights(self, b: Any, address: Any) -> Any:
-        return b.load(b.inttoptr(address, self.sums.as_pointer()), align=4)
+        return load(b, address, self.sums)
 
     def spread(self, b: Any, address: Any) -> Any:
         return spread(b, b.load(b.inttoptr(address, ir.FloatType().as_pointer())), self.sums)
 
     def add(self, b: Any, sums: Any, weights: Any, x: Any) -> Any:
-        return call(b, f"llvm.fma.v{LANES}f32", self.sums, [weights, x, sums])
+        return fma(b, weights, x, sums)
 
     def store(self, b: Any, sums: Any, place: Any) -> None:
         b.store(b.fadd(b.load(place, align=4), sums), place, align=4)
@@ -106,33 +107,52 @@ def _loop(
     later: Any,
     pace: Any,
 ) -> None:
-    before, zeros = b.block, ir.Constant(kind.sums, [kind.zero] * LANES)
-    loop, done = b.append_basic_block("input"), b.append_basic_block("done")
+    def of_input(at: Any, sums: list[Any]) -> list[Any]:
+        lanes = []
+        for p in range(panels):
+            panel = b.mul(step, LONG(p))
+            lanes.append(kind.weights(b, b.add(b.add(w, panel), b.mul(at, LONG(kind.stride)))))
+            prefetch(b, b.add(b.add(later, panel), b.mul(at, pace)))
+        row = b.add(x, b.mul(at, LONG(4 * rows)))
+        added = []
+        for r in range(rows):
+            value = kind.spread(b, b.add(row, LONG(4 * r)))
+            added += [kind.add(b, sums[r * panels + p], lanes[p], value) for p in range(panels)]
+        return added
+
+    zeros = [ir.Constant(kind.sums, [kind.zero] * LANES)] * (rows * panels)
+    for i, value in enumerate(summed(b, depth, 1, zeros, of_input)):
+        kind.store(b, value, b.inttoptr(b.add(out, LONG(4 * LANES * i)), kind.sums.as_pointer()))
+
+
+def summed(
+    b: Any, count: Any, step: int, sums: list[Any], body: Callable[[Any, list[Any]], list[Any]]
+) -> list[Any]:
+    """Sums that stay in registers over a loop: body(at, sums) gives the next ones, at = 0, step, ... < count.
+
+    It runs at least once. Leaves the builder behind the loop.
+    """
+    before, loop, done = b.block, b.append_basic_block("loop"), b.append_basic_block("done")
     b.branch(loop)
     b.position_at_end(loop)
-    at = b.phi(LONG)
-    at.add_incoming(LONG(0), before)
-    sums = [b.phi(kind.sums) for _ in range(rows * panels)]
-    for phi in sums:
-        phi.add_incoming(zeros, before)
-    lanes = []
-    for p in range(panels):
-        panel = b.mul(step, LONG(p))
-        lanes.append(kind.weights(b, b.add(b.add(w, panel), b.mul(at, LONG(kind.stride)))))
-        prefetch(b, b.add(b.add(later, panel), b.mul(at, pace)))
-    row = b.add(x, b.mul(at, LONG(4 * rows)))
-    added = []
-    for r in range(rows):
-        value = kind.spread(b, b.add(row, LONG(4 * r)))
-        added += [kind.add(b, sums[r * panels + p], lanes[p], value) for p in range(panels)]
-    following = b.add(at, LONG(1))
-    at.add_incoming(following, loop)
-    for phi, value in zip(sums, added, strict=True):
+    at, running = b.phi(LONG), [b.phi(value.type) for value in sums]
+    added = body(at, running)
+    upper = b.add(at, LONG(step))
+    for phi, first, value in zip([at, *running], [LONG(0), *sums], [upper, *added], strict=True):
+        phi.add_incoming(first, before)
         phi.add_incoming(value, loop)
-    b.cbranch(b.icmp_signed("<", following, depth), loop, done)
+    b.cbranch(b.icmp_signed("<", upper, count), loop, done)
     b.position_at_end(done)
-    for i, value in enumerate(added):
-        kind.store(b, value, b.inttoptr(b.add(out, LONG(4 * LANES * i)), kind.sums.as_pointer()))
+    return added
+
+
+def load(b: Any, address: Any, vector: Any) -> Any:
+    return b.load(b.inttoptr(address, vector.as_pointer()), align=4)
+
+
+def fma(b: Any, one: Any, other: Any, total: Any) -> Any:
+    """one * other + total, of float vectors."""
+    return call(b, f"llvm.fma.v{total.type.count}f32", total.type, [one, other, total])
 
 
 def spread(b: Any, value: Any, vector: Any) -> Any:

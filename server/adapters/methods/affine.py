@@ -66,6 +66,8 @@ def pack_changes(changes: Iterable[Change], dtype: torch.dtype) -> Packed:
 class AffineBank(Bank):
     """Slots for adapters that change sites affinely."""
 
+    most = sys.maxsize  # its kernels take prefill, too
+
     def __init__(self, base: Base, slots: int, device: torch.device, dtype: torch.dtype) -> None:
         self.device = device
         self.sites = base.sites
@@ -74,7 +76,6 @@ class AffineBank(Bank):
         self.table = SiteTable(names, slots, kernel.COLUMNS, device)
         self.gpu = gpu.chosen(device)
         self.fast = AVAILABLE and device.type == "cpu" and dtype == torch.float32
-        self.most = sys.maxsize  # prefill, too
         self._unions: dict[frozenset[int], dict[str, bool]] = {}  # sites touched by sets of slots
 
     def put(self, slot: int, packed: Packed) -> None:
@@ -181,7 +182,7 @@ def apply(
     bias: torch.Tensor | None,
     weight: float = 1.0,
 ) -> None:
-    """One adapter's tokens, in place; the plain twin of the kernel, and the better way for many tokens.
+    """One adapter's tokens, in place; the plain twin of the kernel, which knows neither weights nor tables.
 
     `weight` scales what is added; an adapter with a gain is never weighted.
     """

@@ -68,7 +68,7 @@ class Rows:
 
     Base tokens are in no span. Spans of up to `most` tokens (decode) are what kernels take: `few`, ordered by
     slot so that rows that share an adapter find its weights in the cache. The others stay spans in `many`:
-    prefill on a CPU, and rows with several or weighted adapters, whose sums have an order.
+    longer ones, and rows with several or weighted adapters, whose sums have an order.
     """
 
     def __init__(self, spans: list[Span], most: int = FEW) -> None:
