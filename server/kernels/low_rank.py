@@ -122,20 +122,18 @@ _expand_one_rank, _expand_few_rank = expand_tile(1, 1), expand_tile(TOKENS, 1)
 def shrink(h, h_bytes, x0, x1, x2, x3, tokens, a, r, n):  # type: ignore[no-untyped-def]
     """h[t, :r] = A x_t. Addresses; `tokens` is 1 or TOKENS, and tells which x there are."""
     whole, row, k = n // LANES * LANES, n * 4, 0
-    if whole and tokens == 1:
-        while k + RANKS <= r:
+    at_once = RANKS if tokens == 1 else FEWER
+    while whole and k < r:
+        some = at_once if k + at_once <= r else 1
+        if tokens == 1 and some > 1:
             _shrink_one(h + k * 4, h_bytes, x0, x1, x2, x3, a + k * row, row, whole)
-            k += RANKS
-        while k < r:
+        elif tokens == 1:
             _shrink_one_rank(h + k * 4, h_bytes, x0, x1, x2, x3, a + k * row, row, whole)
-            k += 1
-    elif whole:
-        while k + FEWER <= r:
+        elif some > 1:
             _shrink_few(h + k * 4, h_bytes, x0, x1, x2, x3, a + k * row, row, whole)
-            k += FEWER
-        while k < r:
+        else:
             _shrink_few_rank(h + k * 4, h_bytes, x0, x1, x2, x3, a + k * row, row, whole)
-            k += 1
+        k += some
     if whole < n:
         for t in range(tokens):
             x = floats((x0, x1, x2, x3)[t], n)
@@ -152,20 +150,18 @@ def shrink(h, h_bytes, x0, x1, x2, x3, tokens, a, r, n):  # type: ignore[no-unty
 def expand(y0, y1, y2, y3, tokens, h, h_bytes, b, r, n):  # type: ignore[no-untyped-def]
     """y_t += B h[t, :r]; as above, b [r, n]."""
     whole, row, k = n // LANES * LANES, n * 4, 0
-    if whole and tokens == 1:
-        while k + RANKS <= r:
+    at_once = RANKS if tokens == 1 else FEWER
+    while whole and k < r:
+        some = at_once if k + at_once <= r else 1
+        if tokens == 1 and some > 1:
             _expand_one(y0, y1, y2, y3, h + k * 4, h_bytes, b + k * row, row, whole)
-            k += RANKS
-        while k < r:
+        elif tokens == 1:
             _expand_one_rank(y0, y1, y2, y3, h + k * 4, h_bytes, b + k * row, row, whole)
-            k += 1
-    elif whole:
-        while k + FEWER <= r:
+        elif some > 1:
             _expand_few(y0, y1, y2, y3, h + k * 4, h_bytes, b + k * row, row, whole)
-            k += FEWER
-        while k < r:
+        else:
             _expand_few_rank(y0, y1, y2, y3, h + k * 4, h_bytes, b + k * row, row, whole)
-            k += 1
+        k += some
     if whole < n:
         for t in range(tokens):
             y = floats((y0, y1, y2, y3)[t], n)
