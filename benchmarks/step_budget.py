@@ -12,7 +12,7 @@ import statistics
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,16 +22,15 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from adapters_store.objects import Objects
 from benchmarks.arms import quiet
-from benchmarks.inputs import make_adapters, make_prompts
+from benchmarks.inputs import make_prompts
 from benchmarks.machine import measure, work_of
+from benchmarks.mixed_kinds import publish_kinds
 from server.base.default_model import ensure_default_model
 from server.engine.loop import Engine
 from server.engine.messages import AdapterRef, Generate, Sampling
 from server.kernels import affine, decode, elementwise, linear
 from server.settings import Settings
-from tests.fixtures.engine import publish
 
 CACHE = Path(__file__).resolve().parents[1] / ".cache"
 PROMPT, NEW = 64, 32
@@ -62,7 +61,10 @@ class Spent:
 
 def main(
     rows: int = 16,
-    kind: Annotated[list[str] | None, typer.Option(help="base, lora; both unless given.")] = None,
+    kind: Annotated[
+        list[str] | None,
+        typer.Option(help="base, lora, bottleneck, prefix, prompt, bitfit; the first two unless given."),
+    ] = None,
     repeats: int = 3,
     threads: int = 2,
 ) -> None:
@@ -73,14 +75,17 @@ def main(
     with tempfile.TemporaryDirectory(prefix="polypeft-budget-") as scratch:
         own = Settings(data_dir=Path(scratch) / "data", threads=threads, prefix_cache=False, lookup_tokens=0)
         engine = Engine(own, folder)
-        objects = Objects.open(own.store_url)
-        adapters, parameters = make_adapters(folder, Path(scratch), rows)
-        loras = [publish(objects, engine.base, adapter) for adapter in adapters]
-        arms: dict[str, list[AdapterRef | None]] = {"base": [None] * rows, "lora": [*loras]}
+        adapters = publish_kinds(engine, folder, Path(scratch), rows)
         prompts = make_prompts(folder, rows, PROMPT)
-        shown = Table("", *(kind or arms), title=f"ms of a step, {rows} rows; {machine.processor}")
-        spent = {name: measured(engine, prompts, arms[name], repeats) for name in kind or arms}
+        spent: dict[str, tuple[Spent, Spent]] = {}
+        held: dict[str, int] = {}  # bytes of the adapters
+        for name in kind or ["base", "lora"]:
+            before = engine.cache.nbytes
+            refs = [None] * rows if name == "base" else [*adapters[name]]
+            spent[name] = measured(engine, prompts, refs, repeats)
+            held[name] = engine.cache.nbytes - before
         engine.close()
+    shown = Table("", *spent, title=f"ms of a step, {rows} rows; {machine.processor}")
     one, by_layer = ({name: pair[i] for name, pair in spent.items()} for i in (0, 1))
     shown.add_row("as one launch", *(f"{1e3 * s.step:.1f}" for s in one.values()))
     shown.add_row("layer by layer", *(f"{1e3 * s.step:.1f}" for s in by_layer.values()))
@@ -90,16 +95,15 @@ def main(
         )
     rest = [s.step - sum(s.kernels.values()) / len(s.steps) for s in by_layer.values()]
     shown.add_row("  Python and launches", *(f"{1e3 * seconds:.1f}" for seconds in rest))
-    whole = work_of(folder).parameters
-    bytes_read = {"base": 4 * whole, "lora": 4 * (whole + rows * parameters)}
-    floors = [bytes_read[name] / (machine.read_gb_per_s * 1e9) for name in spent]
+    whole = 4 * work_of(folder).parameters
+    floors = [(whole + held[name]) / (machine.read_gb_per_s * 1e9) for name in spent]
     shown.add_row("bytes of all weights, read once", *(f"{1e3 * seconds:.1f}" for seconds in floors))
     shown.add_row("prefill of all rows", *(f"{1e3 * statistics.median(s.prefill):.0f}" for s in one.values()))
     Console().print(shown)
 
 
 def measured(
-    engine: Engine, prompts: list[list[int]], refs: list[AdapterRef | None], repeats: int
+    engine: Engine, prompts: list[list[int]], refs: Sequence[AdapterRef | None], repeats: int
 ) -> tuple[Spent, Spent]:
     """As one launch, and layer by layer with each kernel timed. A first round of each does not count."""
     whole, layers = Spent(), Spent()
@@ -140,7 +144,7 @@ def timed(engine: Engine) -> Iterator[Seconds]:
 def drive(
     engine: Engine,
     prompts: list[list[int]],
-    refs: list[AdapterRef | None],
+    refs: Sequence[AdapterRef | None],
     spent: Spent,
     now: Seconds,
 ) -> None:

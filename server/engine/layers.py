@@ -21,10 +21,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from server.engine.attention import Chunk, Step, places_of
-from server.engine.linear import Family, LinearSite
+from server.engine.linear import Family, LinearSite, biases_of
 from server.engine.programs import Programs
 from server.engine.sublayers import decoder_layers
 from server.kernels.attention import BLOCK
+from server.kernels.biases import Biases
 from server.kernels.elementwise import RmsNorm, add_, rotate_, silu_times
 from server.kernels.int8 import Int8Linear
 
@@ -64,7 +65,7 @@ class Layer:
         """
         step, (first, second) = self.step, self.norms
         step.residual = stream
-        normed = self.fast_norms[0](stream)
+        normed = self.fast_norms[0](stream, self._biases(first, stream))
         first.polypeft_after(first, (stream,), normed)
         q, k, v = (by_head(y, self.dim) for y in siblings(self.qkv, normed))
         for x, norm in ((q, self.head_norms[0]), (k, self.head_norms[1])):
@@ -73,13 +74,17 @@ class Layer:
         added = self.attention.o_proj(seen.flatten(1))
         self.attention.polypeft_after(self.attention, None, added)
 
-        stream, normed = self.fast_norms[1].of_sum(stream, added)
+        stream, normed = self.fast_norms[1].of_sum(stream, added, self._biases(second, stream))
         step.residual = stream
         second.polypeft_after(second, (stream,), normed)
         gate, up = siblings(self.gate_up, normed)
         added = self.mlp.down_proj(silu_times(gate, up))
         self.mlp.polypeft_after(self.mlp, None, added)
         return add_(added, stream)
+
+    def _biases(self, norm: Any, stream: torch.Tensor) -> Biases | None:
+        columns = [slice(0, stream.shape[1])]
+        return biases_of(self.step.affine, [norm.polypeft_site], columns, len(stream))
 
 
 class Decoder:

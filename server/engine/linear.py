@@ -15,8 +15,10 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from server.adapters.methods.base import Bank, Rows
 from server.adapters.sites import Site
 from server.engine.attention import Step
+from server.kernels.biases import Biases
 from server.kernels.int8 import Int8Linear
 from server.kernels.linear import PackedLinear, join
 from server.kernels.openmp import AVAILABLE
@@ -71,7 +73,8 @@ class LinearSite(nn.Module):
         elif self.family and not changed:
             y = self.family.output(self, x, flat)
         elif self.fast:
-            y = self.fast(flat)
+            acting = self.step.head if self.is_head else self.step.affine
+            y = self.fast(flat, biases_of(acting, [self.site], [slice(0, self.site.outputs)], len(flat)))
         else:
             y = F.linear(flat, self.held, self.bias)
         self.adapt(flat, y)
@@ -82,6 +85,13 @@ class LinearSite(nn.Module):
         """Add to y [T, out], in place, what each token's adapter makes of x [T, in]."""
         for bank, rows in self.step.head if self.is_head else self.step.affine:
             bank.affine(self.site, x, y, rows, self.bias)
+
+
+def biases_of(
+    acting: list[tuple[Bank, Rows]], sites: Sequence[Site], columns: Sequence[slice], count: int
+) -> Biases | None:
+    """What comes with these sites as they are computed for `count` tokens; of the first bank that has any."""
+    return next((own for bank, rows in acting if (own := bank.biases(sites, columns, rows, count))), None)
 
 
 class Family:
@@ -104,7 +114,7 @@ class Family:
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         """[T, all outputs] of x [T, in]."""
-        return self.fast(x)
+        return self.fast(x, biases_of(self.step.affine, self.sites, [*self.columns.values()], len(x)))
 
     def outputs(self, x: torch.Tensor) -> list[torch.Tensor]:
         """What x [T, in] gives to each member, in their order: columns [T, out] of one tensor."""

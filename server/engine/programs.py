@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from server.adapters.methods.base import Bank, Rows
+from server.adapters.methods.base import Bank, Rows, Trace
 from server.engine.attention import Step
 from server.kernels.attention import BLOCK
 from server.kernels.openmp import Recorder
@@ -32,8 +32,8 @@ class Need(NamedTuple):
 
     tokens: int
     guesses: bool
-    affine: tuple[tuple[Bank, int], ...]
-    sublayer: tuple[tuple[Bank, int], ...]
+    affine: tuple[tuple[Bank, Trace], ...]
+    sublayer: tuple[tuple[Bank, Trace], ...]
 
 
 class Held:
@@ -46,7 +46,7 @@ class Held:
         none = torch.zeros(count, dtype=torch.int64)
         self.lengths, self.ahead = none.clone(), none.clone()
         self.affine, self.sublayer = (
-            [(bank, Rows.held(none.clone(), none.clone(), bank.touched(mask))) for bank, mask in traces]
+            [(bank, Rows.held(count, bank.touched(trace))) for bank, trace in traces]
             for traces in (need.affine, need.sublayer)
         )
         self.output = torch.empty(0)
@@ -62,9 +62,7 @@ class Held:
         for held, acting in ((self.affine, step.affine), (self.sublayer, step.sublayer)):
             own = dict(acting)
             for bank, rows in held:
-                count = len(own[bank].tokens)
-                rows.tokens[:count], rows.slots[:count] = own[bank].tokens, own[bank].slots
-                rows.tokens[count:] = rows.slots[count:] = 0  # slot 0 holds nothing
+                rows.fill(own[bank])
 
 
 class Programs:
@@ -105,15 +103,16 @@ class Programs:
         for acting in (step.affine, step.sublayer):
             own = []
             for bank, rows in acting:
-                mask = 0
+                mask = biased = 0
                 for slot in {span.slot for span in rows.few}:
                     trace = bank.trace(slot)
                     if trace is None:
                         return None
                     mask |= trace.mask
+                    biased |= trace.biased
                 if rows.many:
                     return None
-                own.append((bank, mask))
+                own.append((bank, Trace(mask, biased=biased)))
             traces.append(tuple(own))
         return Need(tokens, step.ahead is not None, traces[0], traces[1])
 

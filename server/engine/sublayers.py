@@ -55,6 +55,7 @@ def watch_norms(model: nn.Module, step: Step) -> dict[str, Site]:
             if not name.endswith(("q_norm", "k_norm")):
                 hook = norm.polypeft_after = apply_to_norm(site, bias, norm_parts(norm), step)
                 norm.register_forward_hook(hook)
+                norm.polypeft_site = site
     return sites
 
 

@@ -15,7 +15,8 @@ import torch
 from server.kernels.openmp import AVAILABLE, arguments
 
 MAX_RANK = 1024  # the kernel's scratch; max_lora_rank may not be set above it
-COLUMNS = 5  # A, B, gain, bias, rank
+COLUMNS = 5
+GAIN, BIAS, RANK = 2, 3, 4  # of these
 ALONE = 1 << 15  # outputs: to change fewer without matrices costs one thread less time than waking the others
 
 
@@ -27,11 +28,11 @@ if AVAILABLE:
     from server.kernels.openmp import floats, ints, kernel, num_threads, thread_num
 
     @nb.njit(cache=True, error_model="numpy", fastmath={"contract"})
-    def _apply(entry, x0, x1, x2, x3, y0, y1, y2, y3, tokens, fan_in, width, bias, h):  # type: ignore[no-untyped-def]
+    def _apply(entry, x0, x1, x2, x3, y0, y1, y2, y3, tokens, fan_in, width, bias, h, lone):  # type: ignore[no-untyped-def]
         """One site of one adapter, for `tokens` (1 or TOKENS) of its tokens."""
-        rank = entry[4]
-        if entry[2] != 0:
-            gain = floats(entry[2], width)
+        rank = entry[RANK]
+        if entry[GAIN] != 0:
+            gain = floats(entry[GAIN], width)
             for t in range(tokens):
                 y = floats((y0, y1, y2, y3)[t], width)
                 if bias != 0:
@@ -45,41 +46,42 @@ if AVAILABLE:
             scratch, between = h.ctypes.data, MAX_RANK * 4
             shrink(scratch, between, x0, x1, x2, x3, tokens, entry[0], rank, fan_in)
             expand(y0, y1, y2, y3, tokens, scratch, between, entry[1], rank, width)
-        if entry[3] != 0:
-            added = floats(entry[3], width)
+        if entry[BIAS] != 0 and (lone or rank > 0 or entry[GAIN] != 0):
+            added = floats(entry[BIAS], width)
             for t in range(tokens):
                 y = floats((y0, y1, y2, y3)[t], width)
                 for o in range(width):
                     y[o] += added[o]
 
     @nb.njit(cache=True, error_model="numpy")
-    def _cost(table, sites, widths, fan_in):  # type: ignore[no-untyped-def]
+    def _cost(table, sites, widths, fan_in, lone):  # type: ignore[no-untyped-def]
         """What to read for one token at these sites, in elements."""
         total = 0
         for s in range(sites):
-            width = widths[s]
-            total += width + ints(table + s * COLUMNS * 8, COLUMNS)[4] * (fan_in + width)
+            width, entry = widths[s], ints(table + s * COLUMNS * 8, COLUMNS)
+            if entry[RANK] or entry[GAIN] or (lone and entry[BIAS]):
+                total += width + entry[RANK] * (fan_in + width)
         return total
 
     @kernel
     def _grouped_affine(args):  # type: ignore[no-untyped-def]
         count, fan_in, x_bytes, y_bytes, x, y = args[0], args[1], args[2] * 4, args[3] * 4, args[4], args[5]
         tokens, slots = ints(args[6], count), ints(args[7], count)
-        table, table_bytes, bias, sites = args[8], args[9] * 8, args[10], args[11]
+        table, table_bytes, bias, lone, sites = args[8], args[9] * 8, args[10], args[11], args[12]
         thread, threads = thread_num(), num_threads()
         widths = np.empty(sites, np.int64)
         for s in range(sites):
-            widths[s] = args[12 + s]
+            widths[s] = args[13 + s]
         h = np.empty(TOKENS * MAX_RANK, np.float32)
         work = 0
         for i in range(count):
-            work += _cost(table + slots[i] * table_bytes, sites, widths, fan_in)
+            work += _cost(table + slots[i] * table_bytes, sites, widths, fan_in, lone)
         # equal shares of what is read: of tokens, or of one token's sites
         low, high = work * thread // threads, work * (thread + 1) // threads
         done, i = 0, 0
         while i < count:
             own = table + slots[i] * table_bytes
-            cost = _cost(own, sites, widths, fan_in)
+            cost = _cost(own, sites, widths, fan_in, lone)
             some = 1
             if i + TOKENS <= count and slots[i + TOKENS - 1] == slots[i]:
                 some = TOKENS
@@ -95,7 +97,7 @@ if AVAILABLE:
             for s in range(sites):
                 if count == 1:
                     mine = low <= part < high
-                    part += _cost(own + s * COLUMNS * 8, 1, widths[s:], fan_in)
+                    part += _cost(own + s * COLUMNS * 8, 1, widths[s:], fan_in, lone)
                 if mine:
                     _apply(
                         ints(own + s * COLUMNS * 8, COLUMNS),
@@ -112,6 +114,7 @@ if AVAILABLE:
                         widths[s],
                         0 if bias == 0 else bias + column * 4,
                         h,
+                        lone,
                     )
                 column += widths[s]
             done += cost * some
@@ -129,6 +132,7 @@ def grouped_affine(
     base_bias: torch.Tensor | None,  # float32 [all outputs]
     *,
     heavy: bool = True,  # False: nobody has matrices here
+    lone: bool = True,  # False: biases of those who change nothing else are added already (biases.py)
 ) -> None:
     """Add each token's adapter at sites that see the same x. CPU, float32; sees only tokens listed."""
     sizes = (tokens.shape[0], x.shape[1], x.stride(0), y.stride(0))
@@ -137,5 +141,5 @@ def grouped_affine(
     bias = 0 if base_bias is None else base_bias.data_ptr()
     parallel = heavy or tokens.shape[0] * y.shape[1] > ALONE
     _grouped_affine(
-        arguments(*sizes, *held, row, table.stride(0), bias, len(widths), *widths), parallel=parallel
+        arguments(*sizes, *held, row, table.stride(0), bias, lone, len(widths), *widths), parallel=parallel
     )

@@ -9,6 +9,7 @@ RMSNorm: arXiv 1910.07467. Rotary embedding, in halves: arXiv 2104.09864. SwiGLU
 import torch
 import torch.nn.functional as F
 
+from server.kernels.biases import NONE, Biases
 from server.kernels.openmp import AVAILABLE, arguments, empty
 
 ALONE = 1 << 15  # elements: less than that costs one thread less time than waking the others
@@ -34,6 +35,7 @@ if AVAILABLE:
     import numba as nb
     import numpy as np
 
+    from server.kernels.biases import add_biases
     from server.kernels.decode import exp_of_negative
     from server.kernels.openmp import floats, kernel, num_threads, thread_num
 
@@ -63,6 +65,8 @@ if AVAILABLE:
                 _norm(y, total, weight, n, epsilon)
             else:
                 _norm(y, x, weight, n, epsilon)
+            if args[8] != 0:
+                add_biases(args[5] + t * n * 4, n, t, 1, 0, n, args, 8, True)
 
     @kernel
     def _rotate(args):  # type: ignore[no-untyped-def]
@@ -111,21 +115,24 @@ class RmsNorm:
     def __init__(self, weight: torch.Tensor, epsilon: float) -> None:
         self.weight, self.epsilon = weight, torch.tensor([epsilon], dtype=torch.float32)
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """x [T, n], contiguous; the same of its norm."""
+    def __call__(self, x: torch.Tensor, own: Biases | None = None) -> torch.Tensor:
+        """x [T, n], contiguous; the same of its norm, with each token's own biases."""
         y = empty(x, *x.shape)
-        self._launch(x, y, 0, 0)
+        self._launch(x, y, 0, 0, own)
         return y
 
-    def of_sum(self, x: torch.Tensor, added: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(x + added, its norm), all [T, n] and contiguous."""
+    def of_sum(
+        self, x: torch.Tensor, added: torch.Tensor, own: Biases | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(x + added, its norm as above), all [T, n] and contiguous."""
         total, y = empty(x, *x.shape), empty(x, *x.shape)
-        self._launch(x, y, added.data_ptr(), total.data_ptr())
+        self._launch(x, y, added.data_ptr(), total.data_ptr(), own)
         return total, y
 
-    def _launch(self, x: torch.Tensor, y: torch.Tensor, added: int, total: int) -> None:
+    def _launch(self, x: torch.Tensor, y: torch.Tensor, added: int, total: int, own: Biases | None) -> None:
         held = (self.weight.data_ptr(), self.epsilon.data_ptr(), x.data_ptr(), y.data_ptr(), added, total)
-        _rms_norm(arguments(*x.shape, *held), parallel=x.numel() > ALONE)
+        biases = own.arguments() if own else NONE
+        _rms_norm(arguments(*x.shape, *held, *biases), parallel=x.numel() > ALONE)
 
 
 def rotate_(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, norm: RmsNorm | None = None) -> None:

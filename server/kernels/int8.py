@@ -63,10 +63,12 @@ if AVAILABLE:
     import numba as nb
     import numpy as np
 
+    from server.kernels.biases import add_biases
     from server.kernels.linear import SHARE, TILES, tiles_for
     from server.kernels.openmp import barrier, floats, kernel, num_threads, shorts, thread_num
     from server.kernels.tiles import Int8, tile
 
+    OWN = 12  # where a launch's arguments tell of tokens' own biases
     R0, R1, R2, R3, R4 = TILES
     _t0, _t1, _t2, _t3, _t4 = (tile(rows, panels, Int8()) for rows, panels in TILES.items())
     _h0, _h1, _h2 = (tile(rows, min(panels, SHARE), Int8()) for rows, panels in [*TILES.items()][:3])
@@ -139,7 +141,7 @@ if AVAILABLE:
 
     @nb.njit(cache=True, error_model="numpy")
     def _multiply(  # type: ignore[no-untyped-def]
-        laid, steps, y, y_stride, w, scales, bias, depth, n, first, end, rows, panels, tiles, low, high
+        laid, steps, y, y_stride, w, scales, bias, depth, n, first, end, rows, panels, tiles, low, high, args
     ):
         """Rows [first, end), as they are laid out, times panels [low, high)."""
         pairs = (depth + 1) // 2
@@ -150,6 +152,9 @@ if AVAILABLE:
             here = panels if p + panels <= high else SHARE
             width, column = here * LANES, p * LANES
             added, own = 0 if bias == 0 else bias + column * 4, w + p * panel_bytes
+            last = min(width, n - column)
+            if args[OWN] != 0:
+                add_biases(y, y_stride, first, end - first, column, last, args, OWN, False)
             for block in range(tiles):
                 done = first + block * rows
                 x = laid + block * rows * pairs * 4
@@ -167,17 +172,12 @@ if AVAILABLE:
                     later,
                     2 * LANES // tiles,
                 )
-                _write(
-                    y + (done * y_stride + column) * 4,
-                    y_stride,
-                    out,
-                    width,
-                    min(rows, end - done),
-                    min(width, n - column),
-                    steps[block * rows :],
-                    scales + column * 4,
-                    added,
-                )
+                target = y + (done * y_stride + column) * 4
+                some = min(rows, end - done)
+                by_row = steps[block * rows :]
+                _write(target, y_stride, out, width, some, last, by_row, scales + column * 4, added)
+                if args[OWN] != 0:
+                    add_biases(target, y_stride, done, some, column, last, args, OWN, True)
             p += here
 
     @kernel
@@ -216,6 +216,7 @@ if AVAILABLE:
                 tiles,
                 low,
                 high,
+                args,
             )
 
 

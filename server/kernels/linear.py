@@ -12,6 +12,7 @@ step at 1/4/8/16/32 rows, against 25/28/33/40/58 of oneDNN's own packed form.
 import torch
 import torch.nn.functional as F
 
+from server.kernels.biases import NONE, Biases
 from server.kernels.openmp import AVAILABLE, Arguments, arguments, empty
 
 LANES = 16  # outputs of a panel
@@ -52,6 +53,7 @@ if AVAILABLE:
     import numba as nb
     import numpy as np
 
+    from server.kernels.biases import add_biases
     from server.kernels.openmp import barrier, floats, kernel, num_threads, thread_num
     from server.kernels.tiles import WIDE, Float32, tile
 
@@ -59,6 +61,7 @@ if AVAILABLE:
     TILES = {1: 4, 2: 4, 4: 4, 8: 2, 12: 2} if WIDE else {1: 4, 2: 2, 3: 1, 4: 1, 6: 1}
     SHARE = 2  # panels: the least that a thread takes
     LARGE, LESS = (12, 8) if WIDE else (6, 4)  # rows of the tiles that more rows than these are cut into
+    OWN = 10  # where a launch's arguments tell of tokens' own biases
     R0, R1, R2, R3, R4 = TILES
     P0, P1, P2, P3, P4 = TILES.values()
     TILE_LARGE, TILE_LESS = TILES[LARGE], TILES[LESS]
@@ -145,7 +148,7 @@ if AVAILABLE:
                     target[j] = out[r * width + j]
 
     @nb.njit(cache=True, error_model="numpy")
-    def _multiply(laid, y, y_stride, w, bias, depth, n, first, end, rows, panels, tiles, low, high):  # type: ignore[no-untyped-def]
+    def _multiply(laid, y, y_stride, w, bias, depth, n, first, end, rows, panels, tiles, low, high, args):  # type: ignore[no-untyped-def]
         """Rows [first, end), as they are laid out, times panels [low, high)."""
         out = np.empty(tiles * rows * panels * LANES, np.float32)
         panel_bytes = depth * 4 * LANES
@@ -153,6 +156,9 @@ if AVAILABLE:
         while p < high and p * LANES < n:
             here = panels if p + panels <= high else SHARE
             width, column = here * LANES, p * LANES
+            target, last = y + (first * y_stride + column) * 4, min(width, n - column)
+            if args[OWN] != 0:
+                add_biases(target, y_stride, first, end - first, column, last, args, OWN, False)
             out[: tiles * rows * width] = np.float32(0)
             for k in range(0, depth, DEPTH):
                 own, some = w + p * panel_bytes + k * 4 * LANES, min(DEPTH, depth - k)
@@ -174,8 +180,9 @@ if AVAILABLE:
                         4 * LANES // tiles,
                     )
             added = 0 if bias == 0 else bias + column * 4
-            target = y + (first * y_stride + column) * 4
-            _write(target, y_stride, out, width, end - first, min(width, n - column), added)
+            _write(target, y_stride, out, width, end - first, last, added)
+            if args[OWN] != 0:
+                add_biases(target, y_stride, first, end - first, column, last, args, OWN, True)
             p += here
 
     @kernel
@@ -194,7 +201,7 @@ if AVAILABLE:
             mine = (depth * thread // threads, depth * (thread + 1) // threads)
             _lay_out(laid, x, x_stride, first, end, depth, rows, tiles, mine[0], mine[1])
             barrier()
-            _multiply(laid, y, y_stride, w, bias, depth, n, first, end, rows, panels, tiles, low, high)
+            _multiply(laid, y, y_stride, w, bias, depth, n, first, end, rows, panels, tiles, low, high, args)
 
 
 _laid: dict[int, torch.Tensor] = {}
@@ -234,13 +241,13 @@ class PackedLinear:
         """[out, in], bit for bit."""
         return unpack(self.parts[0], self.outputs)
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """x [T, in], T > 0; [T, out]."""
+    def __call__(self, x: torch.Tensor, own: Biases | None = None) -> torch.Tensor:
+        """x [T, in], T > 0; [T, out], with each token's own biases."""
         if x.stride(1) != 1:
             x = x.contiguous()
         y = empty(x, x.shape[0], self.outputs)
         place = (x.shape[0], x.data_ptr(), x.stride(0), y.data_ptr(), self.outputs)
-        self._launch(arguments(*self._fixed, *place))
+        self._launch(arguments(*self._fixed, *place, *(own.arguments() if own else NONE)))
         return y
 
     def _sizes(self) -> tuple[int, ...]:

@@ -42,9 +42,10 @@ class Program:
 
     def __init__(self, recorder: Recorder) -> None:
         self._recorder = recorder  # keeps arguments and buffers
+        self.launches = len(recorder.launches)
         flat = [value for address, args in recorder.launches for value in (address, ctypes.addressof(args))]
-        self._launches = arguments(*flat)
-        self._args = arguments(len(recorder.launches), ctypes.addressof(self._launches))
+        self._flat = arguments(*flat)
+        self._args = arguments(self.launches, ctypes.addressof(self._flat))
 
     def __call__(self) -> None:
         _run(self._args)

@@ -1,6 +1,6 @@
 """What a bank's kernels read of each slot and site: addresses and sizes, where the kernels run."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
@@ -26,7 +26,7 @@ class SiteTable:
         for name, entry in entries.items():
             at = self.numbers[name]
             flat[at * columns : (at + 1) * columns] = entry
-            self.masks[slot] |= 1 << at
+        self.masks[slot] = self.mask(entries)
         self.ranks[slot] = ranks
         self.rows[slot].view(-1).copy_(upload([flat], self.rows.device)[0])
 
@@ -34,6 +34,10 @@ class SiteTable:
         if self.masks[slot]:
             self.rows[slot].zero_()
         self.masks[slot] = self.ranks[slot] = 0
+
+    def mask(self, names: Iterable[str]) -> int:
+        """Their bits."""
+        return sum(1 << self.numbers[name] for name in set(names))
 
     def among(self, mask: int) -> list[str]:
         """The names of these sites."""

@@ -165,6 +165,17 @@ def prefetch(b: Any, address: Any) -> None:
     call(b, "llvm.prefetch.p0", ir.VoidType(), [b.inttoptr(address, BYTE.as_pointer()), *hints])
 
 
+@intrinsic  # type: ignore[untyped-decorator]
+def ask(_context: Any, address: Any) -> Any:  # noqa: ARG001 - numba matches arguments by name
+    """Ask for the cache line at an address, outside of tiles."""
+
+    def generate(context: Any, b: Any, _sig: Any, args: Any) -> Any:
+        prefetch(b, args[0])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), generate
+
+
 def call(b: Any, name: str, result: Any, args: list[Any]) -> Any:
     kind = ir.FunctionType(result, [arg.type for arg in args])
     return b.call(cgutils.get_or_insert_function(b.module, kind, name), args)

@@ -14,11 +14,12 @@ from math import prod
 import msgspec
 import torch
 
-from server.adapters.methods.base import Bank, Packed, Rows, Trace
+from server.adapters.methods.base import BIAS, MATRICES, SCALE, Bank, Packed, Rows, Trace
 from server.adapters.methods.tensors import flatten
 from server.adapters.sites import Base, Site
 from server.kernels import affine as kernel
 from server.kernels import gpu
+from server.kernels.biases import Biases
 from server.kernels.openmp import AVAILABLE
 from server.kernels.site_table import SiteTable
 
@@ -76,7 +77,8 @@ class AffineBank(Bank):
         self.table = SiteTable(names, slots, kernel.COLUMNS, device)
         self.gpu = gpu.chosen(device)
         self.fast = AVAILABLE and device.type == "cpu" and dtype == torch.float32
-        self._unions: dict[frozenset[int], dict[str, bool]] = {}  # sites touched by sets of slots
+        self._unions: dict[frozenset[int], dict[str, int]] = {}  # sites touched by sets of slots
+        self._biased = [0] * (slots + 1)  # bit i: of the site i, a slot changes the bias alone
 
     def put(self, slot: int, packed: Packed) -> None:
         """Fill a free slot. On a CPU this copies nothing: the host buffer is the device's."""
@@ -90,20 +92,33 @@ class AffineBank(Bank):
         self.changes[slot] = {name: Change(name, **parts) for name, parts in found.items()}
         entries = {name: table_row(change) for name, change in self.changes[slot].items()}
         self.table.put(slot, entries, max((entry[-1] for entry in entries.values()), default=0))
+        self._biased[slot] = self.table.mask(
+            name for name, change in self.changes[slot].items() if way_of(change) == BIAS
+        )
         self._unions.clear()
 
     def clear(self, slot: int) -> None:
         self.table.clear(slot)
         self.changes[slot] = {}
+        self._biased[slot] = 0
         self._unions.clear()
+
+    def biases(
+        self, sites: Sequence[Site], columns: Sequence[slice], rows: Rows, count: int
+    ) -> Biases | None:
+        """Those of `rows.few`, where our kernels run."""
+        if not self.fast or not self._side_by_side(sites) or not self._ways(sites, rows) & BIAS:
+            return None
+        rows.biased.update(site.name for site in sites)
+        first = self.table.numbers[sites[0].name]
+        return Biases(rows.by_token(count), self.table.rows, first, columns)
 
     def affine(
         self, site: Site, x: torch.Tensor, y: torch.Tensor, rows: Rows, bias: torch.Tensor | None
     ) -> None:
-        touched = self._touched(rows)
         if site.name in rows.settled:
             rows.settled.discard(site.name)
-        elif site.name not in touched:
+        elif site.name not in self._touched(rows):
             return
         elif self._takes(site):
             self._launch([site], x, y, rows, bias)
@@ -115,21 +130,29 @@ class AffineBank(Bank):
         self, sites: Sequence[Site], x: torch.Tensor, y: torch.Tensor, rows: Rows, bias: torch.Tensor | None
     ) -> None:
         """One launch for them all, where a kernel takes them and they stand side by side in its table."""
-        numbers = [self.table.numbers[site.name] for site in sites]
-        if not self._takes(sites[0]) or numbers != list(range(numbers[0], numbers[0] + len(sites))):
+        if not self._takes(sites[0]) or not self._side_by_side(sites):
             return
-        touched = self._touched(rows)
-        if any(site.name in touched for site in sites):
+        if self._ways(sites, rows):
             self._launch(sites, x, y, rows, bias)
         rows.settled.update(site.name for site in sites)
 
     def trace(self, slot: int) -> Trace | None:
-        recorded = self.gpu or self.fast
-        return Trace(self.table.masks[slot], self.table.ranks[slot]) if recorded else None
+        mask, ranks = self.table.masks[slot], self.table.ranks[slot]
+        if self.gpu:
+            return Trace(mask, ranks)
+        return Trace(mask & ~self._biased[slot], ranks, self._biased[slot]) if self.fast else None
 
-    def touched(self, mask: int) -> dict[str, bool]:
-        norms = {name for name, site in self.sites.items() if site.kind == "norm"}
-        return {name: name not in norms for name in self.table.among(mask)}
+    def touched(self, trace: Trace) -> dict[str, int]:
+        found = dict.fromkeys(self.table.among(trace.biased), BIAS)
+        for name in self.table.among(trace.mask):
+            way = SCALE if self.sites[name].kind == "norm" else MATRICES
+            found[name] = way | found.get(name, 0)
+        return found
+
+    def _side_by_side(self, sites: Sequence[Site]) -> bool:
+        """Whether they are so in the table."""
+        numbers = [self.table.numbers[site.name] for site in sites]
+        return numbers == list(range(numbers[0], numbers[0] + len(sites)))
 
     def _takes(self, site: Site) -> bool:
         """Whether a kernel does what `rows.few` ask of it."""
@@ -138,32 +161,46 @@ class AffineBank(Bank):
     def _launch(
         self, sites: Sequence[Site], x: torch.Tensor, y: torch.Tensor, rows: Rows, bias: torch.Tensor | None
     ) -> None:
-        touched, first = self._touched(rows), self.table.numbers[sites[0].name]
-        heavy = any(touched.get(site.name, False) for site in sites)
-        widths = [site.outputs for site in sites]
+        ways, first = self._ways(sites, rows), self.table.numbers[sites[0].name]
+        heavy, widths = bool(ways & MATRICES), [site.outputs for site in sites]
         if not self.gpu:
-            if len(rows.tokens):
+            given = sites[0].name in rows.biased
+            rows.biased.difference_update(site.name for site in sites)
+            if len(rows.tokens) and not (given and ways == BIAS):
                 own = (rows.tokens, rows.slots, self.table.rows)
-                kernel.grouped_affine(x, y, *own, first, widths, bias, heavy=heavy)
+                kernel.grouped_affine(x, y, *own, first, widths, bias, heavy=heavy, lone=not given)
             return
         from server.kernels.triton_affine import grouped_affine  # Triton is not everywhere
 
         plan = rows.plan(self.device, self.table.ranks.__getitem__)
         grouped_affine(x, y, plan, self.table.rows, first, widths, bias, heavy=heavy)
 
-    def _touched(self, rows: Rows) -> dict[str, bool]:
+    def _ways(self, sites: Sequence[Site], rows: Rows) -> int:
+        """How these rows' adapters change any of these sites."""
+        touched, ways = self._touched(rows), 0
+        for site in sites:
+            ways |= touched.get(site.name, 0)
+        return ways
+
+    def _touched(self, rows: Rows) -> dict[str, int]:
         if rows.touched is None:
             slots = frozenset(span.slot for span in rows.spans)
             if slots not in self._unions:
                 if len(self._unions) >= MOST_UNIONS:
                     self._unions.clear()
-                union: dict[str, bool] = {}
+                union: dict[str, int] = {}
                 for slot in slots:
                     for name, change in self.changes[slot].items():
-                        union[name] = change.b is not None or union.get(name, False)
+                        union[name] = way_of(change) | union.get(name, 0)
                 self._unions[slots] = union
             rows.touched = self._unions[slots]
         return rows.touched
+
+
+def way_of(change: Change) -> int:
+    if change.b is not None:
+        return MATRICES
+    return BIAS if change.gain is None else SCALE
 
 
 def table_row(change: Change) -> list[int]:

@@ -15,6 +15,7 @@ import torch
 from server.adapters.formats.safetensors import TensorInfo
 from server.adapters.seal import seal_of
 from server.adapters.sites import Base, Site
+from server.kernels.biases import Biases
 from server.kernels.gpu import FIELDS, LARGE, SMALL, Plan, put_in_blocks, round_up, upload
 
 Tensors = dict[str, torch.Tensor]
@@ -63,6 +64,10 @@ class Span(NamedTuple):
     weight: float = 1.0
 
 
+# How an adapter changes a site; the ways of several are or-ed.
+BIAS, SCALE, MATRICES = 1, 2, 4  # by a bias and nothing else; element by element; by matrices
+
+
 class Rows:
     """The batch as banks see it: which slot each packed token uses. Slot 0 is "no adapter".
 
@@ -78,25 +83,36 @@ class Rows:
         )
         kept = set(self.few)
         self.spans = spans
-        # the sites its adapters change, and whether with matrices; the bank fills it in
-        self.touched: dict[str, bool] | None = None
+        self.touched: dict[str, int] | None = None  # the sites its adapters change; the bank fills it in
         self.settled: set[str] = set()  # sites that the bank has done already, along with a sibling
+        self.biased: set[str] = set()  # sites whose biases have come with the product
         self.many = [span for span in spans if span not in kept]
         self._plan: Plan | None = None
+        self._by_token: torch.Tensor | None = None
 
     @classmethod
-    def recorded(cls, plan: Plan, touched: dict[str, bool]) -> "Rows":
+    def recorded(cls, plan: Plan, touched: dict[str, int]) -> "Rows":
         """Of a step that is recorded: whose tokens they are, the plan's tensors say at each replay."""
         rows = cls([])
         rows._plan, rows.touched = plan, touched
         return rows
 
     @classmethod
-    def held(cls, tokens: torch.Tensor, slots: torch.Tensor, touched: dict[str, bool]) -> "Rows":
-        """The same on a CPU: tokens and slots as the tensors have them then, 0 where nothing is."""
+    def held(cls, count: int, touched: dict[str, int]) -> "Rows":
+        """The same on a CPU, of `count` tokens: what `fill` says then."""
         rows = cls([])
-        rows.tokens, rows.slots, rows.touched = tokens, slots, touched
+        rows.tokens, rows.slots, rows._by_token = torch.zeros(3, count, dtype=torch.int64).unbind()
+        rows.touched = touched
         return rows
+
+    def fill(self, rows: "Rows") -> None:
+        """Say as `rows` does; 0 where it says nothing."""
+        assert self._by_token is not None
+        count = len(rows.tokens)
+        for own, other in ((self.tokens, rows.tokens), (self.slots, rows.slots)):
+            own[:count] = other
+            own[count:] = 0  # slot 0 holds nothing
+        self._by_token.copy_(rows.by_token(len(self._by_token)))
 
     @cached_property
     def tokens(self) -> torch.Tensor:
@@ -107,6 +123,13 @@ class Rows:
     def slots(self) -> torch.Tensor:
         """int64: the slot of each of these tokens."""
         return torch.tensor([s.slot for s in self.few for _ in range(s.start, s.end)], dtype=torch.int64)
+
+    def by_token(self, count: int) -> torch.Tensor:
+        """int64 [count]: the slot of each of the batch's tokens; 0 for those that are not in `few`."""
+        if self._by_token is None:
+            self._by_token = torch.zeros(count, dtype=torch.int64)
+            self._by_token[self.tokens] = self.slots
+        return self._by_token
 
     def plan(self, device: torch.device, ranks: Callable[[int], int]) -> Plan:
         """The tokens of `few` in blocks, on a GPU; `ranks` gives a slot's highest rank or width."""
@@ -143,10 +166,14 @@ class Start:
 
 
 class Trace(NamedTuple):
-    """What a slot asks of a recorded step: bits of the sites it touches, its highest rank or width."""
+    """What a slot asks of a recorded step: bits of the sites it touches, its highest rank or width.
+
+    `biased`: sites at which it asks for nothing but what `Bank.biases` gives; these are not in the mask.
+    """
 
     mask: int = 0
     ranks: int = 0
+    biased: int = 0
 
 
 # x [n, hidden] -> (fixed, scaled): with any weight w and bias b, the norm of x is fixed + scaled * w + b
@@ -188,6 +215,19 @@ class Bank:
         same. By default it does nothing.
         """
 
+    def biases(
+        self,
+        sites: Sequence[Site],  # noqa: ARG002 - a hook's default
+        columns: Sequence[slice],  # noqa: ARG002
+        rows: Rows,  # noqa: ARG002
+        count: int,  # noqa: ARG002
+    ) -> Biases | None:
+        """What a kernel that computes these sites' outputs, in these columns, for `count` tokens may add as
+        it writes them: the biases of adapters that change them by nothing else. `affine` and `joint` come
+        all the same and leave out what was given here.
+        """
+        return None
+
     def inputs(self, site: Site, x: torch.Tensor, rows: Rows) -> torch.Tensor:  # noqa: ARG002 - a hook's default
         """What a linear sees in the place of x [T, in], which stays as it is."""
         return x
@@ -210,7 +250,7 @@ class Bank:
         """
         return None
 
-    def touched(self, mask: int) -> dict[str, bool]:  # noqa: ARG002 - as above
+    def touched(self, trace: Trace) -> dict[str, int]:  # noqa: ARG002 - as above
         """`Rows.touched` for the sites of a trace."""
         return {}
 

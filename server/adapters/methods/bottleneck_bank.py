@@ -13,7 +13,7 @@ import msgspec
 import torch
 import torch.nn.functional as F
 
-from server.adapters.methods.base import FEW, Bank, Packed, Rows, Trace
+from server.adapters.methods.base import FEW, MATRICES, Bank, Packed, Rows, Trace
 from server.adapters.methods.tensors import flatten
 from server.adapters.sites import Base, Site
 from server.kernels import bottleneck as kernel
@@ -111,7 +111,8 @@ class BottleneckBank(Bank):
 
     def sublayer(self, site: Site, h: torch.Tensor, r: torch.Tensor, rows: Rows) -> None:
         if rows.touched is None:
-            rows.touched = {name: True for span in rows.spans for name in self.changes[span.slot]}
+            changed = {name for span in rows.spans for name in self.changes[span.slot]}
+            rows.touched = dict.fromkeys(changed, MATRICES)
         if site.name not in rows.touched:
             return
         if self.fast:
@@ -123,8 +124,8 @@ class BottleneckBank(Bank):
     def trace(self, slot: int) -> Trace | None:
         return Trace(self.table.masks[slot], self.table.ranks[slot]) if self.fast else None
 
-    def touched(self, mask: int) -> dict[str, bool]:
-        return dict.fromkeys(self.table.among(mask), True)
+    def touched(self, trace: Trace) -> dict[str, int]:
+        return dict.fromkeys(self.table.among(trace.mask), MATRICES)
 
     def _launch(self, site: Site, h: torch.Tensor, r: torch.Tensor, rows: Rows) -> None:
         number = self.table.numbers[site.name]

@@ -98,6 +98,22 @@ def test_what_takes_python_runs_layer_by_layer(stand: Callable[..., Stand]) -> N
     assert programs(s).runs > 0
 
 
+def test_biases_alone_need_no_launch_of_their_own(stand: Callable[..., Stand]) -> None:
+    s = stand("llama", 1, lookup_tokens=0)
+    bitfit = kinds(s, ["bitfit"])["bitfit"]
+    for refs in ([None, None], [bitfit, bitfit], [s.refs[0], None]):
+        run(s.engine, commands(s, [*refs]))
+        run(s.engine, commands(s, [*refs]))
+    launches = {
+        (bool(need.affine), any(trace.mask for _, trace in need.affine)): program.launches
+        for need, (program, _) in programs(s).recorded.items()
+        if need.tokens == 2
+    }
+    base, biased, lora = launches[False, False], launches[True, False], launches[True, True]
+    assert biased == base
+    assert lora > base
+
+
 def test_few_programs_are_kept(stand: Callable[..., Stand], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("server.engine.programs.MOST", 2)
     s = stand("llama", 2, lookup_tokens=0)
