@@ -19,7 +19,6 @@ from server.kernels.tiles import LANES, LONG, WIDE, WORD, fma, load, mask, prefe
 TOKENS = 4 if WIDE else 2  # of a tile; the rest of a run comes one by one
 RANKS = 8 if WIDE else 4  # of a tile for one token
 FEWER = 4 if WIDE else 2  # of a tile for TOKENS
-AHEAD = 1024  # bytes of each rank's row
 _FLOAT = ir.FloatType()
 _VECTOR = ir.VectorType(_FLOAT, LANES)
 
@@ -51,7 +50,7 @@ def _shrink(b: Any, h: Any, h_bytes: Any, x: Sequence[Any], a: Any, row: Any, n:
         for k in range(ranks):
             address = b.add(rows[k], offset)
             weights = load(b, address, _VECTOR)
-            prefetch(b, b.add(address, LONG(AHEAD)))
+            prefetch(b, b.add(address, b.mul(row, LONG(ranks))), near=False)
             added += [fma(b, weights, xs[t], sums[k * len(x) + t]) for t in range(len(x))]
         return added
 
@@ -93,7 +92,7 @@ def _expand(b: Any, y: Sequence[Any], h: Any, h_bytes: Any, m: Any, row: Any, n:
         for k in range(ranks):
             address = b.add(rows[k], offset)
             weights = load(b, address, _VECTOR)
-            prefetch(b, b.add(address, LONG(AHEAD)))
+            prefetch(b, b.add(address, b.mul(row, LONG(ranks))), near=False)
             sums = [fma(b, weights, factors[t * ranks + k], total) for t, total in enumerate(sums)]
         for place, total in zip(places, sums, strict=True):
             b.store(total, b.inttoptr(place, _VECTOR.as_pointer()), align=4)

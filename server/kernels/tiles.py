@@ -160,8 +160,9 @@ def spread(b: Any, value: Any, vector: Any) -> Any:
     return b.shuffle_vector(one, one, mask([0] * vector.count))
 
 
-def prefetch(b: Any, address: Any) -> None:
-    hints = [WORD(value) for value in (0, 3, 1)]
+def prefetch(b: Any, address: Any, *, near: bool = True) -> None:
+    """Into the first-level cache, or the second's where that is `near` enough."""
+    hints = [WORD(value) for value in (0, 3 if near else 2, 1)]
     call(b, "llvm.prefetch.p0", ir.VoidType(), [b.inttoptr(address, BYTE.as_pointer()), *hints])
 
 
