@@ -112,7 +112,7 @@ def _loop(
         for p in range(panels):
             panel = b.mul(step, LONG(p))
             lanes.append(kind.weights(b, b.add(b.add(w, panel), b.mul(at, LONG(kind.stride)))))
-            prefetch(b, b.add(b.add(later, panel), b.mul(at, pace)))
+            prefetch(b, b.add(b.add(later, panel), b.mul(at, pace)), near=False)
         row = b.add(x, b.mul(at, LONG(4 * rows)))
         added = []
         for r in range(rows):
