@@ -41,8 +41,7 @@ class Engine:
     """Owns the device. Not thread-safe: everything happens on the thread that calls `step`."""
 
     def __init__(self, settings: Settings, model_dir: Path) -> None:
-        placement = choose_placement(settings)
-        self.settings = settings
+        placement, self.settings = choose_placement(settings), settings
         self.model = ServedModel(
             model_dir,
             settings.base_id,
@@ -84,7 +83,8 @@ class Engine:
             max_seqs=settings.max_seqs,
             max_batch_tokens=settings.max_batch_tokens or BATCH_TOKENS[placement.device.type],
             max_context=self.base.max_context,
-            lookup=settings.lookup_tokens if placement.device.type == "cpu" else 0,
+            lookup=settings.lookup_tokens,
+            costs=self.model.costs() if settings.lookup_tokens else None,
         )
         self.ends = self.model.end_tokens()
         self.counts: Counter[str] = Counter()

@@ -4,6 +4,7 @@ Tokens of all rows are packed [1, T] with explicit positions. Knows batches and 
 names or queues.
 """
 
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 
 from server.adapters.methods.base import Bank, Start
 from server.engine.attention import Pages, Step, attend, places_of
+from server.engine.costs import Costs
 from server.engine.frozen import FrozenModel, Placement
 from server.engine.fused import fuse_norms, fuse_rotary, fuse_siblings
 from server.engine.graphs import DecodeGraphs
@@ -80,6 +82,27 @@ class ServedModel(FrozenModel):
         )
         logits: torch.Tensor = output.logits[0].float()
         return logits
+
+    def costs(self) -> Costs | None:
+        """What steps take, where guessed tokens may save some; on a GPU nothing is guessed."""
+        return Costs.timed(self.seconds) if self.placement.device.type == "cpu" else None
+
+    @torch.inference_mode()
+    def seconds(self, tokens: int) -> float:
+        """What a step of so many tokens takes, the better of two. Before any row runs: it writes to the first
+        page, and leaves that zeroed.
+        """
+        step, zeros = self.step, torch.zeros(tokens, dtype=torch.int64)
+        step.decoding, step.chunks, step.ahead = tokens, [], None
+        step.tables, step.lengths = zeros[:, None], zeros + 1
+        times = []
+        for _ in range(4):  # two are what it takes to record one
+            start = time.perf_counter()
+            self.run(zeros, zeros)
+            times.append(time.perf_counter() - start)
+        for pages in (*step.pages.keys, *step.pages.values):
+            pages[0].zero_()
+        return min(times[2:])
 
     def fill(self, row: Row) -> None:
         """Write the given K/V of a row's virtual tokens that no cached block held, if there are any."""

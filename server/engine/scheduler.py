@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from server.adapters.cache import AdapterCache
 from server.adapters.stack import no_meaning
+from server.engine.costs import USUAL, Costs
 from server.engine.kv import BLOCK, BlockPool, block_hashes, blocks_for
 from server.engine.queues import Queues
 from server.engine.row import Row
@@ -17,8 +18,6 @@ from server.errors import ContextTooLong, DeadlineExceeded, InvalidField, Invali
 
 PATIENCE = 32  # steps in which a row may lack memory before later rows stop overtaking it
 GUESSES = 48  # tokens guessed in a step, all rows together
-# A guess pays if it is right with a likelihood of rows / (rows + CHEAP), for a token more costs a large batch
-CHEAP = 2  # nearly its full price; 2 is where no batch became slower by its guesses
 TRIES = 8  # rows that may lack memory in one step before the others are not even asked
 
 
@@ -32,18 +31,18 @@ class Scheduler:
         max_batch_tokens: int,
         max_context: int,
         lookup: int = 0,
+        costs: Costs | None = None,
     ) -> None:
         self.cache = cache
         self.blocks = blocks
         self.max_seqs = max_seqs
         self.max_batch_tokens = max(max_batch_tokens, max_seqs)
         self.max_context = max_context
-        self.lookup = lookup  # tokens that a row may guess at a time
+        self.lookup = lookup if costs else 0  # tokens that a row may guess at a time
+        self.costs = costs or Costs(USUAL)  # None: a guess saves nothing here
         self.queues = Queues()
         self.running: dict[str, Row] = {}  # in order of admission
-        self.ended: list[
-            tuple[Row, PolypeftError]
-        ] = []  # rows that ended without a step; the loop takes them
+        self.ended: list[tuple[Row, PolypeftError]] = []  # without a step; the loop takes them
         self.preemptions = 0
         self.cold: dict[str, Row] = {}  # rows that wait for an adapter's load
 
@@ -73,12 +72,13 @@ class Scheduler:
         batch: list[Row] = []
         current = list(self.running.values())
         decoding = [row for row in current if row.remaining == 1]
-        spare, worth = min(GUESSES, budget - len(decoding)), len(decoding) / (len(decoding) + CHEAP)
+        spare = max(0, min(GUESSES, budget - len(decoding), self.lookup * len(decoding)))
+        worth = self.costs.worth(len(decoding), spare)
         for i, row in enumerate(decoding + [row for row in current if row.remaining > 1]):
             if budget and row.id in self.running and self._continue(row, min(row.remaining, budget), now):
                 batch.append(row)
                 if i < len(decoding):
-                    self._guess(row, max(0, spare) // (len(decoding) - i), worth)
+                    self._guess(row, spare // (len(decoding) - i), worth)
                     spare -= len(row.guess)
                 budget -= row.scheduled
         # A preempted row may already stand in the batch.
