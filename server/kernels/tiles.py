@@ -28,6 +28,7 @@ class Float32:
 
     sums = ir.VectorType(ir.FloatType(), LANES)
     zero, stride = 0.0, 4 * LANES
+    near = False  # what is asked for comes into the first-level cache, not the second's
 
     def weights(self, b: Any, address: Any) -> Any:
         return load(b, address, self.sums)
@@ -47,6 +48,7 @@ class Int8:
 
     sums = ir.VectorType(WORD, LANES)
     zero, stride = 0, 2 * LANES
+    near = True
     bytes, shorts = ir.VectorType(BYTE, 2 * LANES), ir.VectorType(SHORT, 2 * LANES)
 
     def weights(self, b: Any, address: Any) -> Any:
@@ -112,7 +114,7 @@ def _loop(
         for p in range(panels):
             panel = b.mul(step, LONG(p))
             lanes.append(kind.weights(b, b.add(b.add(w, panel), b.mul(at, LONG(kind.stride)))))
-            prefetch(b, b.add(b.add(later, panel), b.mul(at, pace)), near=False)
+            prefetch(b, b.add(b.add(later, panel), b.mul(at, pace)), near=kind.near)
         row = b.add(x, b.mul(at, LONG(4 * rows)))
         added = []
         for r in range(rows):
