@@ -9,7 +9,6 @@ so that the rows that run keep theirs. What they take of RAM is reserved before 
 """
 
 import contextlib
-import io
 import logging
 import os
 import sys
@@ -26,8 +25,9 @@ import torch
 
 from adapters_store.manifest import Manifest, content_digest, decode_manifest
 from adapters_store.objects import Objects
-from server.adapters.formats.safetensors import find_non_finite, read_header, view_tensors
-from server.adapters.methods.base import AdapterFiles, Method, Packed, Spec
+from server.adapters.formats.safetensors import find_non_finite, view_tensors
+from server.adapters.methods.base import Method, Packed, Spec
+from server.adapters.recipes import Limits, Recipes
 from server.adapters.seal import seal_of
 from server.adapters.sites import Base
 from server.adapters.tiers import DiskTier, RamTier
@@ -39,13 +39,9 @@ from server.kernels.openmp import use_one_thread
 THREADS = 2
 NICENESS = 10
 HAND_OVER_SECONDS = 0.0005  # Python's own 5 ms, at each of a step's launches, would be most of a step
+DESK_BYTES = 32 << 20  # kept by each thread, whatever its loads reserve; larger files get memory of their own
 SOURCES = 4096  # digests of which it is known where they were found
 log = logging.getLogger(__name__)
-
-
-class Limits(msgspec.Struct, frozen=True):
-    max_header_bytes: int
-    max_tensors: int
 
 
 class Loader:
@@ -69,13 +65,14 @@ class Loader:
         self.base = base
         self.weights = weights
         self.dtype = dtype
-        self.limits = limits
+        self.recipes = Recipes(methods, base, limits)
         self.pinned = pinned
         self.observations: list[tuple[str, str, float]] = []  # (name, tier, value); the loop takes them
         self.sources: OrderedDict[str, str] = OrderedDict()  # digest -> where it was found last
         self.corrupt: Counter[str] = Counter()  # see corrupt_copies
         self._running: dict[str, Future[Packed]] = {}
         self._lock = threading.Lock()
+        self._desk = Desk()
         self._pool = ThreadPoolExecutor(THREADS, "adapter-loader", initializer=_step_aside)
 
     @property
@@ -164,7 +161,7 @@ class Loader:
         blob, start, most = manifest.weights, time.perf_counter(), packing_bytes(manifest, self.dtype)
         self.ram.reserve(digest, tenant, blob.bytes + most)
         try:
-            raw = torch.empty(blob.bytes, dtype=torch.uint8)
+            raw = self._desk.clear(blob.bytes)
             buffer = memoryview(raw.numpy())  # type: ignore[arg-type]  # it is a buffer
             self.disk.touch(blob.sha256, tenant)
             tier = "disk" if self.disk.read(blob.sha256, buffer) else "store"
@@ -217,20 +214,15 @@ class Loader:
 
     def _pack(self, manifest: Manifest, raw: torch.Tensor) -> Packed:
         """`raw`: the file, uint8 [bytes]."""
-        length = 8 + min(int.from_bytes(raw[:8].numpy().data, "little"), self.limits.max_header_bytes)
-        header = read_header(
-            io.BytesIO(raw[: max(length, 512)].numpy().data),
-            len(raw),
-            max_header_bytes=self.limits.max_header_bytes,
-            max_tensors=self.limits.max_tensors,
-        )
-        method = self.methods[manifest.method]
-        spec = method.parse(AdapterFiles(manifest.config, header), self.base)
+        header, spec = self.recipes.read(manifest, raw)
         tensors = view_tensors(raw, header)
-        if name := find_non_finite(tensors):
-            raise InvalidAdapter(f"Tensor {name!r} holds NaN or Inf.", param=name)
         self._check_base_copies(spec, tensors)
-        packed = method.pack(spec, self.base, tensors, self.weights, self.dtype)
+        try:
+            packed = self.methods[manifest.method].pack(spec, self.base, tensors, self.weights, self.dtype)
+        except InvalidAdapter:  # every number of the file is in what is packed, and that is looked through
+            if name := find_non_finite(tensors):
+                raise InvalidAdapter(f"Tensor {name!r} holds NaN or Inf.", param=name) from None
+            raise
         if self.pinned:
             packed = replace(packed, flat=packed.flat.pin_memory())
         return replace(packed, seal=seal_of(packed.flat))
@@ -258,6 +250,23 @@ class Loader:
             self.sources[digest] = tier
             if len(self.sources) > SOURCES:
                 self.sources.popitem(last=False)
+
+
+class Desk(threading.local):
+    """Where each thread of the pool lays a file out. Memory that has been used costs nothing to use again;
+    fresh memory costs more than reading the file into it.
+    """
+
+    def __init__(self) -> None:
+        self._top = torch.empty(0, dtype=torch.uint8)
+
+    def clear(self, nbytes: int) -> torch.Tensor:
+        """uint8 [nbytes] of anything, until the next call on this thread."""
+        if nbytes > DESK_BYTES:
+            return torch.empty(nbytes, dtype=torch.uint8)
+        if nbytes > len(self._top):
+            self._top = torch.empty(nbytes, dtype=torch.uint8)
+        return self._top[:nbytes]
 
 
 def packing_bytes(manifest: Manifest, dtype: torch.dtype) -> int:
