@@ -25,7 +25,9 @@ import torch
 
 from adapters_store.manifest import Manifest, content_digest, decode_manifest
 from adapters_store.objects import Objects
+from server.adapters.desk import Desk
 from server.adapters.formats.safetensors import find_non_finite, view_tensors
+from server.adapters.keeper import Arrived, Keeper
 from server.adapters.methods.base import Method, Packed, Spec
 from server.adapters.recipes import Limits, Recipes
 from server.adapters.seal import seal_of
@@ -39,7 +41,6 @@ from server.kernels.openmp import use_one_thread
 THREADS = 2
 NICENESS = 10
 HAND_OVER_SECONDS = 0.0005  # Python's own 5 ms, at each of a step's launches, would be most of a step
-DESK_BYTES = 32 << 20  # kept by each thread, whatever its loads reserve; larger files get memory of their own
 SOURCES = 4096  # digests of which it is known where they were found
 log = logging.getLogger(__name__)
 
@@ -73,6 +74,7 @@ class Loader:
         self._running: dict[str, Future[Packed]] = {}
         self._lock = threading.Lock()
         self._desk = Desk()
+        self._keeper = Keeper(disk, ram, self._desk)
         self._pool = ThreadPoolExecutor(THREADS, "adapter-loader", initializer=_step_aside)
 
     @property
@@ -115,6 +117,7 @@ class Loader:
     def close(self) -> None:
         self.ram.close()
         self._pool.shutdown(wait=False, cancel_futures=True)
+        self._keeper.close()
 
     def _once(self, digest: str, tenant: str, manifest: Callable[[], Manifest]) -> "Future[Packed]":
         start = time.perf_counter()
@@ -154,14 +157,16 @@ class Loader:
         self.ram.claim(digest)  # until the last byte that this load takes is free again, or the adapter's
         try:
             self._through(future, digest, tenant, manifest)
-        finally:
+        except BaseException:
             self.ram.release(digest)
+            raise
 
     def _through(self, future: "Future[Packed]", digest: str, tenant: str, manifest: Manifest) -> None:
         blob, start, most = manifest.weights, time.perf_counter(), packing_bytes(manifest, self.dtype)
         self.ram.reserve(digest, tenant, blob.bytes + most)
         try:
-            raw = self._desk.clear(blob.bytes)
+            sheet = self._desk.take(blob.bytes)
+            raw = sheet[: blob.bytes]
             buffer = memoryview(raw.numpy())  # type: ignore[arg-type]  # it is a buffer
             self.disk.touch(blob.sha256, tenant)
             tier = "disk" if self.disk.read(blob.sha256, buffer) else "store"
@@ -177,10 +182,7 @@ class Loader:
         self._observe(tier, start, digest, packed.nbytes)
         self._finished(digest)
         future.set_result(packed)
-        if tier == "store":
-            self.disk.write(blob.sha256, tenant, buffer)
-        del buffer, raw
-        self.ram.trim(digest, packed)
+        self._keeper.end(Arrived(digest, tenant, packed, blob, sheet), copy=tier == "store")
 
     def _finished(self, digest: str) -> None:
         with self._lock:
@@ -250,23 +252,6 @@ class Loader:
             self.sources[digest] = tier
             if len(self.sources) > SOURCES:
                 self.sources.popitem(last=False)
-
-
-class Desk(threading.local):
-    """Where each thread of the pool lays a file out. Memory that has been used costs nothing to use again;
-    fresh memory costs more than reading the file into it.
-    """
-
-    def __init__(self) -> None:
-        self._top = torch.empty(0, dtype=torch.uint8)
-
-    def clear(self, nbytes: int) -> torch.Tensor:
-        """uint8 [nbytes] of anything, until the next call on this thread."""
-        if nbytes > DESK_BYTES:
-            return torch.empty(nbytes, dtype=torch.uint8)
-        if nbytes > len(self._top):
-            self._top = torch.empty(nbytes, dtype=torch.uint8)
-        return self._top[:nbytes]
 
 
 def packing_bytes(manifest: Manifest, dtype: torch.dtype) -> int:
