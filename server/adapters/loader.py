@@ -9,7 +9,6 @@ so that the rows that run keep theirs. What they take of RAM is reserved before 
 """
 
 import contextlib
-import io
 import logging
 import os
 import sys
@@ -26,8 +25,11 @@ import torch
 
 from adapters_store.manifest import Manifest, content_digest, decode_manifest
 from adapters_store.objects import Objects
-from server.adapters.formats.safetensors import find_non_finite, read_header, view_tensors
-from server.adapters.methods.base import AdapterFiles, Method, Packed, Spec
+from server.adapters.desk import Desk
+from server.adapters.formats.safetensors import find_non_finite, view_tensors
+from server.adapters.keeper import Arrived, Keeper
+from server.adapters.methods.base import Method, Packed, Spec
+from server.adapters.recipes import Limits, Recipes
 from server.adapters.seal import seal_of
 from server.adapters.sites import Base
 from server.adapters.tiers import DiskTier, RamTier
@@ -41,11 +43,6 @@ NICENESS = 10
 HAND_OVER_SECONDS = 0.0005  # Python's own 5 ms, at each of a step's launches, would be most of a step
 SOURCES = 4096  # digests of which it is known where they were found
 log = logging.getLogger(__name__)
-
-
-class Limits(msgspec.Struct, frozen=True):
-    max_header_bytes: int
-    max_tensors: int
 
 
 class Loader:
@@ -69,13 +66,15 @@ class Loader:
         self.base = base
         self.weights = weights
         self.dtype = dtype
-        self.limits = limits
+        self.recipes = Recipes(methods, base, limits)
         self.pinned = pinned
         self.observations: list[tuple[str, str, float]] = []  # (name, tier, value); the loop takes them
         self.sources: OrderedDict[str, str] = OrderedDict()  # digest -> where it was found last
         self.corrupt: Counter[str] = Counter()  # see corrupt_copies
         self._running: dict[str, Future[Packed]] = {}
         self._lock = threading.Lock()
+        self._desk = Desk()
+        self._keeper = Keeper(disk, ram, self._desk)
         self._pool = ThreadPoolExecutor(THREADS, "adapter-loader", initializer=_step_aside)
 
     @property
@@ -118,6 +117,7 @@ class Loader:
     def close(self) -> None:
         self.ram.close()
         self._pool.shutdown(wait=False, cancel_futures=True)
+        self._keeper.close()
 
     def _once(self, digest: str, tenant: str, manifest: Callable[[], Manifest]) -> "Future[Packed]":
         start = time.perf_counter()
@@ -157,14 +157,16 @@ class Loader:
         self.ram.claim(digest)  # until the last byte that this load takes is free again, or the adapter's
         try:
             self._through(future, digest, tenant, manifest)
-        finally:
+        except BaseException:
             self.ram.release(digest)
+            raise
 
     def _through(self, future: "Future[Packed]", digest: str, tenant: str, manifest: Manifest) -> None:
         blob, start, most = manifest.weights, time.perf_counter(), packing_bytes(manifest, self.dtype)
         self.ram.reserve(digest, tenant, blob.bytes + most)
         try:
-            raw = torch.empty(blob.bytes, dtype=torch.uint8)
+            sheet = self._desk.take(blob.bytes)
+            raw = sheet[: blob.bytes]
             buffer = memoryview(raw.numpy())  # type: ignore[arg-type]  # it is a buffer
             self.disk.touch(blob.sha256, tenant)
             tier = "disk" if self.disk.read(blob.sha256, buffer) else "store"
@@ -180,10 +182,7 @@ class Loader:
         self._observe(tier, start, digest, packed.nbytes)
         self._finished(digest)
         future.set_result(packed)
-        if tier == "store":
-            self.disk.write(blob.sha256, tenant, buffer)
-        del buffer, raw
-        self.ram.trim(digest, packed)
+        self._keeper.end(Arrived(digest, tenant, packed, blob, sheet), copy=tier == "store")
 
     def _finished(self, digest: str) -> None:
         with self._lock:
@@ -217,20 +216,15 @@ class Loader:
 
     def _pack(self, manifest: Manifest, raw: torch.Tensor) -> Packed:
         """`raw`: the file, uint8 [bytes]."""
-        length = 8 + min(int.from_bytes(raw[:8].numpy().data, "little"), self.limits.max_header_bytes)
-        header = read_header(
-            io.BytesIO(raw[: max(length, 512)].numpy().data),
-            len(raw),
-            max_header_bytes=self.limits.max_header_bytes,
-            max_tensors=self.limits.max_tensors,
-        )
-        method = self.methods[manifest.method]
-        spec = method.parse(AdapterFiles(manifest.config, header), self.base)
+        header, spec = self.recipes.read(manifest, raw)
         tensors = view_tensors(raw, header)
-        if name := find_non_finite(tensors):
-            raise InvalidAdapter(f"Tensor {name!r} holds NaN or Inf.", param=name)
         self._check_base_copies(spec, tensors)
-        packed = method.pack(spec, self.base, tensors, self.weights, self.dtype)
+        try:
+            packed = self.methods[manifest.method].pack(spec, self.base, tensors, self.weights, self.dtype)
+        except InvalidAdapter:  # every number of the file is in what is packed, and that is looked through
+            if name := find_non_finite(tensors):
+                raise InvalidAdapter(f"Tensor {name!r} holds NaN or Inf.", param=name) from None
+            raise
         if self.pinned:
             packed = replace(packed, flat=packed.flat.pin_memory())
         return replace(packed, seal=seal_of(packed.flat))

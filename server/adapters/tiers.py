@@ -225,6 +225,9 @@ class DiskTier:
             _unlink(draft)
             return False
         with self._lock:
+            if sha256 not in self.shelf.entries:  # dropped while it was being written
+                _unlink(self.path(sha256))
+                return False
             self.shelf.entries[sha256].pins = 0
         return True
 

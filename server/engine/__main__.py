@@ -27,6 +27,7 @@ from server.engine.messages import (
 from server.engine.report import stats
 from server.kernels.attention import BLOCK
 from server.lifeline import run_child
+from server.memory import settle
 from server.settings import Settings
 
 STATS_SECONDS = 1.0
@@ -148,6 +149,7 @@ def serve(settings: Settings) -> None:
     server = EngineServer(engine, settings.engine_socket)
     signal.signal(signal.SIGTERM, server.stop)
     signal.signal(signal.SIGINT, server.stop)
+    settle()
     log.info(
         "%s ready in %.1f s, weights %s", engine.base.id, time.perf_counter() - start, engine.base.digest[:16]
     )

@@ -15,9 +15,10 @@ import torch
 from adapters_store.objects import Objects
 from server.adapters.cache import AdapterCache
 from server.adapters.copies import Copier
-from server.adapters.loader import Limits, Loader
+from server.adapters.loader import Loader
 from server.adapters.methods import build_methods
 from server.adapters.methods.base import Bank
+from server.adapters.recipes import Limits
 from server.adapters.share import Shares
 from server.adapters.tiers import DiskTier, RamTier
 from server.engine.device import choose_placement

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import msgspec
 import torch
@@ -28,10 +29,11 @@ MOST_UNIONS = 256
 
 @dataclass(frozen=True)
 class Change:
-    """What an adapter does at one site, all scalings folded in; absent parts do nothing.
+    """What an adapter does at one site; absent parts do nothing.
 
     a [r, in] (of an embedding [vocabulary, r], so that a token's row is contiguous), b [r, out],
     gain [out], bias [out]. scale [in], upon the inputs, is for banks that have the hook for it.
+    Until it is packed b may lack a `factor`; in a bank all scalings are folded in.
     """
 
     site: str
@@ -40,9 +42,10 @@ class Change:
     gain: torch.Tensor | None = None
     bias: torch.Tensor | None = None
     scale: torch.Tensor | None = None
+    factor: float = 1.0
 
 
-class Piece(msgspec.Struct, frozen=True):
+class Piece(msgspec.Struct, frozen=True, gc=False):  # by the hundred thousand, and no cycle
     """One tensor of a change; in the flat buffer they lie back to back, in order."""
 
     site: str
@@ -54,14 +57,16 @@ def pack_changes(changes: Iterable[Change], dtype: torch.dtype) -> Packed:
     """One host buffer. Raises InvalidAdapter if a folded value overflows `dtype`."""
     pieces: list[Piece] = []
     parts: list[torch.Tensor] = []
+    factors: list[float] = []
     for change in changes:
         for part in ("a", "b", "gain", "bias", "scale"):
             tensor: torch.Tensor | None = getattr(change, part)
             if tensor is not None:
                 pieces.append(Piece(change.site, part, tuple(tensor.shape)))
                 parts.append(tensor)
+                factors.append(change.factor if part == "b" else 1.0)
     scaled = any(piece.part in ("gain", "scale") for piece in pieces)
-    return Packed(flatten(parts, dtype), pieces, summable=not scaled)
+    return Packed(flatten(parts, dtype, factors), pieces, summable=not scaled)
 
 
 class AffineBank(Bank):
@@ -83,7 +88,7 @@ class AffineBank(Bank):
     def put(self, slot: int, packed: Packed) -> None:
         """Fill a free slot. On a CPU this copies nothing: the host buffer is the device's."""
         flat = packed.flat.to(self.device, non_blocking=True)
-        found: dict[str, dict[str, torch.Tensor]] = {}
+        found: dict[str, dict[str, Any]] = {}
         sizes = [prod(piece.shape) for piece in packed.layout]
         # one split, so that in training the gradients come back as one concatenation
         views = gpu.aligned(flat, sizes) if self.gpu else torch.split(flat, sizes)

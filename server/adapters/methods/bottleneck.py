@@ -173,7 +173,7 @@ def _fold(
         site=target.site,
         down=down,
         down_bias=tensors[target.down_bias].float(),
-        up=(scaling.reshape(-1, 1) * tensors[target.up].float()).T.contiguous(),
+        up=(scaling.reshape(-1, 1) * tensors[target.up].float()).T,
         up_bias=scaling * tensors[target.up_bias].float(),
         non_linearity=spec.non_linearity,
         input=spec.input,

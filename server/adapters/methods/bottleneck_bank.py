@@ -50,7 +50,7 @@ class Change:
     epsilon: float = 0.0
 
 
-class Piece(msgspec.Struct, frozen=True):
+class Piece(msgspec.Struct, frozen=True, gc=False):  # by the hundred thousand, and no cycle
     """A change in the flat buffer: down, down_bias, up, up_bias, back to back, behind the piece before it."""
 
     site: str

@@ -192,23 +192,22 @@ class Lora:
 
 
 def fold(target: LoraTarget, site: Site, tensors: Tensors, weights: Mapping[str, torch.Tensor]) -> Change:
-    """One target as an affine change, in float32. Formulas: PEFT's tuners/lora/layer.py and variants.py.
+    """One target as an affine change. Formulas: PEFT's tuners/lora/layer.py and variants.py.
 
     DoRA (arXiv 2402.09353): y = base + (m/n - 1)(base - b) + (m/n) s B A x, with n the norm of each row of
     W + s B A; n is computed here, once, and is a constant to gradients (section 4.3 of the paper).
     """
-    a, b = tensors[target.A].float(), target.scaling * tensors[target.B].float()
+    a, b = tensors[target.A], tensors[target.B].float()
     bias = None if target.bias is None else target.scaling * tensors[target.bias].float()
     if target.embedding:
-        return Change(site.name, a.T.contiguous(), site.scale * b.T.contiguous())
+        return Change(site.name, a.T, target.scaling * b.T, factor=site.scale)
     if target.magnitude is None:
-        return Change(site.name, a, b.T.contiguous(), bias=bias)
+        return Change(site.name, a, b.T, bias=bias, factor=target.scaling)
+    a, b = a.float(), target.scaling * b
     with torch.no_grad():
         norm = torch.linalg.vector_norm(weights[site.name].float() + b @ a, dim=1)  # [out]
     ratio = tensors[target.magnitude].float() / norm
-    return Change(
-        site.name, a, (ratio[:, None] * b).T.contiguous(), ratio - 1, None if bias is None else ratio * bias
-    )
+    return Change(site.name, a, (ratio[:, None] * b).T, ratio - 1, None if bias is None else ratio * bias)
 
 
 def _check_modules(config: LoraConfig, spec: LoraSpec, base: Base) -> None:

@@ -117,9 +117,27 @@ def check_shapes(shapes: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Te
             raise invalid(tensor, f"has the shape {found}; for this base model it must be {list(shape)}")
 
 
-def flatten(parts: Iterable[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-    """One host buffer of all of them, back to back. Raises InvalidAdapter if a value overflows `dtype`."""
-    flat = torch.cat([part.to(dtype).reshape(-1) for part in parts])
+def flatten(
+    parts: Iterable[torch.Tensor], dtype: torch.dtype, factors: Iterable[float] | None = None
+) -> torch.Tensor:
+    """One host buffer of all of them, back to back, each times its factor if there are any.
+
+    Every number is read once and written once, where it goes: transposed views need no copy of their own
+    before. Raises InvalidAdapter if a value overflows `dtype`.
+    """
+    parts = list(parts)
+    scales = [1.0] * len(parts) if factors is None else list(factors)
+    if any(part.requires_grad for part in parts):  # in training: gradients come back through this
+        scaled = (p if scale == 1 else scale * p.float() for p, scale in zip(parts, scales, strict=True))
+        flat = torch.cat([part.to(dtype).reshape(-1) for part in scaled])
+    else:
+        flat = torch.empty(sum(part.numel() for part in parts), dtype=dtype)
+        places = torch.split(flat, [part.numel() for part in parts])
+        for place, part, scale in zip(places, parts, scales, strict=True):
+            if scale == 1:
+                place.view(part.shape).copy_(part)
+            else:  # products are float32's, whatever is stored
+                torch.mul(part.float(), scale, out=place.view(part.shape))
     if not is_finite(flat):
         raise InvalidAdapter(f"The adapter overflows {str(dtype).removeprefix('torch.')} once it is scaled.")
     return flat

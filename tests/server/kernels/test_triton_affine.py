@@ -1,5 +1,7 @@
 """Grouped adapters by pointer against their plain twin, on a GPU or under Triton's interpreter."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -56,7 +58,7 @@ def expected_of(
             columns = slice(at, at + width)
             at += width
             if own := changes.get((slot, i)):
-                parts = {
+                parts: dict[str, Any] = {
                     name: None if (t := getattr(own, name)) is None else t.float()
                     for name in ("a", "b", "gain", "bias")
                 }
