@@ -81,7 +81,7 @@ class AffineBank(Bank):
         names = [name for name, site in base.sites.items() if site.kind in ("linear", "embedding", "norm")]
         self.table = SiteTable(names, slots, kernel.COLUMNS, device)
         self.gpu = gpu.chosen(device)
-        self.fast = AVAILABLE and device.type == "cpu" and dtype == torch.float32
+        self.fast = AVAILABLE and not self.gpu and device.type == "cpu" and dtype == torch.float32
         self._unions: dict[frozenset[int], dict[str, int]] = {}  # sites touched by sets of slots
         self._biased = [0] * (slots + 1)  # bit i: of the site i, a slot changes the bias alone
 
@@ -143,9 +143,9 @@ class AffineBank(Bank):
 
     def trace(self, slot: int) -> Trace | None:
         mask, ranks = self.table.masks[slot], self.table.ranks[slot]
-        if self.gpu:
-            return Trace(mask, ranks)
-        return Trace(mask & ~self._biased[slot], ranks, self._biased[slot]) if self.fast else None
+        if self.fast:
+            return Trace(mask & ~self._biased[slot], ranks, self._biased[slot])
+        return Trace(mask, ranks) if self.gpu else None
 
     def touched(self, trace: Trace) -> dict[str, int]:
         found = dict.fromkeys(self.table.among(trace.biased), BIAS)
