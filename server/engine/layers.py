@@ -134,21 +134,28 @@ def siblings(members: list[LinearSite], x: torch.Tensor) -> list[torch.Tensor]:
 
 
 def is_llama_like(layer: Any) -> bool:
-    """Whether it has just the modules of a Llama's layer, and every linear is laid out for our kernels."""
+    """Whether it is built as a Llama's layer, and every linear is laid out for our kernels."""
+    if not is_built_as_llama(layer):
+        return False
+    sites = [m for m in layer.modules() if isinstance(m, LinearSite)]
+    family = [layer.self_attn.q_proj, layer.mlp.gate_proj]
+    return (
+        len(sites) == 7
+        and all(site.fast for site in sites)
+        and all(isinstance(site.family, Family) for site in family)
+    )
+
+
+def is_built_as_llama(layer: Any) -> bool:
+    """Whether it has just the modules of a Llama's layer."""
     if {name for name, _ in layer.named_children()} != LAYER:
         return False
     attention = {name for name, _ in layer.self_attn.named_children()}
     if attention not in (ATTENTION, ATTENTION | HEAD_NORMS):
         return False
-    if {name for name, _ in layer.mlp.named_children()} != MLP:
-        return False
-    sites = [m for m in layer.modules() if isinstance(m, LinearSite)]
-    family = [layer.self_attn.q_proj, layer.mlp.gate_proj]
     x = torch.linspace(-8, 8, 33)
     return (
-        len(sites) == 7
-        and all(site.fast for site in sites)
-        and all(isinstance(site.family, Family) for site in family)
+        {name for name, _ in layer.mlp.named_children()} == MLP
         and all(hasattr(norm, "variance_epsilon") for norm in norms_of(layer))
         and torch.allclose(layer.mlp.act_fn(x), F.silu(x))
     )

@@ -1,6 +1,10 @@
-"""Attention of a batch in training: each sequence sees itself alone, by the kernel that serves prefill."""
+"""Attention of a batch in training: each sequence sees itself alone, by the kernel that serves prefill.
 
-from collections.abc import Sequence
+Virtual tokens stand before every sequence, and see nothing but each other: what a layer makes of them is the
+same for all, and is computed once a batch. Of prefix tuning their K and V are given. Of prompt tuning they
+are the first sequence of the batch, whose K and V all others see.
+"""
+
 from typing import Any
 
 import torch
@@ -9,7 +13,8 @@ from server.adapters.methods.base import Start
 from server.engine.attention import Step
 from server.kernels.attention import Scores, prefill_attention
 
-Layers = list[tuple[torch.Tensor, torch.Tensor]]  # of each layer K and V [kv_heads, n, head_dim]
+Pair = tuple[torch.Tensor, torch.Tensor]  # K and V [kv_heads, n, head_dim]
+Layers = list[Pair]  # of each layer
 
 
 class TrainingStep(Step):
@@ -19,6 +24,8 @@ class TrainingStep(Step):
         super().__init__()
         self.lengths: list[int] = []  # type: ignore[assignment]  # of sequences, where serving has rows' own
         self.start: Layers = []  # K and V of virtual tokens before each sequence; empty: none
+        self.leads = False  # the first sequence is the virtual tokens
+        self.kept: list[torch.Tensor] = []  # of each sequence, which of its tokens the last layer asks for
         self.seen: Layers | None = None  # where K and V of the batch are kept, if anybody asks
 
     def begin_with(self, start: Start | None) -> None:
@@ -28,6 +35,32 @@ class TrainingStep(Step):
             return
         keys, values = start.keys.transpose(1, 2).unbind(), start.values.transpose(1, 2).unbind()
         self.start = list(zip(keys, values, strict=True))
+
+    def attend(
+        self,
+        layer: int,
+        q: torch.Tensor,  # [T, heads, head_dim], or if `kept` of those alone
+        k: torch.Tensor,  # [T, kv_heads, head_dim]
+        v: torch.Tensor,
+        scores: Scores,
+        *,
+        kept: bool = False,
+    ) -> torch.Tensor:
+        """As q."""
+        if self.seen is not None:
+            self.seen.append((k.transpose(0, 1), v.transpose(0, 1)))
+        before = self.start[layer] if self.start else None
+        # split, not sliced: the gradients come back as one concatenation
+        queries = torch.split(q, [len(own) for own in self.kept] if kept else self.lengths)
+        keys, values = (torch.split(x.transpose(0, 1), self.lengths, 1) for x in (k, v))
+        out = []
+        for i, (query, key, value) in enumerate(zip(queries, keys, values, strict=True)):
+            past = (key, value) if before is None else _behind(before, (key, value))
+            at = self.kept[i] + past[0].shape[1] - self.lengths[i] if kept else None
+            out.append(prefill_attention(query, *past, scores, at) if len(query) else query)
+            if i == 0 and self.leads:
+                before = past
+        return torch.cat(out)
 
 
 def attend_within(
@@ -43,22 +76,12 @@ def attend_within(
 ) -> tuple[torch.Tensor, None]:
     """What transformers calls for each layer: [1, T, heads, head_dim]."""
     step: TrainingStep = module.polypeft_step
-    if step.seen is not None:
-        step.seen.append((key[0], value[0]))
-    scores = Scores(
-        query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window or 0, softcap or 0.0
-    )
-    before = step.start[module.layer_idx] if step.start else None
-    # split, not sliced: the gradients come back as one concatenation
-    parts = zip(
-        torch.split(query[0].transpose(0, 1), step.lengths),
-        torch.split(key[0], step.lengths, 1),
-        torch.split(value[0], step.lengths, 1),
-        strict=True,
-    )
-    out = [prefill_attention(q, _behind(before, 0, k), _behind(before, 1, v), scores) for q, k, v in parts]
-    return torch.cat(out)[None], None
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scores = step.heard[module.layer_idx] = Scores(scale, sliding_window or 0, softcap or 0.0)
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    return step.attend(module.layer_idx, q, k, v, scores)[None], None
 
 
-def _behind(before: Sequence[torch.Tensor] | None, which: int, own: torch.Tensor) -> torch.Tensor:
-    return own if before is None else torch.cat([before[which], own], 1)
+def _behind(before: Pair, own: Pair) -> Pair:
+    key, value = (torch.cat(pair, 1) for pair in zip(before, own, strict=True))
+    return key, value

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from server.engine.sublayers import decoder_layers
+from server.finetune.layers import TrainedDecoder
 
 
 class Halves:
@@ -19,20 +20,26 @@ class Halves:
 
     recompute = False
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, layers: TrainedDecoder | None = None) -> None:
+        """`layers`: those of `model`, where kernels of ours run them."""
         self.model = model
         self.name: str = model.base_model_prefix
         self.decoder: nn.Module = getattr(model, self.name)
+        self.layers = layers
         self.given = Given()
         for _, layer in decoder_layers(model, model.config.num_hidden_layers):
             layer.forward = partial(self._layer, layer.forward)
 
-    def hidden(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """The last hidden states [T, hidden] of packed tokens [T]."""
+    def hidden(
+        self, ids: torch.Tensor, positions: torch.Tensor, places: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The last hidden states of packed tokens: [T, hidden], or [n, hidden] of those at `places`."""
+        if self.layers:
+            self.layers.places = places
         output = self.decoder(input_ids=ids[None], position_ids=positions[None], use_cache=False)
         self.given.kind = type(output)
         states: torch.Tensor = output.last_hidden_state[0]
-        return states
+        return states if self.layers or places is None else states[places]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[rows, hidden] -> [rows, vocabulary], as the model's own class has it, with caps and scales."""

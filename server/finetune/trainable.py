@@ -6,7 +6,7 @@ implementation. Sequences are packed without padding; attention keeps them apart
 """
 
 from collections.abc import Sequence
-from itertools import accumulate, cycle, islice
+from itertools import cycle, islice
 from pathlib import Path
 
 import msgspec
@@ -25,6 +25,7 @@ from server.finetune.banks import SLOT, TrainedAffine
 from server.finetune.batch import NONE, Batch, Output
 from server.finetune.blank import blank_adapter
 from server.finetune.halves import Halves
+from server.finetune.layers import run_by_kernels
 from server.finetune.linear import lay_out
 from server.finetune.loss import head_loss
 from server.finetune.peft_recipe import LoraRecipe
@@ -56,7 +57,7 @@ class Trainable(nn.Module):
         placement = Placement(self.device, torch.float32)
         self.frozen = FrozenModel(folder, base_id, placement, self.step, attend_within, packed=False)
         lay_out(self.frozen.model)
-        self.halves = Halves(self.frozen.model)
+        self.halves = Halves(self.frozen.model, run_by_kernels(self.frozen.model, self.step))
         self.base = self.frozen.base
         self.blank = blank_adapter(recipe.peft, self.base)
         self.dropout = recipe.peft.lora_dropout if isinstance(recipe.peft, LoraRecipe) else 0.0
@@ -75,16 +76,20 @@ class Trainable(nn.Module):
         Go backward before the next forward: what the banks hold until then belongs to this one.
         """
         virtual = self.blank.virtual if adapted else 0
-        inserted = 0 if self.blank.method.name == "prefix" else virtual  # tokens the model computes itself
-        self._begin([n + inserted for n in batch.lengths], adapted=adapted)
-        ids = with_virtual(batch, inserted) if inserted else batch.ids
-        positions = torch.tensor([p for n in batch.lengths for p in range(virtual - inserted, virtual + n)])
-        hidden = self.halves.hidden(ids.to(self.device), positions.to(self.device))
-        kept = (batch.targets != NONE).nonzero().flatten()
+        first = 0 if self.blank.method.name == "prefix" else virtual  # tokens that the model computes, too
+        self._begin(([first] if first else []) + batch.lengths, adapted=adapted)
+        own = [torch.arange(virtual, virtual + n) for n in batch.lengths]
+        ids = torch.cat([-1 - torch.arange(first), batch.ids])
+        positions = torch.cat([torch.arange(first), *own])
+        targets = torch.cat([torch.full((first,), NONE), batch.targets])
+        self.step.leads = first > 0
+        self.step.kept = [(part != NONE).nonzero()[:, 0] for part in torch.split(targets, self.step.lengths)]
+        places = (targets != NONE).nonzero()[:, 0]
+        hidden = self.halves.hidden(*(x.to(self.device) for x in (ids, positions, places)))
+        kept = places - first
         sequences = torch.arange(len(batch.lengths)).repeat_interleave(torch.tensor(batch.lengths))[kept]
-        places = kept + inserted * (1 + sequences)
         targets, weights = batch.targets[kept].to(self.device), batch.weights[kept].to(self.device)
-        loss, losses, hits = head_loss(hidden[places.to(self.device)], targets, weights, self.halves.logits)
+        loss, losses, hits = head_loss(hidden, targets, weights, self.halves.logits)
         return Output(loss, float(batch.weights[kept].sum()), losses, hits, sequences)
 
     def state(self) -> dict[str, torch.Tensor]:
@@ -120,7 +125,7 @@ class Trainable(nn.Module):
         if isinstance(self.bank, TrainedAffine):
             self.bank.dropout = self.dropout if self.training else 0.0
             self.bank.seed = int(torch.randint(MAX_SEED, ())) if self.bank.dropout else 0
-        rows = Rows(_spans(lengths, apart=method.name == "prompt"))
+        rows = Rows([Span(SLOT, 0, sum(lengths))])
         step.affine = [(self.bank, rows)] if self.bank.acts("affine") else []
         step.sublayer = [(self.bank, rows)] if self.bank.acts("sublayer") else []
         step.begin_with(self.bank.start(SLOT))
@@ -152,18 +157,6 @@ class Trainable(nn.Module):
         both = torch.stack([torch.stack(layer) for layer in self.step.seen])
         self.step.seen = None
         return both.permute(3, 0, 1, 2, 4).flatten(1)  # [tokens, layers * (K, V) * kv_heads * head_dim]
-
-
-def with_virtual(batch: Batch, count: int) -> torch.Tensor:
-    """The ids with -1, -2, ... before each sequence."""
-    virtual = -1 - torch.arange(count)
-    return torch.cat([part for own in torch.split(batch.ids, batch.lengths) for part in (virtual, own)])
-
-
-def _spans(lengths: list[int], *, apart: bool) -> list[Span]:
-    """One span for all tokens, or one for each sequence: virtual tokens are looked for at a span's start."""
-    ends = list(accumulate(lengths)) if apart else [sum(lengths)]
-    return [Span(SLOT, start, end) for start, end in zip([0, *ends], ends, strict=False)]
 
 
 def _tokens(text: Sequence[int], count: int, vocabulary: int, rng: torch.Generator) -> list[int]:

@@ -85,21 +85,24 @@ def gather_pages(
 
 
 def prefill_attention(
-    q: torch.Tensor,  # [n, heads, head_dim]: the last n of `length` tokens
+    q: torch.Tensor,  # [n, heads, head_dim]
     k: torch.Tensor,  # [kv_heads, length, head_dim]
     v: torch.Tensor,
     scores: Scores,
+    at: torch.Tensor | None = None,  # int64 [n]: which of the `length` tokens are asking; None: the last
 ) -> torch.Tensor:
     """Causal attention of one row's chunk over its whole past: [n, heads, head_dim]."""
     n, length = q.shape[0], k.shape[1]
     query = q.transpose(0, 1)[None]  # [1, heads, n, head_dim]
-    plain = n == length and not scores.softcap and not (0 < scores.window < length)
+    plain = at is None and n == length and not scores.softcap and not (0 < scores.window < length)
     if plain:
         out = F.scaled_dot_product_attention(
             query, k[None], v[None], is_causal=True, scale=scores.scale, enable_gqa=True
         )
         return out[0].transpose(0, 1)
-    mask = causal_mask(n, length, scores.window, q.device)
+    if at is None:
+        at = torch.arange(length - n, length, device=q.device)
+    mask = causal_mask(at, length, scores.window)
     if not scores.softcap:
         out = F.scaled_dot_product_attention(
             query, k[None], v[None], attn_mask=mask, scale=scores.scale, enable_gqa=True
@@ -108,12 +111,11 @@ def prefill_attention(
     return capped_attention(query[0], k, v, mask, scores).transpose(0, 1)
 
 
-def causal_mask(n: int, length: int, window: int, device: torch.device) -> torch.Tensor:
-    """Bool [n, length]: what the last n of `length` tokens may see."""
-    at = torch.arange(length - n, length, device=device)[:, None]
-    past = torch.arange(length, device=device)[None]
-    mask = past <= at
-    return mask & (past > at - window) if window else mask
+def causal_mask(at: torch.Tensor, length: int, window: int) -> torch.Tensor:
+    """Bool [n, length]: what tokens at these places (int64 [n]) may see of `length` tokens."""
+    past = torch.arange(length, device=at.device)[None]
+    mask = past <= at[:, None]
+    return mask & (past > at[:, None] - window) if window else mask
 
 
 def capped_attention(
@@ -149,6 +151,6 @@ def decode_attention_reference(
     out = torch.empty_like(q)
     for i, length in enumerate(lengths.tolist()):
         past_k, past_v = gather_pages(keys, values, tables[i, : -(-length // BLOCK)], length)
-        mask = causal_mask(1, length, scores.window, q.device)
+        mask = causal_mask(last[i : i + 1], length, scores.window)
         out[i] = capped_attention(q[i][:, None], past_k, past_v, mask, scores)[:, 0]
     return out
