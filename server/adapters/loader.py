@@ -29,7 +29,7 @@ from server.adapters.desk import Desk
 from server.adapters.formats.safetensors import find_non_finite, view_tensors
 from server.adapters.keeper import Arrived, Keeper
 from server.adapters.methods.base import Method, Packed, Spec
-from server.adapters.recipes import Limits, Recipes
+from server.adapters.recipes import Limits, Recipe, Recipes
 from server.adapters.seal import seal_of
 from server.adapters.sites import Base
 from server.adapters.tiers import DiskTier, RamTier
@@ -216,18 +216,25 @@ class Loader:
 
     def _pack(self, manifest: Manifest, raw: torch.Tensor) -> Packed:
         """`raw`: the file, uint8 [bytes]."""
-        header, spec = self.recipes.read(manifest, raw)
-        tensors = view_tensors(raw, header)
-        self._check_base_copies(spec, tensors)
+        recipe = self.recipes.read(manifest, raw)
+        packed = recipe.repeat(raw)
+        if packed is None:
+            packed = self._pack_by_method(manifest.method, recipe, raw)
+            recipe.learn(packed, raw)
+            packed = replace(packed, copies=None)
+        if self.pinned:
+            packed = replace(packed, flat=packed.flat.pin_memory())
+        return replace(packed, seal=seal_of(packed.flat))
+
+    def _pack_by_method(self, method: str, recipe: Recipe, raw: torch.Tensor) -> Packed:
+        tensors = view_tensors(raw, recipe.header)
+        self._check_base_copies(recipe.spec, tensors)
         try:
-            packed = self.methods[manifest.method].pack(spec, self.base, tensors, self.weights, self.dtype)
+            return self.methods[method].pack(recipe.spec, self.base, tensors, self.weights, self.dtype)
         except InvalidAdapter:  # every number of the file is in what is packed, and that is looked through
             if name := find_non_finite(tensors):
                 raise InvalidAdapter(f"Tensor {name!r} holds NaN or Inf.", param=name) from None
             raise
-        if self.pinned:
-            packed = replace(packed, flat=packed.flat.pin_memory())
-        return replace(packed, seal=seal_of(packed.flat))
 
     def _check_base_copies(self, spec: Spec, tensors: Mapping[str, torch.Tensor]) -> None:
         """Whole tables that PEFT saves along must be the base's own: serving changed ones is not offered.

@@ -7,6 +7,7 @@ milliseconds for the hundreds of tensors of a LoRA; so what the last few recipes
 
 import io
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import msgspec
@@ -14,13 +15,37 @@ import torch
 
 from adapters_store.manifest import Manifest
 from server.adapters.formats.safetensors import TensorInfo, read_header
-from server.adapters.methods.base import AdapterFiles, Method, Spec
+from server.adapters.methods.base import AdapterFiles, Method, Packed, Spec
 from server.adapters.sites import Base
+from server.kernels.gather import Copies
 
 KNOWN = 16  # recipes
 LARGEST = 256 << 10  # bytes of a header that is remembered; what it means takes some five times as much
 
-Meaning = tuple[dict[str, TensorInfo], Spec]
+
+@dataclass
+class Recipe:
+    """`like`: an adapter of this recipe without its numbers, and `copies`: how those came out of its file.
+    They are there once one has been packed, if packing was nothing but copies.
+    """
+
+    header: dict[str, TensorInfo]
+    spec: Spec
+    like: Packed | None = None
+    copies: Copies | None = None
+
+    def learn(self, packed: Packed, raw: torch.Tensor) -> None:
+        """`packed` was made of `raw`, a file as uint8 [bytes]."""
+        if packed.copies and not self.spec.base_copies and (copies := packed.copies.within(raw)):
+            self.like = replace(packed, flat=packed.flat[:0], copies=None)
+            self.copies = copies
+
+    def repeat(self, raw: torch.Tensor) -> Packed | None:
+        """What packing would make of this file; None if that is not known, or a number is not finite."""
+        if self.like is None or self.copies is None:
+            return None
+        flat = self.copies.run(raw.data_ptr())
+        return None if flat is None else replace(self.like, flat=flat)
 
 
 class Limits(msgspec.Struct, frozen=True):
@@ -35,16 +60,16 @@ class Recipes:
         self.methods = methods
         self.base = base
         self.limits = limits
-        self._known: Callable[[str, bytes, bytes, int], Meaning] = lru_cache(KNOWN)(self._understand)
+        self._known: Callable[[str, bytes, bytes, int], Recipe] = lru_cache(KNOWN)(self._understand)
 
-    def read(self, manifest: Manifest, raw: torch.Tensor) -> Meaning:
+    def read(self, manifest: Manifest, raw: torch.Tensor) -> Recipe:
         """Of `raw`, the file as uint8 [bytes]. Raises what reading a header and a config raises."""
         length = 8 + min(int.from_bytes(raw[:8].numpy().data, "little"), self.limits.max_header_bytes)
         understand = self._known if length <= LARGEST else self._understand
         config = msgspec.json.encode(manifest.config)
         return understand(manifest.method, config, raw[:length].numpy().tobytes(), len(raw))
 
-    def _understand(self, method: str, config: bytes, head: bytes, size: int) -> Meaning:
+    def _understand(self, method: str, config: bytes, head: bytes, size: int) -> Recipe:
         header = read_header(
             io.BytesIO(head),
             size,
@@ -52,4 +77,4 @@ class Recipes:
             max_tensors=self.limits.max_tensors,
         )
         files = AdapterFiles(msgspec.json.decode(config), header)
-        return header, self.methods[method].parse(files, self.base)
+        return Recipe(header, self.methods[method].parse(files, self.base))

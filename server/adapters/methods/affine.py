@@ -16,7 +16,7 @@ import msgspec
 import torch
 
 from server.adapters.methods.base import BIAS, MATRICES, SCALE, Bank, Packed, Rows, Trace
-from server.adapters.methods.tensors import flatten
+from server.adapters.methods.tensors import flatten_noting
 from server.adapters.sites import Base, Site
 from server.kernels import affine as kernel
 from server.kernels import gpu
@@ -66,7 +66,8 @@ def pack_changes(changes: Iterable[Change], dtype: torch.dtype) -> Packed:
                 parts.append(tensor)
                 factors.append(change.factor if part == "b" else 1.0)
     scaled = any(piece.part in ("gain", "scale") for piece in pieces)
-    return Packed(flatten(parts, dtype, factors), pieces, summable=not scaled)
+    flat, copies = flatten_noting(parts, dtype, factors)
+    return Packed(flat, pieces, summable=not scaled, copies=copies)
 
 
 class AffineBank(Bank):

@@ -16,6 +16,7 @@ from server.adapters.formats.safetensors import TensorInfo
 from server.adapters.seal import seal_of
 from server.adapters.sites import Base, Site
 from server.kernels.biases import Biases
+from server.kernels.gather import Copies
 from server.kernels.gpu import FIELDS, LARGE, SMALL, Plan, put_in_blocks, round_up, upload
 
 Tensors = dict[str, torch.Tensor]
@@ -31,10 +32,7 @@ class AdapterFiles:
 
 @dataclass(frozen=True)
 class Packed:
-    """An adapter ready for a device: one flat host buffer, and where each piece lies in it.
-
-    The flat buffer is what every tier counts: `nbytes` on disk-to-RAM, in RAM, and on the device.
-    """
+    """An adapter ready for a device: one flat host buffer, which all tiers count, and where pieces lie."""
 
     flat: torch.Tensor  # [n], the engine's dtype; pinned when the device is CUDA
     layout: Any  # the method's own: offsets, ranks
@@ -42,6 +40,7 @@ class Packed:
     given: bool = False  # Bank.start gives their keys and values; else the model computes them
     summable: bool = False  # a weighted sum of several such adapters has a meaning
     seal: int | None = None  # the loader's, over `flat` as it was packed
+    copies: Copies | None = None  # how `flat` came out of the tensors, if it was nothing but copies
 
     def intact(self) -> bool:
         """Whether memory still holds what was packed. Waits for the device, if that is where `flat` lies."""

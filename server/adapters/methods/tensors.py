@@ -10,6 +10,7 @@ import torch
 from server.adapters.formats.safetensors import TensorInfo, is_finite
 from server.adapters.sites import Base, Site
 from server.errors import InvalidAdapter, shown
+from server.kernels.gather import Copies, copies_of
 
 PREFIX = "base_model.model."
 ADAPTER = "default"  # PEFT's name for the adapter; some saves leave it in the tensors' names
@@ -125,21 +126,36 @@ def flatten(
     Every number is read once and written once, where it goes: transposed views need no copy of their own
     before. Raises InvalidAdapter if a value overflows `dtype`.
     """
+    return flatten_noting(parts, dtype, factors)[0]
+
+
+def flatten_noting(
+    parts: Iterable[torch.Tensor], dtype: torch.dtype, factors: Iterable[float] | None = None
+) -> tuple[torch.Tensor, Copies | None]:
+    """The same, and how it was done, if it was nothing but copies."""
     parts = list(parts)
     scales = [1.0] * len(parts) if factors is None else list(factors)
-    if any(part.requires_grad for part in parts):  # in training: gradients come back through this
-        scaled = (p if scale == 1 else scale * p.float() for p, scale in zip(parts, scales, strict=True))
-        flat = torch.cat([part.to(dtype).reshape(-1) for part in scaled])
-    else:
-        flat = torch.empty(sum(part.numel() for part in parts), dtype=dtype)
-        places = torch.split(flat, [part.numel() for part in parts])
-        for place, part, scale in zip(places, parts, scales, strict=True):
-            if scale == 1:
-                place.view(part.shape).copy_(part)
-            else:  # products are float32's, whatever is stored
-                torch.mul(part.float(), scale, out=place.view(part.shape))
-    if not is_finite(flat):
+    training = any(part.requires_grad for part in parts)
+    copies = None if training or dtype != torch.float32 else copies_of(parts, scales)
+    flat = copies.run(0) if copies else _flattened(parts, dtype, scales, training=training)
+    if flat is None or not (copies or is_finite(flat)):
         raise InvalidAdapter(f"The adapter overflows {str(dtype).removeprefix('torch.')} once it is scaled.")
+    return flat, copies
+
+
+def _flattened(
+    parts: list[torch.Tensor], dtype: torch.dtype, scales: list[float], *, training: bool
+) -> torch.Tensor:
+    if training:  # gradients come back through this
+        scaled = (p if scale == 1 else scale * p.float() for p, scale in zip(parts, scales, strict=True))
+        return torch.cat([part.to(dtype).reshape(-1) for part in scaled])
+    flat = torch.empty(sum(part.numel() for part in parts), dtype=dtype)
+    places = torch.split(flat, [part.numel() for part in parts])
+    for place, part, scale in zip(places, parts, scales, strict=True):
+        if scale == 1:
+            place.view(part.shape).copy_(part)
+        else:  # products are float32's, whatever is stored
+            torch.mul(part.float(), scale, out=place.view(part.shape))
     return flat
 
 

@@ -60,7 +60,7 @@ def test_other_models_stay_with_their_classes(tiny_models: TinyModels, family: s
 def test_a_layer_that_is_off_is_left_to_its_class(
     tiny_models: TinyModels, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("server.finetune.layers.silu_times", lambda gate, up: gate * up)
+    monkeypatch.setattr("server.finetune.layers.gated", lambda gate, up: gate * up)
     assert Trainable(tiny_models("llama"), "tiny", recipe()).halves.layers is None
 
 
