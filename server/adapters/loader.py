@@ -39,7 +39,7 @@ from server.kernels.int8 import stands_for
 from server.kernels.openmp import use_one_thread
 
 THREADS = 2
-NICENESS = 10
+NICENESS = 14
 HAND_OVER_SECONDS = 0.0005  # Python's own 5 ms, at each of a step's launches, would be most of a step
 SOURCES = 4096  # digests of which it is known where they were found
 log = logging.getLogger(__name__)
