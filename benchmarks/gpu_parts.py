@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from benchmarks.inputs import LINEARS, RANK
-from server.adapters.methods.affine import Piece
+from server.adapters.methods.anatomy import Piece
 from server.adapters.methods.base import Packed
 from server.engine import frozen
 from server.engine.loop import Engine

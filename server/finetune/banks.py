@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from server.adapters.methods.affine import AffineBank, apply
-from server.adapters.methods.base import Rows
+from server.adapters.methods.base import Packed, Rows
 from server.adapters.sites import Base, Site
 
 SLOT = 1
@@ -26,6 +26,11 @@ class TrainedAffine(AffineBank):
         self._whole: torch.Tensor | None = None  # the last x, kept so that nothing else takes its place
         self._gapped = torch.empty(0)
 
+    def put(self, slot: int, packed: Packed) -> None:
+        super().put(slot, packed)
+        if held := self.held[slot]:
+            held.changes  # noqa: B018 - now, and not within a layer that is computed twice
+
     def clear(self, slot: int) -> None:
         super().clear(slot)
         self._whole, self._gapped = None, torch.empty(0)
@@ -38,7 +43,7 @@ class TrainedAffine(AffineBank):
         rows: Rows,  # noqa: ARG002 - every token is slot 1's
         bias: torch.Tensor | None,
     ) -> None:
-        change = self.changes[SLOT].get(site.name)
+        change = self.change(SLOT, site.name)
         if change is None:
             return
         if self.dropout and change.a is not None:

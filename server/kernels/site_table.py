@@ -30,6 +30,11 @@ class SiteTable:
         self.ranks[slot] = ranks
         self.rows[slot].view(-1).copy_(upload([flat], self.rows.device)[0])
 
+    def fill(self, slot: int, rows: torch.Tensor, mask: int, rank: int) -> None:
+        """The same with rows that are ready, [sites, columns] on this device."""
+        self.masks[slot], self.ranks[slot] = mask, rank
+        self.rows[slot].copy_(rows)
+
     def clear(self, slot: int) -> None:
         if self.masks[slot]:
             self.rows[slot].zero_()

@@ -8,14 +8,12 @@ its own bytes, whatever its rank and targets, and a slot is a row of a table. At
 
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from math import prod
-from typing import Any
 
-import msgspec
 import torch
 
+from server.adapters.methods.anatomy import Anatomies, Held, Piece
 from server.adapters.methods.base import BIAS, MATRICES, SCALE, Bank, Packed, Rows, Trace
+from server.adapters.methods.change import Change
 from server.adapters.methods.tensors import flatten_noting
 from server.adapters.sites import Base, Site
 from server.kernels import affine as kernel
@@ -25,32 +23,6 @@ from server.kernels.openmp import AVAILABLE
 from server.kernels.site_table import SiteTable
 
 MOST_UNIONS = 256
-
-
-@dataclass(frozen=True)
-class Change:
-    """What an adapter does at one site; absent parts do nothing.
-
-    a [r, in] (of an embedding [vocabulary, r], so that a token's row is contiguous), b [r, out],
-    gain [out], bias [out]. scale [in], upon the inputs, is for banks that have the hook for it.
-    Until it is packed b may lack a `factor`; in a bank all scalings are folded in.
-    """
-
-    site: str
-    a: torch.Tensor | None = None
-    b: torch.Tensor | None = None
-    gain: torch.Tensor | None = None
-    bias: torch.Tensor | None = None
-    scale: torch.Tensor | None = None
-    factor: float = 1.0
-
-
-class Piece(msgspec.Struct, frozen=True, gc=False):  # by the hundred thousand, and no cycle
-    """One tensor of a change; in the flat buffer they lie back to back, in order."""
-
-    site: str
-    part: str
-    shape: tuple[int, ...]
 
 
 def pack_changes(changes: Iterable[Change], dtype: torch.dtype) -> Packed:
@@ -78,36 +50,34 @@ class AffineBank(Bank):
     def __init__(self, base: Base, slots: int, device: torch.device, dtype: torch.dtype) -> None:
         self.device = device
         self.sites = base.sites
-        self.changes: list[dict[str, Change]] = [{} for _ in range(slots + 1)]
+        self.held: list[Held | None] = [None] * (slots + 1)
         names = [name for name, site in base.sites.items() if site.kind in ("linear", "embedding", "norm")]
         self.table = SiteTable(names, slots, kernel.COLUMNS, device)
         self.gpu = gpu.chosen(device)
         self.fast = AVAILABLE and not self.gpu and device.type == "cpu" and dtype == torch.float32
         self._unions: dict[frozenset[int], dict[str, int]] = {}  # sites touched by sets of slots
-        self._biased = [0] * (slots + 1)  # bit i: of the site i, a slot changes the bias alone
+        self._anatomies = Anatomies(self.table)
 
     def put(self, slot: int, packed: Packed) -> None:
         """Fill a free slot. On a CPU this copies nothing: the host buffer is the device's."""
-        flat = packed.flat.to(self.device, non_blocking=True)
-        found: dict[str, dict[str, Any]] = {}
-        sizes = [prod(piece.shape) for piece in packed.layout]
-        # one split, so that in training the gradients come back as one concatenation
-        views = gpu.aligned(flat, sizes) if self.gpu else torch.split(flat, sizes)
-        for piece, view in zip(packed.layout, views, strict=True):
-            found.setdefault(piece.site, {})[piece.part] = view.view(piece.shape)
-        self.changes[slot] = {name: Change(name, **parts) for name, parts in found.items()}
-        entries = {name: table_row(change) for name, change in self.changes[slot].items()}
-        self.table.put(slot, entries, max((entry[-1] for entry in entries.values()), default=0))
-        self._biased[slot] = self.table.mask(
-            name for name, change in self.changes[slot].items() if way_of(change) == BIAS
-        )
+        flat, anatomy = packed.flat.to(self.device, non_blocking=True), self._anatomies.of(packed.layout)
+        held = self.held[slot] = Held(flat, anatomy, aligned=self.gpu)
+        if self.fast:
+            self.table.fill(slot, anatomy.rows(flat.data_ptr()), anatomy.mask, anatomy.rank)
+        else:
+            entries = {name: table_row(change) for name, change in held.changes.items()}
+            self.table.put(slot, entries, anatomy.rank)
         self._unions.clear()
 
     def clear(self, slot: int) -> None:
         self.table.clear(slot)
-        self.changes[slot] = {}
-        self._biased[slot] = 0
+        self.held[slot] = None
         self._unions.clear()
+
+    def change(self, slot: int, site: str) -> Change | None:
+        """What this slot's adapter does there, if anything."""
+        held = self.held[slot]
+        return held.changes.get(site) if held and site in held.anatomy.ways else None
 
     def biases(
         self, sites: Sequence[Site], columns: Sequence[slice], rows: Rows, count: int
@@ -129,7 +99,7 @@ class AffineBank(Bank):
         elif self._takes(site):
             self._launch([site], x, y, rows, bias)
         for slot, start, end, weight in rows.many if self._takes(site) else rows.spans:
-            if change := self.changes[slot].get(site.name):
+            if change := self.change(slot, site.name):
                 apply(change, site, x[start:end], y[start:end], bias, weight)
 
     def joint(
@@ -145,7 +115,9 @@ class AffineBank(Bank):
     def trace(self, slot: int) -> Trace | None:
         mask, ranks = self.table.masks[slot], self.table.ranks[slot]
         if self.fast:
-            return Trace(mask & ~self._biased[slot], ranks, self._biased[slot])
+            held = self.held[slot]
+            biased = held.anatomy.biased if held else 0
+            return Trace(mask & ~biased, ranks, biased)
         return Trace(mask, ranks) if self.gpu else None
 
     def touched(self, trace: Trace) -> dict[str, int]:
@@ -195,18 +167,12 @@ class AffineBank(Bank):
                 if len(self._unions) >= MOST_UNIONS:
                     self._unions.clear()
                 union: dict[str, int] = {}
-                for slot in slots:
-                    for name, change in self.changes[slot].items():
-                        union[name] = way_of(change) | union.get(name, 0)
+                for held in (self.held[slot] for slot in slots):
+                    for name, way in held.anatomy.ways.items() if held else ():
+                        union[name] = way | union.get(name, 0)
                 self._unions[slots] = union
             rows.touched = self._unions[slots]
         return rows.touched
-
-
-def way_of(change: Change) -> int:
-    if change.b is not None:
-        return MATRICES
-    return BIAS if change.gain is None else SCALE
 
 
 def table_row(change: Change) -> list[int]:

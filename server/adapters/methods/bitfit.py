@@ -13,8 +13,9 @@ from safetensors.torch import save
 from server.adapters.formats.fields import FILE
 from server.adapters.formats.peft import typed_config
 from server.adapters.formats.peft_vectors import BeftConfig, BitfitConfig
-from server.adapters.methods.affine import AffineBank, Change, pack_changes
+from server.adapters.methods.affine import AffineBank, pack_changes
 from server.adapters.methods.base import AdapterFiles, Packed, Tensors
+from server.adapters.methods.change import Change
 from server.adapters.methods.tensors import (
     COPIES,
     PREFIX,

@@ -10,8 +10,9 @@ import torch
 
 from server.adapters.formats.peft import typed_config
 from server.adapters.formats.peft_vectors import Ia3Config
-from server.adapters.methods.affine import AffineBank, Change, pack_changes
+from server.adapters.methods.affine import AffineBank, pack_changes
 from server.adapters.methods.base import AdapterFiles, Packed, Rows, Tensors, Trace
+from server.adapters.methods.change import Change
 from server.adapters.methods.tensors import (
     COPIES,
     Endings,
@@ -47,11 +48,12 @@ class Ia3Bank(AffineBank):
 
     def trace(self, slot: int) -> Trace | None:
         """Inputs are scaled by the host's lists: no step of these is recorded."""
-        scales = any(change.scale is not None for change in self.changes[slot].values())
+        held = self.held[slot]
+        scales = held and any(piece.part == "scale" for piece in held.anatomy.layout)
         return None if scales else super().trace(slot)
 
     def _scale(self, slot: int, site: str) -> torch.Tensor | None:
-        change = self.changes[slot].get(site)
+        change = self.change(slot, site)
         return None if change is None else change.scale
 
 

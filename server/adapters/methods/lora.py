@@ -15,8 +15,9 @@ from server.adapters.formats.patterns import Patterns
 from server.adapters.formats.peft import typed_config
 from server.adapters.formats.peft_lora import LoraConfig
 from server.adapters.formats.safetensors import TensorInfo
-from server.adapters.methods.affine import AffineBank, Change, pack_changes
+from server.adapters.methods.affine import AffineBank, pack_changes
 from server.adapters.methods.base import AdapterFiles, Packed, Tensors
+from server.adapters.methods.change import Change
 from server.adapters.methods.tensors import (
     COPIES,
     TABLES,

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from server.adapters.methods.affine import Change, apply, table_row
+from server.adapters.methods.affine import apply, table_row
+from server.adapters.methods.change import Change
 from server.adapters.sites import Site
 from server.kernels.affine import COLUMNS, grouped_affine
 from server.kernels.openmp import AVAILABLE

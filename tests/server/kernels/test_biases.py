@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from server.adapters.methods.affine import Change, table_row
+from server.adapters.methods.affine import table_row
+from server.adapters.methods.change import Change
 from server.kernels.affine import COLUMNS, grouped_affine
 from server.kernels.biases import Biases
 from server.kernels.elementwise import RmsNorm

@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from server.adapters.methods.affine import Change, apply, table_row
+from server.adapters.methods.affine import apply, table_row
+from server.adapters.methods.change import Change
 from server.adapters.sites import Site
 from server.kernels.affine import COLUMNS
 from server.kernels.gpu import FIELDS, LARGE, SMALL, Plan, put_in_blocks

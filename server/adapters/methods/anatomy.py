@@ -1,0 +1,101 @@
+"""What the layout of an affine adapter comes to: worked out once for all that were made alike.
+
+A LoRA has hundreds of pieces, and to look at each takes the engine's thread milliseconds: a quarter of a
+step, each time an adapter comes into a slot.
+"""
+
+from functools import cached_property
+from math import prod
+from typing import Any
+
+import msgspec
+import torch
+
+from server.adapters.methods.base import BIAS, MATRICES, SCALE
+from server.adapters.methods.change import Change
+from server.kernels import affine as kernel
+from server.kernels import gpu
+from server.kernels.site_table import SiteTable
+
+COLUMN = {"a": 0, "b": 1, "gain": kernel.GAIN, "bias": kernel.BIAS}
+KNOWN = 16  # layouts
+
+
+class Piece(msgspec.Struct, frozen=True, gc=False):  # by the hundred thousand, and no cycle
+    """One tensor of a change; in the flat buffer they lie back to back, in order."""
+
+    site: str
+    part: str
+    shape: tuple[int, ...]
+
+
+class Anatomy:
+    """`ways`: how each site is changed. `mask`: bits of these sites; `biased`: of those by a bias alone."""
+
+    def __init__(self, layout: list[Piece], table: SiteTable) -> None:
+        self.layout = layout  # held, so that nothing else gets its id
+        self.sizes = [prod(piece.shape) for piece in layout]
+        parts: dict[str, set[str]] = {}
+        self.rank, begin = 0, 0
+        self._offsets = torch.zeros(len(table.names), kernel.COLUMNS, dtype=torch.int64)
+        self._present = torch.zeros_like(self._offsets)
+        for piece, size in zip(layout, self.sizes, strict=True):
+            parts.setdefault(piece.site, set()).add(piece.part)
+            site = table.numbers[piece.site]
+            if piece.part in COLUMN:
+                at = site, COLUMN[piece.part]
+                self._offsets[at], self._present[at] = 4 * begin, 1
+            if piece.part == "b":
+                self._offsets[site, kernel.RANK] = piece.shape[0]
+                self.rank = max(self.rank, piece.shape[0])
+            begin += size
+        assert self.rank <= kernel.MAX_RANK, f"rank {self.rank} is over the kernel's scratch"
+        self.ways = {site: _way(own) for site, own in parts.items()}
+        self.mask = table.mask(self.ways)
+        self.biased = table.mask(site for site, way in self.ways.items() if way == BIAS)
+
+    def rows(self, address: int) -> torch.Tensor:
+        """The table's, int64 [sites, COLUMNS], of a float32 buffer that begins there."""
+        return self._offsets + self._present * address
+
+
+class Anatomies:
+    """Of a bank's adapters."""
+
+    def __init__(self, table: SiteTable) -> None:
+        self.table = table
+        self._known: dict[int, Anatomy] = {}
+
+    def of(self, layout: list[Piece]) -> Anatomy:
+        found = self._known.get(id(layout))
+        if found is None:
+            if len(self._known) >= KNOWN:
+                self._known.clear()
+            found = self._known[id(layout)] = Anatomy(layout, self.table)
+        return found
+
+
+class Held:
+    """An adapter in a slot."""
+
+    def __init__(self, flat: torch.Tensor, anatomy: Anatomy, *, aligned: bool) -> None:
+        self.flat = flat
+        self.anatomy = anatomy
+        self.aligned = aligned  # each piece as a GPU's kernels want it
+
+    @cached_property
+    def changes(self) -> dict[str, Change]:
+        """By site: views of the buffer, or copies where these must be aligned."""
+        sizes = self.anatomy.sizes
+        # one split, so that in training the gradients come back as one concatenation
+        views = gpu.aligned(self.flat, sizes) if self.aligned else torch.split(self.flat, sizes)
+        found: dict[str, dict[str, Any]] = {}
+        for piece, view in zip(self.anatomy.layout, views, strict=True):
+            found.setdefault(piece.site, {})[piece.part] = view.view(piece.shape)
+        return {name: Change(name, **parts) for name, parts in found.items()}
+
+
+def _way(parts: set[str]) -> int:
+    if "b" in parts:
+        return MATRICES
+    return SCALE if "gain" in parts else BIAS

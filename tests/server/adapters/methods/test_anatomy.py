@@ -1,0 +1,45 @@
+"""What is worked out from a layout is what looking at each piece gives."""
+
+import torch
+
+from server.adapters.methods.affine import pack_changes, table_row
+from server.adapters.methods.anatomy import Anatomies, Held
+from server.adapters.methods.base import BIAS, MATRICES, SCALE
+from server.adapters.methods.change import Change
+from server.kernels.affine import COLUMNS
+from server.kernels.site_table import SiteTable
+
+NAMES = ["q", "k", "v", "norm", "down"]
+
+
+def changes() -> list[Change]:
+    return [
+        Change("v", a=torch.randn(3, 8), b=torch.randn(3, 6), bias=torch.randn(6)),
+        Change("norm", bias=torch.randn(8)),
+        Change("q", a=torch.randn(2, 8), b=torch.randn(2, 5), factor=0.5),
+        Change("down", gain=torch.randn(7), bias=torch.randn(7)),
+    ]
+
+
+def test_a_table_of_addresses() -> None:
+    table = SiteTable(NAMES, 2, COLUMNS, torch.device("cpu"))
+    packed = pack_changes(changes(), torch.float32)
+    anatomy = Anatomies(table).of(packed.layout)
+    held = Held(packed.flat, anatomy, aligned=False)
+    expected = torch.zeros(len(NAMES), COLUMNS, dtype=torch.int64)
+    for name, change in held.changes.items():
+        expected[NAMES.index(name)] = torch.tensor(table_row(change))
+    assert torch.equal(anatomy.rows(packed.flat.data_ptr()), expected)
+    assert anatomy.rank == 3
+    assert anatomy.ways == {"v": MATRICES, "norm": BIAS, "q": MATRICES, "down": SCALE}
+    assert table.among(anatomy.mask) == ["q", "v", "norm", "down"]
+    assert table.among(anatomy.biased) == ["norm"]
+
+
+def test_one_for_all_that_were_made_alike() -> None:
+    anatomies = Anatomies(SiteTable(NAMES, 2, COLUMNS, torch.device("cpu")))
+    first, second = (pack_changes(changes(), torch.float32) for _ in range(2))
+    assert anatomies.of(first.layout) is anatomies.of(first.layout)
+    assert anatomies.of(second.layout) is not anatomies.of(first.layout)  # not the same list: no matter
+    many = [pack_changes(changes(), torch.float32).layout for _ in range(40)]
+    assert all(anatomies.of(layout).layout is layout for layout in many + many)
