@@ -25,27 +25,26 @@ LARGEST = 256 << 10  # bytes of a header that is remembered; what it means takes
 
 @dataclass
 class Recipe:
-    """`like`: an adapter of this recipe without its numbers, and `copies`: how those came out of its file.
-    They are there once one has been packed, if packing was nothing but copies.
+    """`known`: an adapter of this recipe without its numbers, and how those came out of its file. It is there
+    once one has been packed, if packing was nothing but copies.
     """
 
     header: dict[str, TensorInfo]
     spec: Spec
-    like: Packed | None = None
-    copies: Copies | None = None
+    known: tuple[Packed, Copies] | None = None
 
     def learn(self, packed: Packed, raw: torch.Tensor) -> None:
         """`packed` was made of `raw`, a file as uint8 [bytes]."""
         if packed.copies and not self.spec.base_copies and (copies := packed.copies.within(raw)):
-            self.like = replace(packed, flat=packed.flat[:0], copies=None)
-            self.copies = copies
+            self.known = replace(packed, flat=packed.flat.new_empty(0), copies=None), copies
 
     def repeat(self, raw: torch.Tensor) -> Packed | None:
         """What packing would make of this file; None if that is not known, or a number is not finite."""
-        if self.like is None or self.copies is None:
+        if self.known is None:
             return None
-        flat = self.copies.run(raw.data_ptr())
-        return None if flat is None else replace(self.like, flat=flat)
+        like, copies = self.known
+        flat = copies.run(raw.data_ptr())
+        return None if flat is None else replace(like, flat=flat)
 
 
 class Limits(msgspec.Struct, frozen=True):

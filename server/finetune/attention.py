@@ -46,7 +46,10 @@ class TrainingStep(Step):
         *,
         kept: bool = False,
     ) -> torch.Tensor:
-        """As q."""
+        """What each token sees of its own sequence, and of the virtual tokens before it; shaped as q.
+
+        `kept`: only the tokens of `self.kept` ask.
+        """
         if self.seen is not None:
             self.seen.append((k.transpose(0, 1), v.transpose(0, 1)))
         before = self.start[layer] if self.start else None

@@ -1,11 +1,14 @@
 """The affine bank as it trains: one adapter for all tokens, dropout, and no views of y."""
 
+from math import prod
 from typing import Any
 
 import torch
 
 from server.adapters.methods.affine import AffineBank, apply
+from server.adapters.methods.anatomy import changes_of
 from server.adapters.methods.base import Packed, Rows
+from server.adapters.methods.change import Change
 from server.adapters.sites import Base, Site
 
 SLOT = 1
@@ -22,17 +25,20 @@ class TrainedAffine(AffineBank):
 
     def __init__(self, base: Base, slots: int, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__(base, slots, device, dtype)
+        self.trained: dict[str, Change] = {}  # by site
         self._numbers = {name: i for i, name in enumerate(base.sites)}
         self._whole: torch.Tensor | None = None  # the last x, kept so that nothing else takes its place
         self._gapped = torch.empty(0)
 
     def put(self, slot: int, packed: Packed) -> None:
-        super().put(slot, packed)
-        if held := self.held[slot]:
-            held.changes  # noqa: B018 - now, and not within a layer that is computed twice
+        """Views that gradients flow through; no kernel reads a table here."""
+        assert slot == SLOT
+        sizes = [prod(piece.shape) for piece in packed.layout]
+        self.trained = changes_of(packed.flat.to(self.device), packed.layout, sizes)
 
     def clear(self, slot: int) -> None:
-        super().clear(slot)
+        assert slot == SLOT
+        self.trained = {}
         self._whole, self._gapped = None, torch.empty(0)
 
     def affine(
@@ -43,7 +49,7 @@ class TrainedAffine(AffineBank):
         rows: Rows,  # noqa: ARG002 - every token is slot 1's
         bias: torch.Tensor | None,
     ) -> None:
-        change = self.change(SLOT, site.name)
+        change = self.trained.get(site.name)
         if change is None:
             return
         if self.dropout and change.a is not None:

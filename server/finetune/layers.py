@@ -50,7 +50,7 @@ class TrainedLayer:
         normed = norm(stream, self.kernels[0])
         first.polypeft_after(first, (stream,), normed)
         k = self._turned(attention.k_proj(normed), cos, sin, self.head_norms[1])
-        v = attention.v_proj(normed).view(len(normed), -1, self.dim)
+        v = by_head(attention.v_proj(normed), self.dim)
         if places is not None:
             stream, normed, cos, sin = (x.index_select(0, places) for x in (stream, normed, cos, sin))
         q = self._turned(attention.q_proj(normed), cos, sin, self.head_norms[0])
@@ -71,9 +71,10 @@ class TrainedLayer:
         self, y: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, of_heads: RmsNorm | None
     ) -> torch.Tensor:
         """[T, heads, head_dim] of y [T, heads * head_dim]."""
+        heads = by_head(y, self.dim)
         if of_heads is not None:
-            y = norm(y.view(-1, self.dim), of_heads).view(y.shape)
-        return turned(y.view(len(y), -1, self.dim), cos, sin)
+            heads = norm(heads.flatten(0, 1), of_heads).view(heads.shape)
+        return turned(heads, cos, sin)
 
 
 class TrainedDecoder:
@@ -97,6 +98,11 @@ class TrainedDecoder:
         places = self.places if index == len(self.layers) - 1 else None
         stream: torch.Tensor = self.layers[index](hidden_states[0].contiguous(), cos, sin, places)
         return stream[None]
+
+
+def by_head(y: torch.Tensor, dim: int) -> torch.Tensor:
+    """[T, heads, dim] of y [T, heads * dim]; T may be 0."""
+    return y.view(len(y), y.shape[1] // dim, dim)
 
 
 @torch.no_grad()

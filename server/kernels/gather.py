@@ -73,7 +73,8 @@ if AVAILABLE:
             bad |= not abs(value) <= LARGEST
         return bad
 
-    @nb.njit(cache=True, error_model="numpy", nogil=True)
+    # compiled here, and not by the first load, beside rows that run
+    @nb.njit("boolean(int64, int64[:, ::1], int64)", cache=True, error_model="numpy", nogil=True)
     def _gather_all(base, table, out):  # type: ignore[no-untyped-def]
         bad = 0
         for n in range(table.shape[0]):

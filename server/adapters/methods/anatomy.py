@@ -1,14 +1,17 @@
-"""What the layout of an affine adapter comes to: worked out once for all that were made alike.
+"""What the layout of an affine adapter comes to.
 
-A LoRA has hundreds of pieces, and to look at each takes the engine's thread milliseconds: a quarter of a
-step, each time an adapter comes into a slot.
+A LoRA has hundreds of pieces, and to look at each takes the engine's thread a millisecond or more, each time
+an adapter comes into a slot. The loader gives one layout to all that were made alike (recipes.py), and what
+that comes to is remembered.
 """
 
+from collections import OrderedDict
 from functools import cached_property
 from math import prod
 from typing import Any
 
 import msgspec
+import numpy as np
 import torch
 
 from server.adapters.methods.base import BIAS, MATRICES, SCALE
@@ -18,7 +21,7 @@ from server.kernels import gpu
 from server.kernels.site_table import SiteTable
 
 COLUMN = {"a": 0, "b": 1, "gain": kernel.GAIN, "bias": kernel.BIAS}
-KNOWN = 16  # layouts
+KNOWN = 64  # layouts
 
 
 class Piece(msgspec.Struct, frozen=True, gc=False):  # by the hundred thousand, and no cycle
@@ -37,18 +40,18 @@ class Anatomy:
         self.sizes = [prod(piece.shape) for piece in layout]
         parts: dict[str, set[str]] = {}
         self.rank, begin = 0, 0
-        self._offsets = torch.zeros(len(table.names), kernel.COLUMNS, dtype=torch.int64)
-        self._present = torch.zeros_like(self._offsets)
+        offsets = np.zeros((len(table.names), kernel.COLUMNS), dtype=np.int64)
+        present = np.zeros_like(offsets)
         for piece, size in zip(layout, self.sizes, strict=True):
             parts.setdefault(piece.site, set()).add(piece.part)
             site = table.numbers[piece.site]
-            if piece.part in COLUMN:
-                at = site, COLUMN[piece.part]
-                self._offsets[at], self._present[at] = 4 * begin, 1
+            if (column := COLUMN.get(piece.part)) is not None:
+                offsets[site, column], present[site, column] = 4 * begin, 1
             if piece.part == "b":
-                self._offsets[site, kernel.RANK] = piece.shape[0]
+                offsets[site, kernel.RANK] = piece.shape[0]
                 self.rank = max(self.rank, piece.shape[0])
             begin += size
+        self._offsets, self._present = torch.from_numpy(offsets), torch.from_numpy(present)
         assert self.rank <= kernel.MAX_RANK, f"rank {self.rank} is over the kernel's scratch"
         self.ways = {site: _way(own) for site, own in parts.items()}
         self.mask = table.mask(self.ways)
@@ -60,18 +63,19 @@ class Anatomy:
 
 
 class Anatomies:
-    """Of a bank's adapters."""
+    """Of a bank's adapters; those of the last layouts are remembered."""
 
     def __init__(self, table: SiteTable) -> None:
         self.table = table
-        self._known: dict[int, Anatomy] = {}
+        self._known: OrderedDict[int, Anatomy] = OrderedDict()
 
     def of(self, layout: list[Piece]) -> Anatomy:
         found = self._known.get(id(layout))
         if found is None:
-            if len(self._known) >= KNOWN:
-                self._known.clear()
             found = self._known[id(layout)] = Anatomy(layout, self.table)
+            if len(self._known) > KNOWN:
+                self._known.popitem(last=False)
+        self._known.move_to_end(id(layout))
         return found
 
 
@@ -85,14 +89,19 @@ class Held:
 
     @cached_property
     def changes(self) -> dict[str, Change]:
-        """By site: views of the buffer, or copies where these must be aligned."""
-        sizes = self.anatomy.sizes
-        # one split, so that in training the gradients come back as one concatenation
-        views = gpu.aligned(self.flat, sizes) if self.aligned else torch.split(self.flat, sizes)
-        found: dict[str, dict[str, Any]] = {}
-        for piece, view in zip(self.anatomy.layout, views, strict=True):
-            found.setdefault(piece.site, {})[piece.part] = view.view(piece.shape)
-        return {name: Change(name, **parts) for name, parts in found.items()}
+        return changes_of(self.flat, self.anatomy.layout, self.anatomy.sizes, aligned=self.aligned)
+
+
+def changes_of(
+    flat: torch.Tensor, layout: list[Piece], sizes: list[int], *, aligned: bool = False
+) -> dict[str, Change]:
+    """By site: views of the buffer, or copies where these must be aligned."""
+    # one split, so that in training the gradients come back as one concatenation
+    views = gpu.aligned(flat, sizes) if aligned else torch.split(flat, sizes)
+    found: dict[str, dict[str, Any]] = {}
+    for piece, view in zip(layout, views, strict=True):
+        found.setdefault(piece.site, {})[piece.part] = view.view(piece.shape)
+    return {name: Change(name, **parts) for name, parts in found.items()}
 
 
 def _way(parts: set[str]) -> int:

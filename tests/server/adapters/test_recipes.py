@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from server.adapters.methods.base import Packed
 from server.adapters.recipes import Recipe, Recipes
 from server.engine.loop import Engine
 from server.engine.messages import AdapterRef
@@ -58,14 +59,24 @@ def load(engine: Engine, folder: Path) -> AdapterRef:
 
 
 def test_the_second_is_what_its_method_would_make_of_it(
-    engine: Engine, model: Path, tmp_path: Path, repeated: list[bool]
+    engine: Engine, model: Path, tmp_path: Path, repeated: list[bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    learnt, learn = [], Recipe.learn
+
+    def noting(recipe: Recipe, packed: Packed, raw: torch.Tensor) -> None:
+        learn(recipe, packed, raw)
+        learnt.append(recipe)
+
+    monkeypatch.setattr(Recipe, "learn", noting)
     refs = [load(engine, lora(model, tmp_path / str(seed), seed, lora_alpha=3)) for seed in range(2)]
     first, second = (engine.loader.fetch(ref).result(LONG) for ref in refs)
     assert repeated == [False, True]
     assert not torch.equal(first.flat, second.flat)
     assert second.layout is first.layout
     assert second.copies is None
+    (recipe,) = {id(r): r for r in learnt}.values()
+    assert recipe.known
+    assert recipe.known[0].flat.untyped_storage().nbytes() == 0  # it keeps nobody's numbers
 
     loader = engine.loader
     loader.recipes = Recipes(loader.methods, engine.base, loader.recipes.limits)

@@ -74,3 +74,11 @@ def test_virtual_tokens_that_are_computed_once_serve_all_sequences(
     alone = [gradients(model, [example]) for example in batch]
     together = [sum(parts, torch.zeros(())) for parts in zip(*alone, strict=True)]
     assert_close(gradients(model, batch), together)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_a_batch_may_have_nothing_to_learn(tiny_models: TinyModels, family: str) -> None:
+    model = Trainable(tiny_models(family), "tiny", recipe())
+    output = model(Batch.of([Example([5, 6, 7], [0.0, 0.0, 0.0], 3)]))
+    output.loss_sum.backward()
+    assert float(output.loss_sum.detach()) == output.weight_sum == 0

@@ -3,7 +3,7 @@
 import torch
 
 from server.adapters.methods.affine import pack_changes, table_row
-from server.adapters.methods.anatomy import Anatomies, Held
+from server.adapters.methods.anatomy import KNOWN, Anatomies, Held
 from server.adapters.methods.base import BIAS, MATRICES, SCALE
 from server.adapters.methods.change import Change
 from server.kernels.affine import COLUMNS
@@ -40,6 +40,14 @@ def test_one_for_all_that_were_made_alike() -> None:
     anatomies = Anatomies(SiteTable(NAMES, 2, COLUMNS, torch.device("cpu")))
     first, second = (pack_changes(changes(), torch.float32) for _ in range(2))
     assert anatomies.of(first.layout) is anatomies.of(first.layout)
-    assert anatomies.of(second.layout) is not anatomies.of(first.layout)  # not the same list: no matter
-    many = [pack_changes(changes(), torch.float32).layout for _ in range(40)]
-    assert all(anatomies.of(layout).layout is layout for layout in many + many)
+    assert anatomies.of(second.layout) is not anatomies.of(first.layout)  # recipes.py makes them one
+
+
+def test_layouts_that_come_once_do_not_displace_one_that_is_asked_for() -> None:
+    anatomies = Anatomies(SiteTable(NAMES, 2, COLUMNS, torch.device("cpu")))
+    shared = pack_changes(changes(), torch.float32).layout
+    kept = anatomies.of(shared)
+    for _ in range(3 * KNOWN):
+        own = pack_changes(changes(), torch.float32).layout
+        assert anatomies.of(own).layout is own
+        assert anatomies.of(shared) is kept
