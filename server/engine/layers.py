@@ -11,9 +11,7 @@ the linears.
 Steps in which all rows decode are one launch from the first layer to the last (programs.py).
 """
 
-import logging
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import torch
@@ -24,23 +22,20 @@ from server.engine.attention import Chunk, Step, places_of
 from server.engine.linear import Family, LinearSite, biases_of
 from server.engine.programs import Programs
 from server.engine.sublayers import decoder_layers
+from server.engine.trial import PROBE, TOLERANCE, probe, take_over
 from server.kernels.attention import BLOCK
 from server.kernels.biases import Biases
 from server.kernels.elementwise import RmsNorm, add_, rotate_, silu_times
 from server.kernels.int8 import Int8Linear
 
-log = logging.getLogger(__name__)
-
 LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 ATTENTION, HEAD_NORMS = {"q_proj", "k_proj", "v_proj", "o_proj"}, {"q_norm", "k_norm"}
 MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
-PROBE = 9  # tokens of the prompt that is tried both ways
-TOLERANCE = 1e-4  # of the largest state's difference, over the largest state
 INT8_TOLERANCE = 5e-2  # where inputs are rounded to integers: the last bit of a norm becomes the next integer
 
 
-class Layer:
-    """One decoder layer, which its class has run before."""
+class LayerParts:
+    """What a Llama-like layer is made of, which its class has run before."""
 
     def __init__(self, layer: Any, step: Step) -> None:
         attention, mlp = layer.self_attn, layer.mlp
@@ -53,10 +48,17 @@ class Layer:
             RmsNorm(norm.weight, norm.variance_epsilon) if norm is not None else None
             for norm in (getattr(attention, name, None) for name in ("q_norm", "k_norm"))
         ]
-        self.qkv = [attention.q_proj, attention.k_proj, attention.v_proj]
-        self.gate_up = [mlp.gate_proj, mlp.up_proj]
         self.dim: int = attention.head_dim
         self.scores = step.heard[self.index]
+
+
+class Layer(LayerParts):
+    """One decoder layer."""
+
+    def __init__(self, layer: Any, step: Step) -> None:
+        super().__init__(layer, step)
+        self.qkv = [self.attention.q_proj, self.attention.k_proj, self.attention.v_proj]
+        self.gate_up = [self.mlp.gate_proj, self.mlp.up_proj]
 
     def __call__(self, stream: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         """stream [T, hidden] after this layer; cos and sin [T, head_dim]. All contiguous, none changed.
@@ -117,8 +119,8 @@ class Decoder:
 
 
 def by_head(x: torch.Tensor, dim: int) -> torch.Tensor:
-    """[T, heads * dim] as [T, heads, dim], over the same memory."""
-    return x.as_strided((x.shape[0], x.shape[1] // dim, dim), (x.stride(0), dim, 1), x.storage_offset())
+    """[T, heads * dim] as [T, heads, dim], over the same memory; T may be 0."""
+    return x.view(x.shape[0], x.shape[1] // dim, dim)
 
 
 def siblings(members: list[LinearSite], x: torch.Tensor) -> list[torch.Tensor]:
@@ -174,30 +176,22 @@ def run_by_kernels(model: Any, step: Step) -> Decoder | None:
     layers = [layer for _, layer in decoder_layers(model, model.config.num_hidden_layers)]
     if not layers or not all(map(is_llama_like, layers)):
         return None
-    expected = _states(model, step)
-    decoder = Decoder(layers, step, model.config.max_position_embeddings)
-    for i, layer in enumerate(layers):
-        layer.forward = partial(decoder.forward, i)
-    found = _states(model, step)
-    error = float((found - expected).abs().max() / expected.abs().max())
     rounded = any(isinstance(getattr(module, "fast", None), Int8Linear) for module in model.modules())
-    if not error <= (INT8_TOLERANCE if rounded else TOLERANCE):  # NaN is no good either
-        log.warning("%s runs by its class: by our kernels it is %.1e off", type(model).__name__, error)
-        for layer in layers:
-            del layer.forward
-        return None
-    return decoder
+    return take_over(
+        model,
+        layers,
+        lambda: Decoder(layers, step, model.config.max_position_embeddings),
+        lambda: _states(model, step),
+        INT8_TOLERANCE if rounded else TOLERANCE,
+    )
 
 
 def _states(model: Any, step: Step) -> torch.Tensor:
-    """The last hidden states of a prompt in the first block."""
-    ids = torch.arange(1, PROBE + 1) % model.config.vocab_size
-    places = places_of([0], 0, PROBE, ids.device)
+    """Of a prompt in the first block."""
+    places = places_of([0], 0, PROBE, torch.device("cpu"))
     step.decoding, step.chunks = 0, [Chunk(0, PROBE, PROBE, torch.tensor([0]), places)]
     assert PROBE <= BLOCK
-    decoder = getattr(model, model.base_model_prefix)
-    output = decoder(input_ids=ids[None], position_ids=torch.arange(PROBE)[None], use_cache=False)
+    states = probe(model)
     for pages in (*step.pages.keys, *step.pages.values):
         pages[0].zero_()
-    states: torch.Tensor = output.last_hidden_state
     return states

@@ -1,6 +1,5 @@
 """The affine bank as it trains: one adapter for all tokens, dropout, and no views of y."""
 
-from math import prod
 from typing import Any
 
 import torch
@@ -33,8 +32,7 @@ class TrainedAffine(AffineBank):
     def put(self, slot: int, packed: Packed) -> None:
         """Views that gradients flow through; no kernel reads a table here."""
         assert slot == SLOT
-        sizes = [prod(piece.shape) for piece in packed.layout]
-        self.trained = changes_of(packed.flat.to(self.device), packed.layout, sizes)
+        self.trained = changes_of(packed.flat.to(self.device), packed.layout)
 
     def clear(self, slot: int) -> None:
         assert slot == SLOT

@@ -8,38 +8,23 @@ The last layer goes on with `places` alone, the tokens whose logits are wanted: 
 no more than their keys and values there.
 """
 
-import logging
-from functools import partial
 from typing import Any
 
 import torch
 
-from server.engine.layers import PROBE, TOLERANCE, is_built_as_llama
+from server.engine.layers import LayerParts, by_head, is_built_as_llama
 from server.engine.sublayers import decoder_layers
+from server.engine.trial import PROBE, probe, take_over
 from server.finetune.attention import TrainingStep
 from server.finetune.functions import gated, norm, norm_of_sum, turned
 from server.kernels.elementwise import RmsNorm
 from server.kernels.openmp import AVAILABLE
 
-log = logging.getLogger(__name__)
 
-
-class TrainedLayer:
+class TrainedLayer(LayerParts):
     """One decoder layer; its linears and hooks are those of the class."""
 
-    def __init__(self, layer: Any, step: TrainingStep) -> None:
-        attention = layer.self_attn
-        self.step = step
-        self.index: int = attention.layer_idx
-        self.attention, self.mlp = attention, layer.mlp
-        self.norms = (layer.input_layernorm, layer.post_attention_layernorm)
-        self.kernels = [RmsNorm(own.weight, own.variance_epsilon) for own in self.norms]
-        self.head_norms = [
-            RmsNorm(own.weight, own.variance_epsilon) if own is not None else None
-            for own in (getattr(attention, name, None) for name in ("q_norm", "k_norm"))
-        ]
-        self.dim: int = attention.head_dim
-        self.scores = step.heard[self.index]
+    step: TrainingStep
 
     def __call__(
         self, stream: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, places: torch.Tensor | None
@@ -47,7 +32,7 @@ class TrainedLayer:
         """stream [T, hidden] after this layer, of all tokens or of `places`; cos and sin [T, head_dim]."""
         step, attention, (first, second) = self.step, self.attention, self.norms
         step.residual = stream
-        normed = norm(stream, self.kernels[0])
+        normed = norm(stream, self.fast_norms[0])
         first.polypeft_after(first, (stream,), normed)
         k = self._turned(attention.k_proj(normed), cos, sin, self.head_norms[1])
         v = by_head(attention.v_proj(normed), self.dim)
@@ -59,7 +44,7 @@ class TrainedLayer:
         step.residual = stream
         attention.polypeft_after(attention, None, added)
 
-        stream, normed = norm_of_sum(stream, added, self.kernels[1])
+        stream, normed = norm_of_sum(stream, added, self.fast_norms[1])
         step.residual = stream
         second.polypeft_after(second, (stream,), normed)
         added = self.mlp.down_proj(gated(self.mlp.gate_proj(normed), self.mlp.up_proj(normed)))
@@ -100,11 +85,6 @@ class TrainedDecoder:
         return stream[None]
 
 
-def by_head(y: torch.Tensor, dim: int) -> torch.Tensor:
-    """[T, heads, dim] of y [T, heads * dim]; T may be 0."""
-    return y.view(len(y), y.shape[1] // dim, dim)
-
-
 @torch.no_grad()
 def run_by_kernels(model: Any, step: TrainingStep) -> TrainedDecoder | None:
     """Give each layer of `model` the forward above, if all can have it and the states stay the same."""
@@ -112,23 +92,9 @@ def run_by_kernels(model: Any, step: TrainingStep) -> TrainedDecoder | None:
     plain = all(p.device.type == "cpu" and p.dtype == torch.float32 for p in model.parameters())
     if not AVAILABLE or not plain or not layers or not all(map(is_built_as_llama, layers)):
         return None
-    expected = _states(model, step)
-    decoder = TrainedDecoder(layers, step)
-    for i, layer in enumerate(layers):
-        layer.forward = partial(decoder.forward, i)
-    error = float((_states(model, step) - expected).abs().max() / expected.abs().max())
-    if error <= TOLERANCE:
-        return decoder
-    log.warning("%s trains by its class: by our kernels it is %.1e off", type(model).__name__, error)
-    for layer in layers:
-        del layer.forward
-    return None
+    return take_over(model, layers, lambda: TrainedDecoder(layers, step), lambda: _states(model, step))
 
 
 def _states(model: Any, step: TrainingStep) -> torch.Tensor:
-    ids = torch.arange(1, PROBE + 1) % model.config.vocab_size
     step.lengths = [PROBE]
-    decoder = getattr(model, model.base_model_prefix)
-    output = decoder(input_ids=ids[None], position_ids=torch.arange(PROBE)[None], use_cache=False)
-    states: torch.Tensor = output.last_hidden_state
-    return states
+    return probe(model)

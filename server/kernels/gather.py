@@ -4,7 +4,7 @@ Adapters are loaded beside the engine, whose Python waits while a loader's runs:
 tensors, and torch takes some ten microseconds of the interpreter for each.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -55,8 +55,6 @@ def copies_of(parts: list[torch.Tensor], factors: list[float]) -> Copies | None:
     return Copies(np.array(rows, dtype=np.int64).reshape(-1, COLUMNS), target)
 
 
-_gather: Any = None
-
 if AVAILABLE:
     import numba as nb
 
@@ -75,7 +73,7 @@ if AVAILABLE:
 
     # compiled here, and not by the first load, beside rows that run
     @nb.njit("boolean(int64, int64[:, ::1], int64)", cache=True, error_model="numpy", nogil=True)
-    def _gather_all(base, table, out):  # type: ignore[no-untyped-def]
+    def _gather(base, table, out):  # type: ignore[no-untyped-def]
         bad = 0
         for n in range(table.shape[0]):
             own = table[n]
@@ -92,5 +90,3 @@ if AVAILABLE:
                         source = floats(at, (count - 1) * across + 1)
                         bad |= _copy(target, source, across, count, factor)
         return bad == 0
-
-    _gather = _gather_all

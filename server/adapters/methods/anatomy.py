@@ -37,12 +37,11 @@ class Anatomy:
 
     def __init__(self, layout: list[Piece], table: SiteTable) -> None:
         self.layout = layout  # held, so that nothing else gets its id
-        self.sizes = [prod(piece.shape) for piece in layout]
         parts: dict[str, set[str]] = {}
         self.rank, begin = 0, 0
         offsets = np.zeros((len(table.names), kernel.COLUMNS), dtype=np.int64)
         present = np.zeros_like(offsets)
-        for piece, size in zip(layout, self.sizes, strict=True):
+        for piece in layout:
             parts.setdefault(piece.site, set()).add(piece.part)
             site = table.numbers[piece.site]
             if (column := COLUMN.get(piece.part)) is not None:
@@ -50,7 +49,7 @@ class Anatomy:
             if piece.part == "b":
                 offsets[site, kernel.RANK] = piece.shape[0]
                 self.rank = max(self.rank, piece.shape[0])
-            begin += size
+            begin += prod(piece.shape)
         self._offsets, self._present = torch.from_numpy(offsets), torch.from_numpy(present)
         assert self.rank <= kernel.MAX_RANK, f"rank {self.rank} is over the kernel's scratch"
         self.ways = {site: _way(own) for site, own in parts.items()}
@@ -89,13 +88,12 @@ class Held:
 
     @cached_property
     def changes(self) -> dict[str, Change]:
-        return changes_of(self.flat, self.anatomy.layout, self.anatomy.sizes, aligned=self.aligned)
+        return changes_of(self.flat, self.anatomy.layout, aligned=self.aligned)
 
 
-def changes_of(
-    flat: torch.Tensor, layout: list[Piece], sizes: list[int], *, aligned: bool = False
-) -> dict[str, Change]:
+def changes_of(flat: torch.Tensor, layout: list[Piece], *, aligned: bool = False) -> dict[str, Change]:
     """By site: views of the buffer, or copies where these must be aligned."""
+    sizes = [prod(piece.shape) for piece in layout]
     # one split, so that in training the gradients come back as one concatenation
     views = gpu.aligned(flat, sizes) if aligned else torch.split(flat, sizes)
     found: dict[str, dict[str, Any]] = {}
