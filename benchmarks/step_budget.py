@@ -161,7 +161,7 @@ def drive(
             time.sleep(0.0005)  # an adapter is on its way
             continue
         step = engine.model.step
-        if step.decoding == len(prompts) and not step.chunks:
+        if step.in_place == len(prompts) and not step.chunks:
             spent.steps.append(seconds)
             for label, own in now.items():
                 spent.kernels[label] += own

@@ -21,7 +21,9 @@ from server.kernels.attention import (
     prefill_attention,
     write_pages,
 )
-from server.kernels.decode import decode_attention
+from server.kernels.decode import decode_attention, takes
+
+PAIRS = 8192  # of a row's tokens and what they see, at most: up to there no gathered past is faster
 
 
 class Spans:
@@ -73,7 +75,7 @@ class Chunk:
 class Step:
     """The batch under way, as the model's modules need it: one object, refilled each step.
 
-    Packed tokens: | decoding rows, a token and guesses each | chunk of a row in prefill | chunk | ...
+    Packed tokens: | rows that read their past in place | chunk of a row in prefill | chunk | ...
     """
 
     pages: Pages
@@ -90,7 +92,7 @@ class Step:
         self.head_inputs: list[tuple[Bank, Rows]] = []
         self.sublayer: list[tuple[Bank, Rows]] = []
         self.residual = torch.empty(0)  # the stream before the sub-block under way
-        self.decoding = 0  # tokens that read their past from pages in place
+        self.in_place = 0  # tokens that read their past from the pages as they lie
         self.ahead: torch.Tensor | None = None  # where their K/V go, if some see others of the same step
         self.tables = torch.empty(0)
         self.lengths = torch.empty(0)
@@ -99,20 +101,20 @@ class Step:
         self.last: dict[str, int] = {}  # row id -> its last token's place in the batch
 
     def begin(self, rows: list[Row], device: torch.device) -> None:
-        """`rows` in the order of their tokens: those that decode first."""
-        decoding = [row for row in rows if row.decodes]
-        self.decoding = sum(row.scheduled for row in decoding)
+        """`rows` in the order of their tokens, as `order` gives it."""
+        first = [row for row in rows if self.reads_in_place(row)]
+        self.in_place = sum(row.scheduled for row in first)
         self.chunks = []
         if self.gpu:
             self.batch = GpuBatch.of(rows, device)
         else:
-            self._find_pages(decoding, device)
+            self._find_pages(first, device)
         self.last = {}
         spans = Spans()
         start = 0
         for row in rows:
             end = start + row.scheduled
-            if not row.decodes and not self.gpu:
+            if not self.gpu and not self.reads_in_place(row):
                 self.chunks.append(chunk_of(row, start, end, device))
             spans.add(self.banks, row, start, end)
             self.last[row.id] = end - 1
@@ -122,17 +124,26 @@ class Step:
         self.norm = spans.acting("norm")
         self.sublayer = spans.acting("sublayer")
 
-    def _find_pages(self, decoding: list[Row], device: torch.device) -> None:
+    def order(self, rows: list[Row]) -> list[Row]:
+        """Those that read their past in place come first."""
+        return sorted(rows, key=lambda row: not self.reads_in_place(row))
+
+    def reads_in_place(self, row: Row) -> bool:
+        """Row by row, so that no row's result depends on the others of its batch."""
+        pairs = row.scheduled * (row.computed + row.scheduled)
+        return row.decodes or (pairs <= PAIRS and not self.gpu and takes(self.pages.keys[0]))
+
+    def _find_pages(self, rows: list[Row], device: torch.device) -> None:
         self.ahead = None
-        if not decoding:
+        if not rows:
             return
-        most = max(len(row.blocks) for row in decoding)
-        tables = [[row.blocks + [0] * (most - len(row.blocks))] * row.scheduled for row in decoding]
+        most = max(len(row.blocks) for row in rows)
+        tables = [[row.blocks + [0] * (most - len(row.blocks))] * row.scheduled for row in rows]
         self.tables = torch.tensor([table for own in tables for table in own], device=device)
-        lengths = [row.computed + 1 + i for row in decoding for i in range(row.scheduled)]
+        lengths = [row.computed + 1 + i for row in rows for i in range(row.scheduled)]
         self.lengths = torch.tensor(lengths, device=device)
-        if any(row.guess for row in decoding):
-            own = [(row.blocks, row.computed, row.computed + row.scheduled) for row in decoding]
+        if any(row.scheduled > 1 for row in rows):
+            own = [(row.blocks, row.computed, row.computed + row.scheduled) for row in rows]
             self.ahead = torch.cat([places_of(*span, device) for span in own])
 
     def attention(
@@ -143,9 +154,9 @@ class Step:
         if self.batch is not None:
             return self.batch.attend(q, k, v, keys, values, scores)
         parts = []
-        if n := self.decoding:
+        if n := self.in_place:
             new = (q[:n], k[:n], v[:n])
-            if self.ahead is not None:  # a guess sees those before it, which another thread may compute
+            if self.ahead is not None:  # a token sees those before it, which another thread may compute
                 write_pages(keys, values, k[:n], v[:n], self.ahead)
             parts.append(decode_attention(*new, keys, values, self.tables, self.lengths, scores))
         for chunk in self.chunks:

@@ -8,7 +8,7 @@ the linears.
     r = x;  n = norm(r);  q, k, v = W n;  h = W attention(rotate(q), rotate(k), v)
     r = r + h;  n = norm(r);  x = r + W (silu(W n) * W n)
 
-Steps in which all rows decode are one launch from the first layer to the last (programs.py).
+Steps of few tokens are one launch from the first layer to the last (programs.py).
 """
 
 from collections.abc import Iterator
@@ -189,7 +189,7 @@ def run_by_kernels(model: Any, step: Step) -> Decoder | None:
 def _states(model: Any, step: Step) -> torch.Tensor:
     """Of a prompt in the first block."""
     places = places_of([0], 0, PROBE, torch.device("cpu"))
-    step.decoding, step.chunks = 0, [Chunk(0, PROBE, PROBE, torch.tensor([0]), places)]
+    step.in_place, step.chunks = 0, [Chunk(0, PROBE, PROBE, torch.tensor([0]), places)]
     assert PROBE <= BLOCK
     states = probe(model)
     for pages in (*step.pages.keys, *step.pages.values):

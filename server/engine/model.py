@@ -60,7 +60,7 @@ class ServedModel(FrozenModel):
         if self.step.gpu and (replayed := self.graphs.forward(rows)) is not None:
             return replayed
         device = self.placement.device
-        ordered = sorted(rows, key=lambda row: not row.decodes)  # tokens of decoding rows come first
+        ordered = self.step.order(rows)
         ids = [t for row in ordered for t in row.to_compute()]
         positions = [p for row in ordered for p in range(row.computed, row.computed + row.scheduled)]
         self.step.begin(ordered, device)
@@ -93,16 +93,16 @@ class ServedModel(FrozenModel):
         page, and leaves that zeroed.
         """
         step, zeros = self.step, torch.zeros(tokens, dtype=torch.int64)
-        step.decoding, step.chunks, step.ahead = tokens, [], None
+        step.in_place, step.chunks, step.ahead = tokens, [], None
         step.tables, step.lengths = zeros[:, None], zeros + 1
         times = []
-        for _ in range(4):  # two are what it takes to record one
+        for _ in range(3):  # the first records it
             start = time.perf_counter()
             self.run(zeros, zeros)
             times.append(time.perf_counter() - start)
         for pages in (*step.pages.keys, *step.pages.values):
             pages[0].zero_()
-        return min(times[2:])
+        return min(times[1:])
 
     def fill(self, row: Row) -> None:
         """Write the given K/V of a row's virtual tokens that no cached block held, if there are any."""

@@ -1,14 +1,16 @@
-"""Decode steps on a CPU as one launch: layers recorded once for so many tokens and what their adapters touch.
+"""Steps on a CPU as one launch: layers recorded once for so many tokens and what their adapters touch.
 
 Between the kernels of a step stood a quarter of its time: thirty layers of Python, each a dozen launches. A
 program runs them all in one parallel region. What differs from step to step lies in tensors at fixed
 addresses, filled before it runs; kernels read from them what a launch's arguments cannot say.
 
-Recorded are steps in which all rows decode and every adapter is a bank's that can be (`Bank.trace`); others
-run layer by layer. Results are the same bit for bit: it is the same kernels in the same order.
+Recorded are steps in which all tokens read their past in place (rows that decode, short prompts) and every
+adapter is a bank's that can be (`Bank.trace`); others run layer by layer. Results are the same bit for bit:
+it is the same kernels in the same order. To record a step takes no longer than what else stands between its
+kernels, so each is recorded when it first comes.
 """
 
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -17,21 +19,21 @@ import torch
 from server.adapters.methods.base import Bank, Rows, Trace
 from server.engine.attention import Step
 from server.kernels.attention import BLOCK
-from server.kernels.openmp import Recorder
+from server.kernels.openmp import Arena, Recorder
 from server.kernels.program import Program
 
-AFTER = 2  # times that the like of a step comes before it is recorded, which takes a step's time
-MOST = 48  # programs that are kept, of a megabyte or so each; the one longest unused goes
+MOST = 128  # programs that are kept, of some hundred KiB each; the one longest unused goes
+MOST_TOKENS = 128  # of a recorded step: beyond that, what stands between its kernels is little
 
 Layer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]  # (stream, cos, sin) -> stream
 Acting = tuple[Bank, Rows]
 
 
 class Need(NamedTuple):
-    """What a program must hold: so many tokens, guesses among them or not, and of each bank these sites."""
+    """What a program must hold: so many tokens, several of one row or not, and of each bank these sites."""
 
     tokens: int
-    guesses: bool
+    ahead: bool
     affine: tuple[tuple[Bank, Trace], ...]
     sublayer: tuple[tuple[Bank, Trace], ...]
 
@@ -71,7 +73,7 @@ class Programs:
     def __init__(self, layers: Sequence[Layer], step: Step, max_context: int) -> None:
         self.layers, self.step = layers, step
         self.blocks = min(-(-max_context // BLOCK), step.pages.count)  # of one row, at most
-        self.seen: Counter[Need] = Counter()
+        self.arena = Arena()
         self.recorded: OrderedDict[Need, tuple[Program, Held]] = OrderedDict()
         self.runs = 0
 
@@ -81,11 +83,6 @@ class Programs:
         if need is None:
             return None
         if need not in self.recorded:
-            if len(self.seen) > 16 * MOST:
-                self.seen.clear()
-            self.seen[need] += 1
-            if self.seen[need] < AFTER:
-                return None
             self._record(need, x, cos)
         self.recorded.move_to_end(need)
         program, held = self.recorded[need]
@@ -95,9 +92,9 @@ class Programs:
         return held.output
 
     def _need(self, tokens: int) -> Need | None:
-        """What the step that is set needs; None if a row is in prefill, or has adapters that take Python."""
+        """What the step that is set needs; None if a row has a long chunk, or adapters that take Python."""
         step = self.step
-        if step.decoding != tokens or step.inputs or step.norm:
+        if step.in_place != tokens or tokens > MOST_TOKENS or step.inputs or step.norm:
             return None
         traces = []
         for acting in (step.affine, step.sublayer):
@@ -127,9 +124,9 @@ class Programs:
             held.affine,
             held.sublayer,
         )
-        step.ahead = held.ahead if need.guesses else None
+        step.ahead = held.ahead if need.ahead else None
         try:
-            with Recorder() as recorder:
+            with Recorder(self.arena) as recorder:
                 stream = held.x
                 for layer in self.layers:
                     recorder.turn()
@@ -140,4 +137,3 @@ class Programs:
         if len(self.recorded) >= MOST:
             self.recorded.popitem(last=False)
         self.recorded[need] = (Program(recorder), held)
-        del self.seen[need]

@@ -151,7 +151,7 @@ def decode_attention(
     Rows of q, k and v may lie apart, their heads may not.
     """
     rows, heads, dim = q.shape
-    if not AVAILABLE or q.device.type != "cpu" or q.dtype != torch.float32 or dim % 8:
+    if not takes(keys):
         return decode_attention_reference(q, k, v, keys, values, tables, lengths, scores)
     q, k, v = _by_head(q), _by_head(k), _by_head(v)
     out = empty(q, *q.shape)
@@ -161,6 +161,12 @@ def decode_attention(
     strides = (q.stride(0), k.stride(0), v.stride(0), softcap)
     _decode_attention(arguments(*sizes, *held[:5], scale, *held[5:], *strides))
     return out
+
+
+def takes(pages: torch.Tensor) -> bool:
+    """Whether tokens that see these keys [blocks, kv_heads, head_dim, BLOCK] go through the kernel."""
+    plain = pages.device.type == "cpu" and pages.dtype == torch.float32
+    return AVAILABLE and plain and pages.shape[2] % 8 == 0
 
 
 def _by_head(x: torch.Tensor) -> torch.Tensor:

@@ -100,12 +100,31 @@ def bits_of(value: float) -> int:
     return ctypes.c_int32.from_buffer_copy(ctypes.c_float(value)).value
 
 
+class Arena:
+    """What launches write to, for recordings of which one runs at a time: they may share it.
+
+    Tensors are [tokens, ...]. A recording of more tokens than any before it takes larger ones; those before
+    it keep theirs.
+    """
+
+    def __init__(self) -> None:
+        self._held: dict[tuple[int, int], torch.Tensor] = {}
+
+    def take(self, place: tuple[int, int], like: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+        held = self._held.get(place)
+        if held is None or len(held) < shape[0] or held.shape[1:] != shape[1:]:
+            tokens = max(64, 1 << (shape[0] - 1).bit_length())
+            held = self._held[place] = like.new_empty(tokens, *shape[1:])
+        return held[: shape[0]]
+
+
 class Recorder:
     """While it is entered, launches are noted and not made; what they write comes from `empty`."""
 
-    def __init__(self) -> None:
+    def __init__(self, arena: Arena | None = None) -> None:
         self.launches: list[tuple[int, Arguments]] = []
-        self._buffers: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
+        self._arena = arena or Arena()
+        self._kept: list[torch.Tensor] = []
         self._turn, self._taken = 0, 0
 
     def __enter__(self) -> "Recorder":
@@ -123,13 +142,9 @@ class Recorder:
         self._turn, self._taken = 1 - self._turn, 0
 
     def take(self, like: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-        own = self._buffers[self._turn]
-        if self._taken == len(own):
-            own.append(like.new_empty(shape))
+        self._kept.append(self._arena.take((self._turn, self._taken), like, shape))
         self._taken += 1
-        found = own[self._taken - 1]
-        assert found.shape == shape, "turns are alike"
-        return found
+        return self._kept[-1]
 
 
 _recorder: Recorder | None = None
