@@ -1,11 +1,11 @@
 """Where the milliseconds of a decode step go, kernel by kernel, and of which floor.
 
     python -m benchmarks.step_budget                     # base and LoRA at 16 rows; two minutes
-    python -m benchmarks.step_budget --rows 1 --kind base
+    python -m benchmarks.step_budget --rows 1 --kind base --int8
 
 A step runs as one launch (engine/programs.py), which nobody can look into; so each kernel is timed with the
 layers run one by one, and what that costs beside the kernels is the line `Python and launches`. 64 prompt
-tokens, greedy, fp32; medians.
+tokens, greedy; medians.
 """
 
 import statistics
@@ -29,7 +29,7 @@ from benchmarks.mixed_kinds import publish_kinds
 from server.base.default_model import ensure_default_model
 from server.engine.loop import Engine
 from server.engine.messages import AdapterRef, Generate, Sampling
-from server.kernels import affine, decode, elementwise, linear
+from server.kernels import affine, decode, elementwise, int8, linear
 from server.settings import Settings
 
 CACHE = Path(__file__).resolve().parents[1] / ".cache"
@@ -37,6 +37,7 @@ PROMPT, NEW = 64, 32
 Seconds = dict[str, float]  # by kernel
 KERNELS: dict[str, tuple[Any, str]] = {
     "linears": (linear, "_linear"),
+    "linears in int8": (int8, "_linear"),
     "adapters": (affine, "_grouped_affine"),
     "attention": (decode, "_decode_attention"),
     "norms": (elementwise, "_rms_norm"),
@@ -67,13 +68,20 @@ def main(
     ] = None,
     repeats: int = 3,
     threads: int = 2,
+    int8_base: Annotated[bool, typer.Option("--int8", help="The base's linears in int8.")] = False,
 ) -> None:
     """Measure and print."""
     quiet()
     folder = ensure_default_model(CACHE)
     machine = measure(threads)
     with tempfile.TemporaryDirectory(prefix="polypeft-budget-") as scratch:
-        own = Settings(data_dir=Path(scratch) / "data", threads=threads, prefix_cache=False, lookup_tokens=0)
+        own = Settings(
+            data_dir=Path(scratch) / "data",
+            threads=threads,
+            quantize="int8" if int8_base else "none",
+            prefix_cache=False,
+            lookup_tokens=0,
+        )
         engine = Engine(own, folder)
         adapters = publish_kinds(engine, folder, Path(scratch), rows)
         prompts = make_prompts(folder, rows, PROMPT)
@@ -95,7 +103,7 @@ def main(
         )
     rest = [s.step - sum(s.kernels.values()) / len(s.steps) for s in by_layer.values()]
     shown.add_row("  Python and launches", *(f"{1e3 * seconds:.1f}" for seconds in rest))
-    whole = 4 * work_of(folder).parameters
+    whole = (1 if int8_base else 4) * work_of(folder).parameters
     floors = [(whole + held[name]) / (machine.read_gb_per_s * 1e9) for name in spent]
     shown.add_row("bytes of all weights, read once", *(f"{1e3 * seconds:.1f}" for seconds in floors))
     shown.add_row("prefill of all rows", *(f"{1e3 * statistics.median(s.prefill):.0f}" for s in one.values()))

@@ -23,7 +23,7 @@ from server.kernels.attention import (
 )
 from server.kernels.decode import decode_attention, takes
 
-PAIRS = 8192  # of a row's tokens and what they see, at most: up to there no gathered past is faster
+PAIRS = 1 << 16  # of a row's tokens and what they see, at most: up to there a gathered past saves nothing
 
 
 class Spans:

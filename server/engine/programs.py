@@ -4,10 +4,10 @@ Between the kernels of a step stood a quarter of its time: thirty layers of Pyth
 program runs them all in one parallel region. What differs from step to step lies in tensors at fixed
 addresses, filled before it runs; kernels read from them what a launch's arguments cannot say.
 
-Recorded are steps in which all tokens read their past in place (rows that decode, short prompts) and every
-adapter is a bank's that can be (`Bank.trace`); others run layer by layer. Results are the same bit for bit:
-it is the same kernels in the same order. To record a step takes no longer than what else stands between its
-kernels, so each is recorded when it first comes.
+Recorded are steps in which all tokens read their past in place (rows that decode, chunks of prompts) and
+every adapter is a bank's that can be (`Bank.trace`); others run layer by layer. Results are the same bit for
+bit: it is the same kernels in the same order. To record a step takes no longer than what else stands between
+its kernels, so each is recorded when it first comes.
 """
 
 from collections import OrderedDict
@@ -23,7 +23,7 @@ from server.kernels.openmp import Arena, Recorder
 from server.kernels.program import Program
 
 MOST = 128  # programs that are kept, of some hundred KiB each; the one longest unused goes
-MOST_TOKENS = 128  # of a recorded step: beyond that, what stands between its kernels is little
+MOST_TOKENS = 512  # of a recorded step: beyond that, what stands between its kernels is little
 
 Layer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]  # (stream, cos, sin) -> stream
 Acting = tuple[Bank, Rows]

@@ -88,9 +88,10 @@ def test_guesses_are_in_programs_too(stand: Callable[..., Stand], monkeypatch: p
     assert any(need.ahead for need in programs(s).recorded)
 
 
-def test_short_prompts_come_in_programs_beside_rows_that_decode(
+def test_prompts_come_in_programs_beside_rows_that_decode(
     stand: Callable[..., Stand], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("server.engine.attention.PAIRS", 64 * 64)
     s = stand("llama", 2, lookup_tokens=0, prefix_cache=False)
     sampling = Sampling(max_tokens=12, temperature=0.0, ignore_eos=True)
     lengths = (5, 40, 150, 20)  # the third is long: while its chunk is computed, all goes layer by layer
