@@ -133,10 +133,9 @@ class Objects:
     def get_sync(self, key: str) -> bytes:
         """The whole object; TooLarge over MAX_GET bytes."""
         with self._call("get"):
-            if self._folder:
-                return _read_whole(self._folder / _checked(key))
             found = obstore.get(self._quick, _checked(key))
-            _check_size(found.meta["size"])
+            if found.meta["size"] > MAX_GET:
+                raise TooLarge(f"A stored object has {found.meta['size']} bytes, more than {MAX_GET}.")
             return found.bytes().to_bytes()
 
     def download_sync(self, key: str, path: Path, sha256: str | None) -> None:
@@ -269,17 +268,6 @@ class Objects:
             if self.breaker.leave(probe, answered):
                 log.error("The object store is given up for a while; the breaker is open")
             self.on_call(operation, time.perf_counter() - start, outcome)
-
-
-def _read_whole(path: Path) -> bytes:
-    with path.open("rb", buffering=0) as file:
-        _check_size(os.fstat(file.fileno()).st_size)
-        return file.readall()
-
-
-def _check_size(size: int) -> None:
-    if size > MAX_GET:
-        raise TooLarge(f"A stored object has {size} bytes, more than {MAX_GET}.")
 
 
 def _checked(key: str) -> str:

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import AttentionInterface, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
+from server.adapters.methods.lora import Narrow
 from server.adapters.sites import Base, Site
 from server.engine.attention import Step
 from server.engine.linear import EmbeddingSite, Layout, LinearSite, join_siblings
@@ -27,6 +28,13 @@ class Placement:
     device: torch.device
     dtype: torch.dtype  # of what is computed, and of weights but for linears' that have another layout
     layout: Layout = "float32"  # of linears' weights, on a CPU
+
+    @property
+    def narrow(self) -> Narrow:
+        """Which matrices of adapters are held in bfloat16, on a CPU: a base in int8 has been rounded more."""
+        if self.device.type != "cpu" or self.dtype != torch.float32:
+            return "never"
+        return "rounded" if self.layout == "int8" else "exact"
 
 
 def load_base(folder: Path, placement: Placement) -> Any:

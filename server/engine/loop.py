@@ -51,7 +51,7 @@ class Engine:
             max_context=settings.max_model_len,
         )
         self.base = self.model.base
-        methods = build_methods(settings.max_lora_rank)
+        methods = build_methods(settings.max_lora_rank, placement.narrow)
         made: dict[type[Bank], Bank] = {}
         for kind in {method.bank for method in methods.values()}:
             made[kind] = kind(self.base, settings.adapter_slots, placement.device, placement.dtype)

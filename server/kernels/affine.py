@@ -5,7 +5,8 @@ matrix would read them, write them and read them again. The kernel walks pointer
 adapter that follow one another (prefill) share what is read (low_rank.py).
 
 Table row of a (slot, site), int64: addresses of A [r, in], B^T [r, out], gain [out] and bias [out], each 0
-if absent, and the rank r. All scalings are folded in.
+if absent, the rank r, and the bytes of a number of A and B: 4, or 2 for bfloat16, where `narrow` says that a
+site can have them. All scalings are folded in.
 """
 
 from collections.abc import Sequence
@@ -15,8 +16,9 @@ import torch
 from server.kernels.openmp import AVAILABLE, arguments
 
 MAX_RANK = 1024  # the kernel's scratch; max_lora_rank may not be set above it
-COLUMNS = 5
-GAIN, BIAS, RANK = 2, 3, 4  # of these
+COLUMNS = 6
+GAIN, BIAS, RANK, ITEM = 2, 3, 4, 5  # of these
+NARROW_LANES = 32  # bfloat16's come so many at a time
 ALONE = 1 << 15  # outputs: to change fewer without matrices costs one thread less time than waking the others
 
 
@@ -24,7 +26,7 @@ if AVAILABLE:
     import numba as nb
     import numpy as np
 
-    from server.kernels.low_rank import TOKENS, expand, shrink
+    from server.kernels.low_rank import TOKENS, expand, expand_narrow, shrink, shrink_narrow
     from server.kernels.openmp import floats, ints, kernel, num_threads, thread_num
 
     @nb.njit(cache=True, error_model="numpy", fastmath={"contract"})
@@ -44,8 +46,12 @@ if AVAILABLE:
                         y[o] += gain[o] * y[o]
         if rank > 0:
             scratch, between = h.ctypes.data, MAX_RANK * 4
-            shrink(scratch, between, x0, x1, x2, x3, tokens, entry[0], rank, fan_in)
-            expand(y0, y1, y2, y3, tokens, scratch, between, entry[1], rank, width)
+            if entry[ITEM] == 2:
+                shrink_narrow(scratch, between, x0, x1, x2, x3, tokens, entry[0], rank, fan_in)
+                expand_narrow(y0, y1, y2, y3, tokens, scratch, between, entry[1], rank, width)
+            else:
+                shrink(scratch, between, x0, x1, x2, x3, tokens, entry[0], rank, fan_in)
+                expand(y0, y1, y2, y3, tokens, scratch, between, entry[1], rank, width)
         if entry[BIAS] != 0 and (lone or rank > 0 or entry[GAIN] != 0):
             added = floats(entry[BIAS], width)
             for t in range(tokens):
@@ -55,12 +61,12 @@ if AVAILABLE:
 
     @nb.njit(cache=True, error_model="numpy")
     def _cost(table, sites, widths, fan_in, lone):  # type: ignore[no-untyped-def]
-        """What to read for one token at these sites, in elements."""
+        """What to read for one token at these sites, in numbers of four bytes."""
         total = 0
         for s in range(sites):
             width, entry = widths[s], ints(table + s * COLUMNS * 8, COLUMNS)
             if entry[RANK] or entry[GAIN] or (lone and entry[BIAS]):
-                total += width + entry[RANK] * (fan_in + width)
+                total += width + entry[RANK] * (fan_in + width) * entry[ITEM] // 4
         return total
 
     @kernel
@@ -119,6 +125,11 @@ if AVAILABLE:
                 column += widths[s]
             done += cost * some
             i += some
+
+
+def narrow(inputs: int, outputs: int) -> bool:
+    """Whether the kernel takes A and B of a linear with these in bfloat16."""
+    return AVAILABLE and inputs % NARROW_LANES == 0 and outputs % NARROW_LANES == 0
 
 
 def grouped_affine(

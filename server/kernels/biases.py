@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from server.kernels.affine import BIAS, COLUMNS, GAIN, RANK
+from server.kernels.affine import BIAS, COLUMNS, GAIN, RANK  # compiled in: as linear.py says of this file
 from server.kernels.openmp import AVAILABLE
 
 

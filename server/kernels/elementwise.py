@@ -35,7 +35,7 @@ if AVAILABLE:
     import numba as nb
     import numpy as np
 
-    from server.kernels.biases import add_biases
+    from server.kernels.biases import add_biases  # compiled in: numba sees only changes of this file
     from server.kernels.decode import exp_of_negative
     from server.kernels.openmp import floats, kernel, num_threads, thread_num
 

@@ -63,7 +63,7 @@ if AVAILABLE:
     import numba as nb
     import numpy as np
 
-    from server.kernels.biases import add_biases
+    from server.kernels.biases import add_biases  # compiled in: numba sees only changes of this file
     from server.kernels.linear import SHARE, TILES, tiles_for
     from server.kernels.openmp import barrier, floats, kernel, num_threads, shorts, thread_num
     from server.kernels.tiles import Int8, tile

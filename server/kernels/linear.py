@@ -53,7 +53,7 @@ if AVAILABLE:
     import numba as nb
     import numpy as np
 
-    from server.kernels.biases import add_biases
+    from server.kernels.biases import add_biases  # compiled in: numba sees only changes of this file
     from server.kernels.openmp import barrier, floats, kernel, num_threads, thread_num
     from server.kernels.tiles import WIDE, Float32, tile
 

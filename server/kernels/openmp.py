@@ -74,6 +74,17 @@ if AVAILABLE:
 
         return types.float32(types.int32), generate
 
+    @intrinsic  # type: ignore[untyped-decorator]
+    def float_to_bits(_context: Any, value: Any) -> Any:  # noqa: ARG001 - as above
+        """Reinterpret a float32 as int32."""
+
+        def generate(_c: Any, builder: Any, _sig: Any, args: Any) -> Any:
+            from llvmlite import ir
+
+            return builder.bitcast(args[0], ir.IntType(32))
+
+        return types.int32(types.float32), generate
+
 
 def use_one_thread() -> None:
     """Torch's operators called from this thread stay on it; other threads keep their teams.

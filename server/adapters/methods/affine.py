@@ -60,7 +60,8 @@ class AffineBank(Bank):
 
     def put(self, slot: int, packed: Packed) -> None:
         """Fill a free slot. On a CPU this copies nothing: the host buffer is the device's."""
-        flat, anatomy = packed.flat.to(self.device, non_blocking=True), self._anatomies.of(packed.layout)
+        flat = packed.flat.to(self.device, non_blocking=True)
+        anatomy = self._anatomies.of(packed.layout, flat.itemsize)
         held = self.held[slot] = Held(flat, anatomy, aligned=self.gpu)
         if self.fast:
             self.table.fill(slot, anatomy.rows(flat.data_ptr()), anatomy.mask, anatomy.rank)
@@ -180,7 +181,8 @@ def table_row(change: Change) -> list[int]:
     parts = (change.a, change.b, change.gain, change.bias)
     rank = 0 if change.b is None else change.b.shape[0]
     assert rank <= kernel.MAX_RANK, f"rank {rank} is over the kernel's scratch"
-    return [*(0 if t is None else t.data_ptr() for t in parts), rank]
+    item = 0 if change.b is None else change.b.itemsize
+    return [*(0 if t is None else t.data_ptr() for t in parts), rank, item]
 
 
 def apply(
@@ -203,6 +205,7 @@ def apply(
             real = x >= 0  # virtual tokens have no row in a table
             y[real] += weight * (change.a[x[real]] @ change.b)
         else:
-            y.addmm_(x @ change.a.T, change.b, alpha=weight)
+            a, b = (matrix.to(x.dtype) for matrix in (change.a, change.b))
+            y.addmm_(x @ a.T, b, alpha=weight)
     if change.bias is not None:
         y.add_(change.bias, alpha=weight)

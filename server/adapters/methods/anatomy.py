@@ -35,7 +35,7 @@ class Piece(msgspec.Struct, frozen=True, gc=False):  # by the hundred thousand, 
 class Anatomy:
     """`ways`: how each site is changed. `mask`: bits of these sites; `biased`: of those by a bias alone."""
 
-    def __init__(self, layout: list[Piece], table: SiteTable) -> None:
+    def __init__(self, layout: list[Piece], table: SiteTable, item: int) -> None:
         self.layout = layout  # held, so that nothing else gets its id
         parts: dict[str, set[str]] = {}
         self.rank, begin = 0, 0
@@ -45,9 +45,9 @@ class Anatomy:
             parts.setdefault(piece.site, set()).add(piece.part)
             site = table.numbers[piece.site]
             if (column := COLUMN.get(piece.part)) is not None:
-                offsets[site, column], present[site, column] = 4 * begin, 1
+                offsets[site, column], present[site, column] = item * begin, 1
             if piece.part == "b":
-                offsets[site, kernel.RANK] = piece.shape[0]
+                offsets[site, kernel.RANK], offsets[site, kernel.ITEM] = piece.shape[0], item
                 self.rank = max(self.rank, piece.shape[0])
             begin += prod(piece.shape)
         self._offsets, self._present = torch.from_numpy(offsets), torch.from_numpy(present)
@@ -57,7 +57,7 @@ class Anatomy:
         self.biased = table.mask(site for site, way in self.ways.items() if way == BIAS)
 
     def rows(self, address: int) -> torch.Tensor:
-        """The table's, int64 [sites, COLUMNS], of a float32 buffer that begins there."""
+        """The table's, int64 [sites, COLUMNS], of a buffer that begins there."""
         return self._offsets + self._present * address
 
 
@@ -66,15 +66,17 @@ class Anatomies:
 
     def __init__(self, table: SiteTable) -> None:
         self.table = table
-        self._known: OrderedDict[int, Anatomy] = OrderedDict()
+        self._known: OrderedDict[tuple[int, int], Anatomy] = OrderedDict()
 
-    def of(self, layout: list[Piece]) -> Anatomy:
-        found = self._known.get(id(layout))
+    def of(self, layout: list[Piece], item: int) -> Anatomy:
+        """Of a buffer of numbers of `item` bytes."""
+        key = (id(layout), item)
+        found = self._known.get(key)
         if found is None:
-            found = self._known[id(layout)] = Anatomy(layout, self.table)
+            found = self._known[key] = Anatomy(layout, self.table, item)
             if len(self._known) > KNOWN:
                 self._known.popitem(last=False)
-        self._known.move_to_end(id(layout))
+        self._known.move_to_end(key)
         return found
 
 

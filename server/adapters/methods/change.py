@@ -11,7 +11,8 @@ class Change:
 
     a [r, in] (of an embedding [vocabulary, r], so that a token's row is contiguous), b [r, out],
     gain [out], bias [out]. scale [in], upon the inputs, is for banks that have the hook for it.
-    Until it is packed b may lack a `factor`; in a bank all scalings are folded in.
+    Until it is packed b may lack a `factor`; in a bank all scalings are folded in. Matrices may be narrower
+    than what they are multiplied with.
     """
 
     site: str

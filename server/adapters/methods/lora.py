@@ -7,6 +7,7 @@ What a target is, the tensors decide; the config only gives numbers, and must ag
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Literal
 
 import msgspec
 import torch
@@ -31,7 +32,9 @@ from server.adapters.methods.tensors import (
 )
 from server.adapters.sites import Base, Site
 from server.errors import InvalidAdapter, shown
+from server.kernels.affine import narrow
 
+Narrow = Literal["never", "exact", "rounded"]
 ENDINGS: Endings = {
     "lora_A.weight": ("A", ("linear",)),
     "lora_B.weight": ("B", ("linear",)),
@@ -74,11 +77,16 @@ class LoraSpec(msgspec.Struct, frozen=True):
 
 
 class Lora:
+    """`narrow`: whether a CPU's kernels may find float32's matrices in bfloat16, half the bytes to hold and
+    to read for each token: where nothing is lost by that, or also where they are rounded.
+    """
+
     name = "lora"
     bank = AffineBank
 
-    def __init__(self, max_rank: int = 256) -> None:
+    def __init__(self, max_rank: int = 256, narrow: Narrow = "never") -> None:
         self.max_rank = max_rank
+        self.narrow = narrow
 
     def parse(self, files: AdapterFiles, base: Base) -> LoraSpec:
         config = typed_config(files.config, LoraConfig)
@@ -160,7 +168,16 @@ class Lora:
             change = changes.get(name) or Change(name)
             delta = tensors[tensor].float() - weights[f"{name}.bias"].float()
             changes[name] = replace(change, bias=delta if change.bias is None else change.bias + delta)
-        return pack_changes(changes.values(), dtype)
+        halved = all(self._can_be_narrow(change, base.sites[name]) for name, change in changes.items())
+        return pack_changes(changes.values(), torch.bfloat16 if halved else dtype)
+
+    def _can_be_narrow(self, change: Change, site: Site) -> bool:
+        a, b = change.a, change.b
+        if a is None or b is None or change.gain is not None or change.bias is not None:
+            return False
+        kept = a.dtype == b.dtype == torch.bfloat16 and abs(math.frexp(change.factor)[0]) == 0.5
+        allowed = self.narrow == "rounded" or (self.narrow == "exact" and kept)
+        return allowed and site.kind == "linear" and narrow(site.inputs, site.outputs)
 
     def _target(
         self,
@@ -198,13 +215,13 @@ def fold(target: LoraTarget, site: Site, tensors: Tensors, weights: Mapping[str,
     DoRA (arXiv 2402.09353): y = base + (m/n - 1)(base - b) + (m/n) s B A x, with n the norm of each row of
     W + s B A; n is computed here, once, and is a constant to gradients (section 4.3 of the paper).
     """
-    a, b = tensors[target.A], tensors[target.B].float()
+    a, b = tensors[target.A], tensors[target.B]
     bias = None if target.bias is None else target.scaling * tensors[target.bias].float()
     if target.embedding:
-        return Change(site.name, a.T, target.scaling * b.T, factor=site.scale)
+        return Change(site.name, a.T, target.scaling * b.float().T, factor=site.scale)
     if target.magnitude is None:
         return Change(site.name, a, b.T, bias=bias, factor=target.scaling)
-    a, b = a.float(), target.scaling * b
+    a, b = a.float(), target.scaling * b.float()
     with torch.no_grad():
         norm = torch.linalg.vector_norm(weights[site.name].float() + b @ a, dim=1)  # [out]
     ratio = tensors[target.magnitude].float() / norm

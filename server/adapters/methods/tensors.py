@@ -136,7 +136,7 @@ def flatten_noting(
     parts = list(parts)
     scales = [1.0] * len(parts) if factors is None else list(factors)
     training = any(part.requires_grad for part in parts)
-    copies = None if training or dtype != torch.float32 else copies_of(parts, scales)
+    copies = None if training else copies_of(parts, scales, dtype)
     flat = copies.run(0) if copies else _flattened(parts, dtype, scales, training=training)
     if flat is None or not (copies or is_finite(flat)):
         raise InvalidAdapter(f"The adapter overflows {str(dtype).removeprefix('torch.')} once it is scaled.")

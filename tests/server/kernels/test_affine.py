@@ -4,7 +4,7 @@ import torch
 from server.adapters.methods.affine import apply, table_row
 from server.adapters.methods.change import Change
 from server.adapters.sites import Site
-from server.kernels.affine import COLUMNS, grouped_affine
+from server.kernels.affine import COLUMNS, grouped_affine, narrow
 from server.kernels.openmp import AVAILABLE
 
 pytestmark = pytest.mark.skipif(not AVAILABLE, reason="the fast path needs Linux, numba and OpenMP")
@@ -77,3 +77,26 @@ def test_a_token_gets_the_same_bits_alone_and_among_others(inputs: int, width: i
     grouped_affine(x, together, tokens, slots, table, 0, [width], None, heavy=True)
     assert torch.equal(alone, together)
     assert not torch.equal(together, y)
+
+
+@pytest.mark.parametrize("rank", [1, 3, 8, 16, 61])
+def test_bfloat16_gives_the_bits_of_the_same_in_float32(rank: int) -> None:
+    torch.manual_seed(0)
+    assert narrow(64, 96)
+    assert not narrow(64, 80)
+    half = Change("site", a=torch.randn(rank, 64).bfloat16(), b=torch.randn(rank, 96).bfloat16())
+    assert half.a is not None
+    assert half.b is not None
+    whole = Change("site", a=half.a.float(), b=half.b.float())
+    x, y = torch.randn(20, 64), torch.randn(20, 96)
+    slots, tokens = (torch.arange(20) // 7 % 2 + 1).sort()  # runs of several, and of one
+    given = []
+    for pair in ([half, half], [whole, whole], [half, whole]):
+        table = table_of([[own] for own in pair])
+        given.append(y.clone())
+        grouped_affine(x, given[-1], tokens, slots, table, 0, [96], None)
+    assert torch.equal(given[0], given[1])
+    assert torch.equal(given[0], given[2])
+    expected = y.clone()
+    apply(half, Site("site", "linear", 64, 96, False), x, expected, None)
+    torch.testing.assert_close(given[0], expected, atol=2e-4, rtol=1e-5)

@@ -61,7 +61,29 @@ def test_what_is_not_finite_is_told(value: float, at: int) -> None:
 
 
 def test_other_tensors_are_left_to_torch() -> None:
-    assert copies_of([torch.zeros(3, dtype=torch.bfloat16)], [1.0]) is None
+    assert copies_of([torch.zeros(3, dtype=torch.float16)], [1.0]) is None
+    assert copies_of([torch.zeros(3)], [1.0], torch.float16) is None
     assert copies_of([torch.zeros(2, 2, 2)], [1.0]) is None
     assert copies_of([torch.zeros(())], [1.0]) is None
     assert copies_of([], []) is None
+
+
+@pytest.mark.parametrize("source", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("target", [torch.float32, torch.bfloat16])
+def test_narrow_numbers_are_torchs_own(source: torch.dtype, target: torch.dtype) -> None:
+    memory = (torch.randn(4000) * torch.logspace(-44, 30, 4000)).to(source)
+    parts, factors = parts_of(memory), [1.0, 0.3, -2.0, 1.0, 0.1, 1.0]
+    copies = copies_of(parts, factors, target)
+    again = copies.within(memory) if copies else None
+    assert again
+    products = [(part.float() * factor).reshape(-1) for part, factor in zip(parts, factors, strict=True)]
+    found = again.run(memory.data_ptr())
+    assert found is not None
+    assert torch.equal(found, torch.cat(products).to(target))
+
+
+def test_what_bfloat16_cannot_hold_is_told() -> None:
+    large = torch.full((3,), 3.4e38)
+    copies = copies_of([large], [1.0], torch.bfloat16)
+    assert copies
+    assert copies.run(0) is None

@@ -24,7 +24,7 @@ def changes() -> list[Change]:
 def test_a_table_of_addresses() -> None:
     table = SiteTable(NAMES, 2, COLUMNS, torch.device("cpu"))
     packed = pack_changes(changes(), torch.float32)
-    anatomy = Anatomies(table).of(packed.layout)
+    anatomy = Anatomies(table).of(packed.layout, 4)
     held = Held(packed.flat, anatomy, aligned=False)
     expected = torch.zeros(len(NAMES), COLUMNS, dtype=torch.int64)
     for name, change in held.changes.items():
@@ -39,15 +39,15 @@ def test_a_table_of_addresses() -> None:
 def test_one_for_all_that_were_made_alike() -> None:
     anatomies = Anatomies(SiteTable(NAMES, 2, COLUMNS, torch.device("cpu")))
     first, second = (pack_changes(changes(), torch.float32) for _ in range(2))
-    assert anatomies.of(first.layout) is anatomies.of(first.layout)
-    assert anatomies.of(second.layout) is not anatomies.of(first.layout)  # recipes.py makes them one
+    assert anatomies.of(first.layout, 4) is anatomies.of(first.layout, 4)
+    assert anatomies.of(second.layout, 4) is not anatomies.of(first.layout, 4)  # recipes.py makes them one
 
 
 def test_layouts_that_come_once_do_not_displace_one_that_is_asked_for() -> None:
     anatomies = Anatomies(SiteTable(NAMES, 2, COLUMNS, torch.device("cpu")))
     shared = pack_changes(changes(), torch.float32).layout
-    kept = anatomies.of(shared)
+    kept = anatomies.of(shared, 4)
     for _ in range(3 * KNOWN):
         own = pack_changes(changes(), torch.float32).layout
-        assert anatomies.of(own).layout is own
-        assert anatomies.of(shared) is kept
+        assert anatomies.of(own, 4).layout is own
+        assert anatomies.of(shared, 4) is kept
