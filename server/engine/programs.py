@@ -41,11 +41,12 @@ class Need(NamedTuple):
 class Held:
     """What a recorded step of `need` reads, at fixed addresses; and what it gives."""
 
-    def __init__(self, need: Need, x: torch.Tensor, cos: torch.Tensor, blocks: int) -> None:
+    def __init__(self, need: Need, x: torch.Tensor, cos: torch.Tensor, blocks: int, arena: Arena) -> None:
         count = need.tokens
-        self.x, self.cos, self.sin = torch.empty_like(x), torch.empty_like(cos), torch.empty_like(cos)
-        self.tables = torch.zeros(count, blocks, dtype=torch.int64)
+        self.x = arena.take("x", x, tuple(x.shape))
+        self.cos, self.sin = (arena.take(name, cos, tuple(cos.shape)) for name in ("cos", "sin"))
         none = torch.zeros(count, dtype=torch.int64)
+        self.tables = arena.take("tables", none, (count, blocks))  # no more of a row than its length is read
         self.lengths, self.ahead = none.clone(), none.clone()
         self.affine, self.sublayer = (
             [(bank, Rows.held(count, bank.touched(trace))) for bank, trace in traces]
@@ -116,7 +117,7 @@ class Programs:
     def _record(self, need: Need, x: torch.Tensor, cos: torch.Tensor) -> None:
         """As the step under way, but of what is held; that is set again afterwards."""
         step = self.step
-        held = Held(need, x, cos, self.blocks)
+        held = Held(need, x, cos, self.blocks, self.arena)
         own = (step.tables, step.lengths, step.ahead, step.affine, step.sublayer)
         step.tables, step.lengths, step.affine, step.sublayer = (
             held.tables,

@@ -6,7 +6,7 @@ the very libgomp that torch is linked against. A launch costs about 3 µs and re
 """
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -112,16 +112,17 @@ def bits_of(value: float) -> int:
 
 
 class Arena:
-    """What launches write to, for recordings of which one runs at a time: they may share it.
+    """What launches read and write, for recordings of which one runs at a time: they may share it.
 
     Tensors are [tokens, ...]. A recording of more tokens than any before it takes larger ones; those before
     it keep theirs.
     """
 
     def __init__(self) -> None:
-        self._held: dict[tuple[int, int], torch.Tensor] = {}
+        self._held: dict[Hashable, torch.Tensor] = {}
 
-    def take(self, place: tuple[int, int], like: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    def take(self, place: Hashable, like: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+        """Of anything, and of the type of `like`: the memory of this place."""
         held = self._held.get(place)
         if held is None or len(held) < shape[0] or held.shape[1:] != shape[1:]:
             tokens = max(64, 1 << (shape[0] - 1).bit_length())
