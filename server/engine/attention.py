@@ -91,6 +91,7 @@ class Step:
         self.head: list[tuple[Bank, Rows]] = []
         self.head_inputs: list[tuple[Bank, Rows]] = []
         self.sublayer: list[tuple[Bank, Rows]] = []
+        self.watched = False  # each call of these banks is timed
         self.residual = torch.empty(0)  # the stream before the sub-block under way
         self.in_place = 0  # tokens that read their past from the pages as they lie
         self.ahead: torch.Tensor | None = None  # where their K/V go, if some see others of the same step
@@ -114,7 +115,7 @@ class Step:
         start = 0
         for row in rows:
             end = start + row.scheduled
-            if not self.gpu and not self.reads_in_place(row):
+            if not self.gpu and start >= self.in_place:
                 self.chunks.append(chunk_of(row, start, end, device))
             spans.add(self.banks, row, start, end)
             self.last[row.id] = end - 1

@@ -97,6 +97,8 @@ class Programs:
         step = self.step
         if step.in_place != tokens or tokens > MOST_TOKENS or step.inputs or step.norm:
             return None
+        if step.watched and (step.affine or step.sublayer):  # their time is asked for, not the launches'
+            return None
         traces = []
         for acting in (step.affine, step.sublayer):
             own = []

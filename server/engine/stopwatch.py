@@ -46,6 +46,7 @@ class Stopwatch:
 
     def watch(self, step: Step) -> None:
         """Time the banks of the step under way, if it is one of EVERY."""
+        step.watched = self._sampled
         if self._sampled:
             for hook in ("affine", "inputs", "norm", "sublayer", "head", "head_inputs"):
                 acting: list[tuple[Bank, Rows]] = getattr(step, hook)

@@ -26,7 +26,7 @@ if AVAILABLE:
     import numba as nb
     import numpy as np
 
-    from server.kernels.low_rank import TOKENS, expand, expand_narrow, shrink, shrink_narrow
+    from server.kernels.low_rank import TOKENS, expand, shrink
     from server.kernels.openmp import floats, ints, kernel, num_threads, thread_num
 
     @nb.njit(cache=True, error_model="numpy", fastmath={"contract"})
@@ -46,12 +46,8 @@ if AVAILABLE:
                         y[o] += gain[o] * y[o]
         if rank > 0:
             scratch, between = h.ctypes.data, MAX_RANK * 4
-            if entry[ITEM] == 2:
-                shrink_narrow(scratch, between, x0, x1, x2, x3, tokens, entry[0], rank, fan_in)
-                expand_narrow(y0, y1, y2, y3, tokens, scratch, between, entry[1], rank, width)
-            else:
-                shrink(scratch, between, x0, x1, x2, x3, tokens, entry[0], rank, fan_in)
-                expand(y0, y1, y2, y3, tokens, scratch, between, entry[1], rank, width)
+            shrink(scratch, between, x0, x1, x2, x3, tokens, entry[0], rank, fan_in, entry[ITEM])
+            expand(y0, y1, y2, y3, tokens, scratch, between, entry[1], rank, width, entry[ITEM])
         if entry[BIAS] != 0 and (lone or rank > 0 or entry[GAIN] != 0):
             added = floats(entry[BIAS], width)
             for t in range(tokens):

@@ -138,62 +138,6 @@ _shrink_one, _shrink_few = shrink_tile(1, RANKS), shrink_tile(TOKENS, FEWER)
 _shrink_one_rank, _shrink_few_rank = shrink_tile(1, 1), shrink_tile(TOKENS, 1)
 _expand_one, _expand_few = expand_tile(1, RANKS), expand_tile(TOKENS, FEWER)
 _expand_one_rank, _expand_few_rank = expand_tile(1, 1), expand_tile(TOKENS, 1)
-
-
-@nb.njit(cache=True, error_model="numpy")
-def shrink(h, h_bytes, x0, x1, x2, x3, tokens, a, r, n):  # type: ignore[no-untyped-def]
-    """h[t, :r] = A x_t. Addresses; `tokens` is 1 or TOKENS, and tells which x there are."""
-    whole, row, k = n // LANES * LANES, n * 4, 0
-    at_once = RANKS if tokens == 1 else FEWER
-    while whole and k < r:
-        some = at_once if k + at_once <= r else 1
-        if tokens == 1 and some > 1:
-            _shrink_one(h + k * 4, h_bytes, x0, x1, x2, x3, a + k * row, row, whole)
-        elif tokens == 1:
-            _shrink_one_rank(h + k * 4, h_bytes, x0, x1, x2, x3, a + k * row, row, whole)
-        elif some > 1:
-            _shrink_few(h + k * 4, h_bytes, x0, x1, x2, x3, a + k * row, row, whole)
-        else:
-            _shrink_few_rank(h + k * 4, h_bytes, x0, x1, x2, x3, a + k * row, row, whole)
-        k += some
-    if whole < n:
-        for t in range(tokens):
-            x = floats((x0, x1, x2, x3)[t], n)
-            own = floats(h + t * h_bytes, r)
-            for k in range(r):
-                weights = floats(a + k * row, n)
-                total = own[k] if whole else nb.float32(0)
-                for c in range(whole, n):
-                    total += weights[c] * x[c]
-                own[k] = total
-
-
-@nb.njit(cache=True, error_model="numpy")
-def expand(y0, y1, y2, y3, tokens, h, h_bytes, b, r, n):  # type: ignore[no-untyped-def]
-    """y_t += B h[t, :r]; as above, b [r, n]."""
-    whole, row, k = n // LANES * LANES, n * 4, 0
-    at_once = RANKS if tokens == 1 else FEWER
-    while whole and k < r:
-        some = at_once if k + at_once <= r else 1
-        if tokens == 1 and some > 1:
-            _expand_one(y0, y1, y2, y3, h + k * 4, h_bytes, b + k * row, row, whole)
-        elif tokens == 1:
-            _expand_one_rank(y0, y1, y2, y3, h + k * 4, h_bytes, b + k * row, row, whole)
-        elif some > 1:
-            _expand_few(y0, y1, y2, y3, h + k * 4, h_bytes, b + k * row, row, whole)
-        else:
-            _expand_few_rank(y0, y1, y2, y3, h + k * 4, h_bytes, b + k * row, row, whole)
-        k += some
-    if whole < n:
-        for t in range(tokens):
-            y = floats((y0, y1, y2, y3)[t], n)
-            own = floats(h + t * h_bytes, r)
-            for k in range(r):
-                weights = floats(b + k * row, n)
-                for o in range(whole, n):
-                    y[o] += own[k] * weights[o]
-
-
 _shrink_one_16, _shrink_few_16 = shrink_tile(1, RANKS, 2), shrink_tile(TOKENS, FEWER, 2)
 _shrink_one_rank_16, _shrink_few_rank_16 = shrink_tile(1, 1, 2), shrink_tile(TOKENS, 1, 2)
 _expand_one_16, _expand_few_16 = expand_tile(1, RANKS, 2), expand_tile(TOKENS, FEWER, 2)
@@ -201,36 +145,89 @@ _expand_one_rank_16, _expand_few_rank_16 = expand_tile(1, 1, 2), expand_tile(TOK
 
 
 @nb.njit(cache=True, error_model="numpy")
-def shrink_narrow(h, h_bytes, x0, x1, x2, x3, tokens, a, r, n):  # type: ignore[no-untyped-def]
-    """`shrink` with A in bfloat16; n is a multiple of 2 * LANES."""
-    row, k = n * 2, 0
-    at_once = RANKS if tokens == 1 else FEWER
-    while k < r:
-        some = at_once if k + at_once <= r else 1
-        if tokens == 1 and some > 1:
-            _shrink_one_16(h + k * 4, h_bytes, x0, x1, x2, x3, a + k * row, row, n)
-        elif tokens == 1:
-            _shrink_one_rank_16(h + k * 4, h_bytes, x0, x1, x2, x3, a + k * row, row, n)
-        elif some > 1:
-            _shrink_few_16(h + k * 4, h_bytes, x0, x1, x2, x3, a + k * row, row, n)
+def _run_shrink(narrow, one, several, h, h_bytes, x0, x1, x2, x3, a, row, n):  # type: ignore[no-untyped-def]
+    """The tile for `one` token or TOKENS of them, for `several` ranks or a single one."""
+    if narrow:
+        if one and several:
+            _shrink_one_16(h, h_bytes, x0, x1, x2, x3, a, row, n)
+        elif one:
+            _shrink_one_rank_16(h, h_bytes, x0, x1, x2, x3, a, row, n)
+        elif several:
+            _shrink_few_16(h, h_bytes, x0, x1, x2, x3, a, row, n)
         else:
-            _shrink_few_rank_16(h + k * 4, h_bytes, x0, x1, x2, x3, a + k * row, row, n)
-        k += some
+            _shrink_few_rank_16(h, h_bytes, x0, x1, x2, x3, a, row, n)
+    elif one and several:
+        _shrink_one(h, h_bytes, x0, x1, x2, x3, a, row, n)
+    elif one:
+        _shrink_one_rank(h, h_bytes, x0, x1, x2, x3, a, row, n)
+    elif several:
+        _shrink_few(h, h_bytes, x0, x1, x2, x3, a, row, n)
+    else:
+        _shrink_few_rank(h, h_bytes, x0, x1, x2, x3, a, row, n)
 
 
 @nb.njit(cache=True, error_model="numpy")
-def expand_narrow(y0, y1, y2, y3, tokens, h, h_bytes, b, r, n):  # type: ignore[no-untyped-def]
-    """`expand` with B in bfloat16."""
-    row, k = n * 2, 0
-    at_once = RANKS if tokens == 1 else FEWER
-    while k < r:
-        some = at_once if k + at_once <= r else 1
-        if tokens == 1 and some > 1:
-            _expand_one_16(y0, y1, y2, y3, h + k * 4, h_bytes, b + k * row, row, n)
-        elif tokens == 1:
-            _expand_one_rank_16(y0, y1, y2, y3, h + k * 4, h_bytes, b + k * row, row, n)
-        elif some > 1:
-            _expand_few_16(y0, y1, y2, y3, h + k * 4, h_bytes, b + k * row, row, n)
+def _run_expand(narrow, one, several, y0, y1, y2, y3, h, h_bytes, b, row, n):  # type: ignore[no-untyped-def]
+    """As above."""
+    if narrow:
+        if one and several:
+            _expand_one_16(y0, y1, y2, y3, h, h_bytes, b, row, n)
+        elif one:
+            _expand_one_rank_16(y0, y1, y2, y3, h, h_bytes, b, row, n)
+        elif several:
+            _expand_few_16(y0, y1, y2, y3, h, h_bytes, b, row, n)
         else:
-            _expand_few_rank_16(y0, y1, y2, y3, h + k * 4, h_bytes, b + k * row, row, n)
+            _expand_few_rank_16(y0, y1, y2, y3, h, h_bytes, b, row, n)
+    elif one and several:
+        _expand_one(y0, y1, y2, y3, h, h_bytes, b, row, n)
+    elif one:
+        _expand_one_rank(y0, y1, y2, y3, h, h_bytes, b, row, n)
+    elif several:
+        _expand_few(y0, y1, y2, y3, h, h_bytes, b, row, n)
+    else:
+        _expand_few_rank(y0, y1, y2, y3, h, h_bytes, b, row, n)
+
+
+@nb.njit(cache=True, error_model="numpy")
+def shrink(h, h_bytes, x0, x1, x2, x3, tokens, a, r, n, item):  # type: ignore[no-untyped-def]
+    """h[t, :r] = A x_t. Addresses; `tokens` is 1 or TOKENS, and tells which x there are.
+
+    `item`: bytes of a number of A; where it is 2, n is a multiple of 2 * LANES.
+    """
+    whole, row, k = n // LANES * LANES, n * item, 0
+    at_once = RANKS if tokens == 1 else FEWER
+    while whole and k < r:
+        some = at_once if k + at_once <= r else 1
+        own = h + k * 4
+        _run_shrink(item == 2, tokens == 1, some > 1, own, h_bytes, x0, x1, x2, x3, a + k * row, row, whole)
         k += some
+    if whole < n:
+        for t in range(tokens):
+            x = floats((x0, x1, x2, x3)[t], n)
+            sums = floats(h + t * h_bytes, r)
+            for k in range(r):
+                weights = floats(a + k * row, n)
+                total = sums[k] if whole else nb.float32(0)
+                for c in range(whole, n):
+                    total += weights[c] * x[c]
+                sums[k] = total
+
+
+@nb.njit(cache=True, error_model="numpy")
+def expand(y0, y1, y2, y3, tokens, h, h_bytes, b, r, n, item):  # type: ignore[no-untyped-def]
+    """y_t += B h[t, :r]; as above, b [r, n]."""
+    whole, row, k = n // LANES * LANES, n * item, 0
+    at_once = RANKS if tokens == 1 else FEWER
+    while whole and k < r:
+        some = at_once if k + at_once <= r else 1
+        own = h + k * 4
+        _run_expand(item == 2, tokens == 1, some > 1, y0, y1, y2, y3, own, h_bytes, b + k * row, row, whole)
+        k += some
+    if whole < n:
+        for t in range(tokens):
+            y = floats((y0, y1, y2, y3)[t], n)
+            sums = floats(h + t * h_bytes, r)
+            for k in range(r):
+                weights = floats(b + k * row, n)
+                for o in range(whole, n):
+                    y[o] += sums[k] * weights[o]

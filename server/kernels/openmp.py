@@ -63,27 +63,17 @@ if AVAILABLE:
         """int16[count] at an address."""
         return nb.carray(_i16(address), count)
 
-    @intrinsic  # type: ignore[untyped-decorator]
-    def bits_to_float(_context: Any, bits: Any) -> Any:  # noqa: ARG001 - as above
-        """Reinterpret an int32 as float32."""
+    def _bits_as(result: Any, source: Any) -> Any:
+        def typed(_context: Any, value: Any) -> Any:  # noqa: ARG001 - as above
+            def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+                return builder.bitcast(args[0], context.get_value_type(sig.return_type))
 
-        def generate(_c: Any, builder: Any, _sig: Any, args: Any) -> Any:
-            from llvmlite import ir
+            return result(source), generate
 
-            return builder.bitcast(args[0], ir.FloatType())
+        return intrinsic(typed)
 
-        return types.float32(types.int32), generate
-
-    @intrinsic  # type: ignore[untyped-decorator]
-    def float_to_bits(_context: Any, value: Any) -> Any:  # noqa: ARG001 - as above
-        """Reinterpret a float32 as int32."""
-
-        def generate(_c: Any, builder: Any, _sig: Any, args: Any) -> Any:
-            from llvmlite import ir
-
-            return builder.bitcast(args[0], ir.IntType(32))
-
-        return types.int32(types.float32), generate
+    bits_to_float = _bits_as(types.float32, types.int32)
+    float_to_bits = _bits_as(types.int32, types.float32)
 
 
 def use_one_thread() -> None:
@@ -133,10 +123,10 @@ class Arena:
 class Recorder:
     """While it is entered, launches are noted and not made; what they write comes from `empty`."""
 
-    def __init__(self, arena: Arena | None = None) -> None:
+    def __init__(self, arena: Arena) -> None:
         self.launches: list[tuple[int, Arguments]] = []
-        self._arena = arena or Arena()
-        self._kept: list[torch.Tensor] = []
+        self._arena = arena
+        self._kept: list[torch.Tensor] = []  # what others make the arena give up
         self._turn, self._taken = 0, 0
 
     def __enter__(self) -> "Recorder":
