@@ -73,7 +73,7 @@ if AVAILABLE:
                     total[o] = h[o] + r[o]
                 x = total
             z_at, x_at = z.ctypes.data, x.ctypes.data
-            shrink(z_at, 0, x_at, x_at, x_at, x_at, 1, entry[0], width, n)
+            shrink(z_at, 0, x_at, x_at, x_at, x_at, 1, entry[0], width, n, 4)
             if entry[7] != 0:
                 squares = np.float32(0)
                 for o in range(n):
@@ -86,7 +86,7 @@ if AVAILABLE:
                 z[k] += bias[k]
             _activate(z, width, entry[5])
             h_at = h.ctypes.data
-            expand(h_at, h_at, h_at, h_at, 1, z_at, 0, entry[2], width, n)
+            expand(h_at, h_at, h_at, h_at, 1, z_at, 0, entry[2], width, n, 4)
             added = floats(entry[3], n)
             for o in range(n):
                 h[o] += added[o]
