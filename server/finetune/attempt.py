@@ -86,6 +86,7 @@ class Attempt:
         finally:
             beating.cancel()
             _signal(process, signal.SIGKILL)
+            await process.wait()
             self._tally.end(self._outcome(status))
 
     async def _beat(self) -> None:

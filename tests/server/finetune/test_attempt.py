@@ -247,7 +247,7 @@ async def test_nothing_is_left_when_the_worker_is_interrupted(trial: Trial, job:
     child = psutil.Process(int(trial.ready.read_text().split()[2]))
     run.cancel()
     await asyncio.wait([run])
-    child.wait(10)
+    assert not child.is_running()
 
 
 async def test_a_kill_for_want_of_memory_is_said(
