@@ -1,7 +1,8 @@
 """Files that appear whole or not at all, and stay: write a draft, fsync, link or rename, fsync the folder.
 
-obstore's LocalStore renames without fsync, so what it acknowledged can vanish with the power. Reads do
-not care, writes to a file:// store and to the disk tier come through here.
+obstore's LocalStore renames without fsync, so what it acknowledged can vanish with the power. Writes to a
+file:// store and to the disk tier come through here; so do its small reads, which obstore's threads, that
+have no low priority, would take from the rows that run.
 """
 
 import contextlib
@@ -12,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Protocol
 
-from server.errors import CorruptObject
+from server.errors import CorruptObject, TooLarge
 
 DAMAGED = "Stored bytes do not match their SHA-256; they were not used."
 HASHED = 1 << 20  # bytes at a time: hashed while they are in the processor's cache
@@ -44,6 +45,18 @@ def write_file(
         # also when somebody else was first: their file may not be on disk yet, and we are about to say it is
         _sync_folder(path.parent)
     return True
+
+
+def read_file(path: Path, most: int) -> bytes:
+    """All of `path`; TooLarge over `most` bytes, FileNotFoundError for a folder, too."""
+    try:
+        with path.open("rb", buffering=0) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > most:
+                raise TooLarge(f"A stored object has {size} bytes, more than {most}.")
+            return file.readall()
+    except (IsADirectoryError, NotADirectoryError) as error:
+        raise FileNotFoundError from error
 
 
 def remove_file(path: Path) -> None:

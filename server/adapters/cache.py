@@ -122,8 +122,7 @@ class AdapterCache:
         """
         self.pinned = {ref.digest: ref for ref in refs}
         self.wanted = [ref for ref in refs if ref.digest not in self.by_digest]
-        for resident in self.by_digest.values():
-            resident.fixed = resident.digest in self.pinned
+        self.shelf.fix(self.pinned)
 
     def forget(self, digest: str) -> None:
         """A deleted version: out of every tier, here as soon as no row uses it."""

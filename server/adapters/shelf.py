@@ -12,7 +12,7 @@ pins take no more than half of its share: the other half keeps its other adapter
 """
 
 from collections.abc import Container
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 from server.adapters.policy import Asked, Reload
@@ -23,7 +23,7 @@ PINNABLE = 0.5  # of a tenant's share
 
 @dataclass(eq=False)
 class Entry:
-    """One adapter in a tier."""
+    """One adapter in a tier. What the books hold of it (all but `pins`) changes through the shelf alone."""
 
     key: str
     tenant: str  # who asked for it last; its share is charged
@@ -37,23 +37,27 @@ E = TypeVar("E", bound=Entry)
 
 @dataclass
 class Use:
-    """What one tenant takes of a tier."""
+    """What one tenant takes of a tier, and what of that it has pinned."""
 
     nbytes: int = 0
     count: int = 0
-    fixed: "Use | None" = None  # of that, what it has pinned
+    fixed_bytes: int = 0
+    fixed_count: int = 0
 
-    def add(self, nbytes: int, sign: int = 1) -> None:
-        self.nbytes += sign * nbytes
+    def add(self, entry: Entry, sign: int = 1) -> None:
+        self.nbytes += sign * entry.nbytes
         self.count += sign
+        if entry.fixed:
+            self.fixed_bytes += sign * entry.nbytes
+            self.fixed_count += sign
 
 
 @dataclass
 class Books:
     """How things stand while room is being made: what goes is taken off `uses`."""
 
-    uses: dict[str, Use] = field(default_factory=dict)
-    shares: dict[str, float] = field(default_factory=dict)
+    uses: dict[str, Use]
+    shares: dict[str, float]
 
 
 class Shelf(Generic[E]):
@@ -67,23 +71,36 @@ class Shelf(Generic[E]):
         self.asked = Asked()
         self.entries: dict[str, E] = {}
         self.nbytes = 0
+        self._uses: dict[str, Use] = {}  # of tenants that have entries
 
     def touch(self, key: str, tenant: str) -> None:
         """`tenant` asks for the adapter, be it here or not."""
         self.asked.touch(key, len(self.entries))
-        if entry := self.entries.get(key):
+        if (entry := self.entries.get(key)) and entry.tenant != tenant:
+            self._enter(entry, -1)
             entry.tenant = tenant
+            self._enter(entry)
+
+    def fix(self, keys: Container[str]) -> None:
+        """These, of those that are here, are what tenants have pinned."""
+        for entry in self.entries.values():
+            if entry.fixed != (entry.key in keys):
+                self._enter(entry, -1)
+                entry.fixed = not entry.fixed
+                self._enter(entry)
 
     def add(self, entry: E) -> None:
         """There must be room."""
         assert entry.key not in self.entries, "one entry a key"
         self.entries[entry.key] = entry
         self.nbytes += entry.nbytes
+        self._enter(entry)
         assert self.nbytes <= self.budget, "over budget"
 
     def drop(self, key: str) -> E | None:
         if entry := self.entries.pop(key, None):
             self.nbytes -= entry.nbytes
+            self._enter(entry, -1)
         return entry
 
     def resize(self, key: str, nbytes: int) -> None:
@@ -91,7 +108,9 @@ class Shelf(Generic[E]):
         entry = self.entries[key]
         assert nbytes <= entry.nbytes, "room was made for less"
         self.nbytes += nbytes - entry.nbytes
+        self._enter(entry, -1)
         entry.nbytes = nbytes
+        self._enter(entry)
 
     def room(self, tenant: str, nbytes: int, mine: Container[str] = ()) -> list[E] | None:
         """What must go so that `tenant` can put `nbytes` here; None if it has to wait.
@@ -110,7 +129,7 @@ class Shelf(Generic[E]):
                 return None
             idle.remove(victim)
             gone.append(victim)
-            books.uses[victim.tenant].add(victim.nbytes, -1)
+            books.uses[victim.tenant].add(victim, -1)
             free += victim.nbytes
             places += 1
         return gone
@@ -156,10 +175,10 @@ class Shelf(Generic[E]):
     def _may_go(self, entry: E, books: Books) -> bool:
         if entry.pins:
             return False
-        pinned = books.uses[entry.tenant].fixed
-        share = books.shares[entry.tenant]
-        kept = pinned is not None and self.part(pinned.nbytes, pinned.count) <= PINNABLE * share
-        return not (entry.fixed and kept)
+        if not entry.fixed:
+            return True
+        use = books.uses[entry.tenant]
+        return self.part(use.fixed_bytes, use.fixed_count) > PINNABLE * books.shares[entry.tenant]
 
     def _over(self, tenant: str, books: Books) -> float:
         """How many times its share the tenant takes; 0 if it is within."""
@@ -171,12 +190,12 @@ class Shelf(Generic[E]):
 
     def _books(self, tenant: str, nbytes: int) -> Books:
         """With what `tenant` asks for already in its hands."""
-        books = Books({tenant: Use(nbytes, 1)})
-        for entry in self.entries.values():
-            use = books.uses.setdefault(entry.tenant, Use())
-            use.add(entry.nbytes)
-            if entry.fixed:
-                use.fixed = use.fixed or Use()
-                use.fixed.add(entry.nbytes)
-        books.shares = self.shares.of(books.uses)
-        return books
+        uses = {name: replace(use) for name, use in self._uses.items()}
+        uses.setdefault(tenant, Use()).add(Entry("", tenant, nbytes))
+        return Books(uses, self.shares.of(uses))
+
+    def _enter(self, entry: Entry, sign: int = 1) -> None:
+        use = self._uses.setdefault(entry.tenant, Use())
+        use.add(entry, sign)
+        if not use.count:
+            del self._uses[entry.tenant]

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from server.adapters.policy import FROM_DISK
 from server.adapters.share import IDLE_SECONDS, Shares
-from server.adapters.shelf import Entry, Shelf
+from server.adapters.shelf import Entry, Shelf, Use
 from tests.fixtures.slots import Clock
 
 asks = st.lists(
@@ -30,6 +30,14 @@ def ask(shelf: Shelf[Entry], key: str, tenant: str, nbytes: int, *, hold: bool =
     return True
 
 
+def summed(shelf: Shelf[Entry]) -> dict[str, Use]:
+    """The books, made anew."""
+    uses: dict[str, Use] = {}
+    for entry in shelf.entries.values():
+        uses.setdefault(entry.tenant, Use()).add(entry)
+    return uses
+
+
 @settings(max_examples=300, deadline=None)
 @given(asks=asks, places=st.sampled_from([None, 3, 8]))
 def test_no_budget_is_ever_exceeded_and_nothing_held_goes(
@@ -45,9 +53,11 @@ def test_no_budget_is_ever_exceeded_and_nothing_held_goes(
             held.append(key)
         if len(held) > 4:
             shelf.entries[held.pop(0)].pins -= 1
+        shelf.fix(held[1:3])
         assert shelf.nbytes == sum(entry.nbytes for entry in shelf.entries.values()) <= 200
         assert places is None or len(shelf.entries) <= places
         assert set(held) <= shelf.entries.keys()
+        assert shelf._uses == summed(shelf)
 
 
 @settings(max_examples=200, deadline=None)
