@@ -22,16 +22,15 @@ from server.engine.attention import Chunk, Step, places_of
 from server.engine.linear import Family, LinearSite, biases_of
 from server.engine.programs import Programs
 from server.engine.sublayers import decoder_layers
-from server.engine.trial import PROBE, TOLERANCE, probe, take_over
+from server.engine.trial import PROBE, probe, take_over
 from server.kernels.attention import BLOCK
 from server.kernels.biases import Biases
 from server.kernels.elementwise import RmsNorm, add_, rotate_, silu_times
-from server.kernels.int8 import Int8Linear
+from server.kernels.int8 import unrounded
 
 LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 ATTENTION, HEAD_NORMS = {"q_proj", "k_proj", "v_proj", "o_proj"}, {"q_norm", "k_norm"}
 MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
-INT8_TOLERANCE = 5e-2  # where inputs are rounded to integers: the last bit of a norm becomes the next integer
 
 
 class LayerParts:
@@ -176,14 +175,13 @@ def run_by_kernels(model: Any, step: Step) -> Decoder | None:
     layers = [layer for _, layer in decoder_layers(model, model.config.num_hidden_layers)]
     if not layers or not all(map(is_llama_like, layers)):
         return None
-    rounded = any(isinstance(getattr(module, "fast", None), Int8Linear) for module in model.modules())
-    return take_over(
-        model,
-        layers,
-        lambda: Decoder(layers, step, model.config.max_position_embeddings),
-        lambda: _states(model, step),
-        INT8_TOLERANCE if rounded else TOLERANCE,
-    )
+    with unrounded():
+        return take_over(
+            model,
+            layers,
+            lambda: Decoder(layers, step, model.config.max_position_embeddings),
+            lambda: _states(model, step),
+        )
 
 
 def _states(model: Any, step: Step) -> torch.Tensor:

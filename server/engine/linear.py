@@ -20,12 +20,13 @@ from server.adapters.sites import Site
 from server.engine.attention import Step
 from server.kernels.biases import Biases
 from server.kernels.int8 import Int8Linear
+from server.kernels.int8_dot import INT8
 from server.kernels.linear import PackedLinear, join
 from server.kernels.openmp import AVAILABLE
 
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 Layout = Literal["float32", "int8"]
-LAYOUTS: dict[Layout, type[PackedLinear | Int8Linear]] = {"float32": PackedLinear, "int8": Int8Linear}
+LAYOUTS: dict[Layout, type[PackedLinear | Int8Linear]] = {"float32": PackedLinear, "int8": INT8}
 
 
 class LinearSite(nn.Module):

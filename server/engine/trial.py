@@ -27,7 +27,6 @@ def take_over(
     layers: Sequence[Any],
     make: Callable[[], R],
     states: Callable[[], torch.Tensor],
-    tolerance: float = TOLERANCE,
 ) -> R | None:
     """Let what `make` gives run the layers, if `states`, the model's of a prompt, stay the same; else None.
 
@@ -38,7 +37,7 @@ def take_over(
     for i, layer in enumerate(layers):
         layer.forward = partial(runner.forward, i)
     error = float((states() - expected).abs().max() / expected.abs().max())
-    if error <= tolerance:  # NaN is not
+    if error <= TOLERANCE:  # NaN is not
         return runner
     log.warning("%s runs by its class: by our kernels it is %.1e off", type(model).__name__, error)
     for layer in layers:

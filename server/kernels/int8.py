@@ -8,9 +8,13 @@ the same bit for bit alone and in any batch.
 Panels of 16 outputs, inputs in pairs: [panels, pairs, 16, 2]. One multiply-add takes a pair for 16 outputs.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 
+from server.kernels.biases import Biases
 from server.kernels.linear import AHEAD, CHUNK, GROUP, LANES, PackedLinear
 from server.kernels.openmp import AVAILABLE, Arguments
 
@@ -64,8 +68,8 @@ if AVAILABLE:
     import numpy as np
 
     from server.kernels.biases import add_biases  # compiled in: numba sees only changes of this file
-    from server.kernels.linear import SHARE, TILES, tiles_for
-    from server.kernels.openmp import barrier, floats, kernel, num_threads, shorts, thread_num
+    from server.kernels.linear import SHARE, TILES, ask_for, tiles_for
+    from server.kernels.openmp import barrier, floats, kernel, num_threads, shorts, thread_num, words
     from server.kernels.tiles import Int8, tile
 
     OWN = 12  # where a launch's arguments tell of tokens' own biases
@@ -125,19 +129,20 @@ if AVAILABLE:
             row = floats(x + min(first + i, end - 1) * stride * 4, depth)
             steps[i] = _quantize_row(block[i % rows * 2 :], rows, row, depth, most)
 
-    @nb.njit(cache=True, error_model="numpy", fastmath=True)
+    @nb.njit(cache=True, error_model="numpy", fastmath=False)  # see kernel: the same bits wherever a row lies
     def _write(y, y_stride, out, width, count, last, steps, scales, bias):  # type: ignore[no-untyped-def]
         """`count` rows of `last` sums each, from out [rows, width], scaled back, plus the bias."""
         by_output = floats(scales, last)
         for r in range(count):
             target, step = floats(y + r * y_stride * 4, last), steps[r]
+            sums = words(out + r * width * 4, last)
             if bias != 0:
                 added = floats(bias, last)
                 for j in range(last):
-                    target[j] = np.float32(out[r * width + j]) * (step * by_output[j]) + added[j]
+                    target[j] = np.float32(sums[j]) * (step * by_output[j]) + added[j]
             else:
                 for j in range(last):
-                    target[j] = np.float32(out[r * width + j]) * (step * by_output[j])
+                    target[j] = np.float32(sums[j]) * (step * by_output[j])
 
     @nb.njit(cache=True, error_model="numpy")
     def _multiply(  # type: ignore[no-untyped-def]
@@ -161,6 +166,8 @@ if AVAILABLE:
                 later = (
                     own + AHEAD if tiles == 1 else own + (here * pairs + block * (pairs // tiles)) * 2 * LANES
                 )
+                target, some = y + (done * y_stride + column) * 4, min(rows, end - done)
+                ask_for(target, y_stride, some, last)
                 _run_tile(
                     rows,
                     here < panels,
@@ -172,10 +179,8 @@ if AVAILABLE:
                     later,
                     2 * LANES // tiles,
                 )
-                target = y + (done * y_stride + column) * 4
-                some = min(rows, end - done)
-                by_row = steps[block * rows :]
-                _write(target, y_stride, out, width, some, last, by_row, scales + column * 4, added)
+                by_row, by_output = steps[block * rows :], scales + column * 4
+                _write(target, y_stride, out.ctypes.data, width, some, last, by_row, by_output, added)
                 if args[OWN] != 0:
                     add_biases(target, y_stride, done, some, column, last, args, OWN, True)
             p += here
@@ -223,21 +228,46 @@ if AVAILABLE:
 class Int8Linear(PackedLinear):
     """The same for a weight that becomes int8. Its parts are panels, and scales by panel [panels, 16]."""
 
+    exact = False  # see unrounded
+
     @classmethod
     def of(cls, weight: torch.Tensor, bias: torch.Tensor | None) -> "Int8Linear":
         outputs, inputs = weight.shape
         quantized, scales = quantize(weight)
-        panels = pack(quantized)
+        panels = cls.packed(quantized)
         padded = F.pad(scales, (0, len(panels) * LANES - outputs))
         return cls((panels, padded.view(-1, LANES)), inputs, outputs, bias)
+
+    @staticmethod
+    def packed(quantized: torch.Tensor) -> torch.Tensor:
+        """int8 [out, in] as the kernel reads it."""
+        return pack(quantized)
 
     def weight(self) -> torch.Tensor:
         """[out, in]: what the int8 stand for."""
         panels, scales = self.parts
         return unpack(panels, self.outputs, self.inputs) * scales.flatten()[: self.outputs, None]
 
+    def __call__(self, x: torch.Tensor, own: Biases | None = None) -> torch.Tensor:
+        if Int8Linear.exact:
+            assert own is None, "for trials of the base"
+            return F.linear(x, self.weight(), self.bias)
+        return super().__call__(x, own)
+
     def _sizes(self) -> tuple[int, ...]:
         return *super()._sizes(), finest(self.inputs)
 
     def _launch(self, args: Arguments) -> None:
         _linear(args)
+
+
+@contextmanager
+def unrounded() -> Iterator[None]:
+    """Inputs as they are: the last bit of a norm becomes the next integer otherwise, which hides what a trial
+    of something else looks for.
+    """
+    Int8Linear.exact = True
+    try:
+        yield
+    finally:
+        Int8Linear.exact = False

@@ -55,10 +55,11 @@ if AVAILABLE:
 
     from server.kernels.biases import add_biases  # compiled in: numba sees only changes of this file
     from server.kernels.openmp import barrier, floats, kernel, num_threads, thread_num
-    from server.kernels.tiles import WIDE, Float32, tile
+    from server.kernels.tiles import WIDE, Float32, ask, tile
 
     # rows -> panels of the tiles there are: as many sums as the registers hold (32 of 16 lanes, or 16 of 8)
     TILES = {1: 4, 2: 4, 4: 4, 8: 2, 12: 2} if WIDE else {1: 4, 2: 2, 3: 1, 4: 1, 6: 1}
+    LINE = 16  # floats of a cache line
     SHARE = 2  # panels: the least that a thread takes
     LARGE, LESS = (12, 8) if WIDE else (6, 4)  # rows of the tiles that more rows than these are cut into
     OWN = 10  # where a launch's arguments tell of tokens' own biases
@@ -135,17 +136,24 @@ if AVAILABLE:
                 r += 1
 
     @nb.njit(cache=True, error_model="numpy")
+    def ask_for(y, y_stride, count, last):  # type: ignore[no-untyped-def]
+        """Where `count` rows of `last` sums will be written to: they lie a page or more apart."""
+        for r in range(count):
+            for j in range(0, last, LINE):
+                ask(y + (r * y_stride + j) * 4)
+
+    @nb.njit(cache=True, error_model="numpy", fastmath=False)
     def _write(y, y_stride, out, width, count, last, bias):  # type: ignore[no-untyped-def]
         """`count` rows of `last` sums each, from out [rows, width], plus the bias."""
         for r in range(count):
-            target = floats(y + r * y_stride * 4, last)
+            target, sums = floats(y + r * y_stride * 4, last), floats(out + r * width * 4, last)
             if bias != 0:
                 added = floats(bias, last)
                 for j in range(last):
-                    target[j] = out[r * width + j] + added[j]
+                    target[j] = sums[j] + added[j]
             else:
                 for j in range(last):
-                    target[j] = out[r * width + j]
+                    target[j] = sums[j]
 
     @nb.njit(cache=True, error_model="numpy")
     def _multiply(laid, y, y_stride, w, bias, depth, n, first, end, rows, panels, tiles, low, high, args):  # type: ignore[no-untyped-def]
@@ -167,6 +175,10 @@ if AVAILABLE:
                 if k + DEPTH >= depth:
                     following += (here - 1) * panel_bytes
                 for block in range(tiles):
+                    if k + DEPTH >= depth:
+                        done = block * rows
+                        rows_left = min(rows, end - first - done)
+                        ask_for(target + done * y_stride * 4, y_stride, rows_left, last)
                     later = own + AHEAD if tiles == 1 else following + block * (some * 4 * LANES // tiles)
                     _run_tile(
                         rows,
@@ -180,7 +192,7 @@ if AVAILABLE:
                         4 * LANES // tiles,
                     )
             added = 0 if bias == 0 else bias + column * 4
-            _write(target, y_stride, out, width, end - first, last, added)
+            _write(target, y_stride, out.ctypes.data, width, end - first, last, added)
             if args[OWN] != 0:
                 add_biases(target, y_stride, first, end - first, column, last, args, OWN, True)
             p += here

@@ -56,6 +56,13 @@ if AVAILABLE:
         """int64[count] at an address."""
         return nb.carray(_i64(address), count)
 
+    _i32 = _pointer_to(types.int32)
+
+    @nb.njit(inline="always", cache=True)  # type: ignore[untyped-decorator]
+    def words(address: int, count: int) -> Any:
+        """int32[count] at an address."""
+        return nb.carray(_i32(address), count)
+
     _i16 = _pointer_to(types.int16)
 
     @nb.njit(inline="always", cache=True)  # type: ignore[untyped-decorator]
@@ -162,6 +169,9 @@ def kernel(body: Callable[[Any], None]) -> Launcher:
 
     The body asks thread_num() and num_threads() for its share. All it needs must be alive until the
     launch returns; the launch is synchronous. The machine code is kept beside the source.
+
+    What it calls is compiled with `fastmath`, too, unless it says otherwise: numba hands that down, but not
+    to machine code that it finds kept. So what must give the same bits each time says `fastmath=False`.
     """
     signature = types.void(types.CPointer(types.int64))
     address = nb.cfunc(signature, cache=True, fastmath=True, error_model="numpy")(body).address

@@ -18,8 +18,8 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 LANES = 16  # outputs of a panel
-_FEATURES = llvm.get_host_cpu_features()
-WIDE = bool(_FEATURES.get("avx512f", False))
+FEATURES = llvm.get_host_cpu_features()
+WIDE = bool(FEATURES.get("avx512f", False))
 BYTE, SHORT, WORD, LONG = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 
 
@@ -66,9 +66,9 @@ class Int8:
 
     def _products(self, b: Any, one: Any, other: Any) -> Any:
         """Two <32 x i16>: the sum of each pair's two products, <16 x i32>."""
-        if _FEATURES.get("avx512bw"):
+        if FEATURES.get("avx512bw"):
             return call(b, "llvm.x86.avx512.pmaddw.d.512", self.sums, [one, other])
-        if _FEATURES.get("avx2"):
+        if FEATURES.get("avx2"):
             half = ir.VectorType(WORD, LANES // 2)
             parts = [
                 call(b, "llvm.x86.avx2.pmadd.wd", half, [lanes_of(b, v, span) for v in (one, other)])
@@ -139,10 +139,10 @@ def summed(
     b.position_at_end(loop)
     at, running = b.phi(LONG), [b.phi(value.type) for value in sums]
     added = body(at, running)
-    upper = b.add(at, LONG(step))
+    upper, last = b.add(at, LONG(step)), b.block  # the body may have loops of its own
     for phi, first, value in zip([at, *running], [LONG(0), *sums], [upper, *added], strict=True):
         phi.add_incoming(first, before)
-        phi.add_incoming(value, loop)
+        phi.add_incoming(value, last)
     b.cbranch(b.icmp_signed("<", upper, count), loop, done)
     b.position_at_end(done)
     return added

@@ -76,7 +76,7 @@ def test_beside_an_int8_base_all_matrices_are_narrow(stand: Callable[..., Stand]
     (rounded,), (exact,) = logits(s, [ref]), logits(plain, [other])
     assert held(s, ref).dtype == torch.bfloat16
     assert held(plain, other).dtype == torch.float32
-    torch.testing.assert_close(rounded[0], exact[0], atol=0.05 * float(exact[0].abs().max()), rtol=0)
+    assert (rounded[0] - exact[0]).norm() < 0.1 * exact[0].norm()
 
 
 def test_sums_of_narrow_adapters(stand: Callable[..., Stand], tmp_path: Path) -> None:
