@@ -109,6 +109,10 @@ class Objects:
         """Whether other processes see the same objects."""
         return self.remote or self._folder is not None
 
+    def beside(self, folder: Path) -> bool:
+        """Whether objects are files of the same disk as this folder."""
+        return self._folder is not None and self._folder.stat().st_dev == folder.stat().st_dev
+
     # what the store does, blocking
 
     def put_sync(self, key: str, source: Path | bytes, sha256: str | None = None) -> None:

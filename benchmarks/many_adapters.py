@@ -3,11 +3,12 @@
     python -m benchmarks.many_adapters                       # about seven minutes on two cores
 
 One engine, SmolLM2-135M, LoRA r4 on q and v, a store in a folder; budgets far below what 2,000 adapters take,
-so that every tier has to choose. Both arms ask for the same prompts, as many at a time, and take turns; the
-ratios of turns next to each other count. More requests are open than rows can run, so that none waits for
-its adapter in a place that stays empty (`--open 16` shows what that costs). Popularity is S-LoRA's power law.
-Memory is looked at after every step: a tier over its budget ends the run. The process is set up as the
-engine's own is.
+so that device and RAM have to choose. Before anything counts, the tiers see some requests of one token by the
+same law. Both arms ask for the same prompts and lengths, as many at a time, and take turns; the ratios of
+turns next to each other count. More requests are open than rows can run, so that none waits for its adapter
+in a place that stays empty (`--open 16` shows what that costs). Popularity is S-LoRA's power law. Memory is
+looked at after every step: a tier over its budget ends the run. The process is set up as the engine's own
+is.
 """
 
 import hashlib
@@ -50,7 +51,8 @@ CACHE = Path(__file__).resolve().parents[1] / ".cache"
 MiB = 1 << 20
 TENANTS = 20
 FEW = 5
-PROMPT, ANSWER = 32, 16  # tokens
+PROMPT = 32  # tokens
+ANSWERS = 8, 25  # tokens, from and up to; rows that all end together hide what it costs to begin
 
 
 def as_the_engine_runs() -> None:
@@ -106,13 +108,13 @@ class Load:
         self.count = 0
         self.most: Counter[str] = Counter()
 
-    def run(self, refs: list[AdapterRef]) -> float:
+    def run(self, refs: list[AdapterRef], lengths: list[int]) -> float:
         """All these requests, in order; seconds."""
-        waiting, open_rows = list(reversed(refs)), set[str]()
+        waiting, open_rows = list(reversed([*zip(refs, lengths, strict=True)])), set[str]()
         start = time.perf_counter()
         while waiting or open_rows:
             while waiting and len(open_rows) < self.most_open:
-                open_rows.add(self._submit(waiting.pop()))
+                open_rows.add(self._submit(*waiting.pop()))
             chunks = self.engine.step()
             for chunk in chunks:
                 if chunk.error:
@@ -136,10 +138,10 @@ class Load:
                 raise RuntimeError(f"{tier} holds {held} bytes of {budget}")
             self.most[tier] = max(self.most[tier], held)
 
-    def _submit(self, ref: AdapterRef) -> str:
+    def _submit(self, ref: AdapterRef, length: int) -> str:
         self.count += 1
         prompt = self.prompts[self.count % len(self.prompts)]
-        sampling = Sampling(max_tokens=ANSWER, temperature=0.0, ignore_eos=True)
+        sampling = Sampling(max_tokens=length, temperature=0.0, ignore_eos=True)
         self.engine.submit(Generate(str(self.count), ref.tenant, prompt, sampling, ref))
         return str(self.count)
 
@@ -149,6 +151,7 @@ def main(
     alpha: Annotated[float, typer.Option(help="Of the power law; 1 is uniform, 0.1 extreme.")] = 0.3,
     requests: Annotated[int, typer.Option(help="Of a turn.")] = 200,
     turns: int = 6,
+    warm: Annotated[int, typer.Option(help="Requests of one token before.")] = 2000,
     rows: int = 16,
     most_open: Annotated[int, typer.Option("--open", help="Requests, those that wait among them.")] = 24,
     slots: int = 64,
@@ -176,14 +179,19 @@ def main(
         refs = register(engine, folder, Path(scratch), adapters)
         settle()
         load = Load(engine, make_prompts(folder, 64, PROMPT), most_open)
+        first = Load(engine, [load.prompts[0][:1]], most_open)
+        first.run([refs[int(p * len(refs))] for p in rng.power(alpha, warm)], [1] * warm)
+        engine.cache.hits = engine.cache.misses = 0
+        engine.loader.observations.clear()
         arms = {"many": refs, "few": refs[:FEW]}
         seconds: dict[str, list[float]] = {name: [] for name in arms}
         resident = psutil.Process().memory_info().rss
         for turn in track(range(-1, turns), "turns", console=Console(stderr=True)):
+            lengths = rng.integers(*ANSWERS, requests).tolist()
             for name in ("many", "few") if turn % 2 else ("few", "many"):
                 own = arms[name]
                 picked = [own[int(p * len(own))] for p in rng.power(alpha, requests)]
-                elapsed = load.run(picked)
+                elapsed = load.run(picked, lengths)
                 if turn >= 0:
                     seconds[name].append(elapsed)
         grown = psutil.Process().memory_info().rss - resident
@@ -201,6 +209,7 @@ def main(
             "rows": rows,
             "open": most_open,
             "slots": slots,
+            "warm": warm,
             "cores": os.cpu_count(),
         },
         "most_bytes": dict(load.most),

@@ -133,9 +133,15 @@ class AdapterCache:
             if resident.pins == 0:
                 self._evict(resident)
 
-    def tend(self) -> None:
-        """Once a step: what nobody waits for any more, and pinned adapters on their way."""
+    def tend(self, places: int = 0) -> None:
+        """Once a step: what nobody waits for any more, and pinned adapters on their way.
+
+        `places` in the batch are empty; as many loads that might fill them are worth a core at once.
+        """
         self._step += 1
+        loading = [digest for digest, load in self.pending.items() if not load.future.done()]
+        for digest in loading[:places]:
+            self.loader.hasten(digest)
         for resident in [r for r in self.by_digest.values() if r.moving is not None]:
             self._arrive(resident, pins=0)
         now = self._clock()

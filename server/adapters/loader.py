@@ -4,19 +4,16 @@
                                                    and only then, if worth it: a copy on disk
 
 One load at a time per adapter, however many ask: they get the same future. A failed load is not
-remembered; the next request tries again. Loads run on two threads of low priority and one core each,
-so that the rows that run keep theirs. What they take of RAM is reserved before the first byte comes.
+remembered; the next request tries again. Who loads, lanes.py says. What a load takes of RAM is reserved
+before the first byte comes.
 """
 
-import contextlib
 import logging
-import os
-import sys
 import threading
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import replace
 from math import prod
 
@@ -28,6 +25,7 @@ from adapters_store.objects import Objects
 from server.adapters.desk import Desk
 from server.adapters.formats.safetensors import find_non_finite, view_tensors
 from server.adapters.keeper import Arrived, Keeper
+from server.adapters.lanes import Lanes
 from server.adapters.methods.base import Method, Packed, Spec
 from server.adapters.recipes import Limits, Recipe, Recipes
 from server.adapters.seal import seal_of
@@ -36,11 +34,8 @@ from server.adapters.tiers import DiskTier, RamTier
 from server.engine.messages import AdapterRef
 from server.errors import CorruptObject, InvalidAdapter, ModelNotFound, NotFound, StoreError
 from server.kernels.int8 import stands_for
-from server.kernels.openmp import use_one_thread
 
-THREADS = 2
-NICENESS = 14
-HAND_OVER_SECONDS = 0.0005  # Python's own 5 ms, at each of a step's launches, would be most of a step
+HASTY_BYTES = 8 << 20  # of a file: larger ones would take a step's time and more from the rows that run
 SOURCES = 4096  # digests of which it is known where they were found
 log = logging.getLogger(__name__)
 
@@ -68,6 +63,7 @@ class Loader:
         self.dtype = dtype
         self.recipes = Recipes(methods, base, limits)
         self.pinned = pinned
+        self.copies = not objects.beside(disk.folder)  # on disk, of what comes from the store
         self.observations: list[tuple[str, str, float]] = []  # (name, tier, value); the loop takes them
         self.sources: OrderedDict[str, str] = OrderedDict()  # digest -> where it was found last
         self.corrupt: Counter[str] = Counter()  # see corrupt_copies
@@ -75,7 +71,7 @@ class Loader:
         self._lock = threading.Lock()
         self._desk = Desk()
         self._keeper = Keeper(disk, ram, self._desk)
-        self._pool = ThreadPoolExecutor(THREADS, "adapter-loader", initializer=_step_aside)
+        self._lanes = Lanes()
 
     @property
     def corrupt_copies(self) -> dict[str, int]:
@@ -99,6 +95,10 @@ class Loader:
         check_identity(manifest)
         return self._once(manifest.digest, manifest.tenant, lambda: manifest)
 
+    def hasten(self, digest: str) -> None:
+        """A place in the batch stands empty until this adapter is there."""
+        self._lanes.hasten(digest)
+
     def claim(self, digest: str) -> None:
         self.ram.claim(digest)
 
@@ -116,7 +116,7 @@ class Loader:
 
     def close(self) -> None:
         self.ram.close()
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._lanes.close()
         self._keeper.close()
 
     def _once(self, digest: str, tenant: str, manifest: Callable[[], Manifest]) -> "Future[Packed]":
@@ -132,15 +132,26 @@ class Loader:
             future.set_result(found)
             self._observe("ram", start, digest, found.nbytes)
         else:
-            self._pool.submit(self._run, future, digest, tenant, manifest)
+            self._lanes.submit(digest, lambda hastily: self._run(future, digest, tenant, manifest, hastily))
         return future
 
     def _run(
-        self, future: "Future[Packed]", digest: str, tenant: str, manifest: Callable[[], Manifest]
+        self,
+        future: "Future[Packed]",
+        digest: str,
+        tenant: str,
+        manifest: Callable[[], Manifest],
+        hastily: bool,
     ) -> None:
-        """One load, on a thread of the pool. What goes on after the future is set, nobody waits for."""
+        """One load, on a thread of its own. What goes on after the future is set, nobody waits for."""
         try:
-            self._load(future, digest, tenant, manifest())
+            found = manifest()
+            if hastily and found.weights.bytes > HASTY_BYTES:
+                self._lanes.postpone(
+                    lambda _: self._run(future, digest, tenant, lambda: found, hastily=False)
+                )
+                return
+            self._load(future, digest, tenant, found)
         except BaseException as error:
             self._finished(digest)
             if future.done():
@@ -182,7 +193,7 @@ class Loader:
         self._observe(tier, start, digest, packed.nbytes)
         self._finished(digest)
         future.set_result(packed)
-        self._keeper.end(Arrived(digest, tenant, packed, blob, sheet), copy=tier == "store")
+        self._keeper.end(Arrived(digest, tenant, packed, blob, sheet), copy=self.copies and tier == "store")
 
     def _finished(self, digest: str) -> None:
         with self._lock:
@@ -273,11 +284,3 @@ def check_identity(manifest: Manifest) -> None:
     content = (manifest.method, manifest.base_digest, manifest.config, manifest.weights.sha256)
     if content_digest(*content) != manifest.digest:
         raise StoreError("The adapter's manifest does not match its own digest.")
-
-
-def _step_aside() -> None:
-    """This thread yields to the engine's: the interpreter soon, and the core if the system lets it."""
-    use_one_thread()
-    sys.setswitchinterval(HAND_OVER_SECONDS)
-    with contextlib.suppress(OSError, AttributeError):
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)

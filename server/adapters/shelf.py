@@ -12,7 +12,7 @@ pins take no more than half of its share: the other half keeps its other adapter
 """
 
 from collections.abc import Container
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from server.adapters.policy import Asked, Reload
@@ -190,7 +190,10 @@ class Shelf(Generic[E]):
 
     def _books(self, tenant: str, nbytes: int) -> Books:
         """With what `tenant` asks for already in its hands."""
-        uses = {name: replace(use) for name, use in self._uses.items()}
+        uses = {
+            name: Use(use.nbytes, use.count, use.fixed_bytes, use.fixed_count)
+            for name, use in self._uses.items()
+        }
         uses.setdefault(tenant, Use()).add(Entry("", tenant, nbytes))
         return Books(uses, self.shares.of(uses))
 

@@ -130,7 +130,7 @@ class Engine:
     def step(self) -> list[Chunk]:
         """Run one step for every row that can run; what it gave to whom."""
         self._take_compiled()
-        self.cache.tend()
+        self.cache.tend(self.scheduler.max_seqs - len(self.scheduler.running))
         self.gate.step()
         start = time.perf_counter()
         rows = self.scheduler.schedule(time.time())

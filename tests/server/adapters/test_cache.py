@@ -117,6 +117,17 @@ def test_loads_nobody_comes_back_for_make_way() -> None:
     assert sum(loader.claims.values()) == len(cache.pending) <= 2
 
 
+def test_as_many_loads_are_hastened_as_places_are_empty() -> None:
+    cache, loader, _ = build(slots=4)
+    for name in "abc":
+        assert cache.acquire(ref(name)) is None
+    loader.arrive("a")
+    cache.tend()
+    assert loader.hastened == []
+    cache.tend(places=1)
+    assert loader.hastened == ["b"]
+
+
 def test_a_load_that_is_waited_for_keeps_its_place() -> None:
     cache, loader, _ = build(slots=1)
     held = resident(cache, loader, "a")
