@@ -179,13 +179,13 @@ def main(
         refs = register(engine, folder, Path(scratch), adapters)
         settle()
         load = Load(engine, make_prompts(folder, 64, PROMPT), most_open)
+        resident = psutil.Process().memory_info().rss
         first = Load(engine, [load.prompts[0][:1]], most_open)
         first.run([refs[int(p * len(refs))] for p in rng.power(alpha, warm)], [1] * warm)
         engine.cache.hits = engine.cache.misses = 0
         engine.loader.observations.clear()
         arms = {"many": refs, "few": refs[:FEW]}
         seconds: dict[str, list[float]] = {name: [] for name in arms}
-        resident = psutil.Process().memory_info().rss
         for turn in track(range(-1, turns), "turns", console=Console(stderr=True)):
             lengths = rng.integers(*ANSWERS, requests).tolist()
             for name in ("many", "few") if turn % 2 else ("few", "many"):

@@ -139,9 +139,9 @@ class AdapterCache:
         `places` in the batch are empty; as many loads that might fill them are worth a core at once.
         """
         self._step += 1
-        loading = [digest for digest, load in self.pending.items() if not load.future.done()]
-        for digest in loading[:places]:
-            self.loader.hasten(digest)
+        for digest in [digest for digest, load in self.pending.items() if not load.future.done()]:
+            if places > 0:
+                places -= self.loader.hasten(digest)
         for resident in [r for r in self.by_digest.values() if r.moving is not None]:
             self._arrive(resident, pins=0)
         now = self._clock()

@@ -23,35 +23,50 @@ class Lanes:
 
     def __init__(self) -> None:
         self._waiting: dict[str, Errand] = {}  # by digest; nobody has begun with it
+        self._hastened: set[str] = set()  # until that is done
+        self._large: set[str] = set()  # not to be hastened again
         self._lock = threading.Lock()
         self._patient = ThreadPoolExecutor(THREADS, "adapter-loader", initializer=_step_aside)
         self._hasty = ThreadPoolExecutor(THREADS, "adapter-hurry", initializer=use_one_thread)
 
     def submit(self, digest: str, errand: Errand) -> None:
+        """One at a time of a digest."""
         with self._lock:
             self._waiting[digest] = errand
-        self._patient.submit(self._carry_out, digest)
+        self._patient.submit(self._carry_out, digest, False)
 
-    def hasten(self, digest: str) -> None:
-        """Begin with it at once, if nobody has."""
+    def hasten(self, digest: str) -> bool:
+        """Let whoever is free begin with it; False if it goes on at its own pace, or is unknown."""
         with self._lock:
-            errand = self._waiting.pop(digest, None)
-        if errand:
-            self._hasty.submit(errand, True)
+            if digest in self._hastened:
+                return True
+            if digest not in self._waiting or digest in self._large:
+                return False
+            self._hastened.add(digest)
+        self._hasty.submit(self._carry_out, digest, True)
+        return True
 
-    def postpone(self, errand: Errand) -> None:
-        """It turned out to be larger than what may be done hastily."""
-        self._patient.submit(errand, False)
+    def postpone(self, digest: str, errand: Errand) -> None:
+        """Back to its place in line: it turned out to be larger than what may be done hastily."""
+        with self._lock:
+            self._large.add(digest)
+        self.submit(digest, errand)
 
     def close(self) -> None:
         for pool in (self._patient, self._hasty):
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def _carry_out(self, digest: str) -> None:
+    def _carry_out(self, digest: str, hastily: bool) -> None:
+        """Of those who were sent for it, the first to come."""
         with self._lock:
             errand = self._waiting.pop(digest, None)
+            if not hastily:
+                self._large.discard(digest)
         if errand:
-            errand(False)
+            errand(hastily)
+        if hastily:
+            with self._lock:
+                self._hastened.discard(digest)
 
 
 def _step_aside() -> None:

@@ -15,6 +15,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import replace
+from functools import partial
 from math import prod
 
 import msgspec
@@ -64,7 +65,7 @@ class Loader:
         self.recipes = Recipes(methods, base, limits)
         self.pinned = pinned
         self.copies = not objects.beside(disk.folder)  # on disk, of what comes from the store
-        self.observations: list[tuple[str, str, float]] = []  # (name, tier, value); the loop takes them
+        self.observations: list[tuple[str, str, float]] = []  # (name, tier, value)
         self.sources: OrderedDict[str, str] = OrderedDict()  # digest -> where it was found last
         self.corrupt: Counter[str] = Counter()  # see corrupt_copies
         self._running: dict[str, Future[Packed]] = {}
@@ -95,9 +96,9 @@ class Loader:
         check_identity(manifest)
         return self._once(manifest.digest, manifest.tenant, lambda: manifest)
 
-    def hasten(self, digest: str) -> None:
-        """A place in the batch stands empty until this adapter is there."""
-        self._lanes.hasten(digest)
+    def hasten(self, digest: str) -> bool:
+        """A place in the batch stands empty until this adapter is there; whether it will be soon."""
+        return self._lanes.hasten(digest)
 
     def claim(self, digest: str) -> None:
         self.ram.claim(digest)
@@ -113,6 +114,12 @@ class Loader:
         log.warning("An adapter in memory (%s) did not match its seal; it is loaded again.", tier)
         self.corrupt[tier] += 1
         self.ram.drop(digest)
+
+    def take_observations(self) -> list[tuple[str, str, float]]:
+        """Since the last call."""
+        taken = self.observations[:]
+        del self.observations[: len(taken)]
+        return taken
 
     def close(self) -> None:
         self.ram.close()
@@ -132,7 +139,7 @@ class Loader:
             future.set_result(found)
             self._observe("ram", start, digest, found.nbytes)
         else:
-            self._lanes.submit(digest, lambda hastily: self._run(future, digest, tenant, manifest, hastily))
+            self._lanes.submit(digest, partial(self._run, future, digest, tenant, manifest))
         return future
 
     def _run(
@@ -146,10 +153,8 @@ class Loader:
         """One load, on a thread of its own. What goes on after the future is set, nobody waits for."""
         try:
             found = manifest()
-            if hastily and found.weights.bytes > HASTY_BYTES:
-                self._lanes.postpone(
-                    lambda _: self._run(future, digest, tenant, lambda: found, hastily=False)
-                )
+            if hastily and not _small(found):
+                self._lanes.postpone(digest, partial(self._run, future, digest, tenant, lambda: found))
                 return
             self._load(future, digest, tenant, found)
         except BaseException as error:
@@ -262,14 +267,17 @@ class Loader:
                 )
 
     def _observe(self, tier: str, start: float, digest: str, nbytes: int) -> None:
-        self.observations += [
-            ("adapter_load_seconds", tier, time.perf_counter() - start),
-            ("adapter_load_bytes", tier, nbytes),
-        ]
+        taken = ("adapter_load_seconds", tier, time.perf_counter() - start)
+        self.observations.extend((taken, ("adapter_load_bytes", tier, nbytes)))
         with self._lock:
             self.sources[digest] = tier
             if len(self.sources) > SOURCES:
                 self.sources.popitem(last=False)
+
+
+def _small(manifest: Manifest) -> bool:
+    """Loading it takes less than a step does. DoRA's norms are made of the base's weights, each time."""
+    return manifest.weights.bytes <= HASTY_BYTES and not manifest.config.get("use_dora")
 
 
 def packing_bytes(manifest: Manifest, dtype: torch.dtype) -> int:

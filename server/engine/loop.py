@@ -172,8 +172,7 @@ class Engine:
 
     def take_observations(self) -> list[tuple[str, str, float]]:
         """Of loads, since the last call."""
-        taken, self.loader.observations = self.loader.observations, []
-        return taken
+        return self.loader.take_observations()
 
     def _accept(self, command: Generate) -> None:
         length = len(command.prompt)

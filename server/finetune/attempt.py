@@ -86,8 +86,10 @@ class Attempt:
         finally:
             beating.cancel()
             _signal(process, signal.SIGKILL)
-            await process.wait()
-            self._tally.end(self._outcome(status))
+            try:
+                await process.wait()
+            finally:
+                self._tally.end(self._outcome(status))
 
     async def _beat(self) -> None:
         """Keep the lease, learn what is wished, count what the child has written; for ever."""

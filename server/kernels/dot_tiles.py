@@ -15,6 +15,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from server.kernels.int8 import INPUTS, OFFSET, SMALLEST, TOP
 from server.kernels.tiles import (
     BYTE,
     FEATURES,
@@ -31,13 +32,10 @@ from server.kernels.tiles import (
     summed,
 )
 
-INPUTS = 64  # of a group
 QUADS = INPUTS // 4
 GROUP_BYTES = INPUTS + 8  # of a row
-TOP = 127  # of an input
-OFFSET = 128  # of a weight
 DOT = bool(FEATURES.get("avx512vnni") or FEATURES.get("avxvnni"))
-LARGEST, SMALLEST = 3.4028234663852886e38, 1e-30
+LARGEST = 3.4028234663852886e38
 _INSTRUCTION = "llvm.x86.avx512.vpdpbusd"
 _FLOAT = ir.FloatType()
 _FLOATS, _WORDS = ir.VectorType(_FLOAT, LANES), ir.VectorType(WORD, LANES)

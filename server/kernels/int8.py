@@ -18,7 +18,10 @@ from server.kernels.biases import Biases
 from server.kernels.linear import AHEAD, CHUNK, GROUP, LANES, PackedLinear
 from server.kernels.openmp import AVAILABLE, Arguments
 
-TOP = 127  # of a weight
+TOP = 127  # of a weight, and of an input of 8 bits; for these (int8_dot.py):
+INPUTS = 64  # of a group, whose largest decides how fine it is
+SMALLEST = 1e-30  # a largest that is not zero
+OFFSET = 128  # of weights that are held without a sign
 MAX_SUM = (1 << 31) - 1
 ROUNDED = 2.0**-8  # of a number in bfloat16, the most that it is off by
 

@@ -9,8 +9,7 @@ Panels of 16 outputs, inputs in fours, each weight 128 too large: uint8 [panels,
 import torch
 import torch.nn.functional as F
 
-from server.kernels.dot_tiles import DOT, INPUTS, OFFSET, SMALLEST, TOP
-from server.kernels.int8 import Int8Linear
+from server.kernels.int8 import INPUTS, OFFSET, SMALLEST, TOP, Int8Linear
 from server.kernels.linear import AHEAD, CHUNK, LANES, laid_out, padded
 from server.kernels.openmp import AVAILABLE, Arguments
 
@@ -19,14 +18,14 @@ def pack_bytes(quantized: torch.Tensor) -> torch.Tensor:
     """int8 [out, in] as uint8 [out / 16, in / 4, 16, 4], with zeros up to 64 outputs and 64 inputs."""
     outputs, inputs = quantized.shape
     width = padded(outputs)
-    whole = F.pad(quantized.short(), (0, -inputs % INPUTS, 0, width - outputs)) + OFFSET
-    return whole.to(torch.uint8).view(width // LANES, LANES, -1, 4).transpose(1, 2).contiguous()
+    whole = F.pad(quantized, (0, -inputs % INPUTS, 0, width - outputs)).view(torch.uint8) ^ OFFSET
+    return whole.view(width // LANES, LANES, -1, 4).transpose(1, 2).contiguous()
 
 
 def unpack_bytes(panels: torch.Tensor, outputs: int, inputs: int) -> torch.Tensor:
     """int8 [out, in] again."""
     whole = panels.transpose(1, 2).reshape(panels.shape[0] * LANES, -1)[:outputs, :inputs]
-    return (whole.short() - OFFSET).to(torch.int8)
+    return (whole ^ OFFSET).view(torch.int8)
 
 
 def dot_linear_reference(
@@ -45,7 +44,7 @@ if AVAILABLE:
     import numpy as np
 
     from server.kernels.biases import add_biases  # compiled in: numba sees only changes of this file
-    from server.kernels.dot_tiles import GROUP_BYTES, dot_tile, lay_group
+    from server.kernels.dot_tiles import DOT, GROUP_BYTES, dot_tile, lay_group
     from server.kernels.linear import SHARE, TILES, ask_for, tiles_for
     from server.kernels.openmp import barrier, floats, kernel, num_threads, thread_num
 
@@ -188,4 +187,4 @@ class DotLinear(Int8Linear):
         _linear(args)
 
 
-INT8: type[Int8Linear] = DotLinear if DOT else Int8Linear  # the faster here
+INT8: type[Int8Linear] = DotLinear if AVAILABLE and DOT else Int8Linear  # the faster here

@@ -126,6 +126,9 @@ def test_as_many_loads_are_hastened_as_places_are_empty() -> None:
     assert loader.hastened == []
     cache.tend(places=1)
     assert loader.hastened == ["b"]
+    loader.large.add("b")
+    cache.tend(places=1)
+    assert loader.hastened == ["b", "b", "c"], "one that is not leaves its place to the next"
 
 
 def test_a_load_that_is_waited_for_keeps_its_place() -> None:

@@ -68,21 +68,32 @@ def test_a_load_in_a_hurry_overtakes(lanes: Lanes, busy: list[Errand]) -> None:
 
 
 def test_what_has_begun_or_is_unknown_is_not_hastened(lanes: Lanes, busy: list[Errand]) -> None:
-    lanes.hasten("busy 0")
-    lanes.hasten("nobody")
+    assert not lanes.hasten("busy 0")
+    assert not lanes.hasten("nobody")
     after = Errand()
-    after.may_end.set()
     lanes.submit("after", after)
-    lanes.hasten("after")
+    assert lanes.hasten("after")
+    assert lanes.hasten("after"), "it is under way"
+    after.may_end.set()
     assert after.begun.wait(LONG)
     assert busy[0].hastily == [False]
 
 
 def test_what_is_postponed_waits_for_a_patient_thread(lanes: Lanes, busy: list[Errand]) -> None:
-    late = Errand()
+    late, put_off = Errand(), Event()
     late.may_end.set()
-    lanes.postpone(late)
-    assert not late.begun.wait(0.05)
+
+    def first(hastily: bool) -> None:
+        assert hastily
+        lanes.postpone("late", late)
+        put_off.set()
+
+    lanes.submit("late", first)
+    assert lanes.hasten("late")
+    assert put_off.wait(LONG)
+    while lanes.hasten("late"):  # until the thread is done with it
+        Event().wait(0.01)
+    assert not late.begun.is_set()
     busy[0].may_end.set()
     assert late.begun.wait(LONG)
     assert late.hastily == [False]

@@ -9,6 +9,7 @@ from server.kernels.affine import COLUMNS, grouped_affine
 from server.kernels.biases import Biases
 from server.kernels.elementwise import RmsNorm
 from server.kernels.int8 import Int8Linear
+from server.kernels.int8_dot import DotLinear
 from server.kernels.linear import PackedLinear, join
 from server.kernels.openmp import AVAILABLE
 
@@ -49,7 +50,7 @@ def lone_bias(change: Change, width: int) -> torch.Tensor:
     return change.bias if alone and change.bias is not None else torch.zeros(width)
 
 
-@pytest.mark.parametrize("kind", [PackedLinear, Int8Linear])
+@pytest.mark.parametrize("kind", [PackedLinear, Int8Linear, DotLinear])
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("count", [1, 3, 16, 64, TOKENS])
 def test_a_linear_adds_them(kind: type[PackedLinear], with_bias: bool, count: int) -> None:

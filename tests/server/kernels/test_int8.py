@@ -1,5 +1,7 @@
 """The int8 linears against their twins, how far they are from float32, and that no row sees another."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -148,3 +150,10 @@ def test_unrounded_inputs_are_as_good_as_float32(kind: Kind) -> None:
         exact = linear(x)
     torch.testing.assert_close(exact, x @ linear.weight().T + bias)
     assert not torch.equal(linear(x), exact)
+
+
+def test_the_base_can_do_without_numba() -> None:
+    """As on a Mac, where the plain layout serves."""
+    alone = "import sys; sys.modules.update(numba=None, llvmlite=None); import server.engine.linear as linear"
+    check = "assert not linear.AVAILABLE and linear.LAYOUTS"
+    subprocess.run([sys.executable, "-c", f"{alone}; {check}"], check=True)
