@@ -69,6 +69,7 @@ class Report:
         pairs = [
             ("polypeft-lora", "peft-mixed"),
             ("polypeft-lora", "peft-switch"),
+            ("int8-lora", "peft-mixed"),
             ("polypeft-lora", "polypeft-base"),
             ("polypeft-base", "transformers"),
             ("polypeft-lora", "vllm-lora"),

@@ -133,15 +133,15 @@ class AdapterCache:
             if resident.pins == 0:
                 self._evict(resident)
 
-    def tend(self, places: int = 0) -> None:
-        """Once a step: what nobody waits for any more, and pinned adapters on their way.
-
-        `places` in the batch are empty; as many loads that might fill them are worth a core at once.
-        """
-        self._step += 1
+    def hasten(self, places: int) -> None:
+        """Places in the batch stay empty: as many loads that might fill them are worth a core at once."""
         for digest in [digest for digest, load in self.pending.items() if not load.future.done()]:
             if places > 0:
                 places -= self.loader.hasten(digest)
+
+    def tend(self) -> None:
+        """Once a step: what nobody waits for any more, and pinned adapters on their way."""
+        self._step += 1
         for resident in [r for r in self.by_digest.values() if r.moving is not None]:
             self._arrive(resident, pins=0)
         now = self._clock()

@@ -130,10 +130,11 @@ class Engine:
     def step(self) -> list[Chunk]:
         """Run one step for every row that can run; what it gave to whom."""
         self._take_compiled()
-        self.cache.tend(self.scheduler.max_seqs - len(self.scheduler.running))
+        self.cache.tend()
         self.gate.step()
         start = time.perf_counter()
         rows = self.scheduler.schedule(time.time())
+        self.cache.hasten(self.scheduler.max_seqs - len(self.scheduler.running))
         if rows:
             self.stopwatch.begin(start)
         chunks = self._ended() + (self._run(rows) if rows else [])

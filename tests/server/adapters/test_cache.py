@@ -122,12 +122,12 @@ def test_as_many_loads_are_hastened_as_places_are_empty() -> None:
     for name in "abc":
         assert cache.acquire(ref(name)) is None
     loader.arrive("a")
-    cache.tend()
+    cache.hasten(0)
     assert loader.hastened == []
-    cache.tend(places=1)
+    cache.hasten(1)
     assert loader.hastened == ["b"]
     loader.large.add("b")
-    cache.tend(places=1)
+    cache.hasten(1)
     assert loader.hastened == ["b", "b", "c"], "one that is not leaves its place to the next"
 
 
