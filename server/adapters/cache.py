@@ -135,8 +135,8 @@ class AdapterCache:
 
     def hasten(self, places: int) -> None:
         """Places in the batch stay empty: as many loads that might fill them are worth a core at once."""
-        for digest in [digest for digest, load in self.pending.items() if not load.future.done()]:
-            if places > 0:
+        for digest, load in self.pending.items():
+            if places > 0 and not load.future.done():
                 places -= self.loader.hasten(digest)
 
     def tend(self) -> None:

@@ -246,10 +246,15 @@ class Int8Linear(PackedLinear):
         """int8 [out, in] as the kernel reads it."""
         return pack(quantized)
 
+    @staticmethod
+    def unpacked(panels: torch.Tensor, outputs: int, inputs: int) -> torch.Tensor:
+        """int8 [out, in] again."""
+        return unpack(panels, outputs, inputs)
+
     def weight(self) -> torch.Tensor:
         """[out, in]: what the int8 stand for."""
         panels, scales = self.parts
-        return unpack(panels, self.outputs, self.inputs) * scales.flatten()[: self.outputs, None]
+        return self.unpacked(panels, self.outputs, self.inputs) * scales.flatten()[: self.outputs, None]
 
     def __call__(self, x: torch.Tensor, own: Biases | None = None) -> torch.Tensor:
         if Int8Linear.exact:

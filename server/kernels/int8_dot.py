@@ -171,14 +171,7 @@ if AVAILABLE:
 class DotLinear(Int8Linear):
     """The same with inputs of 8 bits."""
 
-    @staticmethod
-    def packed(quantized: torch.Tensor) -> torch.Tensor:
-        return pack_bytes(quantized)
-
-    def weight(self) -> torch.Tensor:
-        """[out, in]: what the int8 stand for."""
-        panels, scales = self.parts
-        return unpack_bytes(panels, self.outputs, self.inputs) * scales.flatten()[: self.outputs, None]
+    packed, unpacked = staticmethod(pack_bytes), staticmethod(unpack_bytes)
 
     def _sizes(self) -> tuple[int, ...]:
         return self.inputs, self.outputs, laid_out(max(self.inputs, INPUTS)).data_ptr()
