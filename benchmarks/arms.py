@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -113,22 +113,22 @@ def _generate(model: Any, prompts: list[list[int]], **options: Any) -> list[list
 class Polypeft:
     """Our engine in process; prompts are never cached, and unless told so nothing is guessed."""
 
-    def __init__(self, job: Job, *, lookup: bool = False, quantize: Literal["none", "int8"] = "none") -> None:
+    def __init__(self, job: Job, *, lookup: bool = False, **settings: Any) -> None:
         from adapters_store.objects import Objects
         from server.engine.loop import Engine
         from server.settings import Settings
         from tests.fixtures.engine import publish
 
         self.folder = tempfile.TemporaryDirectory(prefix="polypeft-benchmark-")
-        settings = Settings(
+        chosen = Settings(
             data_dir=Path(self.folder.name),
             threads=job.threads,
             prefix_cache=False,
-            quantize=quantize,
             lookup_tokens=7 if lookup else 0,
+            **settings,
         )
-        self.engine = Engine(settings, job.model)
-        objects = Objects.open(settings.store_url)
+        self.engine = Engine(chosen, job.model)
+        objects = Objects.open(chosen.store_url)
         self.refs = [publish(objects, self.engine.base, folder) for folder in job.adapters]
 
     def generate(self, prompts: list[list[int]], adapters: bool, new: int) -> list[list[int]]:
@@ -145,6 +145,7 @@ class Polypeft:
 
 SYSTEMS: dict[str, Callable[[Job], System]] = {
     "polypeft": Polypeft,
+    "polypeft-bf16": partial(Polypeft, lora_dtype="bfloat16"),
     "polypeft-lookup": partial(Polypeft, lookup=True),
     "polypeft-int8": partial(Polypeft, quantize="int8"),
     "polypeft-int8-lookup": partial(Polypeft, quantize="int8", lookup=True),

@@ -6,8 +6,8 @@
 Arms take turns within each repeat, so that a slow minute of the machine hits them all; medians are shown.
 Rows have 64 prompt and 64 new tokens, greedy, fp32. Ours must give the oracle's tokens, row for row. In the
 arms called lookup rows guess ahead (prompt lookup), which --repeat-prompts gives something to find; nothing
-is guessed in the others. int8 is `--quantize int8`, whose tokens are its own. vLLM's arms run if named: they
-need an environment of their own (see `vllm_cpu`).
+is guessed in the others. int8 is `--quantize int8`, bf16 is `--lora-dtype bfloat16`; their tokens are their
+own. vLLM's arms run if named: they need an environment of their own (see `vllm_cpu`).
 """
 
 import tempfile
@@ -44,6 +44,7 @@ class Arm:
 ARMS = [
     Arm("polypeft-base", "polypeft", adapters=False, oracles=("transformers",)),
     Arm("polypeft-lora", "polypeft", adapters=True, oracles=("peft-switch", "peft-mixed")),
+    Arm("polypeft-lora-bf16", "polypeft-bf16", adapters=True),
     Arm("lookup-base", "polypeft-lookup", adapters=False, oracles=("polypeft-base",)),
     Arm("lookup-lora", "polypeft-lookup", adapters=True, oracles=("polypeft-lora",)),
     Arm("int8-base", "polypeft-int8", adapters=False),

@@ -1,15 +1,18 @@
-"""What `--quantize int8` costs: perplexity on real text, float32 beside int8, by the kernels that serve.
+"""What rounding costs: perplexity on real text, float32 beside `--quantize int8` and `--lora-dtype bfloat16`,
+by the kernels that serve.
 
-    python -m benchmarks.perplexity                  # two minutes; prints a table, writes JSON
+    python -m benchmarks.perplexity --windows 8      # three minutes; prints a table, writes JSON
 
-The text is documentation out of Python's standard library and, where Debian's package can be had, fortunes;
-nobody trained this base on our copies of them, but it may have read either. Windows of equal length, each
-token predicted from those before it in its window.
+Of the base: documentation out of Python's standard library and, where Debian's package can be had, fortunes;
+nobody trained it on our copies of them, but it may have read either. Windows of equal length, each token
+predicted from those before it in its window. Of the base with a LoRA on all linears: answers that were held
+out when the LoRA was trained, just before, on others.
 """
 
 import json
 import math
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
@@ -22,47 +25,71 @@ from rich.table import Table
 
 from benchmarks.arms import quiet
 from benchmarks.tasks import TASKS, shuffled
+from benchmarks.trainers import Job, train_ours
+from benchmarks.training import METHODS, data, recipe
+from server.adapters.methods.affine import AffineBank
+from server.adapters.methods.base import Rows, Span
+from server.adapters.methods.lora import Lora
 from server.base.default_model import ensure_default_model
 from server.base.text import Tokenizer
 from server.engine.frozen import FrozenModel, Placement
-from server.engine.linear import LAYOUTS, Layout
 from server.finetune.attention import TrainingStep, attend_within
+from server.finetune.masks import Example
+from server.finetune.trainable import Trainable
 
 CACHE = Path(__file__).resolve().parents[1] / ".cache"
 SOURCES = ("titles", "style")
+CPU = torch.device("cpu")
+EXACT = "float32"
+ARMS = {
+    EXACT: Placement(CPU, torch.float32),
+    "lora-bf16": Placement(CPU, torch.float32, rounded=True),
+    "int8": Placement(CPU, torch.float32, "int8"),
+}
+BATCH, HELD_OUT = 4, 60  # examples
 
 
 def main(
     window: int = 512,
     windows: Annotated[int, typer.Option(help="Of each source, at most.")] = 24,
+    steps: Annotated[int, typer.Option(help="Of four examples, for the LoRA.")] = 60,
     threads: int = 2,
     output: Annotated[Path, typer.Option(help="Where the JSON goes.")] = Path("perplexity.json"),
 ) -> None:
-    """Measure each source under each layout, print a table, write JSON."""
+    """Measure each text under each arm, print a table, write JSON."""
     quiet()
     torch.set_num_threads(threads)
     folder = ensure_default_model(CACHE)
     tokenizer = Tokenizer.load(folder)
-    texts = {source: torch.tensor(tokenizer.encode("\n\n".join(text_of(source)))) for source in SOURCES}
-    found: dict[str, dict[str, float]] = {}
-    for layout in LAYOUTS:
-        found[layout] = {
-            source: perplexity(folder, layout, torch.split(tokens, window)[:windows])
-            for source, tokens in texts.items()
-        }
+    texts = {}
+    for source in SOURCES:
+        tokens = torch.tensor(tokenizer.encode("\n\n".join(text_of(source))))
+        texts[source] = [whole(own.tolist()) for own in torch.split(tokens, window)[:windows]]
+    with tempfile.TemporaryDirectory(prefix="polypeft-perplexity-") as scratch:
+        trained, held_out = adapter(folder, Path(scratch), steps)
+    found: dict[str, dict[str, float]] = {name: {} for name in [*texts, "answers, with a LoRA"]}
+    for arm, placement in ARMS.items():
+        subject = Subject(folder, placement)
+        for source, examples in texts.items():
+            found[source][arm] = subject.perplexity(examples)
+        subject.wear(trained)
+        found["answers, with a LoRA"][arm] = subject.perplexity(held_out)
+    counted = [sum(sum(map(bool, e.weights)) for e in own) for own in (*texts.values(), held_out)]
     report = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "model": folder.name,
         "window": window,
-        "tokens": {source: min(len(tokens), window * windows) for source, tokens in texts.items()},
+        "steps": steps,
+        "tokens": dict(zip(found, counted, strict=True)),
         "perplexity": found,
-        "ratio": {source: found["int8"][source] / found["float32"][source] for source in texts},
+        "ratio": {name: {arm: own[arm] / own[EXACT] for arm in ARMS} for name, own in found.items()},
     }
     output.write_text(json.dumps(report, indent=1) + "\n")
-    table = Table("text", "tokens", *LAYOUTS, "int8 / float32")
-    for source in texts:
-        values = [f"{found[layout][source]:.3f}" for layout in LAYOUTS]
-        table.add_row(source, str(report["tokens"][source]), *values, f"{report['ratio'][source]:.4f}")  # type: ignore[index]
+    others = [arm for arm in ARMS if arm != EXACT]
+    table = Table("text", "tokens", *ARMS, *(f"{arm} / {EXACT}" for arm in others))
+    for (name, own), count in zip(found.items(), counted, strict=True):
+        ratios = [f"{own[arm] / own[EXACT]:.4f}" for arm in others]
+        table.add_row(name, str(count), *(f"{own[arm]:.3f}" for arm in ARMS), *ratios)
     Console().print(table)
 
 
@@ -72,18 +99,50 @@ def text_of(source: str) -> Iterator[str]:
         yield line["text"] if "text" in line else "\n".join(m["content"] for m in line["messages"][::-1])
 
 
-@torch.inference_mode()
-def perplexity(folder: Path, layout: Layout, windows: tuple[torch.Tensor, ...]) -> float:
-    step = TrainingStep()
-    placement = Placement(torch.device("cpu"), torch.float32, layout)
-    model = FrozenModel(folder, folder.name, placement, step, attend_within).model
-    losses = []
-    for tokens in windows:
-        step.lengths = [len(tokens)]
-        positions = torch.arange(len(tokens))[None]
-        logits = model(input_ids=tokens[None], position_ids=positions, use_cache=False).logits[0]
-        losses.append(F.cross_entropy(logits[:-1].float(), tokens[1:], reduction="none"))
-    return math.exp(float(torch.cat(losses).mean()))
+def whole(tokens: list[int]) -> Example:
+    """Each token but the first is a target."""
+    return Example(tokens, [0.0] + [1.0] * (len(tokens) - 1))
+
+
+def adapter(folder: Path, scratch: Path, steps: int) -> tuple[Trainable, list[Example]]:
+    """A LoRA r16 on all linears, trained as a job would, and examples that it has not seen."""
+    examples, held_out = data(folder, scratch, steps * BATCH, HELD_OUT, "answers")
+    own = recipe(METHODS["lora-all"], BATCH)
+    return train_ours(Job(folder, own, examples, held_out, scratch, scratch, 0, steps)), held_out
+
+
+class Subject:
+    """The base as a server would hold it."""
+
+    def __init__(self, folder: Path, placement: Placement) -> None:
+        self.placement = placement
+        self.step = TrainingStep()
+        self.frozen = FrozenModel(folder, folder.name, placement, self.step, attend_within)
+        self.bank: AffineBank | None = None
+
+    def wear(self, trained: Trainable) -> None:
+        """With this adapter from now on, held as this placement says."""
+        method, base = Lora(narrow=self.placement.narrow), self.frozen.base
+        packed = method.pack(
+            trained.blank.spec, base, trained.state(), self.frozen.weights, self.placement.dtype
+        )
+        self.bank = AffineBank(base, 1, self.placement.device, self.placement.dtype)
+        self.bank.put(1, packed)
+
+    @torch.inference_mode()
+    def perplexity(self, examples: Sequence[Example]) -> float:
+        """Of the targets, all examples together."""
+        losses = []
+        for example in examples:
+            ids, count = torch.tensor(example.tokens), len(example.tokens)
+            self.step.lengths = [count]
+            if self.bank:
+                self.step.affine = [(self.bank, Rows([Span(1, 0, count)], self.bank.most))]
+            positions = torch.arange(count)[None]
+            output = self.frozen.model(input_ids=ids[None], position_ids=positions, use_cache=False)
+            own = F.cross_entropy(output.logits[0, :-1].float(), ids[1:], reduction="none")
+            losses.append(own[torch.tensor(example.weights[1:]) > 0])
+        return math.exp(float(torch.cat(losses).mean()))
 
 
 if __name__ == "__main__":

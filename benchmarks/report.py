@@ -71,6 +71,7 @@ class Report:
             ("polypeft-lora", "peft-switch"),
             ("int8-lora", "peft-mixed"),
             ("polypeft-lora", "polypeft-base"),
+            ("polypeft-lora-bf16", "polypeft-base"),
             ("polypeft-base", "transformers"),
             ("polypeft-lora", "vllm-lora"),
             ("polypeft-base", "vllm-base"),

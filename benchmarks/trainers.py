@@ -77,6 +77,19 @@ class Turns:
         self.connection.send(Turn(self.done.seconds, self.done.losses, held_out))
 
 
+class Told(Protocol):
+    """Who hears of each step."""
+
+    def step(self, loss: float, *, last: bool) -> None: ...
+
+
+class Silent:
+    """Of a training that nobody compares."""
+
+    def step(self, loss: float, *, last: bool) -> None:
+        """Goes on."""
+
+
 class Side(Protocol):
     """A training that is ready to begin."""
 
@@ -88,7 +101,7 @@ class Side(Protocol):
 
 
 class Ours:
-    def __init__(self, job: Job, turns: Turns) -> None:
+    def __init__(self, job: Job, turns: Told) -> None:
         self.job = job
         self.turns = turns
         self.model = ours(job)
@@ -117,6 +130,13 @@ class Ours:
 
 def ours(job: Job) -> Trainable:
     return Trainable(job.model, job.model.name, job.recipe, init_text=job.examples[0].tokens)
+
+
+def train_ours(job: Job) -> Trainable:
+    """Trained to the end, in this process."""
+    side = Ours(job, Silent())
+    side.train()
+    return side.model
 
 
 class Theirs:

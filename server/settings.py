@@ -53,6 +53,8 @@ class Settings(BaseSettings):
     """Of weights and KV cache; auto: float32 on a CPU, bfloat16 on CUDA."""
     quantize: Literal["none", "int8"] = "none"
     """Of the base's linears on a CPU; int8: a quarter of the bytes, over twice as fast, nearly the same."""
+    lora_dtype: Literal["auto", "bfloat16"] = "auto"
+    """Of LoRA's matrices beside float32 weights on a CPU; auto: as saved; bfloat16: in half the bytes."""
     threads: int = Field(default=0, ge=0)
     """The engine's threads; 0: all cores this process may use."""
 

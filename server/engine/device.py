@@ -26,4 +26,9 @@ def choose_placement(settings: Settings) -> Placement:
         rule = "needs a CPU, float32, and numba with torch's own libgomp"
         raise StartupError(f"--quantize int8 {rule}; here is {device.type}, {wanted}.", param="quantize")
     torch.set_num_threads(settings.threads or len(os.sched_getaffinity(0)))
-    return Placement(device, getattr(torch, wanted), "int8" if settings.quantize == "int8" else "float32")
+    return Placement(
+        device,
+        getattr(torch, wanted),
+        "int8" if settings.quantize == "int8" else "float32",
+        rounded=settings.lora_dtype == "bfloat16",
+    )

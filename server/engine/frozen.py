@@ -28,13 +28,14 @@ class Placement:
     device: torch.device
     dtype: torch.dtype  # of what is computed, and of weights but for linears' that have another layout
     layout: Layout = "float32"  # of linears' weights, on a CPU
+    rounded: bool = False  # LoRA's matrices on a CPU, to bfloat16
 
     @property
     def narrow(self) -> Narrow:
         """Which matrices of adapters are held in bfloat16, on a CPU: a base in int8 has been rounded more."""
         if self.device.type != "cpu" or self.dtype != torch.float32:
             return "never"
-        return "rounded" if self.layout == "int8" else "exact"
+        return "rounded" if self.rounded or self.layout == "int8" else "exact"
 
 
 def load_base(folder: Path, placement: Placement) -> Any:

@@ -79,6 +79,19 @@ def test_beside_an_int8_base_all_matrices_are_narrow(stand: Callable[..., Stand]
     assert (rounded[0] - exact[0]).norm() < 0.1 * exact[0].norm()
 
 
+def test_an_option_makes_them_narrow_beside_a_float32_base(
+    stand: Callable[..., Stand], tmp_path: Path
+) -> None:
+    """What was rounded by hand has the same bits."""
+    s, plain = (stand("llama", 0, lookup_tokens=0, lora_dtype=dtype) for dtype in ("bfloat16", "auto"))
+    folder = trained(s, tmp_path / "lora")
+    ref = publish(s.objects, s.engine.base, folder)
+    other = published(plain, folder, "by-hand", torch.float32)
+    (rounded,), (exact,) = logits(s, [ref]), logits(plain, [other])
+    assert (held(s, ref).dtype, held(plain, other).dtype) == (torch.bfloat16, torch.float32)
+    assert torch.equal(rounded, exact)
+
+
 def test_sums_of_narrow_adapters(stand: Callable[..., Stand], tmp_path: Path) -> None:
     """Weighted rows go through torch, not through the kernel."""
     s = stand("llama", 0, lookup_tokens=0)
