@@ -62,36 +62,65 @@ class CudaRecorder:
         return Recorded(graph.replay, output)
 
 
+@dataclass
+class Half:
+    host: torch.Tensor
+    parts: "list[np.ndarray[Any, Any]]"  # views of it
+    held: list[tuple[list[int], int]]  # by row: the block list that was written, and how much of it
+
+    def hold(self, table: "np.ndarray[Any, Any]", i: int, blocks: list[int]) -> None:
+        """A running row's list only grows: what was written of the same list stays."""
+        before, count = self.held[i]
+        first = count if before is blocks and count <= len(blocks) else 0
+        table[first : len(blocks)] = blocks[first:]
+        self.held[i] = (blocks, len(blocks))
+
+
 class Tables:
     """What a step of up to `rows` rows reads, at fixed addresses; filled by one copy from pinned memory.
 
     | ids | positions | lengths | places | order and blocks of each bank | block tables |
+
+    Of pinned memory there are two halves that take turns: the copy before may still be under way. The one
+    before that is over, since the host has read the tokens of its step.
     """
 
     def __init__(self, rows: int, banks: int, most: int, device: torch.device) -> None:
         self.rows = rows
         small = rows * (4 + banks * (1 + FIELDS))
-        self.host = torch.zeros(small + rows * most, dtype=torch.int64, pin_memory=device.type == "cuda")
-        self.device = torch.zeros_like(self.host, device=device)
+        size, pinned = small + rows * most, device.type == "cuda"
+        self.device = torch.zeros(size, dtype=torch.int64, device=device)
         self.there = self._split(self.device, banks, most)
-        self.here = [part.numpy() for part in self._split(self.host, banks, most)]
-        for places in (self.there[3], self.here[3]):
-            places[:] = -1  # a step that is being recorded writes nowhere
-        self.held: list[tuple[list[int], int]] = [([], 0)] * rows  # the block lists written, and how much
+        self.there[3][:] = -1  # a step that is being recorded writes nowhere
+        hosts = [torch.zeros(size, dtype=torch.int64, pin_memory=pinned) for _ in range(2)]
+        self.halves = [
+            Half(host, [part.numpy() for part in self._split(host, banks, most)], [([], 0)] * rows)
+            for host in hosts
+        ]
 
     def _split(self, flat: torch.Tensor, banks: int, most: int) -> list[torch.Tensor]:
         sizes = [self.rows] * 4 + [self.rows, self.rows * FIELDS] * banks + [self.rows * most]
         parts = list(torch.split(flat, sizes))
         return [*parts[:-1], parts[-1].view(self.rows, most)]
 
-    def fill(self, rows: list[Row], spans: list[list[tuple[int, int, int]]]) -> None:
-        """Rows that decode, and of each bank who uses which slot."""
+    def fill(
+        self,
+        rows: list[Row],
+        at: list[int],
+        tokens: list[int] | torch.Tensor,
+        spans: list[list[tuple[int, int, int]]],
+    ) -> None:
+        """Rows that decode, each with the token at this place of it, which may be known to the device alone;
+        and of each bank who uses which slot.
+        """
         n = len(rows)
-        ids, positions, lengths, places, *plans, blocks = self.here
-        ids[:n] = [row.tokens[row.computed] for row in rows]
-        positions[:n] = [row.computed for row in rows]
+        half, other = self.halves
+        self.halves = [other, half]
+        ids, positions, lengths, places, *plans, blocks = half.parts
+        ids[:n] = 0 if isinstance(tokens, torch.Tensor) else tokens
+        positions[:n] = at
         lengths[:n] = positions[:n] + 1
-        places[:n] = [place_of(row, row.computed) for row in rows]
+        places[:n] = [place_of(row, own) for row, own in zip(rows, at, strict=True)]
         ids[n:] = positions[n:] = lengths[n:] = 0
         places[n:] = -1
         for i, own in enumerate(spans):
@@ -99,15 +128,10 @@ class Tables:
                 table[: len(values)] = values
                 table[len(values) :] = 0
         for i, row in enumerate(rows):
-            self._hold(blocks[i], i, row.blocks)
-        self.device.copy_(self.host, non_blocking=True)
-
-    def _hold(self, table: "np.ndarray[Any, Any]", i: int, blocks: list[int]) -> None:
-        """A running row's list only grows: what was written of the same list stays."""
-        before, count = self.held[i]
-        first = count if before is blocks and count <= len(blocks) else 0
-        table[first : len(blocks)] = blocks[first:]
-        self.held[i] = (blocks, len(blocks))
+            half.hold(blocks[i], i, row.blocks)
+        self.device.copy_(half.host, non_blocking=True)
+        if isinstance(tokens, torch.Tensor):
+            self.there[0][:n].copy_(tokens)
 
 
 @dataclass(frozen=True)
@@ -153,36 +177,52 @@ class DecodeGraphs:
 
     def forward(self, rows: list[Row]) -> torch.Tensor | None:
         """Logits [rows, vocabulary], good until the next step; None if this step is not recorded."""
+        if not all(row.scheduled == 1 and row.completes and row.computed >= row.virtual for row in rows):
+            return None  # some are in prefill
         need = None if self.off else self.variant(rows)
         if need is None:
             return None
-        fitting = [variant for variant in self.recorded if variant.holds(need)]
-        if not fitting:
+        best = self._best(need)
+        if best is None:
             if len(self.seen) > 16 * MOST:
                 self.seen.clear()
             self.seen[need] += 1
             if self.seen[need] < AFTER or not self._record(need):
                 return None
-            fitting = [need]
-        best = min(fitting, key=lambda variant: variant.size)
-        self.recorded.move_to_end(best)
-        recorded, tables = self.recorded[best]
-        tables.fill(rows, [self._spans(rows, bank) for bank, _ in best.traces])
+            best = need
+        at = [row.computed for row in rows]
+        return self._replay(best, rows, at, [row.tokens[n] for row, n in zip(rows, at, strict=True)])
+
+    def go_on(self, rows: list[Row], at: list[int], tokens: torch.Tensor) -> torch.Tensor | None:
+        """The same for rows that get these tokens, int64 [rows] on the device, at these places."""
+        need = None if self.off else self.variant(rows)
+        best = need and self._best(need)
+        return self._replay(best, rows, at, tokens) if best else None
+
+    def _best(self, need: Variant) -> Variant | None:
+        """Of the recorded ones."""
+        fitting = (variant for variant in self.recorded if variant.holds(need))
+        return min(fitting, key=lambda variant: variant.size, default=None)
+
+    def _replay(
+        self, variant: Variant, rows: list[Row], at: list[int], tokens: list[int] | torch.Tensor
+    ) -> torch.Tensor:
+        self.recorded.move_to_end(variant)
+        recorded, tables = self.recorded[variant]
+        tables.fill(rows, at, tokens, [self._spans(rows, bank) for bank, _ in variant.traces])
         recorded.replay()
         self.replays += 1
         return recorded.output[: len(rows)]
 
     def variant(self, rows: list[Row]) -> Variant | None:
-        """What these rows need; None if some of them is in prefill, or has adapters that take Python."""
+        """What these rows need to decode; None if some have adapters that take Python."""
         needs: dict[Bank, Trace] = {}
         for row in rows:
-            if row.scheduled != 1 or not row.completes:
-                return None
             acting = 0
             for use, slot in zip(row.uses, row.slots, strict=True):
                 bank = self.step.banks[use.adapter.method]
                 trace = bank.trace(slot)
-                if trace is None or use.weight != 1 or row.computed < row.virtual:
+                if trace is None or use.weight != 1:
                     return None
                 if trace.mask:
                     acting += 1

@@ -31,7 +31,7 @@ from server.engine.lookup import standing
 from server.engine.messages import Cancel, Check, Checked, Chunk, Forget, Generate, Pins, Prefetch
 from server.engine.model import ServedModel
 from server.engine.row import Row
-from server.engine.sampler import Sampled, SampleRow, sample
+from server.engine.sampler import Sampled, SampleRow, draw
 from server.engine.scheduler import Scheduler
 from server.engine.stopwatch import Stopwatch
 from server.errors import ContextTooLong, InvalidField, NonFinite, PolypeftError, QueueFull, Unavailable
@@ -52,9 +52,8 @@ class Engine:
         )
         self.base = self.model.base
         methods = build_methods(settings.max_lora_rank, placement.narrow)
-        made: dict[type[Bank], Bank] = {}
-        for kind in {method.bank for method in methods.values()}:
-            made[kind] = kind(self.base, settings.adapter_slots, placement.device, placement.dtype)
+        size = (self.base, settings.adapter_slots, placement.device, placement.dtype)
+        made: dict[type[Bank], Bank] = {kind: kind(*size) for kind in {m.bank for m in methods.values()}}
         banks = {name: made[method.bank] for name, method in methods.items()}
         self.model.install(banks)
         shares = Shares()
@@ -154,7 +153,10 @@ class Engine:
         self.gate.observe([row for row, _ in completing], logits)
         if matchers := [(i, row.grammar) for i, (row, _) in enumerate(completing) if row.grammar]:
             mask_logits(logits, matchers)
-        sampled = sample(logits, [self._sample_row(row, guessed) for row, guessed in completing])
+        drawn = draw(logits, [self._sample_row(row, guessed) for row, guessed in completing])
+        if self.model.step.gpu and not self.stopwatch.looks:
+            self.model.ahead.begin(rows, drawn.tokens, self.scheduler.room)
+        sampled = drawn.read()
         self.stopwatch.lap("sample")
         self.counts["steps"] += 1
         self.counts["prompt_tokens"] += sum(row.scheduled for row in rows if not row.sampled)
@@ -250,8 +252,7 @@ class Engine:
         self.counts["guessed_tokens"] += guessed
         self.counts["guessed_right"] += len(kept) - 1
         stop = kept[-1].token if ends[len(kept) - 1] else None
-        most = row.command.sampling.max_tokens
-        full = row.output_length >= most or len(row.tokens) >= self.base.max_context
+        full = row.full(self.base.max_context)
         if first:
             row.timing.first_token = time.time()
             row.timing.source = source_of(row, self.loader.sources)
@@ -282,8 +283,7 @@ class Engine:
         for row, error in self.scheduler.ended:
             self.figures.ended(row, time.time(), error.code)
         chunks = self.refused + [_failure(row.id, error) for row, error in self.scheduler.ended]
-        self.refused = []
-        self.scheduler.ended = []
+        self.refused, self.scheduler.ended = [], []
         return chunks
 
     def _shed(self, rows: list[Row]) -> list[Chunk]:

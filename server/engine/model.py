@@ -12,6 +12,7 @@ import msgspec
 import torch
 
 from server.adapters.methods.base import Bank, Start
+from server.engine.ahead import Ahead
 from server.engine.attention import Pages, Step, attend, places_of
 from server.engine.costs import Costs
 from server.engine.frozen import FrozenModel, Placement
@@ -45,6 +46,7 @@ class ServedModel(FrozenModel):
         holds = self.step.pages.count * BLOCK  # one row may fill the whole cache, and no more
         self.base = msgspec.structs.replace(self.base, max_context=min(self.base.max_context, holds))
         self.graphs = DecodeGraphs(self.step, self.run, placement.device, self.base.max_context)
+        self.ahead = Ahead(self.graphs, self.base.max_context)
 
     def install(self, banks: Mapping[str, Bank]) -> None:
         """The banks whose adapters rows may name, by method."""
@@ -57,6 +59,10 @@ class ServedModel(FrozenModel):
         The logits' order is that of `rows`, less those still in prefill after this step; a row's own come
         before those of its guesses.
         """
+        ahead = self.ahead.logits(rows, self._compute)
+        return self._compute(rows) if ahead is None else ahead
+
+    def _compute(self, rows: list[Row]) -> torch.Tensor:
         if self.step.gpu and (replayed := self.graphs.forward(rows)) is not None:
             return replayed
         device = self.placement.device

@@ -98,6 +98,11 @@ class Row:
         """Tokens whose K/V are still to be computed; 1 while decoding."""
         return len(self.tokens) - self.computed
 
+    def full(self, max_context: int, more: int = 0) -> bool:
+        """It has as many tokens as it may have, or will have with so many more."""
+        longest = self.prompt_length + self.command.sampling.max_tokens
+        return len(self.tokens) + more >= min(longest, max_context)
+
     @property
     def completes(self) -> bool:
         """After the step under way this row has logits to sample from."""

@@ -107,13 +107,17 @@ class Scheduler:
                     break
                 self.blocks.name(row.blocks[i], names[i])
 
+    def room(self, row: Row, tokens: int) -> bool:
+        """Blocks for so many tokens of a running row, if they lie free."""
+        fresh = self.blocks.allocate(max(0, blocks_for(tokens) - len(row.blocks)))
+        if fresh is None:
+            return False
+        row.blocks += fresh
+        return True
+
     def _continue(self, row: Row, count: int, now: float) -> bool:
         """Room for `count` more tokens of a running row, if need be at the expense of later rows."""
-        need = blocks_for(row.computed + count) - len(row.blocks)
-        while need > 0:
-            if fresh := self.blocks.allocate(need):
-                row.blocks += fresh
-                break
+        while not self.room(row, row.computed + count):
             victim = next(reversed(self.running.values()))
             if victim is row and len(self.running) == 1:
                 self.remove(row)
@@ -137,14 +141,9 @@ class Scheduler:
         if row.grammar or not self.lookup or (most := min(most, self.lookup, ends)) < 1:
             return
         guess = row.lookup.guess(row.tokens, most, worth)
-        need = blocks_for(row.computed + 1 + len(guess)) - len(row.blocks)
-        if guess and need > 0:
-            fresh = self.blocks.allocate(need)
-            if fresh is None:
-                return
-            row.blocks += fresh
-        row.guess = guess
-        row.scheduled += len(guess)
+        if self.room(row, row.computed + 1 + len(guess)):
+            row.guess = guess
+            row.scheduled += len(guess)
 
     def _preempt(self, row: Row, now: float) -> None:
         del self.running[row.id]

@@ -13,7 +13,7 @@ from server.adapters.methods.base import Bank, Rows
 from server.engine.attention import Step
 from server.engine.figures import Figures
 
-EVERY = 16
+EVERY = 32
 
 
 class Stopwatch:
@@ -51,6 +51,11 @@ class Stopwatch:
             for hook in ("affine", "inputs", "norm", "sublayer", "head", "head_inputs"):
                 acting: list[tuple[Bank, Rows]] = getattr(step, hook)
                 setattr(step, hook, [(cast("Bank", Timed(bank, self.spent)), rows) for bank, rows in acting])
+
+    @property
+    def looks(self) -> bool:
+        """At this step or the next: then nothing may run beside them."""
+        return self._sampled or (self._steps + 1) % EVERY == 0
 
     @property
     def _sampled(self) -> bool:

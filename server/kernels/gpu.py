@@ -58,10 +58,29 @@ def round_up(ranks: int) -> int:
     return max(RANK_STEP, 1 << (ranks - 1).bit_length()) if ranks else RANK_STEP
 
 
-def upload(parts: Sequence[Sequence[int]], device: torch.device) -> list[torch.Tensor]:
-    """Each part as int64 on the device. One copy, not waited for: its source is pinned."""
-    flat = torch.tensor([*chain.from_iterable(parts)], dtype=torch.int64, pin_memory=device.type == "cuda")
+def upload(
+    parts: Sequence[Sequence[float]], device: torch.device, dtype: torch.dtype = torch.int64
+) -> list[torch.Tensor]:
+    """Each part on the device. One copy, not waited for: its source is pinned."""
+    flat = torch.tensor([*chain.from_iterable(parts)], dtype=dtype, pin_memory=device.type == "cuda")
     return list(torch.split(flat.to(device, non_blocking=True), [len(part) for part in parts]))
+
+
+class Download:
+    """Tensors on their way to the host, which may do other things meanwhile, as may the device."""
+
+    def __init__(self, parts: Sequence[torch.Tensor]) -> None:
+        self._parts, self._event = list(parts), None
+        if parts[0].is_cuda:
+            pinned = [torch.empty(part.shape, dtype=part.dtype, pin_memory=True) for part in parts]
+            self._parts = [to.copy_(part, non_blocking=True) for to, part in zip(pinned, parts, strict=True)]
+            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._event.record()
+
+    def wait(self) -> list[torch.Tensor]:
+        if self._event:
+            self._event.synchronize()
+        return self._parts
 
 
 def aligned(flat: torch.Tensor, sizes: Sequence[int]) -> list[torch.Tensor]:

@@ -5,6 +5,7 @@ Its tokens must be those of the CPU's own paths, whatever the rows' adapters are
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -121,6 +122,66 @@ def test_a_recorded_step_reads_its_tables_alone(on_gpu: Pair) -> None:
         assert [done.tokens for done in found] == [done.tokens for done in expected]
     assert ours.engine.model.graphs.replays >= 5
     assert all(variant.rows == 4 for variant in ours.engine.model.graphs.recorded)
+
+
+def test_steps_begun_ahead_serve_those_that_stay(on_gpu: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that a token ends, that come later, that are drawn with penalties and tell logprobs: as if no step
+    began before the tokens of the one before it were known.
+    """
+    monkeypatch.setattr("server.engine.graphs.AFTER", 1)
+    ours, plain = on_gpu("llama")
+
+    def commands(s: Stand, stop: int | None) -> list[Generate]:
+        knobs: list[dict[str, Any]] = [
+            {"stop_token_ids": (stop,)} if stop is not None else {},
+            {"temperature": 0.8, "presence_penalty": 0.7, "logprobs": 2},
+            {"temperature": 0.7, "top_p": 0.8, "min_tokens": 3},
+            {"logit_bias": {3: 4.0}},
+        ]
+        adapters = [None, s.adapter("a1", 1), None, s.adapter("a2", 2)]
+        made = []
+        for i, (own, ref) in enumerate(zip(knobs, adapters, strict=True)):
+            sampling = Sampling(
+                **({"max_tokens": 9, "temperature": 0.0, "ignore_eos": True, "seed": i} | own)
+            )
+            made.append(Generate(f"row-{i}", "tenant", s.prompt(i, 5), sampling, ref))
+        return made
+
+    alone = run(plain.engine, commands(plain, None)[:1])[0].tokens
+    stop = next(token for i, token in enumerate(alone) if i >= 5 and token not in alone[:i])
+    expected = run(plain.engine, commands(plain, stop))
+    driver = Driver(ours.engine)
+    for i, each in enumerate(commands(ours, stop)):
+        driver.submit(each)
+        if i == 1:
+            for _ in range(3):
+                driver.step()
+    driver.finish(600)
+    for done, other in zip(driver.rows.values(), expected, strict=True):
+        assert (done.error, done.finish, done.tokens) == (None, other.finish, other.tokens)
+        assert [p.logprob for p in done.logprobs] == pytest.approx(
+            [p.logprob for p in other.logprobs], abs=1e-4
+        )
+    ahead = ours.engine.model.ahead
+    assert ahead.taken >= 15, "steps wait for each other"
+    assert 1 <= ahead.wasted <= 3, "who ends by a token is computed once more, and nobody else"
+    assert plain.engine.model.ahead.taken == 0
+    assert ours.engine.blocks.refs == [0] * len(ours.engine.blocks.refs)
+
+
+def test_steps_ahead_where_memory_is_short(on_gpu: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that lose their blocks, or get none for the token to come, say what they would have said."""
+    monkeypatch.setattr("server.engine.graphs.AFTER", 1)
+    ours, plain = on_gpu("llama")
+    expected = run(plain.engine, [command(plain, i, None, tokens=20) for i in (2, 5)])
+    blocks = ours.engine.blocks
+    held = blocks.allocate(len(blocks.free) - 4)  # two rows of 37 tokens want six
+    assert held
+    found = run(ours.engine, [command(ours, i, None, tokens=20) for i in (2, 5)])
+    assert [done.tokens for done in found] == [done.tokens for done in expected]
+    assert ours.engine.scheduler.preemptions > 0
+    assert ours.engine.model.ahead.taken > 10
+    blocks.release(held)
 
 
 def test_sums_of_adapters_take_the_plain_path(on_gpu: Pair) -> None:

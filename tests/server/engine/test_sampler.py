@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from server.engine.messages import Sampling
-from server.engine.sampler import SampleRow, sample, uniform
+from server.engine.sampler import Sampled, SampleRow, draw, uniform
 
 V = 1000
 
@@ -22,6 +22,10 @@ def row(seed: int = 0, *, prompt: Any = (), output: Any = (), banned: Any = (), 
 
 def logits(rows: int, vocabulary: int = V, seed: int = 0) -> torch.Tensor:
     return 3 * torch.randn(rows, vocabulary, generator=torch.Generator().manual_seed(seed))
+
+
+def sample(x: torch.Tensor, rows: list[SampleRow]) -> list[Sampled]:
+    return draw(x, rows).read()
 
 
 def draws(x: torch.Tensor, n: int, **knobs: Any) -> Counter[int]:
@@ -253,3 +257,22 @@ def test_preemption_and_resumption_repeat_the_token() -> None:
     x = logits(1)
     r = row(11, output=[3, 4, 5])
     assert sample(x.clone(), [r]) == sample(x.clone(), [replace(r, output=list(r.output))])
+
+
+@given(
+    st.integers(1, 4),
+    st.integers(1, 1100),
+    st.integers(0, 2**16),
+    st.sampled_from([None, math.nan, math.inf]),
+)
+@settings(deadline=None)
+def test_greedy_rows_take_the_first_of_the_highest(
+    rows: int, vocabulary: int, seed: int, poison: float | None
+) -> None:
+    """Among whole numbers, of which many are alike; by stretches or at once, with a rest or without."""
+    x = logits(rows, vocabulary, seed).round()
+    if poison is not None:
+        x[seed % rows, seed % vocabulary] = poison
+    found = sample(x.clone(), [row(temperature=0.0)] * rows)
+    assert [s.token for s in found if s.finite] == [int(own.argmax()) for own in x if own.isfinite().all()]
+    assert [s.finite for s in found] == [bool(own.isfinite().all()) for own in x]
