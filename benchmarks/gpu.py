@@ -4,8 +4,8 @@
     python -m benchmarks.gpu --device cpu --tiny   # does it run at all; its figures mean nothing
 
 Needs no network. Weights are made on the device. Floors come from bandwidths measured in the same run: a
-decode step reads all weights but the embedding once, each row's K and V, and each distinct adapter. Arms take
-turns within each repeat; medians are shown.
+decode step reads all weights but the embedding once, each row's K and V, and each distinct adapter.
+Arms, with the next step begun ahead and without, take turns within each repeat; medians are shown.
 """
 
 import json
@@ -66,6 +66,9 @@ class Figures:
     kv_bytes_read: int = 0
     base_step: float = 0.0
     lora_step: float = 0.0
+    apart: dict[str, float] = field(
+        default_factory=dict
+    )  # a step, if none is begun before its tokens are known
     replay: dict[str, float] = field(default_factory=dict)  # a step's graph alone, no host in between
     replayed: float = 0.0  # share of the timed decode steps that were graphs
     prefill: float = 0.0
@@ -111,6 +114,7 @@ class Figures:
             "floor of a step, ms": 1e3 * self.floor,
             "base step, ms": 1e3 * self.base_step,
             "LoRA step, ms": 1e3 * self.lora_step,
+            **{f"{name} step, none begun ahead, ms": 1e3 * value for name, value in self.apart.items()},
             **{f"{name} step, its graph alone, ms": 1e3 * value for name, value in self.replay.items()},
             "steps replayed": self.replayed,
             "prefill, tokens/s": tokens / self.prefill,
@@ -192,16 +196,20 @@ def decode(figures: Figures, engine: Engine, clock: Clock, refs: list[AdapterRef
     figures.weight_bytes = sum(weight.nbytes for weight in linears)
     per_token = 2 * engine.base.layers * engine.base.kv_heads * engine.base.head_dim * linears[0].itemsize
     figures.kv_bytes_read = job.rows * (job.prompt + job.steps // 2) * per_token
-    arms: dict[str, list[AdapterRef | None]] = {"base": [None] * job.rows, "lora": [*refs]}
-    found: dict[str, list[float]] = {name: [] for name in arms}
+    uses: dict[str, list[AdapterRef | None]] = {"base": [None] * job.rows, "LoRA": [*refs]}
+    arms = [(name, off) for off in (False, True) for name in uses]
+    found: dict[tuple[str, bool], list[float]] = {arm: [] for arm in arms}
     for repeat in range(-1, job.repeats):  # the first round compiles, records, loads
         before = model.graphs.replays
-        for name, uses in arms.items():
-            seconds = seconds_of_steps(engine, uses, job.prompt, job.steps)
+        for name, off in arms:
+            model.ahead.off = off
+            seconds = seconds_of_steps(engine, uses[name], job.prompt, job.steps)
             if repeat >= 0:
-                found[name] += seconds
+                found[name, off] += seconds
         figures.replayed = (model.graphs.replays - before) / (len(arms) * (job.steps + 1))
-    figures.base_step, figures.lora_step = (median(found[name]) for name in ("base", "lora"))
+    model.ahead.off = False
+    figures.base_step, figures.lora_step = (median(found[name, False]) for name in uses)
+    figures.apart = {name: median(found[name, True]) for name in uses}
     for variant, (recorded, _) in model.graphs.recorded.items():
         if variant.rows >= job.rows:
             figures.replay["LoRA" if variant.traces else "base"] = clock.best(recorded.replay)

@@ -37,6 +37,7 @@ class Ahead:
         self._max_context = max_context
         self._places: dict[Row, Place] = {}
         self._logits = torch.empty(0)
+        self.off = False  # each step waits for the one before it
         self.taken = self.wasted = 0  # rows
 
     def begin(self, rows: list[Row], tokens: torch.Tensor, room: Callable[[Row, int], bool]) -> None:
@@ -46,7 +47,7 @@ class Ahead:
         tokens. Not at all while a row is in prefill, or if there is no recorded step that serves them.
         """
         self._drop()
-        if not all(row.completes and not row.guess for row in rows):
+        if self.off or not all(row.completes and not row.guess for row in rows):
             return
         going = [
             (i, row)

@@ -173,14 +173,19 @@ def test_steps_ahead_where_memory_is_short(on_gpu: Pair, monkeypatch: pytest.Mon
     """Rows that lose their blocks, or get none for the token to come, say what they would have said."""
     monkeypatch.setattr("server.engine.graphs.AFTER", 1)
     ours, plain = on_gpu("llama")
-    expected = run(plain.engine, [command(plain, i, None, tokens=20) for i in (2, 5)])
+
+    def commands(s: Stand) -> list[Generate]:
+        sampling = Sampling(max_tokens=8, temperature=0.0, ignore_eos=True)
+        return [Generate(f"row-{i}", "tenant", s.prompt(i, 12), sampling) for i in range(2)]
+
+    expected = run(plain.engine, commands(plain))
     blocks = ours.engine.blocks
-    held = blocks.allocate(len(blocks.free) - 4)  # two rows of 37 tokens want six
+    held = blocks.allocate(len(blocks.free) - 3)  # two rows of 20 tokens want four
     assert held
-    found = run(ours.engine, [command(ours, i, None, tokens=20) for i in (2, 5)])
+    found = run(ours.engine, commands(ours))
     assert [done.tokens for done in found] == [done.tokens for done in expected]
     assert ours.engine.scheduler.preemptions > 0
-    assert ours.engine.model.ahead.taken > 10
+    assert ours.engine.model.ahead.taken >= 8
     blocks.release(held)
 
 
