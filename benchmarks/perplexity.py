@@ -46,7 +46,8 @@ ARMS = {
     "lora-bf16": Placement(CPU, torch.float32, rounded=True),
     "int8": Placement(CPU, torch.float32, "int8"),
 }
-BATCH, HELD_OUT = 4, 60  # examples
+BARE = (EXACT, "int8")  # those that tell the base apart
+BATCH, HELD_OUT = 4, 200  # examples
 
 
 def main(
@@ -70,7 +71,7 @@ def main(
     found: dict[str, dict[str, float]] = {name: {} for name in [*texts, "answers, with a LoRA"]}
     for arm, placement in ARMS.items():
         subject = Subject(folder, placement)
-        for source, examples in texts.items():
+        for source, examples in texts.items() if arm in BARE else ():
             found[source][arm] = subject.perplexity(examples)
         subject.wear(trained)
         found["answers, with a LoRA"][arm] = subject.perplexity(held_out)
@@ -82,14 +83,17 @@ def main(
         "steps": steps,
         "tokens": dict(zip(found, counted, strict=True)),
         "perplexity": found,
-        "ratio": {name: {arm: own[arm] / own[EXACT] for arm in ARMS} for name, own in found.items()},
+        "ratio": {
+            name: {arm: value / own[EXACT] for arm, value in own.items()} for name, own in found.items()
+        },
     }
     output.write_text(json.dumps(report, indent=1) + "\n")
     others = [arm for arm in ARMS if arm != EXACT]
     table = Table("text", "tokens", *ARMS, *(f"{arm} / {EXACT}" for arm in others))
     for (name, own), count in zip(found.items(), counted, strict=True):
-        ratios = [f"{own[arm] / own[EXACT]:.4f}" for arm in others]
-        table.add_row(name, str(count), *(f"{own[arm]:.3f}" for arm in ARMS), *ratios)
+        values = [f"{own[arm]:.3f}" if arm in own else "" for arm in ARMS]
+        ratios = [f"{own[arm] / own[EXACT]:.4f}" if arm in own else "" for arm in others]
+        table.add_row(name, str(count), *values, *ratios)
     Console().print(table)
 
 

@@ -29,7 +29,7 @@ from benchmarks.mixed_kinds import publish_kinds
 from server.base.default_model import ensure_default_model
 from server.engine.loop import Engine
 from server.engine.messages import AdapterRef, Generate, Sampling
-from server.kernels import affine, decode, elementwise, int8, linear
+from server.kernels import affine, decode, elementwise, int8, int8_dot, linear
 from server.settings import Settings
 
 CACHE = Path(__file__).resolve().parents[1] / ".cache"
@@ -38,6 +38,7 @@ Seconds = dict[str, float]  # by kernel
 KERNELS: dict[str, tuple[Any, str]] = {
     "linears": (linear, "_linear"),
     "linears in int8": (int8, "_linear"),
+    "linears by bytes": (int8_dot, "_linear"),
     "adapters": (affine, "_grouped_affine"),
     "attention": (decode, "_decode_attention"),
     "norms": (elementwise, "_rms_norm"),

@@ -35,7 +35,7 @@ class Ahead:
     def __init__(self, graphs: DecodeGraphs, max_context: int) -> None:
         self._graphs = graphs
         self._max_context = max_context
-        self._places: dict[Row, Place] = {}
+        self._places: dict[str, Place] = {}  # by row's id
         self._logits = torch.empty(0)
         self.off = False  # each step waits for the one before it
         self.taken = self.wasted = 0  # rows
@@ -46,7 +46,6 @@ class Ahead:
         For those that have not reached their length, and that there is `room` for, in blocks for so many
         tokens. Not at all while a row is in prefill, or if there is no recorded step that serves them.
         """
-        self._drop()
         if self.off or not all(row.completes and not row.guess for row in rows):
             return
         going = [
@@ -64,7 +63,7 @@ class Ahead:
         if logits is not None:
             self._logits = logits
             self._places = {
-                row: Place(i, n, row.blocks) for i, (row, n) in enumerate(zip(own, at, strict=True))
+                row.id: Place(i, n, row.blocks) for i, (row, n) in enumerate(zip(own, at, strict=True))
             }
 
     def logits(self, rows: list[Row], compute: Compute) -> torch.Tensor | None:
@@ -73,25 +72,22 @@ class Ahead:
         None: that is all of them. Good until the next step is begun.
         """
         places, logits = self._places, self._logits
-        fitting = [row for row in rows if row in places and places[row].fits(row)]
+        fitting = [row for row in rows if (place := places.get(row.id)) and place.fits(row)]
         self.taken += len(fitting)
         self.wasted += len(places) - len(fitting)
-        self._drop()
+        self._places, self._logits = {}, torch.empty(0)
         if not fitting:
             return None
-        at = [places[row].at for row in fitting]
+        at = [places[row.id].at for row in fitting]
         if at == list(range(len(at))):
             logits = logits[: len(at)]
         else:
             logits = logits[upload([at], logits.device)[0]]
         if len(fitting) == len(rows):
             return logits
-        known = set(fitting)
-        others = [row for row in rows if row not in known]
+        known = {row.id for row in fitting}
+        others = [row for row in rows if row.id not in known]
         # a copy comes first: what is computed now may be the same recorded step, which has one place for both
         both = torch.cat([logits.clone(), compute(others)])
-        order = {row: i for i, row in enumerate([*fitting, *(row for row in others if row.completes)])}
-        return both[upload([[order[row] for row in rows if row.completes]], both.device)[0]]
-
-    def _drop(self) -> None:
-        self._places, self._logits = {}, torch.empty(0)
+        order = {row.id: i for i, row in enumerate([*fitting, *(row for row in others if row.completes)])}
+        return both[upload([[order[row.id] for row in rows if row.completes]], both.device)[0]]

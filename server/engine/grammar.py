@@ -14,6 +14,7 @@ import torch
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from server.errors import InvalidField
+from server.kernels.gpu import upload
 
 KEPT = 64  # compiled schemas, least recently used first to go
 WHITESPACE = r"[ \n\r\t]{0,40}"  # between tokens of JSON: a model that loves blanks must get on some time
@@ -56,12 +57,13 @@ class Grammars:
 
 
 def mask_logits(logits: torch.Tensor, matchers: list[tuple[int, Any]]) -> None:
-    """Set what each (row, matcher) forbids to -inf, in place; logits [R, V]."""
-    words = -(-logits.shape[1] // 32)
-    bits = torch.zeros(len(matchers), words, dtype=torch.int32)
+    """Set what each (row, matcher) forbids to -inf, in place; logits [R, V]. A GPU is not waited for."""
+    words, device = -(-logits.shape[1] // 32), logits.device
+    bits = torch.zeros(len(matchers), words, dtype=torch.int32, pin_memory=device.type == "cuda")
     for i, (_row, matcher) in enumerate(matchers):
         matcher.unsafe_compute_mask_ptr(bits[i].data_ptr(), words * 4)
-    allowed = (bits[:, :, None] >> torch.arange(32, dtype=torch.int32)) & 1
-    allowed = allowed.flatten(1)[:, : logits.shape[1]].to(logits.device, torch.bool)
-    rows = [row for row, _matcher in matchers]
-    logits[rows] = logits[rows].masked_fill(~allowed, float("-inf"))
+    sent = bits.to(device, non_blocking=True)
+    allowed = (sent[:, :, None] >> torch.arange(32, dtype=torch.int32, device=device)) & 1
+    forbidden = allowed.flatten(1)[:, : logits.shape[1]] == 0
+    rows = upload([[row for row, _matcher in matchers]], device)[0]
+    logits[rows] = logits[rows].masked_fill(forbidden, float("-inf"))

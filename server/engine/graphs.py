@@ -1,8 +1,9 @@
 """Decode steps as CUDA graphs: recorded once for so many rows and what their adapters touch, then replayed.
 
 A step of Python and a thousand launches takes longer than an 8B model's weights take to be read; a replay is
-one call. What differs from step to step lies in tables at fixed addresses, which one copy fills. Recorded
-are steps in which all rows decode and every adapter can be (`Bank.trace`); all others run as they come.
+one call. What differs from step to step lies in tables at fixed addresses, which one copy fills (and a second
+brings tokens that the host does not know yet). Recorded are steps in which all rows decode and every adapter
+can be (`Bank.trace`); all others run as they come.
 
 A step is recorded when its like has come AFTER times, which takes a few tenths of a second. Of the recorded
 steps that hold all that a batch needs, the one that holds least besides is replayed: launches for sites that
@@ -67,6 +68,7 @@ class Half:
     host: torch.Tensor
     parts: "list[np.ndarray[Any, Any]]"  # views of it
     held: list[tuple[list[int], int]]  # by row: the block list that was written, and how much of it
+    copied: Any = None  # a CUDA event
 
     def hold(self, table: "np.ndarray[Any, Any]", i: int, blocks: list[int]) -> None:
         """A running row's list only grows: what was written of the same list stays."""
@@ -81,8 +83,7 @@ class Tables:
 
     | ids | positions | lengths | places | order and blocks of each bank | block tables |
 
-    Of pinned memory there are two halves that take turns: the copy before may still be under way. The one
-    before that is over, since the host has read the tokens of its step.
+    Of pinned memory there are two halves that take turns, so that the copy before may still be under way.
     """
 
     def __init__(self, rows: int, banks: int, most: int, device: torch.device) -> None:
@@ -116,6 +117,8 @@ class Tables:
         n = len(rows)
         half, other = self.halves
         self.halves = [other, half]
+        if half.copied:
+            half.copied.synchronize()  # long over, unless copies of adapters hold it up
         ids, positions, lengths, places, *plans, blocks = half.parts
         ids[:n] = 0 if isinstance(tokens, torch.Tensor) else tokens
         positions[:n] = at
@@ -130,6 +133,9 @@ class Tables:
         for i, row in enumerate(rows):
             half.hold(blocks[i], i, row.blocks)
         self.device.copy_(half.host, non_blocking=True)
+        if self.device.is_cuda:
+            half.copied = half.copied or torch.cuda.Event()  # type: ignore[no-untyped-call]
+            half.copied.record()
         if isinstance(tokens, torch.Tensor):
             self.there[0][:n].copy_(tokens)
 
@@ -176,7 +182,7 @@ class DecodeGraphs:
         self.replays = 0
 
     def forward(self, rows: list[Row]) -> torch.Tensor | None:
-        """Logits [rows, vocabulary], good until the next step; None if this step is not recorded."""
+        """Logits [rows, vocabulary], good until the next replay; None if this step is not recorded."""
         if not all(row.scheduled == 1 and row.completes and row.computed >= row.virtual for row in rows):
             return None  # some are in prefill
         need = None if self.off else self.variant(rows)

@@ -91,7 +91,7 @@ class ServedModel(FrozenModel):
 
     def costs(self) -> Costs | None:
         """What steps take, where guessed tokens may save some; on a GPU nothing is guessed."""
-        return Costs.timed(self.seconds) if self.placement.device.type == "cpu" else None
+        return None if self.step.gpu or self.placement.device.type != "cpu" else Costs.timed(self.seconds)
 
     @torch.inference_mode()
     def seconds(self, tokens: int) -> float:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from server.engine.messages import Sampling, TokenLogprobs
-from server.kernels.gpu import Download, upload
+from server.kernels.gpu import Download, send, upload
 
 GREEDY_BELOW = 1e-5  # dividing by less overflows float32
 SMALL_K = 256  # up to here one partial sort of all rows beats selecting row by row
@@ -82,7 +82,7 @@ class Drawn:
         """Waits for them."""
         both, *of_asked = (part.tolist() for part in self._coming.wait())
         logprobs: dict[int, TokenLogprobs] = {}
-        for (i, most), chosen, ids, values in zip(self._asked, *of_asked, strict=bool(of_asked)):
+        for (i, most), chosen, ids, values in zip(self._asked, *of_asked, strict=True):
             # masked tokens are no news
             best = [pair for pair in zip(ids, values, strict=True) if pair[1] > -torch.inf]
             logprobs[i] = TokenLogprobs(chosen, best[:most])
@@ -130,7 +130,7 @@ def _splitmix64(x: int) -> int:
 
 def _sent(values: Sequence[float], like: Tensor) -> Tensor:
     """On the device and of the dtype of `like`; the copy is not waited for."""
-    return upload([values], like.device, like.dtype)[0]
+    return send(values, like.device, like.dtype)
 
 
 def _where(rows: Sequence[SampleRow], test: Callable[[SampleRow], bool]) -> list[int]:
@@ -233,7 +233,7 @@ def _draw_nucleus(weights: Tensor, rows: list[SampleRow]) -> Tensor:
     within the nucleus as they were; most rows need one pass, hardly any more than three.
     """
     shares = [row.sampling.top_p if row.sampling.top_p < 1.0 else math.inf for row in rows]
-    top_p = upload([shares], weights.device, torch.float64)[0]
+    top_p = send(shares, weights.device, torch.float64)
     tokens = torch.empty(len(rows), dtype=torch.long, device=weights.device)
     todo, limit = list(range(len(rows))), top_p
     for attempt in count():

@@ -58,12 +58,16 @@ def round_up(ranks: int) -> int:
     return max(RANK_STEP, 1 << (ranks - 1).bit_length()) if ranks else RANK_STEP
 
 
-def upload(
-    parts: Sequence[Sequence[float]], device: torch.device, dtype: torch.dtype = torch.int64
-) -> list[torch.Tensor]:
-    """Each part on the device. One copy, not waited for: its source is pinned."""
-    flat = torch.tensor([*chain.from_iterable(parts)], dtype=dtype, pin_memory=device.type == "cuda")
-    return list(torch.split(flat.to(device, non_blocking=True), [len(part) for part in parts]))
+def send(values: Sequence[float], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """On the device. The copy is not waited for: its source is pinned."""
+    pinned = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
+    return pinned.to(device, non_blocking=True)
+
+
+def upload(parts: Sequence[Sequence[int]], device: torch.device) -> list[torch.Tensor]:
+    """Each part as int64 on the device, in one copy."""
+    flat = send([*chain.from_iterable(parts)], device, torch.int64)
+    return list(torch.split(flat, [len(part) for part in parts]))
 
 
 class Download:

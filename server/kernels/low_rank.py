@@ -54,7 +54,7 @@ def _shrink(
                 address = b.add(rows[k], b.mul(first, LONG(item)))
                 weights = _weights(b, address, item)
                 if part == 0:
-                    prefetch(b, b.add(address, b.mul(row, LONG(ranks))), near=False)
+                    prefetch(b, b.add(address, b.mul(row, LONG(max(ranks, RANKS)))), near=False)
                 added += [fma(b, weights, xs[t], sums[k * len(x) + t]) for t in range(len(x))]
             sums = added
         return sums
@@ -101,7 +101,7 @@ def _expand(
                 address = b.add(rows[k], b.mul(first, LONG(item)))
                 weights = _weights(b, address, item)
                 if part == 0:
-                    prefetch(b, b.add(address, b.mul(row, LONG(ranks))), near=False)
+                    prefetch(b, b.add(address, b.mul(row, LONG(max(ranks, RANKS)))), near=False)
                 sums = [fma(b, weights, factors[t * ranks + k], total) for t, total in enumerate(sums)]
             for place, total in zip(places, sums, strict=True):
                 b.store(total, b.inttoptr(place, _VECTOR.as_pointer()), align=4)

@@ -132,8 +132,8 @@ ENGINE: Mapping[str, Family] = {
     "step_seconds": _histogram(
         "polypeft_step_seconds",
         SHORT,
-        "Time of a step by phase; `adapter` is part of `forward` and is measured in every 16th step, on CUDA "
-        "all phases are",
+        "Time of a step by phase; `adapter` is part of `forward` and is measured in every 16th step; on CUDA "
+        "all phases are in every 64th, in which nothing overlaps",
         phase=PHASES,
     ),
     "slots_used": _gauge("polypeft_adapter_slots_used", "Device slots that hold an adapter"),

@@ -1,0 +1,110 @@
+"""What a step costs by how many distinct adapters its rows use, and what adapters cost where no row has one.
+
+    python -m benchmarks.distinct                        # three minutes
+
+16 rows decode. `n` of them distinct: LoRA r16 on all linears, shared by 16 / n rows each. Beyond the bytes
+that further adapters add, read once a step, a step should take what it takes with one. `base` is rows without
+an adapter while all others lie in their slots; `bare` the same with the banks taken from the model and the
+cache never looked after. Arms take turns; medians of all their steps.
+"""
+
+import json
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from adapters_store.objects import Objects
+from benchmarks.arms import quiet
+from benchmarks.inputs import make_adapters, make_prompts
+from benchmarks.machine import measure
+from benchmarks.step_budget import PROMPT, Spent, drive
+from server.base.default_model import ensure_default_model
+from server.engine.loop import Engine
+from server.engine.messages import AdapterRef
+from server.settings import Settings
+from tests.fixtures.engine import publish
+
+CACHE = Path(__file__).resolve().parents[1] / ".cache"
+BARE, BASE = "bare", "base"
+
+
+def main(
+    rows: int = 16,
+    repeats: int = 5,
+    threads: int = 2,
+    output: Annotated[Path, typer.Option(help="Where the JSON goes.")] = Path("distinct.json"),
+) -> None:
+    """Measure, print a table, write JSON."""
+    quiet()
+    folder = ensure_default_model(CACHE)
+    machine = measure(threads)
+    counts = [1 << i for i in range(rows.bit_length()) if rows % (1 << i) == 0]
+    with tempfile.TemporaryDirectory(prefix="polypeft-distinct-") as scratch:
+        settings = Settings(
+            data_dir=Path(scratch) / "data", threads=threads, prefix_cache=False, lookup_tokens=0
+        )
+        engine = Engine(settings, folder)
+        objects = Objects.open(settings.store_url)
+        folders, parameters = make_adapters(folder, Path(scratch), rows)
+        refs = [publish(objects, engine.base, own) for own in folders]
+        prompts = make_prompts(folder, rows, PROMPT)
+        arms: dict[str, list[AdapterRef | None]] = {BARE: [None] * rows, BASE: [None] * rows}
+        arms |= {str(n): [refs[i % n] for i in range(rows)] for n in counts}
+        spent = {name: Spent() for name in arms}
+        for repeat in range(-1, repeats):  # the first loads and records
+            for name, uses in arms.items():
+                now = spent[name] if repeat >= 0 else Spent()
+                with without_adapters(engine, off=name == BARE):
+                    drive(engine, prompts, uses, now, {})
+        engine.close()
+    steps = {name: 1e3 * own.step for name, own in spent.items()}
+    read = 1e3 * 4 * parameters / (machine.read_gb_per_s * 1e9)  # ms for one adapter's bytes
+    expected = {str(n): steps["1"] + (n - 1) * read for n in counts}
+    report = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": asdict(machine),
+        "rows": rows,
+        "step_ms": steps,
+        "expected_ms": expected,
+        "idle": steps[BASE] / steps[BARE],
+    }
+    output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    table = Table(
+        "rows' adapters", "ms a step", "one, and the others' bytes", "ratio", title=machine.processor
+    )
+    for name, value in steps.items():
+        told = expected.get(name)
+        known = (f"{told:.1f}", f"{value / told:.3f}") if told else ("", "")
+        table.add_row(name, f"{value:.1f}", *known)
+    Console().print(table)
+    Console().print(f"{BASE} / {BARE}: {report['idle']:.4f}; {machine.read_gb_per_s:.0f} GB/s")
+
+
+@contextmanager
+def without_adapters(engine: Engine, *, off: bool) -> Iterator[None]:
+    """`off`: nothing of a step has to do with adapters meanwhile."""
+    cache: Any = engine.cache
+    before = engine.model.step.banks
+    looks: dict[str, Callable[..., None]] = {"tend": lambda: None, "hasten": lambda _places: None}
+    if off:
+        engine.model.step.banks = {}
+        vars(cache).update(looks)
+    try:
+        yield
+    finally:
+        if off:
+            engine.model.step.banks = before
+            for name in looks:
+                delattr(cache, name)
+
+
+if __name__ == "__main__":
+    typer.run(main)
