@@ -4,16 +4,20 @@
 
 16 rows decode. `n` of them distinct: LoRA r16 on all linears, shared by 16 / n rows each. Beyond the bytes
 that further adapters add, read once a step, a step should take what it takes with one. `base` is rows without
-an adapter while all others lie in their slots; `bare` the same with the banks taken from the model and the
-cache never looked after. Arms take turns; medians of all their steps.
+an adapter while all others lie in their slots. Arms take turns; medians of all their steps.
+
+Idle: every other step of rows without adapters runs `bare`, with the banks taken from the model and the cache
+never looked after.
 """
 
 import json
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
+from itertools import cycle
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,12 +32,13 @@ from benchmarks.machine import measure
 from benchmarks.step_budget import PROMPT, Spent, drive
 from server.base.default_model import ensure_default_model
 from server.engine.loop import Engine
-from server.engine.messages import AdapterRef
+from server.engine.messages import AdapterRef, Generate, Sampling
 from server.settings import Settings
 from tests.fixtures.engine import publish
 
 CACHE = Path(__file__).resolve().parents[1] / ".cache"
 BARE, BASE = "bare", "base"
+LONG = 64  # new tokens
 
 
 def main(
@@ -56,14 +61,15 @@ def main(
         folders, parameters = make_adapters(folder, Path(scratch), rows)
         refs = [publish(objects, engine.base, own) for own in folders]
         prompts = make_prompts(folder, rows, PROMPT)
-        arms: dict[str, list[AdapterRef | None]] = {BARE: [None] * rows, BASE: [None] * rows}
+        arms: dict[str, list[AdapterRef | None]] = {BASE: [None] * rows}
         arms |= {str(n): [refs[i % n] for i in range(rows)] for n in counts}
         spent = {name: Spent() for name in arms}
+        apart = {BARE: Spent(), BASE: Spent()}
         for repeat in range(-1, repeats):  # the first loads and records
             for name, uses in arms.items():
-                now = spent[name] if repeat >= 0 else Spent()
-                with without_adapters(engine, off=name == BARE):
-                    drive(engine, prompts, uses, now, {})
+                drive(engine, prompts, uses, spent[name] if repeat >= 0 else Spent(), {})
+            if repeat >= 0:
+                idle(engine, prompts, apart)
         engine.close()
     steps = {name: 1e3 * own.step for name, own in spent.items()}
     read = 1e3 * 4 * parameters / (machine.read_gb_per_s * 1e9)  # ms for one adapter's bytes
@@ -74,7 +80,7 @@ def main(
         "rows": rows,
         "step_ms": steps,
         "expected_ms": expected,
-        "idle": steps[BASE] / steps[BARE],
+        "idle": apart[BASE].step / apart[BARE].step,
     }
     output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     table = Table(
@@ -86,6 +92,22 @@ def main(
         table.add_row(name, f"{value:.1f}", *known)
     Console().print(table)
     Console().print(f"{BASE} / {BARE}: {report['idle']:.4f}; {machine.read_gb_per_s:.0f} GB/s")
+
+
+def idle(engine: Engine, prompts: list[list[int]], spent: dict[str, Spent]) -> None:
+    """Rows without adapters, each of their steps in turn with and without what there is for adapters."""
+    sampling = Sampling(max_tokens=LONG, temperature=0.0, ignore_eos=True)
+    for i, prompt in enumerate(prompts):
+        engine.submit(Generate(str(i), "tenant", prompt, sampling))
+    for name in cycle(spent):
+        if not engine.busy:
+            return
+        with without_adapters(engine, off=name == BARE):
+            start = time.perf_counter()
+            engine.step()
+            seconds = time.perf_counter() - start
+        if engine.model.step.in_place == len(prompts):
+            spent[name].steps.append(seconds)
 
 
 @contextmanager

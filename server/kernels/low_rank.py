@@ -17,7 +17,7 @@ from server.kernels.openmp import floats
 from server.kernels.tiles import LANES, LONG, SHORT, WIDE, WORD, fma, load, mask, prefetch, spread, summed
 
 TOKENS = 4 if WIDE else 2  # of a tile; the rest of a run comes one by one
-RANKS = 8 if WIDE else 4  # of a tile for one token
+RANKS = 8 if WIDE else 4  # of a tile for one token; and so many rows ahead is asked for what comes next
 FEWER = 4 if WIDE else 2  # of a tile for TOKENS
 _FLOAT = ir.FloatType()
 _VECTOR = ir.VectorType(_FLOAT, LANES)
@@ -54,7 +54,7 @@ def _shrink(
                 address = b.add(rows[k], b.mul(first, LONG(item)))
                 weights = _weights(b, address, item)
                 if part == 0:
-                    prefetch(b, b.add(address, b.mul(row, LONG(max(ranks, RANKS)))), near=False)
+                    prefetch(b, b.add(address, b.mul(row, LONG(RANKS))), near=False)
                 added += [fma(b, weights, xs[t], sums[k * len(x) + t]) for t in range(len(x))]
             sums = added
         return sums
@@ -101,7 +101,7 @@ def _expand(
                 address = b.add(rows[k], b.mul(first, LONG(item)))
                 weights = _weights(b, address, item)
                 if part == 0:
-                    prefetch(b, b.add(address, b.mul(row, LONG(max(ranks, RANKS)))), near=False)
+                    prefetch(b, b.add(address, b.mul(row, LONG(RANKS))), near=False)
                 sums = [fma(b, weights, factors[t * ranks + k], total) for t, total in enumerate(sums)]
             for place, total in zip(places, sums, strict=True):
                 b.store(total, b.inttoptr(place, _VECTOR.as_pointer()), align=4)
