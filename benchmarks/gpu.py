@@ -28,6 +28,7 @@ from benchmarks.gpu_parts import (
     make_engine,
     make_packed,
     offer,
+    rate_of_churn,
     run_tests,
     seconds_of_steps,
     try_peft,
@@ -69,6 +70,7 @@ class Figures:
     apart: dict[str, float] = field(
         default_factory=dict
     )  # a step, if none is begun before its tokens are known
+    churn: dict[str, float] = field(default_factory=dict)  # LoRA tokens/s while rows come and go, by arm
     replay: dict[str, float] = field(default_factory=dict)  # a step's graph alone, no host in between
     replayed: float = 0.0  # share of the timed decode steps that were graphs
     prefill: float = 0.0
@@ -115,6 +117,7 @@ class Figures:
             "base step, ms": 1e3 * self.base_step,
             "LoRA step, ms": 1e3 * self.lora_step,
             **{f"{name} step, none begun ahead, ms": 1e3 * value for name, value in self.apart.items()},
+            **{f"rows come and go, {name}, tokens/s": value for name, value in self.churn.items()},
             **{f"{name} step, its graph alone, ms": 1e3 * value for name, value in self.replay.items()},
             "steps replayed": self.replayed,
             "prefill, tokens/s": tokens / self.prefill,
@@ -207,6 +210,10 @@ def decode(figures: Figures, engine: Engine, clock: Clock, refs: list[AdapterRef
             if repeat >= 0:
                 found[name, off] += seconds
         figures.replayed = (model.graphs.replays - before) / (len(arms) * (job.steps + 1))
+    for off in (False, True):
+        model.ahead.off = off
+        rates = [rate_of_churn(engine, uses["LoRA"], job.prompt, job.steps) for _ in range(1 + job.repeats)]
+        figures.churn["none begun ahead" if off else "begun ahead"] = median(rates[1:])
     model.ahead.off = False
     figures.base_step, figures.lora_step = (median(found[name, False]) for name in uses)
     figures.apart = {name: median(found[name, True]) for name in uses}

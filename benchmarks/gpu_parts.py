@@ -185,6 +185,26 @@ def seconds_of_steps(
     return seconds[-steps:] if steps else [max(seconds)]
 
 
+def rate_of_churn(engine: Engine, uses: Sequence[AdapterRef | None], prompt: int, longest: int) -> float:
+    """New tokens per second while rows come as others end: two for each use, `longest` tokens at most."""
+    generator = torch.Generator().manual_seed(1)
+    waiting = []
+    for use in [*uses, *uses]:
+        ids = torch.randint(engine.base.vocab_size, (prompt,), generator=generator).tolist()
+        new = int(torch.randint(max(1, longest // 4), longest + 1, (), generator=generator))
+        sampling = Sampling(max_tokens=new, temperature=0.0, ignore_eos=True, seed=0)
+        waiting.append(Generate(f"row-{next(_names)}", "tenant", ids, sampling, use))
+    total, running, start = 0, 0, time.perf_counter()
+    while waiting or engine.busy:
+        while waiting and running < len(uses):
+            engine.submit(waiting.pop())
+            running += 1
+        for chunk in engine.step():
+            total += len(chunk.tokens)
+            running -= chunk.finish is not None
+    return total / (time.perf_counter() - start)
+
+
 @torch.inference_mode()
 def try_peft(model: Any, ids: torch.Tensor, linears: list[str], rank: int, clock: Clock) -> float:
     """Seconds of a decode step of PEFT's mixed batch, an adapter a row. OutOfMemoryError: it does not fit."""
