@@ -1,16 +1,18 @@
 """What a step of so many tokens takes on this machine: told by a few that were timed before the first row.
 
 Up to some number of tokens a step takes the time of the weights' bytes, beyond it that of the sums; where
-the one ends and how fast the other grows, machines differ by a factor of four.
+the one ends and how fast the other grows, machines differ by a factor of four. What steps take beside that,
+for the bytes of adapters above all, no guess makes more of: it is told by steps that run.
 """
 
 from collections.abc import Callable
 from itertools import pairwise
 
-TIMED = (1, 8, 16, 64)  # tokens
+TIMED = (1, 8, 16, 24, 64)  # tokens; at 16 a tile of rows is full
 LONG = 0.2  # seconds of a step: a model so large is not kept waiting for more of them
 USUAL = {1: 3.0, 64: 66.0}  # of no unit: a step costs what two tokens do, and its tokens
 MARGIN = 1.1  # a guess that only earns its time also lets the rows drift apart, and batches become small
+MEMORY = 16  # about how many steps that ran are remembered
 LEAST = 0.02  # likelihood at which anything pays; timings have noise
 
 
@@ -19,6 +21,7 @@ class Costs:
 
     def __init__(self, known: dict[int, float]) -> None:
         self.known = sorted(known.items())
+        self.beside = 0.0  # of a step, for what these do not tell of
 
     @classmethod
     def timed(cls, seconds: Callable[[int], float]) -> "Costs":
@@ -36,11 +39,18 @@ class Costs:
                 return before + (after - before) * (tokens - low) / (high - low)
         raise AssertionError("two are known at least")
 
+    def saw(self, tokens: int, seconds: float) -> None:
+        """A step of rows that decode, with so many tokens, has run."""
+        if self.known != sorted(USUAL.items()):
+            self.beside += (max(0.0, seconds - self.of(tokens)) - self.beside) / MEMORY
+
     def worth(self, rows: int, guesses: int) -> float:
         """How likely each of so many guesses must be right to be worth its time, in a step of so many rows:
-        with them there are more tokens a second than without.
+        with them, or with fewer, there are more tokens a second than without. 1: not even a sure one is.
         """
         if not guesses:
-            return 1 - LEAST
-        more = (self.of(rows + guesses) - self.of(rows)) / guesses
-        return min(max(MARGIN * more * rows / self.of(rows), LEAST), 1 - LEAST)
+            return 1.0
+        now = self.of(rows)
+        counts = [n - rows for n, _ in self.known if rows < n < rows + guesses] + [guesses]
+        more = max((self.of(rows + count) - now) / count for count in counts)
+        return min(max(MARGIN * more * rows / (now + self.beside), LEAST), 1.0)

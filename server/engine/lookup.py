@@ -49,8 +49,10 @@ class Lookup:
 
     def _reach(self, most: int, worth: float) -> int:
         """How many guesses one after the other are all right with this likelihood."""
-        if not 0 < self.share < 1:
-            return most if self.share else 0
+        if worth >= 1 or self.share <= 0:
+            return 0
+        if self.share >= 1:
+            return most
         return min(most, math.floor(math.log(worth) / math.log(self.share)))
 
 

@@ -142,6 +142,8 @@ class Engine:
     @torch.inference_mode()
     def _run(self, rows: list[Row]) -> list[Chunk]:
         """Forward, sample, deliver."""
+        start, tokens = time.perf_counter(), sum(row.scheduled for row in rows)
+        decoding = all(row.decodes for row in rows)
         for row in rows:
             self.model.fill(row)
         try:
@@ -161,12 +163,14 @@ class Engine:
         self.counts["steps"] += 1
         self.counts["prompt_tokens"] += sum(row.scheduled for row in rows if not row.sampled)
         self.figures.observe("batch_rows", len(rows))
-        self.figures.observe("batch_tokens", sum(row.scheduled for row in rows))
+        self.figures.observe("batch_tokens", tokens)
         outcome: dict[str, list[Sampled]] = {row.id: [] for row in rows}
         for (row, _), result in zip(completing, sampled, strict=True):
             outcome[row.id].append(result)
         chunks = [chunk for row in rows if (chunk := self._deliver(row, outcome[row.id]))]
         self.stopwatch.lap("deliver")
+        if decoding:
+            self.scheduler.costs.saw(tokens, time.perf_counter() - start)
         return chunks
 
     def checked(self) -> list[Checked]:
@@ -192,7 +196,7 @@ class Engine:
         elif self.scheduler.waiting >= self.settings.max_queue:
             error = QueueFull(f"The queue is full ({self.settings.max_queue} requests); try again later.")
         if error:
-            self.refused.append(_failure(command.id, error))
+            self.refused.append(Chunk.failure(command.id, error))
             return
         row = Row(command, command.sampling.seed or 0, tokens=list(command.prompt), prompt_length=length)
         for use in row.uses:  # while the row is in line
@@ -216,7 +220,7 @@ class Engine:
                     row.wait("capacity", time.time())
                     self.scheduler.add(row)
                 elif isinstance(error, PolypeftError):
-                    self.refused.append(_failure(id_, error))
+                    self.refused.append(Chunk.failure(id_, error))
                 else:
                     raise error
 
@@ -240,14 +244,14 @@ class Engine:
         if not sampled[0].finite:
             self.counts["non_finite_rows"] += 1
             self._end(row, NonFinite.code)  # before its blocks were offered to anyone
-            return _failure(row.id, NonFinite("The model produced NaN or Inf for this request."))
+            return Chunk.failure(row.id, NonFinite("The model produced NaN or Inf for this request."))
         first, guessed = row.output_length == 0, len(row.guess)
         ends = [self._stops(row, result.token) for result in sampled]
         kept = sampled[: standing(row.guess, sampled, ends)]
         self.scheduler.commit(row, [result.token for result in kept])
         if row.grammar and not row.grammar.consume_token(kept[-1].token):
             self._end(row, InvalidField.code)
-            return _failure(row.id, InvalidField("The answer left its schema.", param="response_format"))
+            return Chunk.failure(row.id, InvalidField("The answer left its schema.", param="response_format"))
         self.counts["generation_tokens"] += len(kept)
         self.counts["guessed_tokens"] += guessed
         self.counts["guessed_right"] += len(kept) - 1
@@ -282,7 +286,7 @@ class Engine:
         """Rows that ended without a step: refused, expired, or their adapter failed to load."""
         for row, error in self.scheduler.ended:
             self.figures.ended(row, time.time(), error.code)
-        chunks = self.refused + [_failure(row.id, error) for row, error in self.scheduler.ended]
+        chunks = self.refused + [Chunk.failure(row.id, error) for row, error in self.scheduler.ended]
         self.refused, self.scheduler.ended = [], []
         return chunks
 
@@ -293,8 +297,4 @@ class Engine:
         for row in rows:
             row.scheduled, row.guess = 0, []
         self._end(largest, Unavailable.code)
-        return [_failure(largest.id, Unavailable("The device ran out of memory for this request."))]
-
-
-def _failure(id_: str, error: PolypeftError) -> Chunk:
-    return Chunk(id=id_, finish="error", error=(error.code, error.message))
+        return [Chunk.failure(largest.id, Unavailable("The device ran out of memory for this request."))]

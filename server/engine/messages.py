@@ -8,6 +8,8 @@ from typing import Literal
 
 import msgspec
 
+from server.errors import PolypeftError
+
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 
@@ -137,6 +139,10 @@ class Chunk(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     stop_token: int | None = None  # the token that ended the row; it is in no `tokens`
     error: tuple[str, str] | None = None  # (code, message) with finish="error"
     timing: Timing | None = None  # with the row's first token
+
+    @classmethod
+    def failure(cls, id_: str, error: PolypeftError) -> "Chunk":
+        return cls(id=id_, finish="error", error=(error.code, error.message))
 
 
 class Chunks(msgspec.Struct, frozen=True, tag=True):

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from server.engine.costs import Costs
 from server.engine.lookup import Lookup
 from server.engine.messages import AdapterRef, Generate, Sampling
 from tests.fixtures.engine import Stand, run, same
@@ -28,6 +29,12 @@ def test_what_repeats_itself_goes_on_for_as_long_as_it_may() -> None:
     assert Lookup(share=1.0).guess([4] * 40, 5, 0.99) == [4] * 5
 
 
+@pytest.fixture(autouse=True)
+def guesses_pay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On whatever machine, beside whatever else runs on it."""
+    monkeypatch.setattr(Costs, "timed", lambda _seconds: Costs({1: 1.0, 64: 4.0}))
+
+
 def test_new_tokens_are_read_once() -> None:
     lookup, tokens = Lookup(), list(REPEATED)
     lookup.guess(tokens, 7, 0.1)
@@ -48,6 +55,7 @@ def test_it_learns_how_far_it_is_worth_to_guess_without_guessing() -> None:
     lookup.guess(tokens, 7, 0.9)
     assert lookup.guess([*tokens, 5, 6, 7], 7, 0.9) == []
     assert Lookup(share=0.0).guess(REPEATED[:12], 7, 0.5) == []
+    assert Lookup(share=1.0).guess(REPEATED, 7, 1.0) == [], "where not even a sure one pays"
 
 
 def asked(refs: Iterable[AdapterRef | None], **sampling: Any) -> list[Generate]:
