@@ -72,7 +72,8 @@ class Scheduler:
         batch: list[Row] = []
         current = list(self.running.values())
         decoding = [row for row in current if row.remaining == 1]
-        spare = max(0, min(GUESSES, budget - len(decoding), self.lookup * len(decoding)))
+        prompts = len(decoding) < len(current) or (self.waiting and len(current) < self.max_seqs)
+        spare = 0 if prompts else min(GUESSES, budget - len(decoding), self.lookup * len(decoding))
         worth = self.costs.worth(len(decoding), spare)
         for i, row in enumerate(decoding + [row for row in current if row.remaining > 1]):
             if budget and row.id in self.running and self._continue(row, min(row.remaining, budget), now):
