@@ -13,13 +13,13 @@ never looked after.
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from datetime import UTC, datetime
 from itertools import cycle
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -102,7 +102,7 @@ def idle(engine: Engine, prompts: list[list[int]], spent: dict[str, Spent]) -> N
     for name in cycle(spent):
         if not engine.busy:
             return
-        with without_adapters(engine, off=name == BARE):
+        with without_adapters(engine) if name == BARE else nullcontext():
             start = time.perf_counter()
             engine.step()
             seconds = time.perf_counter() - start
@@ -111,21 +111,16 @@ def idle(engine: Engine, prompts: list[list[int]], spent: dict[str, Spent]) -> N
 
 
 @contextmanager
-def without_adapters(engine: Engine, *, off: bool) -> Iterator[None]:
-    """`off`: nothing of a step has to do with adapters meanwhile."""
-    cache: Any = engine.cache
-    before = engine.model.step.banks
-    looks: dict[str, Callable[..., None]] = {"tend": lambda: None, "hasten": lambda _places: None}
-    if off:
-        engine.model.step.banks = {}
-        vars(cache).update(looks)
+def without_adapters(engine: Engine) -> Iterator[None]:
+    """Nothing of a step has to do with adapters meanwhile."""
+    step, cache = engine.model.step, vars(engine.cache)
+    banks, step.banks = step.banks, {}
+    cache |= {"tend": lambda: None, "hasten": lambda _places: None}
     try:
         yield
     finally:
-        if off:
-            engine.model.step.banks = before
-            for name in looks:
-                delattr(cache, name)
+        step.banks = banks
+        del cache["tend"], cache["hasten"]
 
 
 if __name__ == "__main__":

@@ -67,9 +67,7 @@ class Figures:
     kv_bytes_read: int = 0
     base_step: float = 0.0
     lora_step: float = 0.0
-    apart: dict[str, float] = field(
-        default_factory=dict
-    )  # a step, if none is begun before its tokens are known
+    apart: dict[str, float] = field(default_factory=dict)  # a step, where none is begun ahead
     churn: dict[str, float] = field(default_factory=dict)  # LoRA tokens/s while rows come and go, by arm
     replay: dict[str, float] = field(default_factory=dict)  # a step's graph alone, no host in between
     replayed: float = 0.0  # share of the timed decode steps that were graphs
@@ -210,11 +208,15 @@ def decode(figures: Figures, engine: Engine, clock: Clock, refs: list[AdapterRef
             if repeat >= 0:
                 found[name, off] += seconds
         figures.replayed = (model.graphs.replays - before) / (len(arms) * (job.steps + 1))
-    for off in (False, True):
-        model.ahead.off = off
-        rates = [rate_of_churn(engine, uses["LoRA"], job.prompt, job.steps) for _ in range(1 + job.repeats)]
-        figures.churn["none begun ahead" if off else "begun ahead"] = median(rates[1:])
+    rates: dict[bool, list[float]] = {False: [], True: []}
+    for _ in range(1 + job.repeats):
+        for off, own in rates.items():
+            model.ahead.off = off
+            own.append(rate_of_churn(engine, uses["LoRA"], job.prompt, job.steps))
     model.ahead.off = False
+    figures.churn = {
+        "none begun ahead" if off else "begun ahead": median(own[1:]) for off, own in rates.items()
+    }
     figures.base_step, figures.lora_step = (median(found[name, False]) for name in uses)
     figures.apart = {name: median(found[name, True]) for name in uses}
     for variant, (recorded, _) in model.graphs.recorded.items():

@@ -14,7 +14,7 @@ import torch
 
 from server.engine.graphs import DecodeGraphs
 from server.engine.row import Row
-from server.kernels.gpu import upload
+from server.kernels.gpu import send
 
 Compute = Callable[[list[Row]], torch.Tensor]
 
@@ -51,14 +51,14 @@ class Ahead:
         going = [
             (i, row)
             for i, row in enumerate(rows)
-            if not row.full(self._max_context, 1) and room(row, len(row.tokens) + 1)
+            if row.left(self._max_context) > 1 and room(row, len(row.tokens) + 1)
         ]
         if not going:
             return
         own = [row for _, row in going]
         at = [len(row.tokens) for row in own]
         if len(own) < len(rows):
-            tokens = tokens[upload([[i for i, _ in going]], tokens.device)[0]]
+            tokens = tokens[send([i for i, _ in going], tokens.device)]
         logits = self._graphs.go_on(own, at, tokens)
         if logits is not None:
             self._logits = logits
@@ -82,7 +82,7 @@ class Ahead:
         if at == list(range(len(at))):
             logits = logits[: len(at)]
         else:
-            logits = logits[upload([at], logits.device)[0]]
+            logits = logits[send(at, logits.device)]
         if len(fitting) == len(rows):
             return logits
         known = {row.id for row in fitting}
@@ -90,4 +90,4 @@ class Ahead:
         # a copy comes first: what is computed now may be the same recorded step, which has one place for both
         both = torch.cat([logits.clone(), compute(others)])
         order = {row.id: i for i, row in enumerate([*fitting, *(row for row in others if row.completes)])}
-        return both[upload([[order[row.id] for row in rows if row.completes]], both.device)[0]]
+        return both[send([order[row.id] for row in rows if row.completes], both.device)]

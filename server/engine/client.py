@@ -227,7 +227,7 @@ class EngineClient:
         """End every row in flight with EngineLost."""
         rows, self._rows = self._rows, {}
         for row_id, inbox in rows.items():
-            inbox.put_nowait(m.Chunk(row_id, finish="error", error=(EngineLost.code, _LOST)))
+            inbox.put_nowait(m.Chunk.failure(row_id, EngineLost(_LOST)))
 
 
 async def _next(inbox: _Inbox, deadline: float | None) -> m.Chunk:

@@ -21,6 +21,7 @@ class Costs:
 
     def __init__(self, known: dict[int, float]) -> None:
         self.known = sorted(known.items())
+        self._seconds = known != USUAL
         self.beside = 0.0  # of a step, for what these do not tell of
 
     @classmethod
@@ -41,7 +42,7 @@ class Costs:
 
     def saw(self, tokens: int, seconds: float) -> None:
         """A step of rows that decode, with so many tokens, has run."""
-        if self.known != sorted(USUAL.items()):
+        if self._seconds:
             self.beside += (max(0.0, seconds - self.of(tokens)) - self.beside) / MEMORY
 
     def worth(self, rows: int, guesses: int) -> float:

@@ -14,7 +14,7 @@ import torch
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from server.errors import InvalidField
-from server.kernels.gpu import upload
+from server.kernels.gpu import send
 
 KEPT = 64  # compiled schemas, least recently used first to go
 WHITESPACE = r"[ \n\r\t]{0,40}"  # between tokens of JSON: a model that loves blanks must get on some time
@@ -65,5 +65,5 @@ def mask_logits(logits: torch.Tensor, matchers: list[tuple[int, Any]]) -> None:
     sent = bits.to(device, non_blocking=True)
     allowed = (sent[:, :, None] >> torch.arange(32, dtype=torch.int32, device=device)) & 1
     forbidden = allowed.flatten(1)[:, : logits.shape[1]] == 0
-    rows = upload([[row for row, _matcher in matchers]], device)[0]
+    rows = send([row for row, _matcher in matchers], device)
     logits[rows] = logits[rows].masked_fill(forbidden, float("-inf"))

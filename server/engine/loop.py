@@ -256,7 +256,7 @@ class Engine:
         self.counts["guessed_tokens"] += guessed
         self.counts["guessed_right"] += len(kept) - 1
         stop = kept[-1].token if ends[len(kept) - 1] else None
-        full = row.full(self.base.max_context)
+        full = row.left(self.base.max_context) <= 0
         if first:
             row.timing.first_token = time.time()
             row.timing.source = source_of(row, self.loader.sources)

@@ -98,10 +98,10 @@ class Row:
         """Tokens whose K/V are still to be computed; 1 while decoding."""
         return len(self.tokens) - self.computed
 
-    def full(self, max_context: int, more: int = 0) -> bool:
-        """It has as many tokens as it may have, or will have with so many more."""
+    def left(self, max_context: int) -> int:
+        """Tokens that it may still get."""
         longest = self.prompt_length + self.command.sampling.max_tokens
-        return len(self.tokens) + more >= min(longest, max_context)
+        return min(longest, max_context) - len(self.tokens)
 
     @property
     def completes(self) -> bool:

@@ -210,7 +210,7 @@ def _floor(probs: Tensor, rows: list[SampleRow], limited: list[int]) -> Tensor:
     """The least probability that min_p and top_k leave to each row, [R, 1]; as likely as the k-th stays."""
     vocabulary = probs.shape[-1]
     floor = probs.new_zeros(len(rows))
-    at = upload([limited], probs.device)[0]
+    at = send(limited, probs.device)
     floor[at] = _sent([rows[i].sampling.min_p for i in limited], probs) * probs[at].amax(dim=-1)
     small = [i for i in limited if 0 < rows[i].sampling.top_k <= min(SMALL_K, vocabulary)]
     if small:

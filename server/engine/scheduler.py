@@ -137,9 +137,8 @@ class Scheduler:
         """Schedule what may come next along with a row's token, if that is likely enough to be `worth` it and
         memory for it lies free.
         """
-        s = row.command.sampling
-        ends = min(s.max_tokens - row.output_length, self.max_context - len(row.tokens)) - 1
-        if row.grammar or not self.lookup or (most := min(most, self.lookup, ends)) < 1:
+        most = min(most, self.lookup, row.left(self.max_context) - 1)
+        if row.grammar or most < 1:
             return
         guess = row.lookup.guess(row.tokens, most, worth)
         if self.room(row, row.computed + 1 + len(guess)):

@@ -58,7 +58,7 @@ def round_up(ranks: int) -> int:
     return max(RANK_STEP, 1 << (ranks - 1).bit_length()) if ranks else RANK_STEP
 
 
-def send(values: Sequence[float], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+def send(values: Sequence[float], device: torch.device, dtype: torch.dtype = torch.int64) -> torch.Tensor:
     """On the device. The copy is not waited for: its source is pinned."""
     pinned = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
     return pinned.to(device, non_blocking=True)
@@ -66,7 +66,7 @@ def send(values: Sequence[float], device: torch.device, dtype: torch.dtype) -> t
 
 def upload(parts: Sequence[Sequence[int]], device: torch.device) -> list[torch.Tensor]:
     """Each part as int64 on the device, in one copy."""
-    flat = send([*chain.from_iterable(parts)], device, torch.int64)
+    flat = send([*chain.from_iterable(parts)], device)
     return list(torch.split(flat, [len(part) for part in parts]))
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
-from server.kernels.gpu import upload
+from server.kernels.gpu import send
 
 
 class SiteTable:
@@ -28,7 +28,7 @@ class SiteTable:
             flat[at * columns : (at + 1) * columns] = entry
         self.masks[slot] = self.mask(entries)
         self.ranks[slot] = ranks
-        self.rows[slot].view(-1).copy_(upload([flat], self.rows.device)[0])
+        self.rows[slot].view(-1).copy_(send(flat, self.rows.device))
 
     def fill(self, slot: int, rows: torch.Tensor, mask: int, rank: int) -> None:
         """The same with rows that are ready, [sites, columns] on this device."""
