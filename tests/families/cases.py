@@ -5,8 +5,10 @@ size 64 and 300 tokens. Families that this does not fit have a line in OVERRIDES
 beside its defaults stands in VARIANTS.
 """
 
+import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -54,19 +56,16 @@ TOKENS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
 
 @dataclass(frozen=True)
 class Case:
-    name: str  # "MODEL_TYPE" or "MODEL_TYPE:VARIANT"
-    fields: Mapping[str, Any] = field(default_factory=dict)
+    name: str
+    model_type: str
+    fields: Mapping[str, Any]  # all that its config.json sets
 
-    @property
-    def model_type(self) -> str:
-        return self.name.partition(":")[0]
-
-    def config(self) -> Any:
-        """The tiny config. Raises what transformers raises when it does not take the fields."""
-        kind = CONFIG_MAPPING[self.model_type]
-        own = OVERRIDES.get(self.model_type, {})
-        fields = TOKENS | shrunk(self.model_type) | own | dict(self.fields)
-        return kind(**{name: value for name, value in fields.items() if value is not ...})
+    def write(self, folder: Path) -> None:
+        """The config.json of a model folder; whether transformers takes it is not asked."""
+        architecture = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[self.model_type]
+        config = {"model_type": self.model_type, "architectures": [architecture], **self.fields}
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text(json.dumps(config))
 
 
 def shrunk(model_type: str) -> dict[str, Any]:
@@ -100,10 +99,14 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "codegen": {"rotary_dim": 8},
     "cohere_compass_text": {
         "rope_parameters": {
-            kind: {"rope_type": "default", "rope_theta": 10000.0} for kind in ("full_attention", "sliding_attention")
+            kind: {"rope_type": "default", "rope_theta": 10000.0}
+            for kind in ("full_attention", "sliding_attention")
         }
     },
-    "dbrx": {"attn_config": {"rope_theta": 10000.0}, "ffn_config": {"hidden_size": 64, "ffn_hidden_size": 96}},
+    "dbrx": {
+        "attn_config": {"rope_theta": 10000.0},
+        "ffn_config": {"hidden_size": 64, "ffn_hidden_size": 96},
+    },
     "dots1": {"n_shared_experts": 1},
     "dots3_note_text": {"num_attention_heads": ..., "num_key_value_heads": ...},
     "gemma3n_text": {
@@ -195,7 +198,8 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         }
     },
     "granitemoehybrid": {
-        "dense attention": FULL | {"num_local_experts": 0, "num_experts_per_tok": 0, "shared_intermediate_size": 96}
+        "dense attention": FULL
+        | {"num_local_experts": 0, "num_experts_per_tok": 0, "shared_intermediate_size": 96}
     },
     "lfm2": {"convolutions": {"layer_types": ["conv", "full_attention"] * 2}},
     "llama": ROPES
@@ -245,5 +249,9 @@ def cases() -> Iterator[Case]:
 
 
 def case_of(name: str) -> Case:
+    """MODEL_TYPE, or MODEL_TYPE:VARIANT."""
     model_type, _, variant = name.partition(":")
-    return Case(name, VARIANTS.get(model_type, {})[variant] if variant else {})
+    fields = TOKENS | shrunk(model_type) | OVERRIDES.get(model_type, {})
+    if variant:
+        fields |= VARIANTS[model_type][variant]
+    return Case(name, model_type, {name: value for name, value in fields.items() if value is not ...})

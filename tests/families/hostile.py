@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from tests.families.cases import Case, rope
+from tests.families.cases import TOKENS, Case, rope
 from tests.fixtures.models import INIT
 
 FAMILIES = (
@@ -66,6 +66,7 @@ CHOICES: dict[str, list[Any]] = {
     "no_rope_layers": [None, [1, 0, 1]],
     "global_head_dim": [16, 32],
 }
+SEED = "seed "  # a case's name is this and its number
 ALWAYS = {"num_hidden_layers", "vocab_size", "intermediate_size", "sliding_window", "num_kv_shared_layers"}
 ROPES = ["default", "linear", "dynamic", "yarn", "llama3", "longrope"]
 
@@ -77,7 +78,11 @@ def hostile(seed: int) -> Case:
     kind = CONFIG_MAPPING[family]
     usual = kind().to_dict()
     names = getattr(kind, "attribute_map", {})
-    fields = {"initializer_range": INIT, "vocab_size_per_layer_input": 300, "global_head_dim": 16} | _shape(rng)
+    fields = (
+        TOKENS
+        | {"initializer_range": INIT, "init_std": INIT, "vocab_size_per_layer_input": 300}
+        | _shape(rng)
+    )
     for name, choices in CHOICES.items():
         if name in ALWAYS or rng.random() < 0.5:
             fields[name] = rng.choice(choices)
@@ -89,13 +94,19 @@ def hostile(seed: int) -> Case:
         fields["rope_parameters"] = _ropes(rng, usual.get("rope_parameters"), fields["head_dim"])
     lies = rng.random() < 0.1  # fields that the family does not have, which its class never looks at
     fields = {names.get(name, name): value for name, value in fields.items()}
-    fields = {name: value for name, value in fields.items() if lies or name in usual or name == "global_head_dim"}
-    return Case(f"{family}:seed {seed}", fields)
+    fields = {
+        name: value for name, value in fields.items() if lies or name in usual or name == "global_head_dim"
+    }
+    return Case(f"{SEED}{seed}", family, fields)
 
 
 def _shape(rng: random.Random) -> dict[str, Any]:
     """Heads that fit together; the hidden size is theirs, or another where the family has its own head size."""
-    kv_heads, group, head_dim = rng.choice([1, 2, 3]), rng.choice([1, 2, 4]), rng.choice([4, 8, 16, 20, 32, 64, 128])
+    kv_heads, group, head_dim = (
+        rng.choice([1, 2, 3]),
+        rng.choice([1, 2, 4]),
+        rng.choice([4, 8, 16, 20, 32, 64, 128]),
+    )
     heads = kv_heads * group
     hidden = heads * head_dim
     return {

@@ -12,6 +12,7 @@ from pathlib import Path
 import msgspec
 
 from tests.families.cases import cases
+from tests.families.hostile import SEED
 from tests.families.verdict import Verdict
 from tests.families.workers import verdicts
 
@@ -27,20 +28,20 @@ def main() -> None:
     options = parser.parse_args()
     options.results.parent.mkdir(parents=True, exist_ok=True)
     known = read(options.results)
-    wanted = [f"seed:{i}" for i in range(options.seeds) if f"seed:{i}" not in known] or [
-        case.name
-        for case in cases()
-        if (case.name not in known and not options.names)
-        or case.name in options.names
-        or case.model_type in options.names
-    ]
+    names = [f"{SEED}{i}" for i in range(options.seeds)] or [case.name for case in cases()]
+    if options.names:
+        wanted = [name for name in names if name in options.names or name.partition(":")[0] in options.names]
+    else:
+        wanted = [name for name in names if name not in known]
     with options.results.open("ab") as file:
         for verdict in verdicts(wanted, options.workers):
             file.write(msgspec.json.encode(verdict) + b"\n")
             file.flush()
             known[verdict.name] = verdict
             worst = max(verdict.errors.values(), default=0.0)
-            sys.stdout.write(f"{verdict.outcome:8} {verdict.name:32} {worst:.1e} {verdict.seconds:5.1f} s {verdict.detail}\n")
+            sys.stdout.write(
+                f"{verdict.outcome:8} {verdict.name:32} {verdict.model_type:16} {worst:.1e} {verdict.seconds:5.1f} s {verdict.detail}\n"
+            )
             sys.stdout.flush()
 
 

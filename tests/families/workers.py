@@ -18,6 +18,8 @@ from typing import IO
 
 import msgspec
 
+from tests.families.cases import case_of
+from tests.families.hostile import SEED, hostile
 from tests.families.verdict import Verdict, judge
 
 LIMIT_SECONDS = 300.0  # for one case, on a machine that is busy with others
@@ -55,7 +57,7 @@ class Worker:
         if line:
             return msgspec.json.decode(line, type=Verdict)
         status = self.process.wait()
-        return Verdict(self.name, "dies", f"the process ended with status {status}", seconds=self.seconds)
+        return Verdict(self.name, "", "dies", f"the process ended with status {status}", seconds=self.seconds)
 
     @property
     def seconds(self) -> float:
@@ -89,7 +91,9 @@ def verdicts(names: Iterable[str], workers: int = 1, limit: float = LIMIT_SECOND
                 if worker in ready:
                     verdict = worker.verdict()
                 else:
-                    verdict = Verdict(worker.name, "dies", f"no verdict after {limit:.0f} s", seconds=limit)
+                    verdict = Verdict(
+                        worker.name, "", "dies", f"no verdict after {limit:.0f} s", seconds=limit
+                    )
                 yield verdict
                 if worker in ready and worker.process.poll() is None and waiting:
                     worker.begin(waiting.popleft())
@@ -100,21 +104,18 @@ def verdicts(names: Iterable[str], workers: int = 1, limit: float = LIMIT_SECOND
 
 
 def main() -> None:
-    from tests.families.cases import case_of
-    from tests.families.hostile import hostile
-
     output = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what libraries print is no verdict
     for line in sys.stdin:
         name, since = line.strip(), time.monotonic()
+        case = hostile(int(name.removeprefix(SEED))) if name.startswith(SEED) else case_of(name)
         with tempfile.TemporaryDirectory() as folder:
             try:
-                verdict = judge(hostile(int(name[5:])) if name.startswith("seed:") else case_of(name), Path(folder))
-                verdict.name = name
+                verdict = judge(case, Path(folder))
             except Exception as error:  # noqa: BLE001 (whatever a model raises is its verdict)
                 traceback.print_exc()
                 detail = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-                verdict = Verdict(name, "dies", detail)
+                verdict = Verdict(name, case.model_type, "dies", detail)
         verdict.seconds = time.monotonic() - since
         output.write(msgspec.json.encode(verdict) + b"\n")
         output.flush()
