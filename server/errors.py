@@ -22,6 +22,7 @@ PolypeftError                           500  our fault unless a subclass says ot
 ├── DeadlineExceeded                    504  the request's own deadline passed
 ├── NonFinite                           500  the model produced NaN or Inf for this row
 └── StartupError                             serve cannot start: wrong model, wrong setting
+    └── UnsupportedModel                     ... the base asks for what the engine does not compute
 
 The API turns each into OpenAI's error object: {"error": {"message", "type", "param", "code"}}.
 A message is one sentence that names the field, the value and the limit; it never holds a path,
@@ -150,6 +151,12 @@ class NonFinite(PolypeftError):
 
 class StartupError(PolypeftError):
     code = "startup_failed"
+
+
+class UnsupportedModel(StartupError):
+    """Its message is a reason, which base/support.py makes a sentence of."""
+
+    code = "unsupported_model"
 
 
 def error_from_code(code: str, message: str, param: str | None = None) -> PolypeftError:

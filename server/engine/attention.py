@@ -4,7 +4,7 @@ transformers' attention classes call `attend`; it finds the step under way on th
 in server/kernels/attention.py; which blocks a row owns was decided by the scheduler (engine/kv.py).
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from server.adapters.methods.base import Bank, Rows, Span
 from server.adapters.sites import Base
 from server.engine.gpu_batch import GpuBatch
 from server.engine.row import Row
+from server.errors import UnsupportedModel
 from server.kernels.attention import (
     BLOCK,
     Scores,
@@ -40,9 +41,11 @@ class Spans:
                 continue
             self.by_bank.setdefault(bank, []).append(Span(slot, start, end, use.weight))
 
-    def acting(self, hook: str) -> list[tuple[Bank, Rows]]:
-        """Those of them that act through `hook`."""
-        return [(bank, Rows(spans, bank.most)) for bank, spans in self.by_bank.items() if bank.acts(hook)]
+    def acting(self, hook: str, count: int) -> list[tuple[Bank, Rows]]:
+        """Those of them that act through `hook`, which sees `count` tokens."""
+        return [
+            (bank, Rows(spans, bank.most, count)) for bank, spans in self.by_bank.items() if bank.acts(hook)
+        ]
 
 
 class Pages:
@@ -79,20 +82,26 @@ class Step:
     """
 
     pages: Pages
-    banks: Mapping[str, Bank]
     batch: GpuBatch | None = None  # where a GPU's kernels run: all they need of the rows, on the device
 
     def __init__(self, *, gpu: bool = False) -> None:
         self.gpu = gpu
+        self.banks: Mapping[str, Bank] = {}
+        self.attended: set[int] = set()  # layers of the model that have attended in this step
+        # int64 [T]: how long the row of each token is, where rotary scaling depends on it (rotary.py); None:
+        # as long as the token's position says
+        self.row_lengths: torch.Tensor | None = None
         # banks with rows in this batch, by the hook they act through; `head`: at the tokens sampled from
         self.affine: list[tuple[Bank, Rows]] = []
         self.inputs: list[tuple[Bank, Rows]] = []
         self.norm: list[tuple[Bank, Rows]] = []
         self.head: list[tuple[Bank, Rows]] = []
         self.head_inputs: list[tuple[Bank, Rows]] = []
+        self.head_norm: list[tuple[Bank, Rows]] = []
         self.sublayer: list[tuple[Bank, Rows]] = []
         self.watched = False  # each call of these banks is timed
         self.residual = torch.empty(0)  # the stream before the sub-block under way
+        self.most_pairs = PAIRS
         self.in_place = 0  # tokens that read their past from the pages as they lie
         self.ahead: torch.Tensor | None = None  # where their K/V go, if some see others of the same step
         self.tables = torch.empty(0)
@@ -120,10 +129,9 @@ class Step:
             spans.add(self.banks, row, start, end)
             self.last[row.id] = end - 1
             start = end
-        self.affine = spans.acting("affine")
-        self.inputs = spans.acting("inputs")
-        self.norm = spans.acting("norm")
-        self.sublayer = spans.acting("sublayer")
+        self.affine, self.inputs, self.norm, self.sublayer = (
+            spans.acting(hook, start) for hook in ("affine", "inputs", "norm", "sublayer")
+        )
 
     def order(self, rows: list[Row]) -> list[Row]:
         """Those that read their past in place come first."""
@@ -132,7 +140,7 @@ class Step:
     def reads_in_place(self, row: Row) -> bool:
         """Row by row, so that no row's result depends on the others of its batch."""
         pairs = row.scheduled * (row.computed + row.scheduled)
-        return row.decodes or (pairs <= PAIRS and not self.gpu and takes(self.pages.keys[0]))
+        return row.decodes or (pairs <= self.most_pairs and not self.gpu and takes(self.pages.keys[0]))
 
     def _find_pages(self, rows: list[Row], device: torch.device) -> None:
         self.ahead = None
@@ -178,8 +186,9 @@ class Step:
             end = start + 1 + len(row.guess)
             spans.add(self.banks, row, start, end)
             start = end
-        self.head = spans.acting("affine")
-        self.head_inputs = spans.acting("inputs")
+        self.head, self.head_inputs, self.head_norm = (
+            spans.acting(hook, start) for hook in ("affine", "inputs", "norm")
+        )
 
 
 def chunk_of(row: Row, start: int, end: int, device: torch.device) -> Chunk:
@@ -194,20 +203,57 @@ def places_of(blocks: list[int], first: int, end: int, device: torch.device) -> 
     return torch.tensor(blocks, device=device)[at // BLOCK] * BLOCK + at % BLOCK
 
 
+# Arguments of transformers' attention functions that do not change the result, with the values that do not.
+# All others must be null.
+WITHOUT_EFFECT: dict[str, Callable[[Any], bool]] = {
+    "dropout": lambda value: not value,
+    "is_causal": bool,
+    "output_attentions": lambda value: not value,
+    "use_cache": lambda _: True,
+    "position_ids": lambda _: True,  # what depends on positions has been done to q and k
+    "cache_position": lambda _: True,
+}
+
+
 def attend(
     module: Any,
     query: torch.Tensor,  # [1, heads, T, head_dim]
     key: torch.Tensor,  # [1, kv_heads, T, head_dim]
     value: torch.Tensor,
-    _mask: torch.Tensor | None,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    **_kwargs: Any,
+    attention_mask: torch.Tensor | None,
+    **options: Any,
 ) -> tuple[torch.Tensor, None]:
-    """What transformers calls for each layer: [1, T, heads, head_dim]."""
+    """What transformers calls for each layer: [1, T, heads, head_dim]. Raises UnsupportedModel."""
     step: Step = module.polypeft_step
+    layer: int = module.layer_idx
+    scores = scores_of(module, step, query, attention_mask, options)
     q, k, v = query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)
-    scores = Scores(q.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window or 0, softcap or 0.0)
+    heads, dim = step.pages.values[layer].shape[1::2]
+    if not k.shape == v.shape == (len(q), heads, dim) or q.shape[2] != dim or q.shape[1] % heads:
+        raise UnsupportedModel(
+            f"layer {layer} has {k.shape[1]} key heads of {k.shape[2]} and values of {v.shape[2]} numbers, "
+            f"where its config says {heads} of {dim}"
+        )
+    if layer in step.attended:
+        raise UnsupportedModel(f"its layer {layer} attends more than once a step")
+    step.attended.add(layer)
+    return step.attention(layer, q, k, v, scores)[None], None
+
+
+def scores_of(
+    module: Any, step: Step, query: torch.Tensor, mask: torch.Tensor | None, options: dict[str, Any]
+) -> Scores:
+    """What a layer asks of attention; noted in `step.heard`.
+
+    Raises UnsupportedModel if it asks for anything else.
+    """
+    known = {name: options.pop(name, None) for name in ("scaling", "sliding_window", "softcap")}
+    if mask is not None:
+        options["attention_mask"] = mask
+    for name, value in options.items():
+        if value is not None and not WITHOUT_EFFECT.get(name, lambda _: False)(value):
+            raise UnsupportedModel(f"its attention uses {name}, which is not implemented")
+    scale = query.shape[-1] ** -0.5 if known["scaling"] is None else known["scaling"]
+    scores = Scores(scale, known["sliding_window"] or 0, known["softcap"] or 0.0)
     step.heard[module.layer_idx] = scores
-    return step.attention(module.layer_idx, q, k, v, scores)[None], None
+    return scores

@@ -19,7 +19,10 @@ from transformers.pytorch_utils import Conv1D
 from server.adapters.methods.lora import Narrow
 from server.adapters.sites import Base, Site
 from server.engine.attention import Step
-from server.engine.linear import EmbeddingSite, Layout, LinearSite, join_siblings
+from server.engine.exactness import ExactnessCheck
+from server.engine.linear import EmbeddingSite, Layout, LinearSite, join_siblings, put_modules
+from server.engine.module_tokens import Seen, module_tokens
+from server.engine.rotary import longest_context, scale_by_row
 from server.engine.sublayers import norm_gains, watch_norms, watch_sublayers
 
 
@@ -61,6 +64,7 @@ class FrozenModel:
         *,
         max_context: int = 0,
         packed: bool = True,
+        check: ExactnessCheck | None = None,
     ) -> None:
         self.placement = placement
         name = f"polypeft_{attention.__name__}"
@@ -68,22 +72,30 @@ class FrozenModel:
         model = load_base(folder, placement)
         model.requires_grad_(False)
         model.eval()
-        model.set_attn_implementation(name)
         self.model: Any = model.to(placement.device)
-        self.sites = replace_modules(self.model, step)
+        seen = module_tokens(self.model)
+        self.sites, originals = replace_modules(self.model, seen, step)
         identity = self.digest()  # of the weights as they came: adapters name it, whatever the layout
+        context = longest_context(self.model, max_context)
+        if check:
+            check.reference(self.model, originals, identity, placement.layout, context)
+        del originals
         if packed:
             for site in self.sites.values():
                 if isinstance(site, LinearSite):
                     site.lay_out(placement.layout)
             join_siblings(self.model)
+        if check and placement.layout != "float32":
+            check.rounded_reference(self.model)
+        self.model.set_attn_implementation(name)
+        self.rope_switches = scale_by_row(self.model, step)
         biases = {name: p for name, p in self.model.named_parameters() if name.endswith(".bias")}
-        self.weights = BaseWeights(self.sites, biases | norm_gains(self.model))
+        self.weights = BaseWeights(self.sites, biases | norm_gains(self.model, seen))
         config = self.model.config
         found = {name: module.site for name, module in self.sites.items()}
-        found |= watch_norms(self.model, step)
+        found |= watch_norms(self.model, step, seen)
         found |= watch_sublayers(self.model, config.num_hidden_layers, config.hidden_size, step)
-        self.base = describe(config, base_id, found, identity, max_context)
+        self.base = describe(config, base_id, found, identity, context)
         self.base = msgspec.structs.replace(self.base, layout=placement.layout if packed else "float32")
         for module in self.model.modules():
             if hasattr(module, "layer_idx"):
@@ -104,7 +116,7 @@ class FrozenModel:
         yield from self.model.named_parameters()
         for name, site in self.sites.items():
             if isinstance(site, LinearSite):
-                yield f"{name}.weight", site.weight()
+                yield f"{name}.weight", site.weight
 
 
 class BaseWeights(Mapping[str, torch.Tensor]):
@@ -120,7 +132,7 @@ class BaseWeights(Mapping[str, torch.Tensor]):
 
     def __getitem__(self, name: str) -> torch.Tensor:
         bias = self._biases.get(name)
-        return self._sites[name].weight() if bias is None else bias
+        return self._sites[name].weight if bias is None else bias
 
     def __iter__(self) -> Iterator[str]:
         yield from self._sites
@@ -130,27 +142,29 @@ class BaseWeights(Mapping[str, torch.Tensor]):
         return len(self._sites) + len(self._biases)
 
 
-def replace_modules(model: nn.Module, step: Step) -> dict[str, LinearSite | EmbeddingSite]:
-    """Put a site in the place of every Linear, Conv1D and Embedding: {module path: site}."""
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    learned_positions = getattr(getattr(model, "transformer", None), "wpe", None)
-    sites: dict[str, LinearSite | EmbeddingSite] = {}
+Sites = dict[str, LinearSite | EmbeddingSite]
+
+
+def replace_modules(
+    model: nn.Module, seen: Mapping[str, Seen], step: Step
+) -> tuple[Sites, dict[str, nn.Module]]:
+    """Put a site in the place of every Linear, Conv1D and Embedding that an adapter can act at.
+
+    Gives the sites and the modules whose places they took, both by module path.
+    """
+    sites: Sites = {}
     for name, module in list(model.named_modules()):
-        site: LinearSite | EmbeddingSite
-        if isinstance(module, nn.Linear | Conv1D):
-            site = LinearSite.of(name, module, step, is_head=module is head)
-        elif isinstance(module, nn.Embedding) and module is not learned_positions:
-            site = EmbeddingSite.of(name, module, step)
-        else:
-            continue
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, site)
-        sites[name] = site
-    return sites
+        if name in seen and isinstance(module, nn.Linear | Conv1D):
+            sites[name] = LinearSite.of(name, module, step, is_head=seen[name] == "kept")
+        elif name in seen and isinstance(module, nn.Embedding):
+            sites[name] = EmbeddingSite.of(name, module, step)
+    originals = {name: model.get_submodule(name) for name in sites}
+    put_modules(model, sites)
+    return sites, originals
 
 
 def describe(config: Any, base_id: str, sites: dict[str, Site], digest: str, max_context: int) -> Base:
-    heads, own = config.num_attention_heads, config.max_position_embeddings
+    heads = config.num_attention_heads
     return Base(
         id=base_id,
         model_type=config.model_type,
@@ -160,6 +174,6 @@ def describe(config: Any, base_id: str, sites: dict[str, Site], digest: str, max
         kv_heads=getattr(config, "num_key_value_heads", None) or heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
         vocab_size=config.vocab_size,
-        max_context=min(max_context, own) if max_context else own,
+        max_context=max_context,
         sites=sites,
     )

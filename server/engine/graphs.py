@@ -272,10 +272,10 @@ class DecodeGraphs:
         acting: list[tuple[Bank, Rows]] = []
         for i, (bank, trace) in enumerate(variant.traces):
             plan = Plan(plans[2 * i], plans[2 * i + 1].view(-1, FIELDS), SMALL, trace.ranks)
-            acting.append((bank, Rows.recorded(plan, bank.touched(trace))))
+            acting.append((bank, Rows.recorded(plan, bank.touched(trace), variant.rows)))
         step.affine, step.inputs, step.norm, step.sublayer = (
             [(bank, rows) for bank, rows in acting if bank.acts(hook)]
             for hook in ("affine", "inputs", "norm", "sublayer")
         )
-        step.head, step.head_inputs = step.affine, step.inputs
+        step.head, step.head_inputs, step.head_norm = step.affine, step.inputs, step.norm
         return self.run(ids, positions)

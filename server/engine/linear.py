@@ -6,7 +6,7 @@ is dropped. Linears that see the same input (q, k and v; gate and up) lie one be
 computed in one launch, when the first of them is called.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -38,7 +38,7 @@ class LinearSite(nn.Module):
         super().__init__()
         self.site = site
         self.step = step
-        self.is_head = is_head  # runs on the tokens that are sampled from, not on all
+        self.is_head = is_head  # sees the tokens that are sampled from, not all
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self.held: torch.Tensor
         self.register_buffer("held", weight, persistent=False)  # until it is laid out
@@ -60,6 +60,7 @@ class LinearSite(nn.Module):
             self.fast = LAYOUTS[layout].of(self.held, self.bias)
             self.held = self.held.new_empty(0)
 
+    @property
     def weight(self) -> torch.Tensor:
         """W [out, in]; a copy where it is laid out."""
         return self.fast.weight() if self.fast else self.held
@@ -150,6 +151,13 @@ def join_siblings(model: nn.Module) -> None:
                 Family(members)
 
 
+def put_modules(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+    """Each at its path."""
+    for name, module in modules.items():
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, module)
+
+
 class EmbeddingSite(nn.Module):
     """The embedding as it is, then the banks, which see token ids."""
 
@@ -168,8 +176,9 @@ class EmbeddingSite(nn.Module):
             step,
         )
 
+    @property
     def weight(self) -> torch.Tensor:
-        """The table [vocabulary, hidden]."""
+        """The table [vocabulary, hidden]: classes ask for its device and type."""
         return self.embedding.weight
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:

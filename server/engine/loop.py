@@ -34,7 +34,16 @@ from server.engine.row import Row
 from server.engine.sampler import Sampled, SampleRow, draw
 from server.engine.scheduler import Scheduler
 from server.engine.stopwatch import Stopwatch
-from server.errors import ContextTooLong, InvalidField, NonFinite, PolypeftError, QueueFull, Unavailable
+from server.errors import (
+    ContextTooLong,
+    InvalidField,
+    NonFinite,
+    PolypeftError,
+    QueueFull,
+    StartupError,
+    Unavailable,
+    UnsupportedModel,
+)
 from server.settings import Settings
 
 
@@ -43,13 +52,18 @@ class Engine:
 
     def __init__(self, settings: Settings, model_dir: Path) -> None:
         placement, self.settings = choose_placement(settings), settings
-        self.model = ServedModel(
-            model_dir,
-            settings.base_id,
-            placement,
-            kv_bytes=settings.kv_bytes,
-            max_context=settings.max_model_len,
-        )
+        try:
+            self.model = ServedModel(
+                model_dir,
+                settings.base_id,
+                placement,
+                kv_bytes=settings.kv_bytes,
+                max_context=settings.max_model_len,
+                exact=settings.data_dir / "cache" / "exact",
+            )
+        except UnsupportedModel as error:
+            sentence = f"The base {settings.base_id} cannot be served: {error.message}."
+            raise StartupError(sentence, param="model") from error
         self.base = self.model.base
         methods = build_methods(settings.max_lora_rank, placement.narrow)
         size = (self.base, settings.adapter_slots, placement.device, placement.dtype)
@@ -85,6 +99,7 @@ class Engine:
             max_context=self.base.max_context,
             lookup=settings.lookup_tokens,
             costs=self.model.costs() if settings.lookup_tokens else None,
+            rope_switches=self.model.rope_switches,
         )
         self.ends = self.model.end_tokens()
         self.counts: Counter[str] = Counter()

@@ -13,8 +13,9 @@ import torch
 
 from server.adapters.methods.base import Bank, Start
 from server.engine.ahead import Ahead
-from server.engine.attention import Pages, Step, attend, places_of
+from server.engine.attention import PAIRS, Pages, Step, attend, places_of
 from server.engine.costs import Costs
+from server.engine.exactness import ExactnessCheck
 from server.engine.frozen import FrozenModel, Placement
 from server.engine.fused import fuse_norms, fuse_rotary, fuse_siblings
 from server.engine.graphs import DecodeGraphs
@@ -31,13 +32,25 @@ class ServedModel(FrozenModel):
     """Weights, pages and sites; `forward` runs one step."""
 
     def __init__(
-        self, folder: Path, base_id: str, placement: Placement, *, kv_bytes: int, max_context: int
+        self,
+        folder: Path,
+        base_id: str,
+        placement: Placement,
+        *,
+        kv_bytes: int,
+        max_context: int,
+        exact: Path | None = None,
     ) -> None:
+        """`exact`: where it is kept that a base has been found to be exact (exactness.py).
+
+        Raises UnsupportedModel for one that is not.
+        """
+        check = ExactnessCheck(exact)
         on_gpu = gpu.chosen(placement.device)
         self.decoder: Decoder | None = None  # where kernels of ours run the layers
         self.step = Step(gpu=on_gpu)
         self.watch: Callable[[Step], None] = lambda _step: None  # sees each step before it is computed
-        super().__init__(folder, base_id, placement, self.step, attend, max_context=max_context)
+        super().__init__(folder, base_id, placement, self.step, attend, max_context=max_context, check=check)
         self.step.pages = Pages(self.base, placement.device, placement.dtype, kv_bytes)
         if on_gpu:
             fuse_siblings(self.model)
@@ -49,6 +62,8 @@ class ServedModel(FrozenModel):
         self.base = msgspec.structs.replace(self.base, max_context=min(self.base.max_context, holds))
         self.graphs = DecodeGraphs(self.step, self.run, placement.device, self.base.max_context)
         self.ahead = Ahead(self.graphs, self.base.max_context)
+        if check.pending:
+            self._check(check)
 
     def install(self, banks: Mapping[str, Bank]) -> None:
         """The banks whose adapters rows may name, by method."""
@@ -67,21 +82,53 @@ class ServedModel(FrozenModel):
     def _compute(self, rows: list[Row]) -> torch.Tensor:
         if self.step.gpu and (replayed := self.graphs.forward(rows)) is not None:
             return replayed
+        return self._packed(rows, [(row, len(row.guess)) for row in rows if row.completes])
+
+    def _packed(self, rows: list[Row], wanted: list[tuple[Row, int]]) -> torch.Tensor:
+        """Logits of these rows' last tokens, and of so many before."""
         device = self.placement.device
         ordered = self.step.order(rows)
         ids = [t for row in ordered for t in row.to_compute()]
-        positions = [p for row in ordered for p in range(row.computed, row.computed + row.scheduled)]
+        positions = [p for row in ordered for p in row.positions()]
         self.step.begin(ordered, device)
-        last = [(self.step.last[row.id], len(row.guess)) for row in rows if row.completes]
+        if self.rope_switches:
+            lengths = [row.length for row in ordered for _ in range(row.scheduled)]
+            self.step.row_lengths = torch.tensor(lengths, device=device)
+        last = [(self.step.last[row.id], n) for row, n in wanted]
         kept = [at for end, n in last for at in range(end - n, end + 1)]
         self.step.keep(rows)
         self.watch(self.step)
         return self.run(*upload([ids, positions, kept], device))
 
+    @torch.inference_mode()
+    def _check(self, check: ExactnessCheck) -> None:
+        """Raises UnsupportedModel. Before any row runs: leaves the first pages zeroed."""
+
+        def compute(rows: list[Row]) -> torch.Tensor:
+            return self._packed(rows, [(row, row.scheduled - 1) for row in rows])
+
+        step, blocks = self.step, min(self.step.pages.count, 8)
+        if self.decoder:  # programs round what the check of a rounded base wants unrounded
+            self.decoder.programs.off = self.base.layout != "float32"
+        for pairs, what in (
+            (PAIRS, "packed beside another row"),
+            (0, "packed, with a past that is gathered"),
+        ):
+            step.most_pairs = pairs
+            check.compare(self.model, compute, blocks, what)
+        step.most_pairs = PAIRS
+        if self.decoder:
+            self.decoder.programs.off = False
+            self.decoder.programs.clear()
+        for pages in (*step.pages.keys, *step.pages.values):
+            pages[:blocks].zero_()
+        check.keep()
+
     def run(
         self, ids: torch.Tensor, positions: torch.Tensor, kept: torch.Tensor | None = None
     ) -> torch.Tensor:
         """The step that is set, for tokens int64 [T]: float32 logits [kept, vocabulary]; None keeps all."""
+        self.step.attended.clear()
         output = self.model(
             input_ids=ids[None],
             position_ids=positions[None],

@@ -77,6 +77,7 @@ class Programs:
         self.arena = Arena()
         self.recorded: OrderedDict[Need, tuple[Program, Held]] = OrderedDict()
         self.runs = 0
+        self.off = False
 
     def run(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor | None:
         """x [T, hidden] after all layers, good until the next step; None if this step is not recorded."""
@@ -92,10 +93,15 @@ class Programs:
         self.runs += 1
         return held.output
 
+    def clear(self) -> None:
+        """Keep no program."""
+        self.recorded.clear()
+        self.runs = 0
+
     def _need(self, tokens: int) -> Need | None:
         """What the step that is set needs; None if a row has a long chunk, or adapters that take Python."""
         step = self.step
-        if step.in_place != tokens or tokens > MOST_TOKENS or step.inputs or step.norm:
+        if self.off or step.in_place != tokens or tokens > MOST_TOKENS or step.inputs or step.norm:
             return None
         if step.watched and (step.affine or step.sublayer):  # their time is asked for, not the launches'
             return None

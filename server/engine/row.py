@@ -1,5 +1,6 @@
 """A row: one sequence from its arrival to its last token. Counts and lists only; no torch."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,6 +43,7 @@ class Row:
     lookup: Lookup = field(default_factory=Lookup)
     blocks: list[int] = field(default_factory=list)
     hashes: list[bytes] = field(default_factory=list)  # of the full blocks of `tokens`, as far as known
+    frequencies: int = 0  # which set of rotary frequencies its keys have (engine/rotary.py)
     timing: Timing = field(default_factory=Timing)
     waits_for: str = "capacity"  # while it waits
     since: float = 0.0  # when it began to wait for that, Unix seconds; 0: it does not wait
@@ -113,6 +115,15 @@ class Row:
         """In the step under way it has one token to compute, and guesses."""
         return self.scheduled == 1 + len(self.guess)
 
+    @property
+    def length(self) -> int:
+        """Of all its tokens, as rotary scaling counts them."""
+        return len(self.tokens)
+
+    def positions(self) -> Sequence[int]:
+        """Of the tokens of the step under way."""
+        return range(self.computed, self.computed + self.scheduled)
+
     def to_compute(self) -> list[int]:
         """The tokens of the step under way."""
         return self.tokens[self.computed : self.computed + self.scheduled] + self.guess
@@ -124,6 +135,6 @@ class Row:
 
     @property
     def salt(self) -> bytes:
-        """Rows share cached blocks only within one tenant and one adapter's content."""
+        """Rows share cached blocks within one tenant, one adapter's content and one set of frequencies."""
         content = ",".join(f"{use.adapter.digest}*{use.weight}" for use in self.uses)
-        return f"{self.command.tenant}\0{content}".encode()
+        return f"{self.command.tenant}\0{content}\0{self.frequencies}".encode()

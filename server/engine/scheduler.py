@@ -32,7 +32,9 @@ class Scheduler:
         max_context: int,
         lookup: int = 0,
         costs: Costs | None = None,
+        rope_switches: Sequence[int] = (),
     ) -> None:
+        """`rope_switches`: lengths past which a row's keys have other rotary frequencies (rotary.py)."""
         self.cache = cache
         self.blocks = blocks
         self.max_seqs = max_seqs
@@ -40,6 +42,7 @@ class Scheduler:
         self.max_context = max_context
         self.lookup = lookup if costs else 0  # tokens that a row may guess at a time
         self.costs = costs or Costs(USUAL)  # None: a guess saves nothing here
+        self.rope_switches = rope_switches
         self.queues = Queues()
         self.running: dict[str, Row] = {}  # in order of admission
         self.ended: list[tuple[Row, PolypeftError]] = []  # without a step; the loop takes them
@@ -107,6 +110,8 @@ class Scheduler:
                 if row.blocks[i] in self.blocks.names:
                     break
                 self.blocks.name(row.blocks[i], names[i])
+        if self.rope_switches and self._frequencies(row) != row.frequencies:
+            self._start_over(row)
 
     def room(self, row: Row, tokens: int) -> bool:
         """Blocks for so many tokens of a running row, if they lie free."""
@@ -138,12 +143,26 @@ class Scheduler:
         memory for it lies free.
         """
         most = min(most, self.lookup, row.left(self.max_context) - 1)
+        for switch in self.rope_switches:  # a guess past it would have other frequencies than its row
+            if switch >= row.length:
+                most = min(most, switch - row.length)
         if row.grammar or most < 1:
             return
         guess = row.lookup.guess(row.tokens, most, worth)
         if self.room(row, row.computed + 1 + len(guess)):
             row.guess = guess
             row.scheduled += len(guess)
+
+    def _frequencies(self, row: Row) -> int:
+        return sum(row.length > switch for switch in self.rope_switches)
+
+    def _start_over(self, row: Row) -> None:
+        """A running row has grown past a switch: all its keys are computed anew."""
+        self.blocks.release(row.blocks)
+        row.blocks, row.hashes, row.computed = [], [], 0
+        row.frequencies = self._frequencies(row)
+        if any(self.cache.by_slot[slot].given for slot in row.slots):
+            row.fill, row.computed = 0, row.virtual
 
     def _preempt(self, row: Row, now: float) -> None:
         del self.running[row.id]
@@ -258,6 +277,8 @@ class Scheduler:
     def _take_blocks(self, row: Row, slots: tuple[int, ...]) -> bool:
         """Blocks for all of a row's tokens, cached ones first; all or none."""
         names: list[bytes] = []
+        if self.rope_switches and self._frequencies(row) != row.frequencies:
+            row.hashes, row.frequencies = [], self._frequencies(row)
         if self.blocks.share_prefixes:
             # At least one token is computed, so that there are logits to sample from.
             names = block_hashes(row.salt, row.tokens, row.hashes)[: (len(row.tokens) - 1) // BLOCK]

@@ -5,7 +5,7 @@ a sub-block shows the residual stream r; the sub-block's output h is handed to t
 Sub-block sites are named by their path, e.g. "model.layers.0.mlp".
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from typing import Any
 
@@ -13,8 +13,10 @@ import torch
 from torch import nn
 
 from server.adapters.methods.base import NormParts
+from server.adapters.methods.tensors import INNER_NORMS
 from server.adapters.sites import Site, SiteKind
 from server.engine.attention import Step
+from server.engine.module_tokens import Seen
 
 Blocks = tuple[tuple[str, SiteKind, str], ...]  # (sub-block, kind, the norm before it)
 
@@ -42,35 +44,44 @@ LAYERS: dict[frozenset[str], Blocks] = {
 }
 
 
-def watch_norms(model: nn.Module, step: Step) -> dict[str, Site]:
-    """Hook every norm of the residual stream; {site name: site}. Norms of single heads get no hook."""
+def watch_norms(model: nn.Module, step: Step, seen: Mapping[str, Seen]) -> dict[str, Site]:
+    """Hook every norm that sees tokens; {site name: site}. Those that see single heads get no hook."""
     sites = {}
-    for name, norm in model.named_modules():
-        weight = getattr(norm, "weight", None)
-        if isinstance(weight, nn.Parameter) and weight.dim() == 1:
-            bias = getattr(norm, "bias", None)
-            epsilon = getattr(norm, "eps", getattr(norm, "variance_epsilon", 0.0))
-            site = Site(name, "norm", weight.shape[0], weight.shape[0], bias is not None, epsilon=epsilon)
+    for name, norm in norms_of(model):
+        bias, width = getattr(norm, "bias", None), norm.weight.shape[0]
+        epsilon = getattr(norm, "eps", getattr(norm, "variance_epsilon", 0.0))
+        site = Site(name, "norm", width, width, bias is not None, epsilon=epsilon)
+        inner = name.endswith(INNER_NORMS)
+        if inner or name in seen:
             sites[name] = site
-            if not name.endswith(("q_norm", "k_norm")):
-                hook = norm.polypeft_after = apply_to_norm(site, bias, norm_parts(norm), step)
-                norm.register_forward_hook(hook)
-                norm.polypeft_site = site
+        if name in seen and not inner:
+            kept = seen[name] == "kept"
+            hook = norm.polypeft_after = apply_to_norm(site, bias, norm_parts(norm), step, kept=kept)
+            norm.register_forward_hook(hook)
+            norm.polypeft_site = site
     return sites
 
 
+def norms_of(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Modules that have one number for each number of what they see."""
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, nn.Parameter) and weight.dim() == 1:
+            yield name, module
+
+
 @torch.no_grad()
-def norm_gains(model: nn.Module) -> dict[str, torch.Tensor]:
+def norm_gains(model: nn.Module, seen: Mapping[str, Seen]) -> dict[str, torch.Tensor]:
     """What each norm multiplies by, [width], by site name: its weight, or as Gemma has it, one more."""
     gains = {}
-    for name, norm in model.named_modules():
-        weight = getattr(norm, "weight", None)
-        if isinstance(weight, nn.Parameter) and weight.dim() == 1:
-            signs = torch.ones_like(weight)
-            signs[1::2] = -1  # mean 0 and mean square 1: every kind of norm leaves it as it is
-            bias = getattr(norm, "bias", None)
-            gain = (norm(signs) - (0 if bias is None else bias)) * signs
-            gains[name] = weight + 1 if (gain - weight).mean() > 0.5 else weight
+    for name, norm in norms_of(model):
+        if name not in seen:
+            continue
+        weight, bias = norm.weight, getattr(norm, "bias", None)
+        signs = torch.ones_like(weight)
+        signs[1::2] = -1  # mean 0 and mean square 1: every kind of norm leaves it as it is
+        gain = (norm(signs) - (0 if bias is None else bias)) * signs
+        gains[name] = weight + 1 if (gain - weight).mean() > 0.5 else weight
     return gains
 
 
@@ -118,14 +129,17 @@ def norm_parts(norm: Any) -> NormParts:
     return parts
 
 
-def apply_to_norm(site: Site, bias: torch.Tensor | None, parts: NormParts, step: Step) -> Any:
+def apply_to_norm(site: Site, bias: torch.Tensor | None, parts: NormParts, step: Step, *, kept: bool) -> Any:
+    """`kept`: it sees the tokens that are sampled from."""
+
     def after_norm(_norm: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        if not step.affine and not step.norm:
+        affine, norm = (step.head, step.head_norm) if kept else (step.affine, step.norm)
+        if not affine and not norm:
             return
         x, y = args[0].view(-1, site.outputs), output.view(-1, site.outputs)
-        for bank, rows in step.norm:
+        for bank, rows in norm:
             bank.norm(site, parts, x, y, rows)
-        for bank, rows in step.affine:
+        for bank, rows in affine:
             bank.affine(site, x, y, rows, bias)
 
     return after_norm

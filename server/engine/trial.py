@@ -7,6 +7,8 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
+from server.engine.rotary import longest_context
+
 log = logging.getLogger(__name__)
 
 PROBE = 9  # tokens of the prompt that is tried both ways
@@ -46,9 +48,12 @@ def take_over(
 
 
 def probe(model: Any) -> torch.Tensor:
-    """The last hidden states of a prompt of PROBE tokens, for which the step is set."""
+    """The last hidden states of PROBE tokens at both ends of the context, for which the step is set."""
     ids = torch.arange(1, PROBE + 1) % model.config.vocab_size
+    context = longest_context(model)
+    first = -(-PROBE // 2)
+    positions = torch.cat([torch.arange(first), torch.arange(context - PROBE + first, context)])
     decoder = getattr(model, model.base_model_prefix)
-    output = decoder(input_ids=ids[None], position_ids=torch.arange(PROBE)[None], use_cache=False)
+    output = decoder(input_ids=ids[None], position_ids=positions[None], use_cache=False)
     states: torch.Tensor = output.last_hidden_state
     return states

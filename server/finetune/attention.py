@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from server.adapters.methods.base import Start
-from server.engine.attention import Step
+from server.engine.attention import Step, scores_of
 from server.kernels.attention import Scores, prefill_attention
 
 Pair = tuple[torch.Tensor, torch.Tensor]  # K and V [kv_heads, n, head_dim]
@@ -71,16 +71,12 @@ def attend_within(
     query: torch.Tensor,  # [1, heads, T, head_dim]
     key: torch.Tensor,  # [1, kv_heads, T, head_dim]
     value: torch.Tensor,
-    _mask: torch.Tensor | None,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    **_kwargs: Any,
+    attention_mask: torch.Tensor | None,
+    **options: Any,
 ) -> tuple[torch.Tensor, None]:
-    """What transformers calls for each layer: [1, T, heads, head_dim]."""
+    """What transformers calls for each layer: [1, T, heads, head_dim]. Raises UnsupportedModel."""
     step: TrainingStep = module.polypeft_step
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    scores = step.heard[module.layer_idx] = Scores(scale, sliding_window or 0, softcap or 0.0)
+    scores = scores_of(module, step, query, attention_mask, options)
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     return step.attend(module.layer_idx, q, k, v, scores)[None], None
 

@@ -22,7 +22,7 @@ _mkldnn: Any = torch.backends.mkldnn
 def lay_out(model: nn.Module) -> None:
     """Put a `TrainedLinear` in the place of every linear site, if this machine can have them."""
     found = {name: m for name, m in model.named_modules() if isinstance(m, LinearSite)}
-    weights = [site.weight() for site in found.values()]
+    weights = [site.weight for site in found.values()]
     plain = any(w.device.type != "cpu" or w.dtype != torch.float32 for w in weights)
     if plain or not _mkldnn.is_available():
         return
@@ -42,7 +42,7 @@ class TrainedLinear(nn.Module):
         self.step = linear.step
         self.is_head = linear.is_head
         self.bias = linear.bias
-        weight = linear.weight()
+        weight = linear.weight
         self.forth = _ops._reorder_linear_weight(weight.contiguous())  # noqa: SLF001 - has no public name
         self.back = _ops._reorder_linear_weight(weight.T.contiguous())  # noqa: SLF001
 

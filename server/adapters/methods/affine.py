@@ -86,6 +86,7 @@ class AffineBank(Bank):
         """Those of `rows.few`, where our kernels run."""
         if not self.fast or not self._side_by_side(sites) or not self._ways(sites, rows) & BIAS:
             return None
+        rows.check(count)
         rows.biased.update(site.name for site in sites)
         first = self.table.numbers[sites[0].name]
         return Biases(rows.by_token(count), self.table.rows, first, columns)
@@ -99,6 +100,7 @@ class AffineBank(Bank):
             return
         elif self._takes(site):
             self._launch([site], x, y, rows, bias)
+        rows.check(len(x))
         for slot, start, end, weight in rows.many if self._takes(site) else rows.spans:
             if change := self.change(slot, site.name):
                 apply(change, site, x[start:end], y[start:end], bias, weight)
@@ -140,6 +142,7 @@ class AffineBank(Bank):
     def _launch(
         self, sites: Sequence[Site], x: torch.Tensor, y: torch.Tensor, rows: Rows, bias: torch.Tensor | None
     ) -> None:
+        rows.check(len(x))
         ways, first = self._ways(sites, rows), self.table.numbers[sites[0].name]
         heavy, widths = bool(ways & MATRICES), [site.outputs for site in sites]
         if not self.gpu:

@@ -75,13 +75,15 @@ class Rows:
     longer ones, and rows with several or weighted adapters, whose sums have an order.
     """
 
-    def __init__(self, spans: list[Span], most: int = FEW) -> None:
+    def __init__(self, spans: list[Span], most: int = FEW, count: int | None = None) -> None:
+        """`count`: tokens of the batch that these hooks see; None: whoever asks answers for it."""
         sharing = Counter(span.start for span in spans)
         self.few = sorted(
             s for s in spans if s.end - s.start <= most and s.weight == 1 and sharing[s.start] == 1
         )
         kept = set(self.few)
         self.spans = spans
+        self.count = count
         self.touched: dict[str, int] | None = None  # the sites its adapters change; the bank fills it in
         self.settled: set[str] = set()  # sites that the bank has done already, along with a sibling
         self.biased: set[str] = set()  # sites whose biases have come with the product
@@ -90,16 +92,16 @@ class Rows:
         self._by_token: torch.Tensor | None = None
 
     @classmethod
-    def recorded(cls, plan: Plan, touched: dict[str, int]) -> "Rows":
-        """Of a step that is recorded: whose tokens they are, the plan's tensors say at each replay."""
-        rows = cls([])
+    def recorded(cls, plan: Plan, touched: dict[str, int], count: int) -> "Rows":
+        """Of a recorded step of `count` tokens: whose they are, the plan's tensors say at each replay."""
+        rows = cls([], count=count)
         rows._plan, rows.touched = plan, touched
         return rows
 
     @classmethod
     def held(cls, count: int, touched: dict[str, int]) -> "Rows":
         """The same on a CPU, of `count` tokens: what `fill` says then."""
-        rows = cls([])
+        rows = cls([], count=count)
         rows.tokens, rows.slots, rows._by_token = torch.zeros(3, count, dtype=torch.int64).unbind()
         rows.touched = touched
         return rows
@@ -112,6 +114,13 @@ class Rows:
             own[:count] = other
             own[count:] = 0  # slot 0 holds nothing
         self._by_token.copy_(rows.by_token(len(self._by_token)))
+
+    def check(self, count: int) -> None:
+        """Before a kernel addresses tokens: a module of the model that sees others than the batch's would
+        make it write outside of its memory.
+        """
+        if self.count is not None and count != self.count:
+            raise RuntimeError(f"a module saw {count} tokens in a step of {self.count}")
 
     @cached_property
     def tokens(self) -> torch.Tensor:

@@ -115,6 +115,7 @@ class BottleneckBank(Bank):
             rows.touched = dict.fromkeys(changed, MATRICES)
         if site.name not in rows.touched:
             return
+        rows.check(len(h))
         if self.fast:
             self._launch(site, h, r, rows)
         for slot, start, end, _ in rows.many if self.fast else rows.spans:

@@ -41,6 +41,7 @@ class Ia3Bank(AffineBank):
         found = rows.spread(lambda slot: self._scale(slot, site.name))
         if found is None:
             return x
+        rows.check(len(x))
         tokens, scales = found
         x = x.clone()
         x[tokens] *= scales

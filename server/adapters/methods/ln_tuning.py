@@ -59,6 +59,7 @@ class NormBank(Bank):
         found = rows.spread(lambda slot: self.parameters[slot].get(site.name))
         if found is None:
             return
+        rows.check(len(x))
         tokens, own = found
         fixed, scaled = parts(x[tokens])
         y[tokens] = fixed + scaled * own[:, 0] + (own[:, 1] if site.bias else 0)
