@@ -1,8 +1,7 @@
 """Tiny configs of every causal language model that the installed transformers knows.
 
-A case is a model type and what it sets beside its family's defaults, which are shrunk to four layers, hidden
-size 64 and 300 tokens. Families that this does not fit have a line in OVERRIDES; what one family can look like
-beside its defaults stands in VARIANTS.
+A case is a family's defaults, shrunk to four layers, hidden size 64 and 300 tokens. Families that this does
+not fit have a line in OVERRIDES; what a family can look like beside its defaults stands in VARIANTS.
 """
 
 import json

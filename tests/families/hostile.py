@@ -8,11 +8,15 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from tests.families.cases import TOKENS, Case, rope
 from tests.fixtures.models import INIT
 
-FAMILIES = (
-    "llama mistral qwen2 qwen3 gemma gemma2 gemma3_text gemma4_text phi phi3 granite olmo olmo2 olmo3 glm glm4 cohere "
-    "cohere2 starcoder2 gpt_neox smollm3 stablelm exaone4 helium ministral ministral3 nemotron persimmon seed_oss arcee "
-    "apertus hunyuan_v1_dense ernie4_5 internlm3 cwm vaultgemma jais2 hyperclovax gpt2 gpt_bigcode opt gptj codegen biogpt"
-).split()
+# fmt: off
+FAMILIES = [
+    "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "gemma4_text", "phi", "phi3",
+    "granite", "olmo", "olmo2", "olmo3", "glm", "glm4", "cohere", "cohere2", "starcoder2", "gpt_neox",
+    "smollm3", "stablelm", "exaone4", "helium", "ministral", "ministral3", "nemotron", "persimmon",
+    "seed_oss", "arcee", "apertus", "hunyuan_v1_dense", "ernie4_5", "internlm3", "cwm", "vaultgemma",
+    "jais2", "hyperclovax", "gpt2", "gpt_bigcode", "opt", "gptj", "codegen", "biogpt",
+]
+# fmt: on
 FLAGS = [False, True]
 EPSILONS = [1e-6, 1e-5, 1e-2]
 FACTORS = [0.25, 1.0, 3.0]
@@ -101,7 +105,7 @@ def hostile(seed: int) -> Case:
 
 
 def _shape(rng: random.Random) -> dict[str, Any]:
-    """Heads that fit together; the hidden size is theirs, or another where the family has its own head size."""
+    """Heads that fit together, and a hidden size that may be other than all of them."""
     kv_heads, group, head_dim = (
         rng.choice([1, 2, 3]),
         rng.choice([1, 2, 4]),

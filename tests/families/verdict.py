@@ -1,8 +1,8 @@
 """One model, from its config to a verdict: exact, refused by name, or wrong.
 
-Built with random weights, served by an engine in this process, and compared with transformers' eager attention
-and with PEFT: each row alone, the whole text in one pass, no cache. The engine takes 32 tokens a step, so that
-prompts come in chunks; blocks of 16 and windows of 8 end within them.
+It gets random weights, is served by an engine in this process, and is compared with transformers' eager
+attention and with PEFT: each row alone, the whole text in one pass, no cache. The engine takes 32 tokens a
+step, so that prompts come in chunks; blocks of 16 tokens and windows of 8 end within them.
 """
 
 import json
@@ -32,6 +32,7 @@ NEW = 12
 MORE = 3  # tokens after a prompt that was served before
 GUESSED = 24  # tokens of rows that may guess
 
+STAGES = ("base", "chunks", "prefix hits", "LoRA", "mixed rows", "mixed rows, prefix hits")
 Outcome = Literal["exact", "refused", "wrong", "dies"]
 
 
@@ -189,6 +190,8 @@ class Trial:
 
 
 class Adapter(msgspec.Struct, frozen=True):
+    """One of PEFT's, as saved and as published."""
+
     folder: Path
     ref: AdapterRef
 
@@ -204,7 +207,7 @@ def greedy(tokens: Sequence[int], logits: torch.Tensor) -> bool:
 
 
 def logits_of(model: Any, prompt: Sequence[int], tokens: Sequence[int]) -> torch.Tensor:
-    """What each of `tokens` was, or should have been, chosen from, [n, V]: as `generate` has it without a cache.
+    """What each of `tokens` should have been chosen from, [n, V], as `generate` has it without a cache.
 
     One pass for all, except where the rope depends on how long the text is by then.
     """

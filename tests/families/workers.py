@@ -1,11 +1,11 @@
 """Cases judged in processes of their own, so that one that crashes or hangs is a verdict and not the end.
 
-`python -m tests.families.workers` is such a process: a case's name per line comes in, a verdict per line goes out.
+`python -m tests.families.workers` is such a process: it reads names of cases and writes verdicts, one a line.
 """
 
 import contextlib
 import os
-import selectors
+import select
 import subprocess
 import sys
 import tempfile
@@ -26,24 +26,31 @@ LIMIT_SECONDS = 300.0  # for one case, on a machine that is busy with others
 
 
 class Worker:
-    """A process that judges, and the case it is at."""
+    """A process that judges one case after the other; another takes its place when it has died."""
 
     def __init__(self) -> None:
-        self.stderr = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the process)
+        self.name = ""
+        self.since = 0.0
+        self._start()
+
+    def _start(self) -> None:
         self.process = subprocess.Popen(
             [sys.executable, "-m", __name__],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=self.stderr,
+            stderr=subprocess.DEVNULL,
             env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
         )
-        self.name = ""
-        self.since = 0.0
 
     @property
     def output(self) -> IO[bytes]:
         assert self.process.stdout
         return self.process.stdout
+
+    @property
+    def seconds(self) -> float:
+        """Since it was given its case."""
+        return time.monotonic() - self.since
 
     def begin(self, name: str) -> None:
         assert self.process.stdin
@@ -51,56 +58,45 @@ class Worker:
         self.process.stdin.write(f"{name}\n".encode())
         self.process.stdin.flush()
 
-    def verdict(self) -> Verdict:
-        """Of the case that it was given; call when there is something to read."""
-        line = self.output.readline()
-        if line:
+    def wait(self, limit: float = LIMIT_SECONDS) -> Verdict:
+        """On the case that it was given; a process that takes longer than `limit` seconds is ended."""
+        ready, _, _ = select.select([self.output], [], [], max(limit - self.seconds, 0))
+        if ready and (line := self.output.readline()):
             return msgspec.json.decode(line, type=Verdict)
-        status = self.process.wait()
-        return Verdict(self.name, "", "dies", f"the process ended with status {status}", seconds=self.seconds)
-
-    @property
-    def seconds(self) -> float:
-        return time.monotonic() - self.since
+        seconds = self.seconds
+        status = self.process.wait() if ready else None
+        detail = (
+            f"no verdict after {limit:.0f} s" if status is None else f"the process ended with status {status}"
+        )
+        self.close()
+        self._start()
+        return Verdict(self.name, "", "dies", detail, seconds=seconds)
 
     def close(self) -> None:
         self.process.kill()
         self.process.communicate()
-        self.stderr.close()
 
 
-def verdicts(names: Iterable[str], workers: int = 1, limit: float = LIMIT_SECONDS) -> Iterator[Verdict]:
+def verdicts(names: Iterable[str], workers: int = 1) -> Iterator[Verdict]:
     """Of each of these cases, as they come."""
     waiting = deque(names)
-    with selectors.DefaultSelector() as selector, contextlib.ExitStack() as stack:
-
-        def start() -> None:
-            if waiting:
-                worker = Worker()
-                stack.callback(worker.close)
-                selector.register(worker.output, selectors.EVENT_READ, worker)
+    with contextlib.ExitStack() as stack:
+        idle = [Worker() for _ in range(min(workers, len(waiting)))]
+        for worker in idle:
+            stack.callback(worker.close)
+        busy: list[Worker] = []
+        while waiting or busy:
+            while waiting and idle:
+                worker = idle.pop()
                 worker.begin(waiting.popleft())
-
-        for _ in range(workers):
-            start()
-        while selector.get_map():
-            ready = {key.data for key, _ in selector.select(1.0)}
-            for worker in [key.data for key in selector.get_map().values()]:
-                if worker not in ready and worker.seconds < limit:
-                    continue
-                if worker in ready:
-                    verdict = worker.verdict()
-                else:
-                    verdict = Verdict(
-                        worker.name, "", "dies", f"no verdict after {limit:.0f} s", seconds=limit
-                    )
-                yield verdict
-                if worker in ready and worker.process.poll() is None and waiting:
-                    worker.begin(waiting.popleft())
-                    continue
-                selector.unregister(worker.output)
-                worker.close()
-                start()
+                busy.append(worker)
+            ready, _, _ = select.select([worker.output for worker in busy], [], [], 1.0)
+            for worker in [
+                worker for worker in busy if worker.output in ready or worker.seconds > LIMIT_SECONDS
+            ]:
+                yield worker.wait()
+                busy.remove(worker)
+                idle.append(worker)
 
 
 def main() -> None:
