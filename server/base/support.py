@@ -111,8 +111,8 @@ def _refusing(what: str, model_dir: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        lines = str(error).replace(str(model_dir), model_dir.name).split("\n")
-        said = next((line.strip() for line in reversed(lines) if line.strip()), type(error).__name__)
+        said = repr(error) if isinstance(error, LookupError) else str(error).strip() or type(error).__name__
+        said = said.replace(str(model_dir), model_dir.name).splitlines()[-1].strip()
         raise UnsupportedModel(f"{what} ({said[:MAX_REASON].rstrip('.')})") from error
 
 
