@@ -87,9 +87,9 @@ def _check(model_dir: Path, fields: dict[str, Any]) -> None:
     with _refusing("transformers does not take its config.json", model_dir):
         config = AutoConfig.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
     for field, reason in _REFUSED_WHEN_SET.items():
-        if getattr(config, field, None):
+        if _field(config, field):
             raise UnsupportedModel(reason)
-    if any(getattr(config, field, None) is not None for field in _MULTIMODAL):
+    if any(_field(config, field) is not None for field in _MULTIMODAL):
         raise UnsupportedModel("it is multimodal, and only text models are served")
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UnsupportedModel("transformers has no causal language model of this type")
@@ -126,14 +126,19 @@ def _check_layer_types(config: Any) -> None:
 
 def _check_sizes(config: Any) -> None:
     for name in _SIZES + _OPTIONAL_SIZES:
-        try:
-            value = getattr(config, name, None)
-        except (AttributeError, RuntimeError) as error:  # of a config whose layers have their own
-            raise UnsupportedModel(f"its layers differ in {name}") from error
+        value = _field(config, name)
         if value is None and name in _OPTIONAL_SIZES:
             continue
         if not isinstance(value, int) or value < 1:
             raise UnsupportedModel(f"its config gives no {name}")
+
+
+def _field(config: Any, name: str) -> Any:
+    """None if the config has no such field."""
+    try:
+        return getattr(config, name, None)
+    except RuntimeError as error:
+        raise UnsupportedModel(f"its layers differ in {name}") from error
 
 
 def _check_modules(model: nn.Module) -> None:

@@ -25,7 +25,7 @@ from tests.families.cases import Case
 from tests.fixtures.engine import publish, record_logits, run
 from tests.fixtures.models import Oracle, make_lora
 
-TOLERANCE = 1e-4  # of the largest difference of a logit, over the largest logit
+TOLERANCE = 3e-4  # of the largest difference of a logit, over the largest logit
 STEP_TOKENS = 32
 LENGTHS = (1, 7, 17, 40, 90, 200)
 NEW = 12
