@@ -231,5 +231,5 @@ def forget_longest(model: Any) -> None:
     """A dynamic rope keeps the scale of the longest text it has seen."""
     for module in model.modules():
         if hasattr(module, "max_seq_len_cached") and hasattr(module, "original_inv_freq"):
-            module.inv_freq = module.original_inv_freq
+            module.inv_freq = module.original_inv_freq.clone()
             module.max_seq_len_cached = module.original_max_seq_len
