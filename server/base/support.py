@@ -146,6 +146,8 @@ def _check_modules(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if getattr(module, "is_causal", True) is False:
             raise UnsupportedModel(f"its attention {name} looks at later tokens")
+        if hasattr(module, "create_position_ids_from_input_ids"):  # RoBERTa and its kin
+            raise UnsupportedModel("it counts positions from its padding token on")
         if type(module).__name__.endswith("Experts"):
             raise UnsupportedModel("it is a mixture of experts")
     for name, parameter in model.named_parameters():

@@ -165,7 +165,9 @@ DECODER = {"is_decoder": True}
 FULL = {"layer_types": ["full_attention"] * LAYERS}
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "bert": {"decoder": DECODER},
-    "roberta": {"decoder": DECODER},
+    "roberta": {"decoder": DECODER | {"pad_token_id": 1}},
+    "xlm-roberta": {"decoder": DECODER | {"pad_token_id": 1}},
+    "electra": {"decoder": DECODER},
     "gemma3n_text": {"shared K and V": {"num_kv_shared_layers": 2}},
     "gemma4_text": {
         "other head size": {"global_head_dim": 32},

@@ -87,6 +87,7 @@ class Trial:
         self.folder = folder
         self.errors = errors
         settings = Settings(
+            model=str(model),
             data_dir=folder / "data",
             device="cpu",
             threads=1,

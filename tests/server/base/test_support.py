@@ -20,6 +20,7 @@ from transformers import (
     OpenAIGPTConfig,
     Qwen2Config,
     Qwen3Config,
+    RobertaConfig,
     T5Config,
 )
 
@@ -57,6 +58,7 @@ REFUSED = [
         ),
         "afresh with each chunk",
     ),
+    (RobertaConfig(architectures=["RobertaForCausalLM"], is_decoder=True), "padding token"),
     (DeepseekV3Config(architectures=["DeepseekV3ForCausalLM"], **TINY), "latents instead of K and V"),
     (Gemma4TextConfig(architectures=["Gemma4ForCausalLM"], head_dim=4, **TINY), "layers differ in head_dim"),
     (Gemma3Config(architectures=["Gemma3ForConditionalGeneration"]), "multimodal"),
