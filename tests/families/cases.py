@@ -208,6 +208,8 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "biases": {"attention_bias": True, "mlp_bias": True},
         "tied": {"tie_word_embeddings": True},
         "wide heads": {"head_dim": 32},
+        "odd heads": {"head_dim": 20},
+        "short context": {"max_position_embeddings": 64},
         "one kv head": {"num_key_value_heads": 1},
     },
     "llama4_text": {"dense, full attention": FULL | {"moe_layers": [], "intermediate_size_mlp": 96}},
