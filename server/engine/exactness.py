@@ -11,10 +11,10 @@ A yes is kept in the data directory: for the same weights, layout, code and vers
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -25,7 +25,7 @@ from server.engine.messages import Generate, Sampling
 from server.engine.module_tokens import logits_of, own_attention, refusing
 from server.engine.row import Row
 from server.errors import UnsupportedModel
-from server.kernels.attention import BLOCK
+from server.kernels.attention import BLOCK, Scores
 from server.kernels.int8 import unrounded
 
 # Norm of the difference over the norm of transformers' logits. The order of sums alone makes up to 2e-4 in
@@ -35,6 +35,13 @@ SHORT = 9  # tokens of the shorter row
 MAX_WINDOW = (
     64  # wider ones are made this narrow meanwhile, on both sides, so that the longer row stays short
 )
+
+
+class HasScores(Protocol):
+    """A layer as kernels of ours run it."""
+
+    scores: Scores
+
 
 Compute = Callable[[list[Row]], torch.Tensor]  # float32 logits [all scheduled tokens, vocabulary], row by row
 
@@ -90,9 +97,14 @@ class ExactnessCheck:
             with _narrow_windows(model), unrounded():
                 self._expected = self._by_transformers(model)
 
-    def compare(self, model: Any, compute: Compute, blocks: int, what: str) -> None:
-        """Raises UnsupportedModel if steps give other logits. Writes into the first `blocks` pages."""
-        with _narrow_windows(model), unrounded(), refusing("a packed step fails"):
+    def compare(
+        self, model: Any, compute: Compute, blocks: int, what: str, layers: Sequence[HasScores] = ()
+    ) -> None:
+        """Raises UnsupportedModel if steps give other logits. Writes into the first `blocks` pages.
+
+        `layers`: those of `model`, where kernels of ours run them.
+        """
+        with _narrow_windows(model, layers), unrounded(), refusing("a packed step fails"):
             found = _by_steps(compute, self._rows(model.config.vocab_size, blocks))
         _compare(found, self._expected, model.dtype, what)
 
@@ -168,7 +180,7 @@ def _tokens(places: Sequence[int], vocabulary: int) -> list[int]:
 
 
 @contextmanager
-def _narrow_windows(model: Any) -> Iterator[int]:
+def _narrow_windows(model: Any, layers: Sequence[HasScores] = ()) -> Iterator[int]:
     """Sliding windows of at most MAX_WINDOW meanwhile; gives the smallest, 0 if there is none."""
     configs = [model.config, model.config.get_text_config()]
     owners = [
@@ -177,13 +189,18 @@ def _narrow_windows(model: Any) -> Iterator[int]:
         if isinstance(getattr(owner, "sliding_window", None), int)
     ]
     widths = [owner.sliding_window for owner in owners]
+    scores = [layer.scores for layer in layers]
     try:
+        for layer in layers:
+            layer.scores = replace(layer.scores, window=min(layer.scores.window, MAX_WINDOW))
         for owner, width in zip(owners, widths, strict=True):
             owner.sliding_window = min(width, MAX_WINDOW)
         yield min((min(width, MAX_WINDOW) for width in widths if width), default=0)
     finally:
         for owner, width in zip(owners, widths, strict=True):
             owner.sliding_window = width
+        for layer, own in zip(layers, scores, strict=True):
+            layer.scores = own
 
 
 def _fingerprint(model: Any, identity: str, layout: str, context: int) -> str:

@@ -268,7 +268,7 @@ class DecodeGraphs:
         ids, positions, lengths, places, *plans, blocks = tables.there
         step = self.step
         step.batch = GpuBatch(places, lengths, blocks, blocks.new_empty(0, 4))
-        step.in_place, step.chunks, step.last = variant.rows, [], {}
+        step.in_place, step.chunks, step.last, step.row_lengths = variant.rows, [], {}, None
         acting: list[tuple[Bank, Rows]] = []
         for i, (bank, trace) in enumerate(variant.traces):
             plan = Plan(plans[2 * i], plans[2 * i + 1].view(-1, FIELDS), SMALL, trace.ranks)

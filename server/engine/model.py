@@ -115,7 +115,7 @@ class ServedModel(FrozenModel):
             (0, "packed, with a past that is gathered"),
         ):
             step.most_pairs = pairs
-            check.compare(self.model, compute, blocks, what)
+            check.compare(self.model, compute, blocks, what, self.decoder.layers if self.decoder else ())
         step.most_pairs = PAIRS
         if self.decoder:
             self.decoder.programs.off = False
@@ -148,7 +148,7 @@ class ServedModel(FrozenModel):
         runs: it writes to the first page, reads nothing else, and leaves that zeroed.
         """
         step, zeros = self.step, torch.zeros(tokens, dtype=torch.int64)
-        step.in_place, step.chunks, step.ahead = tokens, [], None
+        step.in_place, step.chunks, step.ahead, step.row_lengths = tokens, [], None, None
         step.tables, step.lengths = zeros[:, None].expand(-1, SEEN).contiguous(), zeros + SEEN * BLOCK
         times = []
         for _ in range(3):  # the first records it

@@ -31,7 +31,8 @@ def longest_context(model: Any, wanted: int = 0) -> int:
     dynamic = [
         module.original_max_seq_len for module, kinds in _rotaries(model) if "dynamic" in kinds.values()
     ]
-    return min(own, wanted or own, *dynamic)
+    longest: int = min(own, wanted or own, *dynamic)
+    return longest
 
 
 def scale_by_row(model: nn.Module, step: Step) -> tuple[int, ...]:
@@ -39,7 +40,7 @@ def scale_by_row(model: nn.Module, step: Step) -> tuple[int, ...]:
 
     Gives the lengths past which a row has other ones.
     """
-    switches = set()
+    switches: set[int] = set()
     for module, kinds in _rotaries(model):
         long = [layers for layers, kind in kinds.items() if kind == "longrope"]
         if own := {layers: LongRope.of(module, layers) for layers in long}:
@@ -102,5 +103,5 @@ def _turn(
         both.append(forward(module, x, position_ids, **named))
     lengths = position_ids + 1 if step.row_lengths is None else step.row_lengths[None]
     long = (lengths > rope.switch)[..., None]
-    cos, sin = (torch.where(long, *pair) for pair in zip(*both, strict=True))
-    return cos, sin
+    (long_cos, long_sin), (short_cos, short_sin) = both
+    return torch.where(long, long_cos, short_cos), torch.where(long, long_sin, short_sin)

@@ -10,11 +10,15 @@ from typing import Any
 
 import msgspec
 from accelerate import init_empty_weights
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 from server.engine.attention import Step
 from server.engine.footprint import Shapes
 from server.engine.frozen import describe, replace_modules
+from server.engine.module_tokens import Seen
+from server.engine.rotary import longest_context
 from server.kernels.linear import padded
 from server.kernels.openmp import AVAILABLE
 
@@ -30,14 +34,20 @@ def read_shapes(folder: Path) -> Shapes:
     tied = head is not None and head.weight is model.get_input_embeddings().weight
     names = {module: name for name, module in model.named_modules()}
     head_name = names.get(head, "")
-    found = replace_modules(model, Step())
+    kinds = (nn.Linear, Conv1D, nn.Embedding)
+    seen: dict[str, Seen] = {
+        name: "all" for name, module in model.named_modules() if isinstance(module, kinds)
+    }
+    found, _ = replace_modules(model, seen, Step())
     sites = {name: module.site for name, module in found.items()}
     packed = weights
     for site in sites.values():
         if site.kind == "linear" and AVAILABLE:
             own = 0 if tied and site.name == head_name else site.outputs * site.inputs
             packed += padded(site.outputs) * site.inputs - own
-    return Shapes(describe(config, folder.name, sites, "", 0), head_name, weights, packed)
+    return Shapes(
+        describe(config, folder.name, sites, "", longest_context(model)), head_name, weights, packed
+    )
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import torch
 
-from server.kernels.openmp import AVAILABLE, arguments
+from server.kernels.openmp import AVAILABLE, arguments, require
 
 MAX_RANK = 1024  # the kernel's scratch; max_lora_rank may not be set above it
 COLUMNS = 6
@@ -142,6 +142,7 @@ def grouped_affine(
     lone: bool = True,  # False: biases of those who change nothing else are added already (biases.py)
 ) -> None:
     """Add each token's adapter at sites that see the same x. CPU, float32; sees only tokens listed."""
+    require(len(x) == len(y) and sum(widths) <= y.shape[1], "outputs of other sites or tokens")
     sizes = (tokens.shape[0], x.shape[1], x.stride(0), y.stride(0))
     held = (x.data_ptr(), y.data_ptr(), tokens.data_ptr(), slots.data_ptr())
     row = table.data_ptr() + first * COLUMNS * 8

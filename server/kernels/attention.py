@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from server.kernels.openmp import AVAILABLE, arguments
+from server.kernels.openmp import AVAILABLE, arguments, require
 
 BLOCK = 16
 ALONE = 1 << 13  # elements: to write fewer costs one thread less time than waking the others
@@ -55,10 +55,12 @@ def write_pages(
     v: torch.Tensor,
     places: torch.Tensor,  # int64 [T]: block * BLOCK + offset
 ) -> None:
-    """Tokens may lie apart, and their heads."""
+    """Tokens may lie apart, and their heads. Raises ShapeError."""
+    heads, dim = values.shape[1], values.shape[3]
+    require(k.shape == v.shape == (len(places), heads, dim), "K and V are not what the pages hold")
     plain = keys.device.type == "cpu" and keys.dtype == k.dtype == torch.float32
     if AVAILABLE and plain and k.stride(2) == v.stride(2) == 1:
-        count, kv_heads, dim = k.shape
+        count, kv_heads = k.shape[:2]
         held = [tensor.data_ptr() for tensor in (keys, values, k, v, places)]
         strides = (*k.stride()[:2], *v.stride()[:2])
         _write_pages(arguments(count, kv_heads, dim, *held, *strides), parallel=k.numel() > ALONE)

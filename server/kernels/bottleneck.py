@@ -12,7 +12,7 @@ Width 0: nothing to do.
 import numpy as np
 import torch
 
-from server.kernels.openmp import AVAILABLE, arguments
+from server.kernels.openmp import AVAILABLE, arguments, require
 
 COLUMNS = 8  # D, d, U, u, width, non-linearity, input, epsilon
 MAX_WIDTH = 8192  # the kernel's scratch
@@ -100,6 +100,7 @@ def grouped_bottleneck(
     table: torch.Tensor,  # int64 [slots, 8], rows contiguous
 ) -> None:
     """Run each token's adapter at one site. CPU, float32; sees only tokens listed."""
+    require(h.shape == r.shape, "a residual of other tokens")
     pointers = (tensor.data_ptr() for tensor in (h, r, tokens, slots, table))
     sizes = (tokens.shape[0], h.shape[1], h.stride(0), r.stride(0))
     _grouped_bottleneck(arguments(*sizes, *pointers, table.stride(0)))

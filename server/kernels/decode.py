@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from server.kernels.attention import Scores, decode_attention_reference
-from server.kernels.openmp import AVAILABLE, arguments, bits_of, empty
+from server.kernels.openmp import AVAILABLE, arguments, bits_of, empty, require
 
 if AVAILABLE:
     import numba as nb
@@ -148,9 +148,12 @@ def decode_attention(
 ) -> torch.Tensor:
     """Each row's new token over its pages, read in place: [R, heads, head_dim].
 
-    Rows of q, k and v may lie apart, their heads may not.
+    Rows of q, k and v may lie apart, their heads may not. Raises ShapeError.
     """
     rows, heads, dim = q.shape
+    own = (rows, keys.shape[1], keys.shape[2])
+    require(k.shape == v.shape == own and heads % own[1] == 0 and dim == own[2], "K and V fit no page")
+    require(len(tables) == len(lengths) == rows, "rows without a table of blocks")
     if not takes(keys):
         return decode_attention_reference(q, k, v, keys, values, tables, lengths, scores)
     q, k, v = _by_head(q), _by_head(k), _by_head(v)

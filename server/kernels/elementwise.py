@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from server.kernels.biases import NONE, Biases
-from server.kernels.openmp import AVAILABLE, arguments, empty
+from server.kernels.openmp import AVAILABLE, arguments, empty, require
 
 ALONE = 1 << 15  # elements: less than that costs one thread less time than waking the others
 
@@ -130,6 +130,7 @@ class RmsNorm:
         return total, y
 
     def _launch(self, x: torch.Tensor, y: torch.Tensor, added: int, total: int, own: Biases | None) -> None:
+        require(x.shape[1:] == self.weight.shape, "the norm is of another width")
         held = (self.weight.data_ptr(), self.epsilon.data_ptr(), x.data_ptr(), y.data_ptr(), added, total)
         biases = own.arguments() if own else NONE
         _rms_norm(arguments(*x.shape, *held, *biases), parallel=x.numel() > ALONE)
@@ -141,6 +142,7 @@ def rotate_(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, norm: RmsNorm
     Tokens may lie apart, their heads may not.
     """
     count, heads, dim = x.shape
+    require(cos.shape == sin.shape == (count, dim), "cosines of other tokens, or of a part of each head")
     own = (0, 0) if norm is None else (norm.weight.data_ptr(), norm.epsilon.data_ptr())
     sizes = (count, heads, dim, x.stride(0))
     held = (x.data_ptr(), cos.data_ptr(), sin.data_ptr(), *own)
@@ -149,6 +151,7 @@ def rotate_(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, norm: RmsNorm
 
 def silu_times(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up, [T, n]; both may be columns of one tensor."""
+    require(gate.shape == up.shape, "gate and up differ")
     y = empty(gate, *gate.shape)
     sizes = (*gate.shape, gate.stride(0))
     held = (gate.data_ptr(), up.data_ptr(), y.data_ptr())
@@ -158,5 +161,6 @@ def silu_times(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 
 def add_(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """y += x, both [T, n] and contiguous; gives y."""
+    require(y.shape == x.shape, "summands differ")
     _add(arguments(y.numel(), y.data_ptr(), x.data_ptr()), parallel=y.numel() > ALONE)
     return y

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from server.kernels.biases import NONE, Biases
-from server.kernels.openmp import AVAILABLE, Arguments, arguments, empty
+from server.kernels.openmp import AVAILABLE, Arguments, arguments, empty, require
 
 LANES = 16  # outputs of a panel
 GROUP = 4  # panels at a time, at most; a packed weight has a multiple of these
@@ -255,6 +255,7 @@ class PackedLinear:
 
     def __call__(self, x: torch.Tensor, own: Biases | None = None) -> torch.Tensor:
         """x [T, in], T > 0; [T, out], with each token's own biases."""
+        require(x.shape[1] == self.inputs, "inputs of another width")
         if x.stride(1) != 1:
             x = x.contiguous()
         y = empty(x, x.shape[0], self.outputs)

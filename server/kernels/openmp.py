@@ -83,6 +83,16 @@ if AVAILABLE:
     float_to_bits = _bits_as(types.int32, types.float32)
 
 
+class ShapeError(RuntimeError):
+    """A kernel was asked to address memory beyond its tensors."""
+
+
+def require(fits: bool, what: str) -> None:
+    """Before addresses go to a kernel, which checks nothing. Raises ShapeError."""
+    if not fits:
+        raise ShapeError(what)
+
+
 def use_one_thread() -> None:
     """Torch's operators called from this thread stay on it; other threads keep their teams.
 
