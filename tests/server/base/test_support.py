@@ -7,9 +7,12 @@ from typing import Any
 import pytest
 from transformers import (
     BertConfig,
+    DeepseekV3Config,
     Gemma2Config,
     Gemma3Config,
+    Gemma4TextConfig,
     GPT2Config,
+    Llama4TextConfig,
     LlamaConfig,
     MambaConfig,
     MistralConfig,
@@ -17,6 +20,7 @@ from transformers import (
     OpenAIGPTConfig,
     Qwen2Config,
     Qwen3Config,
+    RobertaConfig,
     T5Config,
 )
 
@@ -43,7 +47,20 @@ REFUSED = [
     (T5Config(architectures=["T5ForConditionalGeneration"]), "encoder-decoder"),
     (BertConfig(architectures=["BertForMaskedLM"]), "later tokens"),
     (OpenAIGPTConfig(architectures=["OpenAIGPTLMHeadModel"]), "AttentionInterface"),
-    (MambaConfig(architectures=["MambaForCausalLM"]), "linear_attention"),
+    (MambaConfig(architectures=["MambaForCausalLM"]), "state-space layers .*linear_attention"),
+    (
+        Llama4TextConfig(
+            architectures=["Llama4ForCausalLM"],
+            moe_layers=[],
+            intermediate_size_mlp=24,
+            layer_types=["chunked_attention"] * 2,
+            **TINY,
+        ),
+        "afresh with each chunk",
+    ),
+    (RobertaConfig(architectures=["RobertaForCausalLM"], is_decoder=True), "padding token"),
+    (DeepseekV3Config(architectures=["DeepseekV3ForCausalLM"], **TINY), "latents instead of K and V"),
+    (Gemma4TextConfig(architectures=["Gemma4ForCausalLM"], head_dim=4, **TINY), "layers differ in head_dim"),
     (Gemma3Config(architectures=["Gemma3ForConditionalGeneration"]), "multimodal"),
     (MixtralConfig(architectures=["MixtralForCausalLM"], num_local_experts=2, **TINY), "mixture of experts"),
     (
@@ -99,3 +116,32 @@ def test_an_unreadable_config_is_a_sentence(content: str | None, tmp_path: Path)
         (tmp_path / "config.json").write_text(content)
     with pytest.raises(StartupError, match=r"config\.json"):
         check_architecture(tmp_path)
+
+
+UNSOUND: list[tuple[dict[str, Any], str]] = [
+    ({"model_type": ["llama"]}, "does not know it"),
+    ({"hidden_size": "wide"}, r"does not take its config\.json .*'wide'"),
+    ({"hidden_size": 0}, "gives no hidden_size"),
+    ({"layer_types": ["full_attention"]}, r"does not take its config\.json .*layer_types"),
+    ({"layer_types": [["full_attention"]] * 2}, r"does not take its config\.json"),
+    ({"rope_parameters": {"rope_type": "spiral"}}, r"cannot build it from its config\.json .*spiral"),
+    ({"hidden_act": "wobble"}, r"cannot build it from its config\.json .*wobble"),
+    ({"dtype": "int3"}, "int3"),
+    ({"attn_implementation": "wow"}, "wow"),
+    ({"id2label": 3}, r"does not take its config\.json"),
+]
+
+
+@pytest.mark.parametrize(("fields", "reason"), UNSOUND, ids=[next(iter(fields)) for fields, _ in UNSOUND])
+@pytest.mark.filterwarnings("ignore")
+def test_what_transformers_does_not_take_is_a_sentence(
+    fields: dict[str, Any], reason: str, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"} | TINY | fields))
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(
+        StartupError, match=rf"^The architecture .* cannot be served: .*{reason}.*\.$"
+    ) as refusal:
+        check_architecture(tmp_path)
+    assert str(tmp_path) not in refusal.value.message
+    assert "\n" not in refusal.value.message
