@@ -19,7 +19,6 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-import server
 from server.engine.linear import put_modules
 from server.engine.messages import Generate, Sampling
 from server.engine.module_tokens import logits_of, own_attention, refusing
@@ -203,7 +202,7 @@ def _narrow_windows(model: Any, layers: Sequence[HasScores] = ()) -> Iterator[in
 
 def _fingerprint(model: Any, identity: str, layout: str, context: int) -> str:
     """Of all that an answer depends on."""
-    root = Path(server.__file__).parent
+    root = Path(__file__).parents[1]
     total = hashlib.sha256()
     for path in sorted(path for part in ("engine", "kernels") for path in (root / part).glob("*.py")):
         total.update(path.read_bytes())
