@@ -5,7 +5,6 @@ from collections import Counter
 from concurrent.futures import Future
 from typing import Any
 
-from server.adapters.cache import AdapterCache
 from server.engine.capacity import Held, refusal
 from server.engine.grammar import Grammars
 from server.engine.messages import Chunk, Generate
@@ -15,22 +14,17 @@ from server.errors import ContextTooLong, InvalidField, PolypeftError
 
 
 class Admission:
-    def __init__(
-        self,
-        scheduler: Scheduler,
-        cache: AdapterCache,
-        grammars: Grammars,
-        *,
-        max_context: int,
-        max_queue: int,
-    ) -> None:
+    def __init__(self, scheduler: Scheduler, grammars: Grammars, max_queue: int) -> None:
         self.scheduler = scheduler
-        self.cache = cache
+        self.cache = scheduler.cache
         self.grammars = grammars
-        self.max_context = max_context
+        self.max_context = scheduler.max_context
         self.capacity = scheduler.max_seqs + max_queue
         self.refused: list[Chunk] = []  # the loop takes them
         self.compiling: dict[str, tuple[Row, Future[Any]]] = {}
+
+    def close(self) -> None:
+        self.grammars.close()
 
     def accept(self, rows: tuple[Generate, ...]) -> None:
         """The rows of one request, all of them or none."""

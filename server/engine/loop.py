@@ -94,14 +94,8 @@ class Engine:
         self.stopwatch = Stopwatch(self.figures, placement.device)
         self.model.watch = self.stopwatch.watch
         self.gate = Gate(self.scheduler, self.cache, self.loader, self.base.vocab_size)
-        self.grammars = Grammars(model_dir, self.base.vocab_size, self.ends)
-        self.admission = Admission(
-            self.scheduler,
-            self.cache,
-            self.grammars,
-            max_context=self.base.max_context,
-            max_queue=settings.max_queue,
-        )
+        grammars = Grammars(model_dir, self.base.vocab_size, self.ends)
+        self.admission = Admission(self.scheduler, grammars, settings.max_queue)
 
     @property
     def busy(self) -> bool:
@@ -117,7 +111,7 @@ class Engine:
 
     def close(self) -> None:
         self.loader.close()
-        self.grammars.close()
+        self.admission.close()
 
     def submit(self, command: Generate | Request | Cancel | Check | Prefetch | Forget | Pins) -> None:
         match command:
