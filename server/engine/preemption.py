@@ -30,20 +30,25 @@ class Victims:
     def __init__(
         self, running: Collection[Row], queues: Queues, blocks: BlockPool, taker: Queue, places: int
     ) -> None:
-        self._rows = [row for row in running if queues.of(row) is not taker]  # in order of admission
+        self._running = running
         self._queues = queues
         self._blocks = blocks
         self._taker = taker
         self._places = places
         self._weights = sum(queue.weight for queue in queues.by_tenant.values() if queue.active)
-        self._left = Counter(queues.of(row) for row in self._rows)
-        self._memory: Counter[Queue] = Counter()  # blocks by tenant
-        for row in self._rows:
-            self._memory[queues.of(row)] += len(row.blocks)
+        self._rows: list[Row] = []  # of other tenants, in order of admission
+        self._left: Counter[Queue] = Counter()  # of those, by tenant
+        self._memory: Counter[Queue] = Counter()  # their blocks
 
     def find(self, *, place: bool, blocks: int) -> list[Row]:
         """Enough of them for a place, if one is needed, and so many blocks; [] if that is not to be had."""
-        found: list[Row] = []
+        taker, found = self._taker, list[Row]()
+        if taker.running and not (place and taker.running < self._entitled(taker)):
+            return found
+        self._rows = [row for row in self._running if self._queues.of(row) is not taker]
+        for row in self._rows:
+            self._left[self._queues.of(row)] += 1
+            self._memory[self._queues.of(row)] += len(row.blocks)
         refs: Counter[int] = Counter()
         while (place and not found) or blocks > 0:
             row = self._next(place=place and not found)
@@ -63,8 +68,7 @@ class Victims:
         taker = self._taker
         over = [row for row in self._rows if self._is_over(self._queues.of(row), place=place)]
         if taker.running:
-            entitled = place and taker.running < self._entitled(taker)
-            over = [row for row in over if entitled and self._is_behind(row)]
+            over = [row for row in over if place and self._is_behind(row)]
         elif not over:
             over = [r for r in self._rows if r.recovered and self._queues.of(r).served >= taker.served]
         held = self._left if place else self._memory

@@ -33,7 +33,7 @@ class Town(World):
     """Clients and one scheduler. Checks in each step what must hold in all."""
 
     def __init__(
-        self, clients: Sequence[Client], *, blocks: int = 4000, max_seqs: int = 4, tokens: int = 256
+        self, clients: Sequence[Client], *, blocks: int = 1000, max_seqs: int = 4, tokens: int = 256
     ) -> None:
         super().__init__(blocks=blocks, max_seqs=max_seqs, tokens=tokens)
         self.clients = clients
@@ -234,15 +234,17 @@ CLIENTS = st.lists(
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(CLIENTS, st.integers(1, 6), st.integers(20, 80), st.sampled_from([16, 64, 256]))
 def test_any_crowd_is_served(clients: list[Client], max_seqs: int, blocks: int, tokens: int) -> None:
     """Nobody starves, and no place stays empty that a row could take."""
     clients = [replace(client, waits=[]) for client in clients]
     town = Town(clients, max_seqs=max_seqs, blocks=blocks, tokens=tokens)
     without: Counter[str] = Counter()  # steps for which a tenant has waited with no row running
-    for _ in range(400):
+    for _ in range(4000):
         town.run(1)
+        if all(client.waits for client in clients):
+            return
         for tenant in "abc":
             starved = tenant in town.waiting and not town.placed[tenant]
             without[tenant] = without[tenant] + 1 if starved else 0
@@ -251,10 +253,10 @@ def test_any_crowd_is_served(clients: list[Client], max_seqs: int, blocks: int, 
             BLOCK + client.prompt + client.output for client in clients
         ):
             assert town.placed.total() == max_seqs or not town.waiting
-    assert all(client.waits for client in clients)
+    raise AssertionError("a row never began")
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(st.data(), st.integers(4, 8), st.integers(1, 3))
 def test_two_tenants_that_always_wait_are_served_alike(data: st.DataObject, max_seqs: int, more: int) -> None:
     """However many rows each has, and of whatever length: the difference of their counters has a bound.
