@@ -9,8 +9,8 @@ place or memory that is not free:
 - If there is no such tenant, because tenants outnumber places or rows are large, it takes it from one that
   has been served as much as itself, from a row that has got as many tokens as its recompute costs: they take
   turns.
-- A tenant with rows running, but less than its entitlement, takes a place from those that have more, if they
-  have been served more by what the recompute costs.
+- A tenant with rows running, but less than its entitlement, takes a place from those that have more, unless
+  it has been served more than they by CREDIT, the cost of the recompute included.
 
 A row that gave way cannot take its place back: its tenant has its entitlement still, or must wait until the
 other's row has had its turn.
@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Collection
 
 from server.engine.kv import BlockPool
-from server.engine.queues import Queue, Queues
+from server.engine.queues import CREDIT, Queue, Queues, entitled
 from server.engine.row import Row
 
 
@@ -35,7 +35,7 @@ class Victims:
         self._blocks = blocks
         self._taker = taker
         self._places = places
-        self._weights = sum(queue.weight for queue in queues.by_tenant.values() if queue.active)
+        self._share = queues.share()
         self._rows: list[Row] = []  # of other tenants, in order of admission
         self._left: Counter[Queue] = Counter()  # of those, by tenant
         self._memory: Counter[Queue] = Counter()  # their blocks
@@ -46,9 +46,9 @@ class Victims:
         if taker.running and not (place and taker.running < self._entitled(taker)):
             return found
         self._rows = [row for row in self._running if self._queues.of(row) is not taker]
-        for row in self._rows:
-            self._left[self._queues.of(row)] += 1
-            self._memory[self._queues.of(row)] += len(row.blocks)
+        for other in self._rows:
+            self._left[self._queues.of(other)] += 1
+            self._memory[self._queues.of(other)] += len(other.blocks)
         refs: Counter[int] = Counter()
         while (place and not found) or blocks > 0:
             row = self._next(place=place and not found)
@@ -68,7 +68,7 @@ class Victims:
         taker = self._taker
         over = [row for row in self._rows if self._is_over(self._queues.of(row), place=place)]
         if taker.running:
-            over = [row for row in over if place and self._is_behind(row)]
+            over = [row for row in over if place and self._is_due(row)]
         elif not over:
             over = [r for r in self._rows if r.recovered and self._queues.of(r).served >= taker.served]
         held = self._left if place else self._memory
@@ -86,16 +86,15 @@ class Victims:
         """It has more than it is entitled to, and keeps a row when it gives one."""
         if place:
             return self._left[queue] > self._entitled(queue)
-        share = self._blocks.count * queue.weight / self._weights
-        return self._left[queue] > 1 and self._memory[queue] > share
+        return self._left[queue] > 1 and self._memory[queue] > self._blocks.count * self._share(queue)
 
     def _entitled(self, queue: Queue) -> int:
-        return max(1, int(self._places * queue.weight / self._weights))
+        return entitled(self._share(queue), self._places)
 
-    def _is_behind(self, row: Row) -> bool:
-        """The taker has been served less than the row's tenant, by what the recompute costs."""
+    def _is_due(self, row: Row) -> bool:
+        """With what the recompute costs, the taker has not been served much more than the row's tenant."""
         cost = row.recompute_cost / self._taker.weight
-        return self._taker.served + cost <= self._queues.of(row).served
+        return self._taker.served + cost <= self._queues.of(row).served + CREDIT
 
 
 def for_growth(running: Collection[Row], queues: Queues) -> Row:

@@ -9,10 +9,15 @@ each, and the tokens that it got, over its weight. The least served goes first. 
   more than CREDIT: it cannot save up turns and then shut the others out.
 - One that left is remembered until the others have caught up with it, so leaving and coming back earns
   nothing either.
+
+Places in the batch come first: a tenant that waits with no row running goes before all others, and one with
+less than its part, by weight, before those with more, as long as it has not been served more than the least
+by CREDIT. So the counters of tenants that always wait differ by no more than CREDIT and what their running
+rows are charged, as long as one place each does not serve them unalike.
 """
 
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from server.engine.row import Row
@@ -38,31 +43,34 @@ class Queue:
         """Rows, waiting or running."""
         return self.running + len(self.rows)
 
-    @property
-    def order(self) -> tuple[bool, float]:
-        """The lowest goes first: tenants with no row running, and of equals the least served."""
-        return self.running > 0, self.served
-
 
 @dataclass(eq=False)
 class Turn:
     """A tenant's rows that are in prefill, and after them those that wait."""
 
     queue: Queue
+    entitled: int  # places
     begun: deque[Row] = field(default_factory=deque)
     waiting: deque[Row] = field(default_factory=deque)
+
+    def order(self, least: float) -> tuple[int, float]:
+        """The lowest goes first: who has no row running, then who is due more places, then all others."""
+        queue = self.queue
+        due = queue.running < self.entitled and queue.served <= least + CREDIT
+        return (0 if not queue.running else 1 if due else 2), queue.served
 
 
 class Turns:
     """Whose prompts get tokens in one step, row by row; a tenant may be charged between two rows."""
 
-    def __init__(self, turns: dict[str, Turn]) -> None:
+    def __init__(self, turns: dict[str, Turn], least: float) -> None:
         self._turns = turns
+        self._least = least  # that any tenant has been served
 
     def next(self) -> tuple[Row, bool] | None:
         """The next row, and whether it runs already."""
         while self._turns:
-            tenant, turn = min(self._turns.items(), key=lambda item: item[1].queue.order)
+            tenant, turn = min(self._turns.items(), key=lambda item: item[1].order(self._least))
             if turn.begun:
                 return turn.begun.popleft(), True
             if turn.waiting:
@@ -78,6 +86,11 @@ class Turns:
         """No more newcomers of anybody."""
         for turn in self._turns.values():
             turn.waiting.clear()
+
+
+def entitled(share: float, places: int) -> int:
+    """Places in the batch that a tenant has a right to."""
+    return max(1, int(places * share))
 
 
 class Queues:
@@ -142,12 +155,27 @@ class Queues:
         """Its tenant has been served so many tokens more."""
         self.of(row).served += tokens / row.command.weight
 
-    def turns(self, prefilling: Iterable[Row]) -> Turns:
-        turns = {t: Turn(q, waiting=deque(q.rows.values())) for t, q in self.by_tenant.items() if q.rows}
+    def share(self) -> Callable[[Queue], float]:
+        """Of each tenant, its part of all by its weight among those that wait or run."""
+        total = sum(queue.weight for queue in self.by_tenant.values() if queue.active)
+        return lambda queue: queue.weight / total
+
+    def turns(self, prefilling: Iterable[Row], places: int) -> Turns:
+        share = self.share()
+        begun: dict[str, deque[Row]] = {}
         for row in prefilling:
-            tenant = row.command.tenant
-            turns.setdefault(tenant, Turn(self.by_tenant[tenant])).begun.append(row)
-        return Turns(turns)
+            begun.setdefault(row.command.tenant, deque()).append(row)
+        turns = {
+            tenant: Turn(
+                queue,
+                entitled(share(queue), places),
+                begun.get(tenant, deque()),
+                deque(queue.rows.values()),
+            )
+            for tenant, queue in self.by_tenant.items()
+            if queue.rows or tenant in begun
+        }
+        return Turns(turns, min(queue.served for queue in self.by_tenant.values() if queue.active))
 
     def _forget_idle(self, left: float) -> None:
         """A tenant has left: forget those whose counters would be lifted anyhow when they came back."""

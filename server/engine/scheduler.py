@@ -146,7 +146,8 @@ class Scheduler:
     def _prompts(self, budget: int, now: float) -> list[Row]:
         """Rows whose prompts get tokens in this step, tenant by tenant: those in prefill, then newcomers."""
         batch: list[Row] = []
-        turns = self.queues.turns([row for row in self.running.values() if row.remaining > 1])
+        prefilling = [row for row in self.running.values() if row.remaining > 1]
+        turns = self.queues.turns(prefilling, self.max_seqs)
         lacking: Counter[str] = Counter()  # rows without memory: by tenant if the rest is its own, or ""
         while budget > 0 and (found := turns.next()):
             row, begun = found

@@ -69,6 +69,7 @@ def test_limits_are_data(http: httpx.Client, engine: FakeEngine) -> None:
     limits = http.get("/v1/limits").json()
     assert limits["max_context_tokens"] == 256
     assert limits["max_n"] == 8
+    assert limits["max_rows_per_tenant"] == 8
     too_many = {"model": "toy", "prompt": "x", "n": limits["max_n"] + 1}
     assert http.post("/v1/completions", json=too_many).status_code == 422
     assert http.post("/v1/completions", json=too_many | {"n": limits["max_n"]}).status_code == 200

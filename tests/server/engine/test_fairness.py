@@ -87,8 +87,11 @@ def test_a_newcomer_with_four_times_the_clients_leaves_a_steady_tenant_its_half(
     assert share(town.run(300), "A") >= 0.45
 
 
-def test_a_tenant_with_long_rows_in_every_place_makes_way_in_the_step_another_arrives() -> None:
-    town = Town([Client("A", output=LONG) for _ in range(8)] + [Client("B", since=100)])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_tenant_with_long_rows_in_every_place_makes_way_in_the_step_another_arrives(rows: int) -> None:
+    """For as many rows as the other has a right to."""
+    crowd = [Client("A", output=LONG) for _ in range(8)]
+    town = Town(crowd + [Client("B", since=100) for _ in range(rows)])
     town.run(100)
     assert town.placed == {"A": 4}
     town.run(200)

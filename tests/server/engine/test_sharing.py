@@ -10,9 +10,9 @@ LONG = 120  # tokens
 MOST = 8  # choices
 
 
-def row(s: Stand, id_: str, tenant: str, tokens: int, seed: int = 0, **fields: str) -> Generate:
+def row(s: Stand, id_: str, tenant: str, tokens: int, seed: int = 0, after: str | None = None) -> Generate:
     sampling = Sampling(max_tokens=tokens, temperature=0.0, ignore_eos=True)
-    return Generate(id_, tenant, s.prompt(seed, 12), sampling, **fields)  # type: ignore[arg-type]
+    return Generate(id_, tenant, s.prompt(seed, 12), sampling, after=after)
 
 
 def steps_to_first_token(driver: Driver, command: Generate) -> int:
@@ -29,7 +29,7 @@ def test_a_first_token_beside_another_tenants_most_choices_comes_as_soon_as_alon
 ) -> None:
     """And every row says what it says alone, those that made way as well."""
     s = stand("llama", 0, max_seqs=4)
-    choices = [row(s, f"a{i}", "A", LONG, **({"after": "a0"} if i else {})) for i in range(MOST)]
+    choices = [row(s, f"a{i}", "A", LONG, after="a0" if i else None) for i in range(MOST)]
     mine = [row(s, f"b{i}", "B", 6, seed=i) for i in range(4)]
     expected = s.alone([choices[0], *mine])
     driver = Driver(s.engine)
