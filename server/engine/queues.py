@@ -65,7 +65,7 @@ class Turns:
 
     def __init__(self, turns: dict[str, Turn], least: float) -> None:
         self._turns = turns
-        self._least = least  # that any tenant has been served
+        self._least = least  # that any tenant with a row waiting has been served
 
     def next(self) -> tuple[Row, bool] | None:
         """The next row, and whether it runs already."""
@@ -175,7 +175,8 @@ class Queues:
             for tenant, queue in self.by_tenant.items()
             if queue.rows or tenant in begun
         }
-        return Turns(turns, min(queue.served for queue in self.by_tenant.values() if queue.active))
+        waiting = (queue.served for queue in self.by_tenant.values() if queue.rows)
+        return Turns(turns, min(waiting, default=0.0))
 
     def _forget_idle(self, left: float) -> None:
         """A tenant has left: forget those whose counters would be lifted anyhow when they came back."""
