@@ -14,6 +14,7 @@ PolypeftError                           500  our fault unless a subclass says ot
 ├── TooLarge                            413  more bytes than the cap
 ├── UnsupportedMedia                    415  not a kind of file we take
 ├── QuotaExceeded                       429  the tenant's limit
+│   └── TenantQueueFull                 429  ... of rows that wait
 ├── Unavailable                         503  overloaded, draining, or a part is down: try again
 │   ├── QueueFull                       503  more rows wait than may
 │   ├── EngineLost                      503  the engine died under this request
@@ -115,6 +116,10 @@ class QuotaExceeded(PolypeftError):
     status = 429
     type = "rate_limit_error"
     code = "quota_exceeded"
+
+
+class TenantQueueFull(QuotaExceeded):
+    code = "tenant_queue_full"
 
 
 class Unavailable(PolypeftError):

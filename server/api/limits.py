@@ -52,6 +52,7 @@ async def get_limits(parts: Parts) -> Response:
         {"object": "limits", "model": parts.base.id, "max_context_tokens": parts.max_context}
         | {name: getattr(parts.settings, name) for name in FROM_SETTINGS}
         | {
+            "max_rows_per_tenant": parts.max_rows // 2,  # running and waiting, while it is alone
             "default_max_tokens_completions": completions.DEFAULT_MAX_TOKENS,
             "default_max_tokens_chat": None,  # all that fits
             "max_schema_chars": grammar.MAX_CHARS,

@@ -18,9 +18,9 @@ from server.engine.messages import (
     Chunk,
     Chunks,
     Event,
-    Generate,
     Hello,
     Ready,
+    Request,
     decode_command,
     encode,
 )
@@ -83,7 +83,9 @@ class EngineServer:
                 self.peers.add(peer)
                 self.send(peer, self.ready())
                 return
-            case Generate(id=id_) | Check(id=id_):
+            case Request(rows=rows):
+                self.owner.update({row.id: peer for row in rows})
+            case Check(id=id_):
                 self.owner[id_] = peer
             case Cancel(id=id_):
                 self.owner.pop(id_, None)
@@ -114,6 +116,7 @@ class EngineServer:
         settings, base = self.engine.settings, self.engine.base
         limits = {
             "max_seqs": settings.max_seqs,
+            "max_queue": settings.max_queue,
             "max_model_len": base.max_context,
             "max_batch_tokens": self.engine.scheduler.max_batch_tokens,
             "kv_blocks": self.engine.blocks.count,

@@ -100,8 +100,7 @@ class EngineClient:
         deadline = min((row.deadline for row in rows if row.deadline is not None), default=None)
         self._rows.update(dict.fromkeys(open_rows, inbox))
         try:
-            for row in rows:
-                self._send(row)
+            self._send(m.Request(rows))
             while open_rows:
                 chunk = await _next(inbox, deadline)
                 if chunk.finish is not None:

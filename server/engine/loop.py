@@ -6,9 +6,7 @@ it commands and takes its chunks.
 
 import time
 from collections import Counter
-from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -21,6 +19,7 @@ from server.adapters.methods.base import Bank
 from server.adapters.recipes import Limits
 from server.adapters.share import Shares
 from server.adapters.tiers import DiskTier, RamTier
+from server.engine.admission import Admission
 from server.engine.device import choose_placement
 from server.engine.figures import Figures, source_of
 from server.engine.footprint import BATCH_TOKENS
@@ -28,22 +27,13 @@ from server.engine.gate import Gate
 from server.engine.grammar import Grammars, mask_logits
 from server.engine.kv import BlockPool
 from server.engine.lookup import standing
-from server.engine.messages import Cancel, Check, Checked, Chunk, Forget, Generate, Pins, Prefetch
+from server.engine.messages import Cancel, Check, Checked, Chunk, Forget, Generate, Pins, Prefetch, Request
 from server.engine.model import ServedModel
 from server.engine.row import Row
 from server.engine.sampler import Sampled, SampleRow, draw
 from server.engine.scheduler import Scheduler
 from server.engine.stopwatch import Stopwatch
-from server.errors import (
-    ContextTooLong,
-    InvalidField,
-    NonFinite,
-    PolypeftError,
-    QueueFull,
-    StartupError,
-    Unavailable,
-    UnsupportedModel,
-)
+from server.errors import InvalidField, NonFinite, StartupError, Unavailable, UnsupportedModel
 from server.settings import Settings
 
 
@@ -110,26 +100,33 @@ class Engine:
         self.stopwatch = Stopwatch(self.figures, placement.device)
         self.model.watch = self.stopwatch.watch
         self.gate = Gate(self.scheduler, self.cache, self.loader, self.base.vocab_size)
-        self.refused: list[Chunk] = []
-        self.grammars = Grammars(model_dir, self.base.vocab_size, self.ends)
-        self.compiling: dict[str, tuple[Row, Future[Any]]] = {}
+        grammars = Grammars(model_dir, self.base.vocab_size, self.ends)
+        self.admission = Admission(self.scheduler, grammars, settings.max_queue)
 
     @property
     def busy(self) -> bool:
         """A step would find something to do, now or when an adapter arrives."""
-        waiting = self.refused or self.compiling or self.gate.trials or self.cache.busy
-        return bool(self.scheduler.running or self.scheduler.waiting or waiting)
+        entering = self.admission.refused or self.admission.compiling
+        return bool(
+            self.scheduler.running
+            or self.scheduler.waiting
+            or entering
+            or self.gate.trials
+            or self.cache.busy
+        )
 
     def close(self) -> None:
         self.loader.close()
-        self.grammars.close()
+        self.admission.close()
 
-    def submit(self, command: Generate | Cancel | Check | Prefetch | Forget | Pins) -> None:
+    def submit(self, command: Generate | Request | Cancel | Check | Prefetch | Forget | Pins) -> None:
         match command:
             case Generate():
-                self._accept(command)
+                self.admission.accept((command,))
+            case Request(rows=rows):
+                self.admission.accept(rows)
             case Cancel(id=id_):
-                self.compiling.pop(id_, None)
+                self.admission.cancel(id_)
                 if row := self.scheduler.find(id_):
                     self._end(row)
             case Check():
@@ -143,7 +140,7 @@ class Engine:
 
     def step(self) -> list[Chunk]:
         """Run one step for every row that can run; what it gave to whom."""
-        self._take_compiled()
+        self.admission.take_compiled()
         self.cache.tend()
         self.gate.step()
         start = time.perf_counter()
@@ -195,49 +192,6 @@ class Engine:
     def take_observations(self) -> list[tuple[str, str, float]]:
         """Of loads, since the last call."""
         return self.loader.take_observations()
-
-    def _accept(self, command: Generate) -> None:
-        length = len(command.prompt)
-        error: PolypeftError | None = None
-        if not 0 < length < self.base.max_context:
-            error = ContextTooLong(
-                f"The prompt has {length} tokens; the context of {self.base.max_context} must hold one more."
-            )
-        elif len(command.adapters) > self.cache.slots:
-            error = InvalidField(
-                f"adapters has {len(command.adapters)} items; the device has {self.cache.slots} slots.",
-                param="adapters",
-            )
-        elif self.scheduler.waiting >= self.settings.max_queue:
-            error = QueueFull(f"The queue is full ({self.settings.max_queue} requests); try again later.")
-        if error:
-            self.refused.append(Chunk.failure(command.id, error))
-            return
-        row = Row(command, command.sampling.seed or 0, tokens=list(command.prompt), prompt_length=length)
-        for use in row.uses:  # while the row is in line
-            row.cold |= not self.cache.has(use.adapter)
-            self.cache.prefetch(use.adapter)
-        row.timing.arrived = row.since = time.time()
-        if command.sampling.grammar is None:
-            self.scheduler.add(row)
-        else:
-            row.waits_for = "grammar"
-            self.compiling[row.id] = (row, self.grammars.compile(command.sampling.grammar))
-
-    def _take_compiled(self) -> None:
-        """Rows whose grammar has been compiled join the queue."""
-        for id_, (row, future) in [*self.compiling.items()]:
-            if future.done():
-                del self.compiling[id_]
-                error = future.exception()
-                if error is None:
-                    row.grammar = future.result()
-                    row.wait("capacity", time.time())
-                    self.scheduler.add(row)
-                elif isinstance(error, PolypeftError):
-                    self.refused.append(Chunk.failure(id_, error))
-                else:
-                    raise error
 
     def _sample_row(self, row: Row, guessed: int) -> SampleRow:
         """The row as it is once so many of its guesses have come true."""
@@ -301,9 +255,8 @@ class Engine:
         """Rows that ended without a step: refused, expired, or their adapter failed to load."""
         for row, error in self.scheduler.ended:
             self.figures.ended(row, time.time(), error.code)
-        chunks = self.refused + [Chunk.failure(row.id, error) for row, error in self.scheduler.ended]
-        self.refused, self.scheduler.ended = [], []
-        return chunks
+        ended, self.scheduler.ended = self.scheduler.ended, []
+        return self.admission.take_refused() + [Chunk.failure(row.id, error) for row, error in ended]
 
     def _shed(self, rows: list[Row]) -> list[Chunk]:
         """The device ran out of memory: the largest row ends, the others take the step again."""

@@ -51,7 +51,9 @@ class Use(msgspec.Struct, frozen=True):
     weight: float = 1.0
 
 
-class Generate(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
+class Generate(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One row."""
+
     id: str
     tenant: str
     prompt: list[int]
@@ -61,6 +63,12 @@ class Generate(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     deadline: float | None = None  # time.time() after which the row ends with deadline_exceeded
     weight: float = 1.0  # the tenant's share when tenants queue
     after: str | None = None  # wait for this sibling's prefill (n > 1): its prompt blocks are shared
+
+
+class Request(msgspec.Struct, frozen=True, tag=True):
+    """The rows of one request: the engine admits all of them or refuses all, before any gets a token."""
+
+    rows: tuple[Generate, ...]
 
 
 class Cancel(msgspec.Struct, frozen=True, tag=True):
@@ -100,7 +108,7 @@ class Hello(msgspec.Struct, frozen=True, tag=True):
     """First message of an API process; the engine answers Ready when it is."""
 
 
-Command = Generate | Cancel | Check | Prefetch | Forget | Pins | Hello
+Command = Request | Cancel | Check | Prefetch | Forget | Pins | Hello
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):

@@ -105,7 +105,7 @@ ENGINE: Mapping[str, Family] = {
     "guessed_right": _counter("vllm:spec_decode_num_accepted_tokens", "Guessed tokens that were right"),
     "prefix_queries": _counter("vllm:prefix_cache_queries", "Prompt tokens looked up in the prefix cache"),
     "prefix_hits": _counter("vllm:prefix_cache_hits", "Prompt tokens found in the prefix cache"),
-    "preemptions": _counter("vllm:num_preemptions", "Rows put back because KV ran out"),
+    "preemptions": _counter("vllm:num_preemptions", "Rows put back: KV ran out, or another tenant was due"),
     "batch_tokens": _histogram("vllm:iteration_tokens_total", TOKENS, "Tokens in a step"),
     "request_prompt_tokens": _histogram("vllm:request_prompt_tokens", TOKENS, "Prompt tokens of a row"),
     "request_generation_tokens": _histogram(

@@ -125,7 +125,7 @@ class running:  # noqa: N801 - used as a context manager
 
     async def _main(self) -> None:
         app = self._build(self._settings)
-        engine = FakeEngine(self._settings.engine_socket, toy_base(), {"max_seqs": 8})
+        engine = FakeEngine(self._settings.engine_socket, toy_base(), {"max_seqs": 8, "max_queue": 8})
         await engine.start()
         config = uvicorn.Config(app, port=0, http="httptools", log_config=None, access_log=False)
         self._server = server = uvicorn.Server(config)

@@ -14,13 +14,23 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from server.adapters.sites import Base, Site
 from server.engine import messages as m
 from server.engine.client import EngineClient
 from server.engine.fake import FakeEngine
-from server.errors import DeadlineExceeded, EngineLost, ModelNotFound, NonFinite, PolypeftError, Unavailable
+from server.errors import (
+    DeadlineExceeded,
+    EngineLost,
+    ModelNotFound,
+    NonFinite,
+    PolypeftError,
+    QueueFull,
+    TenantQueueFull,
+    Unavailable,
+)
 from server.settings import Settings, child_environment
 
 BASE = Base(
@@ -222,6 +232,21 @@ async def test_a_failed_row_raises_its_error_and_no_other_does(engine: Fake | Re
         )
         assert isinstance(bad, engine.bad_adapter)
         assert isinstance(good, dict)
+
+
+async def test_a_request_is_admitted_whole_or_refused_whole(engine: Fake | Real) -> None:
+    """288 rows fit, and a tenant may have as many as it leaves free."""
+    async with connected(engine) as client:
+        with pytest.raises(QueueFull):
+            await collect(client, *(row(f"r{i}", prompt=[i % 90 + 1]) for i in range(289)))
+        first = [row(f"f{i}", LONG, prompt=[i + 1]) for i in range(80)]
+        async with aclosing(client.generate(*first)) as chunks:
+            await anext(chunks)
+            with pytest.raises(TenantQueueFull):
+                await collect(client, *(row(f"s{i}", prompt=[i + 1]) for i in range(70)))
+            other = row("other", 1)
+            assert await collect(client, msgspec.structs.replace(other, tenant="ten_b"))
+        assert client.rows == 0
 
 
 async def test_a_dead_engine_ends_every_row_at_once_and_its_successor_serves(engine: Fake | Real) -> None:
