@@ -370,3 +370,53 @@ def test_figures_begin_with_a_serve_and_each_worker_has_a_port(tmp_path: Path) -
     finally:
         parent.send_signal(signal.SIGTERM)
         parent.wait(10)
+
+
+# beats, and then stands still altogether; the next one beats on
+FROZEN = """
+    import zmq
+    from server.engine.messages import Beat, beat_address, encode
+    socket = zmq.Context().socket(zmq.PUB)
+    socket.bind(beat_address(settings.engine_socket))
+    first = len((folder / "engine.pids").read_text().split()) == 1
+    while True:
+        time.sleep(0.1)
+        socket.send(encode(Beat("boot", 0.0, 0.0)))
+        if first and (folder / "freeze").exists():
+            os.kill(os.getpid(), signal.SIGSTOP)
+"""
+
+
+def test_an_engine_that_is_silent_for_longer_than_any_request_is_killed(tmp_path: Path) -> None:
+    system = System(tmp_path, request_seconds=2.0)
+    system.child("engine", FROZEN)
+    parent = system.start()
+    try:
+        system.ready()
+        first = system.pid("engine")
+        time.sleep(4.0)  # it is heard all the time
+        assert alive(first)
+        (tmp_path / "freeze").touch()
+        until(lambda: len(system.pids("engine")) == 2, system.log, 60)
+        said = [json.loads(line)["message"] for line in system.log().splitlines()]
+        killed = [line for line in said if f"The engine process {first} has been silent for" in line]
+        assert len(killed) == 1
+        time.sleep(4.0)
+        assert alive(system.pid("engine"))
+    finally:
+        parent.terminate()
+        parent.wait(20)
+
+
+def test_an_engine_that_has_not_been_heard_yet_is_waited_for(tmp_path: Path) -> None:
+    """It loads a model, and may take any time for that."""
+    system = System(tmp_path, request_seconds=0.5)
+    parent = system.start()
+    try:
+        system.ready()
+        first = system.pid("engine")
+        time.sleep(4.0)
+        assert system.pids("engine") == [first]
+    finally:
+        parent.terminate()
+        parent.wait(20)
