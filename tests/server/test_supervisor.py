@@ -15,6 +15,8 @@ import httpx
 import psutil
 import pytest
 from redis import Redis
+from redis.asyncio import Redis as AsyncRedis
+from redis.exceptions import BusyLoadingError
 
 from server.errors import StartupError
 from server.settings import MULTIPROCESS, Settings
@@ -320,6 +322,21 @@ async def test_a_dead_redis_url_is_a_sentence_without_its_password() -> None:
     with pytest.raises(StartupError, match=r"127\.0\.0\.1:1.* did not answer within 0\.1 s") as refusal:
         await answering("redis://user:hunter2@127.0.0.1:1/0", 0.1)
     assert "hunter2" not in refusal.value.message
+
+
+@pytest.mark.anyio
+async def test_a_valkey_that_reads_its_file_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It says so itself, however long its file is."""
+    answers = [BusyLoadingError("Valkey is loading the dataset in memory")] * 5
+
+    async def ping(_client: AsyncRedis) -> bool:
+        if answers:
+            raise answers.pop()
+        return True
+
+    monkeypatch.setattr(AsyncRedis, "ping", ping)
+    await answering("redis://127.0.0.1:1/0", 0.0)
+    assert not answers
 
 
 @pytest.mark.anyio
