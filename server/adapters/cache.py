@@ -12,8 +12,9 @@ from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future
 from typing import Any
 
+from server.adapters.faults import load_error, one_adapters_fault
 from server.adapters.policy import FROM_RAM
-from server.adapters.residents import Fetcher, Loaded, Moving, Pending, Resident, Slots, one_adapters_fault
+from server.adapters.residents import Fetcher, Loaded, Moving, Pending, Resident, Slots
 from server.adapters.share import Shares
 from server.adapters.shelf import Shelf
 from server.engine.messages import AdapterRef
@@ -222,9 +223,7 @@ class AdapterCache:
         if fault := pending.future.exception():
             self._let_go(ref.digest)
             self.failures += 1
-            raise (
-                fault if isinstance(fault, PolypeftError) else StoreError("The adapter could not be loaded.")
-            )
+            raise load_error(fault)
         packed: Loaded = pending.future.result()
         slot = self._settle(ref, packed, mine)
         if slot is None:

@@ -3,18 +3,13 @@
 No torch, no I/O.
 """
 
-import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from server.adapters.shelf import Entry
 from server.engine.messages import AdapterRef
-from server.errors import PolypeftError
-
-log = logging.getLogger(__name__)
 
 
 class Loaded(Protocol):
@@ -83,16 +78,3 @@ class Resident(Entry):
     @property
     def digest(self) -> str:
         return self.key
-
-
-@contextmanager
-def one_adapters_fault(undo: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """An error that nobody foresaw, on an adapter's way to its slot, is the rows' that name it: `undo`, and
-    raise it as one of theirs.
-    """
-    try:
-        yield
-    except Exception as error:
-        log.exception("An adapter could not be brought onto the device")
-        undo()
-        raise PolypeftError("The adapter could not be brought onto the device; the log says why.") from error

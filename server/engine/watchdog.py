@@ -77,7 +77,8 @@ class Watchdog:
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def _watch(self) -> None:
-        socket = zmq.Context.instance().socket(zmq.PUB)  # this thread's own: sockets are not to be shared
+        # this thread's own: sockets are not to be shared
+        socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PUB)
         socket.setsockopt(zmq.LINGER, 0)
         socket.bind(beat_address(self._address))
         turn, age, before = self._clock.turn, 0.0, time.monotonic()

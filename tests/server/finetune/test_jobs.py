@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import random
+from collections.abc import Awaitable, Callable
 
 import pytest
 from redis.asyncio import Redis
@@ -180,7 +181,7 @@ async def test_a_lapsed_lease_is_renewed_by_any_word_while_nobody_has_the_job(
     await lapse(redis)
     await jobs.sweep()
     assert (await jobs.get("t", ID)).phase == "queued"
-    words = {
+    words: dict[str, Callable[[], Awaitable[object]]] = {
         "beat": lambda: jobs.beat(ID, job.fence),
         "event": lambda: jobs.event(ID, job.fence, "info", "I am here."),
         "checkpoint": lambda: jobs.checkpoint(ID, job.fence, Checkpoint(created=1, step=5, metrics={})),
