@@ -148,7 +148,8 @@ def test_a_copy_that_breaks_between_two_steps_ends_the_rows_that_wait_for_it(
 ) -> None:
     """On a GPU an adapter arrives while nobody asks for it."""
     s = stand("llama", 1)
-    copy, looks = s.engine.cache._copy, [False, False]
+    copy: Callable[[Any], Any] = s.engine.cache._copy
+    looks = [False, False]
 
     def late(packed: Any) -> Any:
         return dataclasses.replace(copy(packed), arrived=lambda: not looks or looks.pop())
