@@ -135,7 +135,7 @@ def build_services(settings: Settings) -> Services:
     redis = connect(settings.redis_url)
     redis.on_call = metrics.on_valkey_call
     engine = EngineClient(settings.engine_socket, on_stats=metrics.absorb)
-    metrics.engine_up = lambda: engine.ready
+    metrics.engine_up = lambda: engine.answers
     queue = WorkerQueue(settings.redis_url)
     objects = Objects.open(settings.store_url, settings.store_config)
     objects.on_call = metrics.on_store_call

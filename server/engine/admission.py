@@ -6,6 +6,7 @@ from concurrent.futures import Future
 from typing import Any
 
 from server.engine.capacity import Held, refusal
+from server.engine.faults import told
 from server.engine.grammar import Grammars
 from server.engine.messages import Chunk, Generate
 from server.engine.row import Row
@@ -49,10 +50,8 @@ class Admission:
                     row.grammar = future.result()
                     row.wait("capacity", time.time())
                     self.scheduler.add(row)
-                elif isinstance(error, PolypeftError):
-                    self.refused.append(Chunk.failure(id_, error))
                 else:
-                    raise error
+                    self.refused.append(Chunk.failure(id_, told(error, "the schema of response_format")))
 
     def take_refused(self) -> list[Chunk]:
         taken, self.refused = self.refused, []

@@ -37,6 +37,7 @@ class Behaviour:
     refuse: tuple[str, str, str | None] | None = None  # the answer to every Check
     facts: dict[str, float | int | str] = field(default_factory=lambda: {"parameters": 1})
     mute: bool = False  # receive, and say nothing
+    turn: tuple[float, float] = (0.0, 300.0)  # seconds that the turn under way has run, and its bound
 
 
 class FakeEngine:
@@ -73,6 +74,9 @@ class FakeEngine:
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.bind(self._address)
+        self._beats = self._context.socket(zmq.PUB)
+        self._beats.setsockopt(zmq.LINGER, 0)
+        self._beats.bind(m.beat_address(self._address))
         self._tasks = [asyncio.create_task(self._serve()), asyncio.create_task(self._report())]
 
     async def crash(self) -> None:
@@ -86,6 +90,7 @@ class FakeEngine:
         self._untold.clear()
         self._peers.clear()
         self._socket.close()
+        self._beats.close()
         self._context.term()
 
     close = crash
@@ -210,6 +215,8 @@ class FakeEngine:
             counters = {"generation_tokens": float(self._generated), "prompt_tokens": 0.0}
             for peer in list(self._peers):
                 await self._send(peer, m.Stats(self.boot, gauges, counters))
+            if not self.behaviour.mute:
+                await self._beats.send(m.encode(m.Beat(self.boot, *self.behaviour.turn)))
             await asyncio.sleep(STATS_SECONDS)
 
     async def _step_ends(self) -> None:

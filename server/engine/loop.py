@@ -10,17 +10,10 @@ from pathlib import Path
 
 import torch
 
-from adapters_store.objects import Objects
-from server.adapters.cache import AdapterCache
-from server.adapters.copies import Copier
-from server.adapters.loader import Loader
-from server.adapters.methods import build_methods
-from server.adapters.methods.base import Bank
-from server.adapters.recipes import Limits
-from server.adapters.share import Shares
-from server.adapters.tiers import DiskTier, RamTier
+from server.engine.adapters import build_adapters
 from server.engine.admission import Admission
 from server.engine.device import choose_placement
+from server.engine.faults import raise_if_device_lost, told
 from server.engine.figures import Figures, source_of
 from server.engine.footprint import BATCH_TOKENS
 from server.engine.gate import Gate
@@ -30,9 +23,10 @@ from server.engine.lookup import standing
 from server.engine.messages import Cancel, Check, Checked, Chunk, Forget, Generate, Pins, Prefetch, Request
 from server.engine.model import ServedModel
 from server.engine.row import Row
-from server.engine.sampler import Sampled, SampleRow, draw
+from server.engine.sampler import Sampled, draw, sample_row
 from server.engine.scheduler import Scheduler
 from server.engine.stopwatch import Stopwatch
+from server.engine.watchdog import StepClock
 from server.errors import InvalidField, NonFinite, StartupError, Unavailable, UnsupportedModel
 from server.settings import Settings
 
@@ -55,31 +49,7 @@ class Engine:
             sentence = f"The base {settings.base_id} cannot be served: {error.message}."
             raise StartupError(sentence, param="model") from error
         self.base = self.model.base
-        methods = build_methods(settings.max_lora_rank, placement.narrow)
-        size = (self.base, settings.adapter_slots, placement.device, placement.dtype)
-        made: dict[type[Bank], Bank] = {kind: kind(*size) for kind in {m.bank for m in methods.values()}}
-        banks = {name: made[method.bank] for name, method in methods.items()}
-        self.model.install(banks)
-        shares = Shares()
-        self.loader = Loader(
-            Objects.open(settings.store_url, settings.store_config),
-            DiskTier(settings.data_dir / "cache" / "adapters", settings.adapter_disk_bytes, shares),
-            RamTier(settings.adapter_ram_bytes, shares),
-            methods,
-            self.base,
-            self.model.weights,
-            placement.dtype,
-            Limits(settings.max_header_bytes, settings.max_tensors),
-            pinned=placement.device.type == "cuda",
-        )
-        self.cache = AdapterCache(
-            banks,
-            self.loader,
-            slots=settings.adapter_slots,
-            budget=settings.adapter_device_bytes,
-            copy=Copier(placement.device).start,
-            shares=shares,
-        )
+        self.loader, self.cache = build_adapters(settings, self.model, placement)
         self.blocks = BlockPool(self.model.step.pages.count, share_prefixes=settings.prefix_cache)
         self.scheduler = Scheduler(
             self.cache,
@@ -93,6 +63,7 @@ class Engine:
         )
         self.ends = self.model.end_tokens()
         self.counts: Counter[str] = Counter()
+        self.clock = StepClock()
         self.figures = Figures(
             settings.figures_dir / "engine", settings.metrics_adapter_labels, settings.metrics_top
         )
@@ -151,23 +122,51 @@ class Engine:
         chunks = self._ended() + (self._run(rows) if rows else [])
         return [chunk for chunk in chunks if not self.gate.take(chunk)]
 
-    @torch.inference_mode()
     def _run(self, rows: list[Row]) -> list[Chunk]:
-        """Forward, sample, deliver."""
+        """Compute and deliver. A step that fails is taken again row by row: those that fail alone end.
+
+        Taking it again is as good as taking it once: what a row has moves on when it is delivered only.
+        """
         start, tokens = time.perf_counter(), sum(row.scheduled for row in rows)
         decoding = all(row.decodes for row in rows)
-        for row in rows:
-            self.model.fill(row)
+        self.clock.begin(tokens)
         try:
-            logits = self.model.forward(rows)
+            outcome = self._compute(rows)
         except torch.OutOfMemoryError:
             return self._shed(rows)
+        except Exception as error:  # noqa: BLE001 - whatever it is, and `told` logs it
+            raise_if_device_lost(error, self.model.placement.device)
+            if len(rows) == 1:
+                return [self._fail(rows[0], error)]
+            told(error, f"a step of {len(rows)} rows, which is taken again row by row")
+            return [chunk for row in rows for chunk in self._run([row])]
+        chunks: list[Chunk] = []
+        for row in rows:
+            try:
+                chunk = self._deliver(row, outcome[row.id])
+            except Exception as error:  # noqa: BLE001 - the same
+                chunk = self._fail(row, error)
+            chunks += [chunk] if chunk else []
+        self.stopwatch.lap("deliver")
+        seconds = time.perf_counter() - start
+        self.clock.end(tokens, seconds)
+        if decoding:
+            self.scheduler.costs.saw(tokens, seconds)
+        return chunks
+
+    @torch.inference_mode()
+    def _compute(self, rows: list[Row]) -> dict[str, list[Sampled]]:
+        """Forward and sample: each row's tokens, none while it is in prefill."""
+        tokens = sum(row.scheduled for row in rows)
+        for row in rows:
+            self.model.fill(row)
+        logits = self.model.forward(rows)
         self.stopwatch.lap("forward")
         completing = [(row, i) for row in rows if row.completes for i in range(1 + len(row.guess))]
         self.gate.observe([row for row, _ in completing], logits)
         if matchers := [(i, row.grammar) for i, (row, _) in enumerate(completing) if row.grammar]:
             mask_logits(logits, matchers)
-        drawn = draw(logits, [self._sample_row(row, guessed) for row, guessed in completing])
+        drawn = draw(logits, [sample_row(row, guessed, self.ends) for row, guessed in completing])
         if self.model.step.gpu and not self.stopwatch.looks:
             self.model.ahead.begin(rows, drawn.tokens, self.scheduler.room)
         sampled = drawn.read()
@@ -179,11 +178,7 @@ class Engine:
         outcome: dict[str, list[Sampled]] = {row.id: [] for row in rows}
         for (row, _), result in zip(completing, sampled, strict=True):
             outcome[row.id].append(result)
-        chunks = [chunk for row in rows if (chunk := self._deliver(row, outcome[row.id]))]
-        self.stopwatch.lap("deliver")
-        if decoding:
-            self.scheduler.costs.saw(tokens, time.perf_counter() - start)
-        return chunks
+        return outcome
 
     def checked(self) -> list[Checked]:
         """Checks that have ended since the last call."""
@@ -192,18 +187,6 @@ class Engine:
     def take_observations(self) -> list[tuple[str, str, float]]:
         """Of loads, since the last call."""
         return self.loader.take_observations()
-
-    def _sample_row(self, row: Row, guessed: int) -> SampleRow:
-        """The row as it is once so many of its guesses have come true."""
-        s = row.command.sampling
-        barred = row.output_length + guessed < s.min_tokens
-        return SampleRow(
-            sampling=s,
-            seed=row.seed,
-            prompt=row.tokens[row.virtual : row.prompt_length],
-            output=row.tokens[row.prompt_length :] + row.guess[:guessed],
-            banned=[*self.ends, *s.stop_token_ids] if barred else (),
-        )
 
     def _deliver(self, row: Row, sampled: list[Sampled]) -> Chunk | None:
         """Record what the step gave a row; what to tell its caller, if anything."""
@@ -257,6 +240,14 @@ class Engine:
             self.figures.ended(row, time.time(), error.code)
         ended, self.scheduler.ended = self.scheduler.ended, []
         return self.admission.take_refused() + [Chunk.failure(row.id, error) for row, error in ended]
+
+    def _fail(self, row: Row, error: Exception) -> Chunk:
+        """End the row that an error came with."""
+        self.counts["internal_errors"] += 1
+        fault = told(error, "this request")
+        if self.scheduler.find(row.id) is row:
+            self._end(row, fault.code)
+        return Chunk.failure(row.id, fault)
 
     def _shed(self, rows: list[Row]) -> list[Chunk]:
         """The device ran out of memory: the largest row ends, the others take the step again."""

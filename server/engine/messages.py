@@ -1,7 +1,8 @@
 """What crosses between the API and the engine, and nothing else does.
 
 msgspec structs over ZeroMQ (ipc://): the engine binds a ROUTER, each API process connects a DEALER.
-The API speaks tokens, never text: tokenising, chat templates and stop strings are its business.
+The API speaks tokens, never text: tokenising, chat templates and stop strings are its business. Beats go by
+a PUB of their own, whoever listens.
 """
 
 from typing import Literal
@@ -178,7 +179,21 @@ class Stats(msgspec.Struct, frozen=True, tag=True):
     histograms: list[tuple[str, tuple[str, ...], list[int], float]] = []  # ... counts by bucket, sum
 
 
-Event = Ready | Chunks | Checked | Stats
+class Beat(msgspec.Struct, frozen=True, tag=True):
+    """The engine's process lives: told each second, however long its step takes, at `beat_address`."""
+
+    boot: str
+    seconds: float  # that the turn of the loop under way has run
+    bound: float  # seconds, by what such steps took before; past it the engine hangs, and ends itself
+
+
+Event = Ready | Chunks | Checked | Stats | Beat
+
+
+def beat_address(address: str) -> str:
+    """Where the engine at `address` publishes its beats; no longer than that."""
+    return f"{address.removesuffix('.sock')}.beat"
+
 
 encode = msgspec.msgpack.Encoder().encode
 decode_command = msgspec.msgpack.Decoder(Command).decode

@@ -19,7 +19,7 @@ from adapters_store.objects import Objects
 from adapters_store.valkey import connect
 from server.base.resolve import resolve_model
 from server.engine.device import choose_placement
-from server.errors import NonFinite, NotFound, PolypeftError, StartupError, StoreError, shown
+from server.errors import CorruptObject, NonFinite, NotFound, PolypeftError, StartupError, StoreError, shown
 from server.finetune import faults
 from server.finetune.attempt import SAVED
 from server.finetune.checkpoints import Checkpoints, store_files
@@ -34,8 +34,6 @@ from server.finetune.store_calls import StoreCalls
 from server.finetune.task import Trained, run_task
 from server.finetune.watcher import Stopped
 from server.settings import Settings
-
-RESTORE_SECONDS = 60.0  # less patience than for what cannot be done without
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -127,14 +125,16 @@ class Session:
 
     def _restored(self, checkpoints: Checkpoints) -> Path | None:
         """Where to go on. With damaged checkpoints only, the training begins anew, to the same end."""
-        try:
-            return self._portal.call(
-                patiently, lambda: checkpoints.restore(self._folder / "restored"), RESTORE_SECONDS
-            )
-        except StoreError:
-            log.warning("No checkpoint can be read; the training begins anew")
-            self.patiently(lambda: checkpoints.prune(kept=0))
-            return None
+
+        async def restore() -> Path | None:
+            try:
+                return await checkpoints.restore(self._folder / "restored")
+            except CorruptObject:
+                log.warning("No checkpoint is whole; the training begins anew")
+                await checkpoints.prune(kept=0)
+                return None
+
+        return self.patiently(restore)
 
     def _fetched(self, job: Job, param: str, id_: str) -> Path:
         """The tenant's file on this disk."""

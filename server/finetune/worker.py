@@ -14,10 +14,11 @@ import time
 import uuid
 from collections.abc import Sequence
 from types import FrameType
+from typing import Any
 
 from redis import Redis
 from redis.asyncio import Redis as AsyncRedis
-from redis.exceptions import RedisError
+from redis.exceptions import RedisError, TimeoutError  # noqa: A004 - redis names it so
 from rq import SimpleWorker
 from rq.exceptions import StopRequested
 from rq.serializers import JSONSerializer
@@ -178,6 +179,14 @@ class _Calls(SimpleWorker):
         )
         self.log_result_lifespan = False
         self._worker = worker
+
+    def dequeue_job_and_maintain_ttl(self, *args: Any, **options: Any) -> Any:
+        """rq's own worker quits when Valkey is too slow to answer; this one asks again."""
+        while True:
+            try:
+                return super().dequeue_job_and_maintain_ttl(*args, **options)
+            except TimeoutError:
+                log.warning("Valkey was too slow to answer; asking for jobs again")
 
     def subscribe(self) -> None:
         """No orders over Valkey: rq's thread for them would end at an outage."""

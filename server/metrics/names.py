@@ -164,6 +164,7 @@ ENGINE: Mapping[str, Family] = {
     "gate_refusals": _counter(
         "polypeft_gate_refusals", "New versions that failed the engine's check", reason=GATE_REFUSALS
     ),
+    "internal_errors": _counter("polypeft_internal_errors", "Rows and commands of the engine ended by a bug"),
     "non_finite_rows": _counter("polypeft_non_finite_rows", "Rows ended because of NaN or Inf"),
     "engine_restarts": _counter("polypeft_engine_restarts", "Times the engine came back as a new process"),
     "gpu_memory": _gauge(

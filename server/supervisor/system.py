@@ -1,7 +1,8 @@
 """The life of one system: take the places, start the children in order, keep them, stop them in order.
 
 start   Valkey, and wait for it; then engine and API processes side by side; ready when GET /readyz says
-        200, whichever of them answers; then the workers for fine-tuning, for which nobody waits
+        200, whichever of them answers; then the workers for fine-tuning, for which nobody waits;
+        from then on an engine that has been silent for too long is killed
 stop    the API drains (at most drain_seconds) while workers save what they train, then the engine, then
         Valkey; a second signal kills all
 """
@@ -25,6 +26,7 @@ from server.supervisor.places import (
     locked_data_dir,
     make_run_dir,
 )
+from server.supervisor.silence import end_silent
 from server.supervisor.valkey import answering, embedded_command, embedded_url, end_orphan
 
 Commands = Mapping[str, Sequence[str]]
@@ -92,6 +94,7 @@ class _System:
             await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _start(self) -> None:
+        """Start all, then watch the engine; until cancelled."""
         settings, url = self._settings, self._settings.redis_url
         if url is None:
             url = embedded_url(settings.run_dir)
@@ -102,7 +105,8 @@ class _System:
         else:
             await answering(url, REDIS_SECONDS)
         environment = _environment(settings, url)
-        await self._add(Child("engine", self._commands["engine"], environment, STOP_SECONDS))
+        engine = Child("engine", self._commands["engine"], environment, STOP_SECONDS)
+        await self._add(engine)
         for number in range(settings.api_processes):
             await self._add(self._api(number, environment), beside_last=number > 0)
         await _answering_readyz(address_of(self._listener))
@@ -112,6 +116,7 @@ class _System:
             own = environment | _own_port(settings, number)
             worker = Child(f"worker {number + 1}", self._commands["worker"], own, STOP_SECONDS)
             await self._add(worker, beside_last=True)
+        await end_silent(engine, settings.engine_socket, settings.request_seconds)
 
     def _api(self, number: int, environment: dict[str, str]) -> Child:
         """All API processes accept from one listening socket: whoever is alive and idle takes a connection,

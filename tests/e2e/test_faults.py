@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -75,6 +76,33 @@ def test_a_killed_engine_ends_its_streams_in_an_error_event(
     assert (refusal.status_code, code_of(refusal)) == (503, "unavailable")
     assert refusal.headers["retry-after"]
     assert http.get("/v1/models").status_code == 200
+    until(server.ready, server.log)
+    still_right(http, golden, lora)
+
+
+def test_an_engine_that_stands_still_for_a_while_loses_nothing(
+    server: Serving, http: httpx.Client, golden: Golden, lora: Lora
+) -> None:
+    """Slow is not dead: SIGSTOP is what swap, a throttled container or a long step look like from outside."""
+    whole = ask(http, "poet", PROMPT, LONG)
+    engine, said = server.pid("engine"), ""
+    with long_stream(http) as answer, ThreadPoolExecutor(1) as pool:
+        lines = events(answer)
+        said += json.loads(next(lines))["choices"][0]["text"]
+        os.kill(engine, signal.SIGSTOP)
+        try:
+            during = pool.submit(http.post, "/v1/completions", json=body("poet", PROMPT))
+            time.sleep(8)
+            assert server.get("/healthz").status_code == 200
+            assert server.get("/readyz").json()["engine"]["silent_seconds"] > 5
+            assert not during.done()
+        finally:
+            os.kill(engine, signal.SIGCONT)
+        rest = [line for line in lines if line != "[DONE]"]
+        said += "".join(choice["text"] for line in rest for choice in json.loads(line)["choices"])
+        assert during.result().status_code == 200
+    assert said == whole
+    assert server.pid("engine") == engine
     until(server.ready, server.log)
     still_right(http, golden, lora)
 

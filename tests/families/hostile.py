@@ -143,4 +143,5 @@ def _rope(rng: random.Random, head_dim: int) -> dict[str, Any]:
         pairs = int(head_dim * partial) // 2
         fields["short_factor"] = [1.0 + rng.random() for _ in range(pairs)]
         fields["long_factor"] = [2.0 + 3.0 * rng.random() for _ in range(pairs)]
-    return rope(kind, **fields)["rope_parameters"]
+    parameters: dict[str, Any] = rope(kind, **fields)["rope_parameters"]
+    return parameters

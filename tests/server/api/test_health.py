@@ -203,3 +203,27 @@ def test_a_queue_that_other_processes_filled_is_a_refusal_not_a_failure(
     answer = http.post("/v1/completions", json=body)
     assert (answer.status_code, answer.json()["error"]["code"]) == (503, "queue_full")
     assert counts() == before | {"refused": before["refused"] + 1}
+
+
+def test_a_silent_engine_is_not_ready_and_hangs_only_beyond_any_request(
+    system: System, engine: FakeEngine, http: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What comes meanwhile is taken, and waits; only an engine that nobody could end fails the probe."""
+    engine.behaviour.mute = True
+    monkeypatch.setattr("server.engine.client.SILENCE_SECONDS", 0.5)
+    until(lambda: http.get("/readyz").status_code == 503)
+    told = http.get("/readyz").json()
+    assert told["checks"] == {"accepting": True, "engine": False, "control_store": True}
+    assert told["engine"]["silent_seconds"] >= 0.5
+    assert http.get("/healthz").status_code == 200
+    body = {"model": "toy", "prompt": "x", "max_tokens": 4}
+    late = http.post("/v1/completions", json=body, headers={"x-request-timeout": "0.5"})
+    assert late.status_code == 504
+    with monkeypatch.context() as brief:
+        brief.setattr("server.api.health.HUNG", 0.0001)  # of ten minutes
+        answer = http.get("/healthz")
+        assert (answer.status_code, answer.json()["status"]) == (503, "hangs")
+    engine.behaviour.mute = False
+    until(lambda: http.get("/readyz").status_code == 200)
+    assert http.get("/healthz").status_code == 200
+    assert http.post("/v1/completions", json=body).status_code == 200
