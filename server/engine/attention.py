@@ -209,6 +209,7 @@ WITHOUT_EFFECT: dict[str, Callable[[Any], bool]] = {
     "dropout": lambda value: not value,
     "is_causal": bool,
     "output_attentions": lambda value: not value,
+    "output_router_logits": lambda _: True,  # with the model's outputs
     "use_cache": lambda _: True,
     "position_ids": lambda _: True,  # what depends on positions has been done to q and k
     "cache_position": lambda _: True,

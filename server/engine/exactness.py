@@ -19,7 +19,6 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-import server
 from server.engine.linear import put_modules
 from server.engine.messages import Generate, Sampling
 from server.engine.module_tokens import logits_of, own_attention, refusing
@@ -118,14 +117,12 @@ class ExactnessCheck:
     def _by_transformers(self, model: Any) -> list[torch.Tensor]:
         device = next(model.parameters()).device
         with own_attention(model), torch.inference_mode(), refusing("its own class fails"):
-            found = [
-                logits_of(
-                    model,
-                    torch.tensor(_tokens(places, model.config.vocab_size), device=device),
-                    torch.tensor(places, device=device),
-                )
-                for places in self._places
-            ]
+            found = []
+            for places in self._places:
+                ids = torch.tensor(_tokens(places, model.config.vocab_size), device=device)
+                counted = places == [*range(len(places))]  # a class may count from another number than 0
+                positions = None if counted else torch.tensor(places, device=device)
+                found.append(logits_of(model, ids, positions))
         if not all(logits.isfinite().all() for logits in found):
             raise UnsupportedModel("transformers' own logits are not finite")
         return found
@@ -205,7 +202,7 @@ def _narrow_windows(model: Any, layers: Sequence[HasScores] = ()) -> Iterator[in
 
 def _fingerprint(model: Any, identity: str, layout: str, context: int) -> str:
     """Of all that an answer depends on."""
-    root = Path(server.__file__).parent
+    root = Path(__file__).parents[1]
     total = hashlib.sha256()
     for path in sorted(path for part in ("engine", "kernels") for path in (root / part).glob("*.py")):
         total.update(path.read_bytes())

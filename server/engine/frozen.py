@@ -24,6 +24,7 @@ from server.engine.linear import EmbeddingSite, Layout, LinearSite, join_sibling
 from server.engine.module_tokens import Seen, module_tokens
 from server.engine.rotary import longest_context, scale_by_row
 from server.engine.sublayers import norm_gains, watch_norms, watch_sublayers
+from server.errors import UnsupportedModel
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,17 @@ class Placement:
 
 
 def load_base(folder: Path, placement: Placement) -> Any:
-    """A transformers causal LM with its weights, in this dtype."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=placement.dtype, local_files_only=True)
+    """A transformers causal LM with its weights, in this dtype.
+
+    Raises UnsupportedModel if the folder lacks some: transformers would draw them at random.
+    """
+    model, found = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=placement.dtype, local_files_only=True, output_loading_info=True
+    )
+    lacking = sorted({*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])})
+    if lacking:
+        raise UnsupportedModel(f"its folder has no weights for {len(lacking)} tensors, such as {lacking[0]}")
+    return model
 
 
 class FrozenModel:

@@ -76,17 +76,19 @@ def module_tokens(model: Any) -> Mapping[str, Seen]:
 
 
 def logits_of(
-    model: Any, ids: torch.Tensor, positions: torch.Tensor, kept: torch.Tensor | None = None
+    model: Any, ids: torch.Tensor, positions: torch.Tensor | None, kept: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """float32 [tokens, vocabulary] of one sequence, by the model's own classes; `kept`: of these tokens."""
-    output = model(
-        input_ids=ids[None],
+    """float32 [tokens, vocabulary] of one sequence, by the model's own classes; `kept`: of these tokens.
+
+    `positions`: None leaves it to the class to count them.
+    """
+    given = {}
+    if positions is not None:
+        given["position_ids"] = positions[None]
         # without a mask transformers takes a jump of positions for the start of another sequence
-        attention_mask=torch.ones_like(ids)[None],
-        position_ids=positions[None],
-        use_cache=False,
-        logits_to_keep=0 if kept is None else kept,
-    )
+        given["attention_mask"] = torch.ones_like(ids)[None]
+    keep = 0 if kept is None else kept
+    output = model(input_ids=ids[None], use_cache=False, logits_to_keep=keep, **given)
     logits: torch.Tensor = output.logits[0].float()
     return logits
 

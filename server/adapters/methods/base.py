@@ -76,7 +76,7 @@ class Rows:
     """
 
     def __init__(self, spans: list[Span], most: int = FEW, count: int | None = None) -> None:
-        """`count`: tokens of the batch that these hooks see; None: whoever asks answers for it."""
+        """`count`: tokens that the hooks see; None: not known."""
         sharing = Counter(span.start for span in spans)
         self.few = sorted(
             s for s in spans if s.end - s.start <= most and s.weight == 1 and sharing[s.start] == 1
@@ -116,9 +116,7 @@ class Rows:
         self._by_token.copy_(rows.by_token(len(self._by_token)))
 
     def check(self, count: int) -> None:
-        """Before a kernel addresses tokens: a module of the model that sees others than the batch's would
-        make it write outside of its memory.
-        """
+        """Raises RuntimeError if a module sees other tokens than the batch's: no kernel may address those."""
         if self.count is not None and count != self.count:
             raise RuntimeError(f"a module saw {count} tokens in a step of {self.count}")
 

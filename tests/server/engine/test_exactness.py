@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from server.engine.exactness import ExactnessCheck
 from server.engine.loop import Engine
@@ -171,3 +172,15 @@ def test_a_base_is_asked_once(tmp_path: Path, quantize: str, monkeypatch: pytest
     assert not asked
     engine(base, tmp_path, quantize=quantize, max_model_len=128)  # other positions stand at its end
     assert asked
+
+
+def test_a_folder_that_lacks_weights_is_refused(tmp_path: Path) -> None:
+    """transformers would draw them at random."""
+    base = build(tmp_path / "base", "LlamaConfig")
+    weights = load_file(base / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        StartupError, match=r"no weights for 1 tensors, such as model\.layers\.1\.mlp\.up_proj"
+    ):
+        engine(base, tmp_path)
