@@ -1,4 +1,4 @@
-"""Two dozen families and a few dozen hostile configs: exact, or refused by name. All of them: sweep.py."""
+"""Two dozen families and thirty hostile configs: exact, or refused by name. All of them: sweep.py."""
 
 from collections.abc import Iterator
 
@@ -37,7 +37,7 @@ REFUSED = {
     "mixtral": "it is a mixture of experts",
     "mamba": "recurrent",
 }
-SEEDS = range(36)
+SEEDS = range(30)
 
 
 @pytest.fixture(scope="module")
