@@ -136,8 +136,10 @@ def test_response_format_becomes_a_grammar(http: httpx.Client, engine: FakeEngin
         None,
         "text",
         {"type": "nonsense"},
-        {"type": "string", "pattern": "(a+)+$"},
-        {"type": "object", "properties": {"a": {"patternProperties": {"(a+)+$": {}}}}},
+        {"type": "string", "pattern": r"(a)\1"},
+        {"type": "string", "pattern": "(?=a)b"},
+        {"type": "object", "properties": {"a": {"patternProperties": {"^a": {}, "b": {}}}}},
+        {"type": "object", "propertyNames": {"pattern": "^a"}},
         {"$ref": "https://example.com/schema.json"},
         {"type": "number", "minimum": float("inf")},
         {"type": "object", "x-guidance": {"item_separator": "[abc]*;"}},
@@ -148,7 +150,7 @@ def test_a_schema_that_cannot_be_used_is_refused_at_once(http: httpx.Client, sch
     format_ = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
     answer = chat(http, response_format=format_)
     assert answer.status_code == 422, answer.text
-    assert answer.json()["error"]["param"] == "response_format"
+    assert answer.json()["error"]["param"].startswith("response_format")
     assert answer.elapsed.total_seconds() < 1
 
 

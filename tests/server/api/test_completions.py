@@ -159,7 +159,7 @@ def test_streamed_logprobs_are_those_of_the_whole(http: httpx.Client, engine: Fa
     lines = http.post("/v1/completions", json=body | {"stream": True}).text.split("\n\n")
     streamed: dict[str, list[Any]] = {name: [] for name in whole}
     for line in lines[:-2]:
-        for name, values in json.loads(line[6:])["choices"][0]["logprobs"].items():
+        for name, values in (json.loads(line[6:])["choices"][0]["logprobs"] or {}).items():
             streamed[name] += values
     assert streamed == whole
 
