@@ -20,7 +20,12 @@ from server.errors import InvalidField, shown
 MAX_CHARS = 65_536
 ANY_OBJECT = '{"type":"object"}'
 COMPILE_SECONDS = 1.0
-LIMITS = LLParserLimits(initial_lexer_fuel=1_000_000, max_grammar_size=50_000, verbose_errors=False)
+LIMITS = LLParserLimits(
+    initial_lexer_fuel=1_000_000,
+    step_lexer_fuel=100_000,
+    max_grammar_size=50_000,
+    verbose_errors=False,
+)
 # keys below are names
 _NAMES = frozenset({"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"})
 _VALUES = frozenset({"enum", "const", "default", "examples"})  # below is data

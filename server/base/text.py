@@ -52,7 +52,8 @@ class Tokenizer:
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Token ids of `text`; `special` adds what the tokenizer puts around every prompt."""
-        ids: list[int] = self._backend.encode(text, add_special_tokens=special).ids
+        # as a batch of one: the other encode holds the interpreter's lock, for seconds on a long text
+        ids: list[int] = self._backend.encode_batch_fast([text], add_special_tokens=special)[0].ids
         return ids
 
     def encode_part(self, text: str, start: int, stop: int) -> list[int]:

@@ -2,6 +2,8 @@
 
 import json
 import threading
+import time
+from itertools import pairwise
 from typing import Any
 
 import httpx
@@ -13,7 +15,7 @@ from server.engine.fake import FakeEngine
 from server.errors import InvalidField, InvalidRequest
 from tests.server.api.conftest import CONTEXT, System
 from tests.server.api.test_hostile import JSON, URL, refused
-from tests.server.api.tokenizers import VOCABULARY
+from tests.server.api.tokenizers import VOCABULARY, byte_level_tokenizer
 
 CHAT = "/v1/chat/completions"
 MESSAGE = {"role": "user", "content": "a"}
@@ -133,6 +135,27 @@ def test_a_large_body_is_parsed_and_a_long_text_tokenised_off_the_loop(
     loop_thread = system.call(_name())
     assert len(threads) == 2
     assert loop_thread not in threads
+
+
+def test_tokenising_a_long_text_lets_other_threads_run() -> None:
+    """In share of the time it takes, so on any machine: it does not hold the interpreter's lock."""
+    tokenizer, text = byte_level_tokenizer(), "hello world " * 50_000
+    ends: list[float] = []
+
+    def encode() -> None:
+        ends.append(time.perf_counter())
+        tokenizer.encode(text)
+        ends.append(time.perf_counter())
+
+    thread = threading.Thread(target=encode)
+    ticks = [time.perf_counter()]
+    thread.start()
+    while thread.is_alive():
+        time.sleep(0.001)
+        ticks.append(time.perf_counter())
+    start, end = ends
+    gaps = [after - before for before, after in pairwise(ticks) if before < end and after > start]
+    assert max(gaps) < (end - start) / 2
 
 
 async def _name() -> str:
