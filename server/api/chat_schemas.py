@@ -74,10 +74,12 @@ class ResponseFormat(Body):
         place = "response_format"
         if self.schema_ is not None and self.type != "json_object":
             raise InvalidField(f"{place}.schema needs the type json_object, not {self.type}.", param=place)
-        if (self.json_schema is None) == (self.type == "json_schema"):
+        if self.json_schema is not None and self.type != "json_schema":
             raise InvalidField(
-                f"{place}.json_schema goes with the type json_schema, not {self.type}.", param=place
+                f"{place}.json_schema needs the type json_schema, not {self.type}.", param=place
             )
+        if self.json_schema is None and self.type == "json_schema":
+            raise InvalidField(f"{place}.json_schema is required.", param=place, code="missing_field")
         return self
 
 

@@ -35,7 +35,7 @@ def json_response(content: object, status: int = 200, headers: dict[str, str] | 
 def first_complaint(complaints: Sequence[Any]) -> InvalidField:
     """pydantic's first complaint as one sentence that names the field, the value and the limit."""
     complaint = complaints[0]
-    field = ".".join(str(part) for part in complaint["loc"]) or "body"
+    field = ".".join(shown(part).strip("'") for part in complaint["loc"]) or "body"  # keys may be anything
     if complaint["type"] == "missing":
         return InvalidField(f"{field} is required.", param=field, code="missing_field")
     what = complaint["msg"].removeprefix("Input ")
