@@ -122,7 +122,7 @@ class Counter:
             data = await reader.read(1 << 16)
             if not data or b'"error"' in data:
                 raise RuntimeError(f"the stream was cut: {data!r}")
-            self.events += data.count(b"data: {")
+            self.events += data.count(b'"finish_reason":null')  # the last has no token
             tail = (tail + data)[-16:]
 
 

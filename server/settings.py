@@ -113,7 +113,11 @@ class Settings(BaseSettings):
     max_prompts: int = Field(default=16, ge=1)
     """Prompts of a completion request."""
     max_body_bytes: int = Field(default=4 * MiB, ge=1024)
-    """Bytes of a JSON body."""
+    """Bytes of a JSON body; fewer, if the context cannot need as many: `GET /v1/limits` shows it."""
+    max_messages: int = Field(default=2048, ge=1)
+    """Messages of a conversation, and parts of their contents."""
+    max_connections: int = Field(default=1000, ge=1)
+    """Connections to an API process at a time; the longest idle one makes way for a new one."""
     max_stack: int = Field(default=4, ge=1)
     """Adapters in one request."""
     max_lora_rank: int = Field(default=256, ge=1, le=1024)

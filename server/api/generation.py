@@ -67,6 +67,11 @@ class Generation:
         )
 
     @property
+    def deadline(self) -> float | None:
+        """time.time() at which its rows end, whoever still reads."""
+        return self.rows[0].deadline
+
+    @property
     def n(self) -> int:
         """Choices for each prompt."""
         return len(self.choices) // len(self.prompts)

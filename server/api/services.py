@@ -47,6 +47,7 @@ class Services:
     pins: Pins
     queue: WorkerQueue
     checking: Turns = field(default_factory=Turns)  # training data: takes a core, and seconds
+    tokenizing: Turns = field(default_factory=Turns)  # long prompts: one that fits may take a second
     following: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(FOLLOWERS))
     converting: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(1))  # each takes memory
     draining: bool = False  # SIGTERM came: what runs may finish, nothing new begins

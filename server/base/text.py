@@ -31,6 +31,7 @@ class Tokenizer:
         self._chat_template = chat_template
         self.byte_level = _is_byte_level(json.loads(backend.to_str())["decoder"])
         self._literals = [token or "" for token in hf.convert_ids_to_tokens(list(range(len(hf))))]
+        self.longest = max(map(len, self._literals))  # no token has more characters
         self._special = {i for i, token in hf.added_tokens_decoder.items() if token.special}
         self.pieces = [self._piece(i) for i in range(len(self._literals))]
         self.end: int | None = hf.eos_token_id
@@ -51,7 +52,8 @@ class Tokenizer:
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Token ids of `text`; `special` adds what the tokenizer puts around every prompt."""
-        ids: list[int] = self._backend.encode(text, add_special_tokens=special).ids
+        # as a batch of one: the other encode holds the interpreter's lock, for seconds on a long text
+        ids: list[int] = self._backend.encode_batch_fast([text], add_special_tokens=special)[0].ids
         return ids
 
     def encode_part(self, text: str, start: int, stop: int) -> list[int]:

@@ -17,7 +17,7 @@ from server.engine.faults import raise_if_device_lost, told
 from server.engine.figures import Figures, source_of
 from server.engine.footprint import BATCH_TOKENS
 from server.engine.gate import Gate
-from server.engine.grammar import Grammars, mask_logits
+from server.engine.grammar import Grammars, consume, mask_logits
 from server.engine.kv import BlockPool
 from server.engine.lookup import standing
 from server.engine.messages import Cancel, Check, Checked, Chunk, Forget, Generate, Pins, Prefetch, Request
@@ -201,7 +201,7 @@ class Engine:
         ends = [self._stops(row, result.token) for result in sampled]
         kept = sampled[: standing(row.guess, sampled, ends)]
         self.scheduler.commit(row, [result.token for result in kept])
-        if row.grammar and not row.grammar.consume_token(kept[-1].token):
+        if row.grammar and not consume(row.grammar, kept[-1].token):
             self._end(row, InvalidField.code)
             return Chunk.failure(row.id, InvalidField("The answer left its schema.", param="response_format"))
         self.counts["generation_tokens"] += len(kept)

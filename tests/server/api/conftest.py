@@ -22,6 +22,7 @@ from redis import Redis as SyncRedis
 from safetensors.torch import save
 
 from server.adapters.sites import Base, Site
+from server.api.__main__ import server_config
 from server.app import build_app
 from server.engine.fake import Behaviour, FakeEngine
 from server.settings import Settings
@@ -127,7 +128,7 @@ class running:  # noqa: N801 - used as a context manager
         app = self._build(self._settings)
         engine = FakeEngine(self._settings.engine_socket, toy_base(), {"max_seqs": 8, "max_queue": 8})
         await engine.start()
-        config = uvicorn.Config(app, port=0, http="httptools", log_config=None, access_log=False)
+        config = server_config(app, self._settings.model_copy(update={"port": 0}))
         self._server = server = uvicorn.Server(config)
         task = asyncio.create_task(server.serve())
         while not (server.started and app.state.services.engine.ready):

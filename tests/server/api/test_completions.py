@@ -54,6 +54,18 @@ def test_a_streams_joined_text_is_the_text(sdk: openai.OpenAI, engine: FakeEngin
     assert len({e.id for e in events}) == 1
 
 
+def test_the_last_event_of_a_choice_says_why_it_ended_and_nothing_else(
+    http: httpx.Client, engine: FakeEngine
+) -> None:
+    engine.behaviour.chunk_tokens = 3
+    body = {"model": "toy", "prompt": "abc", "max_tokens": 3, "stream": True, "logprobs": 1}
+    lines = http.post("/v1/completions", json=body).text.split("\n\n")
+    first, last = (json.loads(line[6:])["choices"][0] for line in lines[:-2])
+    assert first["text"]
+    assert first["finish_reason"] is None
+    assert last == {"index": 0, "text": "", "logprobs": None, "finish_reason": "length"}
+
+
 async def collect(client: openai.AsyncOpenAI, **fields: Any) -> str:
     stream = await client.completions.create(**fields, stream=True)
     return "".join([event.choices[0].text async for event in stream])
@@ -159,7 +171,7 @@ def test_streamed_logprobs_are_those_of_the_whole(http: httpx.Client, engine: Fa
     lines = http.post("/v1/completions", json=body | {"stream": True}).text.split("\n\n")
     streamed: dict[str, list[Any]] = {name: [] for name in whole}
     for line in lines[:-2]:
-        for name, values in json.loads(line[6:])["choices"][0]["logprobs"].items():
+        for name, values in (json.loads(line[6:])["choices"][0]["logprobs"] or {}).items():
             streamed[name] += values
     assert streamed == whole
 

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+from server.api.chat_schemas import Message
 from server.api.prompts import chat_prompt
-from server.api.schemas import Message
 from server.api.services import Services
 from server.base.default_model import ensure_default_model
 from server.base.text import Tokenizer
