@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 # Products, sums and what is decoded from them: kernels, the engine, methods, what PEFT and AdapterHub say of
-# them, training, and whole answers of `serve`. Not HTTP, stores, tenants, deployment: they compute no tensors.
+# them, training, whole answers of `serve`. Not HTTP, stores, tenants, deployment: they compute no tensors.
 PATHS = (
     "tests/server/kernels",
     "tests/server/engine",
@@ -51,7 +51,7 @@ def masked_environment() -> dict[str, str]:
 
 
 def _numpys_own() -> list[str]:
-    """What numpy's operators use here beyond AVX2. A name that numpy or the machine lacks is a warning to it."""
+    """What numpy's operators use here beyond AVX2. Of a name it does not know or have, numpy warns."""
     from numpy._core._multiarray_umath import (  # type: ignore[attr-defined]
         __cpu_dispatch__,
         __cpu_features__,

@@ -134,7 +134,7 @@ class running:  # noqa: N801 - used as a context manager
             await asyncio.sleep(0.01)
             assert not task.done(), task.exception()
         port = server.servers[0].sockets[0].getsockname()[1]
-        operator, _ = operator_key(self._settings.data_dir)
+        operator = operator_key(self._settings)
         loop = asyncio.get_running_loop()
         self._system = System(f"http://127.0.0.1:{port}", app, engine, self._settings, operator, loop)
         self._up.set()

@@ -5,13 +5,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 from transformers import GraniteConfig, GraniteForCausalLM
 
 from server.engine.frozen import Placement
+from server.engine.messages import Generate, Sampling
 from server.engine.model import ServedModel
 from server.engine.sublayers import decoder_layers
+from server.kernels.int8 import quantize
 from server.kernels.openmp import AVAILABLE
-from tests.fixtures.engine import Stand, run, same
+from tests.fixtures.engine import Stand, record_logits, run, same
 from tests.server.engine.test_kinds import kinds
 
 pytestmark = pytest.mark.skipif(not AVAILABLE, reason="needs numba and libgomp")
@@ -81,3 +84,26 @@ def test_in_int8_each_row_gets_what_it_gets_alone(stand: Callable[..., Stand]) -
     for done, alone in zip(run(s.engine, commands), expected, strict=True):
         assert done.error is None
         same(done, alone)
+
+
+@pytest.mark.parametrize(("layout", "error"), [("none", 1e-4), ("int8", 2e-2)])
+def test_a_users_logits_are_those_of_transformers(
+    stand: Callable[..., Stand], layout: str, error: float
+) -> None:
+    """Over the weights that are held: of int8 what is off is how inputs are rounded."""
+    s = stand("llama", 0, quantize=layout, lookup_tokens=0)
+    for linear in [module for module in s.base.modules() if isinstance(module, nn.Linear)]:
+        if layout == "int8":
+            quantized, scales = quantize(linear.weight.detach())
+            linear.weight = nn.Parameter(quantized * scales[:, None])
+    found = record_logits(s.engine)
+    for i, length in enumerate((1, 5, 17, 70)):
+        prompt = s.prompt(i, length)
+        sampling = Sampling(max_tokens=4, temperature=0.0, ignore_eos=True)
+        (done,) = run(s.engine, [Generate(f"{i}", "t", prompt, sampling)])
+        with torch.no_grad():
+            whole = s.base(torch.tensor([prompt + done.tokens[:-1]])).logits[0, length - 1 :]
+        ours = torch.stack(found[f"{i}"])
+        assert ((ours - whole).norm(dim=1) < error * whole.norm(dim=1)).all()
+        best = whole.amax(1) - whole[torch.arange(4), torch.tensor(done.tokens)]
+        assert (best <= 2 * error * whole.norm(dim=1)).all(), "a greedy token is the best, or as good"
