@@ -1,4 +1,4 @@
-"""The second face of the tests: that it hides what it says, that users get the same by it, and how it ends."""
+"""The tests' second face: that it hides what it says, that users get the same by it, and how CI ends."""
 
 import json
 import os

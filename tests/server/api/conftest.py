@@ -182,7 +182,7 @@ async def asdk(system: System, key: str, engine: FakeEngine) -> AsyncIterator[op
         yield client
 
 
-def until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
+def until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not happen in time"
