@@ -133,7 +133,7 @@ async def running(address: str) -> AsyncIterator[tuple[FakeEngine, EngineClient]
         await engine.close()
 
 
-async def until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
+async def until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not happen in time"
