@@ -148,7 +148,7 @@ def build_services(settings: Settings) -> Services:
     )
     return Services(
         settings=settings,
-        operator_secret=operator_key(settings.data_dir)[0],
+        operator_secret=operator_key(settings),
         tokenizer=Tokenizer.load(resolve_model(settings)),
         redis=redis,
         objects=objects,

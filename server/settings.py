@@ -41,6 +41,8 @@ class Settings(BaseSettings):
     """Processes that speak HTTP, all on that port and to the one engine."""
     data_dir: Path = Path("data")
     """Where everything lies that must survive."""
+    admin_key_file: Path | None = None
+    """File with the operator's key, which servers may share; without it, admin.key in the data directory."""
     store: str | None = None
     """URL of the object store for adapters; without it, a folder in the data directory."""
     store_config: Path | None = None
@@ -191,6 +193,11 @@ class Settings(BaseSettings):
         """What the API calls the base: a hub id without its revision, or a folder's name."""
         folder = Path(self.model).expanduser()
         return folder.resolve().name if folder.is_dir() else self.model.partition("@")[0]
+
+    @property
+    def operator_key_path(self) -> Path:
+        """Where the operator's key lies; in the data directory, `serve` makes one."""
+        return self.admin_key_file or self.data_dir / "admin.key"
 
     @property
     def run_dir(self) -> Path:

@@ -1,6 +1,7 @@
 """`polypeft serve`: the whole system on this machine. Its options are the Settings, read off the class."""
 
 import logging
+import shlex
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -41,15 +42,11 @@ def serve(**given: str | bool | None) -> None:
     settings = read_settings(given)
     configure_logs(settings, "serve")
     settings.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    key = operator_key(settings)
     resolve_model(settings)
     _try_store(Objects.open(settings.store_url, settings.store_config))
     console = Console(highlight=False, markup=False, soft_wrap=True)
-    key, created = operator_key(settings.data_dir)
-    if created:
-        console.print(
-            f"The operator's key, kept in {settings.data_dir / 'admin.key'} and shown this once:\n\n  {key}"
-        )
-
+    console.print(f"The operator's key lies in {settings.operator_key_path}.")
     loading = Console(stderr=True).status(f"Loading {settings.model}")
 
     def welcome(url: str) -> None:
@@ -78,6 +75,8 @@ def _options_to_reach(settings: Settings, url: str) -> str:
     """What other commands must be told, where this server does not run with the defaults."""
     default = Settings.model_construct()
     options = f" --url {url}" if settings.port != default.port else ""
+    if settings.admin_key_file is not None:
+        return f'{options} --key "$(cat {shlex.quote(str(settings.admin_key_file))})"'
     return options + (f" --data-dir {settings.data_dir}" if settings.data_dir != default.data_dir else "")
 
 

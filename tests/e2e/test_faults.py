@@ -119,7 +119,7 @@ def test_a_killed_api_comes_back_on_its_port_with_all_it_had(
         with pytest.raises(httpx.TransportError):
             list(lines)
     until(server.ready, server.log)
-    until(lambda: server.gauge("vllm:num_requests_running") == 0, seconds=5)  # nobody reads that row
+    until(lambda: server.gauge("vllm:num_requests_running") == 0)  # nobody reads that row
     assert not cut.exists()
     assert http.get("/v1/adapters/poet").status_code == 200
     still_right(http, golden, lora)
@@ -182,7 +182,7 @@ def test_a_stopped_engine_counts_as_dead_until_it_speaks(server: Serving, http: 
     until(server.ready, server.log)
     assert server.pid("engine") == engine.pid
     assert ask(http, "poet", PROMPT)
-    until(lambda: server.gauge("vllm:num_requests_running") == 0, seconds=3)
+    until(lambda: server.gauge("vllm:num_requests_running") == 0)
 
 
 def test_nothing_outlives_a_killed_supervisor_and_all_is_there_after(

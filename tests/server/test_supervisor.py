@@ -55,6 +55,7 @@ API = """
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
             if self.path == "/slow":
+                (folder / "asked").touch()
                 time.sleep(1)
             self.send_response(200); self.send_header("content-length", "2"); self.end_headers()
             self.wfile.write(b"ok")
@@ -258,9 +259,9 @@ def test_requests_in_flight_are_drained(system: System) -> None:
     with subprocess.Popen(
         [sys.executable, "-c", f"import httpx; print(httpx.get('{url}/slow').text)"], stdout=subprocess.PIPE
     ) as client:
-        time.sleep(0.7)
+        until((system.folder / "asked").exists, system.log)
         parent.send_signal(signal.SIGTERM)
-        out, _ = client.communicate(timeout=10)
+        out, _ = client.communicate(timeout=60)
     assert out.strip() == b"ok"
     assert parent.wait(10) == 0
 
@@ -273,7 +274,7 @@ def test_a_second_signal_ends_it_at_once(system: System) -> None:
     time.sleep(0.3)
     assert parent.poll() is None  # drains: this API does not want to go
     parent.send_signal(signal.SIGTERM)
-    parent.wait(3)
+    parent.wait(20)  # of drain_seconds, 30
     assert not any(alive(pid) for name in ("engine", "api") for pid in system.pids(name))
 
 

@@ -135,7 +135,7 @@ class running:  # noqa: N801 - used as a context manager
             await asyncio.sleep(0.01)
             assert not task.done(), task.exception()
         port = server.servers[0].sockets[0].getsockname()[1]
-        operator, _ = operator_key(self._settings.data_dir)
+        operator = operator_key(self._settings)
         loop = asyncio.get_running_loop()
         self._system = System(f"http://127.0.0.1:{port}", app, engine, self._settings, operator, loop)
         self._up.set()
@@ -183,7 +183,7 @@ async def asdk(system: System, key: str, engine: FakeEngine) -> AsyncIterator[op
         yield client
 
 
-def until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
+def until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not happen in time"

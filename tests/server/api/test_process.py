@@ -53,7 +53,7 @@ class Api:
         self._loop = loop
         self.engine = FakeEngine(settings.engine_socket, toy_base())
         loop.call(self.engine.start())
-        key, _ = operator_key(settings.data_dir)
+        key = operator_key(settings)
         with socket.create_server(("127.0.0.1", 0)) as listener:
             fd = listener.fileno()
             command = [sys.executable, "-m", "server.api", "--fd", str(fd)]

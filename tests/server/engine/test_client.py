@@ -158,7 +158,7 @@ async def running(address: str) -> AsyncIterator[tuple[FakeEngine, EngineClient]
         await engine.close()
 
 
-async def until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
+async def until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not happen in time"
@@ -273,7 +273,7 @@ async def test_a_dead_engine_ends_every_row_at_once_and_its_successor_serves(eng
         await engine.crash()
         results = await asyncio.gather(*tasks, return_exceptions=True)
         assert all(isinstance(r, EngineLost) for r in results)
-        assert time.monotonic() - started < 2
+        assert time.monotonic() - started < 5  # its socket tells, long before its silence would
         assert not client.ready
         with pytest.raises(Unavailable):
             await collect(client, row("x"))
