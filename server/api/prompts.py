@@ -39,7 +39,7 @@ async def chat_prompt(parts: Services, messages: list[Message]) -> list[int]:
     plain = [{"role": _role(m), "content": m.text} for m in messages]
     chars = sum(len(m["content"]) for m in plain)
     tokenizer = parts.tokenizer
-    return await _aside(chars, lambda: tokenizer.encode(tokenizer.render_chat(plain), special=False))
+    return await _aside(chars, lambda: tokenizer.encode_chat(tokenizer.render_chat(plain)))
 
 
 def fit(prompt: list[int], asked: int | None, default: int | None, context: int) -> int:
