@@ -47,9 +47,7 @@ async def chat_prompt(parts: Services, tenant: Tenant, messages: list[Message]) 
     chars = sum(len(m["content"]) for m in plain)
     check_chars(parts, chars, "messages")
     tokenizer = parts.tokenizer
-    return await _aside(
-        parts, tenant, chars, lambda: tokenizer.encode(tokenizer.render_chat(plain), special=False)
-    )
+    return await _aside(parts, tenant, chars, lambda: tokenizer.encode_chat(tokenizer.render_chat(plain)))
 
 
 def fit(prompt: list[int], asked: int | None, default: int | None, context: int) -> int:

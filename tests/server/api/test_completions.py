@@ -113,6 +113,11 @@ def test_several_prompts_and_choices_are_numbered_prompt_by_prompt(
     assert len({c.text for c in answer.choices}) == 4
 
 
+def test_a_raw_prompt_writes_its_own_control_tokens(sdk: openai.OpenAI, engine: FakeEngine) -> None:
+    sdk.completions.create(model="toy", prompt="a<|end|>", max_tokens=1)
+    assert engine.seen[0].prompt == [*script("a"), TOKENIZER.end]
+
+
 def test_token_prompts_reach_the_engine_as_they_are(http: httpx.Client, engine: FakeEngine) -> None:
     for prompt in ([1, 2, 3], [[1, 2, 3], [4]]):
         assert http.post("/v1/completions", json={"model": "toy", "prompt": prompt}).status_code == 200
