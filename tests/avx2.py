@@ -52,7 +52,7 @@ def masked_environment() -> dict[str, str]:
 
 def _numpys_own() -> list[str]:
     """What numpy's operators use here beyond AVX2. Of a name it does not know or have, numpy warns."""
-    from numpy._core._multiarray_umath import (  # type: ignore[attr-defined]
+    from numpy._core._multiarray_umath import (  # type: ignore[import-not-found]
         __cpu_dispatch__,
         __cpu_features__,
     )
