@@ -68,7 +68,7 @@ class ControlTokens:
             pieces += [rendered[at:start], self._nonce]
             at = start
         text = _QUOTED.sub(lambda quoted: _swap(quoted[1]), "".join([*pieces, rendered[at:]]))
-        ids = self._reader.encode(text, add_special_tokens=False).ids
+        ids = self._reader.encode_batch_fast([text], add_special_tokens=False)[0].ids
         if spelt := self._never_text.intersection(ids):
             token = self._reader.id_to_token(min(spelt))
             raise InvalidRequest(
@@ -126,7 +126,9 @@ class ControlTokens:
             name = self._nonce + token.content if i in control else token.content
             flags = {"lstrip": token.lstrip, "rstrip": token.rstrip, "single_word": token.single_word}
             reader.add_tokens([AddedToken(name, normalized=token.normalized, **flags)])
-            real[reader.token_to_id(name)] = i
+            own = reader.token_to_id(name)
+            assert own is not None, "it was just added"
+            real[own] = i
         return reader, real
 
 

@@ -125,7 +125,8 @@ def test_a_large_body_is_parsed_and_a_long_text_tokenised_off_the_loop(
 
     def encode(*given: Any, **named: Any) -> list[int]:
         threads.append(threading.current_thread().name)
-        return real_encode(*given, **named)
+        ids: list[int] = real_encode(*given, **named)
+        return ids
 
     monkeypatch.setattr(body_module, "parse", parse)
     monkeypatch.setattr(tokenizer, "encode", encode)
