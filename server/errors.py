@@ -18,7 +18,8 @@ PolypeftError                           500  our fault unless a subclass says ot
 │   ├── QueueFull                       503  more rows wait than may
 │   ├── EngineLost                      503  the engine died under this request
 │   └── StoreError                      503  object storage or Valkey did not answer
-│       └── CorruptObject               503  ... with bytes that are not what was stored
+│       ├── CorruptObject               503  ... with bytes that are not what was stored
+│       └── InsufficientStorage         507  ... because it has no room: a disk that is full or read-only
 ├── DeadlineExceeded                    504  the request's own deadline passed
 ├── NonFinite                           500  the model produced NaN or Inf for this row
 └── StartupError                             serve cannot start: wrong model, wrong setting
@@ -28,7 +29,10 @@ A message is one sentence that names the field, the value and the limit; it neve
 a key or a traceback.
 """
 
+import errno
 from typing import ClassVar
+
+DISK_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
 
 
 class PolypeftError(Exception):
@@ -138,6 +142,20 @@ class CorruptObject(StoreError):
     code = "corrupt_object"
 
 
+class InsufficientStorage(StoreError):
+    status = 507
+    code = "insufficient_storage"
+
+    def __init__(
+        self,
+        message: str = "The server has no room to store this at present; try again later.",
+        *,
+        param: str | None = None,
+        code: str | None = None,
+    ) -> None:
+        super().__init__(message, param=param, code=code)
+
+
 class DeadlineExceeded(PolypeftError):
     status = 504
     type = "server_error"
@@ -150,6 +168,12 @@ class NonFinite(PolypeftError):
 
 class StartupError(PolypeftError):
     code = "startup_failed"
+
+
+def disk_error(error: BaseException) -> InsufficientStorage | None:
+    """`error` as a refusal, if a file could not be written because its disk is full or read-only."""
+    full = isinstance(error, OSError) and error.errno in DISK_ERRNOS
+    return InsufficientStorage() if full else None
 
 
 def error_from_code(code: str, message: str, param: str | None = None) -> PolypeftError:

@@ -6,7 +6,7 @@ import msgspec
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 
-from server.errors import Forbidden, InvalidRequest, NotFound, PolypeftError
+from server.errors import Forbidden, InvalidRequest, NotFound, PolypeftError, disk_error
 
 RETRY_AFTER_SECONDS = 1
 
@@ -33,12 +33,21 @@ def add_handlers(app: FastAPI) -> None:
     """What no handler catches, an unknown exception, is the Envelope's to answer."""
     app.add_exception_handler(PolypeftError, _on_ours)
     app.add_exception_handler(HTTPException, _on_http)
+    app.add_exception_handler(OSError, _on_disk)
 
 
 def _on_ours(_request: Request, error: Exception) -> Response:
     if not isinstance(error, PolypeftError):
         raise error
     return error_response(error)
+
+
+def _on_disk(_request: Request, error: Exception) -> Response:
+    """A file of ours that could not be written for want of room; any other is not foreseen."""
+    refusal = disk_error(error)
+    if refusal is None:
+        raise error
+    return error_response(refusal)
 
 
 def _on_http(_request: Request, error: Exception) -> Response:

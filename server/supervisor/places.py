@@ -5,7 +5,7 @@ import shutil
 import socket
 import stat
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -54,9 +54,13 @@ def make_run_dir(settings: Settings) -> Path:
 
 
 def begin_figures(settings: Settings) -> None:
-    """An empty folder for the figures of this `serve`: what an earlier one counted is not its own."""
+    """An empty folder for the figures of this `serve`: what an earlier one counted is not its own.
+
+    On a disk without room there is none yet; whoever writes there makes it once there is.
+    """
     shutil.rmtree(settings.figures_dir, ignore_errors=True)
-    settings.figures_dir.mkdir(mode=0o700)
+    with suppress(OSError):
+        settings.figures_dir.mkdir(mode=0o700)
 
 
 @contextmanager

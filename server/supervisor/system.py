@@ -25,7 +25,7 @@ from server.supervisor.places import (
     locked_data_dir,
     make_run_dir,
 )
-from server.supervisor.valkey import answering, embedded_command, embedded_url, end_orphan
+from server.supervisor.valkey import answering, embedded_command, embedded_url, end_orphan, keep_room
 
 Commands = Mapping[str, Sequence[str]]
 
@@ -76,6 +76,7 @@ class _System:
         self._commands = commands
         self._children: list[list[Child]] = []
         self._tasks: list[asyncio.Task[None]] = []
+        self._room: asyncio.Task[None] | None = None  # keeps some on the disk for an embedded Valkey
         self._was_ready = False
         self._end = asyncio.get_running_loop().create_future()  # done at a signal, failed by a StartupError
 
@@ -87,6 +88,8 @@ class _System:
             await self._end
         finally:
             starting.cancel()
+            if self._room is not None:
+                self._room.cancel()
             for children in reversed(self._children):
                 await asyncio.gather(*(child.stop() for child in children))
             await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -99,6 +102,7 @@ class _System:
             environment = child_environment(settings)
             await self._add(Child("valkey", embedded_command(settings), environment, STOP_SECONDS))
             await answering(url, EMBEDDED_SECONDS)
+            self._room = self._spawn(keep_room(settings, url))
         else:
             await answering(url, REDIS_SECONDS)
         environment = _environment(settings, url)
