@@ -110,8 +110,10 @@ class Objects:
         return self.remote or self._folder is not None
 
     def beside(self, folder: Path) -> bool:
-        """Whether objects are files of the same disk as this folder."""
-        return self._folder is not None and self._folder.stat().st_dev == folder.stat().st_dev
+        """Whether objects are files of the same disk as this folder; one that is missing is on none."""
+        if self._folder is None or not folder.exists():
+            return False
+        return self._folder.stat().st_dev == folder.stat().st_dev
 
     # what the store does, blocking
 
