@@ -211,7 +211,7 @@ class DiskTier:
         with self._lock:
             if sha256 in self.shelf.entries:
                 return True
-            if self._lacking() + len(data) > 0:
+            if self._spare() < len(data):
                 return False
             gone = self.shelf.room(tenant, len(data)) if len(data) <= self.shelf.budget else None
             if gone is None or not self.shelf.deserves(sha256, tenant, len(data), gone):
@@ -247,21 +247,21 @@ class DiskTier:
         """Remove copies, the oldest first, until the disk has some room for what is not a copy."""
         with self._lock:
             idle = [entry for entry in self.shelf.entries.values() if not entry.pins]
-            lacking = self._lacking() if idle else 0
+            spare = self._spare() if idle else 0
             for entry in idle:
-                if lacking <= 0:
+                if spare >= 0:
                     return
                 self._remove(entry.key)
                 self.evictions += 1
-                lacking -= entry.nbytes
+                spare += entry.nbytes
 
-    def _lacking(self) -> int:
-        """Bytes that the disk has too few free."""
+    def _spare(self) -> float:
+        """Bytes of the disk that copies may still take; negative: that they should give back."""
         try:
             disk = shutil.disk_usage(self.folder)
-        except OSError:
-            return 0
-        return min(FREE_BYTES, int(FREE_SHARE * disk.total)) - disk.free
+        except OSError:  # there is no folder yet
+            return float("inf")
+        return disk.free - min(FREE_BYTES, FREE_SHARE * disk.total)
 
     def _remove(self, sha256: str) -> None:
         self.shelf.drop(sha256)
