@@ -36,11 +36,12 @@ def serve(**given: str | bool | None) -> None:
     from adapters_store.objects import Objects
     from server.base.resolve import resolve_model  # these load more than the other commands should wait for
     from server.supervisor import serve as run
+    from server.supervisor.places import make_data_dir
     from server.tenancy.keys import operator_key
 
     settings = read_settings(given)
     configure_logs(settings, "serve")
-    settings.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    make_data_dir(settings)
     resolve_model(settings)
     _try_store(Objects.open(settings.store_url, settings.store_config))
     console = Console(highlight=False, markup=False, soft_wrap=True)

@@ -23,17 +23,24 @@ PROMPT = "What is the capital of France?"
 EXAMPLES = b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n' * 2000
 
 
-@pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Path]:
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", str(folder)]
+@contextlib.contextmanager
+def mounted(folder: Path, options: str) -> Iterator[Path]:
+    folder.mkdir(parents=True)
+    mount = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
     try:
         subprocess.run(mount, check=True, capture_output=True)
     except (OSError, subprocess.CalledProcessError):
-        pytest.skip("a disk that can be filled takes the right to mount a tmpfs")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
+        pytest.skip("a disk of a test's own takes the right to mount a tmpfs")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    with mounted(tmp_path / "disk", f"size={DISK_BYTES}") as folder:
+        yield folder
 
 
 @pytest.fixture
@@ -127,3 +134,11 @@ def test_a_disk_filled_under_load_kills_nothing_and_inference_goes_on(
             assert ask(http, name, PROMPT) == golden(lora(seed), PROMPT)
         assert server.pids() == processes, server.log()
     server.stop()
+
+
+def test_a_read_only_data_directory_is_refused_with_a_sentence(tiny: Path, tmp_path: Path) -> None:
+    it = Serving(str(tiny), tmp_path / "serving", *OPTIONS)
+    with mounted(it.data_dir, "ro"):
+        assert it.launch().wait(60) == 1
+    assert "Traceback" not in it.log()
+    assert "cannot be used: Read-only file system." in it.log()
