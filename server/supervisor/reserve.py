@@ -15,6 +15,7 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from typing import Literal
 
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
@@ -27,6 +28,13 @@ BLOCK_BYTES = 512  # st_blocks' unit, whatever the file system's own
 KEEP_SIZE = 1  # fallocate's flag: reserve, and leave the file as long as it is
 # A client's write is refused for want of a replica, which Valkey has none of; it has no plainer switch.
 SWITCH = "min-replicas-to-write"
+REWRITE = "auto-aof-rewrite-percentage"  # a rewrite begins a new file, which on a full disk has no reserve
+State = Literal["whole", "shrinking", "used up"]
+WORDS: dict[State, str] = {
+    "whole": "there is room again, and Valkey takes all writes",
+    "shrinking": "it is full; Valkey takes writes as long as its reserve lasts",
+    "used up": "it is full, and Valkey refuses all writes until there is room",
+}
 FILE = re.compile(r"appendonly\.aof\.(\d+)\.incr\.aof")
 log = logging.getLogger(__name__)
 
@@ -36,19 +44,22 @@ class Reserve:
         """`folder` is Valkey's own."""
         self._folder = folder
 
-    def hold(self) -> bool:
-        """Fill the reserve if the disk has room; whether Valkey may take writes. Raises nothing."""
+    def hold(self) -> State:
+        """Fill the reserve if the disk has room. Raises nothing."""
         try:
             with self._file().open("r+b", buffering=0) as file:
-                if _ahead(file.fileno()) < TOPPED_UP_BYTES and not _reserve(file.fileno()):
-                    return _ahead(file.fileno()) >= REFUSED_BYTES
-                return True
+                if _ahead(file.fileno()) >= TOPPED_UP_BYTES or _reserve(file.fileno()):
+                    return "whole"
+                ahead = _ahead(file.fileno())
         except NotImplementedError:  # the file system cannot reserve: look at what everybody shares
-            return shutil.disk_usage(self._folder).free >= REFUSED_BYTES
+            ahead = shutil.disk_usage(self._folder).free
         except FileNotFoundError:  # Valkey is about to make it, or has just made a new one
-            return True
+            return "whole"
         except OSError:  # the disk is broken or read-only
-            return False
+            return "used up"
+        if ahead >= TOPPED_UP_BYTES:
+            return "whole"
+        return "shrinking" if ahead >= REFUSED_BYTES else "used up"
 
     def _file(self) -> Path:
         """What Valkey appends to: the file of the highest number."""
@@ -63,20 +74,19 @@ class Reserve:
 
 
 async def keep_reserve(client: Redis, reserve: Reserve) -> None:
-    """Until cancelled: hold the reserve, and let Valkey take writes or refuse them as it allows."""
-    refusing = False
+    """Until cancelled: hold the reserve, and tell Valkey what it allows."""
+    told: State = "whole"
     while True:
-        may_write = await asyncio.to_thread(reserve.hold)
-        if refusing or not may_write:  # told each time: a Valkey that was restarted does not know
+        state = await asyncio.to_thread(reserve.hold)
+        if not state == told == "whole":  # told each time: a Valkey that was restarted does not know
             try:
-                await client.config_set(SWITCH, int(not may_write))
+                await client.config_set(SWITCH, int(state == "used up"), REWRITE, 100 * (state == "whole"))
             except (RedisError, OSError):
-                log.debug("Valkey does not answer and is told later whether to take writes")
+                log.debug("Valkey does not answer and is told later what its disk allows")
             else:
-                if refusing == may_write:
-                    word = "takes writes again" if may_write else "refuses writes until there is room"
-                    log.warning("The disk of the data directory: Valkey %s", word)
-                refusing = not may_write
+                if state != told:
+                    log.warning("The disk of the data directory: %s", WORDS[state])
+                told = state
         await asyncio.sleep(LOOK_SECONDS)
 
 
