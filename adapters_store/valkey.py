@@ -15,6 +15,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialWithJitterBackoff
 from redis.exceptions import (
     ConnectionError,  # noqa: A004 - redis names them so
+    OutOfMemoryError,
     RedisError,
     ResponseError,
     TimeoutError,  # noqa: A004
@@ -28,7 +29,7 @@ ANSWER_SECONDS = 5.0
 MAX_CONNECTIONS = 64
 # How Valkey refuses a write, and only a write: its file cannot be written, it has no memory left, or `serve`
 # has told it to take none while its disk is full (see server/supervisor/reserve.py).
-NO_ROOM = ("MISCONF", "OOM", "NOREPLICAS")
+NO_ROOM = ("MISCONF", "NOREPLICAS")
 
 
 class Pool(BlockingConnectionPool):
@@ -100,7 +101,7 @@ def store_errors() -> Iterator[None]:
     try:
         yield
     except ResponseError as error:
-        if any(code in str(error) for code in NO_ROOM):
+        if isinstance(error, OutOfMemoryError) or any(code in str(error) for code in NO_ROOM):
             raise InsufficientStorage from error
         raise StoreError("The control store did not answer; try again.") from error
     except RedisError as error:

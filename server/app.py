@@ -139,9 +139,7 @@ async def _work(services: Services, loops: list[Loop]) -> None:
         log.error("%s", refusal.message)
         services.refusal = refusal
         return
-    async with asyncio.TaskGroup() as tasks:
-        for loop in loops:
-            tasks.create_task(loop())
+    await asyncio.gather(*(loop() for loop in loops))
 
 
 def build_services(settings: Settings) -> Services:

@@ -38,7 +38,8 @@ class FiguresFile:
         """A value and its timestamp; of a new key 0, which from now on is in the file."""
         if key not in self._positions:
             self._append(key)
-        return PAIR.unpack_from(self._image, self._positions[key])
+        value, timestamp = PAIR.unpack_from(self._image, self._positions[key])
+        return value, timestamp
 
     def write_value(self, key: str, value: float, timestamp: float) -> None:
         if key not in self._positions:
@@ -74,11 +75,10 @@ class FiguresFile:
                 self._copy(self._descriptor, start, end)
             elif time.monotonic() >= self._next_try:
                 self._next_try = time.monotonic() + AGAIN_SECONDS
-                self._descriptor = descriptor = (
-                    self._opened() if self._descriptor is None else self._descriptor
-                )
-                self._copy(descriptor, HEADER, len(self._image))
-                self._copy(descriptor, 0, HEADER)
+                if self._descriptor is None:
+                    self._descriptor = self._opened()
+                self._copy(self._descriptor, HEADER, len(self._image))
+                self._copy(self._descriptor, 0, HEADER)
                 self._behind = False
         except OSError:
             self._behind = True
