@@ -9,20 +9,21 @@ PolypeftError                           500  our fault unless a subclass says ot
 ├── Forbidden                           403  a good key on the wrong door
 ├── NotFound                            404  unknown, or somebody else's: the same answer
 │   └── ModelNotFound                   404  ... a base or an adapter, in OpenAI's words
-├── HeadTimeout                     408  the head of a request did not arrive in time
+├── HeadTimeout                         408  the head of a request did not arrive in time
 ├── Conflict                            409  the thing exists, or changed meanwhile
 ├── PreconditionFailed                  412  the thing is not as If-Match or If-None-Match says
 ├── TooLarge                            413  more bytes than the cap
-├── UrlTooLong                      414  more bytes of URL than the cap
+├── UrlTooLong                          414  more bytes of URL than the cap
 ├── UnsupportedMedia                    415  not a kind of file we take
 ├── QuotaExceeded                       429  the tenant's limit
 │   └── TenantQueueFull                 429  ... of rows that wait
-├── HeadTooLarge                    431  more header fields, or bytes of them, than the cap
+├── HeadTooLarge                        431  more header fields, or bytes of them, than the cap
 ├── Unavailable                         503  overloaded, draining, or a part is down: try again
 │   ├── QueueFull                       503  more rows wait than may
 │   ├── EngineLost                      503  the engine died under this request
 │   └── StoreError                      503  object storage or Valkey did not answer
-│       └── CorruptObject               503  ... with bytes that are not what was stored
+│       ├── CorruptObject               503  ... with bytes that are not what was stored
+│       └── InsufficientStorage         507  ... because it has no room: a disk that is full or read-only
 ├── DeadlineExceeded                    504  the request's own deadline passed
 ├── NonFinite                           500  the model produced NaN or Inf for this row
 └── StartupError                             serve cannot start: wrong model, wrong setting
@@ -33,8 +34,11 @@ A message is one sentence that names the field, the value and the limit; it neve
 a key or a traceback.
 """
 
+import errno
 from itertools import islice
 from typing import ClassVar
+
+DISK_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
 
 
 class PolypeftError(Exception):
@@ -166,6 +170,20 @@ class CorruptObject(StoreError):
     code = "corrupt_object"
 
 
+class InsufficientStorage(StoreError):
+    status = 507
+    code = "insufficient_storage"
+
+    def __init__(
+        self,
+        message: str = "The server has no room to store this at present; try again later.",
+        *,
+        param: str | None = None,
+        code: str | None = None,
+    ) -> None:
+        super().__init__(message, param=param, code=code)
+
+
 class DeadlineExceeded(PolypeftError):
     status = 504
     type = "server_error"
@@ -184,6 +202,12 @@ class UnsupportedModel(StartupError):
     """Its message is a reason, which base/support.py makes a sentence of."""
 
     code = "unsupported_model"
+
+
+def disk_error(error: BaseException) -> InsufficientStorage | None:
+    """`error` as a refusal, if a file could not be written because its disk is full or read-only."""
+    full = isinstance(error, OSError) and error.errno in DISK_ERRNOS
+    return InsufficientStorage() if full else None
 
 
 def error_from_code(code: str, message: str, param: str | None = None) -> PolypeftError:

@@ -134,6 +134,8 @@ class Settings(BaseSettings):
     """Bytes of a safetensors header."""
     max_adapters_per_tenant: int = Field(default=10_000, ge=1)
     """Adapters a tenant may keep."""
+    max_adapter_bytes_per_tenant: int = Field(default=65536 * MiB, ge=1024)
+    """Bytes of all versions a tenant may keep; deleted ones count until they are purged."""
     max_pins_per_tenant: int = Field(default=4, ge=0)
     """Adapters a tenant may pin to the device."""
     max_file_bytes: int = Field(default=64 * MiB, ge=1024)

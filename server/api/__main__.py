@@ -45,6 +45,8 @@ class DrainingServer(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         """uvicorn asks ten times a second whether to stop."""
         services = self._services
+        if services is not None and services.refusal is not None:
+            return True
         if services is not None and services.draining:
             late = time.monotonic() > self._ends_at
             if late:
@@ -59,12 +61,18 @@ class DrainingServer(uvicorn.Server):
 
 
 def serve(app: FastAPI, settings: Settings, fd: int | None) -> None:
-    """Until a signal ends it. `fd` is a listening socket; None: one of its own."""
+    """Until a signal ends it. `fd` is a listening socket; None: one of its own.
+
+    Raises StartupError for what is found only once Valkey and the store answer.
+    """
     sys.setswitchinterval(SWITCH_SECONDS)
     raise_file_limit(settings.max_connections + OTHER_FILES)
     # not as uvicorn's own option `fd`: it takes every socket for a Unix one and leaves Nagle's algorithm on,
     # which holds an answer's body, and a stream's tokens, until the client acknowledges: 40 ms
     DrainingServer(server_config(app, settings)).run(None if fd is None else [socket.socket(fileno=fd)])
+    services: Services | None = getattr(app.state, "services", None)
+    if services is not None and services.refusal is not None:
+        raise services.refusal
 
 
 def server_config(app: FastAPI, settings: Settings) -> uvicorn.Config:

@@ -84,7 +84,8 @@ async def create_upload(
         )
     check_adapter_name(parts, body.name)
     files = _announced(parts, body)
-    await parts.registry.next_version(tenant.id, body.name)  # a tenant without room is told before it sends
+    size = sum(file.bytes for file in files)
+    await parts.registry.next_version(tenant.id, body.name, size)  # who has no room is told before it sends
     upload = DirectUpload(
         id=new_id(),
         tenant=tenant.id,

@@ -9,7 +9,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
-from server.errors import InvalidField, InvalidRequest, NotFound, PolypeftError, shown
+from server.errors import InvalidField, InvalidRequest, NotFound, PolypeftError, disk_error, shown
 
 RETRY_AFTER_SECONDS = 1
 
@@ -48,6 +48,7 @@ def add_handlers(app: FastAPI) -> None:
     app.add_exception_handler(PolypeftError, _on_ours)
     app.add_exception_handler(RequestValidationError, _on_parameter)
     app.add_exception_handler(HTTPException, _on_http)
+    app.add_exception_handler(OSError, _on_disk)
 
 
 def _on_ours(_request: Request, error: Exception) -> Response:
@@ -62,6 +63,14 @@ def _on_parameter(_request: Request, error: Exception) -> Response:
         raise error
     complaint = error.errors()[0]
     return error_response(first_complaint([complaint | {"loc": complaint["loc"][1:]}]))
+
+
+def _on_disk(_request: Request, error: Exception) -> Response:
+    """A file of ours that could not be written for want of room; any other is not foreseen."""
+    refusal = disk_error(error)
+    if refusal is None:
+        raise error
+    return error_response(refusal)
 
 
 def _on_http(request: Request, error: Exception) -> Response:

@@ -31,6 +31,7 @@ FROM_SETTINGS = (
     "max_tensors",
     "max_header_bytes",
     "max_adapters_per_tenant",
+    "max_adapter_bytes_per_tenant",
     "retention_seconds",
     "keep_versions",
     "max_pins_per_tenant",

@@ -14,7 +14,7 @@ from server.api.system_figures import SystemFigures
 from server.api.turns import Turns
 from server.base.text import Tokenizer
 from server.engine.client import EngineClient
-from server.errors import InvalidRequest, Unavailable
+from server.errors import InvalidRequest, StartupError, Unavailable
 from server.finetune.files import Files
 from server.finetune.jobs import Jobs
 from server.finetune.queue import WorkerQueue
@@ -51,6 +51,7 @@ class Services:
     following: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(FOLLOWERS))
     converting: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(1))  # each takes memory
     draining: bool = False  # SIGTERM came: what runs may finish, nothing new begins
+    refusal: StartupError | None = None  # found after the start: this process may not go on
 
     @property
     def base(self) -> Base:

@@ -37,11 +37,12 @@ def serve(**given: str | bool | None) -> None:
     from adapters_store.objects import Objects
     from server.base.resolve import resolve_model  # these load more than the other commands should wait for
     from server.supervisor import serve as run
+    from server.supervisor.places import make_data_dir
     from server.tenancy.keys import operator_key
 
     settings = read_settings(given)
     configure_logs(settings, "serve")
-    settings.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    make_data_dir(settings)
     key = operator_key(settings)
     resolve_model(settings)
     _try_store(Objects.open(settings.store_url, settings.store_config))
@@ -56,7 +57,7 @@ def serve(**given: str | bool | None) -> None:
         console.print(WELCOME.format(model=model, url=url, options=_options_to_reach(settings, url)))
 
     with loading:
-        run(settings, welcome)
+        run(settings, welcome, prove=lambda url: _prove_identity(settings, url))
 
 
 def _try_store(objects: "Objects") -> None:
@@ -69,6 +70,21 @@ def _try_store(objects: "Objects") -> None:
         objects.prove_sync()
     except StoreError:
         log.warning("The object store does not answer; what needs it will fail until it does")
+
+
+async def _prove_identity(settings: Settings, redis_url: str) -> None:
+    """Raises StartupError if store and Valkey are not of one system; later, if one does not answer now."""
+    from adapters_store.identity import prove_identity
+    from adapters_store.objects import Objects
+    from adapters_store.valkey import connect
+
+    redis = connect(redis_url)
+    try:
+        await prove_identity(redis, Objects.open(settings.store_url, settings.store_config))
+    except StoreError as error:
+        log.warning("Whether store and Valkey belong together is looked at later: %s", error.message)
+    finally:
+        await redis.aclose()
 
 
 def _options_to_reach(settings: Settings, url: str) -> str:

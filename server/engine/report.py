@@ -16,6 +16,7 @@ GATE_REASONS = {"invalid_adapter": "invalid", "store_unavailable": "store"}
 def stats(engine: Engine, boot: str) -> Stats:
     """Everything for /metrics; also keeps it for the next engine."""
     engine.figures.review(time.monotonic())
+    engine.loader.keeper.give_way()
     _count(engine)
     gauges = {
         "running": len(engine.scheduler.running),

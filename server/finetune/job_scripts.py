@@ -236,6 +236,14 @@ redis.call('ZADD', QUEUED, whole(now()), id)
 return redis.call('HGET', job, 'fence')
 """
 
+WAITS = """
+if redis.call('GET', job .. ':claim') == ARGV[2] then redis.call('DEL', job .. ':claim') end
+if get('phase') ~= 'publishing' or get('waits') == ARGV[3] then return 0 end
+set('waits', ARGV[3])
+event(ARGV[4])
+return 1
+"""
+
 INTEND = """
 if get('phase') ~= 'publishing' then return -1 end
 if get('intended') == ARGV[2] then set('intended', ARGV[3]) end

@@ -6,7 +6,9 @@ All it writes it writes under its fence: once the job is another's, nothing of t
 import errno
 import logging
 import os
+import shutil
 import signal
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TypeVar
@@ -19,7 +21,16 @@ from adapters_store.objects import Objects
 from adapters_store.valkey import connect
 from server.base.resolve import resolve_model
 from server.engine.device import choose_placement
-from server.errors import CorruptObject, NonFinite, NotFound, PolypeftError, StartupError, StoreError, shown
+from server.errors import (
+    CorruptObject,
+    NonFinite,
+    NotFound,
+    PolypeftError,
+    StartupError,
+    StoreError,
+    disk_error,
+    shown,
+)
 from server.finetune import faults
 from server.finetune.attempt import SAVED
 from server.finetune.checkpoints import Checkpoints, store_files
@@ -34,6 +45,9 @@ from server.finetune.store_calls import StoreCalls
 from server.finetune.task import Trained, run_task
 from server.finetune.watcher import Stopped
 from server.settings import Settings
+
+ROOM_BYTES = 8 << 20  # on the disk of a training: with less it is full
+ROOM_SECONDS = 1.0  # between two looks whether it still is
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -87,10 +101,19 @@ class Session:
             return SAVED if stopped.wish == "pause" else 0
         except Exception as error:
             fault, retry = fault_of(error, self._settings)
+            if is_disk_full(error, self._folder):  # libraries say it in words of their own
+                fault, retry = faults.DISK_FULL, True
+                self._wait_for_room()
             unforeseen = fault is faults.INTERNAL
             log.error("Job %s: %s: %s", job.id, type(error).__name__, fault.code, exc_info=unforeseen)
             self.patiently(lambda: self.jobs.fail(job.id, job.fence, fault, retry=retry))
             return 0
+
+    def _wait_for_room(self) -> None:
+        """At most OUTAGE_SECONDS: the next attempt would end where this one did."""
+        end = time.monotonic() + OUTAGE_SECONDS
+        while not self._stopping and time.monotonic() < end and is_disk_full(None, self._folder):
+            time.sleep(ROOM_SECONDS)
 
     def _train(self, job: Job) -> bool:
         """False if somebody else has the job by now. Raises whatever `fault_of` knows, and Stopped."""
@@ -159,6 +182,13 @@ class Session:
             trained_tokens=trained.trained_tokens,
             steps=trained.steps,
         )
+
+
+def is_disk_full(error: Exception | None, folder: Path) -> bool:
+    """Whether that is why `error` came, or would come again."""
+    return (error is not None and disk_error(error) is not None) or (
+        not isinstance(error, PolypeftError) and shutil.disk_usage(folder).free < ROOM_BYTES
+    )
 
 
 def fault_of(error: Exception, settings: Settings) -> tuple[JobError, bool]:

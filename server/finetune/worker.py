@@ -25,6 +25,7 @@ from rq.serializers import JSONSerializer
 from rq.timeouts import BaseDeathPenalty
 from rq.worker import WorkerStatus
 
+from adapters_store.identity import prove_identity_in_time
 from adapters_store.objects import Objects
 from adapters_store.valkey import CONNECT_SECONDS, connect
 from server.errors import StartupError, StoreError
@@ -63,7 +64,8 @@ class Worker:
         self._name = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
 
     def work(self) -> None:
-        """Until SIGTERM or SIGINT. Valkey's absence is waited out."""
+        """Until SIGTERM or SIGINT. Valkey's absence is waited out. Raises StartupError."""
+        asyncio.run(self._prove())
         global _worker  # rq calls `run` by its name alone
         _worker = self
         if self.settings.metrics_port:
@@ -87,11 +89,11 @@ class Worker:
         try:
             jobs = Jobs(redis, queue)
             name = f"{self._name}-{uuid.uuid4().hex}"
-            job = await patiently(lambda: jobs.take(id_, name), TAKE_SECONDS, lambda: self.stopping)
-            if job is None:
-                log.info("Job %s: not waiting for a worker", id_)
-                return
-            with desk(self._folder, id_) as folder:
+            with desk(self._folder, id_) as folder:  # first: a disk without room takes no job
+                job = await patiently(lambda: jobs.take(id_, name), TAKE_SECONDS, lambda: self.stopping)
+                if job is None:
+                    log.info("Job %s: not waiting for a worker", id_)
+                    return
                 attempt = Attempt(
                     jobs,
                     job,
@@ -105,6 +107,15 @@ class Worker:
                 await attempt.run()
         finally:
             queue.close()
+            await redis.aclose()
+
+    async def _prove(self) -> None:
+        """That the servers of this Valkey use the same store. Raises StartupError."""
+        redis = connect(self.url)
+        try:
+            objects = Objects.open(self.settings.store_url, self.settings.store_config)
+            await prove_identity_in_time(redis, objects)
+        finally:
             await redis.aclose()
 
     def _environment(self) -> dict[str, str]:
@@ -211,6 +222,8 @@ def run(job: str) -> None:
         asyncio.run(_worker.attempt(job))
     except StoreError as error:
         log.warning("Job %s: left to whoever sweeps: %s", job, error.message)
+    except OSError as error:
+        log.warning("Job %s: left to whoever sweeps: %s", job, error.strerror)
     except Exception:
         log.exception("Job %s: the worker failed; left to whoever sweeps", job)
 

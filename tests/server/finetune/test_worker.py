@@ -11,11 +11,14 @@ import pytest
 from redis.exceptions import TimeoutError as SlowAnswer
 from rq import SimpleWorker
 
+from adapters_store.identity import prove_identity
+from adapters_store.objects import Objects
 from adapters_store.valkey import connect
 from server.finetune.attempt import SAVED
 from server.finetune.jobs import Jobs
 from server.finetune.queue import WorkerQueue
 from server.finetune.worker import Worker, _Calls
+from server.lifeline import REFUSED
 from tests.fixtures.jobs import fixed, result
 from tests.fixtures.workers import Plant, plant, stop, until
 
@@ -189,3 +192,16 @@ def test_a_valkey_that_is_slow_to_answer_is_asked_again(
     assert not calls.work()
     assert not answers
     assert "quitting" not in caplog.text
+
+
+async def test_a_worker_with_another_store_takes_no_job(site: Plant, jobs: Jobs, tmp_path: Path) -> None:
+    """It would not find the job's files, and say that they are gone."""
+    redis = connect(site.url)
+    await prove_identity(redis, Objects.open(site.settings.store_url))
+    await redis.aclose()
+    site.settings = site.settings.model_copy(update={"store": (tmp_path / "other").as_uri()})
+    await jobs.create(fixed(ID))
+    worker = site.start_worker(tmp_path / "child.py")
+    assert await asyncio.to_thread(worker.wait, 60) == REFUSED
+    assert "do not belong together" in site.log()
+    assert (await jobs.get("t", ID)).phase == "queued"
