@@ -118,7 +118,7 @@ class Ia3:
 
 
 def _feeds_forward(site: str, config: Ia3Config, shape: tuple[int, ...]) -> bool:
-    """By PEFT's rule: a name's end, dot or not. Where the config says nothing, the shape does."""
+    """By PEFT's rule for a list: a name's end, dot or not. Where the config has none, the shape decides."""
     if config.feedforward_modules is None:
         return shape[:1] == (1,)
     return site.endswith(config.feedforward_modules)

@@ -236,12 +236,23 @@ def _check_modules(config: LoraConfig, spec: LoraSpec, base: Base) -> None:
         config.target_modules, targets, candidates, excluded=config.exclude_modules, complete=not filtered
     )
     _check_layers(config, targets)
+    if config.ensure_weight_tying:
+        _check_untied(targets, base)
     for module in config.modules_to_save or ():
         if not any(name.endswith(module) for name in spec.base_copies.values()):
             raise InvalidAdapter(
                 f"modules_to_save names {shown(module)}, but there is no tensor for it.",
                 param="modules_to_save",
             )
+
+
+def _check_untied(targets: Mapping[str, str], base: Base) -> None:
+    """PEFT would tie what it adds to the input and the output table; it leaves all other modules alone."""
+    for name, tensor in targets.items():
+        site = base.sites[name]
+        if site.kind == "embedding" or site.outputs == base.vocab_size:
+            fault = "is of a table of the vocabulary: with ensure_weight_tying true it would change both tables"
+            raise invalid(tensor, fault)
 
 
 def _check_layers(config: LoraConfig, targets: Mapping[str, str]) -> None:
