@@ -42,7 +42,11 @@ class Spans:
 
     def acting(self, hook: str) -> list[tuple[Bank, Rows]]:
         """Those of them that act through `hook`."""
-        return [(bank, Rows(spans, bank.most)) for bank, spans in self.by_bank.items() if bank.acts(hook)]
+        return [
+            (bank, Rows(spans, bank.most))
+            for bank, spans in self.by_bank.items()
+            if bank.acts(hook, (span.slot for span in spans))
+        ]
 
 
 class Pages:

@@ -274,7 +274,7 @@ class DecodeGraphs:
             plan = Plan(plans[2 * i], plans[2 * i + 1].view(-1, FIELDS), SMALL, trace.ranks)
             acting.append((bank, Rows.recorded(plan, bank.touched(trace))))
         step.affine, step.inputs, step.norm, step.sublayer = (
-            [(bank, rows) for bank, rows in acting if bank.acts(hook)]
+            [(bank, rows) for bank, rows in acting if bank.acts(hook, ())]
             for hook in ("affine", "inputs", "norm", "sublayer")
         )
         step.head, step.head_inputs = step.affine, step.inputs

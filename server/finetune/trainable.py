@@ -126,8 +126,8 @@ class Trainable(nn.Module):
             self.bank.dropout = self.dropout if self.training else 0.0
             self.bank.seed = int(torch.randint(MAX_SEED, ())) if self.bank.dropout else 0
         rows = Rows([Span(SLOT, 0, sum(lengths))])
-        step.affine = [(self.bank, rows)] if self.bank.acts("affine") else []
-        step.sublayer = [(self.bank, rows)] if self.bank.acts("sublayer") else []
+        step.affine = [(self.bank, rows)] if self.bank.acts("affine", [SLOT]) else []
+        step.sublayer = [(self.bank, rows)] if self.bank.acts("sublayer", [SLOT]) else []
         step.begin_with(self.bank.start(SLOT))
 
     def _token_bytes(self) -> int:

@@ -78,8 +78,8 @@ class Fields:
         if name in self.empty:
             raise refused(name, value, f"it must be null: {self.empty[name]}")
         raise InvalidAdapter(
-            f"{FILE} has a field {shown(name)} that is not known, with the value {shown(value)}: what it asks "
-            "for would be left out.",
+            f"{FILE} has a field {shown(name)} that is not known, with the value {shown(value)}; without "
+            "what it asks for, outputs may be others.",
             param=FILE,
         )
 

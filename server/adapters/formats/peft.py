@@ -73,8 +73,8 @@ def _typed(config: dict[str, Any]) -> msgspec.Struct:
     peft_type = config.get("peft_type")
     if peft_type is None and MLX_FIELD in config:
         raise InvalidAdapter(
-            f"{FILE} is mlx-lm's: its matrices have other names, orientations and scales than PEFT's. Convert "
-            "the adapter to PEFT's format.",
+            f"{FILE} is mlx-lm's, whose matrices have other names, orientations and scales than PEFT's. "
+            "Convert the adapter to PEFT's format.",
             param="peft_type",
         )
     if not isinstance(peft_type, str) or peft_type not in TYPES:

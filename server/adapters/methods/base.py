@@ -5,7 +5,7 @@ line in `__init__.build_methods`.
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol
@@ -253,8 +253,8 @@ class Bank:
         """`Rows.touched` for the sites of a trace."""
         return {}
 
-    def acts(self, hook: str) -> bool:
-        """Whether this bank overrides `hook`."""
+    def acts(self, hook: str, slots: Iterable[int]) -> bool:  # noqa: ARG002 - a bank may tell them apart
+        """Whether this bank may act through `hook` on rows of these slots: by default, if it overrides it."""
         return getattr(type(self), hook) is not getattr(Bank, hook)
 
 

@@ -23,7 +23,7 @@ GOOD: dict[str, Any] = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_mo
 NEEDED: dict[str, dict[str, Any]] = {
     "LORA": {"r": 4, "lora_alpha": 8},
     "BITFIT": {"bias_mode": "delta"},
-    **dict.fromkeys(("PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING"), {"num_virtual_tokens": 4}),
+    **{kind: {"num_virtual_tokens": 4} for kind in ("PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING")},
 }
 
 
