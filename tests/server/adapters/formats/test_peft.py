@@ -228,6 +228,12 @@ def test_what_changes_no_output_is_dropped(field: str, value: Any) -> None:
     assert read(**{field: value}) == expected
 
 
+def test_what_virtual_tokens_were_made_from_is_dropped() -> None:
+    own = {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 4}
+    text = {"prompt_tuning_init_text": "See https://x.org. " * 500, "tokenizer_name_or_path": "s3://b/x"}
+    assert read_config(json.dumps(own | text).encode()) == read_config(json.dumps(own).encode())
+
+
 def test_a_name_that_no_module_can_have_names_none() -> None:
     assert read(target_modules=["v_proj", ".*k_proj$", "a/b", "q\n", "q_proj", "x" * 300]) == read()
 
@@ -238,7 +244,8 @@ def test_the_settings_of_an_init_do_not_hide_that_it_changed_the_base() -> None:
 
 
 def test_an_unknown_field_that_asks_for_something_is_refused() -> None:
-    for value in (True, 0, 1, 0.0, "x", [None], [[]], {"a": None}):
+    values: list[Any] = [True, 0, 1, 0.0, "x", [None], [[]], {"a": None}]
+    for value in values:
         with pytest.raises(InvalidAdapter, match="a_field_of_tomorrow") as caught:
             read(a_field_of_tomorrow=value)
         assert caught.value.param == "adapter_config.json"

@@ -221,6 +221,15 @@ def test_a_norm_has_a_bias_where_the_bases_has_one(saved: Saved) -> None:
     saved.refused(changed(saved.files, tensors))
 
 
+@every_case
+def test_an_expression_says_nothing_that_the_tensors_do_not(saved: Saved) -> None:
+    spec = saved.method.parse(saved.files, saved.base)
+    fields = {"target_modules", "exclude_modules", "feedforward_modules"} & saved.files.config.keys()
+    for expression in ("q_proj", r".*\.(q_proj|v_proj)$", "(a+)+$", "["):
+        read_anew = changed(saved.files, **dict.fromkeys(fields, expression))
+        assert saved.method.parse(read_anew, saved.base) == spec
+
+
 @pytest.mark.parametrize("saved", ["ia3"], indirect=True)
 def test_feed_forward_modules_decide_what_is_scaled(saved: Saved) -> None:
     saved.refused(changed(saved.files, feedforward_modules=[]), "down_proj")
