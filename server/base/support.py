@@ -73,8 +73,9 @@ def _read_config(model_dir: Path) -> dict[str, Any]:
 
 def _name_of(fields: dict[str, Any]) -> str:
     architectures = fields.get("architectures")
-    named = isinstance(architectures, list) and architectures
-    return str(architectures[0] if named else fields.get("model_type") or "unknown")
+    if isinstance(architectures, list) and architectures:
+        return str(architectures[0])
+    return str(fields.get("model_type") or "unknown")
 
 
 def _check(model_dir: Path, fields: dict[str, Any]) -> None:
