@@ -4,7 +4,7 @@
 #   docker run --read-only --tmpfs /tmp -v polypeft:/data -p 8000:8000 polypeft
 #
 # VARIANT  what torch must turn out to be: cpu (with PyTorch's index of CPU wheels as TORCH_INDEX_URL; a much
-#          smaller image) or cuda (the default index will do).
+#          smaller image) or cuda (the default index will do), which comes with a C compiler for Triton.
 # BASE     pinned by tag. For a build that repeats to the byte, give it by digest: python@sha256:...
 #
 # Debian 12 and Python 3.11 are what the tests run on. deploy/check-image builds and runs this file without Docker.
@@ -30,6 +30,12 @@ RUN /venv/bin/pip install --only-binary :all: --no-binary polypeft . \
 found == '${VARIANT}' or sys.exit(f'VARIANT=${VARIANT}, but torch {torch.__version__} is built for {found}: see TORCH_INDEX_URL')"
 
 FROM ${BASE}
+ARG VARIANT=cuda
+# Triton compiles its launchers where it runs. Debian's versions are the base's, whose tag pins them.
+# hadolint ignore=DL3008
+RUN if [ "${VARIANT}" = cuda ]; then \
+        apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*; \
+    fi
 RUN useradd --system --uid 10001 --user-group --home-dir /data --create-home --shell /usr/sbin/nologin polypeft
 COPY --from=build /venv /venv
 ENV PATH=/venv/bin:$PATH \
@@ -40,6 +46,7 @@ ENV PATH=/venv/bin:$PATH \
     POLYPEFT_LOG_FORMAT=json \
     HF_HOME=/data/cache/huggingface \
     NUMBA_CACHE_DIR=/data/cache/numba \
+    TRITON_CACHE_DIR=/data/cache/triton \
     MPLCONFIGDIR=/data/cache/matplotlib
 USER 10001:10001
 WORKDIR /data

@@ -3,11 +3,12 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help serve test lint format bench clean
+.PHONY: help serve test test-avx2 lint format bench clean
 
 help:
 	@echo "make serve   install, fetch the default model, serve on http://127.0.0.1:8000"
 	@echo "make test    install with the test tools, run all tests"
+	@echo "make test-avx2   what may depend on the processor's instructions, with those beyond AVX2 hidden"
 	@echo "make lint    ruff and mypy --strict        make format   let ruff rewrite"
 	@echo "make bench   mixed batches against PEFT    make clean    remove what make made, but no data"
 
@@ -16,6 +17,9 @@ serve: $(VENV)/.serve
 
 test: $(VENV)/.develop
 	$(BIN)/python -m pytest $(ARGS)
+
+test-avx2: $(VENV)/.develop
+	$(BIN)/python -m tests.avx2 $(ARGS)
 
 lint: $(VENV)/.develop
 	$(BIN)/ruff check

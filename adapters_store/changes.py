@@ -2,7 +2,7 @@
 
 ADD = """
 local version, record_, new = ARGV[5], ARGV[6], ARGV[7] == '1'
-local max, keep = tonumber(ARGV[8]), tonumber(ARGV[9])
+local max, keep, max_bytes = tonumber(ARGV[8]), tonumber(ARGV[9]), tonumber(ARGV[10])
 
 -- the number is used up, so that nobody else's manifest ever lies where this one has to be removed
 local function refuse(why)
@@ -42,12 +42,14 @@ local function change()
   if not new and not there and leaving() then return 'deleted' end
   local fresh = not redis.call('ZSCORE', names, name)
   if fresh and redis.call('ZCARD', names) >= max then return refuse('too many') end
-  for i = 10, #ARGV do
+  if new and total_bytes() + bytes_of(record_) > max_bytes then return refuse('too many bytes') end
+  for i = 11, #ARGV do
     if new and tonumber(redis.call('ZSCORE', staged, ARGV[i]) or 0) <= 0 then return refuse('expired') end
   end
-  for i = 10, #ARGV do redis.call('ZREM', staged, ARGV[i]) end
+  for i = 11, #ARGV do redis.call('ZREM', staged, ARGV[i]) end
   if fresh and new then redis.call('DEL', state) end
   redis.call('ZADD', names, 0, name)
+  if not there then add_bytes(bytes_of(record_)) end
   redis.call('HSET', versions, version, record_)
   if tonumber(version) > highest() then redis.call('HSET', last, name, version) end
   local buried = {}
@@ -68,7 +70,7 @@ local function change()
     moved(version)
     return 'done'
   end
-  redis.call('HSETNX', gone, version, entry)
+  if redis.call('HSETNX', gone, version, entry) == 1 then add_bytes(cjson.decode(entry).version.bytes) end
   redis.call('ZADD', gone_names, 0, name)
   redis.call('ZADD', due, 'NX', deleted, manifest_of(version))
   if tonumber(version) > highest() then redis.call('HSET', last, name, version) end
@@ -140,6 +142,7 @@ local function change()
       table.insert(numbers, version)
       if purge then
         table.insert(removed, redis.call('HGET', versions, version))
+        add_bytes(-bytes_of(removed[#removed]))
         redis.call('HDEL', versions, version)
         moved(version)
       else
@@ -159,8 +162,10 @@ local function change()
   local only, cutoff, removed = ARGV[5], tonumber(ARGV[6]), {}
   if only ~= '' and redis.call('HEXISTS', gone, only) == 0 then redis.call('ZREM', due, manifest_of(only)) end
   for version, entry in pairs(all_of(gone)) do
-    if (only == '' or only == version) and cjson.decode(entry).deleted <= cutoff then
+    local found = cjson.decode(entry)
+    if (only == '' or only == version) and found.deleted <= cutoff then
       redis.call('HDEL', gone, version)
+      add_bytes(-found.version.bytes)
       redis.call('ZREM', due, manifest_of(version))
       moved(version)
       table.insert(removed, version)

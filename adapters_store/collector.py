@@ -42,6 +42,13 @@ class Collector:
         keys = await self._objects.list(names.TENANTS)
         return await self._collect([key for key in keys if names.blob_tenant(key)], dry_run=dry_run)
 
+    async def discard(self, keys: list[str]) -> None:
+        """At once what an upload that was refused has stored: many of them would fill the store."""
+        given = await self._staged.give_up(keys)
+        for key in given:
+            await self._objects.delete(key)
+        await self._staged.forget(given)
+
     async def collect_expired(self) -> Collected:
         """Only at blobs of uploads that were begun too long ago. Costs nothing where there are none."""
         return await self._collect(await self._staged.expired(), dry_run=False)

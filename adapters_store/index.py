@@ -2,6 +2,8 @@
 
     pp:adapters:{tenant}                   sorted set   adapter names
     pp:adapters:{tenant}:last              hash         name -> highest version ever; outlives the adapter
+    pp:adapters:{tenant}:bytes             string       of all its versions, deleted ones included; counted
+                                                        anew where it is missing
     pp:adapter:{tenant}:{name}:versions    hash         version -> Version
     pp:adapter:{tenant}:{name}:aliases     hash         alias -> what it points at, see points.py
     pp:adapter:{tenant}:{name}:state       hash         revision, tag:{alias}: ETags; pin: of `latest`;
@@ -74,16 +76,27 @@ class Index:
         *,
         new: bool,
         max_adapters: int,
+        max_bytes: int,
         keep: int = 0,
     ) -> str:
-        """done, "too many" adapters, "deleted": was here before, "expired": its blobs may be lost.
+        """done, "too many" adapters, "too many bytes", "deleted": was here before, "expired": its blobs may
+        be lost.
 
         What is not `new` is there already, and its blobs are. All but the newest `keep` are deleted.
         """
         record = msgspec.json.encode(version)
         place = version.tenant, version.name
         return await self._do(
-            changes.ADD, place, actor, version.version, record, int(new), max_adapters, keep, *blobs
+            changes.ADD,
+            place,
+            actor,
+            version.version,
+            record,
+            int(new),
+            max_adapters,
+            keep,
+            max_bytes,
+            *blobs,
         )
 
     async def add_gone(self, gone: Gone) -> None:
@@ -158,8 +171,15 @@ class Index:
                 transaction.hget(_last(tenant), name)
                 transaction.hlen(_records(tenant, name)[0])
                 transaction.zcard(_names(tenant))
-                last, versions, adapters = await transaction.execute()
-        return Standing(int(last or 0), versions, adapters)
+                transaction.get(_bytes(tenant))
+                last, versions, adapters, total = await transaction.execute()
+        return Standing(int(last or 0), versions, adapters, int(total or 0))
+
+    async def forget_bytes(self) -> None:
+        """Every tenant's are counted anew when it publishes next."""
+        with store_errors():
+            async for key in self._redis.scan_iter(_bytes("*")):
+                await self._redis.delete(key)
 
     async def adapters(self, tenant: str, names: list[str]) -> list[Adapter]:
         """Those that exist, in the order asked; each is one consistent moment."""
@@ -240,7 +260,7 @@ class Index:
         tenant, name = place
         token = uuid.uuid4().hex
         keys = [_names(tenant), _last(tenant), *_records(tenant, name)]
-        keys += [f"{DELETED}:{tenant}", DELETED, DELETING, STAGED, f"pp:once:{token}"]
+        keys += [f"{DELETED}:{tenant}", DELETED, DELETING, STAGED, f"pp:once:{token}", _bytes(tenant)]
         with store_errors():
             answer: bytes = await self._scripts[change](
                 keys=keys, args=[token, actor, name, manifest_prefix(tenant, name), *args]
@@ -257,6 +277,10 @@ def mark_of(gone: Gone) -> tuple[str, bytes]:
 
 def _names(tenant: str) -> str:
     return f"pp:adapters:{tenant}"
+
+
+def _bytes(tenant: str) -> str:
+    return f"pp:adapters:{tenant}:bytes"
 
 
 def _last(tenant: str) -> str:

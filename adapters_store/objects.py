@@ -31,7 +31,7 @@ from adapters_store.breaker import Breaker
 from adapters_store.cloud import BULK_SECONDS, Clients, open_cloud, read_options
 from adapters_store.durable import DAMAGED, fill, make_folder, read_file, remove_file, verified, write_file
 from adapters_store.streams import chunks_of, in_time
-from server.errors import CorruptObject, NotFound, StartupError, StoreError, TooLarge, shown
+from server.errors import CorruptObject, NotFound, StartupError, StoreError, TooLarge, disk_error, shown
 
 T = TypeVar("T")
 CHUNK = 4 << 20  # bytes
@@ -110,8 +110,10 @@ class Objects:
         return self.remote or self._folder is not None
 
     def beside(self, folder: Path) -> bool:
-        """Whether objects are files of the same disk as this folder."""
-        return self._folder is not None and self._folder.stat().st_dev == folder.stat().st_dev
+        """Whether objects are files of the same disk as this folder; one that is missing is on none."""
+        if self._folder is None or not folder.exists():
+            return False
+        return self._folder.stat().st_dev == folder.stat().st_dev
 
     # what the store does, blocking
 
@@ -266,7 +268,8 @@ class Objects:
         except (BaseError, OSError) as error:
             outcome, answered = "failed", not isinstance(error, BaseError)
             log.warning("The object store failed at %s: %s", operation, _first_line(error))
-            raise StoreError("The object store did not answer as it should; try again.") from error
+            failed = StoreError("The object store did not answer as it should; try again.")
+            raise disk_error(error) or failed from error
         except Exception:
             outcome = "failed"
             raise

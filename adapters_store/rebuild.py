@@ -44,6 +44,7 @@ class Rebuild:
             for tenant in await self._index.tenants(deleted=deleted):
                 await self._forget_missing(tenant, stored, deleted=deleted)
         await self._leftovers.settle()
+        await self._index.forget_bytes()
         return found
 
     async def _learn(self, place: ManifestKey, stored: set[str]) -> bool:
@@ -65,7 +66,9 @@ class Rebuild:
             await self._index.add_gone(Gone(deleted, summary(manifest)))
             return True
         blobs = [blob.key for blob in manifest.files]
-        await self._index.add(summary(manifest), blobs, "server", new=False, max_adapters=NO_QUOTA)
+        await self._index.add(
+            summary(manifest), blobs, "server", new=False, max_adapters=NO_QUOTA, max_bytes=NO_QUOTA
+        )
         if not await self._exists(names.manifest_key(*place)):  # purged while we looked
             await self._index.remove(place.tenant, place.name, place.version, "server", purge=True)
             return False

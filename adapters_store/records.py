@@ -68,6 +68,7 @@ class Standing(NamedTuple):
     last: int  # the highest version there ever was
     versions: int  # that the adapter has now; 0: there is no such adapter
     adapters: int  # that the tenant has
+    bytes: int = 0  # of all versions that the tenant has, also deleted ones; 0 if not counted yet
 
 
 def summary(manifest: Manifest) -> Version:

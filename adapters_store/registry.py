@@ -54,6 +54,7 @@ class Registry:
         redis: Redis,
         max_adapters: int = 10_000,
         *,
+        max_bytes: int = 2**53,
         keep_versions: int = 0,
         retention_seconds: float = RETENTION_SECONDS,
         grace_seconds: float = GRACE_SECONDS,
@@ -64,6 +65,7 @@ class Registry:
         self._leftovers = Leftovers(objects, self._index)
         self.aliases = Aliases(self._index)
         self._max_adapters = max_adapters
+        self._max_bytes = max_bytes
         self._keep = keep_versions
         self.retention = retention_seconds
         self._grace = grace_seconds
@@ -87,14 +89,17 @@ class Registry:
             await self._objects.put(blob.key, path, blob.sha256)
         return blobs
 
-    async def next_version(self, tenant: str, name: str) -> int:
+    async def next_version(self, tenant: str, name: str, size: int = 0) -> int:
         """The number to publish under. It is not reserved: of several who publish it, one wins.
 
-        Numbers are never used again, not even after a deletion. Raises QuotaExceeded for one name too many.
+        Numbers are never used again, not even after a deletion. Raises QuotaExceeded for one name too many,
+        and if `size` bytes are more than the tenant may still keep.
         """
         standing = await self._index.standing(tenant, names.check_name(name))
         if standing.versions == 0 and standing.adapters >= self._max_adapters:
             raise self._quota()
+        if standing.bytes + size > self._max_bytes:
+            raise self._too_many_bytes()
         if standing.versions >= MAX_VERSIONS or standing.last >= names.MAX_VERSION:
             raise self._too_many_versions(name)
         return standing.last + 1
@@ -117,6 +122,8 @@ class Registry:
             await self._objects.delete(version.manifest_key)
             if added == "expired":
                 raise StoreError("The upload took longer than its blobs are kept; send it again.")
+            if added == "too many bytes":
+                raise self._too_many_bytes()
             raise self._quota() if added == "too many" else conflict
         if self._keep:
             await self._try_finish_deletes(manifest.tenant, manifest.name)
@@ -255,11 +262,18 @@ class Registry:
             manifest.by or "server",
             new=True,
             max_adapters=self._max_adapters,
+            max_bytes=self._max_bytes,
             keep=self._keep,
         )
 
     def _quota(self) -> QuotaExceeded:
         return QuotaExceeded(f"A tenant may have {self._max_adapters} adapters; delete one first.")
+
+    def _too_many_bytes(self) -> QuotaExceeded:
+        return QuotaExceeded(
+            f"A tenant may keep {self._max_bytes} bytes of adapters, deleted ones that can be restored "
+            "included; purge some first."
+        )
 
     def _too_many_versions(self, name: str) -> QuotaExceeded:
         return QuotaExceeded(

@@ -9,7 +9,7 @@ ONCE_SECONDS = 600  # longer than a client goes on to retry
 
 PRELUDE = """
 local names, last, versions, aliases, state, history = unpack(KEYS)
-local gone, gone_names, due, pending, staged, once = unpack(KEYS, 7)
+local gone, gone_names, due, pending, staged, once, total = unpack(KEYS, 7)
 local op, actor, name, prefix = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
 local time = redis.call('TIME')
 local now = string.format('%.0f', time[1] * 1000 + math.floor(time[2] / 1000))
@@ -22,6 +22,32 @@ local function all_of(hash)
   local found, all = {}, redis.call('HGETALL', hash)
   for i = 1, #all, 2 do found[all[i]] = all[i + 1] end
   return found
+end
+
+local function bytes_of(record) return tonumber(cjson.decode(record).bytes) end
+
+-- of all versions that the tenant has, those that can be restored included; counted once, and kept since then
+local function total_bytes()
+  local known = redis.call('GET', total)
+  if known then return tonumber(known) end
+  local sum, found, stem = 0, {}, 'pp:adapter:' .. string.match(names, '^pp:adapters:(.*)$') .. ':'
+  for _, key in ipairs({names, gone_names}) do
+    for _, one in ipairs(redis.call('ZRANGE', key, 0, -1)) do found[one] = true end
+  end
+  for one in pairs(found) do
+    for _, record in ipairs(redis.call('HVALS', stem .. one .. ':versions')) do
+      sum = sum + bytes_of(record)
+    end
+    for _, entry in ipairs(redis.call('HVALS', stem .. one .. ':deleted')) do
+      sum = sum + cjson.decode(entry).version.bytes
+    end
+  end
+  redis.call('SET', total, string.format('%.0f', sum))
+  return sum
+end
+
+local function add_bytes(bytes)
+  if redis.call('EXISTS', total) == 1 then redis.call('INCRBY', total, string.format('%.0f', bytes)) end
 end
 
 -- what an alias says, without the versions that are not there; nil if none is

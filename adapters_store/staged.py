@@ -33,6 +33,18 @@ end
 return nobodys
 """
 
+# Those of an upload that has failed and that no version has taken, which none can from now on.
+GIVE_UP = """
+local given = {}
+for _, key in ipairs(ARGV) do
+  if redis.call('ZSCORE', KEYS[1], key) then
+    redis.call('ZADD', KEYS[1], 0, key)
+    table.insert(given, key)
+  end
+end
+return given
+"""
+
 PAGE = 500
 
 
@@ -43,11 +55,18 @@ class Staged:
         self._redis = redis
         self._stage = redis.register_script(STAGE)
         self._condemn = redis.register_script(CONDEMN)
+        self._give_up = redis.register_script(GIVE_UP)
 
     async def add(self, keys: list[str], seconds: float) -> None:
         """These are about to be written; they are kept for so long, for a version to come."""
         with store_errors():
             await self._stage(keys=[STAGED], args=[seconds, *keys])
+
+    async def give_up(self, keys: list[str]) -> list[str]:
+        """Of the keys of one upload those that are nobody's from now on: no version has them."""
+        with store_errors():
+            given = await self._give_up(keys=[STAGED], args=keys)
+        return [key.decode() for key in given]
 
     async def condemn(self, keys: list[str], *, dry_run: bool = False) -> list[str]:
         """Of `keys` those that are nobody's, from now on and for ever."""

@@ -13,14 +13,23 @@ from redis.asyncio import BlockingConnectionPool
 from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialWithJitterBackoff
-from redis.exceptions import ConnectionError, RedisError, TimeoutError  # noqa: A004 - redis names them so
+from redis.exceptions import (
+    ConnectionError,  # noqa: A004 - redis names them so
+    OutOfMemoryError,
+    RedisError,
+    ResponseError,
+    TimeoutError,  # noqa: A004
+)
 
 from adapters_store.watched import Watched
-from server.errors import StoreError
+from server.errors import InsufficientStorage, StoreError
 
 CONNECT_SECONDS = 2.0
 ANSWER_SECONDS = 5.0
 MAX_CONNECTIONS = 64
+# How Valkey refuses a write, and only a write: its file cannot be written, it has no memory left, or `serve`
+# has told it to take none while its disk is full (see server/supervisor/reserve.py).
+NO_ROOM = ("MISCONF", "NOREPLICAS")
 
 
 class Pool(BlockingConnectionPool):
@@ -85,8 +94,15 @@ def connect(url: str) -> Watched:
 
 @contextmanager
 def store_errors() -> Iterator[None]:
-    """Valkey's failures as StoreError (503): its being down lets nobody in and makes nothing unknown."""
+    """Valkey's failures as StoreError (503): its being down lets nobody in and makes nothing unknown.
+
+    A write that it has no room for is InsufficientStorage (507); it is done by none of its halves.
+    """
     try:
         yield
+    except ResponseError as error:
+        if isinstance(error, OutOfMemoryError) or any(code in str(error) for code in NO_ROOM):
+            raise InsufficientStorage from error
+        raise StoreError("The control store did not answer; try again.") from error
     except RedisError as error:
         raise StoreError("The control store did not answer; try again.") from error

@@ -86,7 +86,7 @@ class OverHttp:
             answer.read()
             return [time.perf_counter() - start]
         while line := answer.readline():
-            if line.startswith(b"data: {"):
+            if line.startswith(b"data: {") and b'"finish_reason":null' in line:  # the last has no token
                 came.append(time.perf_counter() - start)
         return came
 

@@ -122,7 +122,7 @@ class Counter:
             data = await reader.read(1 << 16)
             if not data or b'"error"' in data:
                 raise RuntimeError(f"the stream was cut: {data!r}")
-            self.events += data.count(b"data: {")
+            self.events += data.count(b'"finish_reason":null')  # the last has no token
             tail = (tail + data)[-16:]
 
 
@@ -148,7 +148,7 @@ async def _api(model: Path, folder: Path, tokenizer: Tokenizer, script: list[int
         try:
             url = httpx.URL(f"http://127.0.0.1:{listener.getsockname()[1]}")
             await asyncio.to_thread(until, lambda: httpx.get(url.join("/readyz"), timeout=60).is_success)
-            key = await asyncio.to_thread(_tenant, url, operator_key(settings.data_dir)[0])
+            key = await asyncio.to_thread(_tenant, url, operator_key(settings))
             yield Api(psutil.Process(process.pid), url, key, engine)
         finally:
             process.terminate()

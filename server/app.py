@@ -1,12 +1,14 @@
 """Builds every object of the API process once, by hand, and wires them. The only file that does."""
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine
+import logging
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
 
 from adapters_store.direct import DirectUploads
+from adapters_store.identity import prove_identity_in_time
 from adapters_store.objects import Objects
 from adapters_store.registry import Registry
 from adapters_store.valkey import connect
@@ -52,7 +54,9 @@ from server.tenancy.pins import Pins
 from server.tenancy.tenants import Tenants
 from server.tracing import Tracing
 
+Loop = Callable[[], Coroutine[None, None, None]]
 TOLD_SECONDS = 3.0  # an engine that works tells its figures each second
+log = logging.getLogger(__name__)
 
 ROUTERS = (
     completions,
@@ -92,20 +96,19 @@ def build_app(settings: Settings, tracing: Tracing | None = None) -> FastAPI:
         publisher = Publisher(
             services.jobs, services.files, services.registry, services.objects, TrainedGate(services)
         )
-        loops: list[Coroutine[None, None, None]] = []
+        loops: list[Loop] = []
         if settings.api_number == 0:
-            loops = [publisher.run(), Upkeep(services.registry).run(), pins.keep_pins(services)]
-            loops += [watcher.run()] if watcher is not None else []
-        tasks = [asyncio.create_task(loop) for loop in loops]
+            loops = [publisher.run, Upkeep(services.registry).run, lambda: pins.keep_pins(services)]
+            loops += [watcher.run] if watcher is not None else []
+        work = asyncio.create_task(_work(services, loops))
         app.state.services = services
         if settings.api_processes > 1:  # take no connection that another serves better, a scrape included
             await services.engine.told(TOLD_SECONDS)
         try:
             yield
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            work.cancel()
+            await asyncio.gather(work, return_exceptions=True)
             await services.engine.close()
             await services.redis.aclose()
             services.queue.close()
@@ -127,6 +130,18 @@ def build_app(settings: Settings, tracing: Tracing | None = None) -> FastAPI:
     return app
 
 
+async def _work(services: Services, loops: list[Loop]) -> None:
+    """What goes on beside requests, once it is sure that nobody else's jobs and adapters are touched."""
+    try:
+        if services.objects.shared:
+            await prove_identity_in_time(services.redis, services.objects)
+    except StartupError as refusal:
+        log.error("%s", refusal.message)
+        services.refusal = refusal
+        return
+    await asyncio.gather(*(loop() for loop in loops))
+
+
 def build_services(settings: Settings) -> Services:
     """Every object, none of them at work yet."""
     if settings.redis_url is None:
@@ -135,7 +150,7 @@ def build_services(settings: Settings) -> Services:
     redis = connect(settings.redis_url)
     redis.on_call = metrics.on_valkey_call
     engine = EngineClient(settings.engine_socket, on_stats=metrics.absorb)
-    metrics.engine_up = lambda: engine.ready
+    metrics.engine_up = lambda: engine.answers
     queue = WorkerQueue(settings.redis_url)
     objects = Objects.open(settings.store_url, settings.store_config)
     objects.on_call = metrics.on_store_call
@@ -148,7 +163,7 @@ def build_services(settings: Settings) -> Services:
     )
     return Services(
         settings=settings,
-        operator_secret=operator_key(settings.data_dir)[0],
+        operator_secret=operator_key(settings),
         tokenizer=Tokenizer.load(resolve_model(settings)),
         redis=redis,
         objects=objects,
@@ -156,6 +171,7 @@ def build_services(settings: Settings) -> Services:
             objects,
             redis,
             settings.max_adapters_per_tenant,
+            max_bytes=settings.max_adapter_bytes_per_tenant,
             keep_versions=settings.keep_versions,
             retention_seconds=settings.retention_seconds,
             grace_seconds=settings.grace_seconds,

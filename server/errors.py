@@ -9,16 +9,21 @@ PolypeftError                           500  our fault unless a subclass says ot
 ├── Forbidden                           403  a good key on the wrong door
 ├── NotFound                            404  unknown, or somebody else's: the same answer
 │   └── ModelNotFound                   404  ... a base or an adapter, in OpenAI's words
+├── HeadTimeout                         408  the head of a request did not arrive in time
 ├── Conflict                            409  the thing exists, or changed meanwhile
 ├── PreconditionFailed                  412  the thing is not as If-Match or If-None-Match says
 ├── TooLarge                            413  more bytes than the cap
+├── UrlTooLong                          414  more bytes of URL than the cap
 ├── UnsupportedMedia                    415  not a kind of file we take
 ├── QuotaExceeded                       429  the tenant's limit
+│   └── TenantQueueFull                 429  ... of rows that wait
+├── HeadTooLarge                        431  more header fields, or bytes of them, than the cap
 ├── Unavailable                         503  overloaded, draining, or a part is down: try again
 │   ├── QueueFull                       503  more rows wait than may
 │   ├── EngineLost                      503  the engine died under this request
 │   └── StoreError                      503  object storage or Valkey did not answer
-│       └── CorruptObject               503  ... with bytes that are not what was stored
+│       ├── CorruptObject               503  ... with bytes that are not what was stored
+│       └── InsufficientStorage         507  ... because it has no room: a disk that is full or read-only
 ├── DeadlineExceeded                    504  the request's own deadline passed
 ├── NonFinite                           500  the model produced NaN or Inf for this row
 └── StartupError                             serve cannot start: wrong model, wrong setting
@@ -29,7 +34,11 @@ A message is one sentence that names the field, the value and the limit; it neve
 a key or a traceback.
 """
 
+import errno
+from itertools import islice
 from typing import ClassVar
+
+DISK_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
 
 
 class PolypeftError(Exception):
@@ -87,6 +96,12 @@ class ModelNotFound(NotFound):
     code = "model_not_found"
 
 
+class HeadTimeout(PolypeftError):
+    status = 408
+    type = "invalid_request_error"
+    code = "head_timeout"
+
+
 class Conflict(PolypeftError):
     status = 409
     type = "invalid_request_error"
@@ -105,6 +120,12 @@ class TooLarge(PolypeftError):
     code = "too_large"
 
 
+class UrlTooLong(PolypeftError):
+    status = 414
+    type = "invalid_request_error"
+    code = "url_too_long"
+
+
 class UnsupportedMedia(PolypeftError):
     status = 415
     type = "invalid_request_error"
@@ -115,6 +136,16 @@ class QuotaExceeded(PolypeftError):
     status = 429
     type = "rate_limit_error"
     code = "quota_exceeded"
+
+
+class TenantQueueFull(QuotaExceeded):
+    code = "tenant_queue_full"
+
+
+class HeadTooLarge(PolypeftError):
+    status = 431
+    type = "invalid_request_error"
+    code = "head_too_large"
 
 
 class Unavailable(PolypeftError):
@@ -139,6 +170,20 @@ class CorruptObject(StoreError):
     code = "corrupt_object"
 
 
+class InsufficientStorage(StoreError):
+    status = 507
+    code = "insufficient_storage"
+
+    def __init__(
+        self,
+        message: str = "The server has no room to store this at present; try again later.",
+        *,
+        param: str | None = None,
+        code: str | None = None,
+    ) -> None:
+        super().__init__(message, param=param, code=code)
+
+
 class DeadlineExceeded(PolypeftError):
     status = 504
     type = "server_error"
@@ -159,6 +204,12 @@ class UnsupportedModel(StartupError):
     code = "unsupported_model"
 
 
+def disk_error(error: BaseException) -> InsufficientStorage | None:
+    """`error` as a refusal, if a file could not be written because its disk is full or read-only."""
+    full = isinstance(error, OSError) and error.errno in DISK_ERRNOS
+    return InsufficientStorage() if full else None
+
+
 def error_from_code(code: str, message: str, param: str | None = None) -> PolypeftError:
     """The error that crossed a process boundary as (code, message), as its own class again."""
     found = next((c for c in _tree(PolypeftError) if c.code == code), PolypeftError)
@@ -170,6 +221,23 @@ def _tree(root: type[PolypeftError]) -> list[type[PolypeftError]]:
 
 
 def shown(value: object, limit: int = 64) -> str:
-    """A caller's value, safe and short enough for a message: ASCII, escaped, in quotes if text, cut."""
-    text = ascii(value[: limit + 1] if isinstance(value, str) else value)
+    """A caller's value, safe and short enough for a message: ASCII, escaped, in quotes if text, cut.
+
+    Costs the same however large or nested the value is.
+    """
+    text = ascii(_head(value, limit + 1, 2))
     return text if len(text) <= limit + 2 else text[:limit] + "..."
+
+
+def _head(value: object, length: int, depth: int) -> object:
+    """What the first `length` characters of ascii(value) need of it; containers below `depth` as "..."."""
+    if isinstance(value, str):
+        return value[:length]
+    if isinstance(value, list | dict) and depth == 0:
+        return "..."
+    items = length // 3 + 1  # an item takes three characters at least
+    if isinstance(value, list):
+        return [_head(item, length, depth - 1) for item in value[:items]]
+    if isinstance(value, dict):
+        return {_head(k, length, 0): _head(v, length, depth - 1) for k, v in islice(value.items(), items)}
+    return value

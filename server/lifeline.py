@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from typing import NoReturn
 
-from server.errors import StartupError
+from server.errors import StartupError, disk_error
 from server.logs import configure_logs
 from server.settings import Settings
 
@@ -28,8 +28,8 @@ log = logging.getLogger(__name__)
 def run_child(name: str, work: Callable[[Settings], None]) -> NoReturn:
     """The whole of a child's main: settings from the environment, logs, lifeline, then `work(settings)`.
 
-    A StartupError becomes one logged sentence and status REFUSED, on which `serve` gives up; any other
-    exception a traceback and status 1, on which it restarts the child.
+    A StartupError becomes one logged sentence and status REFUSED, on which `serve` gives up; a full disk
+    a sentence and any other exception a traceback, and status 1, on which it restarts the child.
     """
     settings = Settings()
     configure_logs(settings, name)
@@ -40,8 +40,11 @@ def run_child(name: str, work: Callable[[Settings], None]) -> NoReturn:
     except StartupError as refusal:
         log.error("%s", refusal.message)
         status = REFUSED
-    except Exception:
-        log.exception("The %s process failed", name)
+    except Exception as error:
+        if disk_error(error):
+            log.error("The %s process cannot go on: its disk is full or read-only.", name)
+        else:
+            log.exception("The %s process failed", name)
         status = 1
     logging.shutdown()
     os._exit(status)  # at once: torch and numba take seconds to tear down, and a thread may never end

@@ -4,8 +4,13 @@ What must not be in a log is taken out here, whoever wrote it: keys, tokens and 
 what an unforeseen exception says, because that may be a piece of a prompt.
 """
 
+import io
 import logging
+import os
 import re
+import select
+import stat
+import sys
 import time
 import traceback
 from contextvars import ContextVar
@@ -19,6 +24,8 @@ from server.settings import Settings
 OURS = ("server", "adapters_store", "__main__")  # the packages, and a child's own file
 SAFE = (PolypeftError, OSError, RuntimeError, ImportError, MemoryError)  # made of no tenant's bytes
 SAFE_MODULES = ("redis", "zmq", "obstore")
+STDERR = 2
+PIPE_SECONDS = 0.05  # for a reader of stderr that is slow, before lines are dropped
 WITHHELD = "(its message is not logged: it may hold a tenant's text)"
 
 _ESCAPED = {code: repr(chr(code))[1:-1] for code in [*range(32), *range(127, 160), 0x2028, 0x2029]}
@@ -36,9 +43,10 @@ request_id: ContextVar[str] = ContextVar("request_id", default="")
 def configure_logs(settings: Settings, process: str) -> None:
     """Send this process's records to stderr in the chosen format. Call once, at the start.
 
+    A pipe whose reader takes nothing is not waited for: lines are dropped until it does.
     The chosen level is for our own records; libraries are heard from a warning on.
     """
-    handler = logging.StreamHandler()
+    handler = logging.StreamHandler(_Pipe.of_stderr() or sys.stderr)
     secrets = [settings.metrics_token] if settings.metrics_token else []
     form = _Json if settings.log_format == "json" else _Text
     handler.setFormatter(form(process, secrets))
@@ -50,6 +58,43 @@ def configure_logs(settings: Settings, process: str) -> None:
 def visible(text: str, keep: str = "") -> str:
     """`text` with its control characters escaped, which could forge a log line or steer a terminal."""
     return text.translate({code: seen for code, seen in _ESCAPED.items() if chr(code) not in keep})
+
+
+class _Pipe(io.TextIOBase):
+    """A pipe that nobody waits for: while its reader takes nothing, lines are dropped, and never cut."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor  # not blocking
+        self._rest = b""  # of a line that did not fit whole
+
+    @classmethod
+    def of_stderr(cls) -> "_Pipe | None":
+        """None where it is something else. Other processes write to it too, so it is opened anew for this."""
+        try:
+            if sys.stderr.fileno() != STDERR or not stat.S_ISFIFO(os.fstat(STDERR).st_mode):
+                return None
+            return cls(os.open(f"/proc/self/fd/{STDERR}", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC))
+        except OSError:
+            return None
+
+    def write(self, text: str) -> int:
+        if self._rest:
+            self._rest = self._sent(self._rest)
+        if not self._rest:
+            self._rest = self._sent(text.encode(errors="backslashreplace"))
+            if self._rest:  # its reader may only be slow
+                select.select([], [self._descriptor], [], PIPE_SECONDS)
+                self._rest = self._sent(self._rest)
+        return len(text)
+
+    def _sent(self, data: bytes) -> bytes:
+        """What is left of `data`. Of a pipe that is closed: nothing."""
+        try:
+            return data[os.write(self._descriptor, data) :]
+        except BlockingIOError:
+            return data
+        except OSError:
+            return b""
 
 
 class _Redacting(logging.Formatter):

@@ -41,6 +41,8 @@ class Settings(BaseSettings):
     """Processes that speak HTTP, all on that port and to the one engine."""
     data_dir: Path = Path("data")
     """Where everything lies that must survive."""
+    admin_key_file: Path | None = None
+    """File with the operator's key, which servers may share; without it, admin.key in the data directory."""
     store: str | None = None
     """URL of the object store for adapters; without it, a folder in the data directory."""
     store_config: Path | None = None
@@ -113,7 +115,11 @@ class Settings(BaseSettings):
     max_prompts: int = Field(default=16, ge=1)
     """Prompts of a completion request."""
     max_body_bytes: int = Field(default=4 * MiB, ge=1024)
-    """Bytes of a JSON body."""
+    """Bytes of a JSON body; fewer, if the context cannot need as many: `GET /v1/limits` shows it."""
+    max_messages: int = Field(default=2048, ge=1)
+    """Messages of a conversation, and parts of their contents."""
+    max_connections: int = Field(default=1000, ge=1)
+    """Connections to an API process at a time; the longest idle one makes way for a new one."""
     max_stack: int = Field(default=4, ge=1)
     """Adapters in one request."""
     max_lora_rank: int = Field(default=256, ge=1, le=1024)
@@ -128,6 +134,8 @@ class Settings(BaseSettings):
     """Bytes of a safetensors header."""
     max_adapters_per_tenant: int = Field(default=10_000, ge=1)
     """Adapters a tenant may keep."""
+    max_adapter_bytes_per_tenant: int = Field(default=65536 * MiB, ge=1024)
+    """Bytes of all versions a tenant may keep; deleted ones count until they are purged."""
     max_pins_per_tenant: int = Field(default=4, ge=0)
     """Adapters a tenant may pin to the device."""
     max_file_bytes: int = Field(default=64 * MiB, ge=1024)
@@ -187,6 +195,11 @@ class Settings(BaseSettings):
         """What the API calls the base: a hub id without its revision, or a folder's name."""
         folder = Path(self.model).expanduser()
         return folder.resolve().name if folder.is_dir() else self.model.partition("@")[0]
+
+    @property
+    def operator_key_path(self) -> Path:
+        """Where the operator's key lies; in the data directory, `serve` makes one."""
+        return self.admin_key_file or self.data_dir / "admin.key"
 
     @property
     def run_dir(self) -> Path:

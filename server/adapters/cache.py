@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future
 from typing import Any
 
+from server.adapters.faults import load_error, one_adapters_fault
 from server.adapters.policy import FROM_RAM
 from server.adapters.residents import Fetcher, Loaded, Moving, Pending, Resident, Slots
 from server.adapters.share import Shares
@@ -48,6 +49,7 @@ class AdapterCache:
         self.pending: OrderedDict[str, Pending] = OrderedDict()
         self.pinned: dict[str, AdapterRef] = {}  # by their tenants
         self.wanted: list[AdapterRef] = []  # of those, the ones that have not been tried yet
+        self.broken: dict[str, PolypeftError] = {}  # what ended loads, for whoever asks for those next
         self.hits = self.misses = self.evictions = self.failures = 0
         self._copy = copy
         self._clock = clock
@@ -143,7 +145,10 @@ class AdapterCache:
         """Once a step: what nobody waits for any more, and pinned adapters on their way."""
         self._step += 1
         for resident in [r for r in self.by_digest.values() if r.moving is not None]:
-            self._arrive(resident, pins=0)
+            try:
+                self._arrive(resident, pins=0)
+            except PolypeftError as error:
+                self.broken[resident.digest] = error
         now = self._clock()
         for digest, pending in [*self.pending.items()]:
             if pending.future.done() and now - pending.asked > LEASE_SECONDS:
@@ -205,6 +210,8 @@ class AdapterCache:
                 self._let_go(oldest.ref.digest)
 
     def _fetch(self, ref: AdapterRef, mine: Collection[int]) -> int | None:
+        if error := self.broken.pop(ref.digest, None):
+            raise error
         if ref.digest not in self.pending:
             self._drop_stale(ref.tenant)
             if not self._start(ref):
@@ -213,12 +220,10 @@ class AdapterCache:
         pending.step, pending.asked = self._step, self._clock()
         if not pending.future.done():
             return None
-        if error := pending.future.exception():
+        if fault := pending.future.exception():
             self._let_go(ref.digest)
             self.failures += 1
-            raise (
-                error if isinstance(error, PolypeftError) else StoreError("The adapter could not be loaded.")
-            )
+            raise load_error(fault)
         packed: Loaded = pending.future.result()
         slot = self._settle(ref, packed, mine)
         if slot is None:
@@ -245,7 +250,8 @@ class AdapterCache:
         for resident in gone:
             self._evict(resident)
             self.evictions += 1
-        moving = self._copy(packed)
+        with one_adapters_fault():
+            moving = self._copy(packed)
         resident = Resident(
             ref.digest,
             ref.tenant,
@@ -268,8 +274,9 @@ class AdapterCache:
         """Into its bank, if the copy has arrived; in use from then on by as many as `pins` says."""
         if resident.moving is None or not resident.moving.arrived():
             return None
-        self.banks[resident.method].put(resident.slot, resident.packed)
         resident.moving = None
+        with one_adapters_fault(lambda: self._evict(resident)):
+            self.banks[resident.method].put(resident.slot, resident.packed)
         resident.pins = pins
         if resident.forgotten and not pins:
             self._evict(resident)

@@ -8,7 +8,7 @@ import contextlib
 import logging
 import os
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
@@ -38,6 +38,7 @@ class Keeper:
         self.ram = ram
         self.desk = desk
         self._waiting = threading.BoundedSemaphore(WAITING)
+        self._giving_way: Future[None] | None = None
         self._thread = ThreadPoolExecutor(1, "adapter-keeper", initializer=_stand_back)
 
     def end(self, arrived: Arrived, *, copy: bool) -> None:
@@ -47,6 +48,12 @@ class Keeper:
                 self._thread.submit(self._copy, arrived)
         else:
             self._clear_up(arrived)
+
+    def give_way(self) -> None:
+        """Let copies on disk make way for what others write there. Nobody waits; call it now and then."""
+        if self._giving_way is None or self._giving_way.done():
+            with contextlib.suppress(RuntimeError):  # closed
+                self._giving_way = self._thread.submit(self.disk.give_way)
 
     def close(self) -> None:
         self._thread.shutdown(wait=False, cancel_futures=True)

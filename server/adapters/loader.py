@@ -71,7 +71,7 @@ class Loader:
         self._running: dict[str, Future[Packed]] = {}
         self._lock = threading.Lock()
         self._desk = Desk()
-        self._keeper = Keeper(disk, ram, self._desk)
+        self.keeper = Keeper(disk, ram, self._desk)
         self._lanes = Lanes()
 
     @property
@@ -124,7 +124,7 @@ class Loader:
     def close(self) -> None:
         self.ram.close()
         self._lanes.close()
-        self._keeper.close()
+        self.keeper.close()
 
     def _once(self, digest: str, tenant: str, manifest: Callable[[], Manifest]) -> "Future[Packed]":
         start = time.perf_counter()
@@ -198,7 +198,7 @@ class Loader:
         self._observe(tier, start, digest, packed.nbytes)
         self._finished(digest)
         future.set_result(packed)
-        self._keeper.end(Arrived(digest, tenant, packed, blob, sheet), copy=self.copies and tier == "store")
+        self.keeper.end(Arrived(digest, tenant, packed, blob, sheet), copy=self.copies and tier == "store")
 
     def _finished(self, digest: str) -> None:
         with self._lock:

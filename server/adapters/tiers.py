@@ -6,6 +6,7 @@ Both are used from the loader's threads and the engine's; each locks itself.
 import logging
 import os
 import secrets
+import shutil
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from server.adapters.shelf import Entry, Shelf
 from server.errors import StoreError
 
 HEX = frozenset("0123456789abcdef")
+FREE_BYTES, FREE_SHARE = 256 << 20, 0.01  # of the disk, whichever is less: copies leave so much of it free
 log = logging.getLogger(__name__)
 
 
@@ -149,7 +151,7 @@ class DiskTier:
     for the disk, and a file that was cut, changed or put there by somebody else is one that is not there.
 
     Files under other names are not ours and left alone, except the drafts of writes that were cut. Links are
-    never followed. A disk that is full or broken is done without.
+    never followed. A disk that is full or broken is done without; while others fill it, copies make way.
     """
 
     def __init__(self, folder: Path, budget: int, shares: Shares | None = None) -> None:
@@ -159,8 +161,11 @@ class DiskTier:
         self.corrupt = 0  # copies that did not hash to their name
         self.shelf: Shelf[Entry] = Shelf(budget, FROM_STORE, shares or Shares())
         self._lock = Lock()
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self._take_stock()
+        try:
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self._take_stock()
+        except OSError as error:
+            self._failed("be opened", error)
 
     @property
     def nbytes(self) -> int:
@@ -206,6 +211,8 @@ class DiskTier:
         with self._lock:
             if sha256 in self.shelf.entries:
                 return True
+            if self._spare() < len(data):
+                return False
             gone = self.shelf.room(tenant, len(data)) if len(data) <= self.shelf.budget else None
             if gone is None or not self.shelf.deserves(sha256, tenant, len(data), gone):
                 return False
@@ -215,6 +222,7 @@ class DiskTier:
             self.shelf.add(Entry(sha256, tenant, len(data), pins=1))
         draft = self.folder / f"{sha256}#{secrets.randbits(63)}"
         try:
+            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # there may have been no room for it
             with draft.open("xb", buffering=0) as file:
                 while data:
                     data = data[file.write(data) :]
@@ -234,6 +242,26 @@ class DiskTier:
     def drop(self, sha256: str) -> None:
         with self._lock:
             self._remove(sha256)
+
+    def give_way(self) -> None:
+        """Remove copies, the oldest first, until the disk has some room for what is not a copy."""
+        with self._lock:
+            idle = [entry for entry in self.shelf.entries.values() if not entry.pins]
+            spare = self._spare() if idle else 0
+            for entry in idle:
+                if spare >= 0:
+                    return
+                self._remove(entry.key)
+                self.evictions += 1
+                spare += entry.nbytes
+
+    def _spare(self) -> float:
+        """Bytes of the disk that copies may still take; negative: that they should give back."""
+        try:
+            disk = shutil.disk_usage(self.folder)
+        except OSError:  # there is no folder yet
+            return float("inf")
+        return disk.free - min(FREE_BYTES, FREE_SHARE * disk.total)
 
     def _remove(self, sha256: str) -> None:
         self.shelf.drop(sha256)

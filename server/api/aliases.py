@@ -6,16 +6,16 @@ Every change takes If-Match, with the ETag of the alias or of its adapter.
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Response
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from adapters_store.points import Points, check_weights
+from adapters_store.points import MAX_WEIGHTS, Points, check_weights
 from adapters_store.records import Alias
 from server.api.adapter_objects import adapter_object, alias_object
 from server.api.body import json_body
 from server.api.conditions import Condition, MatchOnly, etag_header
 from server.api.deps import Actor, CurrentTenant, Parts, current_tenant
 from server.api.errors import json_response
-from server.api.schemas import Body
+from server.api.schemas import Body, at_most_entries
 from server.api.services import Services
 from server.api.target import adapter_ref
 from server.errors import InvalidField
@@ -23,10 +23,13 @@ from server.errors import InvalidField
 router = APIRouter(prefix="/v1/adapters", dependencies=[Depends(current_tenant)])
 
 
+Weights = Annotated[dict[str, float], BeforeValidator(at_most_entries(MAX_WEIGHTS))]  # by "3" or "v3"
+
+
 class AliasBody(Body):
     alias: str
     version: Annotated[int, Field(ge=1, le=99_999_999)] | None = None
-    weights: dict[str, float] | None = None  # by version: "3" or "v3"
+    weights: Weights | None = None
 
     @model_validator(mode="after")
     def _one_of_them(self) -> "AliasBody":

@@ -1,4 +1,5 @@
-"""A JSON body, read strictly: bytes capped while they arrive, no duplicate keys, no lenient numbers.
+"""A JSON body, read strictly: bytes capped while they arrive, values counted before they are parsed, no
+duplicate keys, no lenient numbers.
 
 Knows no route; what the fields mean is the model's business.
 """
@@ -9,32 +10,35 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
+from anyio.to_thread import run_sync
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
 
+from server.api.bounds import max_body_bytes, max_values
 from server.api.deps import Parts
-from server.errors import (
-    DeadlineExceeded,
-    InvalidField,
-    InvalidRequest,
-    PolypeftError,
-    TooLarge,
-    UnsupportedMedia,
-    shown,
-)
+from server.api.errors import first_complaint
+from server.errors import DeadlineExceeded, InvalidField, InvalidRequest, TooLarge, UnsupportedMedia, shown
 from server.settings import Settings
 from server.tracing import span
 
 M = TypeVar("M", bound=BaseModel)
 BODY_SECONDS = 60.0
+INLINE_BYTES = 16_384  # a larger body is worth the hop to a thread: the loop must stay free
+MAX_CONTAINERS = 10_000  # lists, and objects
+MAX_MEMBERS = 20_000  # fields of all objects together
+MAX_DEPTH = 128
+_MARKED = {b"[": "lists", b"{": "objects", b":": "fields", b",": "values"}
 
 
 def json_body(model: type[M]) -> Callable[..., Awaitable[M]]:
     """A dependency that yields the request's body as `model`. Raises 400, 413, 415 or 422."""
 
     async def read(request: Request, parts: Parts) -> M:
-        raw = await read_body(request, parts.settings.max_body_bytes)
-        return validate(model, parse(raw), parts.settings)
+        raw = await read_body(request, max_body_bytes(parts))
+        values = max_values(parts)
+        if len(raw) <= INLINE_BYTES:
+            return validate(model, parse(raw, values), parts.settings)
+        return await run_sync(lambda: validate(model, parse(raw, values), parts.settings))
 
     return read
 
@@ -80,8 +84,11 @@ def declared_length(request: Request) -> int:
     return int(request.headers.get("content-length", "0"))
 
 
-def parse(raw: bytes) -> dict[str, Any]:
-    """The JSON object in `raw`. NaN and numbers beyond a float pass as such, for their field to refuse."""
+def parse(raw: bytes, values: int = MAX_MEMBERS) -> dict[str, Any]:
+    """The JSON object in `raw`, of at most `values` values. NaN and numbers beyond a float pass as such, for
+    their field to refuse. Raises InvalidRequest, InvalidField.
+    """
+    _refuse_crowded(raw, values)
     try:
         value = json.loads(raw.decode(), object_pairs_hook=_object)
         if rb"\ud" in raw.lower():  # an escaped surrogate: only in pairs is it a character
@@ -100,6 +107,7 @@ def parse(raw: bytes) -> dict[str, Any]:
         raise InvalidRequest("The body holds a number with too many digits.", code="invalid_json") from None
     if not isinstance(value, dict):
         raise InvalidRequest("The body must be a JSON object.", code="invalid_json")
+    _refuse_deep(value)
     return value
 
 
@@ -108,7 +116,42 @@ def validate(model: type[M], data: dict[str, Any], settings: Settings) -> M:
     try:
         return model.model_validate(data, context=settings)
     except ValidationError as error:
-        raise _first(error) from None
+        complaints = error.errors(include_url=False, include_context=False)
+        raise first_complaint(complaints) from None
+
+
+def _refuse_crowded(raw: bytes, values: int) -> None:
+    """Raise InvalidField for more lists, fields or values than a request can need.
+
+    Each costs the parser far more than its two or three bytes: a megabyte of empty lists takes half a second.
+    """
+    limits = {b"[": MAX_CONTAINERS, b"{": MAX_CONTAINERS, b":": MAX_MEMBERS, b",": values}
+    if all(raw.count(mark) <= limit for mark, limit in limits.items()):
+        return
+    marks = _outside_texts(raw)
+    for mark, limit in limits.items():
+        if (count := marks.count(mark)) > limit:
+            raise InvalidField(f"The body must have at most {limit} {_MARKED[mark]}, not {count}.")
+
+
+def _outside_texts(raw: bytes) -> bytes:
+    """`raw` without what stands in quotes."""
+    return b"".join(raw.replace(rb"\\", b"").replace(rb"\"", b"").split(b'"')[::2])
+
+
+def _refuse_deep(value: dict[str, Any]) -> None:
+    """Raise InvalidRequest for what is nested so deeply that a walk through it might not end well."""
+    level: list[Any] = [value]
+    for _ in range(MAX_DEPTH):
+        level = [
+            item
+            for outer in level
+            for item in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(item, dict | list)
+        ]
+        if not level:
+            return
+    raise InvalidRequest(f"The body is nested deeper than {MAX_DEPTH} levels.", code="invalid_json")
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -118,14 +161,3 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
         raise InvalidRequest(f"The body has the key {shown(twice)} twice.", code="invalid_json")
     return found
-
-
-def _first(error: ValidationError) -> PolypeftError:
-    """pydantic's first complaint as one sentence that names the field, the value and the limit."""
-    complaint = error.errors(include_url=False, include_context=False)[0]
-    field = ".".join(str(part) for part in complaint["loc"]) or "body"
-    if complaint["type"] == "missing":
-        return InvalidField(f"{field} is required.", param=field, code="missing_field")
-    what = complaint["msg"].removeprefix("Input ")
-    what = what[:1].lower() + what[1:]
-    return InvalidField(f"{field} {what}, not {shown(complaint['input'])}.", param=field)

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Request, Response
 
 from server.api.body import json_body
+from server.api.chat_schemas import ChatBody
 from server.api.choice import Piece
 from server.api.deps import CurrentTenant, Parts, current_tenant, sticky
 from server.api.errors import json_response
@@ -15,7 +16,6 @@ from server.api.grammar import grammar_of
 from server.api.logprobs import add_logprobs, chat_logprobs
 from server.api.prompts import chat_prompt
 from server.api.rows import Asked, prepare
-from server.api.schemas import ChatBody
 from server.api.sse import open_stream, while_connected
 from server.api.target import resolve
 from server.api.usage import usage_object
@@ -33,15 +33,16 @@ async def create_chat_completion(
     target = await resolve(parts, tenant, body.model, body.adapters, sticky(request, body.user))
     asked = Asked(
         prefix="chatcmpl",
-        prompts=[await chat_prompt(parts, body.messages)],
+        prompts=[await chat_prompt(parts, tenant, body.messages)],
         max_tokens=body.max_completion_tokens or body.max_tokens,
         default_max_tokens=None,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         grammar=await grammar_of(body.response_format),
     )
-    answer = _Chat(prepare(parts, tenant, request, target, body, asked), body)
+    generation = prepare(parts, tenant, request, target, body, asked)
+    answer = _Chat(generation, body)
     if body.stream:
-        return await open_stream(request, answer.events(), target.headers)
+        return await open_stream(request, answer.events(), target.headers, deadline=generation.deadline)
     return json_response(await while_connected(request.receive, answer.whole()), headers=target.headers)
 
 
@@ -72,17 +73,20 @@ class _Chat:
             async for piece in pieces:
                 role = {} if piece.index in greeted else {"role": "assistant", "refusal": None}
                 greeted.add(piece.index)
-                delta = role | ({"content": piece.text} if piece.text or role else {})
-                choice = {
-                    "index": piece.index,
-                    "delta": delta,
-                    "logprobs": self._logprobs(piece),
-                    "finish_reason": piece.finish,
-                }
-                yield self._object("chat.completion.chunk", [choice]) | extra
+                if piece.text or piece.tokens or role:
+                    delta = role | ({"content": piece.text} if piece.text or role else {})
+                    yield self._chunk(piece.index, delta, self._logprobs(piece), None) | extra
+                if piece.finish is not None:  # alone in a chunk, as OpenAI has it: clients rely on that
+                    yield self._chunk(piece.index, {}, None, piece.finish) | extra
         if with_usage:
             usage = usage_object(self._generation.usage)
             yield self._object("chat.completion.chunk", []) | {"usage": usage}
+
+    def _chunk(
+        self, index: int, delta: dict[str, Any], logprobs: dict[str, Any] | None, finish: str | None
+    ) -> dict[str, Any]:
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
+        return self._object("chat.completion.chunk", [choice])
 
     def _object(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {

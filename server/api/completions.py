@@ -32,12 +32,12 @@ async def create_completion(
     body: Annotated[CompletionBody, Depends(json_body(CompletionBody))],
 ) -> Response:
     target = await resolve(parts, tenant, body.model, body.adapters, sticky(request, body.user))
-    prompts = await completion_prompts(parts, body.prompt)
+    prompts = await completion_prompts(parts, tenant, body.prompt)
     asked = Asked("cmpl", prompts, body.max_tokens, DEFAULT_MAX_TOKENS, body.logprobs)
     generation = prepare(parts, tenant, request, target, body, asked)
     answer = _Completion(generation, body)
     if body.stream:
-        return await open_stream(request, answer.events(), target.headers)
+        return await open_stream(request, answer.events(), target.headers, deadline=generation.deadline)
     return json_response(await while_connected(request.receive, answer.whole()), headers=target.headers)
 
 
@@ -52,7 +52,7 @@ class _Completion:
             self._echoes = [self._echo(i // generation.n) for i in range(len(generation.choices))]
 
     async def whole(self) -> dict[str, Any]:
-        choices = [self._choice(i, echo, None) for i, echo in enumerate(self._echoes)]
+        choices = [self._choice(i, echo) for i, echo in enumerate(self._echoes)]
         async with aclosing(self._generation.pieces()) as pieces:
             async for piece in pieces:
                 choice = choices[piece.index]
@@ -68,8 +68,11 @@ class _Completion:
         async with aclosing(self._generation.pieces()) as pieces:
             async for piece in pieces:
                 echo, self._echoes[piece.index] = self._echoes[piece.index], ""
-                choice = self._choice(piece.index, echo + piece.text, piece)
-                yield self._object([choice]) | extra
+                if piece.text or piece.tokens or echo:
+                    choice = self._choice(piece.index, echo + piece.text, self._logprobs(piece))
+                    yield self._object([choice]) | extra
+                if piece.finish is not None:  # alone in a chunk, as OpenAI has it: clients rely on that
+                    yield self._object([self._choice(piece.index, "", finish=piece.finish)]) | extra
         if with_usage:
             yield self._object([]) | {"usage": usage_object(self._generation.usage)}
 
@@ -83,13 +86,10 @@ class _Completion:
             "choices": choices,
         }
 
-    def _choice(self, index: int, text: str, piece: Piece | None) -> dict[str, Any]:
-        return {
-            "index": index,
-            "text": text,
-            "logprobs": self._logprobs(piece) if piece else None,
-            "finish_reason": piece.finish if piece else None,
-        }
+    def _choice(
+        self, index: int, text: str, logprobs: dict[str, list[Any]] | None = None, finish: str | None = None
+    ) -> dict[str, Any]:
+        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}
 
     def _logprobs(self, piece: Piece) -> dict[str, list[Any]] | None:
         if self._body.logprobs is None:

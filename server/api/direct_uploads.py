@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import msgspec
 from anyio.to_thread import run_sync
 from fastapi import APIRouter, Depends, Response
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from adapters_store.direct import CLAIM_SECONDS, LIFE_SECONDS, AnnouncedFile, DirectUpload, ended, new_id
 from adapters_store.objects import sha256_of
@@ -32,7 +32,7 @@ from server.api.errors import json_response
 from server.api.incoming import incoming
 from server.api.multipart import StoredFile, Upload
 from server.api.publish import Files, check_adapter_name, publish
-from server.api.schemas import Body
+from server.api.schemas import Body, at_most_entries
 from server.api.services import Services
 from server.errors import (
     CorruptObject,
@@ -50,6 +50,7 @@ router = APIRouter(prefix="/v1/adapter_uploads", dependencies=[Depends(current_t
 
 GRACE_SECONDS = 600  # for a PUT that began before its URL expired
 DIGEST = 64  # characters
+MAX_FILES = 1024
 log = logging.getLogger(__name__)
 
 
@@ -60,13 +61,14 @@ class FileBody(Body):
 
 class CreateBody(Body):
     name: str
-    files: Annotated[list[FileBody], Field(min_length=1, max_length=1024)]
+    files: Annotated[list[FileBody], BeforeValidator(at_most_entries(MAX_FILES)), Field(min_length=1)]
     create_only: bool = False
     allow_noop: bool = False
 
 
 class CompleteBody(Body):
-    sha256: Annotated[dict[str, str], Field(min_length=1, max_length=1024)]  # by the files' names
+    # by the files' names
+    sha256: Annotated[dict[str, str], BeforeValidator(at_most_entries(MAX_FILES)), Field(min_length=1)]
 
 
 @router.post("")
@@ -82,7 +84,8 @@ async def create_upload(
         )
     check_adapter_name(parts, body.name)
     files = _announced(parts, body)
-    await parts.registry.next_version(tenant.id, body.name)  # a tenant without room is told before it sends
+    size = sum(file.bytes for file in files)
+    await parts.registry.next_version(tenant.id, body.name, size)  # who has no room is told before it sends
     upload = DirectUpload(
         id=new_id(),
         tenant=tenant.id,

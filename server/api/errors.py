@@ -1,12 +1,15 @@
 """Every refusal in OpenAI's shape: {"error": {"message", "type", "param", "code"}}. Knows no route."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
 from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
-from server.errors import Forbidden, InvalidRequest, NotFound, PolypeftError
+from server.errors import InvalidField, InvalidRequest, NotFound, PolypeftError, disk_error, shown
 
 RETRY_AFTER_SECONDS = 1
 
@@ -29,10 +32,23 @@ def json_response(content: object, status: int = 200, headers: dict[str, str] | 
     return Response(msgspec.json.encode(content), status, headers, media_type="application/json")
 
 
+def first_complaint(complaints: Sequence[Any]) -> InvalidField:
+    """pydantic's first complaint as one sentence that names the field, the value and the limit."""
+    complaint = complaints[0]
+    field = ".".join(shown(part).strip("'") for part in complaint["loc"]) or "body"  # keys may be anything
+    if complaint["type"] == "missing":
+        return InvalidField(f"{field} is required.", param=field, code="missing_field")
+    what = complaint["msg"].removeprefix("Input ")
+    what = what[:1].lower() + what[1:]
+    return InvalidField(f"{field} {what}, not {shown(complaint['input'])}.", param=field)
+
+
 def add_handlers(app: FastAPI) -> None:
     """What no handler catches, an unknown exception, is the Envelope's to answer."""
     app.add_exception_handler(PolypeftError, _on_ours)
+    app.add_exception_handler(RequestValidationError, _on_parameter)
     app.add_exception_handler(HTTPException, _on_http)
+    app.add_exception_handler(OSError, _on_disk)
 
 
 def _on_ours(_request: Request, error: Exception) -> Response:
@@ -41,15 +57,45 @@ def _on_ours(_request: Request, error: Exception) -> Response:
     return error_response(error)
 
 
-def _on_http(_request: Request, error: Exception) -> Response:
+def _on_parameter(_request: Request, error: Exception) -> Response:
+    """A value of the query, the path or a header that is not of its kind."""
+    if not isinstance(error, RequestValidationError):
+        raise error
+    complaint = error.errors()[0]
+    return error_response(first_complaint([complaint | {"loc": complaint["loc"][1:]}]))
+
+
+def _on_disk(_request: Request, error: Exception) -> Response:
+    """A file of ours that could not be written for want of room; any other is not foreseen."""
+    refusal = disk_error(error)
+    if refusal is None:
+        raise error
+    return error_response(refusal)
+
+
+def _on_http(request: Request, error: Exception) -> Response:
     """The framework's own: no such route, or not that method."""
     if not isinstance(error, HTTPException):
         raise error
     refusal: PolypeftError
+    headers = dict(error.headers or {})
     if error.status_code == 404:
         refusal = NotFound("There is no such route.")
     elif error.status_code == 405:
         refusal = InvalidRequest("This route does not take that method.", code="method_not_allowed")
+        headers["Allow"] = ", ".join(_methods(request))  # the framework knows of one handler's only
     else:
-        refusal = Forbidden("The request was refused.")
-    return json_response(error_body(refusal), error.status_code, dict(error.headers or {}))
+        refusal = InvalidRequest("The request was refused.")
+    return json_response(error_body(refusal), error.status_code, headers)
+
+
+def _methods(request: Request) -> list[str]:
+    """Those that this path takes."""
+    return [
+        method
+        for method in ("GET", "POST", "PUT", "PATCH", "DELETE")
+        if any(
+            route.matches({**request.scope, "method": method})[0] is Match.FULL
+            for route in request.app.routes
+        )
+    ]

@@ -15,7 +15,7 @@ from server.api.errors import json_response
 from server.api.job_events import follow
 from server.api.job_objects import CHECKPOINT, EVENT, checkpoint_object, event_object, job_object, number_in
 from server.api.publish import check_adapter_name
-from server.api.schemas import Body
+from server.api.schemas import Body, Metadata
 from server.api.services import Services
 from server.api.sse import open_stream
 from server.errors import InvalidField, shown
@@ -30,8 +30,6 @@ PAGE = 100
 MAX_IDEMPOTENCY_KEY = 255
 
 FileId = Annotated[str, Field(min_length=1, max_length=64)]
-MetadataKey = Annotated[str, Field(min_length=1, max_length=64)]
-MetadataValue = Annotated[str, Field(max_length=512)]
 
 
 class JobBody(Body):
@@ -45,7 +43,7 @@ class JobBody(Body):
     peft: dict[str, Any] | None = None
     suffix: str | None = None  # the adapter's name; a known one gets a version more
     seed: int | None = None
-    metadata: Annotated[dict[MetadataKey, MetadataValue], Field(max_length=16)] | None = None
+    metadata: Metadata | None = None
 
 
 @router.post("")
@@ -62,7 +60,7 @@ async def create_job(
     parts.refuse_if_draining()
     same = _same(request, body)
     if same and (job := await parts.jobs.same(tenant.id, same)):
-        return json_response(job_object(job))
+        return _created(job)
     if body.model != parts.base.id:
         raise InvalidField(
             f"model must be the base {shown(parts.base.id)}, not {shown(body.model)}.", param="model"
@@ -73,13 +71,13 @@ async def create_job(
     data = await job_data.find(parts, tenant.id, body.training_file, body.validation_file)
     async with parts.checking.turn(tenant.id, parts.settings.request_seconds):
         if same and (job := await parts.jobs.same(tenant.id, same)):  # it came twice at a time
-            return json_response(job_object(job))
+            return _created(job)
         reports = await job_data.check(parts, data, recipe.max_tokens)
     recipe = _recipe(parts, body, recipe.seed, reports["training_file"].examples)
     figures = {param: job_data.figures(report) for param, report in reports.items()}
     events = [_data_event(param, found) for param, found in figures.items()]
     fixed = _fixed(parts, tenant, body, recipe, figures)
-    return json_response(job_object(await parts.jobs.create(fixed, same, *events)))
+    return _created(await parts.jobs.create(fixed, same, *events))
 
 
 @router.get("")
@@ -162,6 +160,10 @@ async def list_checkpoints(
         step = number_in(after, CHECKPOINT, job.id, "after")
         found = [checkpoint for checkpoint in found if checkpoint.step < step]
     return _page([checkpoint_object(job, checkpoint) for checkpoint in found], limit)
+
+
+def _created(job: Job) -> Response:
+    return json_response(job_object(job), headers={"Location": f"{router.prefix}/{job.id}"})
 
 
 def _same(request: Request, body: JobBody) -> Same | None:

@@ -10,7 +10,7 @@ from server.api.choice import Choice, Piece
 from server.api.services import Services
 from server.api.target import Target
 from server.engine.messages import Chunk, Generate
-from server.errors import EngineLost, PolypeftError, QueueFull
+from server.errors import EngineLost, PolypeftError, QueueFull, TenantQueueFull
 from server.tracing import RowTrace, tell
 
 
@@ -67,6 +67,11 @@ class Generation:
         )
 
     @property
+    def deadline(self) -> float | None:
+        """time.time() at which its rows end, whoever still reads."""
+        return self.rows[0].deadline
+
+    @property
     def n(self) -> int:
         """Choices for each prompt."""
         return len(self.choices) // len(self.prompts)
@@ -88,8 +93,9 @@ class _Clock:
 
     async def __aexit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
         """Choices that have not finished ended with the request."""
-        if isinstance(error, QueueFull):  # the engine's word: other API processes fill its queue as well
-            self._metrics.count("rejections", "queue_full")
+        if isinstance(error, QueueFull | TenantQueueFull):  # refused, whole; a 429 is counted by its status
+            if isinstance(error, QueueFull):
+                self._metrics.count("rejections", "queue_full")
             return
         failed = isinstance(error, PolypeftError)
         if isinstance(error, PolypeftError):

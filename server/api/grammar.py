@@ -1,7 +1,8 @@
 """response_format, checked: the JSON schema the answer must match, as text for the engine.
 
-A schema is a caller's bytes: bounded in size, without regular expressions, and compiled once here under a
-limit of work, so that the engine meets none that cannot be compiled.
+A schema is a caller's bytes: bounded in size, and compiled once here under a limit of work, so that the
+engine meets none that cannot be compiled. Its patterns are matched by llguidance, in linear time; those that
+need more, such as back-references, do not compile.
 """
 
 import json
@@ -12,51 +13,51 @@ from anyio import fail_after
 from anyio.to_thread import run_sync
 from llguidance import LLMatcher, LLParserLimits
 
+from server.api.chat_schemas import ResponseFormat
 from server.api.schemas import at_most
 from server.errors import InvalidField, shown
 
 MAX_CHARS = 65_536
+ANY_OBJECT = '{"type":"object"}'
 COMPILE_SECONDS = 1.0
-LIMITS = LLParserLimits(initial_lexer_fuel=1_000_000, max_grammar_size=50_000, verbose_errors=False)
-_NAMES = frozenset({"properties", "$defs", "definitions", "dependentSchemas"})  # keys below are names
+LIMITS = LLParserLimits(
+    initial_lexer_fuel=1_000_000,
+    step_lexer_fuel=100_000,
+    max_grammar_size=50_000,
+    verbose_errors=False,
+)
+# keys below are names
+_NAMES = frozenset({"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"})
 _VALUES = frozenset({"enum", "const", "default", "examples"})  # below is data
-_REFUSED = frozenset({"pattern", "patternProperties", "x-guidance"})  # the last: llguidance's own, takes some
+_REFUSED = frozenset({"x-guidance"})  # llguidance's own: would change how the schema is read
 
 
-async def grammar_of(response_format: dict[str, Any] | None) -> str | None:
+async def grammar_of(response_format: ResponseFormat | None) -> str | None:
     """The schema text for Sampling.grammar; None for plain text. Raises InvalidField."""
-    match (response_format or {"type": "text"}).get("type"):
-        case "text":
-            return None
-        case "json_object":
-            return '{"type":"object"}'
-        case "json_schema":
-            return await _checked(response_format or {})
-        case kind:
-            raise _invalid(f"type must be text, json_object or json_schema, not {shown(kind)}")
+    if response_format is None or response_format.type == "text":
+        return None
+    if response_format.json_schema is not None:
+        return await _checked(response_format.json_schema.schema_, "json_schema.schema")
+    if response_format.schema_ is not None:
+        return await _checked({"type": "object"} | response_format.schema_, "schema")
+    return ANY_OBJECT
 
 
-async def _checked(response_format: dict[str, Any]) -> str:
-    holder = response_format.get("json_schema")
-    schema = holder.get("schema") if isinstance(holder, dict) else None
-    if not isinstance(schema, dict):
-        raise _invalid("json_schema.schema must be a JSON schema object")
+async def _checked(schema: dict[str, Any], place: str) -> str:
     try:
         text = json.dumps(schema, allow_nan=False, ensure_ascii=True)
     except (ValueError, RecursionError):
-        raise _invalid(
-            "json_schema.schema holds a number that is not finite, or is nested too deeply"
-        ) from None
+        raise _invalid(f"{place} holds a number that is not finite, or is nested too deeply") from None
     at_most("the number of characters of the schema", len(text), MAX_CHARS, "response_format")
     if found := _REFUSED & set(_keywords(schema)):
-        raise _invalid(f"json_schema.schema uses {min(found)}: regular expressions are not accepted")
+        raise _invalid(f"{place} uses {min(found)}, which is not supported")
     try:
         with fail_after(COMPILE_SECONDS):
             problem = await run_sync(_compile, text, abandon_on_cancel=True)
     except TimeoutError:
-        raise _invalid(f"json_schema.schema took over {COMPILE_SECONDS:g} s to compile") from None
+        raise _invalid(f"{place} took over {COMPILE_SECONDS:g} s to compile") from None
     if problem:
-        raise _invalid(f"json_schema.schema cannot be used: {shown(problem, 200)}")
+        raise _invalid(f"{place} cannot be used: {shown(problem, 200)}")
     return text
 
 

@@ -16,20 +16,32 @@ from server.tenancy.keys import same_secret
 router = APIRouter()
 
 STORE_SECONDS = 1.0
+HUNG = 2.0
 
 
 @router.get("/healthz")
-async def healthz() -> Response:
-    """This process answers. Says nothing of the others."""
+async def healthz(parts: Parts) -> Response:
+    """200 while this process answers, whatever the others do: a restart of all is no cure for one of them.
+
+    503 when the engine has said nothing for so long that `serve` must have failed to end it: for HUNG times
+    the longest that a request may take, so that no row waits for it.
+    """
+    silence = parts.engine.silence
+    if silence > HUNG * parts.settings.request_seconds:
+        return json_response({"status": "hangs", "engine": {"silent_seconds": round(silence, 1)}}, 503)
     return json_response({"status": "ok"})
 
 
 @router.get("/readyz")
 async def readyz(parts: Parts) -> Response:
-    """200 when a request would be served now; 503 and what is missing otherwise."""
+    """200 when a request would be served now; 503 and what is missing otherwise.
+
+    A silent engine is none that serves now, so others may get what is new. What comes all the same is taken,
+    and waits for the engine until its deadline.
+    """
     checks = {
         "accepting": not parts.draining,
-        "engine": parts.engine.ready,
+        "engine": parts.engine.answers,
         "control_store": await _store_answers(parts),
     }
     ready = all(checks.values())
@@ -38,6 +50,7 @@ async def readyz(parts: Parts) -> Response:
         "status": "ready" if ready else "not ready",
         "checks": checks,
         "object_store": {"breaker": parts.objects.breaker.state},
+        "engine": {"silent_seconds": round(parts.engine.silence, 1)},  # what it is sent now waits that long
     }
     return json_response(body, 200 if ready else 503, {} if ready else {"Retry-After": "1"})
 

@@ -3,9 +3,11 @@
 from fastapi import APIRouter, Depends, Response
 
 from adapters_store import direct
-from server.api import adapters, completions, grammar, uploads
+from server.api import adapters, completions, connection, grammar, uploads
+from server.api.bounds import max_body_bytes, max_prompt_chars
 from server.api.deps import Parts, current_tenant
 from server.api.errors import json_response
+from server.api.schemas import MAX_METADATA
 from server.finetune.jobs import SAME_SECONDS
 from server.finetune.uploads import LIFE_SECONDS
 
@@ -20,7 +22,8 @@ FROM_SETTINGS = (
     "max_top_logprobs",
     "max_logit_bias",
     "max_prompts",
-    "max_body_bytes",
+    "max_messages",
+    "max_connections",
     "max_stack",
     "max_lora_rank",
     "max_upload_bytes",
@@ -28,6 +31,7 @@ FROM_SETTINGS = (
     "max_tensors",
     "max_header_bytes",
     "max_adapters_per_tenant",
+    "max_adapter_bytes_per_tenant",
     "retention_seconds",
     "keep_versions",
     "max_pins_per_tenant",
@@ -52,8 +56,17 @@ async def get_limits(parts: Parts) -> Response:
         {"object": "limits", "model": parts.base.id, "max_context_tokens": parts.max_context}
         | {name: getattr(parts.settings, name) for name in FROM_SETTINGS}
         | {
+            "max_rows_per_tenant": parts.max_rows // 2,  # running and waiting, while it is alone
             "default_max_tokens_completions": completions.DEFAULT_MAX_TOKENS,
             "default_max_tokens_chat": None,  # all that fits
+            "max_body_bytes": max_body_bytes(parts),
+            "max_prompt_chars": max_prompt_chars(parts),
+            "max_head_bytes": connection.MAX_HEAD_BYTES,
+            "max_head_fields": connection.MAX_HEADERS,
+            "max_url_bytes": connection.MAX_URL_BYTES,
+            "head_seconds": connection.HEAD_SECONDS,
+            "send_seconds": connection.SEND_SECONDS,
+            "max_metadata": MAX_METADATA,
             "max_schema_chars": grammar.MAX_CHARS,
             "page": adapters.PAGE,
             "max_part_bytes": uploads.MAX_PART_BYTES,

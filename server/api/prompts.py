@@ -6,25 +6,32 @@ from typing import Any, TypeVar
 
 from anyio.to_thread import run_sync
 
-from server.api.schemas import Message, at_most
+from server.api.bounds import check_chars
+from server.api.chat_schemas import Message
+from server.api.schemas import at_most
 from server.api.services import Services
 from server.errors import ContextTooLong, InvalidField, shown
+from server.tenancy.tenants import Tenant
 
 T = TypeVar("T")
 INLINE_CHARS = 4096  # a longer text is worth the hop to a thread: the loop must stay free
 _KINDS = "prompt must be text, a list of texts, a list of token ids, or a list of lists of token ids"
 
 
-async def completion_prompts(parts: Services, prompt: Any) -> list[list[int]]:
-    """Each prompt's tokens. Raises InvalidField for what is no prompt."""
-    given = [prompt] if isinstance(prompt, str) or _is_tokens(prompt) else prompt
+async def completion_prompts(parts: Services, tenant: Tenant, prompt: Any) -> list[list[int]]:
+    """Each prompt's tokens. Raises InvalidField for what is no prompt, ContextTooLong."""
+    first = prompt[0] if isinstance(prompt, list) and prompt else None
+    given = [prompt] if isinstance(prompt, str) or type(first) is int else prompt
     if not isinstance(given, list) or not given:
         raise InvalidField(f"{_KINDS}, not {shown(prompt)}.", param="prompt")
     at_most("the number of prompts", len(given), parts.settings.max_prompts, "prompt")
     prompts = []
     for one in given:
         if isinstance(one, str):
-            prompts.append(await _aside(len(one), partial(parts.tokenizer.encode, one)))
+            check_chars(parts, len(one), "prompt")
+            prompts.append(await _aside(parts, tenant, len(one), partial(parts.tokenizer.encode, one)))
+        elif isinstance(one, list) and len(one) > parts.max_context:  # whatever is in it
+            fit(one, None, None, parts.max_context)
         elif _is_tokens(one):
             prompts.append(_in_vocabulary(one, parts.base.vocab_size))
         else:
@@ -34,12 +41,13 @@ async def completion_prompts(parts: Services, prompt: Any) -> list[list[int]]:
     return prompts
 
 
-async def chat_prompt(parts: Services, messages: list[Message]) -> list[int]:
-    """The conversation as the base's template renders it."""
+async def chat_prompt(parts: Services, tenant: Tenant, messages: list[Message]) -> list[int]:
+    """The conversation as the base's template renders it. Raises ContextTooLong."""
     plain = [{"role": _role(m), "content": m.text} for m in messages]
     chars = sum(len(m["content"]) for m in plain)
+    check_chars(parts, chars, "messages")
     tokenizer = parts.tokenizer
-    return await _aside(chars, lambda: tokenizer.encode(tokenizer.render_chat(plain), special=False))
+    return await _aside(parts, tenant, chars, lambda: tokenizer.encode_chat(tokenizer.render_chat(plain)))
 
 
 def fit(prompt: list[int], asked: int | None, default: int | None, context: int) -> int:
@@ -58,8 +66,12 @@ def fit(prompt: list[int], asked: int | None, default: int | None, context: int)
     return asked or min(default or room, room)
 
 
-async def _aside(chars: int, work: Callable[[], T]) -> T:
-    return work() if chars <= INLINE_CHARS else await run_sync(work)
+async def _aside(parts: Services, tenant: Tenant, chars: int, work: Callable[[], T]) -> T:
+    """`work` on a text: a long one on a thread, one at a time, each tenant in its turn."""
+    if chars <= INLINE_CHARS:
+        return work()
+    async with parts.tokenizing.turn(tenant.id, parts.settings.request_seconds):
+        return await run_sync(work)
 
 
 def _is_tokens(value: Any) -> bool:

@@ -1,9 +1,11 @@
 """From two files to a version everyone of its tenant can call: inspect, stage, let the engine try, publish.
 
 Used by uploads and by vLLM's load route; what was trained here comes through the same gate, `prepare`.
-Until the last step nothing is visible; a failure leaves blobs that no manifest names: see collector.py.
+Until the last step nothing is visible. What is refused leaves nothing; a crash leaves blobs that no manifest
+names: see collector.py.
 """
 
+import logging
 import time
 from dataclasses import dataclass
 from math import prod
@@ -14,7 +16,7 @@ from typing import Any
 import msgspec
 from anyio.to_thread import run_sync
 
-from adapters_store.manifest import Manifest, content_digest, encode_manifest
+from adapters_store.manifest import Blob, Manifest, content_digest, encode_manifest
 from adapters_store.names import check_name
 from adapters_store.records import Version, summary
 from server.adapters.formats import hub_interface
@@ -25,8 +27,20 @@ from server.adapters.sites import Base
 from server.api.adapter_form import CONFIG
 from server.api.incoming import incoming
 from server.api.services import Services
-from server.errors import Conflict, InvalidAdapter, InvalidField, NotFound, error_from_code, shown
+from server.errors import (
+    Conflict,
+    InvalidAdapter,
+    InvalidField,
+    NotFound,
+    PolypeftError,
+    QuotaExceeded,
+    StoreError,
+    error_from_code,
+    shown,
+)
 from server.tenancy.tenants import Tenant
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -62,20 +76,25 @@ async def publish(
 ) -> Version:
     """The new version. Raises InvalidAdapter, InvalidField, Conflict, QuotaExceeded, Unavailable."""
     check_adapter_name(parts, name)
-    version = await parts.registry.next_version(tenant.id, name)
+    size = files.config[1].stat().st_size + files.weights[1].stat().st_size
+    version = await parts.registry.next_version(tenant.id, name, size)
     # in this order: whoever publishes after we look has our number, and one of us gets a conflict
     if create_only and await _exists(parts, tenant, name):
         raise Conflict(f"An adapter named {shown(name)} exists.", param="name")
     manifest = await prepare(parts, tenant.id, name, version, files, allow_noop=allow_noop, actor=actor)
     try:
-        await parts.registry.publish(manifest)
-    except Conflict:
-        if create_only:
-            raise
-        # Another upload took the number, or died with it before the index knew, which it does now.
-        version = await parts.registry.next_version(tenant.id, name)
-        manifest = msgspec.structs.replace(manifest, version=version)
-        await parts.registry.publish(manifest)
+        try:
+            await parts.registry.publish(manifest)
+        except Conflict:
+            if create_only:
+                raise
+            # Another upload took the number, or died with it before the index knew, which it does now.
+            version = await parts.registry.next_version(tenant.id, name)
+            manifest = msgspec.structs.replace(manifest, version=version)
+            await parts.registry.publish(manifest)
+    except (Conflict, QuotaExceeded):
+        await _discard(parts, manifest.files)
+        raise
     return summary(manifest)
 
 
@@ -112,10 +131,22 @@ async def prepare(
         created=int(time.time()),
         by=actor,
     )
-    checked = await parts.engine.check(encode_manifest(manifest), allow_noop=allow_noop)
-    if checked.error is not None:
-        raise error_from_code(*checked.error)
+    try:
+        checked = await parts.engine.check(encode_manifest(manifest), allow_noop=allow_noop)
+        if checked.error is not None:
+            raise error_from_code(*checked.error)
+    except PolypeftError:
+        await _discard(parts, blobs)
+        raise
     return msgspec.structs.replace(manifest, facts=checked.facts | manifest.facts)
+
+
+async def _discard(parts: Services, blobs: list[Blob]) -> None:
+    """Remove what no version will have; what the stores do not take now is collected later."""
+    try:
+        await parts.registry.collector.discard([blob.key for blob in blobs])
+    except StoreError as error:
+        log.warning("The bytes of a refused upload stay for a while: %s", error.message)
 
 
 def check_adapter_name(parts: Services, name: str, param: str = "name") -> str:

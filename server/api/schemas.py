@@ -4,9 +4,20 @@ Strict: no "5" for 5, no unknown field. A null counts as absent. The operator's 
 validation context, a Settings.
 """
 
-from typing import Annotated, Any, ClassVar, Literal
+from collections.abc import Callable
+from functools import cache
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    FailFast,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from server.errors import InvalidField, shown
 from server.settings import Settings
@@ -14,9 +25,38 @@ from server.settings import Settings
 INT32 = 2**31 - 1
 INT64 = 2**63 - 1
 
+MAX_METADATA = 16
+
+
+def caps(info: ValidationInfo) -> Settings:
+    if not isinstance(info.context, Settings):
+        raise TypeError("these bodies are validated with a Settings as their context")
+    return info.context
+
+
+def at_most(what: str, value: int, limit: int, param: str | None = None) -> None:
+    if value > limit:
+        raise InvalidField(f"{what} must be at most {limit}, not {shown(value)}.", param=param or what)
+
+
+def at_most_entries(limit: int) -> Callable[[Any, ValidationInfo], Any]:
+    """Counts a list or an object before its entries are looked at."""
+
+    def check(value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, list | dict):
+            field = info.field_name or "body"
+            at_most(f"the number of entries of {field}", len(value), limit, field)
+        return value
+
+    return check
+
+
 Count = Annotated[int, Field(ge=1, le=INT32)]
 Tokens = Annotated[list[int], FailFast()]
 Texts = Annotated[list[str], FailFast()]
+MetadataKey = Annotated[str, Field(min_length=1, max_length=64)]
+MetadataValue = Annotated[str, Field(max_length=512)]
+Metadata = Annotated[dict[MetadataKey, MetadataValue], BeforeValidator(at_most_entries(MAX_METADATA))]
 
 
 class Body(BaseModel):
@@ -35,19 +75,24 @@ class Body(BaseModel):
         for name in given:
             if name in cls.refused:
                 raise InvalidField(f"{name} is not supported: {cls.refused[name]}.", param=name)
-            if name not in cls.model_fields:
+            if name not in cls._names():
                 raise InvalidField(f"{shown(name)} is not a field of this request.", code="unknown_field")
         return given
+
+    @classmethod
+    @cache
+    def _names(cls) -> frozenset[str]:
+        return frozenset(field.alias or name for name, field in cls.model_fields.items())
 
 
 class StreamOptions(Body):
     include_usage: bool = False
-    include_obfuscation: bool = False  # accepted: without it a stream is what it is here
+    include_obfuscation: Literal[False] = False  # events are not padded
 
 
 _NO_TENSORS = "a prompt is text or token ids"
 _NO_TEMPLATE = "the operator's chat template is the only one"
-_CHANGES_OUTPUT = "this server has no such mode"
+CHANGES_OUTPUT = "this server has no such mode"
 
 
 class AdapterUse(Body):
@@ -57,6 +102,11 @@ class AdapterUse(Body):
     weight: Annotated[float, Field(ge=-16, le=16)] = 1.0
 
 
+class CacheOptions(Body):
+    mode: Literal["implicit"] = "implicit"  # prompts are cached without being told where
+    ttl: Annotated[str, Field(max_length=16)] | None = None
+
+
 class SamplingBody(Body):
     """What completions and chat completions share."""
 
@@ -64,7 +114,7 @@ class SamplingBody(Body):
         "prompt_embeds": _NO_TENSORS,
         "chat_template": _NO_TEMPLATE,
         "chat_template_kwargs": _NO_TEMPLATE,
-        "moderation": _CHANGES_OUTPUT,
+        "moderation": CHANGES_OUTPUT,
     }
 
     model: Annotated[str, Field(min_length=1, max_length=512)]
@@ -88,18 +138,19 @@ class SamplingBody(Body):
     stream_options: StreamOptions | None = None
     # taken and without effect: they change no output
     user: str | None = None
-    metadata: dict[str, str] | None = None
+    metadata: Metadata | None = None
     store: Literal[False] = False
     service_tier: Literal["auto", "default"] | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
-    prompt_cache_options: dict[str, Any] | None = None
+    prompt_cache_options: CacheOptions | None = None
 
-    @field_validator("adapters")
+    @field_validator("adapters", mode="before")
     @classmethod
-    def _adapters(cls, value: list[AdapterUse] | None, info: ValidationInfo) -> list[AdapterUse] | None:
-        at_most("the number of adapters", len(value or ()), caps(info).max_stack, "adapters")
+    def _adapters(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, list):
+            at_most("the number of adapters", len(value), caps(info).max_stack, "adapters")
         return value
 
     @field_validator("n")
@@ -133,6 +184,12 @@ class SamplingBody(Body):
             at_most("the number of logit_bias entries", len(value), caps(info).max_logit_bias, "logit_bias")
         return value
 
+    @model_validator(mode="after")
+    def _stream_options(self) -> Self:
+        if self.stream_options is not None and not self.stream:
+            raise InvalidField("stream_options needs stream to be true.", param="stream_options")
+        return self
+
 
 class CompletionBody(SamplingBody):
     refused: ClassVar[dict[str, str]] = SamplingBody.refused | {
@@ -159,88 +216,3 @@ class CompletionBody(SamplingBody):
         if self.echo and self.logprobs is not None:
             raise InvalidField("echo gives the prompt's text only: it cannot go with logprobs.", param="echo")
         return self
-
-
-class TextPart(Body):
-    type: Literal["text"]
-    text: str
-
-
-class Message(Body):
-    refused: ClassVar[dict[str, str]] = dict.fromkeys(
-        ("tool_calls", "tool_call_id", "function_call", "audio"),
-        "this server calls no tools and hears no audio",
-    )
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
-    name: str | None = None  # not shown to the model: its template has no place for it
-    refusal: str | None = None
-    annotations: list[Any] | None = None  # what an SDK sends back with an earlier answer
-
-    @field_validator("content", mode="before")
-    @classmethod
-    def _content(cls, value: Any) -> Any:
-        parts = value if isinstance(value, list) else []
-        other = next((p for p in parts if not isinstance(p, dict) or p.get("type") != "text"), None)
-        if other is not None or not isinstance(value, str | list):
-            raise InvalidField("content must be text, or parts of type text.", param="messages")
-        return value
-
-    @property
-    def text(self) -> str:
-        return self.content if isinstance(self.content, str) else "".join(p.text for p in self.content)
-
-
-class ChatBody(SamplingBody):
-    refused: ClassVar[dict[str, str]] = SamplingBody.refused | dict.fromkeys(
-        (
-            "tools",
-            "functions",
-            "function_call",
-            "audio",
-            "prediction",
-            "web_search_options",
-            "reasoning_effort",
-            "verbosity",
-        ),
-        _CHANGES_OUTPUT,
-    )
-
-    messages: Annotated[list[Message], FailFast(), Field(min_length=1)]
-    max_completion_tokens: Count | None = None
-    logprobs: bool = False
-    top_logprobs: Annotated[int, Field(ge=0)] | None = None
-    response_format: dict[str, Any] | None = None  # see grammar.py
-    parallel_tool_calls: bool | None = None
-    tool_choice: Literal["none"] | None = None
-    modalities: list[Literal["text"]] | None = None
-
-    @field_validator("top_logprobs")
-    @classmethod
-    def _top_logprobs(cls, value: int, info: ValidationInfo) -> int:
-        at_most("top_logprobs", value, caps(info).max_top_logprobs)
-        return value
-
-    @model_validator(mode="after")
-    def _combinations(self) -> "ChatBody":
-        if self.top_logprobs is not None and not self.logprobs:
-            raise InvalidField("top_logprobs needs logprobs to be true.", param="top_logprobs")
-        both = {self.max_tokens, self.max_completion_tokens} - {None}
-        if len(both) > 1:
-            raise InvalidField(
-                "max_tokens and max_completion_tokens differ; send one of them.",
-                param="max_completion_tokens",
-            )
-        return self
-
-
-def caps(info: ValidationInfo) -> Settings:
-    if not isinstance(info.context, Settings):
-        raise TypeError("these bodies are validated with a Settings as their context")
-    return info.context
-
-
-def at_most(what: str, value: int, limit: int, param: str | None = None) -> None:
-    if value > limit:
-        raise InvalidField(f"{what} must be at most {limit}, not {shown(value)}.", param=param or what)

@@ -14,7 +14,7 @@ from server.api.system_figures import SystemFigures
 from server.api.turns import Turns
 from server.base.text import Tokenizer
 from server.engine.client import EngineClient
-from server.errors import QueueFull, Unavailable
+from server.errors import InvalidRequest, StartupError, Unavailable
 from server.finetune.files import Files
 from server.finetune.jobs import Jobs
 from server.finetune.queue import WorkerQueue
@@ -47,9 +47,11 @@ class Services:
     pins: Pins
     queue: WorkerQueue
     checking: Turns = field(default_factory=Turns)  # training data: takes a core, and seconds
+    tokenizing: Turns = field(default_factory=Turns)  # long prompts: one that fits may take a second
     following: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(FOLLOWERS))
     converting: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(1))  # each takes memory
     draining: bool = False  # SIGTERM came: what runs may finish, nothing new begins
+    refusal: StartupError | None = None  # found after the start: this process may not go on
 
     @property
     def base(self) -> Base:
@@ -69,11 +71,23 @@ class Services:
             raise Unavailable("The server is shutting down; send the request elsewhere or later.")
 
     def admit(self, rows: int) -> None:
-        """Raise Unavailable unless `rows` more may wait: the queue holds `max_queue` beyond the batch."""
+        """Raise Unavailable while draining, InvalidRequest for more rows than there can ever be room for.
+
+        Whether there is room now, for all rows of a request or none, the engine decides: it alone knows
+        what all API processes have sent it.
+        """
         self.refuse_if_draining()
         if not self.engine.ready:
             self.metrics.count("rejections", "engine_unavailable")
-        room = self.settings.max_queue + self.engine.limits.get("max_seqs", 0)
-        if self.engine.rows + rows > room:
-            self.metrics.count("rejections", "queue_full")
-            raise QueueFull(f"The queue of {self.settings.max_queue} is full; try again in a moment.")
+            return
+        if rows > self.max_rows:
+            raise InvalidRequest(
+                f"The request asks for {rows} choices, of all prompts together; "
+                f"the server takes {self.max_rows} rows at a time.",
+                param="n",
+            )
+
+    @property
+    def max_rows(self) -> int:
+        """Rows in the engine, running and waiting."""
+        return self.engine.limits["max_seqs"] + self.engine.limits["max_queue"]

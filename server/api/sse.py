@@ -7,6 +7,7 @@ Knows no route. An event is one `data:` line of JSON, perhaps with an `id:` befo
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
 from typing import Any, NamedTuple, TypeVar
 
@@ -15,11 +16,13 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from server.api.connection import ABORT
 from server.api.errors import error_body
 from server.errors import PolypeftError
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
+GRACE_SECONDS = 5.0  # to read the last events
 DONE = b"data: [DONE]\n\n"
 
 
@@ -53,15 +56,23 @@ async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
 
 
 async def open_stream(
-    request: Request, events: AsyncGenerator[object, None], headers: dict[str, str] | None = None
+    request: Request,
+    events: AsyncGenerator[object, None],
+    headers: dict[str, str] | None = None,
+    *,
+    deadline: float | None = None,
 ) -> Response:
-    """A streamed answer, once its first event is there: an error before it still has its own status."""
+    """A streamed answer, once its first event is there: an error before it still has its own status.
+
+    `deadline` is the time.time() at which the events end by themselves. If the client has not read them
+    GRACE_SECONDS later, the stream ends with its connection: what makes the events waits for no reader.
+    """
     try:
         first = await while_connected(request.receive, anext(events))
     except BaseException:
         await events.aclose()
         raise
-    return EventStream(first, events, headers)
+    return EventStream(first, events, headers, deadline)
 
 
 class EventStream(Response):
@@ -70,17 +81,28 @@ class EventStream(Response):
     media_type = "text/event-stream"
 
     def __init__(
-        self, first: object, events: AsyncGenerator[object, None], headers: dict[str, str] | None = None
+        self,
+        first: object,
+        events: AsyncGenerator[object, None],
+        headers: dict[str, str] | None = None,
+        deadline: float | None = None,
     ) -> None:
         fixed = {"cache-control": "no-store", "x-accel-buffering": "no"}
         super().__init__(headers=fixed | (headers or {}))
         del self.headers["content-length"]
         self._first = first
         self._events = events
+        self._deadline = deadline
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with contextlib.aclosing(self._events):
-            await while_connected(receive, self._run(scope, send))
+        left = None if self._deadline is None else self._deadline - time.time() + GRACE_SECONDS
+        try:
+            async with asyncio.timeout(left), contextlib.aclosing(self._events):
+                await while_connected(receive, self._run(scope, send))
+        except TimeoutError:
+            abort(scope)
+            await _disconnected(receive)
+            raise ClientDisconnect from None
 
     async def _run(self, scope: Scope, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
@@ -100,6 +122,12 @@ class EventStream(Response):
             yield _line(error_body(PolypeftError("The server failed on this request.")))
         else:
             yield DONE
+
+
+def abort(scope: Scope) -> None:
+    """Close the request's connection, whatever is still to be sent."""
+    if (close := scope["state"].get(ABORT)) is not None:
+        close()
 
 
 async def _disconnected(receive: Receive) -> None:

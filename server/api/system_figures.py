@@ -52,6 +52,7 @@ class SystemFigures:
         with store_errors():
             info = await self._redis.info()
         aof_failed = "err" in (info.get("aof_last_write_status"), info.get("aof_last_bgrewrite_status"))
+        aof_failed |= info.get("min_slaves_good_slaves") == 0  # it refuses writes: see supervisor/reserve.py
         return {
             "valkey_up": [((), 1.0)],
             "valkey_aof_ok": [((), float(not aof_failed))],

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 from fastapi import APIRouter, Depends, Request, Response
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from server.api.body import json_body
 from server.api.deps import CurrentTenant, Parts, current_tenant
@@ -12,7 +12,7 @@ from server.api.errors import json_response
 from server.api.files import check_purpose, file_object
 from server.api.incoming import incoming
 from server.api.multipart import Form, receive_form
-from server.api.schemas import Body
+from server.api.schemas import Body, at_most_entries
 from server.errors import InvalidField
 from server.finetune.files import File
 from server.finetune.uploads import MAX_PARTS, Upload
@@ -32,7 +32,7 @@ class CreateBody(Body):
 
 
 class CompleteBody(Body):
-    part_ids: Annotated[list[str], Field(min_length=1, max_length=MAX_PARTS)]
+    part_ids: Annotated[list[str], BeforeValidator(at_most_entries(MAX_PARTS)), Field(min_length=1)]
     md5: Annotated[str, Field(min_length=32, max_length=32)] | None = None
 
 

@@ -10,11 +10,13 @@ import asyncio
 import hashlib
 import logging
 import uuid
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
 from anyio.to_thread import run_sync
+from redis.exceptions import RedisError
 
 from adapters_store.names import TENANTS, is_name
 from adapters_store.objects import Head, sha256_of
@@ -102,7 +104,11 @@ class Watcher:
             stable = READY in files or self._stamps.get(place) == stamp
             seen = await self._seen(place)
             if stable and (seen is None or seen.stamp != stamp) and await self._claim(place):
-                await self._take(place, config_and_weights[1], sum(head.bytes for head in heads), stamp, seen)
+                keeping = asyncio.create_task(self._keep(place))
+                try:
+                    await self._take(place, config_and_weights[1], sum(h.bytes for h in heads), stamp, seen)
+                finally:
+                    keeping.cancel()
         self._stamps = stamps
 
     async def _take(self, place: Place, weights: str, size: int, stamp: str, seen: Seen | None) -> None:
@@ -197,6 +203,13 @@ class Watcher:
                 f"{WATCHED}:{place}", self._id, nx=True, get=True, ex=CLAIM_SECONDS
             )
         return holder in (None, self._id.encode())
+
+    async def _keep(self, place: Place) -> None:
+        """The claim, for as long as the engine takes to try what is there."""
+        while True:
+            await asyncio.sleep(CLAIM_SECONDS / 3)
+            with suppress(RedisError):
+                await self._parts.redis.expire(f"{WATCHED}:{place}", CLAIM_SECONDS)
 
 
 def _stamp(names: list[str], heads: list[Head]) -> str:

@@ -7,6 +7,8 @@ rendered as one.
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from jinja2.exceptions import TemplateError
 from transformers import AutoTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from server.base.control import MARK, ControlTokens
 from server.errors import InvalidRequest, StartupError
 
 SEAM = 64  # characters before a part that can matter to its tokens
@@ -31,10 +34,12 @@ class Tokenizer:
         self._chat_template = chat_template
         self.byte_level = _is_byte_level(json.loads(backend.to_str())["decoder"])
         self._literals = [token or "" for token in hf.convert_ids_to_tokens(list(range(len(hf))))]
+        self.longest = max(map(len, self._literals))  # no token has more characters
         self._special = {i for i, token in hf.added_tokens_decoder.items() if token.special}
         self.pieces = [self._piece(i) for i in range(len(self._literals))]
         self.end: int | None = hf.eos_token_id
         self.lead = self.encode("")  # what stands before every prompt
+        self._control = ControlTokens(backend, chat_template or "", self._plain_chat())
 
     @classmethod
     def load(cls, folder: Path) -> "Tokenizer":
@@ -50,21 +55,34 @@ class Tokenizer:
         return cls(hf, hf.chat_template)
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
-        """Token ids of `text`; `special` adds what the tokenizer puts around every prompt."""
-        ids: list[int] = self._backend.encode(text, add_special_tokens=special).ids
+        """Token ids of a raw `text`: who writes it writes its control tokens, such as <|im_end|>, too.
+
+        `special` adds what the tokenizer puts around every prompt.
+        """
+        # as a batch of one: the other encode holds the interpreter's lock, for seconds on a long text
+        ids: list[int] = self._backend.encode_batch_fast([text], add_special_tokens=special)[0].ids
         return ids
 
-    def encode_part(self, text: str, start: int, stop: int) -> list[int]:
+    def encode_chat(self, rendered: str) -> list[int]:
+        """Token ids of what `render_chat` returned, or of a part: messages hold text, no control tokens.
+
+        Raises InvalidRequest if the tokenizer has no other way to read a control token's text.
+        """
+        return self._control.encode(rendered) if MARK in rendered else self.encode(rendered, special=False)
+
+    def encode_part(self, text: str, start: int, stop: int, *, chat: bool = False) -> list[int]:
         """Token ids of text[start:stop] as they are in the whole, unless a token would straddle `start`.
 
         Then as after a line break, lest SentencePiece take the part for a beginning and put a space there.
+        `chat`: the text is a rendered chat.
         """
+        encode = self.encode_chat if chat else partial(self.encode, special=False)
         part = text[start:stop]
         for before in (text[max(0, start - SEAM) : start], "\n"):
-            first, both = self.encode(before, special=False), self.encode(before + part, special=False)
+            first, both = encode(before), encode(before + part)
             if both[: len(first)] == first:
                 return both[len(first) :]
-        return self.encode(part, special=False)
+        return encode(part)
 
     def up_to_special(self, text: str) -> int | None:
         """Characters of `text` through its first special token, such as <|im_end|>; None: it has none."""
@@ -76,12 +94,34 @@ class Tokenizer:
         text: str = self._backend.decode(list(ids), skip_special_tokens=True)
         return text
 
-    def render_chat(self, messages: list[dict[str, Any]], *, answer: bool = True) -> str:
-        """What the model's own template makes of `messages`; `answer`: ready for the assistant's turn."""
+    def render_chat(self, messages: list[dict[str, str]], *, answer: bool = True) -> str:
+        """What the model's own template makes of `messages`; `answer`: ready for the assistant's turn.
+
+        For `encode_chat`: control tokens that a message spells are quoted in it.
+        """
         if self._chat_template is None:
             raise InvalidRequest(
                 "The base model has no chat template; use /v1/completions.", param="messages"
             )
+        return self._render([self.quoted(message) for message in messages], answer)
+
+    def quoted(self, message: dict[str, str]) -> dict[str, str]:
+        """`message` as the template gets it: every text but the role, which we wrote, may hold anything."""
+        role = message["role"]
+        return {
+            name: text if name == "role" else self._control.quoted(text, role)
+            for name, text in message.items()
+        }
+
+    def _plain_chat(self) -> str:
+        """The template around contents that are MARK alone; "" if there is none, or it takes no such chat."""
+        system, user, answer = ({"role": role, "content": MARK} for role in ("system", "user", "assistant"))
+        for messages in ([system, user, answer, user], [user, answer, user]):
+            with suppress(Exception):  # whatever a template raises is told to who asks for a chat
+                return self._render(messages, answer=False) if self._chat_template else ""
+        return ""
+
+    def _render(self, messages: list[dict[str, str]], answer: bool) -> str:
         try:
             text: str = self._hf.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer)
         except TemplateError as error:

@@ -16,7 +16,7 @@ from server.cli.size import size
 from server.cli.tenants import tenants
 from server.cli.tune import tune
 from server.cli.worker import worker
-from server.errors import PolypeftError
+from server.errors import PolypeftError, disk_error
 
 app = typer.Typer(
     help="Serve thousands of tenants' adapters on one frozen base model.",
@@ -42,6 +42,11 @@ def main() -> None:
         app()
     except PolypeftError as error:
         print_error(error.message)
+        raise SystemExit(1) from None
+    except OSError as error:
+        if disk_error(error) is None:
+            raise
+        print_error(f"Cannot write {error.filename or 'to the disk'}: {error.strerror}.")
         raise SystemExit(1) from None
 
 

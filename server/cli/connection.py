@@ -26,7 +26,7 @@ Key = Annotated[
     typer.Option(
         "--key",
         envvar="POLYPEFT_API_KEY",
-        help="An API key. Without it: the operator's, out of DATA_DIR/admin.key.",
+        help="An API key. Without it: the operator's, out of POLYPEFT_ADMIN_KEY_FILE or DATA_DIR/admin.key.",
     ),
 ]
 DataDir = Annotated[
@@ -93,7 +93,7 @@ def options_to_reach(url: str, data_dir: Path | None = None) -> str:
 
 
 def _operators_key(data_dir: Path | None) -> str:
-    path = (data_dir or Settings().data_dir) / "admin.key"
+    path = data_dir / "admin.key" if data_dir else Settings().operator_key_path
     try:
         return path.read_text(encoding="ascii").strip()
     except (OSError, UnicodeDecodeError):

@@ -1,6 +1,7 @@
 """`polypeft serve`: the whole system on this machine. Its options are the Settings, read off the class."""
 
 import logging
+import shlex
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -36,20 +37,17 @@ def serve(**given: str | bool | None) -> None:
     from adapters_store.objects import Objects
     from server.base.resolve import resolve_model  # these load more than the other commands should wait for
     from server.supervisor import serve as run
+    from server.supervisor.places import make_data_dir
     from server.tenancy.keys import operator_key
 
     settings = read_settings(given)
     configure_logs(settings, "serve")
-    settings.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    make_data_dir(settings)
+    key = operator_key(settings)
     resolve_model(settings)
     _try_store(Objects.open(settings.store_url, settings.store_config))
     console = Console(highlight=False, markup=False, soft_wrap=True)
-    key, created = operator_key(settings.data_dir)
-    if created:
-        console.print(
-            f"The operator's key, kept in {settings.data_dir / 'admin.key'} and shown this once:\n\n  {key}"
-        )
-
+    console.print(f"The operator's key lies in {settings.operator_key_path}.")
     loading = Console(stderr=True).status(f"Loading {settings.model}")
 
     def welcome(url: str) -> None:
@@ -59,7 +57,7 @@ def serve(**given: str | bool | None) -> None:
         console.print(WELCOME.format(model=model, url=url, options=_options_to_reach(settings, url)))
 
     with loading:
-        run(settings, welcome)
+        run(settings, welcome, prove=lambda url: _prove_identity(settings, url))
 
 
 def _try_store(objects: "Objects") -> None:
@@ -74,10 +72,27 @@ def _try_store(objects: "Objects") -> None:
         log.warning("The object store does not answer; what needs it will fail until it does")
 
 
+async def _prove_identity(settings: Settings, redis_url: str) -> None:
+    """Raises StartupError if store and Valkey are not of one system; later, if one does not answer now."""
+    from adapters_store.identity import prove_identity
+    from adapters_store.objects import Objects
+    from adapters_store.valkey import connect
+
+    redis = connect(redis_url)
+    try:
+        await prove_identity(redis, Objects.open(settings.store_url, settings.store_config))
+    except StoreError as error:
+        log.warning("Whether store and Valkey belong together is looked at later: %s", error.message)
+    finally:
+        await redis.aclose()
+
+
 def _options_to_reach(settings: Settings, url: str) -> str:
     """What other commands must be told, where this server does not run with the defaults."""
     default = Settings.model_construct()
     options = f" --url {url}" if settings.port != default.port else ""
+    if settings.admin_key_file is not None:
+        return f'{options} --key "$(cat {shlex.quote(str(settings.admin_key_file))})"'
     return options + (f" --data-dir {settings.data_dir}" if settings.data_dir != default.data_dir else "")
 
 

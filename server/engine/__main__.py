@@ -6,25 +6,30 @@ import time
 import uuid
 from collections import defaultdict
 
+import msgspec
 import zmq
 
 from server.adapters.sites import encode_base
 from server.base.resolve import resolve_model
 from server.base.support import check_architecture
+from server.engine.faults import told
 from server.engine.loop import Engine
 from server.engine.messages import (
     Cancel,
     Check,
+    Checked,
     Chunk,
     Chunks,
+    Command,
     Event,
-    Generate,
     Hello,
     Ready,
+    Request,
     decode_command,
     encode,
 )
 from server.engine.report import stats
+from server.engine.watchdog import Watchdog
 from server.kernels.attention import BLOCK
 from server.lifeline import run_child
 from server.memory import settle
@@ -52,15 +57,17 @@ class EngineServer:
         self.socket.setsockopt(zmq.LINGER, 0)
         self.socket.setsockopt(zmq.SNDHWM, 0)  # rows are capped: a chunk is never dropped
         self.socket.bind(address)
+        self.watchdog = Watchdog(engine.clock, self.boot, address)
 
     def run(self) -> None:
+        self.watchdog.start()
         while not self.stopping:
+            self.engine.clock.next_turn()
             self.drain()
             if self.engine.busy:
                 self.deliver(self.engine.step())
             for checked in self.engine.checked():
-                if peer := self.owner.pop(checked.id, None):
-                    self.send(peer, checked)
+                self.tell(checked)
             self.report()
 
     def stop(self, *_signal: object) -> None:
@@ -72,18 +79,40 @@ class EngineServer:
         if self.engine.busy:
             wait = 0 if self.engine.scheduler.running else LOADING_MILLISECONDS
         while self.socket.poll(wait):
-            peer, frame = self.socket.recv_multipart()
-            self.handle(peer, frame)
+            peer, *frames = self.socket.recv_multipart()
+            self.handle(peer, b"".join(frames))
             wait = 0
 
     def handle(self, peer: bytes, frame: bytes) -> None:
-        command = decode_command(frame)
+        """Whatever is wrong with a command ends that command."""
+        try:
+            command = decode_command(frame)
+        except msgspec.MsgspecError:
+            self.engine.counts["internal_errors"] += 1
+            log.exception("A command of %d bytes could not be read", len(frame))
+            return
+        try:
+            self.obey(peer, command)
+        except Exception as error:  # noqa: BLE001 - whatever it is, and `told` logs it
+            self.engine.counts["internal_errors"] += 1
+            fault = told(error, f"this {type(command).__name__}")
+            match command:
+                case Request(rows=rows):  # whole, as it is admitted
+                    for row in rows:
+                        self.engine.submit(Cancel(row.id))
+                    self.deliver([Chunk.failure(row.id, fault) for row in rows])
+                case Check(id=id_):
+                    self.tell(Checked(id_, (fault.code, fault.message, fault.param)))
+
+    def obey(self, peer: bytes, command: Command) -> None:
         match command:
             case Hello():
                 self.peers.add(peer)
                 self.send(peer, self.ready())
                 return
-            case Generate(id=id_) | Check(id=id_):
+            case Request(rows=rows):
+                self.owner.update({row.id: peer for row in rows})
+            case Check(id=id_):
                 self.owner[id_] = peer
             case Cancel(id=id_):
                 self.owner.pop(id_, None)
@@ -100,8 +129,13 @@ class EngineServer:
         for peer, own in by_peer.items():
             self.send(peer, Chunks(own))
 
+    def tell(self, checked: Checked) -> None:
+        """Whoever asked for it."""
+        if peer := self.owner.pop(checked.id, None):
+            self.send(peer, checked)
+
     def report(self) -> None:
-        """Figures for /metrics, about once a second; also the sign of life the API watches for."""
+        """Figures for /metrics, about once a second, between two steps."""
         now = time.monotonic()
         if now < self.next_stats:
             return
@@ -114,6 +148,7 @@ class EngineServer:
         settings, base = self.engine.settings, self.engine.base
         limits = {
             "max_seqs": settings.max_seqs,
+            "max_queue": settings.max_queue,
             "max_model_len": base.max_context,
             "max_batch_tokens": self.engine.scheduler.max_batch_tokens,
             "kv_blocks": self.engine.blocks.count,

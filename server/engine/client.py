@@ -2,6 +2,9 @@
 
 Knows messages and nothing of HTTP, text or tensors. Bounded: rows in flight never exceed `max_rows`, and
 a row yields at most max_tokens chunks. Every row ends in exactly one finish, in its error, or in EngineLost.
+
+Silence is no loss: a process may be stopped, starved or swapped out, and goes on where it was. An engine is
+lost when its socket hangs up, when another boot answers, or when it says itself that its step hangs.
 """
 
 import asyncio
@@ -20,14 +23,14 @@ from server.errors import DeadlineExceeded, EngineLost, Unavailable, error_from_
 
 log = logging.getLogger(__name__)
 
-SILENCE_SECONDS = 5.0  # without a word from the engine (it sends Stats each second) it counts as dead
+SILENCE_SECONDS = 10.0  # without a word from the engine (it beats each second) it does not answer
 HELLO_SECONDS = 0.5
 DEADLINE_GRACE_SECONDS = 0.5  # the engine ends a late row itself; past this we do
-CHECK_SECONDS = 120.0
 OUTBOX = 10_000  # commands queued for an engine that does not read
 
 _Inbox = asyncio.Queue[m.Chunk]
 _LOST = "The engine stopped while it worked on this request; send it again."
+_HUNG = "A step of the engine has run for {:.0f} s and its bound is {:.0f} s: it hangs, and starts again."
 
 
 class EngineClient:
@@ -48,11 +51,22 @@ class EngineClient:
         self._context: zmq.asyncio.Context | None = None
         self._socket: zmq.asyncio.Socket | None = None
         self._monitor: zmq.asyncio.Socket | None = None
+        self._beats: zmq.asyncio.Socket | None = None
 
     @property
     def ready(self) -> bool:
-        """The engine answered Hello, and spoke within the last SILENCE_SECONDS."""
-        return self._boot is not None and time.monotonic() - self._heard < SILENCE_SECONDS
+        """The engine answered Hello and has not been lost since: what it is sent, it will do."""
+        return self._boot is not None
+
+    @property
+    def answers(self) -> bool:
+        """It is ready, and spoke within the last SILENCE_SECONDS: what it is sent, it does now."""
+        return self.ready and self.silence < SILENCE_SECONDS
+
+    @property
+    def silence(self) -> float:
+        """Seconds since the last word of an engine that is there; 0 while there is none."""
+        return time.monotonic() - self._heard if self.ready else 0.0
 
     @property
     def rows(self) -> int:
@@ -68,7 +82,10 @@ class EngineClient:
         self._socket.setsockopt(zmq.RCVHWM, 0)  # rows are capped: dropping a chunk would hang one
         self._socket.connect(self._address)
         self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
-        loops = (self._receive(), self._watch(), self._hang_up())
+        self._beats = self._context.socket(zmq.SUB)
+        self._beats.connect(m.beat_address(self._address))
+        self._beats.subscribe(b"")
+        loops = (self._receive(self._socket), self._receive(self._beats), self._watch(), self._hang_up())
         self._tasks = [asyncio.create_task(loop) for loop in loops]
 
     async def told(self, seconds: float) -> None:
@@ -85,7 +102,7 @@ class EngineClient:
         if self._socket is not None and self._context is not None:
             self._socket.disable_monitor()
             self._context.destroy(linger=0)
-            self._socket = self._context = self._monitor = None
+            self._socket = self._context = self._monitor = self._beats = None
 
     async def generate(self, *rows: m.Generate) -> AsyncGenerator[m.Chunk, None]:
         """The chunks of `rows` as they come, until each row has finished. Closing it cancels the rest.
@@ -100,8 +117,7 @@ class EngineClient:
         deadline = min((row.deadline for row in rows if row.deadline is not None), default=None)
         self._rows.update(dict.fromkeys(open_rows, inbox))
         try:
-            for row in rows:
-                self._send(row)
+            self._send(m.Request(rows))
             while open_rows:
                 chunk = await _next(inbox, deadline)
                 if chunk.finish is not None:
@@ -122,7 +138,10 @@ class EngineClient:
             self._post(m.Cancel(row_id))
 
     async def check(self, manifest: bytes, *, allow_noop: bool = False) -> m.Checked:
-        """Ask whether this base can serve a staged version. Raises EngineLost or Unavailable."""
+        """Ask whether this base can serve a staged version. Raises EngineLost or Unavailable.
+
+        It takes as long as it takes: a trial waits for its load and for the rows that run.
+        """
         if not self.ready:
             raise Unavailable("The engine is not ready; try again in a moment.")
         check = m.Check(uuid.uuid4().hex, manifest, allow_noop)
@@ -130,10 +149,7 @@ class EngineClient:
         self._checks[check.id] = answer
         try:
             self._send(check)
-            async with asyncio.timeout(CHECK_SECONDS):
-                return await answer
-        except TimeoutError:
-            raise Unavailable("The engine did not check the adapter in time; try again.") from None
+            return await answer
         finally:
             self._checks.pop(check.id, None)
 
@@ -165,9 +181,8 @@ class EngineClient:
         sent = asyncio.ensure_future(self._socket.send(m.encode(command), zmq.DONTWAIT))
         return sent.exception() is None  # with DONTWAIT it is a future that is done already
 
-    async def _receive(self) -> None:
-        socket = self._socket
-        while socket is not None:
+    async def _receive(self, socket: zmq.asyncio.Socket) -> None:
+        while True:
             self._handle(m.decode_event(await socket.recv()))
 
     def _handle(self, event: m.Event) -> None:
@@ -179,6 +194,10 @@ class EngineClient:
                         inbox.put_nowait(chunk)
             case m.Stats():
                 self._handle_stats(event)
+            case m.Beat(boot, seconds, bound):
+                if boot == self._boot and seconds > bound:
+                    log.error("A step of the engine hangs: %.0f s, its bound is %.0f s", seconds, bound)
+                    self._lose(_HUNG.format(seconds, bound))
             case m.Checked():
                 answer = self._checks.get(event.id)
                 if answer is not None and not answer.done():
@@ -199,35 +218,37 @@ class EngineClient:
             self._on_stats(stats)
 
     async def _watch(self) -> None:
-        """Say Hello until Ready; declare an engine dead that has been silent too long."""
+        """Say Hello until Ready; note when the engine falls silent, and when it is heard again."""
+        silent = False
         while True:
-            if self._boot is not None and not self.ready:
-                log.warning("the engine has been silent for %.0f seconds", SILENCE_SECONDS)
-                self._lose()
-            if self._boot is None:
+            if not self.ready:
                 self._post(m.Hello())
+                silent = False
+            elif silent == self.answers:
+                silent = not silent
+                log.warning("The engine is %s", "silent; its rows wait for it" if silent else "heard again")
             await asyncio.sleep(HELLO_SECONDS)
 
     async def _hang_up(self) -> None:
-        """An engine that dies closes its end: its rows end now, not after SILENCE_SECONDS."""
+        """An engine that dies closes its end, and its rows end at once."""
         while self._monitor is not None:
             await self._monitor.recv_multipart()
             self._lose()
 
-    def _lose(self) -> None:
+    def _lose(self, why: str = _LOST) -> None:
         """The engine is gone, and all it worked on; the next Ready starts afresh."""
         self._boot = None
         self._told.clear()
-        self.drop_rows()
+        self.drop_rows(why)
         for answer in self._checks.values():
             if not answer.done():
-                answer.set_exception(EngineLost(_LOST))
+                answer.set_exception(EngineLost(why))
 
-    def drop_rows(self) -> None:
+    def drop_rows(self, why: str = _LOST) -> None:
         """End every row in flight with EngineLost."""
         rows, self._rows = self._rows, {}
         for row_id, inbox in rows.items():
-            inbox.put_nowait(m.Chunk.failure(row_id, EngineLost(_LOST)))
+            inbox.put_nowait(m.Chunk.failure(row_id, EngineLost(why)))
 
 
 async def _next(inbox: _Inbox, deadline: float | None) -> m.Chunk:

@@ -9,7 +9,7 @@ import asyncio
 import hashlib
 import time
 import uuid
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 
 import msgspec
@@ -18,6 +18,7 @@ import zmq.asyncio
 
 from server.adapters.sites import Base, encode_base
 from server.engine import messages as m
+from server.engine.capacity import Held, refusal
 
 STATS_SECONDS = 0.2
 
@@ -36,6 +37,7 @@ class Behaviour:
     refuse: tuple[str, str, str | None] | None = None  # the answer to every Check
     facts: dict[str, float | int | str] = field(default_factory=lambda: {"parameters": 1})
     mute: bool = False  # receive, and say nothing
+    turn: tuple[float, float] = (0.0, 300.0)  # seconds that the turn under way has run, and its bound
 
 
 class FakeEngine:
@@ -43,7 +45,8 @@ class FakeEngine:
 
     def __init__(self, address: str, base: Base, limits: dict[str, int] | None = None) -> None:
         self.base = base
-        self.limits = {"max_seqs": 32, "max_model_len": base.max_context} | (limits or {})
+        own = {"max_seqs": 32, "max_queue": 256, "max_model_len": base.max_context}
+        self.limits = own | (limits or {})
         self.behaviour = Behaviour()
         self.seen: list[m.Generate] = []
         self.cancelled: list[str] = []
@@ -54,6 +57,7 @@ class FakeEngine:
         self.boot = ""
         self._address = address
         self._rows: dict[str, asyncio.Task[None]] = {}
+        self._commands: dict[str, m.Generate] = {}  # of the rows that run
         self._prefilled: dict[str, asyncio.Event] = {}
         self._peers: set[bytes] = set()
         self._tasks: list[asyncio.Task[None]] = []
@@ -70,6 +74,9 @@ class FakeEngine:
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.bind(self._address)
+        self._beats = self._context.socket(zmq.PUB)
+        self._beats.setsockopt(zmq.LINGER, 0)
+        self._beats.bind(m.beat_address(self._address))
         self._tasks = [asyncio.create_task(self._serve()), asyncio.create_task(self._report())]
 
     async def crash(self) -> None:
@@ -79,9 +86,11 @@ class FakeEngine:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         self._rows.clear()
+        self._commands.clear()
         self._untold.clear()
         self._peers.clear()
         self._socket.close()
+        self._beats.close()
         self._context.term()
 
     close = crash
@@ -93,12 +102,11 @@ class FakeEngine:
             match m.decode_command(frame):
                 case m.Hello():
                     await self._send(peer, m.Ready(self.boot, encode_base(self.base), self.limits))
-                case m.Generate() as row:
-                    self.seen.append(row)
-                    self._prefilled[row.id] = asyncio.Event()
-                    self._rows[row.id] = asyncio.create_task(self._run(peer, row))
+                case m.Request(rows):
+                    self._accept(peer, rows)
                 case m.Cancel(row_id):
                     self.cancelled.append(row_id)
+                    self._commands.pop(row_id, None)
                     if task := self._rows.pop(row_id, None):
                         task.cancel()
                 case m.Check() as check:
@@ -111,6 +119,21 @@ class FakeEngine:
                 case m.Pins(adapters):
                     self.pins = [adapter.digest for adapter in adapters]
 
+    def _accept(self, peer: bytes, rows: tuple[m.Generate, ...]) -> None:
+        """By the real one's rule."""
+        counts = Counter((row.tenant, row.weight) for row in self._commands.values())
+        held = {tenant: Held(count, weight) for (tenant, weight), count in counts.items()}
+        capacity = self.limits["max_seqs"] + self.limits["max_queue"]
+        if error := refusal(rows[0].tenant, len(rows), rows[0].weight, held, capacity):
+            for row in rows:
+                self._tell(peer, m.Chunk.failure(row.id, error))
+            return
+        for row in rows:
+            self.seen.append(row)
+            self._commands[row.id] = row
+            self._prefilled[row.id] = asyncio.Event()
+            self._rows[row.id] = asyncio.create_task(self._run(peer, row))
+
     async def _run(self, peer: bytes, row: m.Generate) -> None:
         """One row, from its sibling's prefill to its only finish."""
         try:
@@ -120,6 +143,7 @@ class FakeEngine:
         finally:
             self._prefilled.pop(row.id).set()
             self._rows.pop(row.id, None)
+            self._commands.pop(row.id, None)
 
     async def _generate(self, peer: bytes, row: m.Generate) -> m.Chunk:
         """Send all chunks but the last, which is returned."""
@@ -191,6 +215,8 @@ class FakeEngine:
             counters = {"generation_tokens": float(self._generated), "prompt_tokens": 0.0}
             for peer in list(self._peers):
                 await self._send(peer, m.Stats(self.boot, gauges, counters))
+            if not self.behaviour.mute:
+                await self._beats.send(m.encode(m.Beat(self.boot, *self.behaviour.turn)))
             await asyncio.sleep(STATS_SECONDS)
 
     async def _step_ends(self) -> None:

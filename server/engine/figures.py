@@ -1,7 +1,7 @@
 """What the engine counts for /metrics: a few dictionaries, no Prometheus.
 
-Counters and histograms are absolute and survive the process: each report is on disk before it is sent, and
-the next engine goes on from there. Keys are those of server/metrics/names.py.
+Counters and histograms are absolute and survive the process: each report is on disk before it is sent, if
+there is room, and the next engine goes on from there. Keys are those of server/metrics/names.py.
 """
 
 import logging
@@ -76,6 +76,7 @@ class Figures:
         self._mode = mode
         self._path = path
         self._starts = 1
+        self._unwritten = False  # the last report is not on disk
         if path is not None and path.exists():
             self._restore(path)
         self._base = dict(self.counters)
@@ -201,16 +202,23 @@ class Figures:
             [*self.tenants.counts.items()],
             [*self.adapters.counts.items()],
         )
-        self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         draft = self._path.with_suffix(".new")
-        draft.write_bytes(msgspec.msgpack.encode(kept))  # no fsync: it is for the next process, not machine
-        draft.replace(self._path)
+        try:
+            self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            draft.write_bytes(msgspec.msgpack.encode(kept))  # no fsync: for the next process, not machine
+            draft.replace(self._path)
+        except OSError as error:  # they go on here, and are written when there is room again
+            if not self._unwritten:
+                log.warning("The engine's figures cannot be kept for its next start: %s", error.strerror)
+            self._unwritten = True
+        else:
+            self._unwritten = False
 
     def _restore(self, path: Path) -> None:
         """Of another version's file, what still has a meaning."""
         try:
             kept = msgspec.msgpack.decode(path.read_bytes(), type=Kept)
-        except msgspec.DecodeError:
+        except (OSError, msgspec.DecodeError):
             log.warning("The figures of the engine before cannot be read; counters begin at 0")
             return
         self._starts = kept.starts + 1

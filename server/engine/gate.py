@@ -17,10 +17,11 @@ import torch
 from adapters_store.manifest import Manifest, decode_manifest
 from server.adapters.cache import AdapterCache
 from server.adapters.loader import Loader
+from server.engine.faults import told
 from server.engine.messages import AdapterRef, Check, Checked, Chunk, Generate, Sampling
 from server.engine.row import Row
 from server.engine.scheduler import Scheduler
-from server.errors import InvalidAdapter, PolypeftError, StoreError, TooLarge, error_from_code
+from server.errors import InvalidAdapter, PolypeftError, StoreError, TooLarge, Unavailable, error_from_code
 
 TENANT = "\0gate"  # no tenant's: shares no prefix and no queue with any
 PROMPT = 8  # tokens
@@ -72,11 +73,13 @@ class Gate:
         """Start the trial runs whose version has been loaded."""
         for row_id, trial in [*self.trials.items()]:
             if trial.row is None and trial.loading.done():
-                if error := trial.loading.exception() or self._too_large(trial.loading.result().nbytes):
+                try:
+                    if error := self._too_large(trial.loading.result().nbytes):
+                        raise error
+                    self._run(row_id, trial)
+                except Exception as error:  # noqa: BLE001 - whatever it is, and `told` logs it
                     del self.trials[row_id]
                     self._end(trial.check.id, error)
-                else:
-                    self._run(row_id, trial)
 
     def observe(self, rows: list[Row], logits: torch.Tensor) -> None:
         """Keep the first logits of trial rows; `rows` are those that logits [R, V] belong to."""
@@ -90,16 +93,23 @@ class Gate:
 
     def take(self, chunk: Chunk) -> bool:
         """True if the chunk was a trial's, and nobody else's business."""
+        if self.base_row is not None and chunk.id == self.base_row.id:
+            if chunk.error:  # the next trial starts it again
+                self.base_row = None
+            return True
         trial = self.trials.get(chunk.id)
         if trial is None:
-            return self.base_row is not None and chunk.id == self.base_row.id
+            return False
         trial.tokens += chunk.tokens
         if chunk.error:
             del self.trials[chunk.id]
             self._end(trial.check.id, self._explain(chunk.error), NON_FINITE.get(chunk.error[0], ""))
         elif chunk.finish:
             del self.trials[chunk.id]
-            self._judge(trial)
+            try:
+                self._judge(trial)
+            except Exception as error:  # noqa: BLE001 - the same
+                self._end(trial.check.id, error)
         return True
 
     def take_verdicts(self) -> list[Checked]:
@@ -135,7 +145,8 @@ class Gate:
 
     def _judge(self, trial: Trial) -> None:
         assert trial.logits is not None, "a row that finished had logits"
-        assert self.base_logits is not None, "the base's row was queued first"
+        if self.base_logits is None:  # its row was queued first, and has failed
+            raise Unavailable("The adapter could not be compared with the base; try again.")
         effect = float((trial.logits - self.base_logits).abs().max())
         if effect <= LEAST_EFFECT * float(self.base_logits.abs().max()) and not trial.check.allow_noop:
             message = (
@@ -157,7 +168,6 @@ class Gate:
         return error_from_code(code, message)
 
     def _end(self, check_id: str, error: BaseException, reason: str = "") -> None:
-        if not isinstance(error, PolypeftError):
-            error = PolypeftError("The adapter could not be checked.")
-        self.refusals[reason or error.code] += 1
-        self.verdicts.append(Checked(check_id, error=(error.code, error.message, error.param)))
+        fault = told(error, "the trial of an adapter")
+        self.refusals[reason or fault.code] += 1
+        self.verdicts.append(Checked(check_id, error=(fault.code, fault.message, fault.param)))

@@ -18,7 +18,12 @@ from server.kernels.gpu import send
 
 KEPT = 64  # compiled schemas, least recently used first to go
 WHITESPACE = r"[ \n\r\t]{0,40}"  # between tokens of JSON: a model that loves blanks must get on some time
-LIMITS = LLParserLimits(initial_lexer_fuel=1_000_000, max_grammar_size=50_000, verbose_errors=False)
+LIMITS = LLParserLimits(
+    initial_lexer_fuel=1_000_000,
+    step_lexer_fuel=100_000,  # of one row in one step: 7 ms, which all rows of the step wait for
+    max_grammar_size=50_000,
+    verbose_errors=False,
+)
 
 
 class Grammars:
@@ -54,6 +59,14 @@ class Grammars:
         if matcher.is_error():
             raise InvalidField("response_format cannot be compiled for this model.", param="response_format")
         return matcher
+
+
+def consume(matcher: Any, token: int) -> bool:
+    """Tell `matcher` what was drawn; False if it does not fit, or the matcher ran out of fuel on the way.
+
+    A matcher without fuel lets a row end at once: without this its cut answer would pass for a whole one.
+    """
+    return bool(matcher.consume_token(token)) and not matcher.is_error()
 
 
 def mask_logits(logits: torch.Tensor, matchers: list[tuple[int, Any]]) -> None:

@@ -6,44 +6,28 @@ it commands and takes its chunks.
 
 import time
 from collections import Counter
-from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from adapters_store.objects import Objects
-from server.adapters.cache import AdapterCache
-from server.adapters.copies import Copier
-from server.adapters.loader import Loader
-from server.adapters.methods import build_methods
-from server.adapters.methods.base import Bank
-from server.adapters.recipes import Limits
-from server.adapters.share import Shares
-from server.adapters.tiers import DiskTier, RamTier
+from server.engine.adapters import build_adapters
+from server.engine.admission import Admission
 from server.engine.device import choose_placement
+from server.engine.faults import raise_if_device_lost, told
 from server.engine.figures import Figures, source_of
 from server.engine.footprint import BATCH_TOKENS
 from server.engine.gate import Gate
-from server.engine.grammar import Grammars, mask_logits
+from server.engine.grammar import Grammars, consume, mask_logits
 from server.engine.kv import BlockPool
 from server.engine.lookup import standing
-from server.engine.messages import Cancel, Check, Checked, Chunk, Forget, Generate, Pins, Prefetch
+from server.engine.messages import Cancel, Check, Checked, Chunk, Forget, Generate, Pins, Prefetch, Request
 from server.engine.model import ServedModel
 from server.engine.row import Row
-from server.engine.sampler import Sampled, SampleRow, draw
+from server.engine.sampler import Sampled, draw, sample_row
 from server.engine.scheduler import Scheduler
 from server.engine.stopwatch import Stopwatch
-from server.errors import (
-    ContextTooLong,
-    InvalidField,
-    NonFinite,
-    PolypeftError,
-    QueueFull,
-    StartupError,
-    Unavailable,
-    UnsupportedModel,
-)
+from server.engine.watchdog import StepClock
+from server.errors import InvalidField, NonFinite, StartupError, Unavailable, UnsupportedModel
 from server.settings import Settings
 
 
@@ -65,31 +49,7 @@ class Engine:
             sentence = f"The base {settings.base_id} cannot be served: {error.message}."
             raise StartupError(sentence, param="model") from error
         self.base = self.model.base
-        methods = build_methods(settings.max_lora_rank, placement.narrow)
-        size = (self.base, settings.adapter_slots, placement.device, placement.dtype)
-        made: dict[type[Bank], Bank] = {kind: kind(*size) for kind in {m.bank for m in methods.values()}}
-        banks = {name: made[method.bank] for name, method in methods.items()}
-        self.model.install(banks)
-        shares = Shares()
-        self.loader = Loader(
-            Objects.open(settings.store_url, settings.store_config),
-            DiskTier(settings.data_dir / "cache" / "adapters", settings.adapter_disk_bytes, shares),
-            RamTier(settings.adapter_ram_bytes, shares),
-            methods,
-            self.base,
-            self.model.weights,
-            placement.dtype,
-            Limits(settings.max_header_bytes, settings.max_tensors),
-            pinned=placement.device.type == "cuda",
-        )
-        self.cache = AdapterCache(
-            banks,
-            self.loader,
-            slots=settings.adapter_slots,
-            budget=settings.adapter_device_bytes,
-            copy=Copier(placement.device).start,
-            shares=shares,
-        )
+        self.loader, self.cache = build_adapters(settings, self.model, placement)
         self.blocks = BlockPool(self.model.step.pages.count, share_prefixes=settings.prefix_cache)
         self.scheduler = Scheduler(
             self.cache,
@@ -103,6 +63,7 @@ class Engine:
         )
         self.ends = self.model.end_tokens()
         self.counts: Counter[str] = Counter()
+        self.clock = StepClock()
         self.figures = Figures(
             settings.figures_dir / "engine", settings.metrics_adapter_labels, settings.metrics_top
         )
@@ -110,26 +71,33 @@ class Engine:
         self.stopwatch = Stopwatch(self.figures, placement.device)
         self.model.watch = self.stopwatch.watch
         self.gate = Gate(self.scheduler, self.cache, self.loader, self.base.vocab_size)
-        self.refused: list[Chunk] = []
-        self.grammars = Grammars(model_dir, self.base.vocab_size, self.ends)
-        self.compiling: dict[str, tuple[Row, Future[Any]]] = {}
+        grammars = Grammars(model_dir, self.base.vocab_size, self.ends)
+        self.admission = Admission(self.scheduler, grammars, settings.max_queue)
 
     @property
     def busy(self) -> bool:
         """A step would find something to do, now or when an adapter arrives."""
-        waiting = self.refused or self.compiling or self.gate.trials or self.cache.busy
-        return bool(self.scheduler.running or self.scheduler.waiting or waiting)
+        entering = self.admission.refused or self.admission.compiling
+        return bool(
+            self.scheduler.running
+            or self.scheduler.waiting
+            or entering
+            or self.gate.trials
+            or self.cache.busy
+        )
 
     def close(self) -> None:
         self.loader.close()
-        self.grammars.close()
+        self.admission.close()
 
-    def submit(self, command: Generate | Cancel | Check | Prefetch | Forget | Pins) -> None:
+    def submit(self, command: Generate | Request | Cancel | Check | Prefetch | Forget | Pins) -> None:
         match command:
             case Generate():
-                self._accept(command)
+                self.admission.accept((command,))
+            case Request(rows=rows):
+                self.admission.accept(rows)
             case Cancel(id=id_):
-                self.compiling.pop(id_, None)
+                self.admission.cancel(id_)
                 if row := self.scheduler.find(id_):
                     self._end(row)
             case Check():
@@ -143,7 +111,7 @@ class Engine:
 
     def step(self) -> list[Chunk]:
         """Run one step for every row that can run; what it gave to whom."""
-        self._take_compiled()
+        self.admission.take_compiled()
         self.cache.tend()
         self.gate.step()
         start = time.perf_counter()
@@ -154,23 +122,51 @@ class Engine:
         chunks = self._ended() + (self._run(rows) if rows else [])
         return [chunk for chunk in chunks if not self.gate.take(chunk)]
 
-    @torch.inference_mode()
     def _run(self, rows: list[Row]) -> list[Chunk]:
-        """Forward, sample, deliver."""
+        """Compute and deliver. A step that fails is taken again row by row: those that fail alone end.
+
+        Taking it again is as good as taking it once: what a row has moves on when it is delivered only.
+        """
         start, tokens = time.perf_counter(), sum(row.scheduled for row in rows)
         decoding = all(row.decodes for row in rows)
-        for row in rows:
-            self.model.fill(row)
+        self.clock.begin(tokens)
         try:
-            logits = self.model.forward(rows)
+            outcome = self._compute(rows)
         except torch.OutOfMemoryError:
             return self._shed(rows)
+        except Exception as error:  # noqa: BLE001 - whatever it is, and `told` logs it
+            raise_if_device_lost(error, self.model.placement.device)
+            if len(rows) == 1:
+                return [self._fail(rows[0], error)]
+            told(error, f"a step of {len(rows)} rows, which is taken again row by row")
+            return [chunk for row in rows for chunk in self._run([row])]
+        chunks: list[Chunk] = []
+        for row in rows:
+            try:
+                chunk = self._deliver(row, outcome[row.id])
+            except Exception as error:  # noqa: BLE001 - the same
+                chunk = self._fail(row, error)
+            chunks += [chunk] if chunk else []
+        self.stopwatch.lap("deliver")
+        seconds = time.perf_counter() - start
+        self.clock.end(tokens, seconds)
+        if decoding:
+            self.scheduler.costs.saw(tokens, seconds)
+        return chunks
+
+    @torch.inference_mode()
+    def _compute(self, rows: list[Row]) -> dict[str, list[Sampled]]:
+        """Forward and sample: each row's tokens, none while it is in prefill."""
+        tokens = sum(row.scheduled for row in rows)
+        for row in rows:
+            self.model.fill(row)
+        logits = self.model.forward(rows)
         self.stopwatch.lap("forward")
         completing = [(row, i) for row in rows if row.completes for i in range(1 + len(row.guess))]
         self.gate.observe([row for row, _ in completing], logits)
         if matchers := [(i, row.grammar) for i, (row, _) in enumerate(completing) if row.grammar]:
             mask_logits(logits, matchers)
-        drawn = draw(logits, [self._sample_row(row, guessed) for row, guessed in completing])
+        drawn = draw(logits, [sample_row(row, guessed, self.ends) for row, guessed in completing])
         if self.model.step.gpu and not self.stopwatch.looks:
             self.model.ahead.begin(rows, drawn.tokens, self.scheduler.room)
         sampled = drawn.read()
@@ -182,11 +178,7 @@ class Engine:
         outcome: dict[str, list[Sampled]] = {row.id: [] for row in rows}
         for (row, _), result in zip(completing, sampled, strict=True):
             outcome[row.id].append(result)
-        chunks = [chunk for row in rows if (chunk := self._deliver(row, outcome[row.id]))]
-        self.stopwatch.lap("deliver")
-        if decoding:
-            self.scheduler.costs.saw(tokens, time.perf_counter() - start)
-        return chunks
+        return outcome
 
     def checked(self) -> list[Checked]:
         """Checks that have ended since the last call."""
@@ -195,61 +187,6 @@ class Engine:
     def take_observations(self) -> list[tuple[str, str, float]]:
         """Of loads, since the last call."""
         return self.loader.take_observations()
-
-    def _accept(self, command: Generate) -> None:
-        length = len(command.prompt)
-        error: PolypeftError | None = None
-        if not 0 < length < self.base.max_context:
-            error = ContextTooLong(
-                f"The prompt has {length} tokens; the context of {self.base.max_context} must hold one more."
-            )
-        elif len(command.adapters) > self.cache.slots:
-            error = InvalidField(
-                f"adapters has {len(command.adapters)} items; the device has {self.cache.slots} slots.",
-                param="adapters",
-            )
-        elif self.scheduler.waiting >= self.settings.max_queue:
-            error = QueueFull(f"The queue is full ({self.settings.max_queue} requests); try again later.")
-        if error:
-            self.refused.append(Chunk.failure(command.id, error))
-            return
-        row = Row(command, command.sampling.seed or 0, tokens=list(command.prompt), prompt_length=length)
-        for use in row.uses:  # while the row is in line
-            row.cold |= not self.cache.has(use.adapter)
-            self.cache.prefetch(use.adapter)
-        row.timing.arrived = row.since = time.time()
-        if command.sampling.grammar is None:
-            self.scheduler.add(row)
-        else:
-            row.waits_for = "grammar"
-            self.compiling[row.id] = (row, self.grammars.compile(command.sampling.grammar))
-
-    def _take_compiled(self) -> None:
-        """Rows whose grammar has been compiled join the queue."""
-        for id_, (row, future) in [*self.compiling.items()]:
-            if future.done():
-                del self.compiling[id_]
-                error = future.exception()
-                if error is None:
-                    row.grammar = future.result()
-                    row.wait("capacity", time.time())
-                    self.scheduler.add(row)
-                elif isinstance(error, PolypeftError):
-                    self.refused.append(Chunk.failure(id_, error))
-                else:
-                    raise error
-
-    def _sample_row(self, row: Row, guessed: int) -> SampleRow:
-        """The row as it is once so many of its guesses have come true."""
-        s = row.command.sampling
-        barred = row.output_length + guessed < s.min_tokens
-        return SampleRow(
-            sampling=s,
-            seed=row.seed,
-            prompt=row.tokens[row.virtual : row.prompt_length],
-            output=row.tokens[row.prompt_length :] + row.guess[:guessed],
-            banned=[*self.ends, *s.stop_token_ids] if barred else (),
-        )
 
     def _deliver(self, row: Row, sampled: list[Sampled]) -> Chunk | None:
         """Record what the step gave a row; what to tell its caller, if anything."""
@@ -264,7 +201,7 @@ class Engine:
         ends = [self._stops(row, result.token) for result in sampled]
         kept = sampled[: standing(row.guess, sampled, ends)]
         self.scheduler.commit(row, [result.token for result in kept])
-        if row.grammar and not row.grammar.consume_token(kept[-1].token):
+        if row.grammar and not consume(row.grammar, kept[-1].token):
             self._end(row, InvalidField.code)
             return Chunk.failure(row.id, InvalidField("The answer left its schema.", param="response_format"))
         self.counts["generation_tokens"] += len(kept)
@@ -301,9 +238,16 @@ class Engine:
         """Rows that ended without a step: refused, expired, or their adapter failed to load."""
         for row, error in self.scheduler.ended:
             self.figures.ended(row, time.time(), error.code)
-        chunks = self.refused + [Chunk.failure(row.id, error) for row, error in self.scheduler.ended]
-        self.refused, self.scheduler.ended = [], []
-        return chunks
+        ended, self.scheduler.ended = self.scheduler.ended, []
+        return self.admission.take_refused() + [Chunk.failure(row.id, error) for row, error in ended]
+
+    def _fail(self, row: Row, error: Exception) -> Chunk:
+        """End the row that an error came with."""
+        self.counts["internal_errors"] += 1
+        fault = told(error, "this request")
+        if self.scheduler.find(row.id) is row:
+            self._end(row, fault.code)
+        return Chunk.failure(row.id, fault)
 
     def _shed(self, rows: list[Row]) -> list[Chunk]:
         """The device ran out of memory: the largest row ends, the others take the step again."""

@@ -1,7 +1,8 @@
 """What crosses between the API and the engine, and nothing else does.
 
 msgspec structs over ZeroMQ (ipc://): the engine binds a ROUTER, each API process connects a DEALER.
-The API speaks tokens, never text: tokenising, chat templates and stop strings are its business.
+The API speaks tokens, never text: tokenising, chat templates and stop strings are its business. Beats go by
+a PUB of their own, whoever listens.
 """
 
 from typing import Literal
@@ -51,7 +52,9 @@ class Use(msgspec.Struct, frozen=True):
     weight: float = 1.0
 
 
-class Generate(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
+class Generate(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One row."""
+
     id: str
     tenant: str
     prompt: list[int]
@@ -61,6 +64,12 @@ class Generate(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     deadline: float | None = None  # time.time() after which the row ends with deadline_exceeded
     weight: float = 1.0  # the tenant's share when tenants queue
     after: str | None = None  # wait for this sibling's prefill (n > 1): its prompt blocks are shared
+
+
+class Request(msgspec.Struct, frozen=True, tag=True):
+    """The rows of one request: the engine admits all of them or refuses all, before any gets a token."""
+
+    rows: tuple[Generate, ...]
 
 
 class Cancel(msgspec.Struct, frozen=True, tag=True):
@@ -100,7 +109,7 @@ class Hello(msgspec.Struct, frozen=True, tag=True):
     """First message of an API process; the engine answers Ready when it is."""
 
 
-Command = Generate | Cancel | Check | Prefetch | Forget | Pins | Hello
+Command = Request | Cancel | Check | Prefetch | Forget | Pins | Hello
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):
@@ -170,7 +179,21 @@ class Stats(msgspec.Struct, frozen=True, tag=True):
     histograms: list[tuple[str, tuple[str, ...], list[int], float]] = []  # ... counts by bucket, sum
 
 
-Event = Ready | Chunks | Checked | Stats
+class Beat(msgspec.Struct, frozen=True, tag=True):
+    """The engine's process lives: told each second, however long its step takes, at `beat_address`."""
+
+    boot: str
+    seconds: float  # that the turn of the loop under way has run
+    bound: float  # seconds, by what such steps took before; past it the engine hangs, and ends itself
+
+
+Event = Ready | Chunks | Checked | Stats | Beat
+
+
+def beat_address(address: str) -> str:
+    """Where the engine at `address` publishes its beats; no longer than that."""
+    return f"{address.removesuffix('.sock')}.beat"
+
 
 encode = msgspec.msgpack.Encoder().encode
 decode_command = msgspec.msgpack.Decoder(Command).decode

@@ -16,6 +16,7 @@ GATE_REASONS = {"invalid_adapter": "invalid", "store_unavailable": "store"}
 def stats(engine: Engine, boot: str) -> Stats:
     """Everything for /metrics; also keeps it for the next engine."""
     engine.figures.review(time.monotonic())
+    engine.loader.keeper.give_way()
     _count(engine)
     gauges = {
         "running": len(engine.scheduler.running),
@@ -30,7 +31,7 @@ def stats(engine: Engine, boot: str) -> Stats:
 def _labelled(engine: Engine) -> list[tuple[str, tuple[str, ...], float]]:
     cache, loader, figures = engine.cache, engine.loader, engine.figures
     waiting = [*engine.scheduler.queues]
-    reasons = dict.fromkeys(WAITS, 0) | {"grammar": len(engine.compiling)}
+    reasons = dict.fromkeys(WAITS, 0) | {"grammar": len(engine.admission.compiling)}
     for row in waiting:
         reasons[row.waits_for] += 1
     running = figures.listed([*engine.scheduler.running.values()])

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from server.engine.kv import BLOCK
 from server.engine.lookup import Lookup
 from server.engine.messages import AdapterRef, Generate, Timing, Use
 
@@ -33,6 +34,8 @@ class Row:
     computed: int = 0
     scheduled: int = 0  # tokens of the step under way
     cached: int = 0  # prompt tokens the prefix cache spared at first admission
+    charged: int = 0  # prompt tokens, from the first on, that its tenant does not pay for again
+    begun_at: int = 0  # tokens that it had when it was admitted last
     admitted: bool = False  # has run before, perhaps preempted since
     sampled: bool = False  # has had finite logits: its blocks may be shared
     asked: bool = False  # for its adapters, which count that once
@@ -79,6 +82,7 @@ class Row:
     def start(self, now: float) -> None:
         """It is in the batch."""
         self.wait_ends(now)
+        self.begun_at = len(self.tokens)
         if not self.timing.started:
             self.timing.started = now
             self.timing.queued = max(0.0, now - self.timing.arrived)
@@ -99,6 +103,16 @@ class Row:
     def remaining(self) -> int:
         """Tokens whose K/V are still to be computed; 1 while decoding."""
         return len(self.tokens) - self.computed
+
+    @property
+    def recompute_cost(self) -> int:
+        """What preempting it costs, in tokens of decode: tokens of a prompt are some BLOCK times cheaper."""
+        return BLOCK + len(self.blocks)
+
+    @property
+    def recovered(self) -> bool:
+        """It has got as many tokens since it was admitted as its next recompute costs."""
+        return len(self.tokens) - self.begun_at >= self.recompute_cost
 
     def left(self, max_context: int) -> int:
         """Tokens that it may still get."""

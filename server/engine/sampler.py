@@ -1,6 +1,6 @@
 """Logits to tokens, for a whole batch at once.
 
-Knows nothing of requests, models or text. A row's token depends on its own logits, its own knobs, its seed
+Knows nothing of models or text. A row's token depends on its own logits, its own knobs, its seed
 and how many tokens it has: never on the other rows, on a global generator, or on how often it was preempted.
 
 The order is vLLM's: logprobs are read off the raw logits (its "raw_logprobs"); then logit_bias, banned
@@ -9,7 +9,7 @@ A row of -inf with some finite logits is a mask the caller put there, not an acc
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain, count
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from server.engine.messages import Sampling, TokenLogprobs
+from server.engine.row import Row
 from server.kernels.gpu import Download, send, upload
 
 GREEDY_BELOW = 1e-5  # dividing by less overflows float32
@@ -48,6 +49,19 @@ class SampleRow:
     def edited(self) -> bool:
         """The logits change before the token is chosen."""
         return bool(self.banned) or bool(self.sampling.logit_bias) or self.penalised
+
+
+def sample_row(row: Row, guessed: int, ends: Iterable[int]) -> SampleRow:
+    """The row as it is once so many of its guesses have come true; `ends`: the base's end-of-text ids."""
+    s = row.command.sampling
+    barred = row.output_length + guessed < s.min_tokens
+    return SampleRow(
+        sampling=s,
+        seed=row.seed,
+        prompt=row.tokens[row.virtual : row.prompt_length],
+        output=row.tokens[row.prompt_length :] + row.guess[:guessed],
+        banned=[*ends, *s.stop_token_ids] if barred else (),
+    )
 
 
 @dataclass(frozen=True)

@@ -1,20 +1,22 @@
 """Which rows run in the next step, and with how many tokens. No torch, no I/O, no clock of its own.
 
-Order of a step: rows that decode (one token each), then rows still in prefill, then newcomers, until the
-token budget is spent. Newcomers come in the order of queues.py. A row whose adapter is on its way is passed
-by; when KV blocks run out the row admitted last goes back to its queue.
+Order of a step: rows that decode (one token each), then prompts, until the token budget is spent: tenant by
+tenant in the order of queues.py, of each its rows in prefill and then its newcomers. A row whose adapter is
+on its way is passed by. When places or KV blocks run out, preemption.py says which row goes back to its
+queue.
 """
 
 from collections import Counter
 from collections.abc import Sequence
 
 from server.adapters.cache import AdapterCache
-from server.adapters.stack import no_meaning
 from server.engine.costs import USUAL, Costs
-from server.engine.kv import BLOCK, BlockPool, block_hashes, blocks_for
-from server.engine.queues import Queues
+from server.engine.kv import BLOCK, BlockPool, block_hashes
+from server.engine.preemption import Victims, for_growth
+from server.engine.queues import Queues, Turns
+from server.engine.resources import Resources
 from server.engine.row import Row
-from server.errors import ContextTooLong, DeadlineExceeded, InvalidField, InvalidRequest, PolypeftError
+from server.errors import DeadlineExceeded, InvalidRequest, PolypeftError
 
 PATIENCE = 32  # steps in which a row may lack memory before later rows stop overtaking it
 GUESSES = 48  # tokens guessed in a step, all rows together
@@ -34,15 +36,15 @@ class Scheduler:
         costs: Costs | None = None,
         rope_switches: Sequence[int] = (),
     ) -> None:
-        """`rope_switches`: lengths past which a row's keys have other rotary frequencies (rotary.py)."""
         self.cache = cache
         self.blocks = blocks
         self.max_seqs = max_seqs
         self.max_batch_tokens = max(max_batch_tokens, max_seqs)
         self.max_context = max_context
+        self.resources = Resources(cache, blocks, max_context, rope_switches)
+        self.room = self.resources.room
         self.lookup = lookup if costs else 0  # tokens that a row may guess at a time
         self.costs = costs or Costs(USUAL)  # None: a guess saves nothing here
-        self.rope_switches = rope_switches
         self.queues = Queues()
         self.running: dict[str, Row] = {}  # in order of admission
         self.ended: list[tuple[Row, PolypeftError]] = []  # without a step; the loop takes them
@@ -62,11 +64,9 @@ class Scheduler:
     def remove(self, row: Row) -> None:
         """Forget a row, wherever it is, and give back all it holds."""
         if self.running.pop(row.id, None) is not None:
-            self._release(row)
-        else:
-            self.queues.remove(row)
+            self.resources.release(row)
+        self.queues.drop(row)
         self.cold.pop(row.id, None)
-        self.queues.forget_idle({row.command.tenant for row in self.running.values()})
 
     def schedule(self, now: float) -> list[Row]:
         """The rows of the next step, each with `scheduled` set; `now` is time.time()."""
@@ -78,18 +78,17 @@ class Scheduler:
         prompts = len(decoding) < len(current) or (self.waiting and len(current) < self.max_seqs)
         spare = 0 if prompts else min(GUESSES, budget - len(decoding), self.lookup * len(decoding))
         worth = self.costs.worth(len(decoding), spare)
-        for i, row in enumerate(decoding + [row for row in current if row.remaining > 1]):
-            if budget and row.id in self.running and self._continue(row, min(row.remaining, budget), now):
+        for i, row in enumerate(decoding):
+            if budget and row.id in self.running and self._continue(row, 1, now):
                 batch.append(row)
-                if i < len(decoding):
-                    self._guess(row, spare // (len(decoding) - i), worth)
-                    spare -= len(row.guess)
+                self._guess(row, spare // (len(decoding) - i), worth)
+                spare -= len(row.guess)
                 budget -= row.scheduled
-        # A preempted row may already stand in the batch.
-        batch = [row for row in batch if row.id in self.running]
+        batch = [row for row in batch if row.id in self.running]  # one may have been preempted since
         self._note_loaded(now)
-        self._admit(batch, budget, now)
-        return batch
+        if self.waiting or len(decoding) < len(current):
+            batch += self._prompts(budget, now)
+        return [row for row in batch if row.id in self.running]
 
     def commit(self, row: Row, tokens: Sequence[int]) -> None:
         """Record a row's step: what it had to compute is computed, and these `tokens`, if any, come next.
@@ -110,27 +109,16 @@ class Scheduler:
                 if row.blocks[i] in self.blocks.names:
                     break
                 self.blocks.name(row.blocks[i], names[i])
-        if self.rope_switches and self._frequencies(row) != row.frequencies:
-            self._start_over(row)
-
-    def room(self, row: Row, tokens: int) -> bool:
-        """Blocks for so many tokens of a running row, if they lie free."""
-        fresh = self.blocks.allocate(max(0, blocks_for(tokens) - len(row.blocks)))
-        if fresh is None:
-            return False
-        row.blocks += fresh
-        return True
+        if self.resources.frequencies(row) != row.frequencies:
+            self.resources.start_over(row)
 
     def _continue(self, row: Row, count: int, now: float) -> bool:
-        """Room for `count` more tokens of a running row, if need be at the expense of later rows."""
+        """Room for `count` more tokens of a running row, if need be at the expense of another."""
         while not self.room(row, row.computed + count):
-            victim = next(reversed(self.running.values()))
+            victim = for_growth(self.running.values(), self.queues)
             if victim is row and len(self.running) == 1:
-                self.remove(row)
-                error = InvalidRequest(
-                    "The request needs more KV memory than this server has.", param="max_tokens"
-                )
-                self.ended.append((row, error))
+                error = "The request needs more KV memory than this server has."
+                self._refuse(row, InvalidRequest(error, param="max_tokens"))
                 return False
             self._preempt(victim, now)
             if victim is row:
@@ -142,10 +130,7 @@ class Scheduler:
         """Schedule what may come next along with a row's token, if that is likely enough to be `worth` it and
         memory for it lies free.
         """
-        most = min(most, self.lookup, row.left(self.max_context) - 1)
-        for switch in self.rope_switches:  # a guess past it would have other frequencies than its row
-            if switch >= row.length:
-                most = min(most, switch - row.length)
+        most = min(most, self.lookup, row.left(self.max_context) - 1, self.resources.until_switch(row))
         if row.grammar or most < 1:
             return
         guess = row.lookup.guess(row.tokens, most, worth)
@@ -153,75 +138,107 @@ class Scheduler:
             row.guess = guess
             row.scheduled += len(guess)
 
-    def _frequencies(self, row: Row) -> int:
-        return sum(row.length > switch for switch in self.rope_switches)
-
-    def _start_over(self, row: Row) -> None:
-        """A running row has grown past a switch: all its keys are computed anew."""
-        self.blocks.release(row.blocks)
-        row.blocks, row.hashes, row.computed = [], [], 0
-        row.frequencies = self._frequencies(row)
-        if any(self.cache.by_slot[slot].given for slot in row.slots):
-            row.fill, row.computed = 0, row.virtual
-
     def _preempt(self, row: Row, now: float) -> None:
         del self.running[row.id]
-        self._release(row)
+        self.resources.release(row)
         row.scheduled, row.guess = 0, []
         row.waits_for, row.since = "capacity", now
         self.preemptions += 1
         self.queues.put_back(row)
 
-    def _release(self, row: Row) -> None:
-        self.blocks.release(row.blocks)
-        row.blocks = []
-        row.computed = 0
-        row.fill = None
-        self._let_go(row.slots)
-        row.slots = ()
+    def _prompts(self, budget: int, now: float) -> list[Row]:
+        """Rows whose prompts get tokens in this step, tenant by tenant: those in prefill, then newcomers."""
+        batch: list[Row] = []
+        prefilling = [row for row in self.running.values() if row.remaining > 1]
+        turns = self.queues.turns(prefilling, self.max_seqs)
+        lacking: Counter[str] = Counter()  # rows without memory: by tenant if the rest is its own, or ""
+        while budget > 0 and (found := turns.next()):
+            row, begun = found
+            if begun:
+                count = min(row.remaining, budget)
+                taken = row.id in self.running and self._continue(row, count, now)
+            else:
+                taken = self._admit(row, turns, lacking, budget, now)
+            if taken:
+                self._charge_prompt(row)
+                batch.append(row)
+                budget -= row.scheduled
+        return batch
 
-    def _admit(self, batch: list[Row], budget: int, now: float) -> None:
-        lacking = 0
-        own: Counter[str] = Counter()  # rows that wait for room their own tenant takes: no other's business
-        for row in self.queues.candidates():
-            if budget <= 0 or len(self.running) >= self.max_seqs or lacking >= TRIES:
-                return
-            if own[row.command.tenant] >= TRIES:
-                continue
-            if self._waits_for_sibling(row):
-                row.wait("sibling", now)
-                continue
-            try:
-                slots = self._acquire(row)
-            except PolypeftError as error:
-                self.remove(row)
-                self.ended.append((row, error))
-                continue
-            if slots is None and self._loading(row):
-                row.wait("adapter", now)
-                self.cold[row.id] = row
-                continue
-            row.wait("capacity", now)
-            if slots and not self._lead(row, slots):
-                continue
-            if slots is None or not self._take_blocks(row, slots):
-                self._let_go(slots or ())
-                row.passed_over += 1
-                late = row.passed_over > PATIENCE
-                if slots is None and any(self.cache.waits_for_itself(use.adapter) for use in row.uses):
-                    own[row.command.tenant] += TRIES if late else 1  # late: none of its rows overtakes
-                    continue
-                if late:
-                    return  # the memory that comes free next is this row's
-                lacking += 1
-                continue
-            self._start(row, slots, min(row.remaining, budget), now)
-            batch.append(row)
-            budget -= row.scheduled
+    def _charge_prompt(self, row: Row) -> None:
+        """For what was not computed before: nobody pays for a recompute, or for what the cache had."""
+        end = min(row.computed + row.scheduled, row.prompt_length)
+        self.queues.charge(row, max(0, end - max(row.computed, row.charged)))
+        row.charged = max(row.charged, end)
+
+    def _admit(self, row: Row, turns: Turns, lacking: Counter[str], budget: int, now: float) -> bool:
+        """Start a row that waits, if it has all that it needs, or others are to give way to it."""
+        full = len(self.running) >= self.max_seqs
+        if full and not self._victims(row):
+            if self.queues.of(row).running or self.resources.lacking(row):
+                turns.pass_by(row)
+            else:
+                turns.close()  # nobody has more than its part, whoever asks
+            return False
+        if self._waits_for_sibling(row):
+            row.wait("sibling", now)
+            return False
+        try:
+            slots = self.resources.acquire(row)
+        except PolypeftError as error:
+            self._refuse(row, error)
+            return False
+        if slots is None and self.resources.loading(row):
+            row.wait("adapter", now)
+            self.cold[row.id] = row
+            return False
+        row.wait("capacity", now)
+        if slots and (misfit := self.resources.lead(row, slots)):
+            self.resources.let_go(slots)
+            self._refuse(row, misfit)
+            return False
+        if slots is None or not self._make_room(row, slots, now):
+            self.resources.let_go(slots or ())
+            self._note_lack(row, turns, lacking, slot=slots is None)
+            return False
+        self._start(row, slots, min(row.remaining, budget), now)
+        return True
+
+    def _victims(self, row: Row) -> list[Row]:
+        """Running rows that give way to this one, so that it can start; [] if it has to wait."""
+        taker = self.queues.of(row)
+        if taker.running == len(self.running):
+            return []
+        victims = Victims(self.running.values(), self.queues, self.blocks, taker, self.max_seqs)
+        full = len(self.running) >= self.max_seqs
+        return victims.find(place=full, blocks=self.resources.lacking(row))
+
+    def _make_room(self, row: Row, slots: tuple[int, ...], now: float) -> bool:
+        """A place and blocks for a row that has its slots, if need be at the expense of others."""
+        if len(self.running) < self.max_seqs and self.resources.take_blocks(row, slots):
+            return True
+        victims = self._victims(row)
+        for victim in victims:
+            self._preempt(victim, now)
+        return bool(victims) and self.resources.take_blocks(row, slots)
+
+    def _note_lack(self, row: Row, turns: Turns, lacking: Counter[str], *, slot: bool) -> None:
+        """A row could not start for want of blocks, or of a slot: who may still overtake it in this step."""
+        row.passed_over += 1
+        late, queue = row.passed_over > PATIENCE, self.queues.of(row)
+        if slot and any(self.cache.waits_for_itself(use.adapter) for use in row.uses):
+            lacking[row.command.tenant] += TRIES if late else 1
+            if lacking[row.command.tenant] >= TRIES:  # late: none of its tenant's rows overtakes
+                turns.pass_by(row)
+            return
+        lacking[""] += 1
+        if (late and not queue.running) or lacking[""] >= TRIES:
+            turns.close()  # late: the memory that comes free next is this row's
+        elif late:
+            turns.pass_by(row)
 
     def _start(self, row: Row, slots: tuple[int, ...], count: int, now: float) -> None:
-        self.queues.remove(row)
-        self.queues.charge(row, row.remaining)
+        self.queues.start(row)
         self.running[row.id] = row
         row.slots = slots
         row.scheduled = count
@@ -231,78 +248,13 @@ class Scheduler:
             row.admitted = True
             row.cached = row.computed
 
-    def _acquire(self, row: Row) -> tuple[int, ...] | None:
-        """A pinned slot for each adapter of a row; all or none. Starts what loads are needed."""
-        slots: list[int] = []
-        missing, again, row.asked = False, row.asked, True
-        try:
-            for use in row.uses:
-                slot = self.cache.acquire(
-                    use.adapter, weight=row.command.weight, mine=tuple(slots), again=again
-                )
-                missing |= slot is None
-                slots += [] if slot is None else [slot]
-        except PolypeftError:
-            self._let_go(slots)
-            raise
-        if missing:
-            self._let_go(slots)
-            return None
-        return tuple(slots)
-
-    def _let_go(self, slots: Sequence[int]) -> None:
-        for slot in slots:
-            self.cache.release(slot)
-
-    def _lead(self, row: Row, slots: tuple[int, ...]) -> bool:
-        """Put the adapter's virtual tokens before the text; False if the row cannot run, and has ended."""
-        used = [self.cache.by_slot[slot] for slot in slots]
-        row.lead_with(sum(resident.virtual for resident in used))
-        text, virtual = row.prompt_length - row.virtual, row.virtual
-        error: PolypeftError | None = None
-        if row.prompt_length >= self.max_context:
-            error = ContextTooLong(
-                f"The prompt has {text} tokens and the adapter puts {virtual} before them; "
-                f"the context of {self.max_context} must hold one more.",
-                param="prompt",
-            )
-        elif row.command.adapters and (sentence := no_meaning(row.command.adapters, used)):
-            error = InvalidField(sentence, param="adapters")
-        if error:
-            self._let_go(slots)
-            self.remove(row)
-            self.ended.append((row, error))
-        return error is None
-
-    def _take_blocks(self, row: Row, slots: tuple[int, ...]) -> bool:
-        """Blocks for all of a row's tokens, cached ones first; all or none."""
-        names: list[bytes] = []
-        if self.rope_switches and self._frequencies(row) != row.frequencies:
-            row.hashes, row.frequencies = [], self._frequencies(row)
-        if self.blocks.share_prefixes:
-            # At least one token is computed, so that there are logits to sample from.
-            names = block_hashes(row.salt, row.tokens, row.hashes)[: (len(row.tokens) - 1) // BLOCK]
-        shared = self.blocks.match(names)
-        fresh = self.blocks.allocate(blocks_for(len(row.tokens)) - len(shared))
-        if fresh is None:
-            self.blocks.release(shared)
-            return False
-        if not row.admitted:
-            self.blocks.queries += len(row.tokens)
-            self.blocks.hits += len(shared) * BLOCK
-        row.blocks = shared + fresh
-        row.computed = len(shared) * BLOCK
-        if any(self.cache.by_slot[slot].given for slot in slots) and row.computed < row.virtual:
-            row.fill = row.computed
-            row.computed = row.virtual
-        return True
-
-    def _loading(self, row: Row) -> bool:
-        return any(self.cache.loading(use.adapter) for use in row.uses)
+    def _refuse(self, row: Row, error: PolypeftError) -> None:
+        self.remove(row)
+        self.ended.append((row, error))
 
     def _note_loaded(self, now: float) -> None:
         """Rows whose adapter has come wait for room, also while nobody looks at them."""
-        for row in [row for row in self.cold.values() if not self._loading(row)]:
+        for row in [row for row in self.cold.values() if not self.resources.loading(row)]:
             row.wait("capacity", now)
             del self.cold[row.id]
 
@@ -314,7 +266,4 @@ class Scheduler:
     def _expire(self, now: float) -> None:
         for row in [*self.running.values(), *self.queues]:
             if row.command.deadline is not None and row.command.deadline < now:
-                self.remove(row)
-                self.ended.append(
-                    (row, DeadlineExceeded("The request's deadline passed before it was done."))
-                )
+                self._refuse(row, DeadlineExceeded("The request's deadline passed before it was done."))

@@ -28,8 +28,7 @@ from server.finetune.workplace import bytes_in
 SAVED = 75  # exit status of a child that was asked to stop: all it had is in a checkpoint (EX_TEMPFAIL)
 BEAT_SECONDS = 2.0
 TICK_SECONDS = 0.2
-PAUSE_SECONDS = 30.0  # for the step that runs, and a checkpoint
-STOP_SECONDS = 7.0  # the same when the worker itself was told to stop, and has ten seconds
+STOP_SECONDS = 7.0  # for the step that runs, and a checkpoint: a worker that was told to stop has ten seconds
 LATE_SECONDS = 300.0  # the child keeps to the job's time itself; this long after, it is killed
 OUTAGE_SECONDS = 3600.0  # of Valkey, for which the last word is kept
 MAX_DELAY_SECONDS = 16.0  # before a job that has crashed is tried again
@@ -77,14 +76,15 @@ class Attempt:
         log.info("Job %s: attempt %d, process %d", self._job.id, self._job.attempts, process.pid)
         self._ends_at = time.monotonic() + self._job.recipe.max_seconds + LATE_SECONDS
         self._tally.begin(self._folder)
-        beating = asyncio.create_task(self._beat())
+        beside = [asyncio.create_task(work) for work in (self._beat(), self._measure())]
         status = None
         try:
             status = await self._watch(process)
             log.info("Job %s: the process %s", self._job.id, ending(status))
             await self._conclude(status, oom_kills() > kills_before)
         finally:
-            beating.cancel()
+            for task in beside:
+                task.cancel()
             _signal(process, signal.SIGKILL)
             try:
                 await process.wait()
@@ -92,7 +92,7 @@ class Attempt:
                 self._tally.end(self._outcome(status))
 
     async def _beat(self) -> None:
-        """Keep the lease, learn what is wished, count what the child has written; for ever."""
+        """Keep the lease and learn what is wished; for ever."""
         while True:
             try:
                 self._wish = await self._jobs.beat(self._job.id, self._job.fence)
@@ -100,7 +100,13 @@ class Attempt:
             except StoreError as error:  # nobody else can take the job meanwhile either
                 self._tally.beat(heard=False)
                 log.warning("Job %s: no heartbeat: %s", self._job.id, error.message)
-            self._used_bytes = await asyncio.to_thread(bytes_in, self._folder)
+            await asyncio.sleep(BEAT_SECONDS)
+
+    async def _measure(self) -> None:
+        """Count what the child has written; for ever. A slow disk delays no beat."""
+        while True:
+            with suppress(OSError):
+                self._used_bytes = await asyncio.to_thread(bytes_in, self._folder)
             await asyncio.sleep(BEAT_SECONDS)
 
     async def _watch(self, process: Process) -> int:
@@ -116,8 +122,9 @@ class Attempt:
         if reason is not None and (self._reason is None or (reason in KILLED and self._reason not in KILLED)):
             log.info("Job %s: the process is to end: %s", self._job.id, reason)
             if self._reason is None and reason not in KILLED:
-                _signal(process, signal.SIGTERM)
-                self._kill_at = now + PAUSE_SECONDS
+                _signal(
+                    process, signal.SIGTERM
+                )  # a pause waits for the step that runs, however long it takes
             self._reason = reason
         if self._reason is not None and self._stopping():
             self._kill_at = min(self._kill_at, now + STOP_SECONDS)

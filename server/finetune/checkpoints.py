@@ -12,7 +12,7 @@ from pathlib import Path
 import msgspec
 
 from adapters_store.objects import Objects, sha256_of
-from server.errors import NotFound, StoreError
+from server.errors import CorruptObject, NotFound
 from server.finetune.job import Checkpoint, Job, StoredFile, checkpoint_prefix
 from server.finetune.leases import Leases
 
@@ -59,17 +59,20 @@ class Checkpoints:
             await self._strip(old)
 
     async def restore(self, parent: Path) -> Path | None:
-        """The newest checkpoint that is there and whole, as a folder checkpoint-STEP; None without any."""
-        failure: StoreError | None = None
+        """The newest checkpoint that is there and whole, as a folder checkpoint-STEP; None without any.
+
+        Raises CorruptObject when one is there and none is whole.
+        """
+        failure: CorruptObject | None = None
         damaged = []
         for checkpoint in await self._with_files():
             folder = parent / f"checkpoint-{checkpoint.step}"
             try:
                 for file in checkpoint.files:
                     await self._objects.download(file.key, folder / file.name, file.sha256)
-            except (NotFound, StoreError) as error:
+            except (NotFound, CorruptObject) as error:  # a store that is slow or away says nothing of it
                 log.warning("Job %s: checkpoint %d: %s", self._job.id, checkpoint.step, error.message)
-                failure = error if isinstance(error, StoreError) else failure
+                failure = error if isinstance(error, CorruptObject) else failure
                 damaged.append(checkpoint)
             else:
                 for other in damaged:

@@ -9,6 +9,9 @@ INTERNAL = JobError("internal_error", "The training failed for an internal error
 OUT_OF_MEMORY = JobError(
     "out_of_memory", "The training needs more memory than there is; lower batch_size or max_tokens."
 )
+DISK_FULL = JobError(
+    "insufficient_storage", "The training's worker has no room left; the job is tried again."
+)
 LATE_STORES = JobError("store_unavailable", "The stores did not answer for too long; the job is tried again.")
 
 

@@ -13,6 +13,9 @@
     pp:figures                  hash     finished:STATUS -> how many jobs have ended so (see figures.py)
     pp:doomed                   zset     object keys and prefixes ("/" at the end), by when to remove (ms)
 
+A job whose lease has ended goes back to the queue with `lapsed`, the fence it was held under. Until somebody
+takes it, the next word under that fence makes it that worker's again: it was slow, not dead.
+
 Times are Valkey's own. A script makes its keys from the job's id, so this wants one Valkey, not a cluster.
 """
 
@@ -37,9 +40,17 @@ local function event(json)
   redis.call('ZADD', events, redis.call('HINCRBY', job, 'events', 1), json)
   redis.call('ZREMRANGEBYRANK', events, 0, -1 - {MAX_EVENTS})
 end
-local function training(fence) return get('phase') == 'training' and get('fence') == fence end
 local function leave()
   for _, where in ipairs({{QUEUED, LEASES, PUBLISHING}}) do redis.call('ZREM', where, id) end
+end
+local function training(fence)
+  if get('phase') == 'queued' and get('lapsed') == fence then
+    leave()
+    local lease_until = whole(now() + get('lease_ms'))
+    set('status', 'running', 'phase', 'training', 'fence', fence, 'lapsed', '', 'lease_until', lease_until)
+    redis.call('ZADD', LEASES, lease_until, id)
+  end
+  return get('phase') == 'training' and get('fence') == fence
 end
 local function finish(status)
   leave()
@@ -60,7 +71,7 @@ local function pause()
 end
 local function queue()
   leave()
-  set('status', 'queued', 'phase', 'queued')
+  set('status', 'queued', 'phase', 'queued', 'lapsed', '')
   redis.call('HDEL', job, 'estimated_finish')
   redis.call('HINCRBY', job, 'fence', 1)
   redis.call('ZADD', QUEUED, 0, id)
@@ -132,6 +143,7 @@ redis.call('HINCRBY', job, 'attempts', 1)
 if get('started') == '' then set('started', seconds()) end
 local lease_until = whole(now() + lease_ms)
 set('status', 'running', 'phase', 'training', 'worker', worker, 'lease_until', lease_until)
+set('lease_ms', lease_ms, 'lapsed', '')
 redis.call('ZADD', LEASES, lease_until, id)
 event(ARGV[4])
 return redis.call('HGETALL', job)
@@ -210,7 +222,9 @@ if tonumber(get('attempts')) >= tonumber(ARGV[2]) then
   return 'failed'
 end
 if get('pausing') == '1' then pause() return 'paused' end
+local fence = get('fence')
 queue()
+set('lapsed', fence)
 return 'queued'
 """
 
@@ -220,6 +234,14 @@ local called = tonumber(redis.call('ZSCORE', QUEUED, id) or 0)
 if called + ARGV[2] > now() then return '' end
 redis.call('ZADD', QUEUED, whole(now()), id)
 return redis.call('HGET', job, 'fence')
+"""
+
+WAITS = """
+if redis.call('GET', job .. ':claim') == ARGV[2] then redis.call('DEL', job .. ':claim') end
+if get('phase') ~= 'publishing' or get('waits') == ARGV[3] then return 0 end
+set('waits', ARGV[3])
+event(ARGV[4])
+return 1
 """
 
 INTEND = """

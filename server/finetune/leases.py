@@ -1,7 +1,8 @@
 """A worker's side of a job: take it, beat while it trains, say how it ended.
 
 A worker acts under the fence that `take` gave it, and every transition raises the fence: of all workers that
-ever had a job, exactly one gets True from `trained`, and none who lost the job can change it again.
+ever had a job, exactly one gets True from `trained`, and none who lost the job can change it again. A lease
+that has ended is no loss before somebody else takes the job: the worker's next word renews it.
 """
 
 from typing import Any, Literal
@@ -13,7 +14,7 @@ from server.finetune import job_scripts as lua
 from server.finetune.job import Checkpoint, Job, JobError, Level, Progress, TrainingResult, Wish, new_event
 from server.finetune.job_records import Records, decode_job
 
-LEASE_SECONDS = 15.0
+LEASE_SECONDS = 45.0  # three beats in a row, each of which waits for Valkey as long as its client does
 CALL_AGAIN_SECONDS = 30.0
 MAX_ATTEMPTS = 5  # without a new checkpoint between them
 LOST = JobError("worker_lost", f"The training's worker was lost {MAX_ATTEMPTS} times without new progress.")
@@ -97,7 +98,7 @@ class Leases(Records):
             lapsed: Any = await self._redis.zrange("pp:jobs:leases", 0, await self._now(), byscore=True)
         for id_ in lapsed:
             event = new_event(
-                "warn", "The training's worker was lost; the job goes on from its last checkpoint."
+                "warn", "The training's worker seems lost; the next one goes on from the last checkpoint."
             )
             await self._run(lua.LAPSE, id_.decode(), MAX_ATTEMPTS, msgspec.json.encode(LOST), event)
         with store_errors():

@@ -82,8 +82,11 @@ def _chat(record: Chat, tokenizer: Tokenizer) -> Example:
     at = 0
     for turn in record.targets:
         start, stop = _answer(whole, at, record, turn, tokenizer)
-        context = tokenizer.encode_part(whole, at, start)
-        answer = tokenizer.encode_part(whole, start, stop)
+        try:
+            context = tokenizer.encode_part(whole, at, start, chat=True)
+            answer = tokenizer.encode_part(whole, start, stop, chat=True)
+        except InvalidRequest as error:
+            raise Fault(record.fields[turn], error.message) from None
         tokens += context + answer
         weights += [0.0] * len(context) + [1.0] * len(answer)
         at = stop
@@ -97,7 +100,7 @@ def _answer(whole: str, after: int, record: Chat, turn: int, tokenizer: Tokenize
     """
     before = _render(record, turn, tokenizer, answer=True)
     through = _render(record, turn + 1, tokenizer, answer=False)
-    field, text = record.fields[turn], record.messages[turn]["content"].strip()
+    field, text = record.fields[turn], tokenizer.quoted(record.messages[turn])["content"].strip()
     if not (whole.startswith(through) and through.startswith(before) and after <= len(before)):
         raise Fault(
             field,

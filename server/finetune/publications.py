@@ -28,6 +28,10 @@ class Publications(Records):
             )
         return holder in (None, publisher.encode())
 
+    async def waits(self, id_: str, publisher: str, why: str) -> bool:
+        """Give the claim up to another publisher, and tell the tenant why it waits; whether that is news."""
+        return bool(await self._run(lua.WAITS, id_, publisher, why, new_event("warn", why)))
+
     async def tried(self, id_: str) -> int:
         """Count one more try that broke; how many there were."""
         with store_errors():

@@ -29,6 +29,7 @@ from server.errors import (
     StoreError,
     Unavailable,
 )
+from server.finetune.delays import Delays
 from server.finetune.files import Files
 from server.finetune.job import Job, JobError, StoredFile, TrainingResult, new_event
 from server.finetune.jobs import Jobs
@@ -36,6 +37,8 @@ from server.finetune.jobs import Jobs
 POLL_SECONDS = 1.0
 SWEEP_SECONDS = 5.0
 MAX_TRIES = 3  # of what breaks in a way that waiting does not heal
+LONGEST_DELAY_SECONDS = 60.0  # between two tries of one job by this publisher
+MISSING = "The trained files are not found in the object store; publishing goes on as soon as they are."
 JOB_FACT = "job"  # the manifest's fact that says which job a version is of
 log = logging.getLogger(__name__)
 
@@ -63,6 +66,7 @@ class Publisher:
         self._objects = objects
         self._gate = gate
         self._id = uuid.uuid4().hex
+        self._delays = Delays(POLL_SECONDS, LONGEST_DELAY_SECONDS)
 
     async def run(self) -> None:
         """Until cancelled. What was underway then is finished by whoever comes next."""
@@ -82,17 +86,25 @@ class Publisher:
             await asyncio.sleep(POLL_SECONDS)
 
     async def publish_all(self) -> None:
-        for id_ in await self._jobs.to_publish():
-            if await self._jobs.claim(id_, self._id):
+        waiting = await self._jobs.to_publish()
+        self._delays.keep(waiting)
+        for id_ in waiting:
+            if self._delays.over(id_) and await self._jobs.claim(id_, self._id):
                 await self._try(id_)
 
     async def _try(self, id_: str) -> None:
-        """Publish, or say why never; what may go better later is tried again when the claim has expired."""
+        """Publish, or say why never; what may go better later is tried again, less and less often."""
         try:
             await self._publish(id_)
+            self._delays.forget(id_)
+        except NotFound as error:  # a store that was restored, or is another's: the training is not to blame
+            self._delays.longer(id_)
+            if await self._jobs.waits(id_, self._id, MISSING):
+                log.warning("The version of %s waits: %s", id_, error)
         except EngineLost as error:  # perhaps by this very adapter
             await self._count(id_, error)
         except (Unavailable, DeadlineExceeded) as error:
+            self._delays.longer(id_)
             log.warning("The version of %s waits: %s", id_, error)
         except PolypeftError as error:
             if error.status >= 500:

@@ -6,7 +6,9 @@ All it writes it writes under its fence: once the job is another's, nothing of t
 import errno
 import logging
 import os
+import shutil
 import signal
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TypeVar
@@ -19,7 +21,16 @@ from adapters_store.objects import Objects
 from adapters_store.valkey import connect
 from server.base.resolve import resolve_model
 from server.engine.device import choose_placement
-from server.errors import NonFinite, NotFound, PolypeftError, StartupError, StoreError, shown
+from server.errors import (
+    CorruptObject,
+    NonFinite,
+    NotFound,
+    PolypeftError,
+    StartupError,
+    StoreError,
+    disk_error,
+    shown,
+)
 from server.finetune import faults
 from server.finetune.attempt import SAVED
 from server.finetune.checkpoints import Checkpoints, store_files
@@ -35,7 +46,8 @@ from server.finetune.task import Trained, run_task
 from server.finetune.watcher import Stopped
 from server.settings import Settings
 
-RESTORE_SECONDS = 60.0  # less patience than for what cannot be done without
+ROOM_BYTES = 8 << 20  # on the disk of a training: with less it is full
+ROOM_SECONDS = 1.0  # between two looks whether it still is
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -89,10 +101,19 @@ class Session:
             return SAVED if stopped.wish == "pause" else 0
         except Exception as error:
             fault, retry = fault_of(error, self._settings)
+            if is_disk_full(error, self._folder):  # libraries say it in words of their own
+                fault, retry = faults.DISK_FULL, True
+                self._wait_for_room()
             unforeseen = fault is faults.INTERNAL
             log.error("Job %s: %s: %s", job.id, type(error).__name__, fault.code, exc_info=unforeseen)
             self.patiently(lambda: self.jobs.fail(job.id, job.fence, fault, retry=retry))
             return 0
+
+    def _wait_for_room(self) -> None:
+        """At most OUTAGE_SECONDS: the next attempt would end where this one did."""
+        end = time.monotonic() + OUTAGE_SECONDS
+        while not self._stopping and time.monotonic() < end and is_disk_full(None, self._folder):
+            time.sleep(ROOM_SECONDS)
 
     def _train(self, job: Job) -> bool:
         """False if somebody else has the job by now. Raises whatever `fault_of` knows, and Stopped."""
@@ -127,14 +148,16 @@ class Session:
 
     def _restored(self, checkpoints: Checkpoints) -> Path | None:
         """Where to go on. With damaged checkpoints only, the training begins anew, to the same end."""
-        try:
-            return self._portal.call(
-                patiently, lambda: checkpoints.restore(self._folder / "restored"), RESTORE_SECONDS
-            )
-        except StoreError:
-            log.warning("No checkpoint can be read; the training begins anew")
-            self.patiently(lambda: checkpoints.prune(kept=0))
-            return None
+
+        async def restore() -> Path | None:
+            try:
+                return await checkpoints.restore(self._folder / "restored")
+            except CorruptObject:
+                log.warning("No checkpoint is whole; the training begins anew")
+                await checkpoints.prune(kept=0)
+                return None
+
+        return self.patiently(restore)
 
     def _fetched(self, job: Job, param: str, id_: str) -> Path:
         """The tenant's file on this disk."""
@@ -159,6 +182,13 @@ class Session:
             trained_tokens=trained.trained_tokens,
             steps=trained.steps,
         )
+
+
+def is_disk_full(error: Exception | None, folder: Path) -> bool:
+    """Whether that is why `error` came, or would come again."""
+    return (error is not None and disk_error(error) is not None) or (
+        not isinstance(error, PolypeftError) and shutil.disk_usage(folder).free < ROOM_BYTES
+    )
 
 
 def fault_of(error: Exception, settings: Settings) -> tuple[JobError, bool]:

@@ -7,6 +7,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -39,8 +40,9 @@ class Trained(msgspec.Struct):
 
     def write(self, folder: Path) -> None:
         draft = folder / f".{FILE}"
-        draft.write_bytes(msgspec.json.encode(self))
-        draft.replace(folder / FILE)
+        with suppress(OSError):  # a full disk: the training goes on, and the next step writes it all again
+            draft.write_bytes(msgspec.json.encode(self))
+            draft.replace(folder / FILE)
 
 
 class Tally:

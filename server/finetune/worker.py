@@ -14,16 +14,18 @@ import time
 import uuid
 from collections.abc import Sequence
 from types import FrameType
+from typing import Any
 
 from redis import Redis
 from redis.asyncio import Redis as AsyncRedis
-from redis.exceptions import RedisError
+from redis.exceptions import RedisError, TimeoutError  # noqa: A004 - redis names it so
 from rq import SimpleWorker
 from rq.exceptions import StopRequested
 from rq.serializers import JSONSerializer
 from rq.timeouts import BaseDeathPenalty
 from rq.worker import WorkerStatus
 
+from adapters_store.identity import prove_identity_in_time
 from adapters_store.objects import Objects
 from adapters_store.valkey import CONNECT_SECONDS, connect
 from server.errors import StartupError, StoreError
@@ -62,7 +64,8 @@ class Worker:
         self._name = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
 
     def work(self) -> None:
-        """Until SIGTERM or SIGINT. Valkey's absence is waited out."""
+        """Until SIGTERM or SIGINT. Valkey's absence is waited out. Raises StartupError."""
+        asyncio.run(self._prove())
         global _worker  # rq calls `run` by its name alone
         _worker = self
         if self.settings.metrics_port:
@@ -86,11 +89,11 @@ class Worker:
         try:
             jobs = Jobs(redis, queue)
             name = f"{self._name}-{uuid.uuid4().hex}"
-            job = await patiently(lambda: jobs.take(id_, name), TAKE_SECONDS, lambda: self.stopping)
-            if job is None:
-                log.info("Job %s: not waiting for a worker", id_)
-                return
-            with desk(self._folder, id_) as folder:
+            with desk(self._folder, id_) as folder:  # first: a disk without room takes no job
+                job = await patiently(lambda: jobs.take(id_, name), TAKE_SECONDS, lambda: self.stopping)
+                if job is None:
+                    log.info("Job %s: not waiting for a worker", id_)
+                    return
                 attempt = Attempt(
                     jobs,
                     job,
@@ -104,6 +107,15 @@ class Worker:
                 await attempt.run()
         finally:
             queue.close()
+            await redis.aclose()
+
+    async def _prove(self) -> None:
+        """That the servers of this Valkey use the same store. Raises StartupError."""
+        redis = connect(self.url)
+        try:
+            objects = Objects.open(self.settings.store_url, self.settings.store_config)
+            await prove_identity_in_time(redis, objects)
+        finally:
             await redis.aclose()
 
     def _environment(self) -> dict[str, str]:
@@ -179,6 +191,14 @@ class _Calls(SimpleWorker):
         self.log_result_lifespan = False
         self._worker = worker
 
+    def dequeue_job_and_maintain_ttl(self, *args: Any, **options: Any) -> Any:
+        """rq's own worker quits when Valkey is too slow to answer; this one asks again."""
+        while True:
+            try:
+                return super().dequeue_job_and_maintain_ttl(*args, **options)
+            except TimeoutError:
+                log.warning("Valkey was too slow to answer; asking for jobs again")
+
     def subscribe(self) -> None:
         """No orders over Valkey: rq's thread for them would end at an outage."""
 
@@ -202,6 +222,8 @@ def run(job: str) -> None:
         asyncio.run(_worker.attempt(job))
     except StoreError as error:
         log.warning("Job %s: left to whoever sweeps: %s", job, error.message)
+    except OSError as error:
+        log.warning("Job %s: left to whoever sweeps: %s", job, error.strerror)
     except Exception:
         log.exception("Job %s: the worker failed; left to whoever sweeps", job)
 

@@ -12,13 +12,26 @@ from collections.abc import Callable
 from typing import Any
 
 import llvmlite.binding as llvm
+import numba as nb
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
 LANES = 16  # outputs of a panel
-FEATURES = llvm.get_host_cpu_features()
+
+
+def features_of(listed: str | None) -> dict[str, bool]:
+    """What the code may use: as NUMBA_CPU_FEATURES lists it ("+avx2,-fma"), else all that the processor has.
+
+    numba compiles for the same list: an instruction asked for here that it does not know would not compile.
+    """
+    if listed is None:
+        return {str(name): bool(here) for name, here in llvm.get_host_cpu_features().items()}
+    return {name[1:]: name.startswith("+") for name in listed.split(",")}
+
+
+FEATURES = features_of(nb.config.CPU_FEATURES)
 WIDE = bool(FEATURES.get("avx512f", False))
 BYTE, SHORT, WORD, LONG = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 

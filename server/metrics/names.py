@@ -105,7 +105,7 @@ ENGINE: Mapping[str, Family] = {
     "guessed_right": _counter("vllm:spec_decode_num_accepted_tokens", "Guessed tokens that were right"),
     "prefix_queries": _counter("vllm:prefix_cache_queries", "Prompt tokens looked up in the prefix cache"),
     "prefix_hits": _counter("vllm:prefix_cache_hits", "Prompt tokens found in the prefix cache"),
-    "preemptions": _counter("vllm:num_preemptions", "Rows put back because KV ran out"),
+    "preemptions": _counter("vllm:num_preemptions", "Rows put back: KV ran out, or another tenant was due"),
     "batch_tokens": _histogram("vllm:iteration_tokens_total", TOKENS, "Tokens in a step"),
     "request_prompt_tokens": _histogram("vllm:request_prompt_tokens", TOKENS, "Prompt tokens of a row"),
     "request_generation_tokens": _histogram(
@@ -164,6 +164,7 @@ ENGINE: Mapping[str, Family] = {
     "gate_refusals": _counter(
         "polypeft_gate_refusals", "New versions that failed the engine's check", reason=GATE_REFUSALS
     ),
+    "internal_errors": _counter("polypeft_internal_errors", "Rows and commands of the engine ended by a bug"),
     "non_finite_rows": _counter("polypeft_non_finite_rows", "Rows ended because of NaN or Inf"),
     "engine_restarts": _counter("polypeft_engine_restarts", "Times the engine came back as a new process"),
     "gpu_memory": _gauge(
@@ -231,7 +232,7 @@ FLEET: Mapping[str, Family] = {
     "engine_up": _gauge("polypeft_engine_up", "1 while the engine answers this API"),
     "build_info": _gauge("polypeft_build_info", "Always 1", version=(), python=(), torch=(), model_name=()),
     "valkey_up": _gauge("polypeft_valkey_up", "1 while Valkey answers"),
-    "valkey_aof_ok": _gauge("polypeft_valkey_aof_ok", "0 when Valkey's last write to its file failed"),
+    "valkey_aof_ok": _gauge("polypeft_valkey_aof_ok", "0 when Valkey cannot write to its file"),
     "valkey_memory": _gauge("polypeft_valkey_memory_bytes", "Memory Valkey uses"),
     "tenants": _gauge("polypeft_tenants", "Tenants"),
     "adapters_registered": _gauge("polypeft_adapters_registered", "Adapters of all tenants"),

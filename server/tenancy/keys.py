@@ -7,13 +7,17 @@ import hashlib
 import hmac
 import os
 import secrets
+import stat
 from pathlib import Path
 
 from server.errors import StartupError
+from server.settings import Settings
 
 PREFIX = "pp-"
 BYTES = 32
 LENGTH = len(PREFIX) + 43  # 32 bytes in URL-safe base64 without padding
+MIN_OPERATOR_KEY_CHARS, MAX_OPERATOR_KEY_CHARS = 32, 1024  # of one that was not made here
+OTHERS_MAY_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 
 def new_secret() -> str:
@@ -36,25 +40,47 @@ def same_secret(given: str, expected: str) -> bool:
     return hmac.compare_digest(*hashes)
 
 
-def operator_key(data_dir: Path) -> tuple[str, bool]:
-    """The operator's key, and whether this call made it.
+def operator_key(settings: Settings) -> str:
+    """The operator's key, out of `admin_key_file` or else out of admin.key in the data directory.
 
-    It lies in `data_dir`/admin.key, readable by its owner alone, and appears whole or not at all: of
-    several processes that start at once, one makes it and the others read that one's.
+    The latter is made where there is none, readable by its owner alone, and appears whole or not at all: of
+    several processes that start at once, one makes it and the others read that one's. Raises StartupError for
+    a file that cannot be read, that others may write, or that holds no key.
     """
-    path = data_dir / "admin.key"
+    path = settings.operator_key_path
+    if settings.admin_key_file is None:
+        try:
+            if not path.exists():
+                _create_once(path, new_secret())
+        except OSError as error:
+            raise StartupError("admin.key in the data directory cannot be made.") from error
+        return _read_operator_key(path, "admin.key in the data directory")
+    return _read_operator_key(path, f"--admin-key-file {str(path)!r}")
+
+
+def _read_operator_key(path: Path, called: str) -> str:
+    """Who may read it is not asked: secrets are mounted so that every user of a container may."""
     try:
-        created = not path.exists() and _create_once(path, new_secret())
-        secret = path.read_text(encoding="ascii").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise StartupError("admin.key in the data directory can be neither read nor made.") from error
-    if not well_formed(secret):
-        raise StartupError("admin.key in the data directory holds no key; remove it to get a new one.")
-    return secret, created
+        mode = path.stat().st_mode
+        if not stat.S_ISREG(mode):
+            raise StartupError(f"{called} is not a file.", param="admin_key_file")
+        with path.open("rb") as file:
+            content = file.read(MAX_OPERATOR_KEY_CHARS + 2)
+    except OSError as error:
+        raise StartupError(f"{called} cannot be read: {error.strerror}.", param="admin_key_file") from error
+    if mode & OTHERS_MAY_WRITE:
+        rule = f"can be changed by others, its mode is {stat.S_IMODE(mode):04o}: chmod go-w it"
+        raise StartupError(f"{called} {rule}.", param="admin_key_file")
+    key = content.strip()
+    fits = MIN_OPERATOR_KEY_CHARS <= len(key) <= MAX_OPERATOR_KEY_CHARS
+    if not fits or not all(0x20 < char < 0x7F for char in key):
+        rule = f"one line of {MIN_OPERATOR_KEY_CHARS} to {MAX_OPERATOR_KEY_CHARS} printable ASCII characters"
+        raise StartupError(f"{called} holds no key: {rule} without a space.", param="admin_key_file")
+    return key.decode("ascii")
 
 
-def _create_once(path: Path, secret: str) -> bool:
-    """Write a new file of mode 0600 durably; False if somebody else was first."""
+def _create_once(path: Path, secret: str) -> None:
+    """Write a new file of mode 0600 durably, unless somebody else was first."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -65,7 +91,7 @@ def _create_once(path: Path, secret: str) -> bool:
             os.fsync(file.fileno())
         os.link(draft, path)
     except FileExistsError:
-        return False
+        return
     finally:
         draft.unlink()
     folder = os.open(path.parent, os.O_RDONLY)
@@ -73,4 +99,3 @@ def _create_once(path: Path, secret: str) -> bool:
         os.fsync(folder)
     finally:
         os.close(folder)
-    return True

@@ -13,6 +13,7 @@ from server.errors import Conflict, InvalidField, NotFound, PolypeftError, Quota
 
 pytestmark = pytest.mark.anyio
 WEIGHTS = "adapter_model.safetensors"
+SIZE = Path(__file__).stat().st_size  # of what `stage` stores
 
 
 def manifest(
@@ -162,6 +163,64 @@ async def test_quota_counts_names_not_versions(objects: Objects, redis: Redis) -
     await publish(registry, "u", "c")
     await registry.delete("t", "a")
     await publish(registry, "t", "c")
+
+
+async def test_bytes_of_all_versions_are_bounded_deleted_ones_included(
+    objects: Objects, redis: Redis
+) -> None:
+    registry = Registry(objects, redis, max_bytes=3 * SIZE)
+    for name in ("a", "a", "b"):
+        await publish(registry, "t", name)
+    with pytest.raises(QuotaExceeded, match=f"{3 * SIZE} bytes"):
+        await registry.next_version("t", "b", SIZE)
+    with pytest.raises(QuotaExceeded):
+        await publish(registry, "t", "b")
+    assert await objects.list("tenants/t/adapters/b") == [manifest_key("t", "b", 1)]
+    await publish(registry, "u", "b")
+    await registry.delete("t", "a", 1)
+    with pytest.raises(QuotaExceeded):
+        await publish(registry, "t", "b")
+    await registry.restore("t", "a")
+    await registry.delete("t", "b", purge=True)
+    await publish(registry, "t", "c")
+    with pytest.raises(QuotaExceeded):
+        await publish(registry, "t", "c")
+    await registry.delete("t", "a")
+    await registry.delete("t", "a", purge=True)
+    assert [await publish(registry, "t", "c") for _ in "12"] == [3, 4], "room for the two that were purged"
+
+
+async def test_bytes_are_counted_where_an_earlier_version_did_not(objects: Objects, redis: Redis) -> None:
+    before = Registry(objects, redis)
+    for name in ("a", "b", "b"):
+        await publish(before, "t", name)
+    await before.delete("t", "a")
+    for forget in (lambda: redis.delete("pp:adapters:t:bytes"), before.rebuild_index):
+        await forget()  # type: ignore[operator]
+        with pytest.raises(QuotaExceeded):
+            await publish(Registry(objects, redis, max_bytes=4 * SIZE - 1), "t", "b")
+        assert await redis.get("pp:adapters:t:bytes") == b"%d" % (3 * SIZE)
+    await redis.delete("pp:adapters:t:bytes")
+    await before.delete("t", "a", purge=True)
+    await publish(Registry(objects, redis, max_bytes=3 * SIZE), "t", "b")
+
+
+async def test_of_many_at_once_no_more_bytes_are_taken_than_may_be(objects: Objects, redis: Redis) -> None:
+    registry = Registry(objects, redis, max_bytes=3 * SIZE)
+    names = [f"a{number}" for number in range(8)]
+    done = await asyncio.gather(*(publish(registry, "t", name) for name in names), return_exceptions=True)
+    assert sum(not isinstance(one, BaseException) for one in done) == 3
+    assert sum(isinstance(one, QuotaExceeded) for one in done) == 5
+
+
+async def test_what_a_refused_upload_stored_is_discarded_and_what_a_version_has_is_not(
+    objects: Objects, registry: Registry
+) -> None:
+    await publish(registry, "t", "a")
+    kept = (await registry.manifest("t", "a", 1)).files
+    refused = await registry.stage("t", [("adapter_model.safetensors", Path(__file__))])
+    await registry.collector.discard([blob.key for blob in [*kept, *refused]])
+    assert await objects.list("tenants/t/blobs") == [blob.key for blob in kept]
 
 
 async def test_versions_and_aliases_are_bounded(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,8 @@ from tests.e2e.serving import Serving, body, files_of
 
 LONG = "One frozen base model stays resident. " * 6
 GRAMMAR = {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "integer"}}}
-AT_ONCE = 24  # more than the queue and the batch of the test's server hold
+AT_ONCE = 24  # more than one tenant may have in the test's server
+CROWD = 64  # tenants with a row each: more than its queue and its batch hold
 MANY = 400  # tokens: all rows of a batch begin, and its KV cannot hold them all to the end
 
 
@@ -43,13 +44,15 @@ def train(server: Serving, key: str, base: str, name: str, epochs: int) -> None:
 async def use(server: Serving, keys: dict[str, list[str]], base: str, seconds: float) -> None:
     """Every tenant (key -> its adapters) at once: short and long, streamed, wrong, cut off, too many."""
     end = time.monotonic() + seconds
-    limits = httpx.Limits(max_connections=256)
+    limits = httpx.Limits(max_connections=512)
+    crowd = [server.tenant(f"crowd-{i}") for i in range(CROWD)]
     async with httpx.AsyncClient(base_url=server.url, timeout=60, limits=limits) as client:
         turn = 0
         while time.monotonic() < end:
             turn += 1
             await asyncio.gather(
                 *(_tenant(client, key, [base, *own], turn) for key, own in keys.items()),
+                *(_one(client, key, base, turn) for key in crowd if turn % 4 == 0),
                 return_exceptions=True,
             )
 
@@ -77,6 +80,11 @@ async def _tenant(client: httpx.AsyncClient, key: str, models: list[str], turn: 
     if turn % 4 == 0:
         calls += [post("/v1/completions", body(model, f"{i} at once", MANY)) for i in range(AT_ONCE)]
     await asyncio.gather(*calls, return_exceptions=True)
+
+
+async def _one(client: httpx.AsyncClient, key: str, base: str, turn: int) -> None:
+    asked = body(base, f"{turn} together", MANY)
+    await client.post("/v1/completions", json=asked, headers={"authorization": f"Bearer {key}"})
 
 
 async def _streamed(client: httpx.AsyncClient, headers: dict[str, str], asked: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ from compose_spec import PyCompose
 
 from server.settings import Settings
 from server.supervisor.system import STOP_SECONDS
+from server.tenancy.keys import operator_key
 from tests.deploy.prometheus import DEPLOY, ROOT, load
 
 COMPOSE: dict[str, Any] = load(DEPLOY / "compose.yaml")
@@ -75,6 +76,10 @@ def test_secrets_are_made_beside_it_and_ignored(tmp_path: Path) -> None:
         assert len(first[name]) == 48
         assert first[name] not in (DEPLOY / "compose.yaml").read_text()
     assert first["metrics-token"] in first["polypeft.env"]
+    given = Settings(admin_key_file=made / "secrets" / "admin-key")
+    assert operator_key(given) == first["admin-key"].strip()
+    environment = SERVICES["server"]["environment"]
+    assert environment["POLYPEFT_ADMIN_KEY_FILE"] == f"/run/secrets/{SERVICES['server']['secrets'][0]}"
     ignored = subprocess.run(["git", "check-ignore", "-q", "deploy/secrets/x"], cwd=ROOT, check=False)
     assert ignored.returncode == 0
 

@@ -13,6 +13,7 @@ import yaml
 
 from server.settings import Settings
 from server.supervisor.system import STOP_SECONDS
+from server.tenancy.keys import OTHERS_MAY_WRITE
 from tests.deploy.prometheus import DEPLOY, load, rules
 
 OVERLAYS = ("cpu", "gpu")
@@ -87,6 +88,18 @@ def test_secrets_are_named_and_never_there(folder: str) -> None:
         for entry in template["spec"]["containers"][0]["env"]:
             if re.search(r"TOKEN|SECRET|KEY|REDIS_URL", entry["name"]):
                 assert entry["valueFrom"]["secretKeyRef"]["name"] == "polypeft"
+
+
+@pytest.mark.parametrize("folder", OVERLAYS)
+def test_all_pods_take_the_operators_key_of_one_secret(folder: str) -> None:
+    spec = pods(folder)["polypeft"]["spec"]
+    (server,) = spec["containers"]
+    given = server["args"][server["args"].index("--admin-key-file") + 1]
+    (mount,) = (mount for mount in server["volumeMounts"] if given.startswith(mount["mountPath"] + "/"))
+    (volume,) = (volume for volume in spec["volumes"] if volume["name"] == mount["name"])
+    assert volume["secret"]["secretName"] == "polypeft"
+    assert given == f"{mount['mountPath']}/{volume['secret']['items'][0]['path']}"
+    assert not volume["secret"]["defaultMode"] & OTHERS_MAY_WRITE
 
 
 @pytest.mark.parametrize("folder", OVERLAYS)

@@ -28,6 +28,7 @@ QUIET = {
     "guessed_right",
     "adapter_corrupt_copies",
     "non_finite_rows",
+    "internal_errors",
     "engine_restarts",
     "rejections",
     "valkey_errors",

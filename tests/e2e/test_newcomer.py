@@ -96,11 +96,13 @@ async def test_a_pushed_adapter_and_the_base_answer_at_once_what_peft_answers(
 
 
 def test_a_second_start_needs_no_network_and_keeps_the_key(home: Serving, command: Command, key: str) -> None:
-    """The operator's key is shown once: not by this start."""
+    """Of the operator's key no start says more than where it lies."""
     operator = home.operator
+    assert operator not in home.said() + home.log()
     home.stop()
     home.start()
     assert operator == home.operator
-    assert operator not in home.said()
+    assert operator not in home.said() + home.log()
+    assert f"The operator's key lies in {home.data_dir / 'admin.key'}." in home.said()
     assert "polypeft tenants add" in home.said()
     assert ANSWER in command("chat", "--temperature", "0", key=key, said=QUESTION + "\n")

@@ -2,6 +2,8 @@
 
 import json
 import logging
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -118,3 +120,47 @@ def test_lines_name_the_request_they_are_about(capsys: pytest.CaptureFixture[str
     assert text.endswith("server.test: [req_1] slow")
     assert json.loads(about)["request_id"] == "req_1"
     assert "request_id" not in json.loads(nobody)
+
+
+CHATTER = """
+import logging, sys
+from server.logs import configure_logs
+from server.settings import Settings
+configure_logs(Settings(), "api")
+for number in range(5000):
+    logging.getLogger("server.test").warning("%05d %s", number, "x" * (number % 1000))
+print("done", flush=True)
+sys.stdin.read()
+for number in range(2):
+    logging.getLogger("server.test").warning("after")
+"""
+
+
+def test_a_reader_that_takes_nothing_holds_nobody_up_and_finds_whole_lines() -> None:
+    command = [sys.executable, "-c", CHATTER]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "done\n", "while the pipe was full"
+        assert process.stderr is not None
+        assert process.stdin is not None
+        said = [process.stderr.readline() for _ in range(50)]
+        process.stdin.close()
+        said += process.stderr.readlines()
+    lines = [line.partition(" server.test: ")[2] for line in said]
+    assert lines[-2:] == ["after\n", "after\n"], "it is heard again"
+    assert len(lines) < 4000
+    assert lines[:-2] == [f"{n:05} {'x' * (n % 1000)}\n" for n in range(len(lines) - 2)]
+
+
+def test_a_reader_that_is_gone_holds_nobody_up() -> None:
+    command = [sys.executable, "-c", CHATTER]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdin is not None
+        assert process.stderr is not None
+        process.stderr.close()
+        assert process.stdout.readline() == "done\n"
+        process.stdin.close()
+        assert process.wait(30) == 0

@@ -15,6 +15,8 @@ import httpx
 import psutil
 import pytest
 from redis import Redis
+from redis.asyncio import Redis as AsyncRedis
+from redis.exceptions import BusyLoadingError
 
 from server.errors import StartupError
 from server.settings import MULTIPROCESS, Settings
@@ -53,6 +55,7 @@ API = """
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
             if self.path == "/slow":
+                (folder / "asked").touch()
                 time.sleep(1)
             self.send_response(200); self.send_header("content-length", "2"); self.end_headers()
             self.wfile.write(b"ok")
@@ -256,9 +259,9 @@ def test_requests_in_flight_are_drained(system: System) -> None:
     with subprocess.Popen(
         [sys.executable, "-c", f"import httpx; print(httpx.get('{url}/slow').text)"], stdout=subprocess.PIPE
     ) as client:
-        time.sleep(0.7)
+        until((system.folder / "asked").exists, system.log)
         parent.send_signal(signal.SIGTERM)
-        out, _ = client.communicate(timeout=10)
+        out, _ = client.communicate(timeout=60)
     assert out.strip() == b"ok"
     assert parent.wait(10) == 0
 
@@ -271,7 +274,7 @@ def test_a_second_signal_ends_it_at_once(system: System) -> None:
     time.sleep(0.3)
     assert parent.poll() is None  # drains: this API does not want to go
     parent.send_signal(signal.SIGTERM)
-    parent.wait(3)
+    parent.wait(20)  # of drain_seconds, 30
     assert not any(alive(pid) for name in ("engine", "api") for pid in system.pids(name))
 
 
@@ -323,6 +326,21 @@ async def test_a_dead_redis_url_is_a_sentence_without_its_password() -> None:
 
 
 @pytest.mark.anyio
+async def test_a_valkey_that_reads_its_file_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It says so itself, however long its file is."""
+    answers = [BusyLoadingError("Valkey is loading the dataset in memory")] * 5
+
+    async def ping(_client: AsyncRedis) -> bool:
+        if answers:
+            raise answers.pop()
+        return True
+
+    monkeypatch.setattr(AsyncRedis, "ping", ping)
+    await answering("redis://127.0.0.1:1/0", 0.0)
+    assert not answers
+
+
+@pytest.mark.anyio
 async def test_a_redis_url_of_another_kind_is_a_sentence() -> None:
     with pytest.raises(StartupError, match="is not a redis://"):
         await answering("http://127.0.0.1:1", 0.1)
@@ -370,3 +388,53 @@ def test_figures_begin_with_a_serve_and_each_worker_has_a_port(tmp_path: Path) -
     finally:
         parent.send_signal(signal.SIGTERM)
         parent.wait(10)
+
+
+# beats, and then stands still altogether; the next one beats on
+FROZEN = """
+    import zmq
+    from server.engine.messages import Beat, beat_address, encode
+    socket = zmq.Context().socket(zmq.PUB)
+    socket.bind(beat_address(settings.engine_socket))
+    first = len((folder / "engine.pids").read_text().split()) == 1
+    while True:
+        time.sleep(0.1)
+        socket.send(encode(Beat("boot", 0.0, 0.0)))
+        if first and (folder / "freeze").exists():
+            os.kill(os.getpid(), signal.SIGSTOP)
+"""
+
+
+def test_an_engine_that_is_silent_for_longer_than_any_request_is_killed(tmp_path: Path) -> None:
+    system = System(tmp_path, request_seconds=2.0)
+    system.child("engine", FROZEN)
+    parent = system.start()
+    try:
+        system.ready()
+        first = system.pid("engine")
+        time.sleep(4.0)  # it is heard all the time
+        assert alive(first)
+        (tmp_path / "freeze").touch()
+        until(lambda: len(system.pids("engine")) == 2, system.log, 60)
+        said = [json.loads(line)["message"] for line in system.log().splitlines()]
+        killed = [line for line in said if f"The engine process {first} has been silent for" in line]
+        assert len(killed) == 1
+        time.sleep(4.0)
+        assert alive(system.pid("engine"))
+    finally:
+        parent.terminate()
+        parent.wait(20)
+
+
+def test_an_engine_that_has_not_been_heard_yet_is_waited_for(tmp_path: Path) -> None:
+    """It loads a model, and may take any time for that."""
+    system = System(tmp_path, request_seconds=0.5)
+    parent = system.start()
+    try:
+        system.ready()
+        first = system.pid("engine")
+        time.sleep(4.0)
+        assert system.pids("engine") == [first]
+    finally:
+        parent.terminate()
+        parent.wait(20)

@@ -1,6 +1,7 @@
 import errno
 import hashlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -252,6 +253,33 @@ def test_a_full_disk_is_done_without(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert (tier.nbytes, tier.failures) == (0, 1)
     assert list(tmp_path.iterdir()) == []
     assert write(tier, 1)
+
+
+def test_copies_make_way_while_others_fill_the_disk_and_come_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tier, free = DiskTier(tmp_path, 1000), 10_000
+    monkeypatch.setattr(shutil, "disk_usage", lambda _folder: shutil._ntuple_diskusage(20_000, 0, free))  # type: ignore[attr-defined]
+    assert all(write(tier, i) for i in range(4))
+    tier.give_way()
+    assert len(tier) == 4
+    free = 200 - 50  # 200 are to be left free
+    tier.give_way()
+    assert [read(tier, i) is not None for i in range(4)] == [False, False, True, True]
+    assert not write(tier, 5)
+    free = 10_000
+    assert write(tier, 5)
+
+
+def test_a_disk_that_has_no_room_for_the_folder_is_done_without_until_it_has(tmp_path: Path) -> None:
+    in_the_way = tmp_path / "cache"
+    in_the_way.write_text("")
+    tier = DiskTier(in_the_way / "adapters", 1000)
+    assert not write(tier, 1)
+    assert read(tier, 1) is None
+    in_the_way.unlink()
+    assert write(tier, 1)
+    assert read(tier, 1) == blob(1)
 
 
 def test_a_scan_does_not_wear_the_disk_out(tmp_path: Path) -> None:

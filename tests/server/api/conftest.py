@@ -22,6 +22,7 @@ from redis import Redis as SyncRedis
 from safetensors.torch import save
 
 from server.adapters.sites import Base, Site
+from server.api.__main__ import server_config
 from server.app import build_app
 from server.engine.fake import Behaviour, FakeEngine
 from server.settings import Settings
@@ -125,16 +126,16 @@ class running:  # noqa: N801 - used as a context manager
 
     async def _main(self) -> None:
         app = self._build(self._settings)
-        engine = FakeEngine(self._settings.engine_socket, toy_base(), {"max_seqs": 8})
+        engine = FakeEngine(self._settings.engine_socket, toy_base(), {"max_seqs": 8, "max_queue": 8})
         await engine.start()
-        config = uvicorn.Config(app, port=0, http="httptools", log_config=None, access_log=False)
+        config = server_config(app, self._settings.model_copy(update={"port": 0}))
         self._server = server = uvicorn.Server(config)
         task = asyncio.create_task(server.serve())
         while not (server.started and app.state.services.engine.ready):
             await asyncio.sleep(0.01)
             assert not task.done(), task.exception()
         port = server.servers[0].sockets[0].getsockname()[1]
-        operator, _ = operator_key(self._settings.data_dir)
+        operator = operator_key(self._settings)
         loop = asyncio.get_running_loop()
         self._system = System(f"http://127.0.0.1:{port}", app, engine, self._settings, operator, loop)
         self._up.set()
@@ -182,7 +183,7 @@ async def asdk(system: System, key: str, engine: FakeEngine) -> AsyncIterator[op
         yield client
 
 
-def until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
+def until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not happen in time"

@@ -54,6 +54,18 @@ def test_a_streams_joined_text_is_the_text(sdk: openai.OpenAI, engine: FakeEngin
     assert len({e.id for e in events}) == 1
 
 
+def test_the_last_event_of_a_choice_says_why_it_ended_and_nothing_else(
+    http: httpx.Client, engine: FakeEngine
+) -> None:
+    engine.behaviour.chunk_tokens = 3
+    body = {"model": "toy", "prompt": "abc", "max_tokens": 3, "stream": True, "logprobs": 1}
+    lines = http.post("/v1/completions", json=body).text.split("\n\n")
+    first, last = (json.loads(line[6:])["choices"][0] for line in lines[:-2])
+    assert first["text"]
+    assert first["finish_reason"] is None
+    assert last == {"index": 0, "text": "", "logprobs": None, "finish_reason": "length"}
+
+
 async def collect(client: openai.AsyncOpenAI, **fields: Any) -> str:
     stream = await client.completions.create(**fields, stream=True)
     return "".join([event.choices[0].text async for event in stream])
@@ -99,6 +111,11 @@ def test_several_prompts_and_choices_are_numbered_prompt_by_prompt(
     assert answer.usage is not None
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (5, 16)
     assert len({c.text for c in answer.choices}) == 4
+
+
+def test_a_raw_prompt_writes_its_own_control_tokens(sdk: openai.OpenAI, engine: FakeEngine) -> None:
+    sdk.completions.create(model="toy", prompt="a<|end|>", max_tokens=1)
+    assert engine.seen[0].prompt == [*script("a"), TOKENIZER.end]
 
 
 def test_token_prompts_reach_the_engine_as_they_are(http: httpx.Client, engine: FakeEngine) -> None:
@@ -159,7 +176,7 @@ def test_streamed_logprobs_are_those_of_the_whole(http: httpx.Client, engine: Fa
     lines = http.post("/v1/completions", json=body | {"stream": True}).text.split("\n\n")
     streamed: dict[str, list[Any]] = {name: [] for name in whole}
     for line in lines[:-2]:
-        for name, values in json.loads(line[6:])["choices"][0]["logprobs"].items():
+        for name, values in (json.loads(line[6:])["choices"][0]["logprobs"] or {}).items():
             streamed[name] += values
     assert streamed == whole
 

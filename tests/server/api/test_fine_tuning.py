@@ -397,6 +397,16 @@ def test_unfinished_jobs_are_capped(http: httpx.Client, system: System) -> None:
     assert create(http, file).status_code == 200
 
 
+def test_an_answer_to_a_new_job_says_where_it_is(http: httpx.Client) -> None:
+    file = send(http)
+    for _ in range(2):  # also when it is there already
+        answer = create(http, file, headers={"idempotency-key": "where"})
+        assert answer.status_code == 200
+        assert http.get(answer.headers["location"]).json()["id"] == answer.json()["id"]
+    assert create(http, file, metadata={f"k{i}": "v" for i in range(17)}).status_code == 422
+    http.post(f"/v1/fine_tuning/jobs/{answer.json()['id']}/cancel")
+
+
 # who may see what
 
 

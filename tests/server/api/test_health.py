@@ -69,6 +69,7 @@ def test_limits_are_data(http: httpx.Client, engine: FakeEngine) -> None:
     limits = http.get("/v1/limits").json()
     assert limits["max_context_tokens"] == 256
     assert limits["max_n"] == 8
+    assert limits["max_rows_per_tenant"] == 8
     too_many = {"model": "toy", "prompt": "x", "n": limits["max_n"] + 1}
     assert http.post("/v1/completions", json=too_many).status_code == 422
     assert http.post("/v1/completions", json=too_many | {"n": limits["max_n"]}).status_code == 200
@@ -157,12 +158,17 @@ def test_what_is_refused_at_the_door_counts_by_reason(system: System, engine: Fa
 
     body = {"model": "toy", "prompt": "x", "n": 8, "max_tokens": 200}
     upload = {"filename": "x.jsonl", "purpose": "fine-tune", "bytes": 10, "mime_type": "text/jsonl"}
-    with system.http(system.tenant("many")) as client:
+    with system.http(system.tenant("many")) as client, system.http(system.tenant("more")) as other:
         before = {reason: refused(reason) for reason in REJECTIONS}
-        engine.behaviour.step_seconds = 0.01
-        with ThreadPoolExecutor(3) as pool:
-            answers = [pool.submit(client.post, "/v1/completions", json=body) for _ in range(3)]
-        assert sorted(answer.result().status_code for answer in answers) == [200, 200, 503]
+        engine.behaviour.step_seconds = 0.05
+        with ThreadPoolExecutor(2) as pool:
+            answers = [pool.submit(who.post, "/v1/completions", json=body) for who in (client, other)]
+            until(lambda: engine.running == 16)
+            with system.http(system.tenant("late")) as late:
+                assert late.post("/v1/completions", json=body).status_code == 503
+            assert client.post("/v1/completions", json=body).status_code == 429
+            engine.behaviour.step_seconds = 0
+        assert [answer.result().status_code for answer in answers] == [200, 200]
         limit = system.settings.max_uploads_per_tenant
         assert [client.post("/v1/uploads", json=upload).status_code for _ in range(limit + 1)][-1] == 429
         system.app.state.services.draining = True
@@ -171,7 +177,7 @@ def test_what_is_refused_at_the_door_counts_by_reason(system: System, engine: Fa
         finally:
             system.app.state.services.draining = False
         after = {reason: refused(reason) - before[reason] for reason in REJECTIONS}
-    assert after == {"queue_full": 1, "quota": 1, "draining": 1, "engine_unavailable": 0}
+    assert after == {"queue_full": 1, "quota": 2, "draining": 1, "engine_unavailable": 0}
 
 
 def test_a_queue_that_other_processes_filled_is_a_refusal_not_a_failure(
@@ -197,3 +203,27 @@ def test_a_queue_that_other_processes_filled_is_a_refusal_not_a_failure(
     answer = http.post("/v1/completions", json=body)
     assert (answer.status_code, answer.json()["error"]["code"]) == (503, "queue_full")
     assert counts() == before | {"refused": before["refused"] + 1}
+
+
+def test_a_silent_engine_is_not_ready_and_hangs_only_beyond_any_request(
+    system: System, engine: FakeEngine, http: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What comes meanwhile is taken, and waits; only an engine that nobody could end fails the probe."""
+    engine.behaviour.mute = True
+    monkeypatch.setattr("server.engine.client.SILENCE_SECONDS", 0.5)
+    until(lambda: http.get("/readyz").status_code == 503)
+    told = http.get("/readyz").json()
+    assert told["checks"] == {"accepting": True, "engine": False, "control_store": True}
+    assert told["engine"]["silent_seconds"] >= 0.5
+    assert http.get("/healthz").status_code == 200
+    body = {"model": "toy", "prompt": "x", "max_tokens": 4}
+    late = http.post("/v1/completions", json=body, headers={"x-request-timeout": "0.5"})
+    assert late.status_code == 504
+    with monkeypatch.context() as brief:
+        brief.setattr("server.api.health.HUNG", 0.0001)  # of ten minutes
+        answer = http.get("/healthz")
+        assert (answer.status_code, answer.json()["status"]) == (503, "hangs")
+    engine.behaviour.mute = False
+    until(lambda: http.get("/readyz").status_code == 200)
+    assert http.get("/healthz").status_code == 200
+    assert http.post("/v1/completions", json=body).status_code == 200

@@ -19,6 +19,7 @@ import pytest
 from server.engine.fake import FakeEngine
 from server.settings import Settings, child_environment
 from server.tenancy.keys import operator_key
+from tests.fixtures.services import empty
 from tests.server.api.conftest import toy_base, until
 from tests.server.api.loops import LoopThread
 from tests.server.api.tokenizers import byte_level_tokenizer
@@ -53,7 +54,7 @@ class Api:
         self._loop = loop
         self.engine = FakeEngine(settings.engine_socket, toy_base())
         loop.call(self.engine.start())
-        key, _ = operator_key(settings.data_dir)
+        key = operator_key(settings)
         with socket.create_server(("127.0.0.1", 0)) as listener:
             fd = listener.fileno()
             command = [sys.executable, "-m", "server.api", "--fd", str(fd)]
@@ -72,7 +73,8 @@ class Api:
 
 
 @pytest.fixture
-def folder() -> Iterator[Path]:
+def folder(valkey_url: str) -> Iterator[Path]:
+    empty(valkey_url)
     path = Path(tempfile.mkdtemp(prefix="pp"))
     byte_level_tokenizer(path / "model")
     (path / "run").mkdir()

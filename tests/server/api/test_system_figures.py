@@ -11,6 +11,7 @@ from server.api.system_figures import SystemFigures
 from server.finetune.figures import tell
 from server.finetune.jobs import Jobs
 from server.metrics import Metrics
+from server.supervisor.reserve import SWITCH
 from tests.fixtures.jobs import fixed
 
 pytestmark = pytest.mark.anyio
@@ -39,6 +40,17 @@ async def test_jobs_and_workers_are_shown_and_losses_if_wanted(
     assert value(metrics, "polypeft_training_attempts_total", outcome="crashed") == 2
     assert value(metrics, "polypeft_training_loss", worker="w1") == (2.5 if losses else None)
     assert value(metrics, "polypeft_valkey_up") == value(metrics, "polypeft_valkey_aof_ok") == 1
+
+
+async def test_a_valkey_that_refuses_writes_is_told_of(redis: Redis) -> None:
+    metrics = Metrics("toy")
+    await redis.config_set(SWITCH, 1)
+    try:
+        await SystemFigures(redis, metrics, losses=False).refresh()
+    finally:
+        await redis.config_set(SWITCH, 0)
+    assert value(metrics, "polypeft_valkey_up") == 1
+    assert value(metrics, "polypeft_valkey_aof_ok") == 0
 
 
 async def test_what_was_just_read_is_not_read_again(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:

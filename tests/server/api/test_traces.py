@@ -17,6 +17,7 @@ from server.app import build_app
 from server.logs import request_id
 from server.settings import Settings
 from server.tracing import Tracing
+from tests.fixtures.services import empty
 from tests.server.api.conftest import System, running, until
 from tests.server.api.tokenizers import byte_level_tokenizer
 
@@ -31,6 +32,7 @@ def spans() -> InMemorySpanExporter:
 
 @pytest.fixture(scope="module")
 def traced(valkey_url: str, spans: InMemorySpanExporter) -> Iterator[System]:
+    empty(valkey_url)
     folder = Path(tempfile.mkdtemp(prefix="pp"))
     byte_level_tokenizer(folder / "model")
     settings = Settings(model=str(folder / "model"), data_dir=folder, redis_url=valkey_url)

@@ -13,6 +13,7 @@ import pytest
 from server.cli import main
 from server.engine.fake import Behaviour
 from server.settings import Settings
+from tests.fixtures.services import empty
 from tests.server.api.conftest import System, running
 from tests.server.api.tokenizers import byte_level_tokenizer
 
@@ -28,6 +29,7 @@ Run = Callable[..., Done]
 
 @pytest.fixture(scope="module")
 def system(valkey_url: str) -> Iterator[System]:
+    empty(valkey_url)
     folder = Path(tempfile.mkdtemp(prefix="pp"))
     byte_level_tokenizer(folder / "model")
     settings = Settings(model=str(folder / "model"), data_dir=folder, redis_url=valkey_url)

@@ -281,6 +281,20 @@ def test_without_a_key_it_says_where_one_was_looked_for(run: Run, tmp_path: Path
     assert "admin.key" in failed.err
 
 
+def test_the_operators_key_is_found_where_the_server_finds_it(
+    run: Run, system: System, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Out of POLYPEFT_ADMIN_KEY_FILE; a --data-dir that is given goes before it."""
+    (tmp_path / "shared").write_text(system.operator + "\n")
+    monkeypatch.setenv("POLYPEFT_DATA_DIR", str(tmp_path / "none"))
+    assert run("tenants", "list").status == 1
+    monkeypatch.setenv("POLYPEFT_ADMIN_KEY_FILE", str(tmp_path / "shared"))
+    assert run("tenants", "list").status == 0
+    (tmp_path / "shared").write_text("wrong")
+    assert run("tenants", "list").status == 1
+    assert run("tenants", "list", "--data-dir", str(system.settings.data_dir)).status == 0
+
+
 def test_every_setting_is_an_option_with_its_help(run: Run) -> None:
     shown = run("serve", "--help").out.replace("\n", " ")
     for name in Settings.model_fields.keys() - INTERNAL:

@@ -11,16 +11,27 @@ import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from pathlib import Path
 
+import msgspec
 import pytest
+import zmq
 
 from server.adapters.sites import Base, Site
 from server.engine import messages as m
 from server.engine.client import EngineClient
-from server.engine.fake import FakeEngine
-from server.errors import DeadlineExceeded, EngineLost, ModelNotFound, NonFinite, PolypeftError, Unavailable
+from server.engine.fake import Behaviour, FakeEngine
+from server.errors import (
+    DeadlineExceeded,
+    EngineLost,
+    ModelNotFound,
+    NonFinite,
+    PolypeftError,
+    QueueFull,
+    TenantQueueFull,
+    Unavailable,
+)
 from server.settings import Settings, child_environment
 
 BASE = Base(
@@ -73,6 +84,11 @@ class Real:
             self._process.wait()
             self._process = None
 
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
     def _launch(self) -> "subprocess.Popen[bytes]":
         return subprocess.Popen([sys.executable, "-m", "server.engine"], env=self._environment)
 
@@ -120,6 +136,15 @@ async def connected(engine: Fake | Real) -> AsyncIterator[EngineClient]:
         await client.close()
 
 
+@contextmanager
+def stopped(pid: int) -> Iterator[None]:
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
 @asynccontextmanager
 async def running(address: str) -> AsyncIterator[tuple[FakeEngine, EngineClient]]:
     engine, client = FakeEngine(address, BASE), EngineClient(address)
@@ -133,7 +158,7 @@ async def running(address: str) -> AsyncIterator[tuple[FakeEngine, EngineClient]
         await engine.close()
 
 
-async def until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
+async def until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not happen in time"
@@ -224,6 +249,21 @@ async def test_a_failed_row_raises_its_error_and_no_other_does(engine: Fake | Re
         assert isinstance(good, dict)
 
 
+async def test_a_request_is_admitted_whole_or_refused_whole(engine: Fake | Real) -> None:
+    """288 rows fit, and a tenant may have as many as it leaves free."""
+    async with connected(engine) as client:
+        with pytest.raises(QueueFull):
+            await collect(client, *(row(f"r{i}", prompt=[i % 90 + 1]) for i in range(289)))
+        first = [row(f"f{i}", LONG, prompt=[i + 1]) for i in range(80)]
+        async with aclosing(client.generate(*first)) as chunks:
+            await anext(chunks)
+            with pytest.raises(TenantQueueFull):
+                await collect(client, *(row(f"s{i}", prompt=[i + 1]) for i in range(70)))
+            other = row("other", 1)
+            assert await collect(client, msgspec.structs.replace(other, tenant="ten_b"))
+        assert client.rows == 0
+
+
 async def test_a_dead_engine_ends_every_row_at_once_and_its_successor_serves(engine: Fake | Real) -> None:
     async with connected(engine) as client:
         before = await collect(client, row("before"))
@@ -233,7 +273,7 @@ async def test_a_dead_engine_ends_every_row_at_once_and_its_successor_serves(eng
         await engine.crash()
         results = await asyncio.gather(*tasks, return_exceptions=True)
         assert all(isinstance(r, EngineLost) for r in results)
-        assert time.monotonic() - started < 2
+        assert time.monotonic() - started < 5  # its socket tells, long before its silence would
         assert not client.ready
         with pytest.raises(Unavailable):
             await collect(client, row("x"))
@@ -242,14 +282,66 @@ async def test_a_dead_engine_ends_every_row_at_once_and_its_successor_serves(eng
         assert (await collect(client, row("after")))["after"] == before["before"]
 
 
-async def test_a_silent_engine_counts_as_dead(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_silent_engine_loses_no_row_and_takes_new_ones(process: Real) -> None:
+    """Every thread of the real process stands still, for longer than five seconds were once enough."""
+    await process.start()
+    async with connected(process) as client:
+        expected = await collect(client, row("alone", LONG))
+        running = asyncio.create_task(collect(client, row("running", LONG)))
+        await until(lambda: client.rows == 1)
+        with stopped(process.pid):
+            during = asyncio.create_task(collect(client, row("during", LONG)))
+            check = asyncio.create_task(client.check(b"{}"))
+            await asyncio.sleep(7)
+            assert client.ready
+            assert client.silence > 5
+            assert not any(task.done() for task in (running, during, check))
+        assert (await running)["running"] == expected["alone"]
+        assert (await during)["during"] == expected["alone"]
+        assert (await check).error is not None
+        await until(lambda: client.silence < 2)
+
+
+async def test_a_silent_engine_does_not_answer(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("server.engine.client.SILENCE_SECONDS", 0.6)
     async with running(address) as (engine, client):
+        assert client.answers
         engine.behaviour.mute = True
-        with pytest.raises(EngineLost):
-            await collect(client, row())
+        await until(lambda: not client.answers)
+        assert client.ready
         engine.behaviour.mute = False
+        await until(lambda: client.answers)
+
+
+async def test_rows_of_a_step_beyond_its_bound_end_and_say_so(address: str) -> None:
+    async with running(address) as (engine, client):
+        engine.behaviour.step_seconds = 3600.0
+        engine.behaviour.turn = (299.0, 300.0)
+        task = asyncio.create_task(collect(client, row()))
+        await asyncio.sleep(0.5)
+        assert not task.done()
+        engine.behaviour.turn = (301.0, 300.0)
+        with pytest.raises(EngineLost, match=r"has run for 301 s and its bound is 300 s"):
+            await task
+        engine.behaviour = Behaviour()
         await until(lambda: client.ready)
+
+
+async def test_a_command_that_cannot_be_read_or_obeyed_harms_nobody(process: Real) -> None:
+    await process.start()
+    async with connected(process) as client:
+        task = asyncio.create_task(collect(client, row("long", LONG)))
+        with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
+            socket.setsockopt(zmq.LINGER, 1000)
+            socket.connect(process.address)
+            said_by_engines = m.encode(m.Ready("another", b"{}", {}))
+            for frames in ([b""], [b"\xff" * 100], [b"\x81", b"x", b"y"], [said_by_engines]):
+                socket.send_multipart(frames)
+            hurt = msgspec.structs.replace(ADAPTER, digest="/\0/../" * 1000)  # no name for a file
+            socket.send(m.encode(m.Prefetch(hurt)))
+            socket.send(m.encode(row("bad", adapter=hurt)))
+        assert len((await task)["long"]) == LONG
+        assert len((await collect(client, row("next")))["next"]) == 8
 
 
 async def test_the_deadline_ends_a_row(engine: Fake | Real) -> None:

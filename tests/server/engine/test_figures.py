@@ -170,6 +170,21 @@ def test_a_file_that_cannot_be_read_is_a_beginning(tmp_path: Path, content: byte
     assert Figures(path).report("boot", {}, []).counters == {"engine_restarts": 0}
 
 
+def test_a_disk_that_takes_nothing_stops_no_engine_and_is_tried_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "run"
+    folder.write_text("in the way")
+    figures = Figures(folder / "engine")
+    figures.count("generation_tokens", 3)
+    for _ in range(3):
+        assert figures.report("boot", {}, []).counters["generation_tokens"] == 3
+    assert len(caplog.records) == 1
+    folder.unlink()
+    figures.report("boot", {}, [])
+    assert Figures(folder / "engine").counters["generation_tokens", ()] == 3
+
+
 def test_what_other_threads_and_the_loader_say_is_taken_if_it_is_known() -> None:
     figures = Figures()
     figures.on_store_call("get", 0.1, "done")

@@ -5,13 +5,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 from transformers import GraniteConfig, GraniteForCausalLM
 
 from server.engine.frozen import Placement
+from server.engine.messages import Generate, Sampling
 from server.engine.model import ServedModel
 from server.engine.sublayers import decoder_layers
+from server.kernels.int8 import int8_linear_reference, quantize
+from server.kernels.int8_dot import INT8, DotLinear, dot_linear_reference
 from server.kernels.openmp import AVAILABLE
-from tests.fixtures.engine import Stand, run, same
+from tests.fixtures.engine import Stand, record_logits, run, same
 from tests.server.engine.test_kinds import kinds
 
 pytestmark = pytest.mark.skipif(not AVAILABLE, reason="needs numba and libgomp")
@@ -81,3 +85,38 @@ def test_in_int8_each_row_gets_what_it_gets_alone(stand: Callable[..., Stand]) -
     for done, alone in zip(run(s.engine, commands), expected, strict=True):
         assert done.error is None
         same(done, alone)
+
+
+class Twin(nn.Module):
+    """A linear of transformers' model over int8: the plain twin of the kernel that this processor takes."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.held, self.bias = quantize(linear.weight.detach()), linear.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        twin = dot_linear_reference if INT8 is DotLinear else int8_linear_reference
+        return twin(x.flatten(0, -2), *self.held, self.bias).view(*x.shape[:-1], -1)
+
+
+@pytest.mark.parametrize(("layout", "error"), [("none", 1e-5), ("int8", 2e-2)])
+def test_a_users_logits_are_those_of_transformers(
+    stand: Callable[..., Stand], layout: str, error: float
+) -> None:
+    """Of int8 a number here or there is rounded another way, where both are as near."""
+    s = stand("llama", 0, quantize=layout, lookup_tokens=0)
+    if layout == "int8":
+        for name, module in list(s.base.named_modules()):
+            if isinstance(module, nn.Linear):
+                s.base.set_submodule(name, Twin(module))
+    found = record_logits(s.engine)
+    for i, length in enumerate((1, 5, 17, 70)):
+        prompt = s.prompt(i, length)
+        sampling = Sampling(max_tokens=4, temperature=0.0, ignore_eos=True)
+        (done,) = run(s.engine, [Generate(f"{i}", "t", prompt, sampling)])
+        with torch.no_grad():
+            expected = s.base(torch.tensor([prompt + done.tokens[:-1]])).logits[0, length - 1 :]
+        off = (torch.stack(found[f"{i}"]) - expected).norm(dim=1) / expected.norm(dim=1)
+        assert off.max() < error
+        behind = expected.amax(1) - expected[torch.arange(4), torch.tensor(done.tokens)]
+        assert (behind <= 2 * error * expected.norm(dim=1)).all(), "the best token, or one as good"

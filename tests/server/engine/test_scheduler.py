@@ -1,3 +1,4 @@
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -46,8 +47,8 @@ class World:
             assert row.scheduled > 0
             assert len(row.blocks) * BLOCK >= row.computed + row.scheduled
             self.scheduler.commit(row, [7] if row.completes else [])
-        owned = [b for row in self.scheduler.running.values() for b in row.blocks]
-        assert all(self.pool.refs[b] == owned.count(b) for b in range(self.pool.count))
+        owned = Counter(b for row in self.scheduler.running.values() for b in row.blocks)
+        assert self.pool.refs == [owned[b] for b in range(self.pool.count)]
         return batch
 
 

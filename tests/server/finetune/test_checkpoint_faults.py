@@ -1,5 +1,6 @@
 """Every call to the store fails once while a checkpoint is saved, restored or pruned."""
 
+import contextlib
 from pathlib import Path
 
 import pytest
@@ -57,7 +58,7 @@ async def test_a_checkpoint_whose_kth_call_fails(
 async def test_a_restore_whose_kth_call_fails(
     checkpoints: Checkpoints, tmp_path: Path, store_faults: StoreFaults
 ) -> None:
-    """It may go back to the one before, whose files are whole; it never invents one."""
+    """It fails, and finds the newest one when it is asked again: a store that failed is no damage."""
     step = 0
     for k, when in store_faults.each():
         with store_faults.paused():
@@ -65,7 +66,8 @@ async def test_a_restore_whose_kth_call_fails(
                 step += 1
                 assert await checkpoints.save(written(tmp_path, step), step, {"step": step})
             await checkpoints.prune()
-        assert await restored(checkpoints, tmp_path / f"{when}-{k}") in (step, step - 1)
+        with contextlib.suppress(StoreError):
+            assert await restored(checkpoints, tmp_path / f"{when}-{k}") == step
         with store_faults.paused():
-            assert await restored(checkpoints, tmp_path / f"{when}-{k}-again") in (step, step - 1)
+            assert await restored(checkpoints, tmp_path / f"{when}-{k}-again") == step
     assert store_faults.met >= 2 * len(FILES)

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import random
+from collections.abc import Awaitable, Callable
 
 import pytest
 from redis.asyncio import Redis
@@ -169,6 +170,49 @@ async def test_a_lapsed_lease_goes_back_to_the_queue_and_a_live_one_stays(
     assert (job.phase, job.status, job.attempts) == ("queued", "queued", 1)
     assert await queue.called() == {ID}
     assert "lost" in (await messages(jobs))[-1]
+
+
+@pytest.mark.parametrize("word", ["beat", "event", "checkpoint", "trained", "fail", "release"])
+async def test_a_lapsed_lease_is_renewed_by_any_word_while_nobody_has_the_job(
+    jobs: Jobs, redis: Redis, word: str
+) -> None:
+    await jobs.create(fixed())
+    job = await taken(jobs)
+    await lapse(redis)
+    await jobs.sweep()
+    assert (await jobs.get("t", ID)).phase == "queued"
+    words: dict[str, Callable[[], Awaitable[object]]] = {
+        "beat": lambda: jobs.beat(ID, job.fence),
+        "event": lambda: jobs.event(ID, job.fence, "info", "I am here."),
+        "checkpoint": lambda: jobs.checkpoint(ID, job.fence, Checkpoint(created=1, step=5, metrics={})),
+        "trained": lambda: jobs.trained(ID, job.fence, result()),
+        "fail": lambda: jobs.fail(ID, job.fence, JobError("x", "y"), retry=False),
+        "release": lambda: jobs.release(ID, job.fence),
+    }
+    assert await words[word]() not in ("lost", False)
+    now = await jobs.get("t", ID)
+    phases = {"trained": "publishing", "fail": "done", "release": "queued"}
+    assert now.phase == phases.get(word, "training")
+    if now.phase == "training":
+        assert now.fence == job.fence
+        await jobs.sweep()
+        assert (await jobs.get("t", ID)).phase == "training", "its lease is as long as any"
+        assert await jobs.take(ID, "w2") is None
+
+
+async def test_a_lapsed_lease_is_not_renewed_once_the_tenant_has_changed_the_job(
+    jobs: Jobs, redis: Redis
+) -> None:
+    await jobs.create(fixed())
+    job = await taken(jobs)
+    await lapse(redis)
+    await jobs.sweep()
+    await jobs.pause("t", ID)
+    assert await jobs.beat(ID, job.fence) == "lost"
+    await jobs.resume("t", ID)
+    assert await jobs.beat(ID, job.fence) == "lost"
+    await jobs.cancel("t", ID)
+    assert await jobs.beat(ID, job.fence) == "cancel"
 
 
 async def test_attempts_without_progress_are_bounded(jobs: Jobs, redis: Redis) -> None:

@@ -131,6 +131,11 @@ class System:
         await self.redis.delete(f"pp:job:{id_}:claim")
 
 
+@pytest.fixture(autouse=True)
+def _without_delays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(publisher, "LONGEST_DELAY_SECONDS", 0.0)
+
+
 @pytest.fixture
 def system(redis: Redis, objects: Objects, queue: WorkerQueue) -> System:
     return System(redis, objects, queue)
@@ -239,6 +244,51 @@ async def test_what_may_heal_is_tried_again_and_what_kills_the_engine_is_not(sys
         await system.publisher.publish_all()
         await system.unclaim()
     assert (await system.jobs.get("t", ID)).status == "failed"
+
+
+async def test_files_that_are_not_found_are_waited_for_and_left_to_whoever_has_them(
+    system: System, redis: Redis, queue: WorkerQueue, tmp_path: Path
+) -> None:
+    """A server that was started with another store must not fail the jobs of all others."""
+    await system.trained()
+    lost = System(redis, Objects.open((tmp_path / "another").as_uri()), queue)
+    for _ in range(publisher.MAX_TRIES + 2):
+        await lost.publisher.publish_all()
+    job = await system.jobs.get("t", ID)
+    assert (job.status, job.phase, job.error) == ("running", "publishing", None)
+    events = [event.message for event in await system.jobs.events(ID)]
+    assert events.count(publisher.MISSING) == 1
+    await system.publisher.publish_all()
+    assert (await system.jobs.get("t", ID)).status == "succeeded"
+    assert await system.versions() == [1]
+
+
+async def test_files_that_come_back_are_published_and_the_wait_can_be_cancelled(
+    system: System, objects: Objects
+) -> None:
+    for id_ in (ID, "ftjob-2"):
+        job = await system.trained(id_)
+        for file in (job_files := [key for key in await objects.list("tenants") if id_ in key]):
+            await objects.delete(file)
+        assert job_files
+    await system.publisher.publish_all()
+    await system.jobs.cancel("t", "ftjob-2")
+    job = await system.jobs.get("t", ID)
+    for name in ("adapter_config.json", "adapter_model.safetensors", "metrics.csv", "loss.png"):
+        await system.put(job, name)
+    await system.publisher.publish_all()
+    ended = [(await system.jobs.get("t", id_)).status for id_ in (ID, "ftjob-2")]
+    assert ended == ["succeeded", "cancelled"]
+
+
+async def test_tries_of_what_waits_become_rarer(system: System, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    waiting = System(system.redis, system.objects, WorkerQueue("redis://127.0.0.1:1"))
+    await system.trained()
+    waiting.gate.error = Unavailable("The engine is not ready; try again in a moment.")
+    for _ in range(5):
+        await waiting.publisher.publish_all()
+    assert len(waiting.gate.seen) == 1
 
 
 async def test_a_claim_keeps_other_publishers_off(system: System) -> None:

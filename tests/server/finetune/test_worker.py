@@ -8,11 +8,17 @@ from pathlib import Path
 
 import psutil
 import pytest
+from redis.exceptions import TimeoutError as SlowAnswer
+from rq import SimpleWorker
 
+from adapters_store.identity import prove_identity
+from adapters_store.objects import Objects
 from adapters_store.valkey import connect
 from server.finetune.attempt import SAVED
 from server.finetune.jobs import Jobs
 from server.finetune.queue import WorkerQueue
+from server.finetune.worker import Worker, _Calls
+from server.lifeline import REFUSED
 from tests.fixtures.jobs import fixed, result
 from tests.fixtures.workers import Plant, plant, stop, until
 
@@ -147,3 +153,55 @@ async def test_an_outage_of_valkey_ends_nothing(site: Plant, jobs: Jobs, childre
     site.start_valkey()
     await jobs.create(fixed("ftjob-2"))
     assert (await children.wait(3))[0] == "ftjob-2"
+
+
+async def test_a_worker_that_was_stopped_for_longer_than_its_lease_goes_on(site: Plant, jobs: Jobs) -> None:
+    """Nobody else took its job: what its child has trained counts."""
+    worker = site.start_worker(site.folder / "child.py")
+    children = Children(site)
+    await jobs.create(fixed())
+    _, fence, child, _ = await children.wait(1)
+    os.kill(worker.pid, signal.SIGSTOP)
+    try:
+        await asyncio.sleep(3.5)
+        await jobs.sweep()
+        assert (await jobs.get("t", ID)).phase == "queued"
+    finally:
+        os.kill(worker.pid, signal.SIGCONT)
+    async with asyncio.timeout(30):
+        while (await jobs.get("t", ID)).phase != "training":  # noqa: ASYNC110 - another process's doing
+            await asyncio.sleep(0.05)
+    assert (await jobs.get("t", ID)).fence == int(fence)
+    await asyncio.sleep(1.0)
+    assert psutil.Process(int(child)).is_running()
+    assert len(children()) == 1
+
+
+def test_a_valkey_that_is_slow_to_answer_is_asked_again(
+    site: Plant, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """rq's own worker would quit."""
+    answers: list[BaseException | None] = [SlowAnswer("Timeout reading from socket")] * 3 + [None]
+
+    def dequeue(*_: object, **__: object) -> None:
+        if error := answers.pop(0):
+            raise error
+
+    monkeypatch.setattr(SimpleWorker, "dequeue_job_and_maintain_ttl", dequeue)
+    calls = _Calls(Worker(site.settings.model_copy(update={"redis_url": site.url})))
+    assert not calls.work()
+    assert not answers
+    assert "quitting" not in caplog.text
+
+
+async def test_a_worker_with_another_store_takes_no_job(site: Plant, jobs: Jobs, tmp_path: Path) -> None:
+    """It would not find the job's files, and say that they are gone."""
+    redis = connect(site.url)
+    await prove_identity(redis, Objects.open(site.settings.store_url))
+    await redis.aclose()
+    site.settings = site.settings.model_copy(update={"store": (tmp_path / "other").as_uri()})
+    await jobs.create(fixed(ID))
+    worker = site.start_worker(tmp_path / "child.py")
+    assert await asyncio.to_thread(worker.wait, 60) == REFUSED
+    assert "do not belong together" in site.log()
+    assert (await jobs.get("t", ID)).phase == "queued"

@@ -1,5 +1,4 @@
 import re
-import time
 
 import pytest
 from hypothesis import example, given
@@ -7,6 +6,7 @@ from hypothesis import strategies as st
 
 from server.adapters.formats.patterns import MAX_KEY, MAX_WILD, Pattern, Patterns
 from server.errors import InvalidAdapter
+from tests.fixtures.cost import processor_seconds
 
 ATOMS = ["q", "_proj", "-", ".", "\\.", ".*", ".+", "\\d", "\\d+", "[0-9]", "[0-9]+", "1", "layers", "model"]
 keys = st.builds(
@@ -72,10 +72,9 @@ def test_everything_else_is_refused_by_name(key: str) -> None:
 
 def test_the_worst_keys_cost_milliseconds() -> None:
     patterns = Patterns([(".*a" * (MAX_KEY // 3), 1.0)] * MAX_WILD + [("." * 60, 1.0)] * 900, "rank_pattern")
-    start = time.perf_counter()
-    for _ in range(200):
-        patterns.value("a" * 60 + "b", 0.0)
-    assert time.perf_counter() - start < 5
+    with processor_seconds(5):
+        for _ in range(200):
+            patterns.value("a" * 60 + "b", 0.0)
 
 
 def test_too_many_keys_are_refused() -> None:

@@ -1,6 +1,6 @@
 """Which module a list of names means, as PEFT has it, however long the list."""
 
-import time
+from typing import NoReturn
 
 from server.adapters.methods.tensors import names
 
@@ -15,7 +15,11 @@ def test_a_name_or_its_end_after_a_dot() -> None:
 
 
 def test_a_long_list_costs_nothing() -> None:
-    many = frozenset(f"no.such.module_{i}" for i in range(10_000))
-    start = time.perf_counter()
-    assert not any(names(many, SITE) for _ in range(1000))
-    assert time.perf_counter() - start < 0.2
+    """It is looked into, never gone through."""
+
+    class Unread(frozenset[str]):
+        def __iter__(self) -> NoReturn:
+            raise AssertionError("gone through")
+
+    assert not names(Unread(f"no.such.module_{i}" for i in range(10_000)), SITE)
+    assert names(Unread(["q_proj"]), SITE)

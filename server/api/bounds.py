@@ -1,0 +1,43 @@
+"""How much one request may hold: what the base's context can need, and not much more. Knows no route.
+
+What is larger is refused before it is parsed, rendered or tokenised, as all of these take time in proportion.
+"""
+
+from server.api.services import Services
+from server.errors import ContextTooLong
+
+LEAST_BODY_BYTES = 1 << 20
+LEAST_VALUES = 20_000  # the fields, lists and numbers of any other body
+OTHER_BYTES = 65_536  # beside the prompts
+
+
+def max_body_bytes(parts: Services) -> int:
+    """Of a JSON body: as many prompts as a request may have, as token ids, or the longest text."""
+    ids = max_values(parts) * (len(str(len(parts.tokenizer.pieces))) + len(", "))
+    needed = max(LEAST_BODY_BYTES, ids, max_prompt_chars(parts)) + OTHER_BYTES
+    return min(parts.settings.max_body_bytes, needed)
+
+
+def max_values(parts: Services) -> int:
+    """Of a JSON body: as many prompts as a request may have, as token ids."""
+    return max(LEAST_VALUES, parts.settings.max_prompts * _context(parts))
+
+
+def max_prompt_chars(parts: Services) -> int:
+    """Of a prompt or a conversation: more cannot fit the context, were it of the longest tokens."""
+    return _context(parts) * parts.tokenizer.longest
+
+
+def check_chars(parts: Services, chars: int, param: str) -> None:
+    """Raise ContextTooLong for a text that would not fit, before it is tokenised."""
+    if chars > (limit := max_prompt_chars(parts)):
+        raise ContextTooLong(
+            f"The model's context is {_context(parts)} tokens, which have at most {limit} characters; "
+            f"{param} has {chars}.",
+            param=param,
+        )
+
+
+def _context(parts: Services) -> int:
+    """The model's, or 0 while the engine has not told it: then no prompt is served either."""
+    return parts.max_context if parts.engine.base is not None else 0

@@ -1,0 +1,46 @@
+"""An engine's adapters: the loader that fetches them, and the cache of those on the device."""
+
+from adapters_store.objects import Objects
+from server.adapters.cache import AdapterCache
+from server.adapters.copies import Copier
+from server.adapters.loader import Loader
+from server.adapters.methods import build_methods
+from server.adapters.methods.base import Bank
+from server.adapters.recipes import Limits
+from server.adapters.share import Shares
+from server.adapters.tiers import DiskTier, RamTier
+from server.engine.frozen import Placement
+from server.engine.model import ServedModel
+from server.settings import Settings
+
+
+def build_adapters(
+    settings: Settings, model: ServedModel, placement: Placement
+) -> tuple[Loader, AdapterCache]:
+    """Both over one set of tenants' shares; their banks are the model's from here on."""
+    methods = build_methods(settings.max_lora_rank, placement.narrow)
+    size = (model.base, settings.adapter_slots, placement.device, placement.dtype)
+    made: dict[type[Bank], Bank] = {kind: kind(*size) for kind in {m.bank for m in methods.values()}}
+    banks = {name: made[method.bank] for name, method in methods.items()}
+    model.install(banks)
+    shares = Shares()
+    loader = Loader(
+        Objects.open(settings.store_url, settings.store_config),
+        DiskTier(settings.data_dir / "cache" / "adapters", settings.adapter_disk_bytes, shares),
+        RamTier(settings.adapter_ram_bytes, shares),
+        methods,
+        model.base,
+        model.weights,
+        placement.dtype,
+        Limits(settings.max_header_bytes, settings.max_tensors),
+        pinned=placement.device.type == "cuda",
+    )
+    cache = AdapterCache(
+        banks,
+        loader,
+        slots=settings.adapter_slots,
+        budget=settings.adapter_device_bytes,
+        copy=Copier(placement.device).start,
+        shares=shares,
+    )
+    return loader, cache

@@ -1,0 +1,96 @@
+"""A request's way into the queue: checked, admitted whole or refused whole, its schemas compiled."""
+
+import time
+from collections import Counter
+from concurrent.futures import Future
+from typing import Any
+
+from server.engine.capacity import Held, refusal
+from server.engine.faults import told
+from server.engine.grammar import Grammars
+from server.engine.messages import Chunk, Generate
+from server.engine.row import Row
+from server.engine.scheduler import Scheduler
+from server.errors import ContextTooLong, InvalidField, PolypeftError
+
+
+class Admission:
+    def __init__(self, scheduler: Scheduler, grammars: Grammars, max_queue: int) -> None:
+        self.scheduler = scheduler
+        self.cache = scheduler.cache
+        self.grammars = grammars
+        self.max_context = scheduler.max_context
+        self.capacity = scheduler.max_seqs + max_queue
+        self.refused: list[Chunk] = []  # the loop takes them
+        self.compiling: dict[str, tuple[Row, Future[Any]]] = {}
+
+    def close(self) -> None:
+        self.grammars.close()
+
+    def accept(self, rows: tuple[Generate, ...]) -> None:
+        """The rows of one request, all of them or none."""
+        error = next(filter(None, map(self._misfit, rows)), None) or self._full(rows)
+        if error:
+            self.refused += [Chunk.failure(row.id, error) for row in rows]
+            return
+        for command in rows:
+            self._enqueue(command)
+
+    def cancel(self, id_: str) -> None:
+        """A row whose schema is being compiled is wanted no more."""
+        self.compiling.pop(id_, None)
+
+    def take_compiled(self) -> None:
+        """Rows whose grammar has been compiled join the queue."""
+        for id_, (row, future) in [*self.compiling.items()]:
+            if future.done():
+                del self.compiling[id_]
+                error = future.exception()
+                if error is None:
+                    row.grammar = future.result()
+                    row.wait("capacity", time.time())
+                    self.scheduler.add(row)
+                else:
+                    self.refused.append(Chunk.failure(id_, told(error, "the schema of response_format")))
+
+    def take_refused(self) -> list[Chunk]:
+        taken, self.refused = self.refused, []
+        return taken
+
+    def _misfit(self, command: Generate) -> PolypeftError | None:
+        length = len(command.prompt)
+        if not 0 < length < self.max_context:
+            return ContextTooLong(
+                f"The prompt has {length} tokens; the context of {self.max_context} must hold one more."
+            )
+        if len(command.adapters) > self.cache.slots:
+            return InvalidField(
+                f"adapters has {len(command.adapters)} items; the device has {self.cache.slots} slots.",
+                param="adapters",
+            )
+        return None
+
+    def _full(self, rows: tuple[Generate, ...]) -> PolypeftError | None:
+        compiling = Counter(row.command.tenant for row, _ in self.compiling.values())
+        weights = {row.command.tenant: row.command.weight for row, _ in self.compiling.values()}
+        held = {tenant: Held(count, weights[tenant]) for tenant, count in compiling.items()}
+        for tenant, queue in self.scheduler.queues.by_tenant.items():
+            held[tenant] = Held(queue.held + compiling[tenant], queue.weight)
+        return refusal(rows[0].tenant, len(rows), rows[0].weight, held, self.capacity)
+
+    def _enqueue(self, command: Generate) -> None:
+        row = Row(
+            command,
+            command.sampling.seed or 0,
+            tokens=list(command.prompt),
+            prompt_length=len(command.prompt),
+        )
+        for use in row.uses:  # while the row is in line
+            row.cold |= not self.cache.has(use.adapter)
+            self.cache.prefetch(use.adapter)
+        row.timing.arrived = row.since = time.time()
+        if command.sampling.grammar is None:
+            self.scheduler.add(row)
+        else:
+            row.waits_for = "grammar"
+            self.compiling[row.id] = (row, self.grammars.compile(command.sampling.grammar))

@@ -1,0 +1,71 @@
+"""The tests whose truth may depend on the processor's instructions, with those beyond AVX2 hidden.
+
+    make test-avx2                     PATHS below, as CI's second face
+    python -m tests.avx2 [ARGS]        pytest's own arguments; tests named among them replace PATHS
+
+AVX-512, VNNI and AMX are hidden from every library that chooses by what the processor has: so a machine that
+has them tests what one without them computes. Where there are none, it is a plain run of the same tests.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+# Products, sums and what is decoded from them: kernels, the engine, methods, what PEFT and AdapterHub say of
+# them, training, whole answers of `serve`. Not HTTP, stores, tenants, deployment: they compute no tensors.
+PATHS = (
+    "tests/server/kernels",
+    "tests/server/engine",
+    "tests/server/base",
+    "tests/server/adapters/methods",
+    "tests/server/adapters/test_loader.py",
+    "tests/server/adapters/test_recipes.py",
+    "tests/server/finetune/test_batches.py",
+    "tests/server/finetune/test_evaluate.py",
+    "tests/server/finetune/test_layers.py",
+    "tests/server/finetune/test_linear.py",
+    "tests/server/finetune/test_masks.py",
+    "tests/server/finetune/test_task.py",
+    "tests/server/finetune/test_trainer.py",
+    "tests/oracles",
+    "tests/e2e/test_mixed.py",
+    "tests/e2e/test_finetune.py",
+)
+UP_TO_AVX2 = {
+    *("SSE", "SSE2", "SSE3", "SSSE3", "SSE41", "SSE42", "POPCNT", "AVX", "F16C", "FMA3", "AVX2"),
+    *("X86_V2", "X86_V3"),
+}
+SWITCHES = {
+    "ATEN_CPU_CAPABILITY": "avx2",  # torch's own operators
+    "MKL_ENABLE_INSTRUCTIONS": "AVX2",  # torch's BLAS
+    "ONEDNN_MAX_CPU_ISA": "AVX2",  # torch's other one
+    "OPENBLAS_CORETYPE": "Haswell",  # numpy's BLAS
+    "NUMBA_CPU_NAME": "haswell",  # server/kernels, with the next
+    "NUMBA_CPU_FEATURES": "+sse4.2,+avx,+avx2,+fma,+f16c,+bmi,+bmi2,+lzcnt,+popcnt,+movbe",
+}
+
+
+def masked_environment() -> dict[str, str]:
+    """This process's environment with everything beyond AVX2 hidden, for a process that starts with it."""
+    return {**os.environ, **SWITCHES, "NPY_DISABLE_CPU_FEATURES": " ".join(_numpys_own())}
+
+
+def _numpys_own() -> list[str]:
+    """What numpy's operators use here beyond AVX2. Of a name it does not know or have, numpy warns."""
+    from numpy._core._multiarray_umath import (  # type: ignore[import-not-found]
+        __cpu_dispatch__,
+        __cpu_features__,
+    )
+
+    return [name for name in __cpu_dispatch__ if __cpu_features__[name] and name not in UP_TO_AVX2]
+
+
+def main(given: list[str]) -> None:
+    """Becomes pytest in that environment."""
+    named = any(Path(arg.partition("::")[0]).exists() for arg in given)
+    arguments = ["-m", "pytest", *given, *(() if named else PATHS)]
+    os.execve(sys.executable, [sys.executable, *arguments], masked_environment())
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
