@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from tests.families.cases import TOKENS, Case, rope
+from tests.families.cases import TOKENS, Case
 from tests.fixtures.models import INIT
 
 # fmt: off
@@ -143,5 +143,4 @@ def _rope(rng: random.Random, head_dim: int) -> dict[str, Any]:
         pairs = int(head_dim * partial) // 2
         fields["short_factor"] = [1.0 + rng.random() for _ in range(pairs)]
         fields["long_factor"] = [2.0 + 3.0 * rng.random() for _ in range(pairs)]
-    parameters: dict[str, Any] = rope(kind, **fields)["rope_parameters"]
-    return parameters
+    return {"rope_type": kind, "rope_theta": 10000.0, **fields}

@@ -26,7 +26,8 @@ from tests.families.cases import Case
 from tests.fixtures.engine import publish, record_logits, run
 from tests.fixtures.models import Oracle, make_lora
 
-TOLERANCE = 3e-4  # of the largest difference of a logit, over the largest logit
+TOLERANCE = 1e-4  # of the largest difference of a logit, over the largest logit
+NOISE = 5  # times transformers' own distance from itself in float64: where a model blows up what is rounded
 STEP_TOKENS = 32
 LENGTHS = (1, 7, 17, 40, 90, 200)
 NEW = 12
@@ -87,6 +88,7 @@ class Trial:
     def __init__(self, model: Path, folder: Path, errors: dict[str, float]) -> None:
         self.folder = folder
         self.errors = errors
+        self.off: list[str] = []  # what is wrong
         settings = Settings(
             model=str(model),
             data_dir=folder / "data",
@@ -104,17 +106,14 @@ class Trial:
 
     def run(self) -> None:
         """Every stage. Raises Wrong at the end, with all that is off."""
-        wrong = []
         try:
             self._stages()
         except Wrong as error:
-            wrong = [str(error)]
+            self.off.append(str(error))
         finally:
             self.engine.close()
-        off = {stage: error for stage, error in self.errors.items() if not error <= TOLERANCE}
-        wrong = [f"{stage} is {error:.1e} off" for stage, error in off.items()] + wrong
-        if wrong:
-            raise Wrong("; ".join(wrong))
+        if self.off:
+            raise Wrong("; ".join(self.off))
 
     def _stages(self) -> None:
         prompts = self._prompts(1, LENGTHS)
@@ -167,12 +166,16 @@ class Trial:
                 raise Wrong(f"{who}: {done.error[1]}")
             if done.cached_tokens < cached:
                 raise Wrong(f"{who}: {done.cached_tokens} of its tokens were cached, not {cached}")
+            own = torch.stack(self.logits[command.id])
             with self.oracle.using(adapter.folder if adapter else None) as model:
                 expected = logits_of(model, ids, done.tokens)
-            own = torch.stack(self.logits[command.id])
-            error = float((own - expected).abs().max() / expected.abs().max())
+                error = distance(own, expected)
+                if not error <= TOLERANCE and not error <= NOISE * rounding(
+                    model, ids, done.tokens, expected
+                ):
+                    self.off.append(f"{who}, is {error:.1e} off")
             self.errors[stage] = max(self.errors.get(stage, 0.0), error, key=nan_first)
-            if error <= TOLERANCE and not greedy(done.tokens, expected):
+            if not self.off and not greedy(done.tokens, expected):
                 raise Wrong(f"{who}: other tokens, though logits are only {error:.1e} off")
         return [done.tokens for done in found]
 
@@ -197,6 +200,18 @@ class Adapter(msgspec.Struct, frozen=True):
 
     folder: Path
     ref: AdapterRef
+
+
+def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+def rounding(model: Any, prompt: Sequence[int], tokens: Sequence[int], logits: torch.Tensor) -> float:
+    """How far these float32 logits of the model's are from those that it computes in float64."""
+    try:
+        return distance(logits, logits_of(model.double(), prompt, tokens))
+    finally:
+        model.float()  # the very weights that they were
 
 
 def nan_first(error: float) -> float:
