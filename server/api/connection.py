@@ -56,8 +56,8 @@ class Connection(HttpToolsProtocol):
             self._make_room()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._head_timer = _stopped(self._head_timer)
-        self._send_timer = _stopped(self._send_timer)
+        self._stop_head_timer()
+        self._stop_send_timer()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -96,7 +96,7 @@ class Connection(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._held_back = 0
         self._in_head = False
-        self._head_timer = _stopped(self._head_timer)
+        self._stop_head_timer()
         if len(self.pipeline) >= MAX_PIPELINED:
             self._error = InvalidRequest(f"More than {MAX_PIPELINED} requests were sent ahead.")
             raise self._error
@@ -110,7 +110,7 @@ class Connection(HttpToolsProtocol):
         super().on_message_complete()
         self._in_head, self._head_bytes, self._held_back = True, 0, 0
         if self.idle and self._head_timer is not None:  # the rest of a body that was answered unread
-            self._head_timer = _stopped(self._head_timer)
+            self._stop_head_timer()
             self._rest()
 
     def on_response_complete(self) -> None:
@@ -133,7 +133,7 @@ class Connection(HttpToolsProtocol):
             self._send_timer = self.loop.call_later(SEND_SECONDS, self.transport.abort)
 
     def resume_writing(self) -> None:
-        self._send_timer = _stopped(self._send_timer)
+        self._stop_send_timer()
         super().resume_writing()
 
     def _head_is_late(self) -> None:
@@ -144,6 +144,16 @@ class Connection(HttpToolsProtocol):
             self._refuse(HeadTimeout(f"The head of the request did not arrive within {HEAD_SECONDS:g} s."))
         else:
             self.transport.abort()
+
+    def _stop_head_timer(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+    def _stop_send_timer(self) -> None:
+        if self._send_timer is not None:
+            self._send_timer.cancel()
+            self._send_timer = None
 
     def _rest(self) -> None:
         self._unset_keepalive_if_required()
@@ -171,7 +181,7 @@ class Connection(HttpToolsProtocol):
     def _refuse(self, error: PolypeftError, linger: float = LINGER_SECONDS) -> None:
         """Answer with `error`, unless another answer is on its way, and close."""
         self._refused = True
-        self._head_timer = _stopped(self._head_timer)
+        self._stop_head_timer()
         if not self.idle:
             self.cycle.disconnected = True  # of a request that broke off
             self.cycle.message_event.set()
@@ -196,8 +206,3 @@ def _answer(error: PolypeftError) -> bytes:
     headers = [*response.raw_headers, (b"x-request-id", b"req_" + uuid.uuid4().hex.encode())]
     lines = b"".join(b"%b: %b\r\n" % field for field in headers)
     return STATUS_LINE[error.status] + lines + b"connection: close\r\n\r\n" + bytes(response.body)
-
-
-def _stopped(timer: Timer) -> None:
-    if timer is not None:
-        timer.cancel()
