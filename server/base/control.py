@@ -119,9 +119,9 @@ class ControlTokens:
 
         Both share the model, so the vocabulary is in memory once.
         """
-        reader = Backend(backend.model)
+        reader: Any = Backend(backend.model)
         reader.normalizer, reader.pre_tokenizer = backend.normalizer, backend.pre_tokenizer
-        control, real = set(control), {}
+        control, real = set(control), dict[int, int]()
         for i, token in sorted(added.items()):
             name = self._nonce + token.content if i in control else token.content
             flags = {"lstrip": token.lstrip, "rstrip": token.rstrip, "single_word": token.single_word}

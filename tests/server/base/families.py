@@ -81,7 +81,7 @@ TOKENS: dict[str, dict[str, Any]] = {
     **dict.fromkeys(["<｜User｜>", "<｜Assistant｜>"], PLAIN),
     **dict.fromkeys(["<think>", "</think>", "<tool_call>", "<b>"], PLAIN),
     **dict.fromkeys(["\n\n", "\n\n\n", "user"], PLAIN),  # as Gemma's line ends; a word
-    "§": BASE,
+    "⁂": BASE,
 }
 TEMPLATES = {
     "chatml": CHATML,
