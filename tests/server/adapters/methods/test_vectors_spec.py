@@ -226,9 +226,8 @@ def test_an_expression_says_nothing_that_the_tensors_do_not(saved: Saved) -> Non
     spec = saved.method.parse(saved.files, saved.base)
     fields = {"target_modules", "exclude_modules", "feedforward_modules"} & saved.files.config.keys()
     for expression in ("q_proj", r".*\.(q_proj|v_proj)$", "(a+)+$", "["):
-        given: dict[str, Any] = dict.fromkeys(fields, expression)
-        read_anew = changed(saved.files, **given)
-        assert saved.method.parse(read_anew, saved.base) == spec
+        config: dict[str, Any] = dict.fromkeys(fields, expression)
+        assert saved.method.parse(changed(saved.files, **config), saved.base) == spec
 
 
 @pytest.mark.parametrize("saved", ["ia3"], indirect=True)
