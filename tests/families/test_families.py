@@ -26,12 +26,13 @@ EXACT = (
     "opt",
     "stablelm:head norms",
     "granite:multipliers",
-    "doge",
+    "granitemoehybrid:dense attention",
     "hunyuan_v1_dense",
 )
 REFUSED = {
     "diffllama": "attends more than once",
-    "granite_swa": "its attention uses ",
+    "doge": "its attention uses attention_mask",
+    "granite_swa": "its attention uses s_aux",
     "gpt2:wrong kv heads": "where its config says",
     "gemma4_text:other head size": "its layers differ in head_dim",
     "mixtral": "it is a mixture of experts",
