@@ -10,6 +10,7 @@ none of the others' files, and act as if they were lost.
 import asyncio
 import logging
 import secrets
+from typing import Any
 
 import msgspec
 from redis.asyncio import Redis
@@ -37,7 +38,7 @@ async def prove_identity(redis: Redis, objects: Objects) -> None:
     rebuilt, or both are from a version before this one; then the store must have what the index names.
     """
     with store_errors():
-        known = await redis.get(KEY)
+        known: Any = await redis.get(KEY)
     if known is None and not await _has_what_is_indexed(Index(redis), objects):
         raise StartupError(
             "--store and --redis-url do not belong together: the store has none of the adapters that Valkey "

@@ -28,8 +28,8 @@ from benchmarks.tasks import TASKS, shuffled
 from benchmarks.trainers import Job, train_ours
 from benchmarks.training import METHODS, data, recipe
 from server.adapters.methods.affine import AffineBank
-from server.adapters.methods.base import Rows, Span
 from server.adapters.methods.lora import Lora
+from server.adapters.methods.rows import Rows, Span
 from server.base.default_model import ensure_default_model
 from server.base.text import Tokenizer
 from server.engine.frozen import FrozenModel, Placement

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 
+from server.adapters.formats.beside import why_ignored
 from server.adapters.formats.convert import PICKLES
 from server.api.multipart import Form
 from server.errors import InvalidAdapter, UnsupportedMedia, shown
@@ -10,11 +11,6 @@ from server.settings import Settings
 CONFIG = "adapter_config.json"
 INTERFACE = "adapter_interface.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter.safetensors", *PICKLES)
-IGNORED_ENDINGS = (".md", ".txt", ".jinja", ".gitattributes")  # what save_pretrained writes beside
-IGNORED = frozenset(
-    {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"}
-    | {"head_config.json", "model_head.safetensors", "pytorch_model_head.bin"}  # the base has its own head
-)
 
 
 def adapter_form(settings: Settings) -> Form:
@@ -30,7 +26,7 @@ def adapter_form(settings: Settings) -> Form:
 
 def kept(name: str) -> bool:
     """Whether an adapter needs the file. Raises UnsupportedMedia for one that has no business here."""
-    if name.endswith(IGNORED_ENDINGS) or name in IGNORED:
+    if why_ignored(name):
         return False
     if name not in (CONFIG, INTERFACE, *WEIGHTS):
         raise UnsupportedMedia(

@@ -1,10 +1,12 @@
 """Adapters, versions, aliases and their history as JSON objects."""
 
+from collections.abc import Iterable
 from typing import Any
 
 from adapters_store.history import Entry
 from adapters_store.points import Points
 from adapters_store.records import Adapter, Alias, Deleted, Version
+from server.adapters.formats.beside import ignored
 
 
 def version_object(version: Version) -> dict[str, Any]:
@@ -20,6 +22,11 @@ def version_object(version: Version) -> dict[str, Any]:
         "digest": version.digest,
         "created": version.created,
     }
+
+
+def uploaded_object(version: Version, dropped: Iterable[str] = ()) -> dict[str, Any]:
+    """The answer to an upload; `dropped`: the files that came with it and are not used."""
+    return version_object(version) | {"object": "adapter", "name": version.name, "ignored": ignored(dropped)}
 
 
 def adapter_object(adapter: Adapter) -> dict[str, Any]:

@@ -11,7 +11,13 @@ from adapters_store.manifest import Manifest
 from adapters_store.names import MAX_VERSION, version_number
 from server.adapters.formats.convert import PICKLES, convert_pickle
 from server.api.adapter_form import CONFIG, INTERFACE, adapter_form, check_files
-from server.api.adapter_objects import adapter_object, change_object, deleted_object, version_object
+from server.api.adapter_objects import (
+    adapter_object,
+    change_object,
+    deleted_object,
+    uploaded_object,
+    version_object,
+)
 from server.api.conditions import MatchOnly, etag_header
 from server.api.deps import Actor, CurrentTenant, Parts, current_tenant
 from server.api.errors import json_response
@@ -58,7 +64,7 @@ async def receive_adapter(request: Request, parts: Services, tenant: Tenant, act
             actor=actor,
         )
     headers = {"Location": f"/v1/adapters/{version.name}"}
-    return json_response(version_object(version) | {"object": "adapter", "name": version.name}, 201, headers)
+    return json_response(uploaded_object(version, upload.dropped), 201, headers)
 
 
 @router.get("")

@@ -23,8 +23,9 @@ from pydantic import BeforeValidator, Field
 from adapters_store.direct import CLAIM_SECONDS, LIFE_SECONDS, AnnouncedFile, DirectUpload, ended, new_id
 from adapters_store.objects import sha256_of
 from adapters_store.records import Version
+from server.adapters.formats.beside import ignored
 from server.api.adapter_form import check_files, kept
-from server.api.adapter_objects import version_object
+from server.api.adapter_objects import uploaded_object
 from server.api.adapters import uploaded_files
 from server.api.body import json_body
 from server.api.deps import Actor, CurrentTenant, Parts, current_tenant
@@ -96,7 +97,8 @@ async def create_upload(
         created=int(time.time()),
     )
     await parts.files.doomed.add(upload.prefix, LIFE_SECONDS + GRACE_SECONDS)
-    return json_response(await _object(parts, await parts.directs.create(upload)), 201)
+    answer = await _object(parts, await parts.directs.create(upload))
+    return json_response(answer | {"ignored": ignored(file.name for file in body.files)}, 201)
 
 
 @router.get("/{upload_id}")
@@ -132,8 +134,7 @@ async def complete_upload(
         version = await parts.registry.resolve(tenant.id, upload.name, str(upload.version))
     else:
         raise ended(upload.id, upload.status)
-    answer = version_object(version) | {"object": "adapter", "name": version.name}
-    return json_response(answer, 201, {"Location": f"/v1/adapters/{version.name}"})
+    return json_response(uploaded_object(version), 201, {"Location": f"/v1/adapters/{version.name}"})
 
 
 async def _complete(

@@ -53,10 +53,11 @@ class StoredFile:
 
 @dataclass
 class Upload:
-    """What came: texts by field, and files by the names they came with."""
+    """What came: texts by field, files by the names they came with, and the names of those not kept."""
 
     fields: dict[str, str] = field(default_factory=dict)
     files: dict[str, StoredFile] = field(default_factory=dict)
+    dropped: list[str] = field(default_factory=list)
 
     def required(self, name: str) -> str:
         if name not in self.fields:
@@ -169,6 +170,7 @@ class _Receiver:
 
     def _open_file(self, name: str) -> None:
         if not self._form.keep(name):
+            self.upload.dropped.append(name)
             return
         if name in self.upload.files:
             raise InvalidField(f"The file {shown(name)} came twice.", param=self._form.file)

@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
+from server.adapters.formats.beside import CHANGES_PROMPTS, ignored
 from server.cli.connection import DEFAULT_URL, DataDir, Key, Url, answer, connection, pages
 from server.cli.output import print_table
 from server.errors import InvalidField
@@ -40,6 +41,7 @@ def push(
     paths = files_of(folder)
     with connection(url, key, data_dir) as client:
         made = send(client, "/v1/adapters", name, paths)
+    made["ignored"] += not_sent(folder)
     Console().print_json(data=made)
 
 
@@ -152,6 +154,12 @@ def send(client: httpx.Client, path: str, name: str, files: list[Path]) -> Any:
     with Progress(*columns, console=Console(stderr=True)) as bars, ExitStack() as open_:
         opened = [(f.name, open_.enter_context(bars.open(f, "rb", description=f.name))) for f in files]
         return answer(client.post(path, data={"name": name}, files=[("files", file) for file in opened]))
+
+
+def not_sent(folder: Path) -> list[dict[str, str]]:
+    """The files beside an adapter that would matter if it were prompted as its training was; and why not."""
+    beside = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    return [file for file in ignored(beside) if file["reason"] in CHANGES_PROMPTS]
 
 
 def _points(text: str) -> dict[str, Any]:

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from server.adapters.methods.base import Bank, Rows, Span
+from server.adapters.methods.base import Bank
+from server.adapters.methods.rows import Rows, Span
 from server.adapters.sites import Base
 from server.engine.gpu_batch import GpuBatch
 from server.engine.row import Row
@@ -44,7 +45,9 @@ class Spans:
     def acting(self, hook: str, count: int) -> list[tuple[Bank, Rows]]:
         """Those of them that act through `hook`, which sees `count` tokens."""
         return [
-            (bank, Rows(spans, bank.most, count)) for bank, spans in self.by_bank.items() if bank.acts(hook)
+            (bank, Rows(spans, bank.most, count))
+            for bank, spans in self.by_bank.items()
+            if bank.acts(hook, (span.slot for span in spans))
         ]
 
 

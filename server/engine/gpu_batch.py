@@ -10,7 +10,7 @@ from itertools import chain, takewhile
 
 import torch
 
-from server.adapters.methods.base import FEW
+from server.adapters.methods.rows import FEW
 from server.engine.row import Row
 from server.kernels.attention import BLOCK, Scores
 from server.kernels.gpu import upload

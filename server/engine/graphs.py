@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from server.adapters.methods.base import Bank, Rows, Trace
+from server.adapters.methods.base import Bank, Trace
+from server.adapters.methods.rows import Rows
 from server.engine.attention import Step
 from server.engine.gpu_batch import GpuBatch, place_of
 from server.engine.row import Row
@@ -274,7 +275,7 @@ class DecodeGraphs:
             plan = Plan(plans[2 * i], plans[2 * i + 1].view(-1, FIELDS), SMALL, trace.ranks)
             acting.append((bank, Rows.recorded(plan, bank.touched(trace), variant.rows)))
         step.affine, step.inputs, step.norm, step.sublayer = (
-            [(bank, rows) for bank, rows in acting if bank.acts(hook)]
+            [(bank, rows) for bank, rows in acting if bank.acts(hook, ())]
             for hook in ("affine", "inputs", "norm", "sublayer")
         )
         step.head, step.head_inputs, step.head_norm = step.affine, step.inputs, step.norm

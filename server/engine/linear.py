@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from server.adapters.methods.base import Bank, Rows
+from server.adapters.methods.base import Bank
+from server.adapters.methods.rows import Rows
 from server.adapters.sites import Site
 from server.engine.attention import Step
 from server.kernels.biases import Biases

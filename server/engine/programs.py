@@ -16,7 +16,8 @@ from typing import NamedTuple
 
 import torch
 
-from server.adapters.methods.base import Bank, Rows, Trace
+from server.adapters.methods.base import Bank, Trace
+from server.adapters.methods.rows import Rows
 from server.engine.attention import Step
 from server.kernels.attention import BLOCK
 from server.kernels.openmp import Arena, Recorder

@@ -10,7 +10,8 @@ from typing import Any, cast
 
 import torch
 
-from server.adapters.methods.base import Bank, Rows
+from server.adapters.methods.base import Bank
+from server.adapters.methods.rows import Rows
 from server.engine.attention import Step
 from server.engine.figures import Figures
 

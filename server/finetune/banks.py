@@ -6,8 +6,9 @@ import torch
 
 from server.adapters.methods.affine import AffineBank, apply
 from server.adapters.methods.anatomy import changes_of
-from server.adapters.methods.base import Packed, Rows
+from server.adapters.methods.base import Packed
 from server.adapters.methods.change import Change
+from server.adapters.methods.rows import Rows
 from server.adapters.sites import Base, Site
 
 SLOT = 1

@@ -16,8 +16,9 @@ from torch import nn
 
 from server.adapters.formats.fields import FILE
 from server.adapters.methods.affine import AffineBank
-from server.adapters.methods.base import Bank, Rows, Span
+from server.adapters.methods.base import Bank
 from server.adapters.methods.bottleneck_bank import BottleneckBank
+from server.adapters.methods.rows import Rows, Span
 from server.adapters.methods.virtual import TENSOR
 from server.engine.frozen import FrozenModel, Placement
 from server.finetune.attention import TrainingStep, attend_within
@@ -126,8 +127,8 @@ class Trainable(nn.Module):
             self.bank.dropout = self.dropout if self.training else 0.0
             self.bank.seed = int(torch.randint(MAX_SEED, ())) if self.bank.dropout else 0
         rows = Rows([Span(SLOT, 0, sum(lengths))])
-        step.affine = [(self.bank, rows)] if self.bank.acts("affine") else []
-        step.sublayer = [(self.bank, rows)] if self.bank.acts("sublayer") else []
+        step.affine = [(self.bank, rows)] if self.bank.acts("affine", [SLOT]) else []
+        step.sublayer = [(self.bank, rows)] if self.bank.acts("sublayer", [SLOT]) else []
         step.begin_with(self.bank.start(SLOT))
 
     def _token_bytes(self) -> int:

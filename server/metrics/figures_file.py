@@ -103,4 +103,4 @@ class FiguresFile:
 
 def write_figures_without_mapping() -> None:
     """From now on in this process. The library looks its class up here whenever it opens a file."""
-    values.MmapedDict = FiguresFile  # type: ignore[assignment, misc]
+    values.MmapedDict = FiguresFile  # type: ignore[assignment, attr-defined]

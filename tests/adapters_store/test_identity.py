@@ -2,6 +2,7 @@
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import pytest
 from redis.asyncio import Redis
@@ -44,7 +45,8 @@ async def publish(registry: Registry, name: str) -> None:
 async def test_many_that_start_at_once_agree(redis: Redis, objects: Objects) -> None:
     await asyncio.gather(*(prove_identity(redis, objects) for _ in range(8)))
     await prove_identity(redis, objects)
-    assert await redis.get(KEY) in await objects.get(OBJECT)
+    known: Any = await redis.get(KEY)
+    assert known in await objects.get(OBJECT)
 
 
 async def test_the_same_in_s3(redis: Redis, weed: Weed) -> None:
@@ -62,7 +64,7 @@ async def test_another_store_is_refused_and_left_as_it_is(
     if used:
         await other.create(OBJECT, b'{"identity": "another"}')
     await prove_identity(redis, objects)
-    known = await redis.get(KEY)
+    known: Any = await redis.get(KEY)
     with pytest.raises(StartupError, match=known.decode()):
         await prove_identity(redis, other)
     assert await redis.get(KEY) == known

@@ -29,6 +29,13 @@ def pattern(family: str) -> dict[str, Any]:
     }
 
 
+def norms(family: str) -> list[str]:
+    """Norms of the residual stream, some of every layer and the last."""
+    return {"gpt2": ["ln_1", "ln_f"], "olmo2": ["post_attention_layernorm", "model.norm"]}.get(
+        family, ["input_layernorm", "model.norm"]
+    )
+
+
 CASES: dict[str, Callable[[str], dict[str, Any]]] = {
     "plain": lambda family: {"r": 4, "lora_alpha": 8, "target_modules": linears(family)},
     "attention only": lambda family: {"r": 8, "target_modules": linears(family)[:2]},
@@ -44,6 +51,24 @@ CASES: dict[str, Callable[[str], dict[str, Any]]] = {
         "r": 3,
         "lora_alpha": 6,
         "target_modules": linears(family) + tables(family),
+    },
+    "trained norms": lambda family: {
+        "r": 4,
+        "target_modules": linears(family),
+        "modules_to_save": norms(family),
+    },
+    "trained norms and dora": lambda family: {
+        "r": 4,
+        "use_dora": True,
+        "target_modules": linears(family)[:1],
+        "modules_to_save": norms(family)[:1],
+    },
+    "an expression": lambda family: {
+        "r": 4,
+        "target_modules": r".*\.(?:0|1)\..*(?:" + "|".join(linears(family)[:2]) + ")",
+        "exclude_modules": r".*\.1\.(?:self_attn|attn)\.(?:q_proj|c_attn)",
+        "rank_pattern": {r"(?:layers|h)\.[01]\..*": 6},
+        "alpha_pattern": {"(k_proj|c_proj)": 12},
     },
     "lora_bias": lambda family: {"r": 4, "lora_bias": True, "target_modules": linears(family)},
     "bias all": lambda family: {"r": 4, "bias": "all", "target_modules": linears(family)[:1]},

@@ -67,7 +67,7 @@ def test_where_blocks_cannot_be_reserved_the_disk_itself_is_looked_at(
 
     monkeypatch.setattr(reserve, "_reserve", unsupported)
     for free, state in ((1 << 30, "whole"), (REFUSED_BYTES, "shrinking"), (REFUSED_BYTES - 1, "used up")):
-        usage = shutil._ntuple_diskusage(1 << 40, 0, free)  # type: ignore[attr-defined]
+        usage = shutil._ntuple_diskusage(1 << 40, 0, free)
         monkeypatch.setattr(shutil, "disk_usage", lambda _folder, usage=usage: usage)
         assert Reserve(tmp_path).hold() == state
 

@@ -9,8 +9,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from server.adapters.formats.fields import FILE, Fields, refused
-from server.adapters.formats.strict import check_inert
+from server.adapters.formats.fields import Fields, refused
 from server.errors import InvalidAdapter
 
 # Say how the adapter was made or trained, or qualify what must be off.
@@ -38,19 +37,17 @@ DROPPED_OF_CONFIG = frozenset(
         "stochastic_depth",
     }
 )
-# Ask for another method, for more modules than the bottleneck, or, gating, for tokens yet to come.
-OFF = frozenset(
-    {
-        "architecture",
-        "cross_adapter",
-        "inv_adapter",
-        "invertible_adapter",
-        "ln_after",
-        "ln_before",
-        "phm_layer",
-        "use_gating",
-    }
-)
+# Ask for another method, or for more than a bottleneck after a sub-block.
+OFF = {
+    "architecture": "it names another method",
+    "cross_adapter": "it acts between an encoder and a decoder",
+    "inv_adapter": "an invertible adapter changes the embeddings, too",
+    "invertible_adapter": "an invertible adapter changes the embeddings, too",
+    "ln_after": "a norm after the adapter is not served",
+    "ln_before": "a norm before the adapter is not served",
+    "phm_layer": "its matrices are products of smaller ones",
+    "use_gating": "a gate averages over tokens that are yet to come",
+}
 # Before configs carried a version, two names meant something else.
 OLD_NON_LINEARITIES = {"gelu": "gelu_new", "gelu_orig": "gelu"}
 
@@ -110,7 +107,6 @@ def hub_config(raw: dict[str, Any]) -> HubConfig:
     inner = raw.get("config")
     if not isinstance(inner, dict):
         raise refused("config", inner, "it must be an object, not a name")
-    check_inert(FILE, "version", raw.get("version"))
     today = {
         "non_linearity": _non_linearity(inner.get("non_linearity"), is_old="version" not in raw),
         "leave_out": _layers(inner.get("leave_out")),

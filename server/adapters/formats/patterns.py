@@ -5,45 +5,43 @@ only what people write is understood, and it is matched in one pass over the nam
 
     x        itself: letters, digits, _ and -       \\.        a dot
     .        any one character                       \\d [0-9]  one digit, or with + several
-    .* .+    any characters                          ^ ... $   at the ends only
+    .* .+    any characters                          [qkv]     one of these; ranges, too
+    (a|b)    one or the other, of anything here      ^ ... $   at the ends only
+
+A key with alternatives is written out: `layers.(0|1).[qk]_proj` stands for two without them.
 """
 
 from string import ascii_letters, digits
 
 from server.errors import InvalidAdapter, shown
 
-MAX_KEY = 128  # characters
-MAX_KEYS = 1024
-MAX_WILD = 64  # keys with * or +
+MAX_KEY = 256  # characters
+MAX_ALTERNATIVES = 256  # of a key
+MAX_DEPTH = 8  # of brackets in each other
+MAX_KEYS = 1024  # written out
+MAX_WILD = 64  # of them, with * or +
 LITERALS = frozenset(ascii_letters + digits + "_-")
-DIGIT_CLASSES = ("\\d", "[0-9]")
-ANY, DIGIT = "any", "digit"
+ANY = "any"
+QUANTIFIERS = ("*", "+", "?", "{")
+
+Step = tuple[str, str]  # what it takes: ANY or these characters; "", "*" or "+"
+START, END = ("^", ""), ("$", "")
 
 
-class Pattern:
-    """One key. Bit i of every mask is about step i: which characters it takes, whether it repeats."""
+class Chain:
+    """A key without alternatives. Bit i of a mask is about step i: what it takes, whether it repeats."""
 
-    def __init__(self, key: str, field: str) -> None:
-        """Raises InvalidAdapter for a key that uses more of the regular expressions than this."""
-        if not 0 < len(key) <= MAX_KEY:
-            raise InvalidAdapter(
-                f"{field} has a key of {len(key)} characters; it must have 1 to {MAX_KEY}.", param=field
-            )
-        rest = key.removeprefix("^")
-        self.from_start = rest != key
-        rest = rest if rest.endswith("\\$") else rest.removesuffix("$")
+    def __init__(self, steps: list[Step]) -> None:
+        """Raises _UnknownError for an anchor that is not at its end."""
+        self.from_start = steps[:1] == [START]
+        inner = steps[self.from_start : len(steps) - (steps[-1:] == [END])]
+        if START in inner or END in inner:
+            raise _UnknownError
         self.size = 0
-        self.takes: dict[str, int] = {}  # by ANY, DIGIT, or the character
+        self.takes: dict[str, int] = {}  # by ANY or the character
         self.repeats = 0
         self.optional = 0
-        while rest:
-            kind, rest = _next_kind(rest, key, field)
-            repeat = (
-                rest[:1]
-                if rest[:1] in ("*", "+") and (kind == ANY or (kind, rest[0]) == (DIGIT, "+"))
-                else ""
-            )
-            rest = rest.removeprefix(repeat)
+        for kind, repeat in inner:
             self._append(kind, repeat)
 
     @property
@@ -68,49 +66,158 @@ class Pattern:
         step = 1 << self.size
         if repeat == "*" and self.optional & step >> 1:
             return  # ".*.*" is ".*": so that no two optional steps stand together
-        self.takes[kind] = self.takes.get(kind, 0) | step
+        for taken in [ANY] if kind == ANY else kind:
+            self.takes[taken] = self.takes.get(taken, 0) | step
         self.repeats |= step if repeat else 0
         self.optional |= step if repeat == "*" else 0
         self.size += 1
 
     def _takers(self, character: str) -> int:
-        by_class = self.takes.get(ANY, 0) | (self.takes.get(DIGIT, 0) if character in digits else 0)
-        return by_class | self.takes.get(character, 0)
+        return self.takes.get(ANY, 0) | self.takes.get(character, 0)
 
     def _skip(self, reached: int) -> int:
         return reached | (reached & self.optional) << 1
+
+
+class Pattern:
+    """One key: the chains that it stands for."""
+
+    def __init__(self, key: str, field: str) -> None:
+        """Raises InvalidAdapter for a key that uses more of the regular expressions than this."""
+        if not 0 < len(key) <= MAX_KEY:
+            raise InvalidAdapter(
+                f"{field} has a key of {len(key)} characters; it must have 1 to {MAX_KEY}.", param=field
+            )
+        try:
+            self.chains = [Chain(steps) for steps in _Reader(key).whole()]
+        except _UnknownError:
+            raise InvalidAdapter(
+                f"{field} has the key {shown(key)}; a key may hold letters, digits, '_', '-', '.', '\\d', "
+                "'[abc]', '(a|b)', '.*', '+' after '.' or '\\d', '^' at its start and '$' at its end, and "
+                f"stand for {MAX_ALTERNATIVES} others.",
+                param=field,
+            ) from None
+
+    def matches(self, name: str) -> bool:
+        return any(chain.matches(name) for chain in self.chains)
 
 
 class Patterns:
     """A whole rank_pattern or alpha_pattern, as (key, value) pairs in the order they were written."""
 
     def __init__(self, pairs: list[tuple[str, float]], field: str) -> None:
-        self._pairs = [(Pattern(key, field), value) for key, value in pairs]
-        wild = sum(pattern.is_wild for pattern, _ in self._pairs)
-        if len(self._pairs) > MAX_KEYS or wild > MAX_WILD:
-            allowed = f"it may have {MAX_KEYS}, of which {MAX_WILD} with '*' or '+'"
-            raise InvalidAdapter(
-                f"{field} has {len(self._pairs)} and {wild} such keys; {allowed}.", param=field
-            )
+        self._pairs: list[tuple[Pattern, float]] = []
+        count = wild = 0
+        for key, value in pairs:
+            pattern = Pattern(key, field)
+            self._pairs.append((pattern, value))
+            count += len(pattern.chains)
+            wild += sum(chain.is_wild for chain in pattern.chains)
+            if count > MAX_KEYS or wild > MAX_WILD:
+                raise InvalidAdapter(
+                    f"{field} has too many keys; with alternatives written out it may have {MAX_KEYS}, of "
+                    f"which {MAX_WILD} with '*' or '+'.",
+                    param=field,
+                )
 
     def value(self, name: str, default: float) -> float:
         """The value of the first key that matches, as PEFT chooses it."""
         return next((value for pattern, value in self._pairs if pattern.matches(name)), default)
 
 
-def _next_kind(rest: str, key: str, field: str) -> tuple[str, str]:
-    """The class or character that the key begins with, and what follows it."""
-    for digit_class in DIGIT_CLASSES:
-        if rest.startswith(digit_class):
-            return DIGIT, rest.removeprefix(digit_class)
-    if rest.startswith("\\."):
-        return ".", rest[2:]
-    if rest[0] == ".":
-        return ANY, rest[1:]
-    if rest[0] in LITERALS:
-        return rest[0], rest[1:]
-    raise InvalidAdapter(
-        f"{field} has the key {shown(key)}; a key may hold letters, digits, '_', '-', '.', '\\d', '[0-9]', "
-        "'.*', '+' after a class, '^' at its start and '$' at its end.",
-        param=field,
-    )
+class _UnknownError(ValueError):
+    """The key uses more of the regular expressions than is understood."""
+
+
+class _Reader:
+    """Reads a key from left to right; each of its methods gives all that a part of it stands for."""
+
+    def __init__(self, key: str) -> None:
+        self.rest = key
+        self.depth = 0
+
+    def whole(self) -> list[list[Step]]:
+        chains = self._alternatives()
+        if self.rest:  # a bracket that closes nothing
+            raise _UnknownError
+        return chains
+
+    def _alternatives(self) -> list[list[Step]]:
+        found = self._sequence()
+        while self._took("|"):
+            found += self._sequence()
+            _check_count(len(found))
+        return found
+
+    def _sequence(self) -> list[list[Step]]:
+        found: list[list[Step]] = [[]]
+        while self.rest and self.rest[0] not in "|)":
+            if self.rest[0] == "(":
+                parts = self._group()
+                _check_count(len(found) * len(parts))
+                found = [before + part for before in found for part in parts]
+            else:
+                step = self._step()
+                for chain in found:
+                    chain.append(step)
+        return found
+
+    def _group(self) -> list[list[Step]]:
+        if not self._took("(?:"):
+            self._took("(")
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            raise _UnknownError
+        found = self._alternatives()
+        self.depth -= 1
+        if not self._took(")") or self.rest.startswith(QUANTIFIERS):
+            raise _UnknownError
+        return found
+
+    def _step(self) -> Step:
+        kind = self._kind()
+        repeats = {ANY: ("*", "+"), digits: ("+",)}.get(kind, ())
+        repeat = next((sign for sign in repeats if self._took(sign)), "")
+        if self.rest.startswith(QUANTIFIERS):
+            raise _UnknownError
+        return kind, repeat
+
+    def _kind(self) -> str:
+        """ANY, or the characters that may stand here; or an anchor."""
+        if self._took("\\d"):
+            return digits
+        if self._took("\\."):
+            return "."
+        if self._took("["):
+            return self._class()
+        if self._took("."):
+            return ANY
+        character, self.rest = self.rest[0], self.rest[1:]
+        if character not in LITERALS and character not in "^$":
+            raise _UnknownError
+        return character
+
+    def _class(self) -> str:
+        inner, bracket, self.rest = self.rest.partition("]")
+        found: set[str] = set()
+        while inner:
+            first, sign, last = inner[0], inner[1:2], inner[2:3]
+            if sign != "-":
+                sign, last = "", first
+            if not {first, last} <= LITERALS - {"-"} or last < first:
+                raise _UnknownError
+            found.update(map(chr, range(ord(first), ord(last) + 1)))
+            inner = inner[3 if sign else 1 :]
+        if not bracket or not found:
+            raise _UnknownError
+        return "".join(sorted(found))
+
+    def _took(self, text: str) -> bool:
+        rest = self.rest.removeprefix(text)
+        taken, self.rest = rest != self.rest, rest
+        return taken
+
+
+def _check_count(count: int) -> None:
+    if count > MAX_ALTERNATIVES:
+        raise _UnknownError

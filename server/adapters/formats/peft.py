@@ -5,7 +5,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from server.adapters.formats.fields import FILE, Fields, refused
+from server.adapters.formats.fields import FILE, Fields, OneOf, refused
 from server.adapters.formats.peft_lora import LORA
 from server.adapters.formats.peft_vectors import BEFT, BITFIT, IA3, LN_TUNING
 from server.adapters.formats.peft_virtual import P_TUNING, PREFIX_TUNING, PROMPT_TUNING
@@ -25,11 +25,24 @@ TYPES: dict[str, tuple[str, Fields]] = {
     "IA3": ("ia3", IA3),
     "LN_TUNING": ("ln_tuning", LN_TUNING),
 }
-# What every config of PEFT's has.
+# What every config of PEFT's has; `runtime_config` is of its process, and old versions saved it.
 COMMON_DROPPED = frozenset(
-    {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision"}
+    {
+        "auto_mapping",
+        "base_model_name_or_path",
+        "inference_mode",
+        "peft_version",
+        "revision",
+        "runtime_config",
+    }
 )
-COMMON_ONE_OF = {"task_type": (None, "CAUSAL_LM")}
+# FEATURE_EXTRACTION: around a causal model PEFT computes the same; some libraries write it for those.
+COMMON_ONE_OF = {
+    "task_type": OneOf(
+        (None, "CAUSAL_LM", "FEATURE_EXTRACTION"), "an adapter for another task has a head that is not served"
+    )
+}
+MLX_FIELD = "lora_parameters"  # rank, scale and dropout, as mlx-lm writes them
 
 Config = TypeVar("Config", bound=msgspec.Struct)
 
@@ -58,6 +71,12 @@ def typed_config(config: dict[str, Any], kind: type[Config]) -> Config:
 
 def _typed(config: dict[str, Any]) -> msgspec.Struct:
     peft_type = config.get("peft_type")
+    if peft_type is None and MLX_FIELD in config:
+        raise InvalidAdapter(
+            f"{FILE} is mlx-lm's, whose matrices have other names, orientations and scales than PEFT's. "
+            "Convert the adapter to PEFT's format.",
+            param="peft_type",
+        )
     if not isinstance(peft_type, str) or peft_type not in TYPES:
         raise refused("peft_type", peft_type, f"it must be {' or '.join(TYPES)}")
     _, fields = TYPES[peft_type]

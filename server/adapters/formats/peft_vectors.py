@@ -8,7 +8,7 @@ from typing import Literal
 
 import msgspec
 
-from server.adapters.formats.fields import Fields, Modules
+from server.adapters.formats.fields import NO_SAVED_MODULES, Fields, Modules
 
 
 class BitfitConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -41,17 +41,17 @@ BITFIT = Fields(BitfitConfig, modules=("target_modules",))
 BEFT = Fields(
     BeftConfig,
     dropped=frozenset({"init_weights"}),
-    empty=frozenset({"modules_to_save"}),
+    empty=NO_SAVED_MODULES,
     modules=("target_modules",),
 )
 IA3 = Fields(
     Ia3Config,
     dropped=frozenset({"fan_in_fan_out", "init_ia3_weights"}),
-    empty=frozenset({"modules_to_save"}),
+    empty=NO_SAVED_MODULES,
     modules=("target_modules", "exclude_modules", "feedforward_modules"),
 )
 LN_TUNING = Fields(
     LnTuningConfig,
-    empty=frozenset({"modules_to_save"}),
+    empty=NO_SAVED_MODULES,
     modules=("target_modules", "exclude_modules"),
 )

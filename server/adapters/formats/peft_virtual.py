@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from server.adapters.formats.fields import Fields
+from server.adapters.formats.fields import NO_SAVED_MODULES, Fields, OneOf
 
 MAX_VIRTUAL = 1024
 
@@ -33,12 +33,14 @@ class PromptConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     token_dim: Count | None = None
 
 
-ONE_SUBMODULE = {"num_transformer_submodules": (1, None)}  # an encoder-decoder has two
+ONE_SUBMODULE = {
+    "num_transformer_submodules": OneOf((1, None), "more are of an encoder-decoder, which is not served")
+}
 
 PREFIX_TUNING = Fields(
     PrefixConfig,
     dropped=frozenset({"encoder_hidden_size", "init_weights", "prefix_projection"}),
-    empty=frozenset({"modules_to_save"}),
+    empty=NO_SAVED_MODULES,
     one_of=ONE_SUBMODULE,
 )
 PROMPT_TUNING = Fields(
@@ -53,7 +55,7 @@ PROMPT_TUNING = Fields(
             "tokenizer_name_or_path",
         }
     ),
-    empty=frozenset({"modules_to_save"}),
+    empty=NO_SAVED_MODULES,
     one_of=ONE_SUBMODULE,
 )
 P_TUNING = Fields(
@@ -68,6 +70,6 @@ P_TUNING = Fields(
             "num_layers",
         }
     ),
-    empty=frozenset({"modules_to_save"}),
+    empty=NO_SAVED_MODULES,
     one_of=ONE_SUBMODULE,
 )

@@ -2,6 +2,9 @@
 
     y  ->  y + gain * (y - b) + B A x + bias        with y = W x + b, the base's own output
 
+An adapter may also bring a norm's own parameters. Such a norm is computed anew from its input: what it gave
+cannot be rescaled, since where the base's weight is zero nothing is left to scale.
+
 Each adapter is one flat buffer, and a table per site says where its pieces lie: an adapter occupies exactly
 its own bytes, whatever its rank and targets, and a slot is a row of a table. At a norm there is no A and B.
 """
@@ -12,8 +15,9 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from server.adapters.methods.anatomy import Anatomies, Held, Piece
-from server.adapters.methods.base import BIAS, MATRICES, SCALE, Bank, Packed, Rows, Trace
+from server.adapters.methods.base import Bank, NormParts, Packed, Trace
 from server.adapters.methods.change import Change
+from server.adapters.methods.rows import BIAS, MATRICES, SCALE, Rows
 from server.adapters.methods.tensors import flatten_noting
 from server.adapters.sites import Base, Site
 from server.kernels import affine as kernel
@@ -31,13 +35,13 @@ def pack_changes(changes: Iterable[Change], dtype: torch.dtype) -> Packed:
     parts: list[torch.Tensor] = []
     factors: list[float] = []
     for change in changes:
-        for part in ("a", "b", "gain", "bias", "scale"):
+        for part in ("a", "b", "gain", "bias", "scale", "norm"):
             tensor: torch.Tensor | None = getattr(change, part)
             if tensor is not None:
                 pieces.append(Piece(change.site, part, tuple(tensor.shape)))
                 parts.append(tensor)
                 factors.append(change.factor if part == "b" else 1.0)
-    scaled = any(piece.part in ("gain", "scale") for piece in pieces)
+    scaled = any(piece.part in ("gain", "scale", "norm") for piece in pieces)
     flat, copies = flatten_noting(parts, dtype, factors)
     return Packed(flat, pieces, summable=not scaled, copies=copies)
 
@@ -55,6 +59,7 @@ class AffineBank(Bank):
         self.table = SiteTable(names, slots, kernel.COLUMNS, device)
         self.gpu = gpu.chosen(device)
         self.fast = AVAILABLE and not self.gpu and device.type == "cpu" and dtype == torch.float32
+        self._with_norms: set[int] = set()  # slots whose adapters bring norms
         self._unions: dict[frozenset[int], dict[str, int]] = {}  # sites touched by sets of slots
         self._anatomies = Anatomies(self.table)
 
@@ -63,16 +68,19 @@ class AffineBank(Bank):
         flat = packed.flat.to(self.device, non_blocking=True)
         anatomy = self._anatomies.of(packed.layout, flat.itemsize)
         held = self.held[slot] = Held(flat, anatomy, aligned=self.gpu)
+        if anatomy.norms:
+            self._with_norms.add(slot)
         if self.fast:
             self.table.fill(slot, anatomy.rows(flat.data_ptr()), anatomy.mask, anatomy.rank)
         else:
-            entries = {name: table_row(change) for name, change in held.changes.items()}
+            entries = {name: table_row(held.changes[name]) for name in anatomy.ways}
             self.table.put(slot, entries, anatomy.rank)
         self._unions.clear()
 
     def clear(self, slot: int) -> None:
         self.table.clear(slot)
         self.held[slot] = None
+        self._with_norms.discard(slot)
         self._unions.clear()
 
     def change(self, slot: int, site: str) -> Change | None:
@@ -115,7 +123,25 @@ class AffineBank(Bank):
             self._launch(sites, x, y, rows, bias)
         rows.settled.update(site.name for site in sites)
 
+    def norm(self, site: Site, parts: NormParts, x: torch.Tensor, y: torch.Tensor, rows: Rows) -> None:
+        found = rows.spread(lambda slot: self._norm(slot, site.name))
+        if found is None:
+            return
+        rows.check(len(x))
+        tokens, own = found
+        fixed, scaled = parts(x[tokens])
+        y[tokens] = fixed + scaled * own[:, 0] + (own[:, 1] if site.bias else 0)
+
+    def acts(self, hook: str, slots: Iterable[int]) -> bool:
+        """Norms are asked of adapters that bring some; the others' steps are not slower for those."""
+        if hook != "norm":
+            return super().acts(hook, slots)
+        return bool(self._with_norms) and not self._with_norms.isdisjoint(slots)
+
     def trace(self, slot: int) -> Trace | None:
+        """Norms are computed from the host's lists: no step with one is recorded."""
+        if slot in self._with_norms:
+            return None
         mask, ranks = self.table.masks[slot], self.table.ranks[slot]
         if self.fast:
             held = self.held[slot]
@@ -129,6 +155,10 @@ class AffineBank(Bank):
             way = SCALE if self.sites[name].kind == "norm" else MATRICES
             found[name] = way | found.get(name, 0)
         return found
+
+    def _norm(self, slot: int, site: str) -> torch.Tensor | None:
+        held = self.held[slot]
+        return held.changes[site].norm if held and site in held.anatomy.norms else None
 
     def _side_by_side(self, sites: Sequence[Site]) -> bool:
         """Whether they are so in the table."""

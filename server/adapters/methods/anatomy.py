@@ -14,8 +14,8 @@ import msgspec
 import numpy as np
 import torch
 
-from server.adapters.methods.base import BIAS, MATRICES, SCALE
 from server.adapters.methods.change import Change
+from server.adapters.methods.rows import BIAS, MATRICES, SCALE
 from server.kernels import affine as kernel
 from server.kernels import gpu
 from server.kernels.site_table import SiteTable
@@ -33,7 +33,10 @@ class Piece(msgspec.Struct, frozen=True, gc=False):  # by the hundred thousand, 
 
 
 class Anatomy:
-    """`ways`: how each site is changed. `mask`: bits of these sites; `biased`: of those by a bias alone."""
+    """`ways`: how each site is changed. `mask`: bits of these sites; `biased`: of those by a bias alone.
+
+    `norms`: the norms that have other parameters, and are in none of these.
+    """
 
     def __init__(self, layout: list[Piece], table: SiteTable, item: int) -> None:
         self.layout = layout  # held, so that nothing else gets its id
@@ -52,7 +55,8 @@ class Anatomy:
             begin += prod(piece.shape)
         self._offsets, self._present = torch.from_numpy(offsets), torch.from_numpy(present)
         assert self.rank <= kernel.MAX_RANK, f"rank {self.rank} is over the kernel's scratch"
-        self.ways = {site: _way(own) for site, own in parts.items()}
+        self.norms = frozenset(site for site, own in parts.items() if "norm" in own)
+        self.ways = {site: _way(own) for site, own in parts.items() if site not in self.norms}
         self.mask = table.mask(self.ways)
         self.biased = table.mask(site for site, way in self.ways.items() if way == BIAS)
 

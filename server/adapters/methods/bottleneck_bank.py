@@ -13,7 +13,8 @@ import msgspec
 import torch
 import torch.nn.functional as F
 
-from server.adapters.methods.base import FEW, MATRICES, Bank, Packed, Rows, Trace
+from server.adapters.methods.base import Bank, Packed, Trace
+from server.adapters.methods.rows import FEW, MATRICES, Rows
 from server.adapters.methods.tensors import flatten
 from server.adapters.sites import Base, Site
 from server.kernels import bottleneck as kernel

@@ -11,6 +11,7 @@ class Change:
 
     a [r, in] (of an embedding [vocabulary, r], so that a token's row is contiguous), b [r, out],
     gain [out], bias [out]. scale [in], upon the inputs, is for banks that have the hook for it.
+    norm [1 or 2, out]: a norm's own weight, and its bias if it has one, in the place of the base's.
     Until it is packed b may lack a `factor`; in a bank all scalings are folded in. Matrices may be narrower
     than what they are multiplied with.
     """
@@ -21,4 +22,5 @@ class Change:
     gain: torch.Tensor | None = None
     bias: torch.Tensor | None = None
     scale: torch.Tensor | None = None
+    norm: torch.Tensor | None = None
     factor: float = 1.0

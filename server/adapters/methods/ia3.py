@@ -11,8 +11,9 @@ import torch
 from server.adapters.formats.peft import typed_config
 from server.adapters.formats.peft_vectors import Ia3Config
 from server.adapters.methods.affine import AffineBank, pack_changes
-from server.adapters.methods.base import AdapterFiles, Packed, Rows, Tensors, Trace
+from server.adapters.methods.base import AdapterFiles, Packed, Tensors, Trace
 from server.adapters.methods.change import Change
+from server.adapters.methods.rows import Rows
 from server.adapters.methods.tensors import (
     COPIES,
     Endings,
@@ -119,7 +120,7 @@ class Ia3:
 
 
 def _feeds_forward(site: str, config: Ia3Config, shape: tuple[int, ...]) -> bool:
-    """By PEFT's rule: a name's end, dot or not. Where the config says nothing, the shape does."""
+    """By PEFT's rule for a list: a name's end, dot or not. Where the config has none, the shape decides."""
     if config.feedforward_modules is None:
         return shape[:1] == (1,)
     return site.endswith(config.feedforward_modules)

@@ -1,4 +1,5 @@
-"""LoRA: y += scaling * B A x at any linear, and at embeddings; with rsLoRA, DoRA, patterns and biases.
+"""LoRA: y += scaling * B A x at any linear, and at embeddings; with rsLoRA, DoRA, patterns, biases, and norms
+that were trained beside.
 
 This file reads what PEFT writes and says which tensors there must be. How it runs: affine.py.
 What a target is, the tensors decide; the config only gives numbers, and must agree.
@@ -19,10 +20,11 @@ from server.adapters.formats.safetensors import TensorInfo
 from server.adapters.methods.affine import AffineBank, pack_changes
 from server.adapters.methods.base import AdapterFiles, Packed, Tensors
 from server.adapters.methods.change import Change
+from server.adapters.methods.norms import Norms, norm_changes, norm_shapes, norm_starts, norms_of
 from server.adapters.methods.tensors import (
-    COPIES,
     TABLES,
     Endings,
+    Roles,
     base_copies,
     by_site,
     check_shapes,
@@ -43,11 +45,13 @@ ENDINGS: Endings = {
     "lora_magnitude_vector": ("magnitude", TABLES),
     "lora_embedding_A": ("A", ("embedding",)),
     "lora_embedding_B": ("B", ("embedding",)),
-    **COPIES,
+    "base_layer.weight": ("copy", TABLES),
+    "weight": ("copy", (*TABLES, "norm")),  # a norm's is trained, like its bias beside it
     "base_layer.bias": ("base_bias", ("linear",)),
     "bias": ("base_bias", ("linear", "norm")),
 }
 NOT_TARGETED = {"copy", "base_bias"}  # roles that a module has without being a target
+OF_NORM = {"copy": "weight", "base_bias": "bias"}
 
 
 class LoraTarget(msgspec.Struct, frozen=True):
@@ -70,6 +74,7 @@ class LoraSpec(msgspec.Struct, frozen=True):
     targets: tuple[LoraTarget, ...]
     base_copies: dict[str, str]  # tensor -> site whose weight it must equal
     biases: dict[str, str] = {}  # site -> tensor that replaces the base's bias there
+    norms: Norms = {}  # trained beside the matrices
 
     @property
     def rank(self) -> int:
@@ -91,6 +96,7 @@ class Lora:
     def parse(self, files: AdapterFiles, base: Base) -> LoraSpec:
         config = typed_config(files.config, LoraConfig)
         roles = by_site(files.tensors, base, ENDINGS, "LoRA")
+        norms = _take_norms(roles, base)
         ranks = Patterns([(key, float(rank)) for key, rank in config.rank_pattern], "rank_pattern")
         alphas = Patterns(list(config.alpha_pattern), "alpha_pattern")
         targets = []
@@ -105,6 +111,7 @@ class Lora:
             tuple(targets),
             base_copies(roles, base),
             {name: found["base_bias"] for name, found in roles.items() if "base_bias" in found},
+            norms,
         )
         _check_modules(config, spec, base)
         _check_biases(config, spec, base)
@@ -122,7 +129,7 @@ class Lora:
                     shapes[vector] = (site.outputs,)
         for name, tensor in spec.biases.items():
             shapes[tensor] = (base.sites[name].outputs,)
-        return shapes | copy_shapes(spec.base_copies, base)
+        return shapes | copy_shapes(spec.base_copies, base) | norm_shapes(spec.norms, base)
 
     def init(
         self,
@@ -151,7 +158,7 @@ class Lora:
             if target.magnitude is not None:
                 norm = torch.linalg.vector_norm(weights[target.site].float(), dim=1)
                 tensors[target.magnitude] = norm
-        return tensors
+        return tensors | norm_starts(spec.norms, weights)
 
     def pack(
         self,
@@ -168,6 +175,7 @@ class Lora:
             change = changes.get(name) or Change(name)
             delta = tensors[tensor].float() - weights[f"{name}.bias"].float()
             changes[name] = replace(change, bias=delta if change.bias is None else change.bias + delta)
+        changes |= {change.site: change for change in norm_changes(spec.norms, tensors)}
         halved = all(self._can_be_narrow(change, base.sites[name]) for name, change in changes.items())
         return pack_changes(changes.values(), torch.bfloat16 if halved else dtype)
 
@@ -209,6 +217,13 @@ class Lora:
         )
 
 
+def _take_norms(roles: Roles, base: Base) -> Norms:
+    """Those whose weights are there, out of `roles`; a bias without one is what `bias` trains."""
+    found = [name for name, own in roles.items() if base.sites[name].kind == "norm" and "copy" in own]
+    own = {name: {OF_NORM[role]: tensor for role, tensor in roles.pop(name).items()} for name in found}
+    return norms_of(own, base)
+
+
 def fold(target: LoraTarget, site: Site, tensors: Tensors, weights: Mapping[str, torch.Tensor]) -> Change:
     """One target as an affine change. Formulas: PEFT's tuners/lora/layer.py and variants.py.
 
@@ -236,12 +251,22 @@ def _check_modules(config: LoraConfig, spec: LoraSpec, base: Base) -> None:
         config.target_modules, targets, candidates, excluded=config.exclude_modules, complete=not filtered
     )
     _check_layers(config, targets)
+    if config.ensure_weight_tying:
+        _check_untied(targets, base)
     for module in config.modules_to_save or ():
-        if not any(name.endswith(module) for name in spec.base_copies.values()):
+        if not any(name.endswith(module) for name in [*spec.base_copies.values(), *spec.norms]):
             raise InvalidAdapter(
                 f"modules_to_save names {shown(module)}, but there is no tensor for it.",
                 param="modules_to_save",
             )
+
+
+def _check_untied(targets: Mapping[str, str], base: Base) -> None:
+    """PEFT would tie what it adds to the input and the output table; it leaves all other modules alone."""
+    for name, tensor in targets.items():
+        site = base.sites[name]
+        if site.kind == "embedding" or site.outputs == base.vocab_size:
+            raise invalid(tensor, "changes both tables of the vocabulary if ensure_weight_tying is true")
 
 
 def _check_layers(config: LoraConfig, targets: Mapping[str, str]) -> None:
@@ -260,7 +285,7 @@ def _check_biases(config: LoraConfig, spec: LoraSpec, base: Base) -> None:
     """Exactly the biases that `bias` says: all of the base, or those of the targets."""
     wanted: set[str] = set()
     if config.bias == "all":
-        wanted = {site.name for site in base.sites.values() if site.bias}
+        wanted = {site.name for site in base.sites.values() if site.bias} - spec.norms.keys()
     elif config.bias == "lora_only":
         wanted = {target.site for target in spec.targets if base.sites[target.site].bias}
     for name, tensor in spec.biases.items():

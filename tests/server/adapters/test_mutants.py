@@ -69,6 +69,7 @@ def kinds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Path]]:
             make_lora(base, root / "dora", r=4, use_dora=True, target_modules=LINEARS),
             make_lora(base, root / "patterns", r=4, target_modules=LINEARS, **patterns),
             make_lora(base, root / "table", r=2, target_modules=["embed_tokens", "q_proj"]),
+            make_lora(base, root / "norms", r=2, target_modules=["q_proj"], modules_to_save=["norm"]),
         ],
         "bottleneck": [
             GOLDEN / name for name in ("double_seq_bn", "par_bn", "factors", "learned", "channel")

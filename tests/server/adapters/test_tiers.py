@@ -259,7 +259,7 @@ def test_copies_make_way_while_others_fill_the_disk_and_come_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tier, free = DiskTier(tmp_path, 1000), 10_000
-    monkeypatch.setattr(shutil, "disk_usage", lambda _folder: shutil._ntuple_diskusage(20_000, 0, free))  # type: ignore[attr-defined]
+    monkeypatch.setattr(shutil, "disk_usage", lambda _folder: shutil._ntuple_diskusage(20_000, 0, free))
     assert all(write(tier, i) for i in range(4))
     tier.give_way()
     assert len(tier) == 4

@@ -59,6 +59,23 @@ def test_an_upload_answers_what_the_client_can_check(http: httpx.Client, engine:
     assert version["facts"] == {"parameters": 4 * 2 * 4 * 16, "rank": 4}
 
 
+def test_the_answer_names_the_files_that_are_not_used(http: httpx.Client) -> None:
+    beside = {
+        "tokenizer.json": "tokenizer",
+        "tokenizer.model": "tokenizer",
+        "chat_template.jinja": "base model's chat template",
+        "training_args.bin": "training",
+        "config.json": "base model's own",
+    }
+    files = lora_files() + [("files", (name, b"x", "text/plain")) for name in [*beside, "tokenizer.json"]]
+    found = upload(http, "mine", files).json()["ignored"]
+    assert [one["file"] for one in found] == ["README.md", *beside]
+    for one in found[1:]:
+        assert beside[one["file"]] in one["reason"]
+    refused = upload(http, "mine", [*files, ("files", ("optimizer.pt", b"x", "text/plain"))])
+    assert (refused.status_code, "optimizer.pt" in refused.text) == (415, True)
+
+
 def test_an_adapter_answers_by_name_version_and_alias(http: httpx.Client, engine: FakeEngine) -> None:
     first, second = (upload(http, "mine", lora_files(seed)).json() for seed in (1, 2))
     assert (first["version"], second["version"]) == (1, 2)

@@ -129,6 +129,13 @@ def test_what_is_not_what_was_announced_is_refused_and_may_come_again(
     assert complete(http, upload, files).status_code == 201
 
 
+def test_what_need_not_be_sent_is_named(http: httpx.Client) -> None:
+    files = contents(lora_files()) | {"chat_template.jinja": b"{{ x }}"}
+    made = start(http, "templated", files).json()
+    assert {one["file"] for one in made["ignored"]} == {"README.md", "chat_template.jinja"}
+    assert {file["name"] for file in made["files"]} == files.keys() - {"README.md", "chat_template.jinja"}
+
+
 def test_the_gate_is_the_gate_of_every_upload(http: httpx.Client, engine: FakeEngine) -> None:
     good = contents(lora_files())["adapter_model.safetensors"]
     bad = contents(parts(good, lora_config(init_lora_weights="pissa")))

@@ -74,7 +74,9 @@ def test_an_adapter_is_pushed_listed_shown_and_removed(run: Run, system: System,
     key = ("--key", system.tenant("pusher"))
     pushed = run("adapters", "push", "poet", str(adapter), *key)
     assert pushed.status == 0, pushed.err
-    assert json.loads(pushed.out)["version"] == 1
+    made = json.loads(pushed.out)
+    assert made["version"] == 1
+    assert [one["file"] for one in made["ignored"]] == ["tokenizer.json"], "what changes prompts, no more"
     # the weights' file alone finds its config beside it
     assert json.loads(run("adapters", "push", "poet", str(adapter / "adapter_model.safetensors"), *key).out)
     name, version, method, rank, _ = run("adapters", "list", *key).out.strip().split("\t")

@@ -59,7 +59,10 @@ def command(s: Stand, i: int, adapter: AdapterRef | None, *, tokens: int = 4, **
 @pytest.mark.parametrize(
     ("family", "names"),
     [
-        ("llama", ("lora", "dora", "bottleneck", "prefix", "prompt", "bitfit", "ia3", "ln_tuning")),
+        (
+            "llama",
+            ("lora", "dora", "lora-norms", "bottleneck", "prefix", "prompt", "bitfit", "ia3", "ln_tuning"),
+        ),
         ("gpt2", ("dora", "bitfit", "bottleneck")),
         ("gemma2", ("lora", "bottleneck", "ln_tuning")),
     ],

@@ -28,6 +28,9 @@ def kinds(s: Stand, names: Collection[str] | None = None) -> dict[str, AdapterRe
     makers: dict[str, Callable[[Any, Path], Path]] = {
         "lora": lambda m, f: make_lora(m, f, r=4, target_modules=linears, seed=1),
         "dora": lambda m, f: make_lora(m, f, r=4, use_dora=True, target_modules=linears, seed=2),
+        "lora-norms": lambda m, f: make_lora(
+            m, f, r=2, target_modules=linears[:2], modules_to_save=["ln_1" if gpt2 else "norm"], seed=13
+        ),
         "bottleneck": lambda m, f: make_bottleneck(m, f, seed=3),
         "prefix": lambda m, f: make_prefix(m, f, 5, seed=4),
         "long-prefix": lambda m, f: make_prefix(m, f, 37, seed=5),
@@ -54,7 +57,7 @@ def test_sixteen_rows_of_all_kinds_and_of_none(
     stand: Callable[..., Stand], family: str, prefix_cache: bool
 ) -> None:
     s = stand(family, 0, max_batch_tokens=48, prefix_cache=prefix_cache)
-    adapters = [*kinds(s).values(), None, None, None, None]
+    adapters = [*kinds(s).values(), None, None, None]
     commands = [s.generate(i, ref) for i, ref in enumerate(adapters)]
     expected = s.alone(commands)
     assert len({tuple(done.tokens[:6]) for done in expected}) == len(expected), "rows are too alike"

@@ -60,6 +60,18 @@ def test_the_same_bits_as_layer_by_layer(
     assert torch.equal(alone["row-0"], plain["row-0"])
 
 
+def test_an_adapter_with_norms_slows_no_step_but_its_own(stand: Callable[..., Stand]) -> None:
+    s = stand("llama", 0, lookup_tokens=0, prefix_cache=False)
+    found = kinds(s, ("lora", "lora-norms"))
+    runs = []
+    for name in ("lora-norms", "lora"):
+        run(s.engine, commands(s, [found[name]]))
+        runs.append(programs(s).runs)
+    assert found["lora-norms"].digest in s.engine.cache.by_digest, "it is still in its slot"
+    assert runs[0] == 0
+    assert runs[1] >= 8
+
+
 def test_a_program_serves_whoever_has_the_slots_now(
     stand: Callable[..., Stand], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -36,6 +36,9 @@ def folders(s: Stand) -> dict[str, Path]:
         "a": make_lora(base, root / "a", seed=1, r=4, target_modules=TARGETS),
         "b": make_lora(base, root / "b", seed=2, r=8, target_modules=TARGETS),
         "dora": make_lora(base, root / "dora", seed=3, r=4, use_dora=True, target_modules=TARGETS),
+        "norms": make_lora(
+            base, root / "norms", seed=8, r=4, target_modules=TARGETS, modules_to_save=["norm"]
+        ),
         "bias": make_beft(base, root / "bias", seed=4, target_modules=["v_proj"]),
         "ia3": make_ia3(base, root / "ia3", seed=5, target_modules=["v_proj"], feedforward_modules=[]),
         "prefix": make_prefix(base, root / "prefix", 20, seed=6),
@@ -129,6 +132,8 @@ def test_lora_and_biases_add_up(s: Stand, refs: dict[str, AdapterRef]) -> None:
         ({"prefix": 0.5, "a": 1.0}, "no weight but 1"),
         ({"dora": 0.5}, "cannot be weighted"),
         ({"dora": 1.0, "a": 1.0}, "cannot be weighted"),
+        ({"norms": 0.5}, "cannot be weighted"),
+        ({"norms": 1.0, "a": 1.0}, "cannot be weighted"),
         ({"ia3": 1.0, "a": 1.0}, "cannot be weighted"),
         ({"a": 1.0, "b": 1.0, "bias": 1.0, "prefix": 1.0, "prompt": 1.0}, "the device has 4 slots"),
     ],
@@ -148,3 +153,7 @@ def test_one_adapter_with_gains_may_stand_alone_or_behind_a_prefix(
     s: Stand, refs: dict[str, AdapterRef]
 ) -> None:
     assert [done.error for done in ask(s, refs, {"dora": 1.0}, {"prefix": 1.0, "ia3": 1.0})] == [None, None]
+    assert [done.error for done in ask(s, refs, {"norms": 1.0}, {"prompt": 1.0, "norms": 1.0})] == [
+        None,
+        None,
+    ]

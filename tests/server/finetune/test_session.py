@@ -51,7 +51,7 @@ def test_it_waits_for_room_and_the_job_goes_on(
 
     def disk_usage(_folder: Path) -> Any:
         free[0] = next(looks, free[0])
-        return shutil._ntuple_diskusage(1 << 40, 0, free[0])  # type: ignore[attr-defined]
+        return shutil._ntuple_diskusage(1 << 40, 0, free[0])
 
     def train(_job: Job) -> bool:
         raise error
@@ -74,7 +74,7 @@ def test_what_the_data_are_to_blame_for_fails_also_on_a_full_disk(
     def train(_job: Job) -> bool:
         raise InvalidField("training_file has no example to train on.", param="training_file")
 
-    usage = shutil._ntuple_diskusage(1 << 40, 0, 0)  # type: ignore[attr-defined]
+    usage = shutil._ntuple_diskusage(1 << 40, 0, 0)
     monkeypatch.setattr(shutil, "disk_usage", lambda _folder: usage)
     monkeypatch.setattr(session, "_train", train)
     job = portal.call(session.jobs.take, ID, "worker")

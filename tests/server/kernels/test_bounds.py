@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from server.adapters.methods.base import Rows, Span
+from server.adapters.methods.rows import Rows, Span
 from server.kernels.affine import COLUMNS, grouped_affine
 from server.kernels.attention import BLOCK, Scores, write_pages
 from server.kernels.bottleneck import grouped_bottleneck

@@ -4,8 +4,8 @@ import torch
 
 from server.adapters.methods.affine import pack_changes, table_row
 from server.adapters.methods.anatomy import KNOWN, Anatomies, Held
-from server.adapters.methods.base import BIAS, MATRICES, SCALE
 from server.adapters.methods.change import Change
+from server.adapters.methods.rows import BIAS, MATRICES, SCALE
 from server.kernels.affine import COLUMNS
 from server.kernels.site_table import SiteTable
 

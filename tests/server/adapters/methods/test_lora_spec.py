@@ -56,6 +56,14 @@ LLAMA_CASES: dict[str, dict[str, Any]] = {
     "head": {"r": 4, "target_modules": ["lm_head", "q_proj"]},
     "lora_bias": {"r": 4, "lora_bias": True, "target_modules": ["q_proj"]},
     "whole tables": {"r": 4, "target_modules": ["q_proj"], "modules_to_save": ["lm_head", "embed_tokens"]},
+    "norms": {"r": 4, "target_modules": ["q_proj"], "modules_to_save": ["norm", "input_layernorm"]},
+    "an expression": {"r": 4, "target_modules": r".*\.(q|v)_proj", "exclude_modules": r".*\.1\..*q_proj"},
+    "alternatives": {
+        "r": 4,
+        "target_modules": ["q_proj", "v_proj", "up_proj"],
+        "rank_pattern": {r"layers\.(0|1)\.self_attn\.[kv]_proj": 2},
+        "alpha_pattern": {"0.self_attn.(?:q|k)_proj|up_proj": 32},
+    },
     "some layers": {"r": 4, "target_modules": ["q_proj"], "layers_to_transform": [1]},
     "a layer, and one named": {
         "r": 4,
@@ -69,6 +77,7 @@ GPT2_CASES: dict[str, dict[str, Any]] = {
     "dora": {"r": 4, "use_dora": True, "target_modules": ["c_attn", "c_proj", "lm_head"]},
     "all-linear": {"r": 4, "lora_bias": True, "target_modules": "all-linear"},
     "embedding": {"r": 4, "target_modules": ["wte"]},
+    "norms": {"r": 4, "target_modules": ["c_attn"], "modules_to_save": ["ln_1", "ln_f"]},
     "bias all": {"r": 4, "bias": "all", "target_modules": ["c_attn"]},
     "bias lora_only": {"r": 4, "bias": "lora_only", "target_modules": ["c_attn", "c_fc"]},
 }
@@ -106,6 +115,39 @@ def test_whole_tables_are_named_for_the_loader_to_compare(tmp_path: Path) -> Non
     assert saved.parse().base_copies == {
         f"{prefix}model.embed_tokens.base_layer.weight": "model.embed_tokens"
     }
+
+
+@pytest.mark.parametrize("make", [llama, gpt2])
+def test_norms_that_were_trained_beside(make: Callable[[], Any], tmp_path: Path) -> None:
+    cases = LLAMA_CASES if make is llama else GPT2_CASES
+    saved = Saved(make, tmp_path, **cases["norms"])
+    spec = saved.parse()
+    ends = tuple(cases["norms"]["modules_to_save"])
+    assert spec.norms.keys() == {name for name in saved.base.sites if name.endswith(ends)}
+    norm = "base_model.model." + ("model.norm" if make is llama else "transformer.ln_f")
+    start = Lora().init(spec, saved.base, saved.weights, torch.Generator())
+    assert torch.equal(start[f"{norm}.weight"], saved.weights[norm.removeprefix("base_model.model.")])
+    assert not Lora().pack(spec, saved.base, start, saved.weights, torch.float32).summable
+    unsaid = saved.parse_changed(saved.tensors, modules_to_save=None)
+    assert unsaid == spec, "PEFT loads what is there"
+    half = dict(saved.tensors)
+    if make is gpt2:
+        del half[f"{norm}.bias"]
+    else:
+        half[f"{norm}.bias"] = half[f"{norm}.weight"]
+    with pytest.raises(InvalidAdapter, match="stands alone" if make is gpt2 else "norm without a bias"):
+        saved.parse_changed(half)
+    with pytest.raises(InvalidAdapter, match="modules_to_save names 'q_norm'"):
+        saved.parse_changed(saved.tensors, modules_to_save=["q_norm"])
+
+
+def test_tying_matters_only_to_tables(tmp_path: Path) -> None:
+    plain = Saved(llama, tmp_path, **LLAMA_CASES["plain"])
+    assert plain.parse_changed(plain.tensors, ensure_weight_tying=True) == plain.parse()
+    for case in ("embedding", "head"):
+        saved = Saved(llama, tmp_path / case, **LLAMA_CASES[case])
+        with pytest.raises(InvalidAdapter, match="both tables"):
+            saved.parse_changed(saved.tensors, ensure_weight_tying=True)
 
 
 def test_names_without_prefix_or_with_the_adapters_name_are_read(tmp_path: Path) -> None:
@@ -154,7 +196,8 @@ def test_a_missing_tensor_is_refused(plain: Saved) -> None:
         "model.norm.lora_A.weight",
         "model.layers.0.self_attn.q_proj.lora_embedding_A",
         "model.layers.0.self_attn.q_proj.base_layer.bias",
-        "model.norm.weight",
+        "model.norm.weight",  # of the wrong shape
+        "model.norm.bias",
         "../../etc/passwd",
         "x",
         "model.embed_tokens.token_adapter.trainable_tokens_delta",
@@ -242,8 +285,8 @@ def test_dora_on_an_embedding_is_refused(tmp_path: Path) -> None:
         saved.parse()
 
 
-STARTS = ["plain", "patterns", "embedding", "lora_bias", "dora"]
-STARTS_GPT2 = ["dora", "bias all", "bias lora_only"]
+STARTS = ["plain", "patterns", "embedding", "lora_bias", "dora", "norms"]
+STARTS_GPT2 = ["norms", "dora", "bias all", "bias lora_only"]
 
 
 @pytest.mark.parametrize(
