@@ -11,9 +11,10 @@ from tests.families.workers import Worker
 EXACT = (
     "llama",
     "llama:llama3 rope",
+    "llama:odd heads",
+    "llama:short context",
     "gpt2",
     "qwen2:window",
-    "qwen3",
     "mistral",
     "gemma3_text",
     "gemma4_text",
