@@ -134,7 +134,7 @@ class ExactnessCheck:
             tokens = _tokens(places, vocabulary)[: (blocks - 1) * BLOCK]
             command = Generate(f"check-{i}", "", tokens, Sampling(max_tokens=1))
             row = CheckRow(command, 0, tokens=tokens, prompt_length=len(tokens), places=places)
-            row.blocks = [0] if i else [*range(1, blocks)]
+            row.blocks = [0] if i else [*range(1, 1 + -(-len(tokens) // BLOCK))]
             rows.append(row)
         return rows
 

@@ -25,6 +25,7 @@ from server.engine.sublayers import decoder_layers
 from server.engine.trial import PROBE, probe, take_over
 from server.kernels.attention import BLOCK
 from server.kernels.biases import Biases
+from server.kernels.decode import takes
 from server.kernels.elementwise import RmsNorm, add_, rotate_, silu_times
 from server.kernels.int8 import unrounded
 
@@ -173,7 +174,7 @@ def run_by_kernels(model: Any, step: Step) -> Decoder | None:
     None if not. Takes the first pages meanwhile, and leaves them zeroed.
     """
     layers = [layer for _, layer in decoder_layers(model, model.config.num_hidden_layers)]
-    if not layers or not all(map(is_llama_like, layers)):
+    if not layers or not all(map(is_llama_like, layers)) or not takes(step.pages.keys[0]):
         return None
     with unrounded():
         return take_over(

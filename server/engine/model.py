@@ -25,7 +25,7 @@ from server.kernels import gpu
 from server.kernels.attention import BLOCK, write_pages
 from server.kernels.gpu import upload
 
-SEEN = 8  # blocks of a row whose step is timed
+SEEN = 8  # blocks of a row whose step is timed, at most
 
 
 class ServedModel(FrozenModel):
@@ -149,7 +149,8 @@ class ServedModel(FrozenModel):
         """
         step, zeros = self.step, torch.zeros(tokens, dtype=torch.int64)
         step.in_place, step.chunks, step.ahead, step.row_lengths = tokens, [], None, None
-        step.tables, step.lengths = zeros[:, None].expand(-1, SEEN).contiguous(), zeros + SEEN * BLOCK
+        seen = min(SEEN, -(-self.base.max_context // BLOCK))
+        step.tables, step.lengths = zeros[:, None].expand(-1, seen).contiguous(), zeros + seen * BLOCK
         times = []
         for _ in range(3):  # the first records it
             start = time.perf_counter()

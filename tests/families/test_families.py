@@ -11,9 +11,10 @@ from tests.families.workers import Worker
 EXACT = (
     "llama",
     "llama:llama3 rope",
+    "llama:odd heads",
+    "llama:short context",
     "gpt2",
     "qwen2:window",
-    "qwen3",
     "mistral",
     "gemma3_text",
     "gemma4_text",
@@ -26,12 +27,13 @@ EXACT = (
     "opt",
     "stablelm:head norms",
     "granite:multipliers",
-    "doge",
+    "granitemoehybrid:dense attention",
     "hunyuan_v1_dense",
 )
 REFUSED = {
     "diffllama": "attends more than once",
-    "granite_swa": "its attention uses ",
+    "doge": "its attention uses attention_mask",
+    "granite_swa": "its attention uses s_aux",
     "gpt2:wrong kv heads": "where its config says",
     "gemma4_text:other head size": "its layers differ in head_dim",
     "mixtral": "it is a mixture of experts",
