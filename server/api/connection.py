@@ -136,16 +136,6 @@ class Connection(HttpToolsProtocol):
         self._stop_send_timer()
         super().resume_writing()
 
-    def _stop_head_timer(self) -> None:
-        if self._head_timer is not None:
-            self._head_timer.cancel()
-            self._head_timer = None
-
-    def _stop_send_timer(self) -> None:
-        if self._send_timer is not None:
-            self._send_timer.cancel()
-            self._send_timer = None
-
     def _head_is_late(self) -> None:
         self._head_timer = None
         if not self.idle:
