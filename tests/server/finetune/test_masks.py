@@ -21,6 +21,7 @@ from server.base.text import Tokenizer
 from server.finetune.lines import Fault
 from server.finetune.masks import LABEL_TOKENS, Example, example_of, truncated
 from server.finetune.shapes import Chat, Pair, Text
+from server.tenancy.tenants import OPERATOR
 from tests.fixtures.models import CACHE
 from tests.server.api.tokenizers import byte_fallback_tokenizer
 from tests.server.finetune.templates import SPECIAL, TEMPLATES, marked, plain
@@ -80,8 +81,11 @@ def learnt(tokenizer: Tokenizer, example: Example) -> str:
 
 def served(tokenizer: Tokenizer, messages: list[dict[str, str]]) -> list[int]:
     """What the API sends to the engine for these messages."""
-    parts = cast("Services", SimpleNamespace(tokenizer=tokenizer))
-    return asyncio.run(chat_prompt(parts, [Message.model_validate(message) for message in messages]))
+    engine = SimpleNamespace(base=object())  # it has told its context
+    parts = cast("Services", SimpleNamespace(tokenizer=tokenizer, engine=engine, max_context=8192))
+    return asyncio.run(
+        chat_prompt(parts, OPERATOR, [Message.model_validate(message) for message in messages])
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
