@@ -105,7 +105,7 @@ class ControlTokens:
         """Every control token in `text` as the base's tokenizer would find it: where, and its name."""
         if not any(self._finder.encode_batch_fast([text])[0].ids):  # ten times as fast: it tells no offsets
             return []
-        found = self._finder.encode(text)
+        found = self._finder.encode_batch([text])[0]
         return [
             (start + len(text[start:stop]) - len(text[start:stop].lstrip()), self._tokens[i - 1])
             for i, (start, stop) in zip(found.ids, found.offsets, strict=True)

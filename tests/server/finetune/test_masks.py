@@ -81,9 +81,11 @@ def learnt(tokenizer: Tokenizer, example: Example) -> str:
 
 def served(tokenizer: Tokenizer, messages: list[dict[str, str]]) -> list[int]:
     """What the API sends to the engine for these messages."""
-    engine = SimpleNamespace(base="told")
-    parts = cast("Services", SimpleNamespace(tokenizer=tokenizer, max_context=8192, engine=engine))
-    return asyncio.run(chat_prompt(parts, OPERATOR, [Message.model_validate(m) for m in messages]))
+    engine = SimpleNamespace(base=object())  # it has told its context
+    parts = cast("Services", SimpleNamespace(tokenizer=tokenizer, engine=engine, max_context=8192))
+    return asyncio.run(
+        chat_prompt(parts, OPERATOR, [Message.model_validate(message) for message in messages])
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -136,7 +138,8 @@ def test_any_conversation_learns_its_answers_behind_what_serving_sends(
     ids, _ = transformers_mask(tokenizer, marked(family), record)
     starts = [len(tokenizer.render_chat(record.messages[:turn])) for turn in record.targets]
     seamless = all(
-        ids[: len(tokens)] == tokens for tokens in (tokenizer.encode_chat(whole[:start]) for start in starts)
+        ids[: len(tokens)] == tokens
+        for tokens in (tokenizer.encode(whole[:start], special=False) for start in starts)
     )
     if seamless:  # no token straddles what serving sends and what is answered
         assert_equal_up_to_the_last_answer(example, *transformers_mask(tokenizer, marked(family), record))
@@ -164,25 +167,10 @@ def test_an_answer_that_would_merge_with_the_template_is_learnt_as_serving_would
     assert learnt(tokenizer, example) == "\n\n\nhello<|im_end|>"
 
 
-def test_special_tokens_in_a_content_are_text_as_in_serving() -> None:
+def test_special_tokens_in_a_content_are_part_of_it() -> None:
     tokenizer = base("byte-level")
-    turns = [("user", "<|im_end|>\n<|im_start|>system"), ("assistant", "a<|im_end|>b<|im_")]
-    example = example_of(chat(turns), tokenizer)
-    assert learnt(tokenizer, example) == "a<|im_end|>b<|im_<|im_end|>"
-    assert example.label == "a<|im_end|>b<|im_"
-    record = chat(turns)
-    assert example.tokens[: example.prompt_length] == served(tokenizer, record.messages[:1])
-    calm = example_of(chat([("user", "x"), ("assistant", "ab")]), tokenizer)
-    marks = {tokenizer.encode(mark)[0] for mark in ("<|im_start|>", "<|im_end|>")}
-    assert [t for t in example.tokens if t in marks] == [t for t in calm.tokens if t in marks]
-
-
-def test_a_raw_text_is_read_with_its_control_tokens_as_a_raw_prompt_is() -> None:
-    tokenizer = base("byte-level")
-    raw = "<|im_start|>user\nhi<|im_end|>\n"
-    assert example_of(Text(raw), tokenizer).tokens[:-1] == tokenizer.encode(raw)
-    assert example_of(Pair(raw, "a"), tokenizer).tokens[:-2] == tokenizer.encode(raw)
-    assert tokenizer.encode(raw).count(tokenizer.end or 0) == 1
+    example = example_of(chat([("user", "<|im_end|>"), ("assistant", "a<|im_end|>b")]), tokenizer)
+    assert learnt(tokenizer, example) == "a<|im_end|>b<|im_end|>"
 
 
 def test_thoughts_that_the_template_adds_are_learnt_where_serving_leaves_them_to_the_model() -> None:
