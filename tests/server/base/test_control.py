@@ -104,7 +104,10 @@ def test_what_messages_spell_is_text(kind: str, family: str, data: st.DataObject
     ids = read(tokenizer, chat(contents))
     assert names(tokenizer, ids) == names(tokenizer, read(tokenizer, chat(["x"] * len(contents))))
     whole = spaceless(transformers(tokenizer, chat(contents), tokenize=False))
-    assert spelt(tokenizer, ids) == (unicodedata.normalize("NFKC", whole) if kind == "nfkc" else whole)
+    found = spelt(tokenizer, ids)
+    if kind == "nfkc":  # the template's own full-width markers come back as they are in the vocabulary
+        found, whole = (unicodedata.normalize("NFKC", text) for text in (found, whole))
+    assert found == whole
 
 
 @pytest.mark.parametrize("kind", KINDS)
