@@ -167,24 +167,6 @@ def test_a_stopped_valkey_lets_nobody_in_and_nothing_hang(server: Serving, http:
     assert ask(http, "poet", PROMPT)
 
 
-def test_a_stopped_engine_counts_as_dead_until_it_speaks(server: Serving, http: httpx.Client) -> None:
-    """Ready again without a restart; the row that was lost meanwhile is an error, and nothing waits."""
-    engine = psutil.Process(server.pid("engine"))
-    with long_stream(http) as answer:
-        lines = events(answer)
-        next(lines)
-        engine.suspend()
-        try:
-            assert json.loads(list(lines)[-1])["error"]["code"] == "engine_lost"
-            assert not server.ready()
-        finally:
-            engine.resume()
-    until(server.ready, server.log)
-    assert server.pid("engine") == engine.pid
-    assert ask(http, "poet", PROMPT)
-    until(lambda: server.gauge("vllm:num_requests_running") == 0)
-
-
 def test_nothing_outlives_a_killed_supervisor_and_all_is_there_after(
     server: Serving, http: httpx.Client, golden: Golden, lora: Lora
 ) -> None:

@@ -31,12 +31,13 @@ def test_of_fifty_creates_on_s3_one_wins(http: httpx.Client) -> None:
 
 def test_all_that_was_written_lies_under_the_prefix(system: System, weed: Weed) -> None:
     """Runs last: whatever names the tests above have tried."""
+    from adapters_store.identity import OBJECT as IDENTITY
     from adapters_store.objects import Objects
 
     inside = system.app.state.services.objects.list_sync("tenants")
     everything = Objects.open("s3://bucket/routes", weed.config).list_sync("inner")
     assert inside
-    assert everything == [f"inner/{key}" for key in inside]
+    assert everything == [f"inner/{key}" for key in [IDENTITY, *inside]]
 
 
 def test_readyz_says_how_the_store_is_and_stays_ready_without_it(system: System, http: httpx.Client) -> None:
