@@ -25,7 +25,7 @@ from server.engine.messages import Cancel, Forget, Prefetch
 from tests.fixtures.engine import Driver, Stand, same
 from tests.server.engine.test_kinds import kinds
 
-ADAPTERS = 12
+ADAPTERS = 13
 SLOTS = 3
 ROWS = 10
 
