@@ -1,8 +1,10 @@
 """What the engine counts: bounded, kept across its restarts, and true of rows that really ran."""
 
 import random
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -44,10 +46,25 @@ def observed(found: Stats, key: str) -> dict[tuple[str, ...], int]:
     return {labels: sum(counts) for name, labels, counts, _ in found.histograms if name == key}
 
 
-def test_rows_that_ran_are_told_by_phase_tenant_and_adapter(stand: Stand) -> None:
+def test_rows_that_ran_are_told_by_phase_tenant_and_adapter(
+    stand: Stand, monkeypatch: pytest.MonkeyPatch
+) -> None:
     engine = stand.engine
-    rows = [stand.generate(i, stand.refs[i % 3], tenant=f"ten_{i % 2}") for i in range(12)]
-    done = run(engine, rows)
+    asked, read = threading.Event(), engine.loader.objects.read_sync
+
+    def read_once_asked(*given: Any) -> None:
+        """No adapter is there before its rows wait for it, however slow the steps are."""
+        assert asked.wait(60)
+        read(*given)
+
+    monkeypatch.setattr(engine.loader.objects, "read_sync", read_once_asked)
+    driver = Driver(engine)
+    for i in range(12):
+        driver.submit(stand.generate(i, stand.refs[i % 3], tenant=f"ten_{i % 2}"))
+    driver.step()
+    asked.set()
+    driver.finish()
+    done = driver.rows.values()
     assert not any(each.error for each in done)
     found = stats(engine, "boot")
     tokens = sum(len(each.tokens) for each in done)
