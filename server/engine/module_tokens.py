@@ -101,6 +101,11 @@ def _width(module: Any) -> int:
         return int(module.nx)
     if isinstance(module, nn.Embedding):
         return 1
+    return norm_width(module)
+
+
+def norm_width(module: Any) -> int:
+    """Numbers that a norm sees of each token; 0 if the module is none: it has no weight for each of them."""
     weight = getattr(module, "weight", None)
     return len(weight) if isinstance(weight, nn.Parameter) and weight.dim() == 1 else 0
 

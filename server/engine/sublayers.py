@@ -16,7 +16,7 @@ from server.adapters.methods.base import NormParts
 from server.adapters.methods.tensors import INNER_NORMS
 from server.adapters.sites import Site, SiteKind
 from server.engine.attention import Step
-from server.engine.module_tokens import Seen
+from server.engine.module_tokens import Seen, norm_width
 
 Blocks = tuple[tuple[str, SiteKind, str], ...]  # (sub-block, kind, the norm before it)
 
@@ -48,7 +48,7 @@ def watch_norms(model: nn.Module, step: Step, seen: Mapping[str, Seen]) -> dict[
     """Hook every norm that sees tokens; {site name: site}. Those that see single heads get no hook."""
     sites = {}
     for name, norm in norms_of(model):
-        bias, width = getattr(norm, "bias", None), norm.weight.shape[0]
+        bias, width = getattr(norm, "bias", None), norm_width(norm)
         epsilon = getattr(norm, "eps", getattr(norm, "variance_epsilon", 0.0))
         site = Site(name, "norm", width, width, bias is not None, epsilon=epsilon)
         inner = name.endswith(INNER_NORMS)
@@ -63,11 +63,8 @@ def watch_norms(model: nn.Module, step: Step, seen: Mapping[str, Seen]) -> dict[
 
 
 def norms_of(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Modules that have one number for each number of what they see."""
-    for name, module in model.named_modules():
-        weight = getattr(module, "weight", None)
-        if isinstance(weight, nn.Parameter) and weight.dim() == 1:
-            yield name, module
+    """All norms of a model, by name."""
+    return ((name, module) for name, module in model.named_modules() if norm_width(module))
 
 
 @torch.no_grad()
