@@ -28,7 +28,7 @@ CONNECT_SECONDS = 2.0
 ANSWER_SECONDS = 5.0
 MAX_CONNECTIONS = 64
 # How Valkey refuses a write, and only a write: its file cannot be written, it has no memory left, or `serve`
-# has told it to take none while its disk is full (see server/supervisor/reserve.py).
+# has told it to take none while its disk is full (see server/supervisor/disk_reserve.py).
 NO_ROOM = ("MISCONF", "NOREPLICAS")
 
 
@@ -106,3 +106,8 @@ def store_errors() -> Iterator[None]:
         raise StoreError("The control store did not answer; try again.") from error
     except RedisError as error:
         raise StoreError("The control store did not answer; try again.") from error
+
+
+def text(value: object) -> str:
+    """What Valkey answers, which its client's types leave open."""
+    return value.decode() if isinstance(value, bytes) else str(value)

@@ -32,11 +32,11 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from benchmarks.arms import quiet
-from benchmarks.inputs import make_prompts
-from benchmarks.machine import measure
+from benchmarks.support.arms import quiet
+from benchmarks.support.inputs import make_prompts
+from benchmarks.support.machine import measure
 from benchmarks.tasks import lines_of
-from server.base.default_model import ensure_default_model
+from server.base_model.default_model import ensure_default_model
 from tests.e2e.serving import Serving, body, until
 
 CACHE = Path(__file__).resolve().parents[1] / ".cache"

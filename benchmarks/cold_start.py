@@ -26,14 +26,14 @@ from rich.progress import track
 from rich.table import Table
 
 from adapters_store.manifest import Manifest, decode_manifest
-from adapters_store.objects import Objects
-from benchmarks.arms import quiet
-from benchmarks.inputs import make_adapters, make_prompts
-from benchmarks.machine import measure
-from server.base.default_model import ensure_default_model
-from server.engine.loop import Engine
-from server.engine.messages import AdapterRef, Forget, Generate, Prefetch, Sampling
+from adapters_store.object_store.store import Objects
+from benchmarks.support.arms import quiet
+from benchmarks.support.inputs import make_adapters, make_prompts
+from benchmarks.support.machine import measure
+from server.base_model.default_model import ensure_default_model
+from server.engine.engine import Engine
 from server.memory import settle
+from server.messages import AdapterRef, Forget, Generate, Prefetch, Sampling
 from server.settings import Settings
 from tests.fixtures.engine import publish
 

@@ -24,9 +24,9 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from server.adapters.policy import FROM_STORE
-from server.adapters.share import Shares
-from server.adapters.shelf import Entry, Shelf
+from server.adapters.cache.eviction_policy import FROM_STORE
+from server.adapters.cache.share import Shares
+from server.adapters.cache.tier_index import Entry, Shelf
 
 RANKS = (8, 16, 32, 64)
 BYTES_A_RANK = 1_220_000  # of all linears, fp32

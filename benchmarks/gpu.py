@@ -22,8 +22,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.arms import quiet
-from benchmarks.gpu_parts import (
+from benchmarks.support.arms import quiet
+from benchmarks.support.gpu_parts import (
     Clock,
     make_engine,
     make_packed,
@@ -34,10 +34,10 @@ from benchmarks.gpu_parts import (
     try_peft,
     write_config,
 )
-from benchmarks.inputs import LINEARS, RANK
-from server.adapters.methods.base import Packed
-from server.engine.loop import Engine
-from server.engine.messages import AdapterRef
+from benchmarks.support.inputs import LINEARS, RANK
+from server.adapters.methods.interface import Packed
+from server.engine.engine import Engine
+from server.messages import AdapterRef
 
 
 @dataclass(frozen=True)
@@ -252,7 +252,7 @@ def swap(figures: Figures, engine: Engine, clock: Clock, packed: Packed) -> None
 
 def compare(figures: Figures, folder: Path, clock: Clock, *, with_peft: bool) -> None:
     """transformers' own forward of the same prompts; PEFT's mixed batch, if the device has room for it."""
-    from benchmarks.gpu_parts import random_model
+    from benchmarks.support.gpu_parts import random_model
 
     job = figures.job
     model = random_model(folder, clock.device)

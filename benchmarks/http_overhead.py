@@ -28,13 +28,13 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from benchmarks.arms import quiet
-from benchmarks.machine import measure
-from benchmarks.relay import relay
-from server.base.default_model import ensure_default_model
-from server.base.text import Tokenizer
-from server.engine.loop import Engine
-from server.engine.messages import Generate, Sampling
+from benchmarks.api_process.relay import relay
+from benchmarks.support.arms import quiet
+from benchmarks.support.machine import measure
+from server.base_model.default_model import ensure_default_model
+from server.base_model.tokenizer import Tokenizer
+from server.engine.engine import Engine
+from server.messages import Generate, Sampling
 from server.settings import Settings
 from tests.e2e.serving import Serving, body
 

@@ -34,15 +34,15 @@ from rich.table import Table
 
 from adapters_store.manifest import Manifest, content_digest, decode_manifest, encode_manifest
 from adapters_store.names import blob_key, manifest_key
-from adapters_store.objects import Objects
-from benchmarks.arms import quiet
-from benchmarks.inputs import make_prompts
-from benchmarks.machine import measure
+from adapters_store.object_store.store import Objects
+from benchmarks.support.arms import quiet
+from benchmarks.support.inputs import make_prompts
+from benchmarks.support.machine import measure
 from server.adapters.formats.safetensors import read_header
-from server.base.default_model import ensure_default_model
-from server.engine.loop import Engine
-from server.engine.messages import AdapterRef, Generate, Sampling
+from server.base_model.default_model import ensure_default_model
+from server.engine.engine import Engine
 from server.memory import settle
+from server.messages import AdapterRef, Generate, Sampling
 from server.settings import SPINS, Settings
 from tests.fixtures.engine import publish
 from tests.fixtures.models import make_lora

@@ -21,12 +21,12 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from benchmarks.arms import Job, Remote, quiet
-from benchmarks.inputs import RANK, make_adapters, make_prompts
-from benchmarks.machine import Machine, floor_seconds, measure, work_of
-from benchmarks.report import Cell, Report
-from benchmarks.vllm_cpu import Vllm
-from server.base.default_model import ensure_default_model
+from benchmarks.support.arms import Job, Remote, quiet
+from benchmarks.support.inputs import RANK, make_adapters, make_prompts
+from benchmarks.support.machine import Machine, floor_seconds, measure, work_of
+from benchmarks.support.report import Cell, Report
+from benchmarks.support.vllm_cpu import Vllm
+from server.base_model.default_model import ensure_default_model
 
 LINE = 12  # tokens
 CACHE = Path(__file__).resolve().parents[1] / ".cache"

@@ -25,13 +25,13 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save_file
 
-from adapters_store.objects import Objects
-from benchmarks.arms import quiet
-from benchmarks.inputs import LINEARS, SCALE, make_adapters, make_prompts
-from benchmarks.machine import measure
-from server.base.default_model import ensure_default_model
-from server.engine.loop import Engine
-from server.engine.messages import AdapterRef, Generate, Sampling
+from adapters_store.object_store.store import Objects
+from benchmarks.support.arms import quiet
+from benchmarks.support.inputs import LINEARS, SCALE, make_adapters, make_prompts
+from benchmarks.support.machine import measure
+from server.base_model.default_model import ensure_default_model
+from server.engine.engine import Engine
+from server.messages import AdapterRef, Generate, Sampling
 from server.settings import Settings
 from tests.fixtures.adapters import make_bitfit, make_prefix, make_prompt
 from tests.fixtures.engine import publish, run

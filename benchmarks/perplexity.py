@@ -23,19 +23,19 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.arms import quiet
+from benchmarks.support.arms import quiet
+from benchmarks.support.trainers import Job, train_ours
 from benchmarks.tasks import TASKS, shuffled
-from benchmarks.trainers import Job, train_ours
 from benchmarks.training import METHODS, data, recipe
-from server.adapters.methods.affine import AffineBank
+from server.adapters.methods.affine_bank import AffineBank
 from server.adapters.methods.lora import Lora
-from server.adapters.methods.rows import Rows, Span
-from server.base.default_model import ensure_default_model
-from server.base.text import Tokenizer
-from server.engine.frozen import FrozenModel, Placement
-from server.finetune.attention import TrainingStep, attend_within
-from server.finetune.masks import Example
-from server.finetune.trainable import Trainable
+from server.adapters.methods.token_spans import Rows, Span
+from server.base_model.default_model import ensure_default_model
+from server.base_model.tokenizer import Tokenizer
+from server.engine.model.base_model import FrozenModel, Placement
+from server.finetune.data.examples import Example
+from server.finetune.modeling.adapter_model import Trainable
+from server.finetune.modeling.attention import TrainingStep, attend_within
 
 CACHE = Path(__file__).resolve().parents[1] / ".cache"
 SOURCES = ("titles", "style")

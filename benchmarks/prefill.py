@@ -22,12 +22,12 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.arms import quiet
-from benchmarks.inputs import make_prompts
-from benchmarks.machine import measure, work_of
-from server.base.default_model import ensure_default_model
-from server.engine.loop import Engine
-from server.engine.messages import Generate, Sampling
+from benchmarks.support.arms import quiet
+from benchmarks.support.inputs import make_prompts
+from benchmarks.support.machine import measure, work_of
+from server.base_model.default_model import ensure_default_model
+from server.engine.engine import Engine
+from server.messages import Generate, Sampling
 from server.settings import Settings
 from tests.fixtures.engine import run
 

@@ -29,11 +29,11 @@ from rich.progress import track
 from rich.table import Table
 from safetensors.torch import load_file, save_file
 
-from benchmarks.arms import quiet
-from benchmarks.machine import measure
-from benchmarks.traffic import BURSTS, Arrivals, Ask, Text, texts_of, traffic
-from server.base.default_model import ensure_default_model
-from server.base.text import Tokenizer
+from benchmarks.support.arms import quiet
+from benchmarks.support.machine import measure
+from benchmarks.support.traffic import BURSTS, Arrivals, Ask, Text, texts_of, traffic
+from server.base_model.default_model import ensure_default_model
+from server.base_model.tokenizer import Tokenizer
 from tests.e2e.serving import Serving, body, push
 from tests.fixtures.models import make_lora
 

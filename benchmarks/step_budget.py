@@ -22,14 +22,19 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.arms import quiet
-from benchmarks.inputs import make_prompts
-from benchmarks.machine import measure, work_of
 from benchmarks.mixed_kinds import publish_kinds
-from server.base.default_model import ensure_default_model
-from server.engine.loop import Engine
-from server.engine.messages import AdapterRef, Generate, Sampling
-from server.kernels import affine, decode, elementwise, int8, int8_dot, linear
+from benchmarks.support.arms import quiet
+from benchmarks.support.inputs import make_prompts
+from benchmarks.support.machine import measure, work_of
+from server.base_model.default_model import ensure_default_model
+from server.engine.engine import Engine
+from server.kernels.cpu import decode_attention as decode
+from server.kernels.cpu import grouped_affine as affine
+from server.kernels.cpu import llama_ops as elementwise
+from server.kernels.cpu import packed_linear as linear
+from server.kernels.cpu.int8 import linear as int8
+from server.kernels.cpu.int8 import vnni_linear as int8_dot
+from server.messages import AdapterRef, Generate, Sampling
 from server.settings import Settings
 
 CACHE = Path(__file__).resolve().parents[1] / ".cache"

@@ -22,7 +22,7 @@ from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.debian import package_folder
+from benchmarks.support.debian import package_folder
 
 Line = dict[str, Any]
 TRAIN, TEST = 1500, 200  # lines at most; a sixth of a smaller task is for testing

@@ -24,16 +24,16 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from benchmarks.arms import quiet
-from benchmarks.machine import Machine, Work, measure, work_of
+from benchmarks.support.arms import quiet
+from benchmarks.support.machine import Machine, Work, measure, work_of
+from benchmarks.support.trainers import SIDES, Job, Remote, Turn, ours
 from benchmarks.tasks import lines_of
-from benchmarks.trainers import SIDES, Job, Remote, Turn, ours
-from server.base.default_model import ensure_default_model
-from server.base.text import Tokenizer
-from server.finetune.dataset import load
-from server.finetune.masks import Example
-from server.finetune.peft_recipe import LoraRecipe, Peft, PrefixRecipe, PromptRecipe
+from server.base_model.default_model import ensure_default_model
+from server.base_model.tokenizer import Tokenizer
+from server.finetune.data.dataset import load
+from server.finetune.data.examples import Example
 from server.finetune.recipe import DEFAULTS, Recipe
+from server.finetune.recipe_methods import LoraRecipe, Peft, PrefixRecipe, PromptRecipe
 
 CACHE = Path(__file__).resolve().parents[1] / ".cache"
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -199,7 +199,7 @@ def compare(name: str, job: Job) -> Comparison:
 
 
 def tokens_of_turns(job: Job) -> list[int]:
-    from server.finetune.batches import Batches
+    from server.finetune.data.batching import Batches
 
     lengths = [len(e.tokens) for e in job.examples]
     batches = list(Batches(lengths, job.recipe.batch_size, job.recipe.seed))

@@ -123,9 +123,9 @@ class _Redacting(logging.Formatter):
 
 
 class _Text(_Redacting):
-    """`2026-01-31T12:00:00Z INFO engine server.engine.loop: message`; a traceback follows on its lines.
+    """`2026-01-31T12:00:00Z INFO engine server.engine.engine: message`; a traceback follows on its lines.
 
-    A request's id stands before the message: `server.api.envelope: [req_0123] message`.
+    A request's id stands before the message: `server.api.http.middleware: [req_0123] message`.
     """
 
     def __init__(self, process: str, secrets: list[str]) -> None:

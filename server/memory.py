@@ -1,8 +1,10 @@
-"""What this process takes of the machine's memory."""
+"""The machine's memory, and what this process takes of it."""
 
 import gc
+import os
 import resource
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 _STATM = Path("/proc/self/statm")
@@ -14,6 +16,14 @@ def resident_bytes() -> int:
     if _STATM.exists():
         return int(_STATM.read_text().split()[1]) * resource.getpagesize()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _UNIT
+
+
+def machine_bytes() -> int:
+    """The machine's memory, or less where a container has less."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with suppress(OSError, ValueError):  # no cgroup, or "max"
+        total = min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return total
 
 
 def settle() -> None:

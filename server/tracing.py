@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
-from server.engine.messages import Generate, Timing
 from server.errors import StartupError
+from server.messages import Generate, Timing
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import SpanProcessor

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from server.kernels.openmp import AVAILABLE
+from server.kernels.cpu.openmp import AVAILABLE
 from tests.avx2 import PATHS, UP_TO_AVX2, masked_environment
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -19,8 +19,8 @@ pytestmark = pytest.mark.skipif(
 LOOK = """
 import json, numba, torch
 from numpy._core._multiarray_umath import __cpu_dispatch__, __cpu_features__
-from server.kernels.int8_dot import INT8
-from server.kernels.tiles import FEATURES, WIDE
+from server.kernels.cpu.int8.vnni_linear import INT8
+from server.kernels.cpu.llvm_tiles import FEATURES, WIDE
 
 @numba.njit(fastmath=True)
 def sums(x):
@@ -38,9 +38,9 @@ print(json.dumps({
 """
 # float32 and int8 as a user has them, by kernels and by an engine
 SEEN = (
-    "tests/server/kernels/test_linear.py",
-    "tests/server/kernels/test_int8.py",
-    "tests/server/engine/test_layers.py",
+    "tests/server/kernels/cpu/test_packed_linear.py",
+    "tests/server/kernels/cpu/test_int8.py",
+    "tests/server/engine/cpu/test_decoder_layers.py",
 )
 
 

@@ -1,5 +1,7 @@
 """The shape of the code, read off its source: imports go one way, and a few things stand in one place only.
 
+A room is a folder. HTTP and commands stand at one end, storage at the other:
+
 api -> engine.client -> engine -> adapters -> adapters_store
 """
 
@@ -7,134 +9,241 @@ import ast
 import re
 import sys
 import tomllib
+from collections import Counter
 from functools import cache
+from graphlib import TopologicalSorter
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("server", "adapters_store", "tests", "benchmarks")
 FILES = sorted(path for package in ("server", "adapters_store") for path in (ROOT / package).rglob("*.py"))
 
 # Vocabulary: what everything in server may import, and what imports nothing but vocabulary.
 LEAVES = {
     "server.errors",
     "server.settings",
+    "server.messages",
     "server.adapters.sites",
-    "server.engine.messages",
     "server.metrics.names",
 }
-# The processes' frames: they import what they like.
-FRAMES = {"server.app", "server.api.__main__", "server.cli"}
-# Of each room (the longest prefix counts), the other rooms it may import beside the leaves.
+# The processes' frames: they import what they like, and nothing else imports them.
+FRAMES = {"server.api.app", "server.api.__main__", "server.cli.main"}
+STORE = {
+    "adapters_store",
+    "adapters_store.index",
+    "adapters_store.maintenance",
+    "adapters_store.object_store",
+    "adapters_store.registry",
+}
+KERNELS = {"server.kernels", "server.kernels.cpu", "server.kernels.cpu.int8", "server.kernels.gpu"}
+METHODS = {"server.adapters", "server.adapters.formats", "server.adapters.methods"}
+# Of each room, the rooms it may import beside the leaves. Files beside folders are rooms by name.
 ROOMS: dict[str, set[str]] = {
     "adapters_store": {"server.errors"},
+    "adapters_store.object_store": {"server.errors"},
+    "adapters_store.index": {"server.errors", "adapters_store"},
+    "adapters_store.maintenance": {
+        "server.errors",
+        "adapters_store",
+        "adapters_store.index",
+        "adapters_store.object_store",
+    },
+    "adapters_store.registry": {
+        "server.errors",
+        "adapters_store",
+        "adapters_store.index",
+        "adapters_store.maintenance",
+        "adapters_store.object_store",
+    },
     "server": set(),  # __init__: the version
     "server.errors": set(),
     "server.settings": set(),
+    "server.messages": set(),
     "server.adapters.sites": set(),
-    "server.engine.messages": set(),
-    "server.logs": set(),
-    "server.lifeline": {"server.logs"},
-    "server.build": {"server"},
-    "server.memory": set(),
     "server.metrics.names": set(),
-    "server.metrics": {"server.build", "server.memory"},
+    "server.logs": set(),
     "server.tracing": set(),
-    "server.base": set(),
-    "server.kernels": set(),
-    "server.adapters": {"adapters_store", "server.kernels"},
-    "server.engine": {
-        "server.adapters",
-        "adapters_store",
-        "server.kernels",
-        "server.base",
-        "server.lifeline",
-        "server.memory",
-    },
-    "server.engine.client": set(),
+    "server.child_process": {"server.logs"},
+    "server.build_info": {"server"},
+    "server.memory": set(),
+    "server.metrics": {"server.build_info", "server.memory"},
+    "server.base_model": set(),
     "server.tenancy": {"adapters_store"},
-    # what the API may know of training, each a room of its own
-    "server.finetune.recipe": {"server.adapters", "server.finetune"},
-    "server.finetune.dataset": {"server.base", "server.finetune"},
-    "server.finetune.files": {"adapters_store", "server.tenancy", "server.finetune"},
-    "server.finetune.uploads": {"adapters_store", "server.finetune", "server.finetune.files"},
-    "server.finetune.job": {"adapters_store", "server.finetune.recipe"},
-    "server.finetune.jobs": {"adapters_store", "server.finetune", "server.finetune.job"},
-    "server.finetune.queue": {"adapters_store"},
-    "server.finetune.figures": {"adapters_store", "server.finetune"},
-    "server.finetune.store_calls": {"server.metrics"},
-    "server.finetune.tally": {
-        "server.build",
+    "server.kernels": set(),
+    "server.kernels.cpu": {"server.kernels"},
+    "server.kernels.cpu.int8": {"server.kernels", "server.kernels.cpu"},
+    "server.kernels.gpu": {"server.kernels", "server.kernels.cpu"},
+    "server.adapters": set(),
+    "server.adapters.formats": set(),
+    "server.adapters.methods": {"server.adapters", "server.adapters.formats", *KERNELS},
+    "server.adapters.cache": {"server.adapters", "adapters_store.object_store"},
+    "server.adapters.loading": {*METHODS, "server.adapters.cache", *STORE, *KERNELS},
+    "server.engine.client": set(),
+    "server.engine.metrics": {"server.adapters.methods", "server.engine.model", "server.engine.scheduling"},
+    "server.engine.scheduling": {"server.adapters.cache"},
+    "server.engine.model": {"server.adapters.methods", "server.engine.scheduling", *KERNELS},
+    "server.engine.cpu": {"server.adapters.methods", "server.engine.model", *KERNELS},
+    "server.engine.cuda": {
+        "server.adapters.methods",
+        "server.engine.model",
+        "server.engine.scheduling",
+        *KERNELS,
+    },
+    "server.engine": {
+        "server.adapters.cache",
+        "server.adapters.loading",
+        "server.base_model",
+        "server.child_process",
+        "server.engine.cpu",
+        "server.engine.cuda",
+        "server.engine.metrics",
+        "server.engine.model",
+        "server.engine.scheduling",
         "server.memory",
-        "server.metrics",
-        "server.finetune.store_calls",
+        *METHODS,
+        *STORE,
+        *KERNELS,
     },
-    "server.finetune": {
-        "adapters_store",
-        "server.adapters",
-        "server.base",
-        "server.engine",
-        "server.finetune.dataset",
-        "server.finetune.figures",
-        "server.finetune.files",
-        "server.finetune.job",
+    "server.files": {"server.tenancy", *STORE},
+    "server.finetune": {"server.adapters.formats"},
+    "server.finetune.data": {"server.base_model", "server.finetune"},
+    "server.finetune.jobs": {"server.finetune", "server.files", *STORE},
+    "server.finetune.modeling": {
+        "server.engine.cpu",
+        "server.engine.model",
+        "server.finetune",
+        "server.finetune.data",
+        "server.memory",
+        *METHODS,
+        *KERNELS,
+    },
+    "server.finetune.training": {
+        "server.base_model",
+        "server.finetune",
+        "server.finetune.data",
         "server.finetune.jobs",
-        "server.finetune.queue",
-        "server.finetune.recipe",
-        "server.finetune.store_calls",
-        "server.finetune.tally",
-        "server.kernels",
-        "server.lifeline",
-        "server.tenancy",
+        "server.finetune.modeling",
     },
+    "server.finetune.worker": {
+        "server.base_model",
+        "server.build_info",
+        "server.child_process",
+        "server.engine.model",
+        "server.files",
+        "server.finetune",
+        "server.finetune.jobs",
+        "server.finetune.training",
+        "server.metrics",
+        "server.memory",
+        *STORE,
+    },
+    "server.finetune.__main__": {"server.child_process", "server.finetune.worker"},
     "server.api": {
-        "server.base",
+        "server.base_model",
         "server.engine.client",
-        "server.adapters",
-        "adapters_store",
-        "server.tenancy",
+        "server.files",
+        "server.finetune.jobs",
         "server.logs",
         "server.metrics",
+        "server.tenancy",
         "server.tracing",
-        "server.finetune.figures",
-        "server.finetune.recipe",
-        "server.finetune.dataset",
-        "server.finetune.files",
-        "server.finetune.uploads",
-        "server.finetune.job",
-        "server.finetune.jobs",
-        "server.finetune.queue",
+        *METHODS,
+        *STORE,
     },
-    "server.supervisor": {"server.lifeline", "server.logs"},
+    "server.api.http": {
+        "adapters_store.object_store",
+        "server.api",
+        "server.files",
+        "server.finetune.jobs",
+        "server.logs",
+        "server.metrics",
+        "server.tenancy",
+        "server.tracing",
+    },
+    "server.api.generation": {
+        "adapters_store",
+        "adapters_store.index",
+        "server.api",
+        "server.api.http",
+        "server.base_model",
+        "server.engine.client",
+        "server.tenancy",
+        "server.tracing",
+    },
+    "server.api.adapters": {
+        "server.adapters.formats",
+        "server.adapters.methods",
+        "server.api",
+        "server.api.http",
+        "server.engine.client",
+        "server.tenancy",
+        *STORE,
+    },
+    "server.api.fine_tuning": {
+        "server.api",
+        "server.api.http",
+        "server.files",
+        "server.finetune",
+        "server.finetune.data",
+        "server.finetune.jobs",
+    },
+    "server.api.routes": {
+        "server.adapters.formats",
+        "server.api",
+        "server.api.adapters",
+        "server.api.fine_tuning",
+        "server.api.generation",
+        "server.api.http",
+        "server.engine.client",
+        "server.files",
+        "server.finetune",
+        "server.finetune.jobs",
+        "server.tenancy",
+        *STORE,
+    },
+    "server.supervisor": {"server.child_process", "server.logs"},
+    "server.cli": {"server.finetune", "server.logs"},
+    "server.cli.commands": {
+        "server.adapters.formats",
+        "server.base_model",
+        "server.cli",
+        "server.engine.model",
+        "server.logs",
+        "server.supervisor",
+        "server.tenancy",
+        *STORE,
+    },
 }
 NO_TORCH = {
-    "server.engine.scheduler",
-    "server.engine.kv",
-    "server.engine.footprint",
-    "server.engine.row",
-    "server.adapters.cache",
+    "server.engine.scheduling.scheduler",
+    "server.engine.scheduling.kv_blocks",
+    "server.engine.model.memory_estimate",
+    "server.engine.scheduling.row",
+    "server.adapters.cache.device_cache",
     "server.errors",
     "server.settings",
     "server.adapters.sites",
-    "server.engine.messages",
+    "server.messages",
     "server.engine.client",
     "server.supervisor.system",
     "server.cli",
     "server.finetune.recipe",
-    "server.finetune.files",
-    "server.finetune.uploads",
-    "server.finetune.jobs",
-    "server.finetune.queue",
-    "server.finetune.publisher",
-    "server.finetune.figures",
-    "server.finetune.tally",
+    "server.files.files",
+    "server.files.uploads",
+    "server.finetune.jobs.jobs",
+    "server.finetune.jobs.queue",
+    "server.finetune.jobs.publisher",
+    "server.finetune.jobs.stats",
+    "server.finetune.worker.metrics",
     "server.tracing",
     "server.metrics",
-    "adapters_store.registry",
+    "adapters_store.registry.registry",
 }
 WITH_TORCH = ["triton"]  # comes with its CUDA build, and is imported only where kernels/gpu.py says so
-MAX_LINES, MAX_FUNCTION_LINES = 300, 60
+MAX_LINES, MAX_FUNCTION_LINES, MAX_FOLDER_FILES = 300, 60, 16
 
 
 def module_of(path: Path) -> str:
@@ -182,9 +291,15 @@ def test_imports_go_one_way(module: str) -> None:
     room = room_of(module)
     if room in FRAMES:
         return
-    allowed = ROOMS[room] | {room} | (set() if room == "adapters_store" else LEAVES)
+    allowed = ROOMS[room] | {room} | (set() if room.startswith("adapters_store") else LEAVES)
     wrong = {name for name in imports(module) & MODULES.keys() if room_of(name) not in allowed}
     assert not wrong, f"{module} ({room}) may not import {sorted(wrong)}"
+
+
+def test_rooms_lead_one_way() -> None:
+    """No room leads back to itself, over however many others."""
+    order = TopologicalSorter({room: nexts & ROOMS.keys() for room, nexts in ROOMS.items()})
+    order.prepare()
 
 
 @pytest.mark.parametrize("module", sorted(NO_TORCH))
@@ -194,7 +309,7 @@ def test_no_torch_comes_with_it(module: str) -> None:
 
 
 def test_the_walk_sees_torch_where_it_is() -> None:
-    assert "torch" in reached("server.engine.loop")
+    assert "torch" in reached("server.engine.engine")
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -215,6 +330,12 @@ def test_files_and_functions_fit_a_screen(module: str) -> None:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             length = (node.end_lineno or 0) - node.lineno + 1
             assert length <= MAX_FUNCTION_LINES, f"{module}.{node.name} has {length} lines"
+
+
+def test_a_folder_is_seen_at_a_glance() -> None:
+    files = (path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+    count = Counter(str(path.parent.relative_to(ROOT)) for path in files)
+    assert not {folder: number for folder, number in count.items() if number > MAX_FOLDER_FILES}
 
 
 @pytest.mark.parametrize("module", MODULES)

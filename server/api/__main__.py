@@ -10,10 +10,10 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI
 
-from server.api.connection import Connection
+from server.api.app import build_app
+from server.api.http.connection import Connection
 from server.api.services import Services
-from server.app import build_app
-from server.lifeline import run_child
+from server.child_process import run_child
 from server.settings import Settings
 
 # An idle connection's life: longer than clients keep theirs (httpx and the openai SDK: 5 s), or a request

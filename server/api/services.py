@@ -1,24 +1,24 @@
-"""What a request handler may use. Built once by server.app; holds no state of its own but `draining`."""
+"""What a request handler may use. Built once by server.api.app; holds no state of its own but `draining`."""
 
 from dataclasses import dataclass, field
 
 from anyio import CapacityLimiter
 from redis.asyncio import Redis
 
-from adapters_store.direct import DirectUploads
-from adapters_store.objects import Objects
-from adapters_store.registry import Registry
-from server.adapters.methods.base import Method
+from adapters_store.object_store.store import Objects
+from adapters_store.registry.presigned_uploads import DirectUploads
+from adapters_store.registry.registry import Registry
+from server.adapters.methods.interface import Method
 from server.adapters.sites import Base
-from server.api.system_figures import SystemFigures
+from server.api.cluster_metrics import SystemFigures
 from server.api.turns import Turns
-from server.base.text import Tokenizer
+from server.base_model.tokenizer import Tokenizer
 from server.engine.client import EngineClient
 from server.errors import InvalidRequest, StartupError, Unavailable
-from server.finetune.files import Files
-from server.finetune.jobs import Jobs
-from server.finetune.queue import WorkerQueue
-from server.finetune.uploads import Uploads
+from server.files.files import Files
+from server.files.uploads import Uploads
+from server.finetune.jobs.jobs import Jobs
+from server.finetune.jobs.queue import WorkerQueue
 from server.metrics import Metrics
 from server.settings import Settings
 from server.tenancy.pins import Pins

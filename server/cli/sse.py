@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import httpx
 
-from server.cli.connection import answer, refusal
+from server.cli.http_client import answer, refusal
 from server.errors import Unavailable
 
 

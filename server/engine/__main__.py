@@ -10,11 +10,16 @@ import msgspec
 import zmq
 
 from server.adapters.sites import encode_base
-from server.base.resolve import resolve_model
-from server.base.support import check_architecture
-from server.engine.faults import told
-from server.engine.loop import Engine
-from server.engine.messages import (
+from server.base_model.compatibility import check_architecture
+from server.base_model.resolve import resolve_model
+from server.child_process import run_child
+from server.engine.engine import Engine
+from server.engine.snapshot import stats
+from server.engine.unexpected_errors import told
+from server.engine.watchdog import Watchdog
+from server.kernels.cpu.paged_attention import BLOCK
+from server.memory import settle
+from server.messages import (
     Cancel,
     Check,
     Checked,
@@ -28,11 +33,6 @@ from server.engine.messages import (
     decode_command,
     encode,
 )
-from server.engine.report import stats
-from server.engine.watchdog import Watchdog
-from server.kernels.attention import BLOCK
-from server.lifeline import run_child
-from server.memory import settle
 from server.settings import Settings
 
 STATS_SECONDS = 1.0

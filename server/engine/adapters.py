@@ -1,16 +1,16 @@
 """An engine's adapters: the loader that fetches them, and the cache of those on the device."""
 
-from adapters_store.objects import Objects
-from server.adapters.cache import AdapterCache
-from server.adapters.copies import Copier
-from server.adapters.loader import Loader
+from adapters_store.object_store.store import Objects
+from server.adapters.cache.device_cache import AdapterCache
+from server.adapters.cache.share import Shares
+from server.adapters.cache.tiers import DiskTier, RamTier
+from server.adapters.loading.device_copy import Copier
+from server.adapters.loading.loader import Loader
+from server.adapters.loading.parse_cache import Limits
 from server.adapters.methods import build_methods
-from server.adapters.methods.base import Bank
-from server.adapters.recipes import Limits
-from server.adapters.share import Shares
-from server.adapters.tiers import DiskTier, RamTier
-from server.engine.frozen import Placement
-from server.engine.model import ServedModel
+from server.adapters.methods.interface import Bank
+from server.engine.model.base_model import Placement
+from server.engine.served_model import ServedModel
 from server.settings import Settings
 
 

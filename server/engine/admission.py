@@ -5,13 +5,13 @@ from collections import Counter
 from concurrent.futures import Future
 from typing import Any
 
-from server.engine.capacity import Held, refusal
-from server.engine.faults import told
-from server.engine.grammar import Grammars
-from server.engine.messages import Chunk, Generate
-from server.engine.row import Row
-from server.engine.scheduler import Scheduler
+from server.engine.scheduling.capacity import Held, refusal
+from server.engine.scheduling.row import Row
+from server.engine.scheduling.scheduler import Scheduler
+from server.engine.structured_output import Grammars
+from server.engine.unexpected_errors import told
 from server.errors import ContextTooLong, InvalidField, PolypeftError
+from server.messages import Chunk, Generate
 
 
 class Admission:

@@ -17,8 +17,8 @@ from collections.abc import AsyncGenerator, Callable
 import zmq
 import zmq.asyncio
 
+from server import messages as m
 from server.adapters.sites import Base, decode_base
-from server.engine import messages as m
 from server.errors import DeadlineExceeded, EngineLost, Unavailable, error_from_code
 
 log = logging.getLogger(__name__)

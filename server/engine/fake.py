@@ -16,9 +16,9 @@ import msgspec
 import zmq
 import zmq.asyncio
 
+from server import messages as m
 from server.adapters.sites import Base, encode_base
-from server.engine import messages as m
-from server.engine.capacity import Held, refusal
+from server.engine.scheduling.capacity import Held, refusal
 
 STATS_SECONDS = 0.2
 

@@ -16,9 +16,9 @@ from itertools import chain, count
 import torch
 from torch import Tensor
 
-from server.engine.messages import Sampling, TokenLogprobs
-from server.engine.row import Row
-from server.kernels.gpu import Download, send, upload
+from server.engine.scheduling.row import Row
+from server.kernels.token_blocks import Download, send, upload
+from server.messages import Sampling, TokenLogprobs
 
 GREEDY_BELOW = 1e-5  # dividing by less overflows float32
 SMALL_K = 256  # up to here one partial sort of all rows beats selecting row by row

@@ -18,7 +18,7 @@ import traceback
 
 import zmq
 
-from server.engine.messages import Beat, beat_address, encode
+from server.messages import Beat, beat_address, encode
 
 BEAT_SECONDS = 1.0
 # A bound is MULTIPLE of what steps of as many tokens took before: on a machine with 30 processes a core a

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from server.lifeline import run_child
+from server.child_process import run_child
 
 
 def main() -> None:
@@ -13,14 +13,14 @@ def main() -> None:
     parser.add_argument("folder", nargs="?", type=Path, help="where to compute")
     given = parser.parse_args()
     if given.job is None:
-        from server.finetune.worker import serve
+        from server.finetune.worker.worker import serve
 
         run_child("worker", serve)
     else:
-        from server.finetune.restraint import yield_to_others
+        from server.finetune.worker.resource_limits import yield_to_others
 
         yield_to_others()  # before any thread is made, which would not
-        from server.finetune.session import train  # loads torch, which a worker does without
+        from server.finetune.worker.training_process import train  # loads torch, which a worker does without
 
         run_child("training", lambda settings: train(settings, given.job, given.fence, given.folder))
 

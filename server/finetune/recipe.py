@@ -13,8 +13,8 @@ import msgspec
 
 from server.adapters.sites import Base, Site
 from server.errors import InvalidField, shown
-from server.finetune.asked import Asked, present
-from server.finetune.peft_recipe import (
+from server.finetune.recipe_fields import Asked, present
+from server.finetune.recipe_methods import (
     PEFT,
     BitfitRecipe,
     BottleneckRecipe,

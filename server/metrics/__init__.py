@@ -1,5 +1,5 @@
 """Figures for Prometheus: `names` declares every one, `page` shows them."""
 
-from server.metrics.page import Metrics
+from server.metrics.exposition import Metrics
 
 __all__ = ["Metrics"]

@@ -11,8 +11,8 @@ import time
 from asyncio.subprocess import Process
 from collections.abc import Callable, Sequence
 
+from server.child_process import REFUSED
 from server.errors import StartupError
-from server.lifeline import REFUSED
 
 FIRST_DELAY_SECONDS = 0.25
 LONGEST_DELAY_SECONDS = 15.0

@@ -19,15 +19,9 @@ import httpx
 
 from server.settings import MULTIPROCESS, OFFLINE, SPINS, Settings, child_environment
 from server.supervisor.child import Child
-from server.supervisor.places import (
-    address_of,
-    begin_figures,
-    listening,
-    locked_data_dir,
-    make_run_dir,
-)
-from server.supervisor.silence import end_silent
-from server.supervisor.valkey import answering, embedded_command, embedded_url, end_orphan, keep_room
+from server.supervisor.embedded_valkey import answering, embedded_command, embedded_url, end_orphan, keep_room
+from server.supervisor.resources import address_of, begin_figures, listening, locked_data_dir, make_run_dir
+from server.supervisor.silent_engine import end_silent
 
 Commands = Mapping[str, Sequence[str]]
 Prove = Callable[[str], Awaitable[None]]  # of Valkey at this URL; raises StartupError

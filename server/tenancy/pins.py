@@ -9,7 +9,7 @@ from typing import Any
 
 from redis.asyncio import Redis
 
-from adapters_store.valkey import store_errors
+from adapters_store.valkey import store_errors, text
 from server.errors import QuotaExceeded
 
 PINS = "pp:pins"
@@ -56,17 +56,13 @@ class Pins:
     async def of(self, tenant: str) -> list[str]:
         with store_errors():
             found: Any = await self._redis.zrange(_keys(tenant)[1], 0, -1)
-        return [_text(model) for model in found]
+        return [text(model) for model in found]
 
     async def all(self) -> list[tuple[str, str]]:
         """(tenant, model) of everybody."""
         with store_errors():
-            tenants = sorted(_text(tenant) for tenant in await self._redis.smembers(PINS))
+            tenants = sorted(text(tenant) for tenant in await self._redis.smembers(PINS))
         return [(tenant, model) for tenant in tenants for model in await self.of(tenant)]
-
-
-def _text(value: bytes | str) -> str:
-    return value if isinstance(value, str) else value.decode()
 
 
 def _keys(tenant: str) -> list[str]:

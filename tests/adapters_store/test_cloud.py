@@ -10,10 +10,10 @@ from pathlib import Path
 import obstore
 import pytest
 
-from adapters_store import cloud
-from adapters_store.breaker import Breaker
-from adapters_store.cloud import read_options
-from adapters_store.objects import Objects
+from adapters_store.object_store import cloud
+from adapters_store.object_store.circuit_breaker import Breaker
+from adapters_store.object_store.cloud import read_options
+from adapters_store.object_store.store import Objects
 from server.errors import NotFound, StartupError, StoreError
 from tests.fixtures.proxy import Fate, Proxy, proxy
 from tests.fixtures.s3 import Weed
@@ -106,7 +106,7 @@ def test_silence_ends_in_an_error(store: Objects, network: Proxy) -> None:
 
 
 def test_a_transfer_has_a_deadline(store: Objects, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("adapters_store.objects.BULK_SECONDS", -1.0)
+    monkeypatch.setattr("adapters_store.object_store.store.BULK_SECONDS", -1.0)
     (tmp_path / "in").write_bytes(b"x" * (9 << 20))
     with pytest.raises(StoreError, match="longer than"):
         store.put_sync("k", tmp_path / "in")
@@ -150,7 +150,7 @@ def test_a_store_without_conditional_writes_is_refused(
 
     put = obstore.put
     monkeypatch.setattr(
-        "adapters_store.objects.obstore.put",
+        "adapters_store.object_store.store.obstore.put",
         lambda *given, **options: put(*given, **(options | {"mode": None})),
     )
     with pytest.raises(StartupError, match="conditional"):

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 from redis.asyncio import Redis
 
-from adapters_store.collector import Collector
-from adapters_store.drafts import remove_drafts
-from adapters_store.index import STAGED
+from adapters_store.index.index import STAGED
+from adapters_store.maintenance.blob_leases import Staged
+from adapters_store.maintenance.collector import Collector
+from adapters_store.maintenance.stale_temp_files import remove_drafts
 from adapters_store.names import manifest_key
-from adapters_store.objects import Objects
-from adapters_store.registry import Registry
-from adapters_store.staged import Staged
+from adapters_store.object_store.store import Objects
+from adapters_store.registry.registry import Registry
 from server.errors import StoreError
 from tests.adapters_store.test_registry import manifest, publish, stage
 

@@ -5,10 +5,10 @@ import asyncio
 import pytest
 from redis.asyncio import Redis
 
-from adapters_store.index import DELETED, DELETING, MAX_UNDO
+from adapters_store.index.index import DELETED, DELETING, MAX_UNDO
 from adapters_store.names import deleted_key, manifest_key
-from adapters_store.objects import Objects
-from adapters_store.registry import Registry
+from adapters_store.object_store.store import Objects
+from adapters_store.registry.registry import Registry
 from server.errors import Conflict, NotFound, QuotaExceeded
 from tests.adapters_store.test_registry import Failing, publish
 
@@ -153,7 +153,7 @@ async def test_what_is_restored_has_to_fit(
         await registry.restore("t", "a")
     await registry.delete("t", "b")
     await publish(registry, "t", "b")
-    monkeypatch.setattr("adapters_store.registry.MAX_VERSIONS", 1)
+    monkeypatch.setattr("adapters_store.registry.registry.MAX_VERSIONS", 1)
     with pytest.raises(QuotaExceeded, match="1 versions"):
         await registry.restore("t", "b")
     assert await deleted(registry) == {"a": [1], "b": [1]}

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 from redis.asyncio import Redis
 
-from adapters_store import identity
-from adapters_store.identity import KEY, OBJECT, prove_identity, prove_identity_in_time
 from adapters_store.manifest import Manifest
-from adapters_store.objects import Objects
-from adapters_store.registry import Registry
+from adapters_store.object_store.store import Objects
+from adapters_store.registry import identity
+from adapters_store.registry.identity import KEY, OBJECT, prove_identity, prove_identity_in_time
+from adapters_store.registry.registry import Registry
 from server.errors import StartupError, StoreError
 from tests.fixtures.s3 import Weed
 

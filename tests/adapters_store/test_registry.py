@@ -7,8 +7,8 @@ from redis.asyncio import Redis
 
 from adapters_store.manifest import Blob, Manifest
 from adapters_store.names import manifest_key
-from adapters_store.objects import Objects
-from adapters_store.registry import Registry
+from adapters_store.object_store.store import Objects
+from adapters_store.registry.registry import Registry
 from server.errors import Conflict, InvalidField, NotFound, PolypeftError, QuotaExceeded, StoreError
 
 pytestmark = pytest.mark.anyio
@@ -224,8 +224,8 @@ async def test_what_a_refused_upload_stored_is_discarded_and_what_a_version_has_
 
 
 async def test_versions_and_aliases_are_bounded(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("adapters_store.registry.MAX_VERSIONS", 2)
-    monkeypatch.setattr("adapters_store.aliases.MAX_ALIASES", 2)
+    monkeypatch.setattr("adapters_store.registry.registry.MAX_VERSIONS", 2)
+    monkeypatch.setattr("adapters_store.registry.aliases.MAX_ALIASES", 2)
     await publish(registry, "t", "a")
     await publish(registry, "t", "a")
     with pytest.raises(QuotaExceeded, match="2 versions"):

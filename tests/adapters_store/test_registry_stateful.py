@@ -18,12 +18,12 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from adapters_store.index import MAX_UNDO
+from adapters_store.alias_target import Points
+from adapters_store.index.index import MAX_UNDO
 from adapters_store.manifest import decode_manifest
 from adapters_store.names import deleted_key
-from adapters_store.objects import Objects
-from adapters_store.points import Points
-from adapters_store.registry import Registry
+from adapters_store.object_store.store import Objects
+from adapters_store.registry.registry import Registry
 from adapters_store.valkey import connect
 from server.errors import Conflict, NotFound, StoreError
 from tests.adapters_store.test_registry import manifest, stage

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from benchmarks.serving import Objective, Served, figures_of
-from benchmarks.traffic import Arrivals, Ask, Text, traffic
+from benchmarks.support.traffic import Arrivals, Ask, Text, traffic
 
 TEXTS = [Text("a", 2), Text("b", 40)]
 

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from benchmarks import tasks
-from benchmarks.debian import package_folder
+from benchmarks.support.debian import package_folder
 from benchmarks.tasks import TASKS, lines_of
-from server.base.text import Tokenizer
-from server.finetune.dataset import check
+from server.base_model.tokenizer import Tokenizer
+from server.finetune.data.dataset import check
 
 INDEX = """  1 the licence
 dog n 1 1 @ 1 1 00000001

@@ -16,7 +16,7 @@ import psutil
 
 from server.settings import inherited_environment
 
-POLYPEFT = (sys.executable, "-c", "from server.cli import main; main()")
+POLYPEFT = (sys.executable, "-c", "from server.cli.main import main; main()")
 START_SECONDS = 120.0
 STOP_SECONDS = 60.0
 READY = re.compile(r"is ready at (\S+)/v1$", re.MULTILINE)

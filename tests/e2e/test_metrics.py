@@ -33,7 +33,7 @@ QUIET = {
     "rejections",
     "valkey_errors",
     "store_errors",
-    "adapter_load_failures",  # nothing fails here; tests/server/engine/test_figures.py
+    "adapter_load_failures",  # nothing fails here; tests/server/engine/metrics/test_counters.py
     "adapter_failures",
     "adapter_wait_seconds",  # a row is in line for less time than a load from RAM takes
     "store_breaker",

@@ -1,6 +1,6 @@
 """A few damaged adapters of every method over HTTP: each upload is taken, or refused by a sentence.
 
-Thousands more, without HTTP: tests/server/adapters/test_mutants.py.
+Thousands more, without HTTP: tests/server/adapters/loading/test_mutants.py.
 """
 
 from collections import Counter

@@ -15,12 +15,12 @@ import httpx
 import psutil
 import pytest
 
-from adapters_store.breaker import FAILURES
-from adapters_store.objects import CHUNK, PART, PARTS
+from adapters_store.object_store.circuit_breaker import FAILURES
+from adapters_store.object_store.store import CHUNK, PART, PARTS
+from tests.e2e.chaos.test_finetune_kills import JOB_SECONDS, Impatient, Trainings
+from tests.e2e.chaos.test_process_faults import refused
 from tests.e2e.conftest import OPTIONS
 from tests.e2e.serving import Serving, ask, body, files_of, push, until
-from tests.e2e.test_faults import refused
-from tests.e2e.test_finetune_chaos import JOB_SECONDS, Impatient, Trainings
 from tests.fixtures.s3 import Weed
 
 PROMPT = "What is the capital of France?"

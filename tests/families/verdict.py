@@ -15,12 +15,12 @@ import msgspec
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from adapters_store.objects import Objects
-from server.base.support import check_architecture
-from server.engine.costs import USUAL, Costs
-from server.engine.loop import Engine
-from server.engine.messages import AdapterRef, Generate, Sampling
+from adapters_store.object_store.store import Objects
+from server.base_model.compatibility import check_architecture
+from server.engine.engine import Engine
+from server.engine.scheduling.step_cost import USUAL, Costs
 from server.errors import StartupError
+from server.messages import AdapterRef, Generate, Sampling
 from server.settings import MiB, Settings
 from tests.families.cases import Case
 from tests.fixtures.engine import publish, record_logits, run

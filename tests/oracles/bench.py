@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from adapters_store.objects import Objects
-from server.engine.loop import Engine
-from server.engine.messages import AdapterRef, Generate, Sampling
+from adapters_store.object_store.store import Objects
+from server.engine.engine import Engine
+from server.messages import AdapterRef, Generate, Sampling
 from server.settings import Settings
 from tests.fixtures.engine import publish, record_logits, run
 from tests.fixtures.models import CORPUS, Oracle, logits_of

@@ -17,10 +17,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from adapters_store.objects import Objects
-from server.adapters.formats.convert import PICKLES, convert_pickle
-from server.engine.loop import Engine
-from server.engine.messages import AdapterRef, Generate, Sampling
+from adapters_store.object_store.store import Objects
+from server.adapters.formats.pickle_sandbox import PICKLES, convert_pickle
+from server.engine.engine import Engine
+from server.messages import AdapterRef, Generate, Sampling
 from server.settings import Settings
 from tests.fixtures.engine import Done, publish, record_logits, run
 from tests.fixtures.models import load_model, logits_of

@@ -16,9 +16,10 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from server.finetune.batch import Batch
-from server.finetune.dataset import Example
-from server.finetune.peft_recipe import (
+from server.finetune.data.dataset import Example
+from server.finetune.modeling.adapter_model import Trainable
+from server.finetune.modeling.batch_loss import Batch
+from server.finetune.recipe_methods import (
     BitfitRecipe,
     BottleneckRecipe,
     LoraRecipe,
@@ -26,10 +27,9 @@ from server.finetune.peft_recipe import (
     PrefixRecipe,
     PromptRecipe,
 )
-from server.finetune.trainable import Trainable
 from tests.fixtures.models import FAMILIES, load_model, quiet
 from tests.oracles.bench import linears
-from tests.server.finetune.training import recipe
+from tests.server.finetune.small_trainings import recipe
 
 STEPS, RATE = 6, 3e-3
 TOLERANCE = 1e-4

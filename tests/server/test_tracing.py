@@ -13,8 +13,8 @@ from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from server.engine.messages import AdapterRef, Generate, Sampling, Timing
 from server.errors import StartupError
+from server.messages import AdapterRef, Generate, Sampling, Timing
 from server.tracing import RowTrace, Tracing, follow, span, tell
 
 ROOT = str(Path(__file__).resolve().parents[2])

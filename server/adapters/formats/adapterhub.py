@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from server.adapters.formats.fields import Fields, refused
+from server.adapters.formats.config_fields import Fields, refused
 from server.errors import InvalidAdapter
 
 # Say how the adapter was made or trained, or qualify what must be off.

@@ -6,7 +6,7 @@ same tensors compute something else: it is read only to see that it says what th
 
 from typing import Any
 
-from server.adapters.formats.strict import strict_json
+from server.adapters.formats.strict_json import strict_json
 from server.errors import InvalidAdapter, shown
 
 FILE = "adapter_interface.json"

@@ -8,7 +8,7 @@ from typing import Literal
 
 import msgspec
 
-from server.adapters.formats.fields import NO_SAVED_MODULES, Fields, Modules
+from server.adapters.formats.config_fields import NO_SAVED_MODULES, Fields, Modules
 
 
 class BitfitConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

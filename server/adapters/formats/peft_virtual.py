@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from server.adapters.formats.fields import NO_SAVED_MODULES, Fields, OneOf
+from server.adapters.formats.config_fields import NO_SAVED_MODULES, Fields, OneOf
 
 MAX_VIRTUAL = 1024
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import msgspec
 
-from server.adapters.formats.strict import strict_json
+from server.adapters.formats.strict_json import strict_json
 from server.errors import InvalidAdapter, TooLarge, UnsupportedMedia, shown
 
 if TYPE_CHECKING:

@@ -1,9 +1,9 @@
 """The table of methods. A new one is a file beside this and a line here."""
 
-from server.adapters.methods.base import Method
 from server.adapters.methods.bitfit import Bitfit
 from server.adapters.methods.bottleneck import Bottleneck
 from server.adapters.methods.ia3 import Ia3
+from server.adapters.methods.interface import Method
 from server.adapters.methods.ln_tuning import LnTuning
 from server.adapters.methods.lora import Lora, Narrow
 from server.adapters.methods.prefix import Prefix

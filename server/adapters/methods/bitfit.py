@@ -1,7 +1,7 @@
 """BitFit: other biases, of linears and norms, whether or not the base has one there (arXiv 2106.10199).
 
 Reads our own format, whose tensors replace the base's biases or are added to them, and PEFT's BEFT, which
-adds. Either way a row is served the difference to the base (affine.py).
+adds. Either way a row is served the difference to the base (affine_bank.py).
 """
 
 from collections.abc import Mapping
@@ -10,13 +10,13 @@ import msgspec
 import torch
 from safetensors.torch import save
 
-from server.adapters.formats.fields import FILE
+from server.adapters.formats.config_fields import FILE
 from server.adapters.formats.peft import typed_config
 from server.adapters.formats.peft_vectors import BeftConfig, BitfitConfig
-from server.adapters.methods.affine import AffineBank, pack_changes
-from server.adapters.methods.base import AdapterFiles, Packed, Tensors
+from server.adapters.methods.affine_bank import AffineBank, pack_changes
 from server.adapters.methods.change import Change
-from server.adapters.methods.tensors import (
+from server.adapters.methods.interface import AdapterFiles, Packed, Tensors
+from server.adapters.methods.tensor_names import (
     COPIES,
     PREFIX,
     Endings,

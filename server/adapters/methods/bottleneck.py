@@ -12,12 +12,12 @@ import torch
 
 from server.adapters.formats.adapterhub import HubConfig, hub_config
 from server.adapters.formats.safetensors import TensorInfo
-from server.adapters.methods.base import AdapterFiles, Packed, Tensors
 from server.adapters.methods.bottleneck_bank import BottleneckBank, Change, pack_changes
-from server.adapters.methods.tensors import Roles, check_shapes, invalid
+from server.adapters.methods.interface import AdapterFiles, Packed, Tensors
+from server.adapters.methods.tensor_names import Roles, check_shapes, invalid
 from server.adapters.sites import Base, Site
 from server.errors import InvalidAdapter, shown
-from server.kernels.bottleneck import MAX_WIDTH
+from server.kernels.cpu.grouped_bottleneck import MAX_WIDTH
 
 # where in a layer -> (kind of site, the config's field, the norm behind it in a layer that has one there)
 PLACES = {

@@ -1,7 +1,7 @@
 """Bottleneck adapters on the device: h += U act(D x + d) + u at the outputs of attention and MLP blocks.
 
-As in affine.py, each adapter is one flat buffer of exactly its own bytes, whatever its widths and layers,
-and a table per site says where its pieces lie; a slot is a row of a table.
+As in affine_bank.py, each adapter is one flat buffer of exactly its own bytes, whatever its widths and
+layers, and a table per site says where its pieces lie; a slot is a row of a table.
 """
 
 import sys
@@ -13,13 +13,13 @@ import msgspec
 import torch
 import torch.nn.functional as F
 
-from server.adapters.methods.base import Bank, Packed, Trace
-from server.adapters.methods.rows import FEW, MATRICES, Rows
-from server.adapters.methods.tensors import flatten
+from server.adapters.methods.interface import Bank, Packed, Trace
+from server.adapters.methods.tensor_names import flatten
+from server.adapters.methods.token_spans import FEW, MATRICES, Rows
 from server.adapters.sites import Base, Site
-from server.kernels import bottleneck as kernel
-from server.kernels import gpu
-from server.kernels.openmp import AVAILABLE, bits_of
+from server.kernels import token_blocks as gpu
+from server.kernels.cpu import grouped_bottleneck as kernel
+from server.kernels.cpu.openmp import AVAILABLE, bits_of
 from server.kernels.site_table import SiteTable
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -135,7 +135,7 @@ class BottleneckBank(Bank):
             if len(rows.tokens):
                 kernel.grouped_bottleneck(h, r, rows.tokens, rows.slots, self.table.rows[:, number])
             return
-        from server.kernels.triton_bottleneck import grouped_bottleneck  # Triton is not everywhere
+        from server.kernels.gpu.grouped_bottleneck import grouped_bottleneck  # Triton is not everywhere
 
         plan = rows.plan(self.device, self.table.ranks.__getitem__)
         grouped_bottleneck(h, r, plan, self.table.rows, number)

@@ -10,11 +10,10 @@ import torch
 
 from server.adapters.formats.peft import typed_config
 from server.adapters.formats.peft_vectors import Ia3Config
-from server.adapters.methods.affine import AffineBank, pack_changes
-from server.adapters.methods.base import AdapterFiles, Packed, Tensors, Trace
+from server.adapters.methods.affine_bank import AffineBank, pack_changes
 from server.adapters.methods.change import Change
-from server.adapters.methods.rows import Rows
-from server.adapters.methods.tensors import (
+from server.adapters.methods.interface import AdapterFiles, Packed, Tensors, Trace
+from server.adapters.methods.tensor_names import (
     COPIES,
     Endings,
     base_copies,
@@ -23,6 +22,7 @@ from server.adapters.methods.tensors import (
     check_targets,
     copy_shapes,
 )
+from server.adapters.methods.token_spans import Rows
 from server.adapters.sites import Base, Site
 
 ENDINGS: Endings = {"ia3_l": ("scale", ("linear",)), **COPIES}

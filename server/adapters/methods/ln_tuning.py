@@ -1,4 +1,4 @@
-"""LN_TUNING: other weights and biases of norms (arXiv 2312.11420). How a norm runs with them: affine.py."""
+"""LN_TUNING: other weights and biases of norms (arXiv 2312.11420). affine_bank.py runs them."""
 
 from collections.abc import Mapping
 
@@ -7,15 +7,10 @@ import torch
 
 from server.adapters.formats.peft import typed_config
 from server.adapters.formats.peft_vectors import LnTuningConfig
-from server.adapters.methods.affine import AffineBank, pack_changes
-from server.adapters.methods.base import AdapterFiles, Packed, Tensors
-from server.adapters.methods.norms import Norms, norm_changes, norm_shapes, norms_of
-from server.adapters.methods.tensors import (
-    Endings,
-    by_site,
-    check_shapes,
-    check_targets,
-)
+from server.adapters.methods.affine_bank import AffineBank, pack_changes
+from server.adapters.methods.interface import AdapterFiles, Packed, Tensors
+from server.adapters.methods.norm_tensors import Norms, norm_changes, norm_shapes, norms_of
+from server.adapters.methods.tensor_names import Endings, by_site, check_shapes, check_targets
 from server.adapters.sites import Base
 from server.errors import InvalidAdapter
 

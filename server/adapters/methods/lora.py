@@ -1,7 +1,7 @@
 """LoRA: y += scaling * B A x at any linear, and at embeddings; with rsLoRA, DoRA, patterns, biases, and norms
 that were trained beside.
 
-This file reads what PEFT writes and says which tensors there must be. How it runs: affine.py.
+This file reads what PEFT writes and says which tensors there must be. How it runs: affine_bank.py.
 What a target is, the tensors decide; the config only gives numbers, and must agree.
 """
 
@@ -13,15 +13,15 @@ from typing import Literal
 import msgspec
 import torch
 
-from server.adapters.formats.patterns import Patterns
+from server.adapters.formats.module_patterns import Patterns
 from server.adapters.formats.peft import typed_config
-from server.adapters.formats.peft_lora import LoraConfig
+from server.adapters.formats.peft_configs import LoraConfig
 from server.adapters.formats.safetensors import TensorInfo
-from server.adapters.methods.affine import AffineBank, pack_changes
-from server.adapters.methods.base import AdapterFiles, Packed, Tensors
+from server.adapters.methods.affine_bank import AffineBank, pack_changes
 from server.adapters.methods.change import Change
-from server.adapters.methods.norms import Norms, norm_changes, norm_shapes, norm_starts, norms_of
-from server.adapters.methods.tensors import (
+from server.adapters.methods.interface import AdapterFiles, Packed, Tensors
+from server.adapters.methods.norm_tensors import Norms, norm_changes, norm_shapes, norm_starts, norms_of
+from server.adapters.methods.tensor_names import (
     TABLES,
     Endings,
     Roles,
@@ -34,7 +34,7 @@ from server.adapters.methods.tensors import (
 )
 from server.adapters.sites import Base, Site
 from server.errors import InvalidAdapter, shown
-from server.kernels.affine import narrow
+from server.kernels.cpu.grouped_affine import narrow
 
 Narrow = Literal["never", "exact", "rounded"]
 ENDINGS: Endings = {

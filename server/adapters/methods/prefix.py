@@ -11,9 +11,9 @@ import torch
 
 from server.adapters.formats.peft import typed_config
 from server.adapters.formats.peft_virtual import PrefixConfig
-from server.adapters.methods.base import AdapterFiles, Bank, Packed, Start, Tensors, Trace
-from server.adapters.methods.tensors import check_shapes, flatten
-from server.adapters.methods.virtual import TENSOR, check_field, check_tokens
+from server.adapters.methods.interface import AdapterFiles, Bank, Packed, Start, Tensors, Trace
+from server.adapters.methods.tensor_names import check_shapes, flatten
+from server.adapters.methods.virtual_tokens import TENSOR, check_field, check_tokens
 from server.adapters.sites import Base
 from server.errors import InvalidAdapter
 

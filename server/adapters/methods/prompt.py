@@ -10,10 +10,10 @@ import torch
 
 from server.adapters.formats.peft import typed_config
 from server.adapters.formats.peft_virtual import PromptConfig
-from server.adapters.methods.base import AdapterFiles, Bank, Packed, Tensors, Trace
-from server.adapters.methods.rows import Rows
-from server.adapters.methods.tensors import check_shapes, flatten
-from server.adapters.methods.virtual import TENSOR, check_field, check_tokens
+from server.adapters.methods.interface import AdapterFiles, Bank, Packed, Tensors, Trace
+from server.adapters.methods.tensor_names import check_shapes, flatten
+from server.adapters.methods.token_spans import Rows
+from server.adapters.methods.virtual_tokens import TENSOR, check_field, check_tokens
 from server.adapters.sites import Base, Site
 
 

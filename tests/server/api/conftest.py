@@ -23,11 +23,11 @@ from safetensors.torch import save
 
 from server.adapters.sites import Base, Site
 from server.api.__main__ import server_config
-from server.app import build_app
+from server.api.app import build_app
 from server.engine.fake import Behaviour, FakeEngine
 from server.settings import Settings
 from server.tenancy.keys import operator_key
-from tests.server.api.tokenizers import VOCABULARY, byte_level_tokenizer
+from tests.server.api.generation.tokenizers import VOCABULARY, byte_level_tokenizer
 
 T = TypeVar("T")
 HIDDEN = 16

@@ -8,7 +8,7 @@ import httpx
 import pytest
 from fastapi.routing import APIRoute
 
-from server.api.deps import current_tenant
+from server.api.http.dependencies import current_tenant
 from server.engine.fake import FakeEngine
 from tests.server.api.conftest import System, lora_files, upload
 

@@ -11,7 +11,7 @@ import pytest
 from redis import Redis as SyncRedis
 
 from server.engine.fake import FakeEngine
-from server.supervisor.reserve import SWITCH
+from server.supervisor.disk_reserve import SWITCH
 from tests.server.api.conftest import System, upload
 
 FILE = {"file": ("a.jsonl", b'{"text": "hello"}\n')}

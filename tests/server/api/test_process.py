@@ -21,8 +21,8 @@ from server.settings import Settings, child_environment
 from server.tenancy.keys import operator_key
 from tests.fixtures.services import empty
 from tests.server.api.conftest import toy_base, until
+from tests.server.api.generation.tokenizers import byte_level_tokenizer
 from tests.server.api.loops import LoopThread
-from tests.server.api.tokenizers import byte_level_tokenizer
 
 # an API process whose one route says whether its end of the connection sends what it has at once
 PROMPT_SENDER = """

@@ -13,13 +13,13 @@ from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from server.app import build_app
+from server.api.app import build_app
 from server.logs import request_id
 from server.settings import Settings
 from server.tracing import Tracing
 from tests.fixtures.services import empty
 from tests.server.api.conftest import System, running, until
-from tests.server.api.tokenizers import byte_level_tokenizer
+from tests.server.api.generation.tokenizers import byte_level_tokenizer
 
 PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 PROMPT = "a secret prompt"

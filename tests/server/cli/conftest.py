@@ -10,12 +10,12 @@ from typing import NamedTuple
 
 import pytest
 
-from server.cli import main
+from server.cli.main import main
 from server.engine.fake import Behaviour
 from server.settings import Settings
 from tests.fixtures.services import empty
 from tests.server.api.conftest import System, running
-from tests.server.api.tokenizers import byte_level_tokenizer
+from tests.server.api.generation.tokenizers import byte_level_tokenizer
 
 
 class Done(NamedTuple):

@@ -12,9 +12,9 @@ from redis import Redis as SyncRedis
 from transformers import PreTrainedTokenizerFast
 
 from server import __version__
-from server.cli.connection import pages
+from server.cli.commands.serve import INTERNAL
+from server.cli.http_client import pages
 from server.cli.options import read_settings
-from server.cli.serve import INTERNAL
 from server.engine.fake import Behaviour
 from server.errors import StartupError
 from server.settings import Settings
@@ -184,7 +184,7 @@ def test_the_operator_imports_from_the_hub_what_is_safe(system: System, adapter:
 
         def import_(model: str) -> Done:
             arguments = ["admin", "import", model, "--tenant", tenant["id"], "--name", "poet"]
-            code = "from server.cli import main; main()"
+            code = "from server.cli.main import main; main()"
             done = subprocess.run(
                 [sys.executable, "-c", code, *arguments],
                 env=os.environ | variables | {"PYTHONPATH": str(Path.cwd())},
@@ -327,7 +327,8 @@ def test_options_win_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_the_command_line_starts_without_torch() -> None:
-    code = "import sys, server.cli; sys.exit(bool({'torch', 'transformers', 'fastapi'} & sys.modules.keys()))"
+    heavy = {"torch", "transformers", "fastapi"}
+    code = f"import sys, server.cli.main; sys.exit(bool({heavy} & sys.modules.keys()))"
     subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": str(Path.cwd())})
 
 

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from server.finetune.job import JobError
+from server.finetune.jobs.job import JobError
 from tests.server.api.conftest import System, until
-from tests.server.api.training import Worker, chats, jsonl
+from tests.server.api.fine_tuning.training import Worker, chats, jsonl
 from tests.server.cli.conftest import Run
 
 JOBS = "/v1/fine_tuning/jobs"
@@ -236,7 +236,7 @@ def test_what_a_job_leaves_is_fetched(run: Run, system: System, key: str, data: 
 def test_ctrl_c_leaves_the_job_alone_and_says_how_to_come_back(system: System, key: str, data: Path) -> None:
     # as at a terminal, also where these tests run in the background, which ignores SIGINT
     heed = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
-    command = [sys.executable, "-c", f"{heed}; from server.cli import main; main()", "tune", str(data)]
+    command = [sys.executable, "-c", f"{heed}; from server.cli.main import main; main()", "tune", str(data)]
     environment = os.environ | {"POLYPEFT_URL": system.url, "POLYPEFT_API_KEY": key}
     with subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

@@ -18,8 +18,8 @@ import msgspec
 import pytest
 import zmq
 
+from server import messages as m
 from server.adapters.sites import Base, Site
-from server.engine import messages as m
 from server.engine.client import EngineClient
 from server.engine.fake import Behaviour, FakeEngine
 from server.errors import (

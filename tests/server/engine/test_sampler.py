@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.engine.messages import Sampling
 from server.engine.sampler import Sampled, SampleRow, draw, uniform
+from server.messages import Sampling
 
 V = 1000
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from server.engine.client import EngineClient
-from server.engine.messages import Generate, Sampling
 from server.engine.watchdog import EXIT_STATUS, FLOOR_SECONDS, MULTIPLE, StepClock
 from server.errors import EngineLost
+from server.messages import Generate, Sampling
 from server.settings import Settings, child_environment
 
 pytestmark = pytest.mark.anyio

@@ -7,8 +7,8 @@ import pytest
 
 from server.adapters.sites import Base, Site
 from server.errors import InvalidField
-from server.finetune.peft_recipe import PEFT, BottleneckRecipe, LoraRecipe, PrefixRecipe
 from server.finetune.recipe import MAX_SEED, Limits, Recipe, parse_recipe, recipe_object
+from server.finetune.recipe_methods import PEFT, BottleneckRecipe, LoraRecipe, PrefixRecipe
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 CONTEXT = 512

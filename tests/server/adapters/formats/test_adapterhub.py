@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from server.adapters.formats.config import MAX_BYTES, method_of, read_config
+from server.adapters.formats.detect import MAX_BYTES, method_of, read_config
 from server.errors import InvalidAdapter, TooLarge
 
 GOLDEN = Path(__file__).resolve().parents[3] / "golden" / "adapterhub"

@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from server.adapters.formats.config import read_config
+from server.adapters.formats.detect import read_config
 from server.adapters.formats.safetensors import TensorInfo, read_header
-from server.adapters.methods.base import AdapterFiles
 from server.adapters.methods.bottleneck import Bottleneck, BottleneckSpec
+from server.adapters.methods.interface import AdapterFiles
 from server.adapters.sites import Base, Site
 from server.errors import InvalidAdapter
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from peft import PeftModel
 
-from server.adapters.methods.base import AdapterFiles, Method
 from server.adapters.methods.bitfit import Bitfit, to_beft
 from server.adapters.methods.ia3 import Ia3
+from server.adapters.methods.interface import AdapterFiles, Method
 from server.adapters.methods.ln_tuning import LnTuning
 from server.adapters.sites import Base, Site
 from server.errors import InvalidAdapter

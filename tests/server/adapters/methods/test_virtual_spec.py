@@ -9,7 +9,7 @@ from peft import PeftModel
 
 from server.adapters.formats.peft import TYPES
 from server.adapters.methods import build_methods
-from server.adapters.methods.base import Method
+from server.adapters.methods.interface import Method
 from server.adapters.methods.prefix import Prefix
 from server.adapters.methods.prompt import Prompt
 from server.adapters.sites import Base

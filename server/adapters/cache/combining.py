@@ -1,0 +1,31 @@
+"""Which adapters may stand together in one request. No torch: it looks at what the cache knows of them.
+
+Summed: LoRA and BitFit, each with its weight, on the fly and without a merge. Stacked: one of those (or any
+one method that acts inside the layers) behind one prefix or prompt.
+"""
+
+from collections.abc import Sequence
+
+from server.adapters.cache.entries import Resident
+from server.messages import Use
+
+
+def no_meaning(uses: Sequence[Use], residents: Sequence[Resident]) -> str | None:
+    """Why this combination cannot be served, in a sentence; None if it can."""
+    starting = [use for use, resident in zip(uses, residents, strict=True) if resident.virtual]
+    acting = [(use, resident) for use, resident in zip(uses, residents, strict=True) if not resident.virtual]
+    if len(starting) > 1:
+        names = " and ".join(repr(use.adapter.name) for use in starting[:2])
+        return f"adapters holds {names}, which both put virtual tokens first; a request can have one of them."
+    for use in starting:
+        if use.weight != 1:
+            return (
+                f"{use.adapter.name!r} ({use.adapter.method}) can have no weight but 1, not {use.weight:g}."
+            )
+    for use, resident in acting:
+        if not resident.summable and (len(acting) > 1 or use.weight != 1):
+            return (
+                f"{use.adapter.name!r} ({use.adapter.method}) cannot be weighted or added to other adapters; "
+                "plain LoRA and BitFit can."
+            )
+    return None

@@ -1,0 +1,33 @@
+"""Which library wrote an adapter_config.json, and so which method serves it."""
+
+from typing import Any
+
+import msgspec
+
+from server.adapters.formats import peft
+from server.adapters.formats.adapterhub import hub_config
+from server.adapters.formats.config_fields import FILE
+from server.adapters.formats.strict_json import strict_json
+
+MAX_BYTES = peft.MAX_BYTES
+
+
+def read_config(data: bytes) -> dict[str, Any]:
+    """An uploaded config as what is kept of it: equal adapters give equal dicts.
+
+    Raises InvalidAdapter whose `param` is the field, and TooLarge.
+    """
+    raw = strict_json(data, FILE, MAX_BYTES)
+    if not _is_hub(raw):
+        return peft.read_config(data)
+    return msgspec.json.decode(msgspec.json.encode(hub_config(raw)), type=dict[str, Any])
+
+
+def method_of(config: dict[str, Any]) -> str:
+    """The method that serves a config of ours."""
+    return "bottleneck" if _is_hub(config) else peft.method_of(config)
+
+
+def _is_hub(config: dict[str, Any]) -> bool:
+    """PEFT always writes its type at the top; AdapterHub nests what it says of the method."""
+    return "peft_type" not in config and {"config", "model_type"} <= config.keys()

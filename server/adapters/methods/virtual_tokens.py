@@ -1,0 +1,35 @@
+"""Virtual tokens in PEFT's files: one tensor, a row for each token."""
+
+from server.adapters.formats.peft_virtual import MAX_VIRTUAL
+from server.adapters.methods.interface import AdapterFiles
+from server.adapters.methods.tensor_names import invalid
+from server.adapters.sites import Base
+from server.errors import InvalidAdapter
+
+TENSOR = "prompt_embeddings"
+
+
+def check_tokens(files: AdapterFiles, base: Base, count: int) -> None:
+    """The one tensor there must be, with `count` rows. Raises InvalidAdapter; its width is the method's."""
+    for tensor in files.tensors:
+        if tensor != TENSOR:
+            raise invalid(tensor, f"is not one that virtual tokens have; there must be {TENSOR} alone")
+    if TENSOR not in files.tensors:
+        raise InvalidAdapter(f"The tensor {TENSOR!r} is missing.", param=TENSOR)
+    shape = files.tensors[TENSOR].shape
+    if len(shape) != 2 or shape[0] != count:
+        raise invalid(TENSOR, f"has the shape {list(shape)}; num_virtual_tokens asks for [{count}, ...]")
+    most = min(MAX_VIRTUAL, base.max_context - 2)  # a prompt has a token, and its answer has one
+    if count > most:
+        raise InvalidAdapter(
+            f"num_virtual_tokens is {count}; a context of {base.max_context} leaves room for {most}.",
+            param="num_virtual_tokens",
+        )
+
+
+def check_field(name: str, found: int | None, expected: int) -> None:
+    """A number in the config that only repeats what the base says."""
+    if found not in (None, expected):
+        raise InvalidAdapter(
+            f"adapter_config.json has {name} {found}; for this base model it must be {expected}.", param=name
+        )

@@ -1,0 +1,223 @@
+"""From two files to a version everyone of its tenant can call: inspect, stage, let the engine try, publish.
+
+Used by uploads and by vLLM's load route; what was trained here comes through the same gate, `prepare`.
+Until the last step nothing is visible. What is refused leaves nothing; a crash leaves blobs that no manifest
+names: see collector.py.
+"""
+
+import logging
+import time
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import msgspec
+from anyio.to_thread import run_sync
+
+from adapters_store.index.records import Version, summary
+from adapters_store.manifest import Blob, Manifest, content_digest, encode_manifest
+from adapters_store.names import check_name
+from server.adapters.formats import hub_interface
+from server.adapters.formats.detect import MAX_BYTES, method_of, read_config
+from server.adapters.formats.safetensors import read_header
+from server.adapters.methods.interface import AdapterFiles
+from server.adapters.sites import Base
+from server.api.adapters.upload_form import CONFIG
+from server.api.http.temp_files import incoming
+from server.api.services import Services
+from server.errors import (
+    Conflict,
+    InvalidAdapter,
+    InvalidField,
+    NotFound,
+    PolypeftError,
+    QuotaExceeded,
+    StoreError,
+    error_from_code,
+    shown,
+)
+from server.tenancy.tenants import Tenant
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Files:
+    """An adapter's files where they lie now; config and weights under the names that they are kept by."""
+
+    config: tuple[str, Path]
+    weights: tuple[str, Path]
+    interface: Path | None = None  # AdapterHub's, where its library needs one
+
+
+@dataclass(frozen=True)
+class Inspected:
+    method: str
+    config: dict[str, Any]
+    tensors: dict[str, tuple[str, list[int]]]
+    rank: int
+
+    @property
+    def parameters(self) -> int:
+        return sum(prod(shape) for _dtype, shape in self.tensors.values())
+
+
+async def publish(
+    parts: Services,
+    tenant: Tenant,
+    name: str,
+    files: Files,
+    *,
+    create_only: bool = False,
+    allow_noop: bool = False,
+    actor: str = "server",
+) -> Version:
+    """The new version. Raises InvalidAdapter, InvalidField, Conflict, QuotaExceeded, Unavailable."""
+    check_adapter_name(parts, name)
+    size = files.config[1].stat().st_size + files.weights[1].stat().st_size
+    version = await parts.registry.next_version(tenant.id, name, size)
+    # in this order: whoever publishes after we look has our number, and one of us gets a conflict
+    if create_only and await _exists(parts, tenant, name):
+        raise Conflict(f"An adapter named {shown(name)} exists.", param="name")
+    manifest = await prepare(parts, tenant.id, name, version, files, allow_noop=allow_noop, actor=actor)
+    try:
+        try:
+            await parts.registry.publish(manifest)
+        except Conflict:
+            if create_only:
+                raise
+            # Another upload took the number, or died with it before the index knew, which it does now.
+            version = await parts.registry.next_version(tenant.id, name)
+            manifest = msgspec.structs.replace(manifest, version=version)
+            await parts.registry.publish(manifest)
+    except (Conflict, QuotaExceeded):
+        await _discard(parts, manifest.files)
+        raise
+    return summary(manifest)
+
+
+async def prepare(
+    parts: Services,
+    tenant_id: str,
+    name: str,
+    version: int,
+    files: Files,
+    *,
+    allow_noop: bool = False,
+    actor: str = "worker",
+) -> Manifest:
+    """The gate: what would be published. Its blobs are staged, and the engine has loaded and run it.
+
+    Raises InvalidAdapter, InvalidField, Unavailable.
+    """
+    base = parts.base
+    found = await run_sync(inspect, files, parts, base)
+    blobs = await parts.registry.stage(tenant_id, [files.config, files.weights])
+    weights_sha256 = next(blob.sha256 for blob in blobs if blob.name == files.weights[0])
+    manifest = Manifest(
+        tenant=tenant_id,
+        name=name,
+        version=version,
+        method=found.method,
+        base=base.id,
+        base_digest=base.digest,
+        digest=content_digest(found.method, base.digest, found.config, weights_sha256),
+        files=blobs,
+        config=found.config,
+        tensors=found.tensors,
+        facts={"rank": found.rank, "parameters": found.parameters},
+        created=int(time.time()),
+        by=actor,
+    )
+    try:
+        checked = await parts.engine.check(encode_manifest(manifest), allow_noop=allow_noop)
+        if checked.error is not None:
+            raise error_from_code(*checked.error)
+    except PolypeftError:
+        await _discard(parts, blobs)
+        raise
+    return msgspec.structs.replace(manifest, facts=checked.facts | manifest.facts)
+
+
+async def _discard(parts: Services, blobs: list[Blob]) -> None:
+    """Remove what no version will have; what the stores do not take now is collected later."""
+    try:
+        await parts.registry.collector.discard([blob.key for blob in blobs])
+    except StoreError as error:
+        log.warning("The bytes of a refused upload stay for a while: %s", error.message)
+
+
+def check_adapter_name(parts: Services, name: str, param: str = "name") -> str:
+    """`name`, if a tenant may call an adapter so."""
+    check_name(name, param)
+    if name == parts.base.id:
+        raise InvalidField(f"{param} {shown(name)} is the base model's own.", param=param)
+    return name
+
+
+def inspect(files: Files, parts: Services, base: Base) -> Inspected:
+    """Everything that can be known without reading a tensor. Blocking. Raises InvalidAdapter."""
+    config_path, weights_path = files.config[1], files.weights[1]
+    with config_path.open("rb") as file:
+        config = read_config(file.read(MAX_BYTES + 1))
+    if files.interface:
+        with files.interface.open("rb") as file:
+            hub_interface.check_interface(file.read(hub_interface.MAX_BYTES + 1), base.model_type)
+    with weights_path.open("rb") as file:
+        tensors = read_header(
+            file,
+            weights_path.stat().st_size,
+            max_header_bytes=parts.settings.max_header_bytes,
+            max_tensors=parts.settings.max_tensors,
+        )
+    method = parts.methods[method_of(config)]
+    spec = method.parse(AdapterFiles(config, tensors), base)
+    given = {name: info.shape for name, info in tensors.items()}
+    _compare(method.shapes(spec, base), given)
+    described = {name: (info.dtype, list(info.shape)) for name, info in tensors.items()}
+    return Inspected(method.name, config, described, spec.rank)
+
+
+def _compare(expected: dict[str, tuple[int, ...]], given: dict[str, tuple[int, ...]]) -> None:
+    """Exactly these tensors in exactly these shapes: a mismatch would serve something else in silence."""
+    for name in sorted(expected.keys() | given.keys()):
+        if name not in given:
+            raise InvalidAdapter(f"The tensor {shown(name)} is missing.", param=name)
+        if name not in expected:
+            raise InvalidAdapter(f"The tensor {shown(name)} fits nothing in this base.", param=name)
+        if expected[name] != given[name]:
+            raise InvalidAdapter(
+                f"The tensor {shown(name)} must have shape {list(expected[name])} for this base, not "
+                f"{list(given[name])}.",
+                param=name,
+            )
+
+
+async def _exists(parts: Services, tenant: Tenant, name: str) -> bool:
+    try:
+        await parts.registry.get(tenant.id, name)
+    except NotFound:
+        return False
+    return True
+
+
+class TrainedGate:
+    """The gate as the fine-tuning publisher uses it: for a folder that a training left."""
+
+    def __init__(self, parts: Services) -> None:
+        self._parts = parts
+
+    @property
+    def ready(self) -> bool:
+        return self._parts.engine.ready and not self._parts.draining
+
+    def folder(self) -> TemporaryDirectory[str]:
+        return incoming(self._parts.settings)
+
+    async def prepare(self, tenant: str, name: str, version: int, files: list[Path]) -> Manifest:
+        config = next(path for path in files if path.name == CONFIG)
+        weights = next(path for path in files if path.suffix == ".safetensors")
+        pair = Files((CONFIG, config), (weights.name, weights))
+        return await prepare(self._parts, tenant, name, version, pair)

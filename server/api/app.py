@@ -1,0 +1,196 @@
+"""Builds every object of the API process once, by hand, and wires them. The only file that does."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+
+from adapters_store.object_store.store import Objects
+from adapters_store.registry.identity import prove_identity_in_time
+from adapters_store.registry.presigned_uploads import DirectUploads
+from adapters_store.registry.registry import Registry
+from adapters_store.valkey import connect
+from server.adapters.methods import build_methods
+from server.api.adapters.bucket_watcher import Watcher
+from server.api.adapters.cleanup import Upkeep
+from server.api.adapters.publish import TrainedGate
+from server.api.cluster_metrics import SystemFigures
+from server.api.http.error_responses import add_handlers
+from server.api.http.middleware import Envelope
+from server.api.http.temp_files import clear_incoming
+from server.api.routes import adapter_uploads as direct_uploads
+from server.api.routes import (
+    adapters,
+    admin,
+    aliases,
+    chat,
+    completions,
+    files,
+    fine_tuning,
+    health,
+    limits,
+    models,
+    pins,
+    uploads,
+)
+from server.api.routes import store_admin as maintenance
+from server.api.routes import vllm_lora as lora_compat
+from server.api.services import Services
+from server.base_model.resolve import resolve_model
+from server.base_model.tokenizer import Tokenizer
+from server.engine.client import EngineClient
+from server.errors import StartupError
+from server.files.files import Files
+from server.files.uploads import Uploads
+from server.finetune.jobs.jobs import Jobs
+from server.finetune.jobs.publisher import Publisher
+from server.finetune.jobs.queue import WorkerQueue
+from server.metrics import Metrics
+from server.settings import Settings, multiprocess_dir
+from server.tenancy.keys import operator_key
+from server.tenancy.pins import Pins
+from server.tenancy.tenants import Tenants
+from server.tracing import Tracing
+
+Loop = Callable[[], Coroutine[None, None, None]]
+TOLD_SECONDS = 3.0  # an engine that works tells its figures each second
+log = logging.getLogger(__name__)
+
+ROUTERS = (
+    completions,
+    chat,
+    models,
+    adapters,
+    direct_uploads,
+    aliases,
+    pins,
+    files,
+    uploads,
+    fine_tuning,
+    lora_compat,
+    limits,
+    admin,
+    maintenance,
+    health,
+)
+
+
+def build_app(settings: Settings, tracing: Tracing | None = None) -> FastAPI:
+    """The application; its lifespan starts what needs a loop and closes it again. Waits for no engine.
+
+    `tracing` is where traces go, in place of the settings' collector.
+
+    Raises StartupError for what is wrong with the settings or the model's tokenizer.
+    """
+    services = build_services(settings)
+    watcher = None if settings.watch_prefix is None else Watcher(services, settings.watch_prefix)
+    if tracing is None and settings.otlp_endpoint:
+        tracing = Tracing.to(settings.otlp_endpoint, settings.trace_share)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        clear_incoming(settings)
+        await services.engine.start()
+        publisher = Publisher(
+            services.jobs, services.files, services.registry, services.objects, TrainedGate(services)
+        )
+        loops: list[Loop] = []
+        if settings.api_number == 0:
+            loops = [publisher.run, Upkeep(services.registry).run, lambda: pins.keep_pins(services)]
+            loops += [watcher.run] if watcher is not None else []
+        work = asyncio.create_task(_work(services, loops))
+        app.state.services = services
+        if settings.api_processes > 1:  # take no connection that another serves better, a scrape included
+            await services.engine.told(TOLD_SECONDS)
+        try:
+            yield
+        finally:
+            work.cancel()
+            await asyncio.gather(work, return_exceptions=True)
+            await services.engine.close()
+            await services.redis.aclose()
+            services.queue.close()
+            if tracing is not None:
+                await asyncio.to_thread(tracing.close)
+
+    app = FastAPI(
+        title="Polypeft",
+        lifespan=lifespan,
+        docs_url=None,  # deny by default: what is not a router below does not exist
+        redoc_url=None,
+        openapi_url=None,
+        redirect_slashes=False,
+    )
+    for module in ROUTERS:
+        app.include_router(module.router)
+    add_handlers(app)
+    app.add_middleware(Envelope, metrics=services.metrics, tracing=tracing)
+    return app
+
+
+async def _work(services: Services, loops: list[Loop]) -> None:
+    """What goes on beside requests, once it is sure that nobody else's jobs and adapters are touched."""
+    try:
+        if services.objects.shared:
+            await prove_identity_in_time(services.redis, services.objects)
+    except StartupError as refusal:
+        log.error("%s", refusal.message)
+        services.refusal = refusal
+        return
+    await asyncio.gather(*(loop() for loop in loops))
+
+
+def build_services(settings: Settings) -> Services:
+    """Every object, none of them at work yet."""
+    if settings.redis_url is None:
+        raise StartupError("The API needs redis_url; `polypeft serve` sets it to the Valkey it starts.")
+    metrics = Metrics(settings.base_id, multiprocess_dir())
+    redis = connect(settings.redis_url)
+    redis.on_call = metrics.on_valkey_call
+    engine = EngineClient(settings.engine_socket, on_stats=metrics.absorb)
+    metrics.engine_up = lambda: engine.answers
+    queue = WorkerQueue(settings.redis_url)
+    objects = Objects.open(settings.store_url, settings.store_config)
+    objects.on_call = metrics.on_store_call
+    metrics.breaker = lambda: objects.breaker.state
+    tenant_files = Files(
+        redis,
+        objects,
+        max_files=settings.max_files_per_tenant,
+        max_bytes=settings.max_files_bytes_per_tenant,
+    )
+    return Services(
+        settings=settings,
+        operator_secret=operator_key(settings),
+        tokenizer=Tokenizer.load(resolve_model(settings)),
+        redis=redis,
+        objects=objects,
+        registry=Registry(
+            objects,
+            redis,
+            settings.max_adapters_per_tenant,
+            max_bytes=settings.max_adapter_bytes_per_tenant,
+            keep_versions=settings.keep_versions,
+            retention_seconds=settings.retention_seconds,
+            grace_seconds=settings.grace_seconds,
+        ),
+        methods=build_methods(settings.max_lora_rank),
+        tenants=Tenants(redis),
+        engine=engine,
+        metrics=metrics,
+        system_figures=SystemFigures(redis, metrics, losses=settings.metrics_closed),
+        files=tenant_files,
+        uploads=Uploads(
+            redis,
+            objects,
+            tenant_files,
+            max_bytes=settings.max_file_bytes,
+            max_pending=settings.max_uploads_per_tenant,
+        ),
+        directs=DirectUploads(redis, settings.max_uploads_per_tenant),
+        jobs=Jobs(redis, queue, settings.max_jobs_per_tenant),
+        pins=Pins(redis, settings.max_pins_per_tenant),
+        queue=queue,
+    )

@@ -1,0 +1,148 @@
+"""The body of chat completions: messages, and what an answer must look like."""
+
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import BeforeValidator, FailFast, Field, ValidationInfo, field_validator, model_validator
+
+from server.api.generation.bodies import (
+    CHANGES_OUTPUT,
+    Body,
+    Count,
+    SamplingBody,
+    at_most,
+    at_most_entries,
+    caps,
+)
+from server.errors import InvalidField
+
+MAX_ANNOTATIONS = 256
+
+
+class TextPart(Body):
+    type: Literal["text"]
+    text: str
+
+
+class UrlCitation(Body):
+    start_index: int
+    end_index: int
+    title: str
+    url: str
+
+
+class Annotation(Body):
+    """What an SDK sends back with an earlier answer; not shown to the model."""
+
+    type: Literal["url_citation"]
+    url_citation: UrlCitation
+
+
+class Message(Body):
+    refused: ClassVar[dict[str, str]] = dict.fromkeys(
+        ("tool_calls", "tool_call_id", "function_call", "audio"),
+        "this server calls no tools and hears no audio",
+    )
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart]
+    name: str | None = None  # not shown to the model: its template has no place for it
+    refusal: str | None = None
+    annotations: Annotated[list[Annotation], BeforeValidator(at_most_entries(MAX_ANNOTATIONS))] | None = None
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def _content(cls, value: Any) -> Any:
+        parts = value if isinstance(value, list) else []
+        other = next((p for p in parts if not isinstance(p, dict) or p.get("type") != "text"), None)
+        if other is not None or not isinstance(value, str | list):
+            raise InvalidField("content must be text, or parts of type text.", param="messages")
+        return value
+
+    @property
+    def text(self) -> str:
+        return self.content if isinstance(self.content, str) else "".join(p.text for p in self.content)
+
+
+class SchemaHolder(Body):
+    """`json_schema` of a response_format. `strict: false` as well gets what the schema says, and no less."""
+
+    name: Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[a-zA-Z0-9_-]+$")] | None = None
+    description: str | None = None
+    schema_: Annotated[dict[str, Any], Field(alias="schema")]  # see response_format.py
+    strict: bool | None = None
+
+
+class ResponseFormat(Body):
+    type: Literal["text", "json_object", "json_schema"]
+    schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None  # llama.cpp's, of a json_object
+    json_schema: SchemaHolder | None = None
+
+    @model_validator(mode="after")
+    def _combinations(self) -> Self:
+        place = "response_format"
+        if self.schema_ is not None and self.type != "json_object":
+            raise InvalidField(f"{place}.schema needs the type json_object, not {self.type}.", param=place)
+        if self.json_schema is not None and self.type != "json_schema":
+            raise InvalidField(
+                f"{place}.json_schema needs the type json_schema, not {self.type}.", param=place
+            )
+        if self.json_schema is None and self.type == "json_schema":
+            raise InvalidField(f"{place}.json_schema is required.", param=place, code="missing_field")
+        return self
+
+
+class ChatBody(SamplingBody):
+    refused: ClassVar[dict[str, str]] = SamplingBody.refused | dict.fromkeys(
+        (
+            "tools",
+            "functions",
+            "function_call",
+            "audio",
+            "prediction",
+            "web_search_options",
+            "reasoning_effort",
+            "verbosity",
+        ),
+        CHANGES_OUTPUT,
+    )
+
+    messages: Annotated[list[Message], FailFast(), Field(min_length=1)]  # see _messages for the most
+    max_completion_tokens: Count | None = None
+    logprobs: bool = False
+    top_logprobs: Annotated[int, Field(ge=0)] | None = None
+    response_format: ResponseFormat | None = None
+    parallel_tool_calls: bool | None = None
+    tool_choice: Literal["none"] | None = None
+    modalities: Annotated[list[Literal["text"]], Field(max_length=1)] | None = None
+
+    @field_validator("messages", mode="before")
+    @classmethod
+    def _messages(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, list):
+            contents = [m.get("content") for m in value if isinstance(m, dict)]
+            parts = sum(len(content) for content in contents if isinstance(content, list))
+            at_most(
+                "the number of messages and their parts",
+                len(value) + parts,
+                caps(info).max_messages,
+                "messages",
+            )
+        return value
+
+    @field_validator("top_logprobs")
+    @classmethod
+    def _top_logprobs(cls, value: int, info: ValidationInfo) -> int:
+        at_most("top_logprobs", value, caps(info).max_top_logprobs)
+        return value
+
+    @model_validator(mode="after")
+    def _combinations(self) -> "ChatBody":
+        if self.top_logprobs is not None and not self.logprobs:
+            raise InvalidField("top_logprobs needs logprobs to be true.", param="top_logprobs")
+        both = {self.max_tokens, self.max_completion_tokens} - {None}
+        if len(both) > 1:
+            raise InvalidField(
+                "max_tokens and max_completion_tokens differ; send one of them.",
+                param="max_completion_tokens",
+            )
+        return self

@@ -1,0 +1,73 @@
+"""Tokens to text while they arrive: incremental decoding for replies, streamed or not."""
+
+import codecs
+
+from server.base_model.tokenizer import Tokenizer
+
+REPLACEMENT = "\ufffd"
+
+
+def detokenizer(tokenizer: Tokenizer) -> "Detokenizer":
+    """A new one, for one reply."""
+    return (_ByteLevel if tokenizer.byte_level else _ByteFallback)(tokenizer.pieces)
+
+
+class Detokenizer:
+    """Tokens in, text out, each token looked at once; the texts joined are the whole decode.
+
+    The text continues a prompt, so a leading space stays (a whole decode on its own would strip it for
+    SentencePiece models).
+    """
+
+    def __init__(self, pieces: list[bytes | str]) -> None:
+        self._pieces = pieces
+
+    def push(self, token: int) -> str:
+        """The text that is certain now; "" while a character is incomplete or for a special token."""
+        piece = self._pieces[token] if 0 <= token < len(self._pieces) else b""
+        return self._add(piece) if piece else ""
+
+    def flush(self) -> str:
+        """The text still held back; an incomplete character becomes U+FFFD."""
+        raise NotImplementedError
+
+    def _add(self, piece: bytes | str) -> str:
+        raise NotImplementedError
+
+
+class _ByteLevel(Detokenizer):
+    """Every piece is bytes of one UTF-8 stream."""
+
+    def __init__(self, pieces: list[bytes | str]) -> None:
+        super().__init__(pieces)
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def _add(self, piece: bytes | str) -> str:
+        return self._decoder.decode(piece if isinstance(piece, bytes) else piece.encode())
+
+    def flush(self) -> str:
+        return self._decoder.decode(b"", final=True)
+
+
+class _ByteFallback(Detokenizer):
+    """Pieces are text; a run of byte tokens is one string if it is UTF-8, else U+FFFD for each byte.
+
+    Only the end of a run decides which, so a run is held back whole.
+    """
+
+    def __init__(self, pieces: list[bytes | str]) -> None:
+        super().__init__(pieces)
+        self._run = bytearray()
+
+    def _add(self, piece: bytes | str) -> str:
+        if isinstance(piece, bytes):
+            self._run += piece
+            return ""
+        return self.flush() + piece
+
+    def flush(self) -> str:
+        run, self._run = bytes(self._run), bytearray()
+        try:
+            return run.decode()
+        except UnicodeDecodeError:
+            return REPLACEMENT * len(run)

@@ -1,0 +1,127 @@
+"""From a checked body to the engine's rows: what both generation routes ask of the engine, and how.
+
+Ranges that need the base's vocabulary or context are checked here; all others are the schemas' work.
+"""
+
+import secrets
+import time
+from dataclasses import dataclass
+
+from starlette.requests import Request
+
+from server.api.generation.bodies import INT64, SamplingBody, at_most
+from server.api.generation.choice import Choice
+from server.api.generation.generation import Generation
+from server.api.generation.model_selection import Target
+from server.api.generation.prompts import fit
+from server.api.services import Services
+from server.errors import InvalidField, shown
+from server.messages import Generate, Sampling
+from server.tenancy.tenants import Tenant
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What differs between the two routes."""
+
+    prefix: str  # of the id
+    prompts: list[list[int]]
+    max_tokens: int | None
+    default_max_tokens: int | None  # None: all that fits
+    logprobs: int | None
+    grammar: str | None = None
+
+
+def prepare(
+    parts: Services, tenant: Tenant, request: Request, target: Target, body: SamplingBody, asked: Asked
+) -> Generation:
+    """Rows for the engine. Raises InvalidField, ContextTooLong."""
+    context, vocabulary = parts.max_context, parts.base.vocab_size
+    deadline = time.time() + _seconds(request, parts.settings.request_seconds)
+    request_id = f"{asked.prefix}-{secrets.token_hex(16)}"
+    seed = secrets.randbits(63) if body.seed is None else body.seed
+    at_most("min_tokens", body.min_tokens, context)
+    rows = []
+    for number, prompt in enumerate(asked.prompts):
+        room = fit(prompt, asked.max_tokens, asked.default_max_tokens, context)
+        if body.min_tokens > room:
+            raise InvalidField(
+                f"min_tokens must be at most max_tokens, which is {room}, not {body.min_tokens}.",
+                param="min_tokens",
+            )
+        first = number * body.n
+        rows += [
+            Generate(
+                id=f"{request_id}-{first + i}",
+                tenant=tenant.id,
+                prompt=prompt,
+                sampling=_sampling(body, asked, room, _wrapped(seed + i), vocabulary),
+                adapter=target.adapter,
+                adapters=target.adapters,
+                deadline=deadline,
+                weight=tenant.weight,
+                after=f"{request_id}-{first}" if i else None,
+            )
+            for i in range(body.n)
+        ]
+    choices = [Choice(i, parts.tokenizer, body.stop, body.min_tokens) for i in range(len(rows))]
+    return Generation(parts, request_id, target, asked.prompts, rows, choices)
+
+
+def _sampling(body: SamplingBody, asked: Asked, max_tokens: int, seed: int, vocabulary: int) -> Sampling:
+    for token in body.stop_token_ids:
+        _check_token("stop_token_ids", token, vocabulary)
+    return Sampling(
+        max_tokens=max_tokens,
+        temperature=body.temperature,
+        top_p=body.top_p,
+        top_k=max(body.top_k, 0),
+        min_p=body.min_p,
+        presence_penalty=body.presence_penalty,
+        frequency_penalty=body.frequency_penalty,
+        repetition_penalty=body.repetition_penalty,
+        logit_bias=_logit_bias(body.logit_bias, vocabulary),
+        seed=seed,
+        stop_token_ids=tuple(body.stop_token_ids),
+        ignore_eos=body.ignore_eos,
+        min_tokens=body.min_tokens,
+        logprobs=asked.logprobs,
+        grammar=asked.grammar,
+    )
+
+
+def _logit_bias(bias: dict[str, float], vocabulary: int) -> dict[int, float]:
+    found = {}
+    for key, value in bias.items():
+        if not (key.isascii() and key.isdigit() and len(key) < 10):
+            raise InvalidField(f"logit_bias keys are token ids, not {shown(key)}.", param="logit_bias")
+        _check_token("logit_bias", int(key), vocabulary)
+        found[int(key)] = value
+    return found
+
+
+def _check_token(field_name: str, token: int, vocabulary: int) -> None:
+    if not 0 <= token < vocabulary:
+        raise InvalidField(
+            f"{field_name} has the token id {shown(token)}; they run from 0 to {vocabulary - 1}.",
+            param=field_name,
+        )
+
+
+def _wrapped(seed: int) -> int:
+    """`seed` as a signed 64-bit integer."""
+    return (seed + INT64 + 1) % (2 * INT64 + 2) - INT64 - 1
+
+
+def _seconds(request: Request, longest: float) -> float:
+    """X-Request-Timeout, in seconds, within the server's own limit."""
+    header = request.headers.get("x-request-timeout")
+    if header is None:
+        return longest
+    try:
+        seconds = float(header)
+    except ValueError:
+        seconds = -1.0
+    if not 0 < seconds < float("inf"):
+        raise InvalidField(f"X-Request-Timeout must be a number of seconds above 0, not {shown(header)}.")
+    return min(seconds, longest)

@@ -1,0 +1,122 @@
+"""A request under way: rows in, pieces of answer out, for completions and chat, streamed or not."""
+
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Self
+
+from server.api.generation.choice import Choice, Piece
+from server.api.generation.model_selection import Target
+from server.api.services import Services
+from server.errors import EngineLost, PolypeftError, QueueFull, TenantQueueFull
+from server.messages import Chunk, Generate
+from server.tracing import RowTrace, tell
+
+
+@dataclass(frozen=True)
+class Usage:
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+
+
+@dataclass
+class Generation:
+    """One request under way: a choice for each prompt and each of n, prompt by prompt."""
+
+    parts: Services
+    id: str
+    target: Target
+    prompts: list[list[int]]
+    rows: list[Generate]
+    choices: list[Choice]
+    created: int = field(default_factory=lambda: int(time.time()))
+    _arrived: float = field(default_factory=time.monotonic)
+
+    async def pieces(self) -> AsyncGenerator[Piece, None]:
+        """Pieces as they come, until every choice has finished; closing it cancels the rest.
+
+        Raises what ended the request early: EngineLost, DeadlineExceeded, NonFinite, ...
+        """
+        self.parts.admit(len(self.rows))
+        choices = {row.id: choice for row, choice in zip(self.rows, self.choices, strict=True)}
+        clock, engine = _Clock(self, self._arrived), self.parts.engine
+        async with clock, aclosing(engine.generate(*self.rows)) as chunks:
+            async for chunk in chunks:
+                choice = choices[chunk.id]
+                if choice.finished:
+                    continue
+                if chunk.finish == "cancelled":
+                    raise EngineLost("The engine gave this request up; send it again.")
+                clock.tick(choice.index, chunk)
+                piece = choice.feed(chunk)
+                if piece.finish is not None:
+                    clock.finish(choice, piece.finish)
+                    if chunk.finish is None:  # a stop string: the engine does not know
+                        engine.cancel(chunk.id)
+                if piece.text or piece.tokens or piece.finish:
+                    yield piece
+
+    @property
+    def usage(self) -> Usage:
+        return Usage(
+            prompt_tokens=sum(map(len, self.prompts)),
+            completion_tokens=sum(choice.completion_tokens for choice in self.choices),
+            cached_tokens=sum(choice.cached_tokens for choice in self.choices[:: self.n]),
+        )
+
+    @property
+    def deadline(self) -> float | None:
+        """time.time() at which its rows end, whoever still reads."""
+        return self.rows[0].deadline
+
+    @property
+    def n(self) -> int:
+        """Choices for each prompt."""
+        return len(self.choices) // len(self.prompts)
+
+
+class _Clock:
+    """Latencies of one request and how it ended, into the metrics and its trace."""
+
+    def __init__(self, generation: Generation, arrived: float) -> None:
+        self._metrics = generation.parts.metrics
+        self._arrived = arrived
+        self._left = len(generation.rows)
+        self._last: dict[int, float] = {}
+        self._traces = [RowTrace(row, choice) for choice, row in enumerate(generation.rows)]
+        tell({"gen_ai.request.model": generation.target.model})
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
+        """Choices that have not finished ended with the request."""
+        if isinstance(error, QueueFull | TenantQueueFull):  # refused, whole; a 429 is counted by its status
+            if isinstance(error, QueueFull):
+                self._metrics.count("rejections", "queue_full")
+            return
+        failed = isinstance(error, PolypeftError)
+        if isinstance(error, PolypeftError):
+            self._metrics.count("failures", error.code)
+        for _ in range(self._left):
+            self._metrics.count("finished", "error" if failed else "abort")
+
+    def tick(self, index: int, chunk: Chunk) -> None:
+        if chunk.timing is not None:
+            self._traces[index].first_token(chunk.timing)
+        if not chunk.tokens:
+            return
+        now = time.monotonic()
+        if index in self._last:
+            self._metrics.observe("between_tokens", (now - self._last[index]) / len(chunk.tokens))
+        else:
+            self._metrics.observe("first_token", now - self._arrived)
+        self._last[index] = now
+
+    def finish(self, choice: Choice, reason: str) -> None:
+        self._left -= 1
+        self._metrics.observe("end_to_end", time.monotonic() - self._arrived)
+        self._metrics.count("finished", reason)
+        self._traces[choice.index].finish(choice.completion_tokens)

@@ -1,0 +1,53 @@
+"""Logprobs in OpenAI's two formats: parallel lists for completions, one object a token for chat."""
+
+from typing import Any
+
+from server.api.generation.choice import TokenInfo
+from server.base_model.tokenizer import Tokenizer
+
+LEAST = -9999.0  # OpenAI's stand-in for minus infinity, which JSON does not have
+
+
+def completion_logprobs(tokenizer: Tokenizer, tokens: list[TokenInfo], count: int) -> dict[str, list[Any]]:
+    """`top_logprobs` holds the `count` best and the chosen one, by their texts."""
+
+    def text(token: int) -> str:
+        return tokenizer.token_text(token)[0]
+
+    tops = []
+    for info in tokens:
+        best = {text(token): _number(logprob) for token, logprob in info.logprobs.top[:count]}
+        tops.append({text(info.token): _number(info.logprobs.logprob)} | best)
+    return {
+        "text_offset": [info.offset for info in tokens],
+        "token_logprobs": [_number(info.logprobs.logprob) for info in tokens],
+        "tokens": [text(info.token) for info in tokens],
+        "top_logprobs": tops,
+    }
+
+
+def add_logprobs(total: dict[str, Any] | None, new: dict[str, Any] | None) -> dict[str, Any] | None:
+    """`total` with the lists of `new` appended, in either format."""
+    if total is None or new is None:
+        return total or new
+    for key, values in new.items():
+        if isinstance(values, list):
+            total[key].extend(values)
+    return total
+
+
+def chat_logprobs(tokenizer: Tokenizer, tokens: list[TokenInfo], count: int) -> dict[str, Any]:
+    def shown(token: int, logprob: float) -> dict[str, Any]:
+        text, raw = tokenizer.token_text(token)
+        return {"token": text, "logprob": _number(logprob), "bytes": list(raw)}
+
+    content = [
+        shown(info.token, info.logprobs.logprob)
+        | {"top_logprobs": [shown(token, logprob) for token, logprob in info.logprobs.top[:count]]}
+        for info in tokens
+    ]
+    return {"content": content, "refusal": None}
+
+
+def _number(logprob: float) -> float:
+    return max(logprob, LEAST)

@@ -1,0 +1,91 @@
+"""From a request's prompt or messages to token ids that fit the context."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeVar
+
+from anyio.to_thread import run_sync
+
+from server.api.generation.bodies import at_most
+from server.api.generation.chat_bodies import Message
+from server.api.http.request_limits import check_chars
+from server.api.services import Services
+from server.errors import ContextTooLong, InvalidField, shown
+from server.tenancy.tenants import Tenant
+
+T = TypeVar("T")
+INLINE_CHARS = 4096  # a longer text is worth the hop to a thread: the loop must stay free
+_KINDS = "prompt must be text, a list of texts, a list of token ids, or a list of lists of token ids"
+
+
+async def completion_prompts(parts: Services, tenant: Tenant, prompt: Any) -> list[list[int]]:
+    """Each prompt's tokens. Raises InvalidField for what is no prompt, ContextTooLong."""
+    first = prompt[0] if isinstance(prompt, list) and prompt else None
+    given = [prompt] if isinstance(prompt, str) or type(first) is int else prompt
+    if not isinstance(given, list) or not given:
+        raise InvalidField(f"{_KINDS}, not {shown(prompt)}.", param="prompt")
+    at_most("the number of prompts", len(given), parts.settings.max_prompts, "prompt")
+    prompts = []
+    for one in given:
+        if isinstance(one, str):
+            check_chars(parts, len(one), "prompt")
+            prompts.append(await _aside(parts, tenant, len(one), partial(parts.tokenizer.encode, one)))
+        elif isinstance(one, list) and len(one) > parts.max_context:  # whatever is in it
+            fit(one, None, None, parts.max_context)
+        elif _is_tokens(one):
+            prompts.append(_in_vocabulary(one, parts.base.vocab_size))
+        else:
+            raise InvalidField(f"{_KINDS}, not {shown(prompt)}.", param="prompt")
+    if not all(prompts):
+        raise InvalidField("prompt must have at least one token, not 0.", param="prompt")
+    return prompts
+
+
+async def chat_prompt(parts: Services, tenant: Tenant, messages: list[Message]) -> list[int]:
+    """The conversation as the base's template renders it. Raises ContextTooLong."""
+    plain = [{"role": _role(m), "content": m.text} for m in messages]
+    chars = sum(len(m["content"]) for m in plain)
+    check_chars(parts, chars, "messages")
+    tokenizer = parts.tokenizer
+    return await _aside(parts, tenant, chars, lambda: tokenizer.encode_chat(tokenizer.render_chat(plain)))
+
+
+def fit(prompt: list[int], asked: int | None, default: int | None, context: int) -> int:
+    """How many tokens the answer may have. None: as `default`, or all that fits.
+
+    Raises ContextTooLong with both counts.
+    """
+    room = context - len(prompt)
+    wanted = asked or 1
+    if wanted > room:
+        raise ContextTooLong(
+            f"The model's context is {context} tokens; the prompt has {len(prompt)} and the answer may take "
+            f"{wanted}.",
+            param="prompt" if room < 1 else "max_tokens",
+        )
+    return asked or min(default or room, room)
+
+
+async def _aside(parts: Services, tenant: Tenant, chars: int, work: Callable[[], T]) -> T:
+    """`work` on a text: a long one on a thread, one at a time, each tenant in its turn."""
+    if chars <= INLINE_CHARS:
+        return work()
+    async with parts.tokenizing.turn(tenant.id, parts.settings.request_seconds):
+        return await run_sync(work)
+
+
+def _is_tokens(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(type(token) is int for token in value)
+
+
+def _in_vocabulary(tokens: list[int], size: int) -> list[int]:
+    for token in (min(tokens), max(tokens)):
+        if not 0 <= token < size:
+            raise InvalidField(
+                f"prompt has the token id {shown(token)}; they run from 0 to {size - 1}.", param="prompt"
+            )
+    return tokens
+
+
+def _role(message: Message) -> str:
+    return "system" if message.role == "developer" else message.role

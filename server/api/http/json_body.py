@@ -1,0 +1,163 @@
+"""A JSON body, read strictly: bytes capped while they arrive, values counted before they are parsed, no
+duplicate keys, no lenient numbers.
+
+Knows no route; what the fields mean is the model's business.
+"""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar
+
+from anyio.to_thread import run_sync
+from fastapi import Request
+from pydantic import BaseModel, ValidationError
+
+from server.api.http.dependencies import Parts
+from server.api.http.error_responses import first_complaint
+from server.api.http.request_limits import max_body_bytes, max_values
+from server.errors import DeadlineExceeded, InvalidField, InvalidRequest, TooLarge, UnsupportedMedia, shown
+from server.settings import Settings
+from server.tracing import span
+
+M = TypeVar("M", bound=BaseModel)
+BODY_SECONDS = 60.0
+INLINE_BYTES = 16_384  # a larger body is worth the hop to a thread: the loop must stay free
+MAX_CONTAINERS = 10_000  # lists, and objects
+MAX_MEMBERS = 20_000  # fields of all objects together
+MAX_DEPTH = 128
+_MARKED = {b"[": "lists", b"{": "objects", b":": "fields", b",": "values"}
+
+
+def json_body(model: type[M]) -> Callable[..., Awaitable[M]]:
+    """A dependency that yields the request's body as `model`. Raises 400, 413, 415 or 422."""
+
+    async def read(request: Request, parts: Parts) -> M:
+        raw = await read_body(request, max_body_bytes(parts))
+        values = max_values(parts)
+        if len(raw) <= INLINE_BYTES:
+            return validate(model, parse(raw, values), parts.settings)
+        return await run_sync(lambda: validate(model, parse(raw, values), parts.settings))
+
+    return read
+
+
+async def read_body(request: Request, limit: int) -> bytes:
+    """At most `limit` bytes; stops reading at the first one over."""
+    kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise UnsupportedMedia(f"Content-Type must be application/json, not {shown(kind)}.")
+    refuse_encoding(request)
+    too_large = TooLarge(f"The body is larger than {limit} bytes.")
+    if declared_length(request) > limit:
+        raise too_large
+    body = bytearray()
+    with span("receive"):
+        async with arriving_within(BODY_SECONDS):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > limit:
+                    raise too_large
+    return bytes(body)
+
+
+@asynccontextmanager
+async def arriving_within(seconds: float) -> AsyncIterator[None]:
+    """A client that sends a byte now and then holds no connection for ever. Raises DeadlineExceeded."""
+    try:
+        async with asyncio.timeout(seconds):
+            yield
+    except TimeoutError:
+        raise DeadlineExceeded(f"The body did not arrive within {seconds:g} s.") from None
+
+
+def refuse_encoding(request: Request) -> None:
+    """A compressed body could be any size once unpacked."""
+    encoding = request.headers.get("content-encoding", "identity").lower()
+    if encoding != "identity":
+        raise UnsupportedMedia(f"Content-Encoding must be identity, not {shown(encoding)}.")
+
+
+def declared_length(request: Request) -> int:
+    """Content-Length, 0 when there is none (the server has checked its form)."""
+    return int(request.headers.get("content-length", "0"))
+
+
+def parse(raw: bytes, values: int = MAX_MEMBERS) -> dict[str, Any]:
+    """The JSON object in `raw`, of at most `values` values. NaN and numbers beyond a float pass as such, for
+    their field to refuse. Raises InvalidRequest, InvalidField.
+    """
+    _refuse_crowded(raw, values)
+    try:
+        value = json.loads(raw.decode(), object_pairs_hook=_object)
+        if rb"\ud" in raw.lower():  # an escaped surrogate: only in pairs is it a character
+            json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(f"The body is not UTF-8 at byte {error.start}.", code="invalid_json") from None
+    except UnicodeEncodeError:
+        raise InvalidRequest("The body holds half a surrogate pair.", code="invalid_json") from None
+    except json.JSONDecodeError as error:
+        raise InvalidRequest(
+            f"The body is not JSON: {error.msg} at character {error.pos}.", code="invalid_json"
+        ) from None
+    except RecursionError:
+        raise InvalidRequest("The body is nested too deeply.", code="invalid_json") from None
+    except ValueError:  # an integer of more digits than Python converts
+        raise InvalidRequest("The body holds a number with too many digits.", code="invalid_json") from None
+    if not isinstance(value, dict):
+        raise InvalidRequest("The body must be a JSON object.", code="invalid_json")
+    _refuse_deep(value)
+    return value
+
+
+def validate(model: type[M], data: dict[str, Any], settings: Settings) -> M:
+    """`data` as `model`, which finds the operator's caps in its validation context."""
+    try:
+        return model.model_validate(data, context=settings)
+    except ValidationError as error:
+        complaints = error.errors(include_url=False, include_context=False)
+        raise first_complaint(complaints) from None
+
+
+def _refuse_crowded(raw: bytes, values: int) -> None:
+    """Raise InvalidField for more lists, fields or values than a request can need.
+
+    Each costs the parser far more than its two or three bytes: a megabyte of empty lists takes half a second.
+    """
+    limits = {b"[": MAX_CONTAINERS, b"{": MAX_CONTAINERS, b":": MAX_MEMBERS, b",": values}
+    if all(raw.count(mark) <= limit for mark, limit in limits.items()):
+        return
+    marks = _outside_texts(raw)
+    for mark, limit in limits.items():
+        if (count := marks.count(mark)) > limit:
+            raise InvalidField(f"The body must have at most {limit} {_MARKED[mark]}, not {count}.")
+
+
+def _outside_texts(raw: bytes) -> bytes:
+    """`raw` without what stands in quotes."""
+    return b"".join(raw.replace(rb"\\", b"").replace(rb"\"", b"").split(b'"')[::2])
+
+
+def _refuse_deep(value: dict[str, Any]) -> None:
+    """Raise InvalidRequest for what is nested so deeply that a walk through it might not end well."""
+    level: list[Any] = [value]
+    for _ in range(MAX_DEPTH):
+        level = [
+            item
+            for outer in level
+            for item in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(item, dict | list)
+        ]
+        if not level:
+            return
+    raise InvalidRequest(f"The body is nested deeper than {MAX_DEPTH} levels.", code="invalid_json")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise InvalidRequest(f"The body has the key {shown(twice)} twice.", code="invalid_json")
+    return found

@@ -1,0 +1,81 @@
+"""Around every request: its id, figures and trace, and an answer when a handler breaks. Knows no route."""
+
+import logging
+import time
+import uuid
+
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from server.api.http.error_responses import error_response
+from server.errors import PolypeftError, QuotaExceeded
+from server.logs import request_id
+from server.metrics import Metrics
+from server.tenancy.tenants import OPERATOR, Tenant
+from server.tracing import Tracing, follow
+
+log = logging.getLogger(__name__)
+
+GONE = 499  # the client left before an answer; only ever seen in metrics
+
+
+class Envelope:
+    """ASGI middleware. The id is always ours: a client's X-Request-Id is neither used nor repeated."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics, tracing: Tracing | None = None) -> None:
+        self._app = app
+        self._metrics = metrics
+        self._tracing = tracing
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        id_ = f"req_{uuid.uuid4().hex}"
+        request_id.set(id_)
+        state = scope.setdefault("state", {})
+        state["request_id"] = id_
+        trace = self._tracing.begin(scope["method"], scope["headers"], id_) if self._tracing else None
+        follow(trace)
+        added = [(b"x-request-id", id_.encode())]
+        if trace is not None:
+            added.append((b"traceparent", trace.traceparent.encode()))
+        status, start = 0, time.perf_counter()
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message["headers"], *added]
+            elif trace is not None:
+                trace.sent(more=message.get("more_body", False))
+            await send(message)
+
+        self._metrics.opened(1)
+        try:
+            await self._app(scope, receive, send_with_id)
+        except ClientDisconnect:
+            status = GONE
+        except Exception:
+            log.exception("Request %s failed", id_)
+            if status == 0:
+                failure = PolypeftError("The server failed on this request; its id is in x-request-id.")
+                await error_response(failure)(scope, receive, send_with_id)
+        finally:
+            route = getattr(scope.get("route"), "path", "other")  # the template: no caller's text is a label
+            self._metrics.opened(-1)
+            self._metrics.count("http_requests", route, str(status), class_of(state.get("tenant")))
+            if status == QuotaExceeded.status:
+                self._metrics.count("rejections", "quota")
+            self._metrics.observe("http_seconds", time.perf_counter() - start, route)
+            if trace is not None:
+                trace.end(scope["method"], route, status)
+
+
+def class_of(tenant: Tenant | None) -> str:
+    """What /metrics calls tenants of this kind."""
+    if tenant is None:
+        return "anonymous"
+    if tenant.id == OPERATOR.id:
+        return "operator"
+    return "standard" if tenant.weight == 1 else "low" if tenant.weight < 1 else "high"

@@ -1,0 +1,287 @@
+"""/v1/adapter_uploads: adapters whose bytes go straight to the object store, by URLs that we sign.
+
+    POST                  name and sizes of the files -> a URL for each, which takes a PUT until it expires
+    POST {id}/complete    their digests -> the version, as from POST /v1/adapters, through the same gate
+    GET {id}, POST {id}/cancel
+
+What lies in the store is a claim until it has been fetched and its size and SHA-256 are right; what passed is
+stored anew from here, under its content's name, so that whoever still has a URL changes nothing.
+"""
+
+import asyncio
+import hashlib
+import logging
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+from anyio.to_thread import run_sync
+from fastapi import APIRouter, Depends, Response
+from pydantic import BeforeValidator, Field
+
+from adapters_store.index.records import Version
+from adapters_store.object_store.store import sha256_of
+from adapters_store.registry.presigned_uploads import (
+    CLAIM_SECONDS,
+    LIFE_SECONDS,
+    AnnouncedFile,
+    DirectUpload,
+    ended,
+    new_id,
+)
+from server.adapters.formats.ignored_files import ignored
+from server.api.adapters.json_objects import uploaded_object
+from server.api.adapters.publish import Files, check_adapter_name, publish
+from server.api.adapters.upload_form import check_files, kept
+from server.api.generation.bodies import Body, at_most_entries
+from server.api.http.dependencies import Actor, CurrentTenant, Parts, current_tenant
+from server.api.http.error_responses import json_response
+from server.api.http.json_body import json_body
+from server.api.http.multipart import StoredFile, Upload
+from server.api.http.temp_files import incoming
+from server.api.routes.adapters import uploaded_files
+from server.api.services import Services
+from server.errors import (
+    CorruptObject,
+    InvalidField,
+    InvalidRequest,
+    NotFound,
+    PolypeftError,
+    StoreError,
+    TooLarge,
+    shown,
+)
+from server.tenancy.tenants import Tenant
+
+router = APIRouter(prefix="/v1/adapter_uploads", dependencies=[Depends(current_tenant)])
+
+GRACE_SECONDS = 600  # for a PUT that began before its URL expired
+DIGEST = 64  # characters
+MAX_FILES = 1024
+log = logging.getLogger(__name__)
+
+
+class FileBody(Body):
+    name: Annotated[str, Field(min_length=1, max_length=255)]
+    bytes: Annotated[int, Field(ge=1)]
+
+
+class CreateBody(Body):
+    name: str
+    files: Annotated[list[FileBody], BeforeValidator(at_most_entries(MAX_FILES)), Field(min_length=1)]
+    create_only: bool = False
+    allow_noop: bool = False
+
+
+class CompleteBody(Body):
+    # by the files' names
+    sha256: Annotated[dict[str, str], BeforeValidator(at_most_entries(MAX_FILES)), Field(min_length=1)]
+
+
+@router.post("")
+async def create_upload(
+    parts: Parts, tenant: CurrentTenant, body: Annotated[CreateBody, Depends(json_body(CreateBody))]
+) -> Response:
+    """Files that an adapter does not need are left out of the answer: send only those that are in it."""
+    parts.refuse_if_draining()
+    if not parts.objects.remote:
+        raise InvalidRequest(
+            "This server's store takes no direct uploads; send the files to POST /v1/adapters.",
+            code="direct_uploads_off",
+        )
+    check_adapter_name(parts, body.name)
+    files = _announced(parts, body)
+    size = sum(file.bytes for file in files)
+    await parts.registry.next_version(tenant.id, body.name, size)  # who has no room is told before it sends
+    upload = DirectUpload(
+        id=new_id(),
+        tenant=tenant.id,
+        name=body.name,
+        files=files,
+        create_only=body.create_only,
+        allow_noop=body.allow_noop,
+        created=int(time.time()),
+    )
+    await parts.files.doomed.add(upload.prefix, LIFE_SECONDS + GRACE_SECONDS)
+    answer = await _object(parts, await parts.directs.create(upload))
+    return json_response(answer | {"ignored": ignored(file.name for file in body.files)}, 201)
+
+
+@router.get("/{upload_id}")
+async def get_upload(parts: Parts, tenant: CurrentTenant, upload_id: str) -> Response:
+    """With URLs signed anew while it is pending."""
+    return json_response(await _object(parts, await parts.directs.get(tenant.id, upload_id)))
+
+
+@router.post("/{upload_id}/cancel")
+async def cancel_upload(parts: Parts, tenant: CurrentTenant, upload_id: str) -> Response:
+    upload = await parts.directs.get(tenant.id, upload_id)
+    await parts.directs.cancel(upload)
+    await _clear(parts, upload)
+    return json_response(await _object(parts, await parts.directs.get(tenant.id, upload_id)))
+
+
+@router.post("/{upload_id}/complete")
+async def complete_upload(
+    parts: Parts,
+    tenant: CurrentTenant,
+    actor: Actor,
+    upload_id: str,
+    body: Annotated[CompleteBody, Depends(json_body(CompleteBody))],
+) -> Response:
+    """The same call again gives the same version. What was refused may be PUT anew and completed again."""
+    parts.refuse_if_draining()
+    upload = await parts.directs.get(tenant.id, upload_id)
+    digests = _digests(upload, body)
+    asked = hashlib.sha256(msgspec.json.encode(digests)).hexdigest()
+    if upload.status == "pending":
+        version = await _complete(parts, tenant, actor, upload, digests, asked)
+    elif upload.status == "completed" and upload.asked == asked:
+        version = await parts.registry.resolve(tenant.id, upload.name, str(upload.version))
+    else:
+        raise ended(upload.id, upload.status)
+    return json_response(uploaded_object(version), 201, {"Location": f"/v1/adapters/{version.name}"})
+
+
+async def _complete(
+    parts: Services, tenant: Tenant, actor: str, upload: DirectUpload, digests: list[str], asked: str
+) -> Version:
+    token = new_id()
+    first = await parts.registry.next_version(tenant.id, upload.name)
+    upload = await parts.directs.claim(upload, token, first)
+    renewing = asyncio.create_task(_renewed(parts, upload, token))
+    try:
+        with incoming(parts.settings) as folder:
+            arrived = await _fetched(parts, upload, digests, Path(folder))
+            files = await uploaded_files(parts, arrived)
+            version = await _published_before(parts, upload, files)
+            version = version or await publish(
+                parts,
+                tenant,
+                upload.name,
+                files,
+                create_only=upload.create_only,
+                allow_noop=upload.allow_noop,
+                actor=actor,
+            )
+        await parts.directs.complete(upload, version.version, asked)
+    except BaseException:
+        await parts.directs.release(upload, token)
+        raise
+    finally:
+        renewing.cancel()
+    await _clear(parts, upload)
+    return version
+
+
+async def _renewed(parts: Services, upload: DirectUpload, token: str) -> None:
+    """Keep the claim, until cancelled. Losing it costs at most a version that is there twice."""
+    while True:
+        await asyncio.sleep(CLAIM_SECONDS / 3)
+        try:
+            await parts.directs.claim(upload, token, upload.first)
+        except PolypeftError as error:
+            log.warning("The claim on %s was not renewed: %s", upload.id, error)
+
+
+async def _fetched(parts: Services, upload: DirectUpload, digests: list[str], folder: Path) -> Upload:
+    """The files here, and what they were said to be. Raises InvalidField."""
+    for number, file in enumerate(upload.files):
+        try:
+            size = (await parts.objects.head(upload.key(number))).bytes
+        except NotFound:
+            raise InvalidField(f"The file {shown(file.name)} has not arrived.", param="files") from None
+        if size != file.bytes:  # before a byte of it is fetched
+            raise InvalidField(
+                f"The file {shown(file.name)} has {size} bytes, but was announced with {file.bytes}.",
+                param="files",
+            )
+    arrived = Upload(fields={"name": upload.name})
+    for number, (file, digest) in enumerate(zip(upload.files, digests, strict=True)):
+        path = folder / f"{number}.part"
+        try:
+            await parts.objects.download(upload.key(number), path, digest)
+        except CorruptObject:
+            raise InvalidField(
+                f"sha256 of {shown(file.name)} is {shown(digest)}, but its bytes have another.",
+                param="sha256",
+            ) from None
+        except NotFound:
+            raise InvalidField(f"The file {shown(file.name)} has not arrived.", param="files") from None
+        arrived.files[file.name] = StoredFile(path, file.bytes, digest)
+    return arrived
+
+
+async def _published_before(parts: Services, upload: DirectUpload, files: Files) -> Version | None:
+    """What somebody who claimed the upload before us published of these files, and died before he said so."""
+    try:
+        adapter = await parts.registry.get(upload.tenant, upload.name)
+    except NotFound:
+        return None
+    wanted: set[str] = set()
+    for version in (version for version in adapter.versions if version.version >= upload.first):
+        manifest = await parts.registry.manifest(upload.tenant, upload.name, version.version)
+        wanted = wanted or {await run_sync(sha256_of, path) for _, path in (files.config, files.weights)}
+        if wanted == {blob.sha256 for blob in manifest.files}:
+            return version
+    return None
+
+
+async def _clear(parts: Services, upload: DirectUpload) -> None:
+    """Remove its bytes, now, and what a URL that is still good may bring after that."""
+    try:
+        await parts.files.doomed.remove(upload.prefix)
+        await parts.files.doomed.add(upload.prefix, max(0, upload.expires - upload.now) + GRACE_SECONDS)
+    except StoreError as error:
+        log.warning("The bytes of %s stay until the next sweep: %s", upload.id, error)
+
+
+def _announced(parts: Services, body: CreateBody) -> list[AnnouncedFile]:
+    """Raises InvalidField, InvalidAdapter, TooLarge, UnsupportedMedia."""
+    files = [AnnouncedFile(file.name, file.bytes) for file in body.files if kept(file.name)]
+    names = [file.name for file in files]
+    if len(set(names)) < len(names):
+        raise InvalidField("files names a file twice.", param="files")
+    if len(files) > parts.settings.max_upload_files:
+        raise InvalidField(
+            f"An upload must have at most {parts.settings.max_upload_files} files.", param="files"
+        )
+    if sum(file.bytes for file in files) > parts.settings.max_upload_bytes:
+        raise TooLarge(f"The upload is larger than {parts.settings.max_upload_bytes} bytes.", param="files")
+    check_files(names)
+    return files
+
+
+def _digests(upload: DirectUpload, body: CompleteBody) -> list[str]:
+    """In the order of its files. Raises InvalidField."""
+    names = [file.name for file in upload.files]
+    if body.sha256.keys() != set(names):
+        raise InvalidField(f"sha256 must have one digest for each of {', '.join(names)}.", param="sha256")
+    digests = [body.sha256[name].lower() for name in names]
+    for digest in digests:
+        if len(digest) != DIGEST or set(digest) - set("0123456789abcdef"):
+            raise InvalidField(
+                f"sha256 {shown(digest)} must have {DIGEST} hexadecimal digits.", param="sha256"
+            )
+    return digests
+
+
+async def _object(parts: Services, upload: DirectUpload) -> dict[str, Any]:
+    files: list[dict[str, Any]] = []
+    for number, file in enumerate(upload.files):
+        one: dict[str, Any] = {"name": file.name, "bytes": file.bytes}
+        if upload.status == "pending":
+            seconds = upload.expires - upload.now
+            one |= {"method": "PUT", "url": await parts.objects.sign_put(upload.key(number), seconds)}
+        files.append(one)
+    return {
+        "id": upload.id,
+        "object": "adapter.upload",
+        "name": upload.name,
+        "status": upload.status,
+        "created_at": upload.created,
+        "expires_at": upload.expires,
+        "version": upload.version or None,
+        "files": files,
+    }

@@ -1,0 +1,240 @@
+"""/v1/adapters: a tenant's own adapters and their versions."""
+
+import asyncio
+from pathlib import Path
+from typing import Annotated, Any
+
+from anyio.to_thread import run_sync
+from fastapi import APIRouter, Depends, Query, Request, Response
+
+from adapters_store.manifest import Manifest
+from adapters_store.names import MAX_VERSION, version_number
+from server.adapters.formats.pickle_sandbox import PICKLES, convert_pickle
+from server.api.adapters.json_objects import (
+    adapter_object,
+    change_object,
+    deleted_object,
+    uploaded_object,
+    version_object,
+)
+from server.api.adapters.publish import Files, publish
+from server.api.adapters.upload_form import CONFIG, INTERFACE, adapter_form, check_files
+from server.api.generation.model_selection import exact_version
+from server.api.http.dependencies import Actor, CurrentTenant, Parts, current_tenant
+from server.api.http.error_responses import json_response
+from server.api.http.etags import MatchOnly, etag_header
+from server.api.http.multipart import Upload, receive_form
+from server.api.http.temp_files import incoming, stored_file
+from server.api.services import Services
+from server.errors import InvalidField, NotFound, shown
+from server.tenancy.tenants import Tenant
+
+router = APIRouter(prefix="/v1/adapters", dependencies=[Depends(current_tenant)])
+
+PAGE = 100
+EVALUATIONS = 20
+
+
+@router.post("")
+async def upload_adapter(request: Request, parts: Parts, tenant: CurrentTenant, actor: Actor) -> Response:
+    """multipart/form-data: `name`, `files` (repeated), and perhaps `sha256` of the weights file, or
+    `allow_noop=true` to let in an adapter that changes nothing.
+
+    `If-None-Match: *` creates and never adds a version.
+    """
+    return await receive_adapter(request, parts, tenant, actor)
+
+
+async def receive_adapter(request: Request, parts: Services, tenant: Tenant, actor: str) -> Response:
+    """An upload, for `tenant` by `actor`."""
+    parts.refuse_if_draining()
+    form, seconds = adapter_form(parts.settings), parts.settings.request_seconds
+    with incoming(parts.settings) as folder:
+        upload = await receive_form(request, Path(folder), form, seconds)
+        create_only = request.headers.get("if-none-match") == "*"
+        noop = _flag(upload.fields.get("allow_noop", "false"), "allow_noop")
+        files = await uploaded_files(parts, upload)
+        version = await publish(
+            parts,
+            tenant,
+            upload.fields["name"],
+            files,
+            create_only=create_only,
+            allow_noop=noop,
+            actor=actor,
+        )
+    headers = {"Location": f"/v1/adapters/{version.name}"}
+    return json_response(uploaded_object(version, upload.dropped), 201, headers)
+
+
+@router.get("")
+async def list_adapters(
+    parts: Parts,
+    tenant: CurrentTenant,
+    after: str | None = None,
+    limit: Annotated[int, Query()] = PAGE,
+    deleted: str = "false",
+) -> Response:
+    """By name, `limit` (1 to 100) at a time; `after` is the last name of the page before.
+
+    With `deleted=true` the names of which something is deleted, and those versions.
+    """
+    if not 1 <= limit <= PAGE:
+        raise InvalidField(f"limit must be 1 to {PAGE}, not {shown(limit)}.", param="limit")
+    data: list[dict[str, Any]]
+    if _flag(deleted, "deleted"):
+        gone = await parts.registry.deleted(tenant.id, after, limit + 1)
+        data = [deleted_object(one, parts.registry.retention) for one in gone]
+    else:
+        data = [adapter_object(adapter) for adapter in await parts.registry.list(tenant.id, after, limit + 1)]
+    page = data[:limit]
+    return json_response(
+        {
+            "object": "list",
+            "data": page,
+            "first_id": page[0]["name"] if page else None,
+            "last_id": page[-1]["name"] if page else None,
+            "has_more": len(data) > limit,
+        }
+    )
+
+
+@router.get("/{name}")
+async def get_adapter(parts: Parts, tenant: CurrentTenant, name: str) -> Response:
+    """Adds to the list's facts how versions that were trained here compare with the base, the newest few."""
+    adapter = await parts.registry.get(tenant.id, name)
+    trained = [version for version in reversed(adapter.versions) if version.evaluated][:EVALUATIONS]
+    manifests = [parts.registry.manifest(tenant.id, name, version.version) for version in trained]
+    found = {manifest.version: manifest.evaluation for manifest in await asyncio.gather(*manifests)}
+    answer = adapter_object(adapter) | {"evaluation": found.get(adapter.latest.version)}
+    for version in answer["versions"]:
+        version["evaluation"] = found.get(version["version"])
+    return json_response(answer, headers=etag_header(adapter.etag))
+
+
+@router.delete("/{name}")
+async def delete_adapter(
+    parts: Parts,
+    tenant: CurrentTenant,
+    actor: Actor,
+    name: str,
+    condition: MatchOnly,
+    purge: str = "false",
+) -> Response:
+    """All its versions and aliases. Running requests end as they would.
+
+    It can be restored for a while; with `purge=true` it cannot, nor what was deleted before.
+    """
+    forever = _flag(purge, "purge")
+    await delete(parts, tenant.id, name, None, actor, condition=condition, purge=forever)
+    return json_response({"id": name, "object": "adapter", "deleted": True, "purged": forever})
+
+
+@router.post("/{name}/restore")
+async def restore_adapter(
+    parts: Parts, tenant: CurrentTenant, actor: Actor, name: str, version: str | None = None
+) -> Response:
+    """Bring back what is deleted of the name, all of it or one version, and aliases that went with it."""
+    number = None if version is None else version_number(version)
+    if version is not None and number is None:
+        raise InvalidField(
+            f"version must be a number from 1 to {MAX_VERSION}, not {shown(version)}.", param="version"
+        )
+    await parts.registry.restore(tenant.id, name, number, actor=actor)
+    adapter = await parts.registry.get(tenant.id, name)
+    return json_response(adapter_object(adapter), headers=etag_header(adapter.etag))
+
+
+@router.get("/{name}/history")
+async def get_history(parts: Parts, tenant: CurrentTenant, name: str) -> Response:
+    """Who changed what, newest first; also of an adapter that is deleted."""
+    entries = await parts.registry.history(tenant.id, name)
+    return json_response({"object": "list", "data": [change_object(entry) for entry in entries]})
+
+
+@router.get("/{name}/versions/{version}")
+async def get_version(parts: Parts, tenant: CurrentTenant, name: str, version: str) -> Response:
+    """Adds to the list's facts what the engine found: parameters, bytes on the device, ..."""
+    found = await parts.registry.resolve(tenant.id, name, version)
+    manifest = await parts.registry.manifest(tenant.id, name, found.version)
+    more = {"facts": manifest.facts, "config": manifest.config, "evaluation": manifest.evaluation}
+    return json_response(version_object(found) | more)
+
+
+@router.delete("/{name}/versions/{version}")
+async def delete_version(
+    parts: Parts,
+    tenant: CurrentTenant,
+    actor: Actor,
+    name: str,
+    version: str,
+    condition: MatchOnly,
+    purge: str = "false",
+) -> Response:
+    """One version, also one that is deleted already if it is to be purged; `purge` as for an adapter."""
+    forever, number = _flag(purge, "purge"), version_number(version)
+    if number is None:
+        number = (await exact_version(parts, tenant.id, name, version)).version
+    await delete(parts, tenant.id, name, number, actor, condition=condition, purge=forever)
+    answer = {"id": f"{name}@{number}", "object": "adapter.version", "deleted": True, "purged": forever}
+    return json_response(answer)
+
+
+@router.get("/{name}/versions/{version}/download")
+async def download(
+    parts: Parts, tenant: CurrentTenant, name: str, version: str, file: str | None = None
+) -> Response:
+    """One file as it was uploaded: the weights, or the one `file` names."""
+    found = await parts.registry.resolve(tenant.id, name, version)
+    manifest = await parts.registry.manifest(tenant.id, name, found.version)
+    blob = manifest.weights if file is None else _blob(manifest, file)
+    return await stored_file(parts.settings, parts.objects, blob.key, blob.name, blob.sha256)
+
+
+async def delete(
+    parts: Services,
+    tenant_id: str,
+    name: str,
+    version: int | None,
+    actor: str,
+    *,
+    condition: str = "",
+    purge: bool = False,
+) -> None:
+    """Forget it here and in the engine. Raises NotFound, PreconditionFailed."""
+    digests = await parts.registry.delete(
+        tenant_id, name, version, actor=actor, condition=condition, purge=purge
+    )
+    for digest in digests:
+        parts.engine.forget(digest)
+
+
+async def uploaded_files(parts: Services, upload: Upload) -> Files:
+    """The upload's files, if it holds them and they are what the client meant to send."""
+    upload.required("name")
+    name = check_files(upload.files)
+    file, expected = upload.files[name], upload.fields.get("sha256")
+    if expected is not None and expected.lower() != file.sha256:
+        raise InvalidField(
+            f"sha256 is {shown(expected)}, but the {file.bytes} bytes of {name} have {file.sha256}.",
+            param="sha256",
+        )
+    interface = upload.files[INTERFACE].path if INTERFACE in upload.files else None
+    path = file.path
+    if name in PICKLES:
+        name, path = PICKLES[name], path.with_suffix(".safetensors")
+        await run_sync(convert_pickle, file.path, path, limiter=parts.converting)
+    return Files((CONFIG, upload.files[CONFIG].path), (name, path), interface)
+
+
+def _flag(value: str, name: str) -> bool:
+    if value.lower() not in ("true", "false"):
+        raise InvalidField(f"{name} must be true or false, not {shown(value)}.", param=name)
+    return value.lower() == "true"
+
+
+def _blob(manifest: Manifest, name: str) -> Any:
+    for blob in manifest.files:
+        if blob.name == name:
+            return blob
+    raise NotFound(f"This version has no file {shown(name)}.", param="file")

@@ -1,0 +1,101 @@
+"""/v1/adapters/{name}/aliases: where an adapter's aliases point, and how to take that back.
+
+Every change takes If-Match, with the ETag of the alias or of its adapter.
+"""
+
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Response
+from pydantic import BeforeValidator, Field, model_validator
+
+from adapters_store.alias_target import MAX_WEIGHTS, Points, check_weights
+from adapters_store.index.records import Alias
+from server.api.adapters.json_objects import adapter_object, alias_object
+from server.api.generation.bodies import Body, at_most_entries
+from server.api.generation.model_selection import adapter_ref
+from server.api.http.dependencies import Actor, CurrentTenant, Parts, current_tenant
+from server.api.http.error_responses import json_response
+from server.api.http.etags import Condition, MatchOnly, etag_header
+from server.api.http.json_body import json_body
+from server.api.services import Services
+from server.errors import InvalidField
+
+router = APIRouter(prefix="/v1/adapters", dependencies=[Depends(current_tenant)])
+
+
+Weights = Annotated[dict[str, float], BeforeValidator(at_most_entries(MAX_WEIGHTS))]  # by "3" or "v3"
+
+
+class AliasBody(Body):
+    alias: str
+    version: Annotated[int, Field(ge=1, le=99_999_999)] | None = None
+    weights: Weights | None = None
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> "AliasBody":
+        if (self.version is None) == (self.weights is None):
+            raise InvalidField(
+                "alias needs either version or weights, and not both.",
+                param="weights" if self.weights is not None else "version",
+                code="invalid_value" if self.weights is not None else "missing_field",
+            )
+        return self
+
+    @property
+    def points(self) -> Points:
+        return self.version if self.version is not None else check_weights(self.weights or {})
+
+
+@router.post("/{name}/aliases")
+async def set_alias(
+    parts: Parts,
+    tenant: CurrentTenant,
+    actor: Actor,
+    name: str,
+    condition: Condition,
+    body: Annotated[AliasBody, Depends(json_body(AliasBody))],
+) -> Response:
+    """Point an alias at a version, or at several by weight, wherever it pointed before.
+
+    `If-None-Match: *` makes a new one only. `latest` is pinned to the version.
+    """
+    await parts.registry.aliases.set(
+        tenant.id, name, body.alias, body.points, actor=actor, condition=condition
+    )
+    adapter = await parts.registry.get(tenant.id, name)
+    await _prefetch(parts, tenant.id, name, adapter.alias(body.alias))
+    return json_response(adapter_object(adapter), headers=etag_header(adapter.etag))
+
+
+@router.get("/{name}/aliases/{alias}")
+async def get_alias(parts: Parts, tenant: CurrentTenant, name: str, alias: str) -> Response:
+    found = await parts.registry.aliases.get(tenant.id, name, alias)
+    return json_response(alias_object(name, alias, found), headers=etag_header(found.etag))
+
+
+@router.delete("/{name}/aliases/{alias}")
+async def delete_alias(
+    parts: Parts, tenant: CurrentTenant, actor: Actor, name: str, alias: str, condition: MatchOnly
+) -> Response:
+    """Of `latest`: it is pinned no longer, and points at the newest promoted version again."""
+    await parts.registry.aliases.unset(tenant.id, name, alias, actor=actor, condition=condition)
+    return json_response({"id": f"{name}@{alias}", "object": "adapter.alias", "deleted": True})
+
+
+@router.post("/{name}/aliases/{alias}/rollback")
+async def roll_back(
+    parts: Parts, tenant: CurrentTenant, actor: Actor, name: str, alias: str, condition: MatchOnly
+) -> Response:
+    """Point the alias where it pointed before it was last moved; each call goes one step further back."""
+    await parts.registry.aliases.rollback(tenant.id, name, alias, actor=actor, condition=condition)
+    found = await parts.registry.aliases.get(tenant.id, name, alias)
+    await _prefetch(parts, tenant.id, name, found)
+    return json_response(alias_object(name, alias, found), headers=etag_header(found.etag))
+
+
+async def _prefetch(parts: Services, tenant_id: str, name: str, found: Alias | None) -> None:
+    """Requests for these versions come next."""
+    points = found.points if found else {}
+    for number in [points] if isinstance(points, int) else points:
+        version = await parts.registry.resolve(tenant_id, name, str(number))
+        parts.engine.prefetch(adapter_ref(version))

@@ -1,0 +1,108 @@
+"""POST /v1/chat/completions, in OpenAI's shape."""
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Request, Response
+
+from server.api.generation.chat_bodies import ChatBody
+from server.api.generation.choice import Piece
+from server.api.generation.engine_requests import Asked, prepare
+from server.api.generation.generation import Generation
+from server.api.generation.json_objects import add_logprobs, chat_logprobs
+from server.api.generation.model_selection import resolve
+from server.api.generation.prompts import chat_prompt
+from server.api.generation.response_format import grammar_of
+from server.api.generation.usage import usage_object
+from server.api.http.dependencies import CurrentTenant, Parts, current_tenant, sticky
+from server.api.http.error_responses import json_response
+from server.api.http.json_body import json_body
+from server.api.http.streaming import open_stream, while_connected
+
+router = APIRouter(dependencies=[Depends(current_tenant)])
+
+
+@router.post("/v1/chat/completions")
+async def create_chat_completion(
+    request: Request,
+    parts: Parts,
+    tenant: CurrentTenant,
+    body: Annotated[ChatBody, Depends(json_body(ChatBody))],
+) -> Response:
+    target = await resolve(parts, tenant, body.model, body.adapters, sticky(request, body.user))
+    asked = Asked(
+        prefix="chatcmpl",
+        prompts=[await chat_prompt(parts, tenant, body.messages)],
+        max_tokens=body.max_completion_tokens or body.max_tokens,
+        default_max_tokens=None,
+        logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        grammar=await grammar_of(body.response_format),
+    )
+    generation = prepare(parts, tenant, request, target, body, asked)
+    answer = _Chat(generation, body)
+    if body.stream:
+        return await open_stream(request, answer.events(), target.headers, deadline=generation.deadline)
+    return json_response(await while_connected(request.receive, answer.whole()), headers=target.headers)
+
+
+class _Chat:
+    """A generation as `chat.completion` and `chat.completion.chunk` objects."""
+
+    def __init__(self, generation: Generation, body: ChatBody) -> None:
+        self._generation = generation
+        self._body = body
+
+    async def whole(self) -> dict[str, Any]:
+        answers = [self._empty(choice.index) for choice in self._generation.choices]
+        async with aclosing(self._generation.pieces()) as pieces:
+            async for piece in pieces:
+                answer = answers[piece.index]
+                answer["message"]["content"] += piece.text
+                answer["logprobs"] = add_logprobs(answer["logprobs"], self._logprobs(piece))
+                answer["finish_reason"] = piece.finish
+        usage = usage_object(self._generation.usage)
+        return self._object("chat.completion", answers) | {"usage": usage}
+
+    async def events(self) -> AsyncGenerator[dict[str, Any], None]:
+        options = self._body.stream_options
+        with_usage = options is not None and options.include_usage
+        extra: dict[str, Any] = {"usage": None} if with_usage else {}
+        greeted: set[int] = set()
+        async with aclosing(self._generation.pieces()) as pieces:
+            async for piece in pieces:
+                role = {} if piece.index in greeted else {"role": "assistant", "refusal": None}
+                greeted.add(piece.index)
+                if piece.text or piece.tokens or role:
+                    delta = role | ({"content": piece.text} if piece.text or role else {})
+                    yield self._chunk(piece.index, delta, self._logprobs(piece), None) | extra
+                if piece.finish is not None:  # alone in a chunk, as OpenAI has it: clients rely on that
+                    yield self._chunk(piece.index, {}, None, piece.finish) | extra
+        if with_usage:
+            usage = usage_object(self._generation.usage)
+            yield self._object("chat.completion.chunk", []) | {"usage": usage}
+
+    def _chunk(
+        self, index: int, delta: dict[str, Any], logprobs: dict[str, Any] | None, finish: str | None
+    ) -> dict[str, Any]:
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
+        return self._object("chat.completion.chunk", [choice])
+
+    def _object(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {
+            "id": self._generation.id,
+            "object": kind,
+            "created": self._generation.created,
+            "model": self._generation.target.model,
+            "system_fingerprint": self._generation.target.fingerprint,
+            "choices": choices,
+        }
+
+    def _empty(self, index: int) -> dict[str, Any]:
+        message = {"role": "assistant", "content": "", "refusal": None}
+        return {"index": index, "message": message, "logprobs": None, "finish_reason": None}
+
+    def _logprobs(self, piece: Piece) -> dict[str, Any] | None:
+        if not self._body.logprobs:
+            return None
+        return chat_logprobs(self._generation.parts.tokenizer, piece.tokens, self._body.top_logprobs or 0)

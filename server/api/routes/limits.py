@@ -1,0 +1,79 @@
+"""GET /v1/limits: every cap the server enforces, as data, so that a client need not find them by refusals."""
+
+from fastapi import APIRouter, Depends, Response
+
+from adapters_store.registry import presigned_uploads as direct
+from server.api.generation import response_format as grammar
+from server.api.generation.bodies import MAX_METADATA
+from server.api.http import connection
+from server.api.http.dependencies import Parts, current_tenant
+from server.api.http.error_responses import json_response
+from server.api.http.request_limits import max_body_bytes, max_prompt_chars
+from server.api.routes import adapters, completions, uploads
+from server.files.uploads import LIFE_SECONDS
+from server.finetune.jobs.jobs import SAME_SECONDS
+
+router = APIRouter(dependencies=[Depends(current_tenant)])
+
+FROM_SETTINGS = (
+    "max_seqs",
+    "max_queue",
+    "max_n",
+    "max_stop",
+    "max_stop_chars",
+    "max_top_logprobs",
+    "max_logit_bias",
+    "max_prompts",
+    "max_messages",
+    "max_connections",
+    "max_stack",
+    "max_lora_rank",
+    "max_upload_bytes",
+    "max_upload_files",
+    "max_tensors",
+    "max_header_bytes",
+    "max_adapters_per_tenant",
+    "max_adapter_bytes_per_tenant",
+    "retention_seconds",
+    "keep_versions",
+    "max_pins_per_tenant",
+    "max_file_bytes",
+    "max_files_per_tenant",
+    "max_files_bytes_per_tenant",
+    "max_uploads_per_tenant",
+    "max_jobs_per_tenant",
+    "max_training_examples",
+    "max_training_tokens",
+    "max_training_context",
+    "max_training_steps",
+    "max_training_seconds",
+    "max_training_disk_bytes",
+    "request_seconds",
+)
+
+
+@router.get("/v1/limits")
+async def get_limits(parts: Parts) -> Response:
+    return json_response(
+        {"object": "limits", "model": parts.base.id, "max_context_tokens": parts.max_context}
+        | {name: getattr(parts.settings, name) for name in FROM_SETTINGS}
+        | {
+            "max_rows_per_tenant": parts.max_rows // 2,  # running and waiting, while it is alone
+            "default_max_tokens_completions": completions.DEFAULT_MAX_TOKENS,
+            "default_max_tokens_chat": None,  # all that fits
+            "max_body_bytes": max_body_bytes(parts),
+            "max_prompt_chars": max_prompt_chars(parts),
+            "max_head_bytes": connection.MAX_HEAD_BYTES,
+            "max_head_fields": connection.MAX_HEADERS,
+            "max_url_bytes": connection.MAX_URL_BYTES,
+            "head_seconds": connection.HEAD_SECONDS,
+            "send_seconds": connection.SEND_SECONDS,
+            "max_metadata": MAX_METADATA,
+            "max_schema_chars": grammar.MAX_CHARS,
+            "page": adapters.PAGE,
+            "max_part_bytes": uploads.MAX_PART_BYTES,
+            "upload_seconds": LIFE_SECONDS,
+            "adapter_upload_seconds": direct.LIFE_SECONDS,
+            "idempotency_seconds": SAME_SECONDS,
+        }
+    )

@@ -1,0 +1,98 @@
+"""/v1/uploads: a file that comes in parts, as OpenAI's upload objects."""
+
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+from fastapi import APIRouter, Depends, Request, Response
+from pydantic import BeforeValidator, Field
+
+from server.api.generation.bodies import Body, at_most_entries
+from server.api.http.dependencies import CurrentTenant, Parts, current_tenant
+from server.api.http.error_responses import json_response
+from server.api.http.json_body import json_body
+from server.api.http.multipart import Form, receive_form
+from server.api.http.temp_files import incoming
+from server.api.routes.files import check_purpose, file_object
+from server.errors import InvalidField
+from server.files.files import File
+from server.files.uploads import MAX_PARTS, Upload
+
+router = APIRouter(prefix="/v1/uploads", dependencies=[Depends(current_tenant)])
+
+MAX_PART_BYTES = 64 << 20
+
+
+class CreateBody(Body):
+    refused: ClassVar[dict[str, str]] = {"expires_after": "a file stays until it is deleted"}
+
+    bytes: Annotated[int, Field(ge=1)]
+    filename: str
+    mime_type: Annotated[str, Field(max_length=256)]  # taken, and of no consequence
+    purpose: str
+
+
+class CompleteBody(Body):
+    part_ids: Annotated[list[str], BeforeValidator(at_most_entries(MAX_PARTS)), Field(min_length=1)]
+    md5: Annotated[str, Field(min_length=32, max_length=32)] | None = None
+
+
+@router.post("")
+async def create_upload(
+    parts: Parts, tenant: CurrentTenant, body: Annotated[CreateBody, Depends(json_body(CreateBody))]
+) -> Response:
+    parts.refuse_if_draining()
+    purpose = check_purpose(body.purpose)
+    return json_response(
+        upload_object(await parts.uploads.create(tenant.id, body.filename, body.bytes, purpose))
+    )
+
+
+@router.post("/{upload_id}/parts")
+async def add_part(request: Request, parts: Parts, tenant: CurrentTenant, upload_id: str) -> Response:
+    """multipart/form-data: `data`."""
+    parts.refuse_if_draining()
+    await parts.uploads.get(tenant.id, upload_id)  # before its bytes are read
+    form = Form(fields=(), file="data", max_bytes=min(MAX_PART_BYTES, parts.settings.max_file_bytes))
+    with incoming(parts.settings) as folder:
+        upload = await receive_form(request, Path(folder), form, parts.settings.request_seconds)
+        data = next(iter(upload.files.values()), None)
+        if data is None or not data.bytes:
+            raise InvalidField("data is required, and holds at least one byte.", param="data")
+        part = await parts.uploads.add_part(tenant.id, upload_id, data.path, data.bytes, data.sha256)
+    return json_response(
+        {"id": part.id, "object": "upload.part", "created_at": part.created, "upload_id": upload_id}
+    )
+
+
+@router.post("/{upload_id}/complete")
+async def complete_upload(
+    parts: Parts,
+    tenant: CurrentTenant,
+    upload_id: str,
+    body: Annotated[CompleteBody, Depends(json_body(CompleteBody))],
+) -> Response:
+    """`part_ids` in the order of the file. The same call again gives the same answer."""
+    with incoming(parts.settings) as folder:
+        upload, file = await parts.uploads.complete(
+            tenant.id, upload_id, body.part_ids, body.md5, Path(folder)
+        )
+    return json_response(upload_object(upload, file))
+
+
+@router.post("/{upload_id}/cancel")
+async def cancel_upload(parts: Parts, tenant: CurrentTenant, upload_id: str) -> Response:
+    return json_response(upload_object(await parts.uploads.cancel(tenant.id, upload_id)))
+
+
+def upload_object(upload: Upload, file: File | None = None) -> dict[str, Any]:
+    return {
+        "id": upload.id,
+        "object": "upload",
+        "bytes": upload.bytes,
+        "created_at": upload.created,
+        "expires_at": upload.expires,
+        "filename": upload.name,
+        "purpose": upload.purpose,
+        "status": upload.status,
+        "file": file and file_object(file),
+    }

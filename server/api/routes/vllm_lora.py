@@ -1,0 +1,66 @@
+"""vLLM's dynamic-LoRA routes, for the operator: an adapter from a folder the operator configured.
+
+What is loaded belongs to the operator, like an upload with the operator's key. Off unless
+`lora_folder` is set.
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Response
+from fastapi.responses import PlainTextResponse
+
+from server.api.adapters.publish import Files, publish
+from server.api.adapters.upload_form import CONFIG, WEIGHTS
+from server.api.generation.bodies import Body
+from server.api.http.dependencies import OPERATOR, Parts, operator
+from server.api.http.json_body import json_body
+from server.api.routes.adapters import delete
+from server.errors import InvalidAdapter, InvalidField, NotFound, shown
+
+router = APIRouter(prefix="/v1", dependencies=[Depends(operator)])
+
+
+class LoadBody(Body):
+    lora_name: str
+    lora_path: str
+    load_inplace: bool = False
+    is_3d_lora_weight: bool = False
+
+
+class UnloadBody(Body):
+    lora_name: str
+    lora_int_id: int | None = None
+
+
+@router.post("/load_lora_adapter")
+async def load(parts: Parts, body: Annotated[LoadBody, Depends(json_body(LoadBody))]) -> Response:
+    """`load_inplace` adds a version to an adapter that exists; without it that is a conflict."""
+    if parts.settings.lora_folder is None:
+        raise NotFound("Loading from paths is off: the operator has set no lora_folder.")
+    folder = _inside(parts.settings.lora_folder, body.lora_path)
+    weights = [name for name in WEIGHTS if (folder / name).is_file()]
+    if not weights or not (folder / CONFIG).is_file():
+        raise InvalidAdapter(f"lora_path must hold {CONFIG} and {' or '.join(WEIGHTS)}.", param="lora_path")
+    files = Files((CONFIG, folder / CONFIG), (weights[0], folder / weights[0]))
+    await publish(
+        parts, OPERATOR, body.lora_name, files, create_only=not body.load_inplace, actor=OPERATOR.id
+    )
+    return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
+
+
+@router.post("/unload_lora_adapter")
+async def unload(parts: Parts, body: Annotated[UnloadBody, Depends(json_body(UnloadBody))]) -> Response:
+    await delete(parts, OPERATOR.id, body.lora_name, None, OPERATOR.id)
+    return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
+
+
+def _inside(root: Path, given: str) -> Path:
+    """`given`, relative to `root` or absolute, if links and dots resolved it is under `root`."""
+    refusal = InvalidField(f"lora_path {shown(given)} is not in the configured folder.", param="lora_path")
+    if "\0" in given:
+        raise refusal
+    path = (root / given).resolve()
+    if not path.is_relative_to(root.resolve()) or not path.is_dir():
+        raise refusal
+    return path

@@ -1,0 +1,171 @@
+"""A base's tokenizer: text to token ids and back, chat templates.
+
+Knows the base's folder and nothing of requests, tenants or the engine, so that serving and training read
+the same text as the same tokens. Templates are the operator's: no text of a caller is ever compiled or
+rendered as one.
+"""
+
+import json
+from collections.abc import Sequence
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from jinja2.exceptions import TemplateError
+from transformers import AutoTokenizer
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from server.base_model.control_tokens import MARK, ControlTokens
+from server.errors import InvalidRequest, StartupError
+
+SEAM = 64  # characters before a part that can matter to its tokens
+
+
+class Tokenizer:
+    """A model folder's tokenizer. Immutable after `load`, so threads may share it."""
+
+    def __init__(self, hf: Any, chat_template: str | None) -> None:
+        backend = hf.backend_tokenizer
+        backend.no_truncation()
+        backend.no_padding()
+        self._hf = hf
+        self._backend = backend  # its own encode and decode change no state, unlike transformers'
+        self._chat_template = chat_template
+        self.byte_level = _is_byte_level(json.loads(backend.to_str())["decoder"])
+        self._literals = [token or "" for token in hf.convert_ids_to_tokens(list(range(len(hf))))]
+        self.longest = max(map(len, self._literals))  # no token has more characters
+        self._special = {i for i, token in hf.added_tokens_decoder.items() if token.special}
+        self.pieces = [self._piece(i) for i in range(len(self._literals))]
+        self.end: int | None = hf.eos_token_id
+        self.lead = self.encode("")  # what stands before every prompt
+        self._control = ControlTokens(backend, chat_template or "", self._plain_chat())
+
+    @classmethod
+    def load(cls, folder: Path) -> "Tokenizer":
+        """Read `folder`. Raises StartupError for a tokenizer that is missing, damaged or not supported."""
+        try:
+            hf = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        except Exception as error:  # whatever a damaged file makes of transformers
+            raise StartupError(
+                f"The model folder {folder.name!r} has no tokenizer that can be loaded."
+            ) from error
+        if not hf.is_fast:
+            raise StartupError("This model's tokenizer has no tokenizer.json and is not supported.")
+        return cls(hf, hf.chat_template)
+
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        """Token ids of a raw `text`: who writes it writes its control tokens, such as <|im_end|>, too.
+
+        `special` adds what the tokenizer puts around every prompt.
+        """
+        # as a batch of one: the other encode holds the interpreter's lock, for seconds on a long text
+        ids: list[int] = self._backend.encode_batch_fast([text], add_special_tokens=special)[0].ids
+        return ids
+
+    def encode_chat(self, rendered: str) -> list[int]:
+        """Token ids of what `render_chat` returned, or of a part: messages hold text, no control tokens.
+
+        Raises InvalidRequest if the tokenizer has no other way to read a control token's text.
+        """
+        return self._control.encode(rendered) if MARK in rendered else self.encode(rendered, special=False)
+
+    def encode_part(self, text: str, start: int, stop: int, *, chat: bool = False) -> list[int]:
+        """Token ids of text[start:stop] as they are in the whole, unless a token would straddle `start`.
+
+        Then as after a line break, lest SentencePiece take the part for a beginning and put a space there.
+        `chat`: the text is a rendered chat.
+        """
+        encode = self.encode_chat if chat else partial(self.encode, special=False)
+        part = text[start:stop]
+        for before in (text[max(0, start - SEAM) : start], "\n"):
+            first, both = encode(before), encode(before + part)
+            if both[: len(first)] == first:
+                return both[len(first) :]
+        return encode(part)
+
+    def up_to_special(self, text: str) -> int | None:
+        """Characters of `text` through its first special token, such as <|im_end|>; None: it has none."""
+        found = (self._literals[i] for i in self.encode(text, special=False) if i in self._special)
+        literal = next(found, None)
+        return None if literal is None else text.index(literal) + len(literal)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        text: str = self._backend.decode(list(ids), skip_special_tokens=True)
+        return text
+
+    def render_chat(self, messages: list[dict[str, str]], *, answer: bool = True) -> str:
+        """What the model's own template makes of `messages`; `answer`: ready for the assistant's turn.
+
+        For `encode_chat`: control tokens that a message spells are quoted in it.
+        """
+        if self._chat_template is None:
+            raise InvalidRequest(
+                "The base model has no chat template; use /v1/completions.", param="messages"
+            )
+        return self._render([self.quoted(message) for message in messages], answer)
+
+    def quoted(self, message: dict[str, str]) -> dict[str, str]:
+        """`message` as the template gets it: every text but the role, which we wrote, may hold anything."""
+        role = message["role"]
+        return {
+            name: text if name == "role" else self._control.quoted(text, role)
+            for name, text in message.items()
+        }
+
+    def _plain_chat(self) -> str:
+        """The template around contents that are MARK alone; "" if there is none, or it takes no such chat."""
+        system, user, answer = ({"role": role, "content": MARK} for role in ("system", "user", "assistant"))
+        for messages in ([system, user, answer, user], [user, answer, user]):
+            with suppress(Exception):  # whatever a template raises is told to who asks for a chat
+                return self._render(messages, answer=False) if self._chat_template else ""
+        return ""
+
+    def _render(self, messages: list[dict[str, str]], answer: bool) -> str:
+        try:
+            text: str = self._hf.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer)
+        except TemplateError as error:
+            raise InvalidRequest(
+                f"The model's chat template refuses these messages: {error}", param="messages"
+            ) from error
+        return text
+
+    def token_text(self, token: int) -> tuple[str, bytes]:
+        """How one token is shown in logprobs: its text and its bytes.
+
+        A token that is only part of a character shows as OpenAI's `bytes:\\xe2\\x80`.
+        """
+        if not 0 <= token < len(self.pieces):
+            return "", b""
+        piece = self._literals[token] if token in self._special else self.pieces[token]
+        raw = piece.encode() if isinstance(piece, str) else piece
+        try:
+            return raw.decode(), raw
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw), raw
+
+    def _piece(self, token: int) -> bytes | str:
+        """What one token adds to the text: bytes that may be half a character, or whole text."""
+        literal = self._literals[token]
+        if token in self._special:
+            return b""
+        if self.byte_level:
+            known = all(char in _BYTES for char in literal)
+            return bytes(_BYTES[char] for char in literal) if known else literal.encode()
+        if len(literal) == 6 and literal.startswith("<0x") and literal.endswith(">"):
+            return bytes([int(literal[3:5], 16)])
+        return literal.replace("\u2581", " ")
+
+
+_BYTES: dict[str, int] = {char: byte for byte, char in bytes_to_unicode().items()}
+
+
+def _is_byte_level(decoder: dict[str, Any] | None) -> bool:
+    """True: tokens are bytes (GPT-2, Llama 3, Qwen). False: text with byte fallback (Llama 2, Gemma)."""
+    parts = (decoder or {}).get("decoders", [decoder or {"type": "none"}])
+    kinds = {part["type"] for part in parts}
+    if not kinds & {"ByteLevel", "ByteFallback"}:
+        raise StartupError(
+            f"This model's tokenizer decodes by {'+'.join(sorted(kinds))}, which is not supported."
+        )
+    return "ByteLevel" in kinds

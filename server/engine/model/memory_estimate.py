@@ -1,0 +1,100 @@
+"""How much memory a base, its KV cache and its adapters take: arithmetic on shapes. No torch, no weights.
+
+The engine allocates exactly this (tests compare the two). What a process takes beside it, and what a step
+takes while it runs, are estimates and named so.
+"""
+
+import math
+from dataclasses import dataclass
+
+import msgspec
+
+from server.adapters.sites import Base, Site
+from server.engine.scheduling.kv_blocks import BLOCK, blocks_for
+
+PROCESS_BYTES = 600 << 20  # estimate: Python, torch and our kernels, before any weight; measured with SmolLM2
+# A step's tokens bound how long a prompt may hold up the rows that decode: half a second on two cores.
+BATCH_TOKENS = {"cpu": 256, "cuda": 2048}
+FLOAT32 = 4
+ITEM_BYTES = {"float32": FLOAT32, "bfloat16": 2, "float16": 2}
+
+
+class Shapes(msgspec.Struct, frozen=True):
+    """A model as its config.json describes it. Numbers of elements: the dtype is chosen later."""
+
+    base: Base  # its digest is empty: no weight was read
+    head: str  # the site of the output layer, which LoRA's "all-linear" leaves out
+    weights: int  # every parameter, shared ones once
+    packed: int  # the same as a CPU in float32 holds them: linears padded, a tied output layer apart
+
+    @property
+    def linears(self) -> list[Site]:
+        """What LoRA's "all-linear" acts on."""
+        return [s for s in self.base.sites.values() if s.kind == "linear" and s.name != self.head]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a server is to be used."""
+
+    dtype: str
+    on_cpu: bool
+    seqs: int  # rows in a batch
+    context: int  # tokens of prompt and answer of each
+    batch_tokens: int  # tokens of a step
+    adapters: int  # that tenants keep
+    slots: int  # of them on the device at once
+    rank: int
+
+
+class Part(msgspec.Struct, frozen=True):
+    what: str
+    bytes: int
+    how: str
+    where: str  # device, host, disk, or store
+
+
+def footprint(shapes: Shapes, plan: Plan) -> list[Part]:
+    """What must fit, and where; on a CPU, device and host are one memory."""
+    item, one = ITEM_BYTES[plan.dtype], adapter_bytes(shapes, plan.rank, plan.dtype)
+    padded = plan.on_cpu and plan.dtype == "float32"
+    slots = min(plan.slots, plan.adapters)
+    rest = plan.adapters - slots
+    files = plan.adapters * adapter_bytes(shapes, plan.rank, "float32")
+    blocks = plan.seqs * blocks_for(plan.context)
+    of_adapter = f"of {one:,} bytes: LoRA, rank {plan.rank}, all linears"
+    return [
+        Part("weights", (shapes.packed if padded else shapes.weights) * item, plan.dtype, "device"),
+        Part(
+            "KV cache",
+            blocks * block_bytes(shapes.base, plan.dtype),
+            f"{plan.seqs} rows of {plan.context} tokens, {token_bytes(shapes.base, plan.dtype):,} bytes each",
+            "device",
+        ),
+        Part("adapters in slots", slots * one, f"{slots} {of_adapter}", "device"),
+        Part("a step, about", _step_bytes(shapes, plan, item), f"{plan.batch_tokens} tokens", "device"),
+        Part("adapters in RAM", rest * one, f"the other {rest}; fewer means loads from disk", "host"),
+        Part("the engine itself, about", PROCESS_BYTES, "Python and torch", "host"),
+        Part("adapters on disk", files, f"all {plan.adapters} as uploaded, float32", "disk"),
+        Part("adapters in the store", files, "the same; it keeps every version", "store"),
+    ]
+
+
+def token_bytes(base: Base, dtype: str) -> int:
+    """Keys and values of one token, all layers."""
+    return 2 * base.layers * base.kv_heads * base.head_dim * ITEM_BYTES[dtype]
+
+
+def block_bytes(base: Base, dtype: str) -> int:
+    return BLOCK * token_bytes(base, dtype)
+
+
+def adapter_bytes(shapes: Shapes, rank: int, dtype: str) -> int:
+    """A LoRA of this rank on every linear, in a slot or in RAM."""
+    return rank * sum(site.inputs + site.outputs for site in shapes.linears) * ITEM_BYTES[dtype]
+
+
+def _step_bytes(shapes: Shapes, plan: Plan, item: int) -> int:
+    """Estimate: what one layer's linears give for all tokens, and the logits twice: model's, sampler's."""
+    layer = sum(site.outputs for site in shapes.linears) / shapes.base.layers
+    return math.ceil(plan.batch_tokens * layer) * item + 2 * plan.seqs * shapes.base.vocab_size * FLOAT32

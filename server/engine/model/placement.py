@@ -1,0 +1,60 @@
+"""Where the model runs, and in which dtype."""
+
+import os
+import tempfile
+from pathlib import Path
+from subprocess import CalledProcessError
+
+import torch
+
+from server.engine.model.base_model import Placement
+from server.errors import StartupError
+from server.kernels import token_blocks as gpu
+from server.kernels.cpu.openmp import AVAILABLE
+from server.settings import Settings
+
+
+def choose_placement(settings: Settings) -> Placement:
+    """CPU in float32 (AVX2 has no fast bfloat16), CUDA in bfloat16, unless told otherwise.
+
+    Also sets how many threads torch's operators and our kernels use.
+    """
+    cuda = torch.cuda.is_available()
+    if settings.device == "cuda" and not cuda:
+        raise StartupError("--device cuda was asked for, but torch finds no CUDA device.", param="device")
+    device = torch.device("cuda" if cuda and settings.device != "cpu" else "cpu")
+    if gpu.chosen(device):
+        check_compiler()
+    wanted = (
+        settings.dtype if settings.dtype != "auto" else ("bfloat16" if device.type == "cuda" else "float32")
+    )
+    if settings.quantize == "int8" and (device.type != "cpu" or wanted != "float32" or not AVAILABLE):
+        rule = "needs a CPU, float32, and numba with torch's own libgomp"
+        raise StartupError(f"--quantize int8 {rule}; here is {device.type}, {wanted}.", param="quantize")
+    torch.set_num_threads(settings.threads or len(os.sched_getaffinity(0)))
+    return Placement(
+        device,
+        getattr(torch, wanted),
+        "int8" if settings.quantize == "int8" else "float32",
+        rounded=settings.lora_dtype == "bfloat16",
+    )
+
+
+def check_compiler() -> None:
+    """Compile the C part of Triton's driver now, as Triton does at its first launch, and keep nothing of it.
+
+    Raises StartupError where there is no C compiler (CC, else gcc or clang on the PATH) or no Python.h.
+    """
+    from triton.backends.nvidia import driver
+    from triton.runtime.build import _build
+
+    source = Path(driver.__file__).with_name("driver.c")
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            _build("cuda_utils", str(source), folder, [], driver.include_dirs, [], [])
+        except (RuntimeError, OSError, CalledProcessError) as error:
+            raise StartupError(
+                "Triton's kernels need a C compiler and Python's headers, and here its driver cannot be "
+                "compiled: install gcc, libc6-dev and python3-dev, or name a compiler in CC.",
+                param="device",
+            ) from error

@@ -1,0 +1,178 @@
+"""Tenants' files: their records in Valkey, their bytes in the object store. Knows nothing of what is in them.
+
+    pp:files:{tenant}          hash     file id -> File
+    pp:files:{tenant}:bytes    string   of all of them together
+    tenants/{tenant}/files/{file}       the bytes
+
+A file exists once its record does; bytes without a record are doomed from before they were written.
+"""
+
+import logging
+import secrets
+import time
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+from redis.asyncio import Redis
+
+from adapters_store.maintenance.scheduled_deletes import DOOMED, Doomed
+from adapters_store.names import TENANTS
+from adapters_store.object_store.store import Objects
+from adapters_store.valkey import store_errors
+from server.errors import InvalidField, NotFound, QuotaExceeded, StoreError, shown
+
+Purpose = Literal["fine-tune", "fine-tune-results"]
+MAX_NAME = 255
+WRITE_SECONDS = 3600  # the longest that writing a file may take
+NO_LIMIT = 2**53
+log = logging.getLogger(__name__)
+
+ADD = """
+local files, total, doomed = unpack(KEYS)
+local id, record, size, key = ARGV[1], ARGV[2], tonumber(ARGV[3]), ARGV[4]
+if redis.call('HEXISTS', files, id) == 0 then
+  if redis.call('HLEN', files) >= tonumber(ARGV[5]) then return 'files' end
+  if tonumber(redis.call('GET', total) or 0) + size > tonumber(ARGV[6]) then return 'bytes' end
+  redis.call('HSET', files, id, record)
+  redis.call('INCRBY', total, size)
+end
+redis.call('ZREM', doomed, key)
+return 'done'
+"""
+
+REMOVE = """
+local files, total, doomed = unpack(KEYS)
+local id, size, key = ARGV[1], ARGV[2], ARGV[3]
+if redis.call('HDEL', files, id) == 0 then return 0 end
+redis.call('DECRBY', total, size)
+redis.call('ZADD', doomed, 0, key)
+return 1
+"""
+
+
+class File(msgspec.Struct, frozen=True, kw_only=True):
+    id: str  # file-...
+    tenant: str
+    name: str  # as the tenant calls it: only ever shown
+    purpose: Purpose
+    bytes: int
+    sha256: str
+    created: int  # Unix seconds
+
+    @property
+    def key(self) -> str:
+        return file_key(self.tenant, self.id)
+
+
+class Files:
+    """All calls raise StoreError when Valkey or the object store does not answer."""
+
+    def __init__(
+        self, redis: Redis, objects: Objects, *, max_files: int = NO_LIMIT, max_bytes: int = NO_LIMIT
+    ) -> None:
+        self.doomed = Doomed(redis, objects)
+        self._redis = redis
+        self._objects = objects
+        self._max_files = max_files
+        self._max_bytes = max_bytes
+        self._add = redis.register_script(ADD)
+        self._remove = redis.register_script(REMOVE)
+
+    async def add(
+        self,
+        tenant: str,
+        path: Path,
+        name: str,
+        sha256: str,
+        *,
+        size: int,
+        purpose: Purpose,
+        id_: str | None = None,
+    ) -> File:
+        """Keep the `size` bytes at `path`. With an `id_` that there is already: that file, whatever is in it.
+
+        Raises InvalidField for its name, QuotaExceeded over the tenant's caps; results count, but always fit.
+        """
+        id_, now = id_ or new_id(), int(time.time())
+        check_file_name(name)
+        file = File(id=id_, tenant=tenant, name=name, purpose=purpose, bytes=size, sha256=sha256, created=now)
+        await self.doomed.add(file.key, WRITE_SECONDS)
+        await self._objects.put(file.key, path, sha256)
+        caps = (self._max_files, self._max_bytes) if purpose == "fine-tune" else (NO_LIMIT, NO_LIMIT)
+        with store_errors():
+            answer = await self._add(
+                keys=[*_keys(tenant), DOOMED], args=[id_, msgspec.json.encode(file), size, file.key, *caps]
+            )
+        if answer != b"done":
+            await self._discard(file.key)
+            raise self._quota(answer)
+        return await self.get(tenant, id_)
+
+    async def get(self, tenant: str, id_: str) -> File:
+        """Raises NotFound, the same for an unknown file and another tenant's."""
+        with store_errors():
+            record = await self._redis.hget(_keys(tenant)[0], id_)
+        if record is None:
+            raise NotFound(f"There is no file {shown(id_)}.", param="file_id")
+        return msgspec.json.decode(record, type=File)
+
+    async def list(self, tenant: str) -> list[File]:
+        """The newest first."""
+        with store_errors():
+            records = await self._redis.hvals(_keys(tenant)[0])
+        files = [msgspec.json.decode(record, type=File) for record in records]
+        return sorted(files, key=lambda file: (-file.created, file.id))
+
+    async def room(self, tenant: str, size: int) -> None:
+        """Raise QuotaExceeded if a file of `size` bytes would not fit now: before its bytes are sent."""
+        files, total = _keys(tenant)
+        with store_errors():
+            count, used = await self._redis.hlen(files), int(await self._redis.get(total) or 0)
+        if count >= self._max_files:
+            raise self._quota(b"files")
+        if used + size > self._max_bytes:
+            raise self._quota(b"bytes")
+
+    async def download(self, file: File, path: Path) -> None:
+        """Raises NotFound if it was deleted since."""
+        await self._objects.download(file.key, path, file.sha256)
+
+    async def delete(self, tenant: str, id_: str) -> None:
+        """Raises NotFound. Once the record is gone the file is; its bytes follow, also after a crash."""
+        file = await self.get(tenant, id_)
+        with store_errors():
+            removed = await self._remove(keys=[*_keys(tenant), DOOMED], args=[id_, file.bytes, file.key])
+        if removed:
+            await self._discard(file.key)
+
+    async def _discard(self, key: str) -> None:
+        try:
+            await self.doomed.remove(key)
+        except StoreError as error:
+            log.warning("The bytes of a deleted file stay until the next sweep: %s", error)
+
+    def _quota(self, which: bytes) -> QuotaExceeded:
+        most = f"{self._max_files} files" if which == b"files" else f"{self._max_bytes} bytes in files"
+        return QuotaExceeded(f"A tenant may have {most}; delete some first.", param="file")
+
+
+def new_id() -> str:
+    return f"file-{secrets.token_hex(12)}"
+
+
+def file_key(tenant: str, id_: str) -> str:
+    return f"{TENANTS}/{tenant}/files/{id_}"
+
+
+def check_file_name(name: str) -> str:
+    """A file's name is only ever shown, and offered again at download."""
+    if not 0 < len(name) <= MAX_NAME or not name.isprintable() or set(name) & set("/\\"):
+        raise InvalidField(
+            f"filename {shown(name)} must be 1 to {MAX_NAME} characters without a path.", param="filename"
+        )
+    return name
+
+
+def _keys(tenant: str) -> tuple[str, str]:
+    return f"pp:files:{tenant}", f"pp:files:{tenant}:bytes"

@@ -1,0 +1,251 @@
+"""Files that come in parts, in any order and over several connections, until one call puts them together."""
+
+import hashlib
+import logging
+import secrets
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+from anyio.to_thread import run_sync
+from redis.asyncio import Redis
+
+from adapters_store.names import TENANTS
+from adapters_store.object_store.store import Objects
+from adapters_store.valkey import store_errors, text
+from server.errors import Conflict, InvalidField, NotFound, QuotaExceeded, StoreError, shown
+from server.files import uploads_lua as lua
+from server.files.files import File, Files, Purpose, check_file_name
+
+LIFE_SECONDS = 3600
+KEPT_SECONDS = 24 * 3600  # after that, so that a late caller is told what became of it
+GRACE_SECONDS = 600  # for a part that was on its way when the upload ended
+MAX_PARTS = 1000
+PART_PREFIX = "part-"
+log = logging.getLogger(__name__)
+
+Status = Literal["pending", "completed", "cancelled", "expired"]
+
+
+class Upload(msgspec.Struct, frozen=True, kw_only=True):
+    id: str  # upload_...
+    tenant: str
+    name: str  # of the file to be
+    purpose: Purpose
+    bytes: int  # that it shall have
+    created: int  # Unix seconds
+    expires: int = 0
+    status: Status = "pending"
+    file: str | None = None
+    asked: str = ""  # of a completed one: what completed it
+    parts: dict[str, "Part"] = {}
+
+
+class Part(msgspec.Struct, frozen=True, kw_only=True):
+    id: str  # part-...
+    bytes: int
+    sha256: str
+    created: int
+
+
+class Uploads:
+    """All calls raise StoreError; with an upload of nobody or of another tenant, all raise NotFound."""
+
+    def __init__(
+        self, redis: Redis, objects: Objects, files: Files, *, max_bytes: int, max_pending: int
+    ) -> None:
+        self._redis = redis
+        self._objects = objects
+        self._files = files
+        self._max_bytes = max_bytes
+        self._max_pending = max_pending
+        scripts = (lua.CREATE, lua.ADD_PART, lua.FINISH)
+        self._create, self._add_part, self._finish = (
+            redis.register_script(lua.PRELUDE + script) for script in scripts
+        )
+
+    async def create(self, tenant: str, name: str, size: int, purpose: Purpose) -> Upload:
+        """Raises InvalidField, QuotaExceeded."""
+        check_file_name(name)
+        if not 1 <= size <= self._max_bytes:
+            raise InvalidField(f"bytes is {size}; a file may have 1 to {self._max_bytes}.", param="bytes")
+        await self._files.room(tenant, size)
+        id_, now = f"upload_{secrets.token_hex(12)}", int(time.time())
+        upload = Upload(id=id_, tenant=tenant, name=name, purpose=purpose, bytes=size, created=now)
+        args: list[bytes | str | int] = [
+            id_,
+            msgspec.json.encode(upload),
+            self._max_pending,
+            LIFE_SECONDS,
+            KEPT_SECONDS,
+        ]
+        with store_errors():
+            expires = int(await self._create(keys=_keys(tenant, id_), args=args))
+        if not expires:
+            raise QuotaExceeded(f"A tenant may have {self._max_pending} uploads open at a time.")
+        await self._files.doomed.add(_prefix(upload), LIFE_SECONDS + GRACE_SECONDS)
+        return await self.get(tenant, id_)
+
+    async def get(self, tenant: str, id_: str) -> Upload:
+        with store_errors():
+            fields = await self._redis.hgetall(_keys(tenant, id_)[0]) if id_.isidentifier() else {}
+            now, _ = await self._redis.time()
+        if not fields:
+            raise NotFound(f"There is no upload {shown(id_)}.", param="upload_id")
+        found = {text(name): text(value) for name, value in fields.items()}
+        parts = [
+            msgspec.json.decode(record, type=Part)
+            for name, record in found.items()
+            if name.startswith(PART_PREFIX)
+        ]
+        expires = int(found["expires"])
+        late = found["status"] == "pending" and expires <= int(now)
+        return msgspec.structs.replace(
+            msgspec.json.decode(found["fixed"], type=Upload),
+            expires=expires,
+            status="expired" if late else found["status"],
+            file=found.get("file") or None,
+            asked=found.get("asked", ""),
+            parts={part.id: part for part in parts},
+        )
+
+    async def add_part(self, tenant: str, id_: str, path: Path, size: int, sha256: str) -> Part:
+        """Keep the `size` bytes at `path` as one part. Raises Conflict unless pending, InvalidField."""
+        upload = await self.get(tenant, id_)
+        if upload.status != "pending":
+            raise _ended(upload)
+        part = Part(
+            id=f"{PART_PREFIX}{secrets.token_hex(12)}", bytes=size, sha256=sha256, created=int(time.time())
+        )
+        key = _part_key(upload, part)
+        await self._objects.put(key, path, sha256)
+        # twice what is declared: a part whose answer was lost comes again
+        args: list[bytes | str | int] = [
+            id_,
+            part.id,
+            msgspec.json.encode(part),
+            size,
+            2 * upload.bytes,
+            MAX_PARTS,
+        ]
+        with store_errors():
+            answer = (await self._add_part(keys=_keys(tenant, id_), args=args) or b"").decode()
+        if answer == "done":
+            return part
+        await self._objects.delete(key)
+        if answer == "bytes":
+            raise InvalidField(
+                f"The parts are more than twice the {upload.bytes} bytes of the upload.", param="data"
+            )
+        if answer == "parts":
+            raise InvalidField(f"An upload may have about {MAX_PARTS} parts.", param="data")
+        raise _ended(await self.get(tenant, id_))
+
+    async def complete(
+        self, tenant: str, id_: str, part_ids: list[str], md5: str | None, folder: Path
+    ) -> tuple[Upload, File]:
+        """Put the parts together, in `folder` first, as a file. The same call again gives the same file.
+
+        Raises InvalidField if they are not what was announced, Conflict unless pending.
+        """
+        asked = hashlib.sha256(msgspec.json.encode([part_ids, md5])).hexdigest()
+        upload = await self.get(tenant, id_)
+        if upload.status != "pending":
+            return await self._completed(upload, asked)
+        whole = folder / "whole"
+        try:
+            sha256 = await self._join(upload, _chosen(upload, part_ids), md5, whole)
+        except NotFound:  # the parts are gone: somebody has ended it meanwhile
+            return await self._completed(await self.get(tenant, id_), asked)
+        file = await self._files.add(
+            tenant, whole, upload.name, sha256, size=upload.bytes, purpose=upload.purpose
+        )
+        if await self._end(upload, "completed", file.id, asked):
+            return await self.get(tenant, id_), file
+        await self._files.delete(tenant, file.id)
+        return await self._completed(await self.get(tenant, id_), asked)
+
+    async def cancel(self, tenant: str, id_: str) -> Upload:
+        """Raises Conflict for one that is completed or expired."""
+        upload = await self.get(tenant, id_)
+        if upload.status == "pending":
+            await self._end(upload, "cancelled")
+            upload = await self.get(tenant, id_)
+        if upload.status != "cancelled":
+            raise _ended(upload)
+        return upload
+
+    async def _completed(self, upload: Upload, asked: str) -> tuple[Upload, File]:
+        """What became of it, if that is what is `asked`. Raises Conflict."""
+        if upload.status != "completed" or upload.file is None or upload.asked != asked:
+            raise _ended(upload)
+        return upload, await self._files.get(upload.tenant, upload.file)
+
+    async def _join(self, upload: Upload, parts: list[Part], md5: str | None, whole: Path) -> str:
+        """Write the parts to `whole`, one after the other; the SHA-256 of it all."""
+        sha256, check = hashlib.sha256(), hashlib.md5(usedforsecurity=False)
+        one = whole.with_name("part")
+        for part in parts:
+            await self._objects.download(_part_key(upload, part), one, part.sha256)
+            await run_sync(_append, one, whole, (sha256.update, check.update))
+        if md5 is not None and md5.lower() != check.hexdigest():
+            raise InvalidField(
+                f"md5 is {shown(md5)}, but the parts together have {check.hexdigest()}.", param="md5"
+            )
+        return sha256.hexdigest()
+
+    async def _end(self, upload: Upload, status: Status, file: str = "", asked: str = "") -> bool:
+        """False if it had ended otherwise before."""
+        keys = _keys(upload.tenant, upload.id)
+        with store_errors():
+            ended = await self._finish(keys=keys, args=[upload.id, status, file, asked])
+        try:
+            await self._files.doomed.remove(_prefix(upload))
+            await self._files.doomed.add(_prefix(upload), GRACE_SECONDS)
+        except StoreError as error:
+            log.warning("The parts of an upload stay until the next sweep: %s", error)
+        return bool(ended)
+
+
+def _chosen(upload: Upload, part_ids: list[str]) -> list[Part]:
+    for number, part_id in enumerate(part_ids):
+        if part_id not in upload.parts:
+            raise InvalidField(
+                f"part_ids[{number}] is {shown(part_id)}, which is no part of this upload.", param="part_ids"
+            )
+    if len(set(part_ids)) < len(part_ids):
+        raise InvalidField("part_ids names a part twice.", param="part_ids")
+    parts = [upload.parts[part_id] for part_id in part_ids]
+    size = sum(part.bytes for part in parts)
+    if size != upload.bytes:
+        raise InvalidField(
+            f"The parts have {size} bytes together, but the upload was announced with {upload.bytes}.",
+            param="part_ids",
+        )
+    return parts
+
+
+def _append(source: Path, target: Path, sinks: tuple[Callable[[bytes], object], ...]) -> None:
+    with source.open("rb") as part, target.open("ab") as whole:
+        while chunk := part.read(1 << 20):
+            whole.write(chunk)
+            for sink in sinks:
+                sink(chunk)
+
+
+def _ended(upload: Upload) -> Conflict:
+    return Conflict(f"The upload {shown(upload.id)} is {upload.status}.", param="upload_id")
+
+
+def _keys(tenant: str, id_: str) -> list[str]:
+    return [f"pp:upload:{tenant}:{id_}", f"pp:uploads:{tenant}"]
+
+
+def _prefix(upload: Upload) -> str:
+    return f"{TENANTS}/{upload.tenant}/uploads/{upload.id}/"
+
+
+def _part_key(upload: Upload, part: Part) -> str:
+    return _prefix(upload) + part.id

@@ -1,0 +1,134 @@
+"""A record as token ids, and of each the weight as a target: what serving would send, then what to answer.
+
+A prompt is tokenised exactly as the API does it, and an answer as its continuation, so training asks what
+serving will ask. An answer ends in its end token, which is learnt too: that is how a model knows to stop.
+
+Chat: the base's own template renders the conversation. Where an answer begins is where the rendering of the
+messages before it ends, ready for the assistant's turn; it ends with the first special token after its text
+(<|im_end|>). A template that renders a turn differently once others follow is refused, never half right.
+"""
+
+import msgspec
+
+from server.base_model.tokenizer import Tokenizer
+from server.errors import InvalidRequest
+from server.finetune.data.jsonl import Fault
+from server.finetune.data.record_kinds import Chat, Pair, Text
+
+LABEL_TOKENS = 32  # of a short answer, its end token apart
+
+
+class Example(msgspec.Struct, frozen=True):
+    """One sequence. `weights[i]` is the weight of predicting `tokens[i]`; 0: context only. The first is 0."""
+
+    tokens: list[int]
+    weights: list[float]
+    prompt_length: int = 0  # tokens before the last answer; 0: there is no question to ask again
+    label: str | None = None  # the last answer as serving would give it, stripped, if it is one short line
+
+
+def example_of(record: Chat | Pair | Text, tokenizer: Tokenizer) -> Example:
+    """The whole record, of any length. Raises Fault."""
+    if isinstance(record, Chat):
+        return _chat(record, tokenizer)
+    return _pair(record, tokenizer) if isinstance(record, Pair) else _text(record, tokenizer)
+
+
+def truncated(example: Example, max_tokens: int, lead: list[int]) -> Example | None:
+    """The last `max_tokens`, behind `lead` if the example began so; None if no target is left."""
+    cut = len(example.tokens) - max_tokens
+    if cut <= 0:
+        return example
+    kept = lead if len(lead) < max_tokens and example.tokens[: len(lead)] == lead else []
+    cut += len(kept)
+    # nothing predicts the first token after the gap
+    weights = [0.0] * (len(kept) + 1) + example.weights[cut + 1 :]
+    if not any(weights):
+        return None
+    prompt_length = max(0, example.prompt_length - cut)
+    return Example(
+        kept + example.tokens[cut:],
+        weights,
+        prompt_length + len(kept) if prompt_length else 0,
+        example.label if prompt_length else None,
+    )
+
+
+def _pair(record: Pair, tokenizer: Tokenizer) -> Example:
+    prompt = tokenizer.encode(record.prompt)
+    if not prompt:
+        raise Fault("prompt", "prompt has no token; what follows nothing is a text, not a completion.")
+    if tokenizer.end is None:
+        raise Fault("completion", "The base's tokenizer names no token that could end a completion.")
+    both = record.prompt + record.completion
+    answer = _ended(tokenizer.encode_part(both, len(record.prompt), len(both)), tokenizer.end)
+    weights = [0.0] * len(prompt) + [1.0] * len(answer)
+    return Example(prompt + answer, weights, len(prompt), _label(answer, tokenizer))
+
+
+def _text(record: Text, tokenizer: Tokenizer) -> Example:
+    tokens = _ended(tokenizer.encode(record.text), tokenizer.end)
+    if len(tokens) < 2:
+        raise Fault("text", "text has one token, and nothing before it to predict it from.")
+    return Example(tokens, [0.0] + [1.0] * (len(tokens) - 1))
+
+
+def _chat(record: Chat, tokenizer: Tokenizer) -> Example:
+    """What follows the last answer is left out: nothing learns from it."""
+    whole = _render(record, len(record.messages), tokenizer, answer=False)
+    tokens: list[int] = []
+    weights: list[float] = []
+    answer: list[int] = []
+    at = 0
+    for turn in record.targets:
+        start, stop = _answer(whole, at, record, turn, tokenizer)
+        try:
+            context = tokenizer.encode_part(whole, at, start, chat=True)
+            answer = tokenizer.encode_part(whole, start, stop, chat=True)
+        except InvalidRequest as error:
+            raise Fault(record.fields[turn], error.message) from None
+        tokens += context + answer
+        weights += [0.0] * len(context) + [1.0] * len(answer)
+        at = stop
+    return Example(tokens, weights, len(tokens) - len(answer), _label(answer, tokenizer))
+
+
+def _answer(whole: str, after: int, record: Chat, turn: int, tokenizer: Tokenizer) -> tuple[int, int]:
+    """Where in `whole`, not before `after`, the assistant's `turn` begins and ends.
+
+    Raises Fault if the template blurs it.
+    """
+    before = _render(record, turn, tokenizer, answer=True)
+    through = _render(record, turn + 1, tokenizer, answer=False)
+    field, text = record.fields[turn], tokenizer.quoted(record.messages[turn])["content"].strip()
+    if not (whole.startswith(through) and through.startswith(before) and after <= len(before)):
+        raise Fault(
+            field,
+            f"The base's chat template does not render {field}, or what is before it, alike whether or not "
+            "more follows; give weight 0 to every assistant turn but the last, or use prompt and completion.",
+        )
+    at = through.find(text, len(before))
+    end = tokenizer.up_to_special(through[at + len(text) :])
+    if at < 0 or end is None:
+        raise Fault(
+            field, f"The base's chat template does not render {field} as it is, with a token at its end."
+        )
+    return len(before), at + len(text) + end
+
+
+def _render(record: Chat, count: int, tokenizer: Tokenizer, *, answer: bool) -> str:
+    """The first `count` messages."""
+    try:
+        return tokenizer.render_chat(record.messages[:count], answer=answer)
+    except InvalidRequest as error:
+        raise Fault(record.fields[count - 1], error.message) from None
+
+
+def _label(answer: list[int], tokenizer: Tokenizer) -> str | None:
+    label = tokenizer.decode(answer).strip()
+    short = len(answer) <= LABEL_TOKENS + 1 and len(label.splitlines()) == 1
+    return label if short else None
+
+
+def _ended(tokens: list[int], end: int | None) -> list[int]:
+    return tokens if end is None or tokens[-1:] == [end] else [*tokens, end]

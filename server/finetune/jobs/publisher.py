@@ -1,0 +1,227 @@
+"""Takes finished trainings through the admission gate and publishes them. Runs beside the API, which has the
+engine.
+
+It may die at any point, and several may run: the job is committed to one version number before that version
+can exist, and whoever comes next first looks whether it does. So there is exactly one version at the end.
+"""
+
+import asyncio
+import hashlib
+import logging
+import time
+import uuid
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Protocol
+
+import msgspec
+
+from adapters_store.manifest import Manifest
+from adapters_store.object_store.store import Objects
+from adapters_store.registry.registry import Registry
+from server.errors import (
+    Conflict,
+    DeadlineExceeded,
+    EngineLost,
+    InvalidAdapter,
+    NotFound,
+    PolypeftError,
+    StoreError,
+    Unavailable,
+)
+from server.files.files import Files
+from server.finetune.jobs.backoff import Delays
+from server.finetune.jobs.job import Job, JobError, StoredFile, TrainingResult, new_event
+from server.finetune.jobs.jobs import Jobs
+
+POLL_SECONDS = 1.0
+SWEEP_SECONDS = 5.0
+MAX_TRIES = 3  # of what breaks in a way that waiting does not heal
+LONGEST_DELAY_SECONDS = 60.0  # between two tries of one job by this publisher
+MISSING = "The trained files are not found in the object store; publishing goes on as soon as they are."
+JOB_FACT = "job"  # the manifest's fact that says which job a version is of
+log = logging.getLogger(__name__)
+
+
+class Gate(Protocol):
+    """What every adapter passes before it is published, however it came."""
+
+    @property
+    def ready(self) -> bool: ...
+
+    def folder(self) -> TemporaryDirectory[str]:
+        """A place for files on their way."""
+        ...
+
+    async def prepare(self, tenant: str, name: str, version: int, files: list[Path]) -> Manifest:
+        """What would be published of an adapter's files. Raises for what may not be."""
+        ...
+
+
+class Publisher:
+    def __init__(self, jobs: Jobs, files: Files, registry: Registry, objects: Objects, gate: Gate) -> None:
+        self._jobs = jobs
+        self._files = files
+        self._registry = registry
+        self._objects = objects
+        self._gate = gate
+        self._id = uuid.uuid4().hex
+        self._delays = Delays(POLL_SECONDS, LONGEST_DELAY_SECONDS)
+
+    async def run(self) -> None:
+        """Until cancelled. What was underway then is finished by whoever comes next."""
+        swept = 0.0
+        while True:
+            try:
+                if self._gate.ready:
+                    await self.publish_all()
+                if time.monotonic() - swept > SWEEP_SECONDS:
+                    swept = time.monotonic()
+                    await self._jobs.sweep()
+                    await self._files.doomed.sweep()
+            except StoreError as error:
+                log.warning("Publishing and sweeping wait: %s", error)
+            except Exception:
+                log.exception("A round of publishing failed")
+            await asyncio.sleep(POLL_SECONDS)
+
+    async def publish_all(self) -> None:
+        waiting = await self._jobs.to_publish()
+        self._delays.keep(waiting)
+        for id_ in waiting:
+            if self._delays.over(id_) and await self._jobs.claim(id_, self._id):
+                await self._try(id_)
+
+    async def _try(self, id_: str) -> None:
+        """Publish, or say why never; what may go better later is tried again, less and less often."""
+        try:
+            await self._publish(id_)
+            self._delays.forget(id_)
+        except NotFound as error:  # a store that was restored, or is another's: the training is not to blame
+            self._delays.longer(id_)
+            if await self._jobs.waits(id_, self._id, MISSING):
+                log.warning("The version of %s waits: %s", id_, error)
+        except EngineLost as error:  # perhaps by this very adapter
+            await self._count(id_, error)
+        except (Unavailable, DeadlineExceeded) as error:
+            self._delays.longer(id_)
+            log.warning("The version of %s waits: %s", id_, error)
+        except PolypeftError as error:
+            if error.status >= 500:
+                await self._count(id_, error)
+            else:
+                await self._jobs.reject(id_, JobError(error.code, error.message))
+        except Exception:
+            log.exception("Publishing %s failed", id_)
+            await self._count(id_, PolypeftError("The server failed to publish the trained adapter."))
+
+    async def _count(self, id_: str, error: PolypeftError) -> None:
+        if await self._jobs.tried(id_) >= MAX_TRIES:
+            await self._jobs.reject(id_, JobError(error.code, error.message))
+
+    async def _publish(self, id_: str) -> None:
+        job = await self._jobs.find(id_)
+        if job is None or job.result is None or job.phase != "publishing":
+            return
+        version = job.intended
+        if not version or not await self._is_ours(job, version):
+            with self._gate.folder() as folder:
+                published = await self._publish_new(job, job.result, Path(folder))
+            if published is None:  # cancelled before it was certain
+                for report in job.result.reports:
+                    await self._forget_report(job, report)
+                return
+            version = published
+        await self._succeed(job, job.result, version)
+
+    async def _publish_new(self, job: Job, result: TrainingResult, folder: Path) -> int | None:
+        """The version's number; None if the job was cancelled."""
+        for report in result.reports:
+            await self._keep_report(job, report, folder / report.name)
+        files = [folder / file.name for file in result.adapter]
+        for file, path in zip(result.adapter, files, strict=True):
+            await self._objects.download(file.key, path, file.sha256)
+        next_version = await self._registry.next_version(job.tenant, job.name)
+        manifest = await self._gate.prepare(job.tenant, job.name, next_version, files)
+        if manifest.base_digest != job.base_digest:
+            raise InvalidAdapter("The base model has changed since this job was created.")
+        manifest = msgspec.structs.replace(
+            manifest,
+            facts=manifest.facts | {JOB_FACT: job.id},
+            evaluation=result.evaluation,
+            promoted=promoted(job, result),
+        )
+        return await self._commit(job, manifest)
+
+    async def _commit(self, job: Job, manifest: Manifest) -> int | None:
+        """Publish it under the number the job is committed to, and under no other."""
+        version = job.intended or await self._jobs.intend(job.id, 0, manifest.version)
+        while version is not None:
+            try:
+                await self._registry.publish(msgspec.structs.replace(manifest, version=version))
+                break
+            except Conflict:
+                if await self._is_ours(job, version):
+                    break
+            # an upload has the number: from now on nobody can publish this job under it
+            wanted = await self._registry.next_version(job.tenant, job.name)
+            version = await self._jobs.intend(job.id, version, wanted)
+        return version
+
+    async def _succeed(self, job: Job, result: TrainingResult, version: int) -> None:
+        model = f"{job.name}@{version}"
+        events = [new_event("info", f"New fine-tuned model created: {model}")]
+        if not promoted(job, result):
+            events.append(new_event("warn", _why_not_latest(job, model)))
+        events.append(new_event("info", "The job has successfully completed"))
+        reports = [report_id(job, report) for report in result.reports]
+        if not await self._jobs.succeed(job.id, version, model, reports, *events):
+            now = await self._jobs.find(job.id)
+            if (now is None or now.version != version) and await self._is_ours(job, version):
+                await self._registry.delete(job.tenant, job.name, version)
+
+    async def _is_ours(self, job: Job, version: int) -> bool:
+        try:
+            manifest = await self._registry.manifest(job.tenant, job.name, version)
+        except NotFound:
+            return False
+        return manifest.facts.get(JOB_FACT) == job.id
+
+    async def _keep_report(self, job: Job, report: StoredFile, path: Path) -> None:
+        await self._objects.download(report.key, path, report.sha256)
+        await self._files.add(
+            job.tenant,
+            path,
+            report.name,
+            report.sha256,
+            size=report.bytes,
+            purpose="fine-tune-results",
+            id_=report_id(job, report),
+        )
+
+    async def _forget_report(self, job: Job, report: StoredFile) -> None:
+        try:
+            await self._files.delete(job.tenant, report_id(job, report))
+        except NotFound:
+            log.debug("%s had no file for %s yet", job.id, report.name)
+
+
+def promoted(job: Job, result: TrainingResult) -> bool:
+    """Whether `latest` may point at the version. Not knowing whether it is better is no reason against it."""
+    return job.recipe.publish == "always" or (
+        job.recipe.publish == "if_better" and result.better is not False
+    )
+
+
+def report_id(job: Job, report: StoredFile) -> str:
+    """The same for every publisher."""
+    return f"file-{hashlib.sha256(f'{job.id}/{report.name}'.encode()).hexdigest()[:24]}"
+
+
+def _why_not_latest(job: Job, model: str) -> str:
+    if job.recipe.publish == "never":
+        return f"As asked, `latest` stays where it is; {model} serves under its own name."
+    return (
+        f"On the held-out examples {model} is no better than the base: `latest` stays where it is, if there "
+        f"was a version before. {model} serves under its own name."
+    )

@@ -1,0 +1,268 @@
+"""The transitions of a job as Lua: each happens whole or not at all, and running it twice is running it once.
+
+    pp:job:{id}                 hash     `fixed` (JSON, never changes) and a field for all that does
+    pp:job:{id}:events          zset     Event, by sequence number
+    pp:job:{id}:checkpoints     hash     step -> Checkpoint
+    pp:job:{id}:claim           string   which publisher is at it; expires
+    pp:jobs:{tenant}            zset     job id, by creation
+    pp:jobs:{tenant}:active     set      jobs that are not done
+    pp:jobs:{tenant}:same:{..}  string   an idempotency key's hash -> "FINGERPRINT JOB"; expires
+    pp:jobs:queued              zset     jobs that wait for a worker, by when one was last called (ms)
+    pp:jobs:leases              zset     jobs that a worker has, by when its lease ends (ms)
+    pp:jobs:publishing          zset     trained jobs, by when they came (ms)
+    pp:figures                  hash     finished:STATUS -> how many jobs have ended so (see stats.py)
+    pp:doomed                   zset     object keys and prefixes ("/" at the end), by when to remove (ms)
+
+A job whose lease has ended goes back to the queue with `lapsed`, the fence it was held under. Until somebody
+takes it, the next word under that fence makes it that worker's again: it was slow, not dead.
+
+Times are Valkey's own. A script makes its keys from the job's id, so this wants one Valkey, not a cluster.
+"""
+
+MAX_EVENTS = 2000
+DOOM_SECONDS = 600  # after a job's end, so that a worker that has not noticed writes no more
+
+PRELUDE = f"""
+local id = ARGV[1]
+local job = 'pp:job:' .. id
+local QUEUED, LEASES, PUBLISHING = 'pp:jobs:queued', 'pp:jobs:leases', 'pp:jobs:publishing'
+local function get(field) return redis.call('HGET', job, field) or '' end
+local function set(...) redis.call('HSET', job, ...) end
+local function whole(number) return string.format('%.0f', number) end
+local function now()
+  local time = redis.call('TIME')
+  return time[1] * 1000 + math.floor(time[2] / 1000)
+end
+local function seconds() return redis.call('TIME')[1] end
+local function event(json)
+  local events = job .. ':events'
+  if json == '' or redis.call('ZSCORE', events, json) then return end
+  redis.call('ZADD', events, redis.call('HINCRBY', job, 'events', 1), json)
+  redis.call('ZREMRANGEBYRANK', events, 0, -1 - {MAX_EVENTS})
+end
+local function leave()
+  for _, where in ipairs({{QUEUED, LEASES, PUBLISHING}}) do redis.call('ZREM', where, id) end
+end
+local function training(fence)
+  if get('phase') == 'queued' and get('lapsed') == fence then
+    leave()
+    local lease_until = whole(now() + get('lease_ms'))
+    set('status', 'running', 'phase', 'training', 'fence', fence, 'lapsed', '', 'lease_until', lease_until)
+    redis.call('ZADD', LEASES, lease_until, id)
+  end
+  return get('phase') == 'training' and get('fence') == fence
+end
+local function finish(status)
+  leave()
+  set('status', status, 'phase', 'done', 'finished', seconds(), 'pausing', 0)
+  redis.call('HDEL', job, 'estimated_finish')
+  redis.call('HINCRBY', job, 'fence', 1)
+  redis.call('HINCRBY', 'pp:figures', 'finished:' .. status, 1)
+  local tenant = get('tenant')
+  redis.call('SREM', 'pp:jobs:' .. tenant .. ':active', id)
+  redis.call('ZADD', 'pp:doomed', whole(now() + {DOOM_SECONDS * 1000}),
+             'tenants/' .. tenant .. '/jobs/' .. id .. '/')
+end
+local function pause()
+  leave()
+  set('status', 'queued', 'phase', 'paused', 'pausing', 0)
+  redis.call('HDEL', job, 'estimated_finish')
+  redis.call('HINCRBY', job, 'fence', 1)
+end
+local function queue()
+  leave()
+  set('status', 'queued', 'phase', 'queued', 'lapsed', '')
+  redis.call('HDEL', job, 'estimated_finish')
+  redis.call('HINCRBY', job, 'fence', 1)
+  redis.call('ZADD', QUEUED, 0, id)
+end
+"""
+
+CREATE = """
+local tenant, same, fingerprint = ARGV[2], ARGV[3], ARGV[4]
+local fixed, created, max_active, same_seconds = ARGV[5], ARGV[6], tonumber(ARGV[7]), ARGV[8]
+local active = 'pp:jobs:' .. tenant .. ':active'
+if same ~= '' then
+  same = 'pp:jobs:' .. tenant .. ':same:' .. same
+  local known = redis.call('GET', same)
+  if known then return known end
+end
+if redis.call('EXISTS', job) == 1 then return '' end
+if redis.call('SCARD', active) >= max_active then return 'quota' end
+set('fixed', fixed, 'tenant', tenant)
+redis.call('SADD', active, id)
+redis.call('ZADD', 'pp:jobs:' .. tenant, created, id)
+if same ~= '' then redis.call('SET', same, fingerprint .. ' ' .. id, 'EX', same_seconds) end
+queue()
+for i = 9, #ARGV do event(ARGV[i]) end
+return ''
+"""
+
+FORGET = """
+if get('tenant') ~= ARGV[2] or get('phase') ~= 'done' then return 0 end
+redis.call('ZREM', 'pp:jobs:' .. ARGV[2], id)
+redis.call('DEL', job, job .. ':events', job .. ':checkpoints', job .. ':claim')
+return 1
+"""
+
+CANCEL = """
+if get('tenant') ~= ARGV[2] then return 'unknown' end
+if get('status') == 'cancelled' then return 'done' end
+if get('phase') == 'done' then return 'over' end
+if get('phase') == 'publishing' and get('intended') ~= '' then return 'publishing' end
+finish('cancelled')
+event(ARGV[3])
+return 'done'
+"""
+
+PAUSE = """
+if get('tenant') ~= ARGV[2] then return 'unknown' end
+local phase = get('phase')
+if phase == 'done' then return 'over' end
+if phase == 'publishing' then return 'publishing' end
+if phase == 'queued' then pause() event(ARGV[3]) end
+if phase == 'training' and get('pausing') ~= '1' then set('pausing', 1) event(ARGV[3]) end
+return 'done'
+"""
+
+RESUME = """
+if get('tenant') ~= ARGV[2] then return 'unknown' end
+if get('phase') == 'done' then return 'over' end
+if get('phase') == 'paused' then set('attempts', 0) queue() event(ARGV[3]) end
+if get('pausing') == '1' then set('pausing', 0) event(ARGV[3]) end
+return 'done'
+"""
+
+TAKE = """
+local worker, lease_ms = ARGV[2], ARGV[3]
+if get('phase') == 'training' and get('worker') == worker then return redis.call('HGETALL', job) end
+if get('phase') ~= 'queued' then return {} end
+leave()
+redis.call('HINCRBY', job, 'fence', 1)
+redis.call('HINCRBY', job, 'attempts', 1)
+if get('started') == '' then set('started', seconds()) end
+local lease_until = whole(now() + lease_ms)
+set('status', 'running', 'phase', 'training', 'worker', worker, 'lease_until', lease_until)
+set('lease_ms', lease_ms, 'lapsed', '')
+redis.call('ZADD', LEASES, lease_until, id)
+event(ARGV[4])
+return redis.call('HGETALL', job)
+"""
+
+BEAT = """
+if get('status') == 'cancelled' then return 'cancel' end
+if not training(ARGV[2]) then return 'lost' end
+local lease_until = whole(now() + ARGV[3])
+set('lease_until', lease_until)
+redis.call('ZADD', LEASES, lease_until, id)
+for i = 4, #ARGV, 2 do set(ARGV[i], ARGV[i + 1]) end
+return get('pausing') == '1' and 'pause' or 'go'
+"""
+
+EVENT = """
+if not training(ARGV[2]) then return 0 end
+event(ARGV[3])
+return 1
+"""
+
+CHECKPOINT = """
+if not training(ARGV[2]) then return 0 end
+local step = tonumber(ARGV[3])
+redis.call('HSET', job .. ':checkpoints', step, ARGV[4])
+if step > tonumber(get('saved') == '' and 0 or get('saved')) then set('saved', step, 'attempts', 0) end
+return 1
+"""
+
+PAUSED = """
+if not training(ARGV[2]) then return 0 end
+pause()
+event(ARGV[3])
+return 1
+"""
+
+RELEASE = """
+if not training(ARGV[2]) then return 'lost' end
+if tonumber(get('attempts')) > 0 then redis.call('HINCRBY', job, 'attempts', -1) end
+if get('pausing') == '1' then pause() event(ARGV[4]) return 'paused' end
+queue()
+event(ARGV[3])
+return 'queued'
+"""
+
+TRAINED = """
+if get('won') == ARGV[2] then return 1 end
+if not training(ARGV[2]) then return 0 end
+leave()
+set('phase', 'publishing', 'won', ARGV[2], 'pausing', 0, 'result', ARGV[3])
+set('step', ARGV[4], 'trained_tokens', ARGV[5])
+redis.call('ZADD', PUBLISHING, whole(now()), id)
+event(ARGV[6])
+return 1
+"""
+
+FAIL = """
+if not training(ARGV[2]) then return 'lost' end
+event(ARGV[6])
+if ARGV[3] ~= '' and tonumber(get('attempts')) < tonumber(ARGV[4]) then
+  if get('pausing') == '1' then pause() return 'paused' end
+  queue()
+  return 'queued'
+end
+set('error', ARGV[5])
+finish('failed')
+return 'failed'
+"""
+
+LAPSE = """
+if get('phase') ~= 'training' or tonumber(get('lease_until')) > now() then return '' end
+event(ARGV[4])
+if tonumber(get('attempts')) >= tonumber(ARGV[2]) then
+  set('error', ARGV[3])
+  finish('failed')
+  return 'failed'
+end
+if get('pausing') == '1' then pause() return 'paused' end
+local fence = get('fence')
+queue()
+set('lapsed', fence)
+return 'queued'
+"""
+
+CALL = """
+if get('phase') ~= 'queued' then return '' end
+local called = tonumber(redis.call('ZSCORE', QUEUED, id) or 0)
+if called + ARGV[2] > now() then return '' end
+redis.call('ZADD', QUEUED, whole(now()), id)
+return redis.call('HGET', job, 'fence')
+"""
+
+WAITS = """
+if redis.call('GET', job .. ':claim') == ARGV[2] then redis.call('DEL', job .. ':claim') end
+if get('phase') ~= 'publishing' or get('waits') == ARGV[3] then return 0 end
+set('waits', ARGV[3])
+event(ARGV[4])
+return 1
+"""
+
+INTEND = """
+if get('phase') ~= 'publishing' then return -1 end
+if get('intended') == ARGV[2] then set('intended', ARGV[3]) end
+return tonumber(get('intended')) or 0
+"""
+
+SUCCEED = """
+if get('status') == 'succeeded' then return get('version') == ARGV[2] and 1 or 0 end
+if get('phase') ~= 'publishing' or get('intended') ~= ARGV[2] then return 0 end
+set('version', ARGV[2], 'fine_tuned_model', ARGV[3], 'result_files', ARGV[4])
+finish('succeeded')
+for i = 5, #ARGV do event(ARGV[i]) end
+return 1
+"""
+
+REJECT = """
+if get('phase') ~= 'publishing' then return 0 end
+set('error', ARGV[2])
+finish('failed')
+event(ARGV[3])
+return 1
+"""

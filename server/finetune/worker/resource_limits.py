@@ -1,0 +1,48 @@
+"""What keeps a training process from harming what runs beside it: low priority, and limits of the kernel's.
+
+Called once, by that process, before it loads anything.
+"""
+
+import logging
+import os
+import resource
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+NICE = 19
+OOM_SCORE = 800  # of 1000: when memory runs out, the kernel takes this process, not the engine
+log = logging.getLogger(__name__)
+
+
+def yield_to_others() -> None:
+    """Compute only when nobody else wants to. What a platform lacks or forbids is left out."""
+    with suppress(OSError):
+        os.nice(NICE)
+    if sys.platform == "linux":
+        with suppress(OSError):
+            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+        with suppress(OSError):
+            Path("/proc/self/oom_score_adj").write_text(str(OOM_SCORE))
+
+
+def limit_resources(file_bytes: int, memory_bytes: int | None) -> None:
+    """`file_bytes`: the largest file; None for memory, which CUDA reserves without using it: no limit."""
+    _limit(resource.RLIMIT_CORE, 0)  # a dump would hold a tenant's text
+    _limit(resource.RLIMIT_FSIZE, file_bytes)
+    if memory_bytes is not None and sys.platform == "linux":
+        _limit(resource.RLIMIT_DATA, memory_bytes)  # private memory: the base's mapped weights do not count
+
+
+def oom_kills() -> int:
+    """How often this machine's kernel has killed for want of memory; 0 where it does not say."""
+    with suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/vmstat").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("oom_kill ")).split()[1])
+    return 0
+
+
+def _limit(which: int, value: int) -> None:
+    _, hard = resource.getrlimit(which)
+    most = value if hard == resource.RLIM_INFINITY else min(value, hard)
+    resource.setrlimit(which, (most, most))

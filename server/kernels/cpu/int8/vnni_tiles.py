@@ -1,0 +1,177 @@
+"""The inner loops of vnni_linear.py: products of bytes, four to a sum, which one instruction takes (VNNI).
+
+A group is 64 inputs of a row as integers in -127..127, whose step is its own: an outlier coarsens no other.
+Weights are held as w + 128, for the instruction wants one side without a sign; what that adds, 128 times the
+sum of the group's inputs, is what its sums begin with. These are exact; groups are added in their order, in
+float32, whatever the tile: a row's result is the same bit for bit alone and in any batch.
+
+Rows of a tile lie interleaved, a group as [16, rows, 4] bytes, where its sums begin [rows], int32, and its
+steps [rows], float32.
+"""
+
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from server.kernels.cpu.int8.linear import INPUTS, OFFSET, SMALLEST, TOP
+from server.kernels.cpu.llvm_tiles import (
+    BYTE,
+    FEATURES,
+    LANES,
+    LONG,
+    WORD,
+    call,
+    fma,
+    lanes_of,
+    load,
+    mask,
+    prefetch,
+    spread,
+    summed,
+)
+
+QUADS = INPUTS // 4
+GROUP_BYTES = INPUTS + 8  # of a row
+DOT = bool(FEATURES.get("avx512vnni") or FEATURES.get("avxvnni"))
+LARGEST = 3.4028234663852886e38
+_INSTRUCTION = "llvm.x86.avx512.vpdpbusd"
+_FLOAT = ir.FloatType()
+_FLOATS, _WORDS = ir.VectorType(_FLOAT, LANES), ir.VectorType(WORD, LANES)
+_BYTES = ir.VectorType(BYTE, 4 * LANES)
+
+
+def dot_tile(rows: int, panels: int) -> Any:
+    """tile(w, x, out, groups, panel_bytes, later, pace): out [rows, panels, 16] += x by w's panels, float32.
+
+    Weights are uint8 [quads, 16, 4] a panel. Meanwhile `pace` bytes a quad are asked for from `later` on, of
+    each panel.
+    """
+
+    def typed(_context, w, x, out, groups, panel_bytes, later, pace):  # type: ignore[no-untyped-def]  # noqa: ARG001
+        def generate(context: Any, b: Any, _sig: Any, args: Any) -> Any:
+            _tile(b, rows, panels, *args)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 7), generate
+
+    return intrinsic(typed)
+
+
+def _tile(
+    b: Any, rows: int, panels: int, w: Any, x: Any, out: Any, groups: Any, step: Any, later: Any, pace: Any
+) -> None:
+    def of_group(group: Any, none: list[Any]) -> list[Any]:
+        block = b.add(x, b.mul(group, LONG(GROUP_BYTES * rows)))
+
+        def of_quad(quad: Any, sums: list[Any]) -> list[Any]:
+            at = b.add(b.mul(group, LONG(QUADS)), quad)
+            weights = []
+            for p in range(panels):
+                panel = b.mul(step, LONG(p))
+                weights.append(load(b, b.add(b.add(w, panel), b.mul(at, LONG(4 * LANES))), _WORDS))
+                prefetch(b, b.add(b.add(later, panel), b.mul(at, pace)))
+            inputs = b.add(block, b.mul(quad, LONG(4 * rows)))
+            added = []
+            for r in range(rows):
+                value = _spread_at(b, b.add(inputs, LONG(4 * r)), WORD, _WORDS)
+                added += [_dot(b, sums[r * panels + p], weights[p], value) for p in range(panels)]
+            return added
+
+        first = []
+        for r in range(rows):
+            start = _spread_at(b, b.add(block, LONG(INPUTS * rows + 4 * r)), WORD, _WORDS)
+            first += [start] * panels
+        sums = summed(b, LONG(QUADS), 1, first, of_quad)
+        for r in range(rows):
+            unit = _spread_at(b, b.add(block, LONG((INPUTS + 4) * rows + 4 * r)), _FLOAT, _FLOATS)
+            for p in range(panels):
+                i = r * panels + p
+                place = b.add(out, LONG(4 * LANES * i))
+                total = fma(b, b.sitofp(sums[i], _FLOATS), unit, load(b, place, _FLOATS))
+                b.store(total, b.inttoptr(place, _FLOATS.as_pointer()), align=4)
+        return none
+
+    summed(b, groups, 1, [], of_group)
+
+
+def _spread_at(b: Any, address: Any, kind: Any, vector: Any) -> Any:
+    return spread(b, b.load(b.inttoptr(address, kind.as_pointer()), align=4), vector)
+
+
+def _dot(b: Any, sums: Any, unsigned: Any, signed: Any) -> Any:
+    """Of each four bytes the products, added to sums <16 x i32>."""
+    if FEATURES.get("avx512vnni"):
+        return call(b, f"{_INSTRUCTION}.512", _WORDS, [sums, unsigned, signed])
+    if FEATURES.get("avxvnni"):
+        half = ir.VectorType(WORD, LANES // 2)
+        parts = [
+            call(b, f"{_INSTRUCTION}.256", half, [lanes_of(b, v, span) for v in (sums, unsigned, signed)])
+            for span in (range(LANES // 2), range(LANES // 2, LANES))
+        ]
+        return b.shuffle_vector(*parts, mask(range(LANES)))
+    wide = ir.VectorType(WORD, 4 * LANES)
+    products = b.mul(b.zext(b.bitcast(unsigned, _BYTES), wide), b.sext(b.bitcast(signed, _BYTES), wide))
+    for first in range(4):
+        sums = b.add(sums, lanes_of(b, products, range(first, 4 * LANES, 4)))
+    return sums
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def lay_group(_context: Any, x: Any, block: Any, row: Any, rows: Any) -> Any:  # noqa: ARG001 - by name
+    """lay_group(x, block, row, rows): 64 floats at x as row `row` of the group at `block`, of `rows` rows.
+
+    A group that is not finite makes its row NaN.
+    """
+
+    def generate(context: Any, b: Any, _sig: Any, args: Any) -> Any:
+        _lay_group(b, *args)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 4), generate
+
+
+def _lay_group(b: Any, x: Any, block: Any, row: Any, rows: Any) -> None:
+    values = [load(b, b.add(x, LONG(4 * LANES * i)), _FLOATS) for i in range(INPUTS // LANES)]
+    sizes = [call(b, f"llvm.fabs.v{LANES}f32", _FLOATS, [value]) for value in values]
+    finite = [b.fcmp_ordered("<=", size, ir.Constant(_FLOATS, [LARGEST] * LANES)) for size in sizes]
+    whole = finite[0]
+    for more in finite[1:]:
+        whole = b.and_(whole, more)
+    sound = call(b, f"llvm.vector.reduce.and.v{LANES}i1", ir.IntType(1), [whole])
+    top = _largest(b, sizes)
+    some = b.and_(sound, b.fcmp_ordered(">=", top, _FLOAT(SMALLEST)))
+    factor = b.select(some, b.fdiv(_FLOAT(TOP), b.select(some, top, _FLOAT(1))), _FLOAT(0))
+    unit = b.select(some, b.fmul(top, _FLOAT(1 / TOP)), b.select(sound, _FLOAT(0), _FLOAT(float("nan"))))
+    by = spread(b, factor, _FLOATS)
+    sounds = spread(b, sound, ir.VectorType(ir.IntType(1), LANES))
+    total = none = ir.Constant(_WORDS, [0] * LANES)
+    target = b.add(block, b.mul(row, LONG(4)))
+    apart = b.mul(rows, LONG(4))
+    for i, value in enumerate(values):
+        rounded = call(b, f"llvm.rint.v{LANES}f32", _FLOATS, [b.fmul(value, by)])
+        numbers = b.select(sounds, b.fptosi(rounded, _WORDS), none)
+        total = b.add(total, numbers)
+        quads = b.bitcast(b.trunc(numbers, ir.VectorType(BYTE, LANES)), ir.VectorType(WORD, LANES // 4))
+        for j in range(LANES // 4):
+            place = b.add(target, b.mul(apart, LONG(i * LANES // 4 + j)))
+            b.store(b.extract_element(quads, WORD(j)), b.inttoptr(place, WORD.as_pointer()), align=4)
+    sum_ = call(b, f"llvm.vector.reduce.add.v{LANES}i32", WORD, [total])
+    place = b.add(target, b.mul(apart, LONG(QUADS)))
+    b.store(b.mul(sum_, WORD(-OFFSET)), b.inttoptr(place, WORD.as_pointer()), align=4)
+    place = b.add(target, b.mul(apart, LONG(QUADS + 1)))
+    b.store(unit, b.inttoptr(place, _FLOAT.as_pointer()), align=4)
+
+
+def _largest(b: Any, vectors: list[Any]) -> Any:
+    """Over all their lanes; anything if one is NaN."""
+    most = vectors[0]
+    for vector in vectors[1:]:
+        most = b.select(b.fcmp_ordered(">", vector, most), vector, most)
+    width = LANES
+    while width > 1:
+        width //= 2
+        one, other = (lanes_of(b, most, range(at, at + width)) for at in (0, width))
+        most = b.select(b.fcmp_ordered(">", other, one), other, one)
+    return b.extract_element(most, WORD(0))

@@ -1,0 +1,55 @@
+"""What is worked out from a layout is what looking at each piece gives."""
+
+import torch
+
+from server.adapters.methods.affine_bank import pack_changes, table_row
+from server.adapters.methods.affine_layout import KNOWN, Anatomies, Held
+from server.adapters.methods.change import Change
+from server.adapters.methods.token_spans import BIAS, MATRICES, SCALE
+from server.kernels.cpu.grouped_affine import COLUMNS
+from server.kernels.site_table import SiteTable
+
+NAMES = ["q", "k", "v", "norm", "down"]
+
+
+def changes() -> list[Change]:
+    return [
+        Change("v", a=torch.randn(3, 8), b=torch.randn(3, 6), bias=torch.randn(6)),
+        Change("norm", bias=torch.randn(8)),
+        Change("q", a=torch.randn(2, 8), b=torch.randn(2, 5), factor=0.5),
+        Change("down", gain=torch.randn(7), bias=torch.randn(7)),
+    ]
+
+
+def test_a_table_of_addresses() -> None:
+    table = SiteTable(NAMES, 2, COLUMNS, torch.device("cpu"))
+    packed = pack_changes(changes(), torch.float32)
+    anatomy = Anatomies(table).of(packed.layout, 4)
+    held = Held(packed.flat, anatomy, aligned=False)
+    expected = torch.zeros(len(NAMES), COLUMNS, dtype=torch.int64)
+    for name, change in held.changes.items():
+        expected[NAMES.index(name)] = torch.tensor(table_row(change))
+    assert torch.equal(anatomy.rows(packed.flat.data_ptr()), expected)
+    assert anatomy.rank == 3
+    assert anatomy.ways == {"v": MATRICES, "norm": BIAS, "q": MATRICES, "down": SCALE}
+    assert table.among(anatomy.mask) == ["q", "v", "norm", "down"]
+    assert table.among(anatomy.biased) == ["norm"]
+
+
+def test_one_for_all_that_were_made_alike() -> None:
+    anatomies = Anatomies(SiteTable(NAMES, 2, COLUMNS, torch.device("cpu")))
+    first, second = (pack_changes(changes(), torch.float32) for _ in range(2))
+    assert anatomies.of(first.layout, 4) is anatomies.of(first.layout, 4)
+    assert anatomies.of(second.layout, 4) is not anatomies.of(
+        first.layout, 4
+    )  # parse_cache.py makes them one
+
+
+def test_layouts_that_come_once_do_not_displace_one_that_is_asked_for() -> None:
+    anatomies = Anatomies(SiteTable(NAMES, 2, COLUMNS, torch.device("cpu")))
+    shared = pack_changes(changes(), torch.float32).layout
+    kept = anatomies.of(shared, 4)
+    for _ in range(3 * KNOWN):
+        own = pack_changes(changes(), torch.float32).layout
+        assert anatomies.of(own, 4).layout is own
+        assert anatomies.of(shared, 4) is kept

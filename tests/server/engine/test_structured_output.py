@@ -1,0 +1,57 @@
+"""What a schema's patterns allow, and what becomes of a row whose matcher has no fuel left."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from llguidance import LLMatcher, LLParserLimits
+
+from server.engine import structured_output as grammar
+from server.engine.structured_output import Grammars, consume, mask_logits
+from tests.server.api.generation.tokenizers import VOCABULARY, byte_level_tokenizer
+
+
+def matcher_of(folder: Path, schema: dict[str, object]) -> tuple[LLMatcher, int]:
+    """A matcher over the small tokenizer, and the token that ends a row."""
+    end = byte_level_tokenizer(folder).end
+    assert end is not None
+    grammars = Grammars(folder, VOCABULARY, frozenset({end}))
+    try:
+        return grammars.compile(json.dumps(schema)).result(), end
+    finally:
+        grammars.close()
+
+
+@pytest.mark.parametrize("pattern", ["^[0-9]{5}$", "^(he|llo)+$", "^a.?b$"])
+def test_an_answer_matches_its_pattern(tmp_path: Path, pattern: str) -> None:
+    matcher, end = matcher_of(tmp_path, {"type": "string", "pattern": pattern, "maxLength": 40})
+    generator = torch.Generator().manual_seed(0)
+    tokens: list[int] = []
+    while end not in tokens:
+        logits = torch.rand(1, VOCABULARY, generator=generator)
+        mask_logits(logits, [(0, matcher)])
+        tokens.append(int(logits.argmax()))
+        assert consume(matcher, tokens[-1])
+        assert len(tokens) < 200
+    text = json.loads(byte_level_tokenizer().decode(tokens))
+    assert re.fullmatch(pattern, text)
+
+
+def test_a_matcher_without_fuel_ends_its_row_in_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It lets nothing but the end through, which must not pass for the answer's own."""
+    monkeypatch.setattr(grammar, "LIMITS", LLParserLimits(step_lexer_fuel=1, verbose_errors=False))
+    matcher, end = matcher_of(tmp_path, {"type": "string", "pattern": "^(.*[ab].{30}){30}$"})
+    (quote,) = _allowed(matcher)
+    assert consume(matcher, quote)
+    assert _allowed(matcher) == [end]
+    assert not consume(matcher, end)
+
+
+def _allowed(matcher: LLMatcher) -> list[int]:
+    logits = torch.zeros(1, VOCABULARY)
+    mask_logits(logits, [(0, matcher)])
+    return [int(token) for token in torch.isfinite(logits[0]).nonzero()]

@@ -1,0 +1,87 @@
+import pytest
+
+from server.finetune.data.batching import (
+    FEWEST_TOKENS,
+    FINAL_TOKENS,
+    MOST,
+    MOST_TOKENS,
+    Batches,
+    packs,
+    plan,
+    within,
+)
+from server.finetune.data.examples import Example
+from tests.server.finetune.small_trainings import examples, recipe
+
+LENGTHS = [len(e.tokens) for e in examples(101)]
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 101, 200])
+def test_every_example_is_in_one_batch_of_an_epoch_and_all_batches_but_one_are_full(size: int) -> None:
+    batches = Batches(LENGTHS, size, seed=3)
+    drawn = list(batches)
+    assert len(drawn) == len(batches)
+    assert sorted(i for batch in drawn for i in batch) == list(range(101))
+    assert sum(len(batch) < size for batch in drawn) <= 1
+
+
+def test_an_epoch_has_an_order_of_its_own_which_seed_and_number_give() -> None:
+    batches = Batches(LENGTHS, 4, seed=3)
+    first = list(batches)
+    assert list(batches) == first
+    batches.epoch = 1
+    assert list(batches) != first
+    assert list(Batches(LENGTHS, 4, seed=4)) != first
+
+
+def test_examples_of_a_batch_are_of_like_length() -> None:
+    def spread(drawn: list[list[int]]) -> int:
+        return sum(max(LENGTHS[i] for i in batch) - min(LENGTHS[i] for i in batch) for batch in drawn)
+
+    anyhow = [list(range(at, min(at + 4, 101))) for at in range(0, 101, 4)]
+    assert spread(list(Batches(LENGTHS, 4, seed=3))) < spread(anyhow) / 4
+
+
+def test_packs_keep_the_order_and_the_size() -> None:
+    some = examples(30)
+    found = list(packs(some, 25))
+    assert [e for pack in found for e in pack] == some
+    assert all(sum(len(e.tokens) for e in pack) <= 25 for pack in found)
+    long = Example([1] * 40, [1.0] * 40)
+    assert list(packs([some[0], long, some[1]], 25)) == [[some[0]], [long], [some[1]]]
+    assert list(packs([], 25)) == []
+
+
+def test_within_takes_one_at_least() -> None:
+    some = examples(3)
+    assert within(some, 0) == some[:1]
+    assert within(some, 1e9) == some
+    assert within([], 5) == []
+
+
+def test_a_training_is_evaluated_a_few_times_and_always_at_its_end() -> None:
+    for epochs, size, count in ((1, 1, 6), (5, 1, 10), (50, 1, MOST), (1, 8, 5)):
+        own = recipe(n_epochs=epochs, batch_size=size)
+        made = plan(own, examples(40), examples(4))
+        assert len(made.steps) == count
+        assert max(made.steps) == own.steps(40)
+        assert min(made.steps) >= 1
+
+
+def test_evaluations_are_on_all_that_is_held_out_or_on_a_random_part_of_it() -> None:
+    some = examples(20)
+    made = plan(recipe(), examples(40), some)
+    assert {id(e) for e in made.examples} == {id(e) for e in some} == {id(e) for e in made.final}
+    many = examples(8000)
+    made = plan(recipe(), examples(40), many)
+    tokens = [sum(len(e.tokens) for e in part) for part in (made.examples, made.final)]
+    assert tokens[0] <= FEWEST_TOKENS
+    assert tokens[1] <= FINAL_TOKENS
+    assert made.examples == made.final[: len(made.examples)] != many[: len(made.examples)]
+    tokens_then = sum(len(e.tokens) for e in plan(recipe(n_epochs=50), many, many).examples)
+    assert MOST_TOKENS * 0.9 < tokens_then <= MOST_TOKENS
+
+
+def test_nothing_held_out_is_never_evaluated() -> None:
+    made = plan(recipe(), examples(40), [])
+    assert (made.steps, made.examples, made.final) == (frozenset(), [], [])
