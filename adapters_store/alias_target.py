@@ -10,26 +10,26 @@ from collections.abc import Mapping
 from adapters_store.names import MAX_VERSION, version_number
 from server.errors import InvalidField, shown
 
-Points = int | dict[int, float]
+AliasTarget = int | dict[int, float]
 
 MAX_WEIGHTS = 10
 MAX_WEIGHT = 1000.0
 
 
-def to_text(points: Points) -> str:
+def to_text(points: AliasTarget) -> str:
     if isinstance(points, int):
         return str(points)
     return ",".join(f"{version}:{weight!r}" for version, weight in sorted(points.items()))
 
 
-def from_text(text: str) -> Points:
+def from_text(text: str) -> AliasTarget:
     if ":" not in text:
         return int(text)
     pairs = (pair.split(":") for pair in text.split(","))
     return {int(version): float(weight) for version, weight in pairs}
 
 
-def check_weights(given: Mapping[str, float]) -> Points:
+def check_weights(given: Mapping[str, float]) -> AliasTarget:
     """`given` by version number. They are relative: 9 and 1 say what 0.9 and 0.1 do. Raises InvalidField."""
     if not 1 <= len(given) <= MAX_WEIGHTS:
         raise InvalidField(
@@ -53,12 +53,12 @@ def check_weights(given: Mapping[str, float]) -> Points:
     return next(iter(found)) if len(found) == 1 else found
 
 
-def heaviest(points: Points) -> int:
+def heaviest(points: AliasTarget) -> int:
     """Of equal weights, the newest."""
     return points if isinstance(points, int) else max(points, key=lambda version: (points[version], version))
 
 
-def pick(points: Points, sticky: str) -> int:
+def pick(points: AliasTarget, sticky: str) -> int:
     """The version for whoever `sticky` stands for: always the same one while the weights stay.
 
     Weighted rendezvous: each version draws a lot for `sticky`, of which its weight alone makes a score. So

@@ -4,31 +4,31 @@ from typing import Any
 
 import msgspec
 
-from adapters_store.alias_target import Points, from_text
+from adapters_store.alias_target import AliasTarget, from_text
 
-KEPT = 200  # entries of an adapter
+MAX_ENTRIES = 200  # entries of an adapter
 KEPT_SECONDS = 90 * 24 * 3600  # of an adapter of which nothing is left
 
 
-class Entry(msgspec.Struct, frozen=True):
+class AuditEntry(msgspec.Struct, frozen=True):
     """One change, which took every alias it names from `before` to `after`; None: there was none, is none."""
 
     id: str
     time: float  # Unix seconds
     actor: str  # a key's id, "operator", "worker", "watch" or "server"
     action: str  # publish, alias, unalias, rollback, delete, purge, restore, index
-    before: dict[str, Points | None]
-    after: dict[str, Points | None]
+    before: dict[str, AliasTarget | None]
+    after: dict[str, AliasTarget | None]
     added: tuple[int, ...]  # versions
     removed: tuple[int, ...]
 
 
-def decode_entry(record: bytes) -> Entry:
+def decode_entry(record: bytes) -> AuditEntry:
     raw: dict[str, Any] = msgspec.json.decode(record)
     before = {alias: from_text(text) for alias, text in raw["before"].items()}
     after = {alias: from_text(text) for alias, text in raw["after"].items()}
     names = sorted({*before, *after})
-    return Entry(
+    return AuditEntry(
         id=raw["id"],
         time=raw["time"] / 1000,
         actor=raw["actor"],

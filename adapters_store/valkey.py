@@ -5,11 +5,13 @@ answer was lost, so every write built on this client is idempotent.
 """
 
 import asyncio
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from redis.asyncio import BlockingConnectionPool
+from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio.client import Pipeline
 from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialWithJitterBackoff
@@ -21,8 +23,47 @@ from redis.exceptions import (
     TimeoutError,  # noqa: A004
 )
 
-from adapters_store.watched import Watched
 from server.errors import InsufficientStorage, StoreError
+
+OnCall = Callable[[float, bool], None]  # seconds, failed
+
+
+class InstrumentedRedis(Redis):
+    """Tells `on_call`. Assign that once, before use."""
+
+    on_call: OnCall = staticmethod(lambda _seconds, _failed: None)
+
+    async def execute_command(self, *args: Any, **options: Any) -> Any:
+        with _told(self.on_call):
+            return await super().execute_command(*args, **options)  # type: ignore[no-untyped-call]
+
+    def pipeline(self, transaction: bool = True, shard_hint: str | None = None) -> "InstrumentedPipeline":
+        made = InstrumentedPipeline(self.connection_pool, self.response_callbacks, transaction, shard_hint)
+        made.on_call = self.on_call
+        return made
+
+
+class InstrumentedPipeline(Pipeline):
+    on_call: OnCall = staticmethod(lambda _seconds, _failed: None)
+
+    async def execute(self, raise_on_error: bool = True) -> list[Any]:
+        with _told(self.on_call):
+            return await super().execute(raise_on_error)
+
+
+@contextmanager
+def _told(on_call: OnCall) -> Iterator[None]:
+    start, failed = time.perf_counter(), False
+    try:
+        yield
+    except ResponseError:  # an answer, and scripts ask for some (NOSCRIPT)
+        raise
+    except RedisError:
+        failed = True
+        raise
+    finally:
+        on_call(time.perf_counter() - start, failed)
+
 
 CONNECT_SECONDS = 2.0
 ANSWER_SECONDS = 5.0
@@ -71,7 +112,7 @@ def _cancels() -> int:
     return task.cancelling() if task else 0
 
 
-def connect(url: str) -> Watched:
+def connect(url: str) -> InstrumentedRedis:
     """A client for redis://, rediss:// or unix:// URLs; opens no connection yet.
 
     A cancelled command's connection is closed, never handed to the next caller with an answer pending.
@@ -87,7 +128,7 @@ def connect(url: str) -> Watched:
         retry_on_error=[ConnectionError, TimeoutError],
         decode_responses=False,
     )
-    client = Watched(connection_pool=pool)
+    client = InstrumentedRedis(connection_pool=pool)
     client.auto_close_connection_pool = True  # it is nobody else's
     return client
 

@@ -58,7 +58,7 @@ class Bench:
         manifest = self.manifest(ref)
         until(
             lambda: (
-                loader.ram.nbytes == sum(e.item.nbytes for e in loader.ram.shelf.entries.values() if e.item)
+                loader.ram.nbytes == sum(e.item.nbytes for e in loader.ram.index.entries.values() if e.item)
             )
         )
         if tier == "device":

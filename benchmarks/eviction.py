@@ -24,9 +24,9 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from server.adapters.cache.eviction_policy import FROM_STORE
-from server.adapters.cache.share import Shares
-from server.adapters.cache.tier_index import Entry, Shelf
+from server.adapters.cache.entries import Entry
+from server.adapters.cache.eviction_policy import FROM_STORE, FairShares
+from server.adapters.cache.tier_index import TierIndex
 
 RANKS = (8, 16, 32, 64)
 BYTES_A_RANK = 1_220_000  # of all linears, fp32
@@ -66,22 +66,22 @@ def lru(trace: Trace) -> list[bool]:
 
 
 def ours(trace: Trace, *, optional: bool = False) -> list[bool]:
-    """The shelf of every tier. `optional`: as on disk, where a newcomer may be left out."""
-    shelf: Shelf[Entry] = Shelf(trace.budget, FROM_STORE, Shares())
-    shelf.shares.note(TENANT)
+    """The index of every tier. `optional`: as on disk, where a newcomer may be left out."""
+    index: TierIndex[Entry] = TierIndex(trace.budget, FROM_STORE, FairShares())
+    index.shares.record(TENANT)
     hits = []
     for number in trace.asks:
         key, size = str(number), trace.sizes[number]
-        shelf.touch(key, TENANT)
-        hits.append(key in shelf.entries)
-        if key in shelf.entries:
+        index.record_request(key, TENANT)
+        hits.append(key in index.entries)
+        if key in index.entries:
             continue
-        gone = shelf.room(TENANT, size)
-        if gone is None or (optional and not shelf.deserves(key, TENANT, size, gone)):
+        gone = index.plan_eviction(TENANT, size)
+        if gone is None or (optional and not index.should_admit(key, TENANT, size, gone)):
             continue
         for entry in gone:
-            shelf.drop(entry.key)
-        shelf.add(Entry(key, TENANT, size))
+            index.drop(entry.key)
+        index.add(Entry(key, TENANT, size))
     return hits
 
 

@@ -29,12 +29,12 @@ from benchmarks.tasks import TASKS, shuffled
 from benchmarks.training import METHODS, data, recipe
 from server.adapters.methods.affine_bank import AffineBank
 from server.adapters.methods.lora import Lora
-from server.adapters.methods.token_spans import Rows, Span
+from server.adapters.methods.token_spans import Span, TokenSpans
 from server.base_model.default_model import ensure_default_model
 from server.base_model.tokenizer import Tokenizer
 from server.engine.model.base_model import FrozenModel, Placement
 from server.finetune.data.examples import Example
-from server.finetune.modeling.adapter_model import Trainable
+from server.finetune.modeling.adapter_model import AdapterModel
 from server.finetune.modeling.attention import TrainingStep, attend_within
 
 CACHE = Path(__file__).resolve().parents[1] / ".cache"
@@ -108,7 +108,7 @@ def whole(tokens: list[int]) -> Example:
     return Example(tokens, [0.0] + [1.0] * (len(tokens) - 1))
 
 
-def adapter(folder: Path, scratch: Path, steps: int) -> tuple[Trainable, list[Example]]:
+def adapter(folder: Path, scratch: Path, steps: int) -> tuple[AdapterModel, list[Example]]:
     """A LoRA r16 on all linears, trained as a job would, and examples that it has not seen."""
     examples, held_out = data(folder, scratch, steps * BATCH, HELD_OUT, "answers")
     own = recipe(METHODS["lora-all"], BATCH)
@@ -124,7 +124,7 @@ class Subject:
         self.frozen = FrozenModel(folder, folder.name, placement, self.step, attend_within)
         self.bank: AffineBank | None = None
 
-    def wear(self, trained: Trainable) -> None:
+    def wear(self, trained: AdapterModel) -> None:
         """With this adapter from now on, held as this placement says."""
         method, base = Lora(narrow=self.placement.narrow), self.frozen.base
         packed = method.pack(
@@ -141,7 +141,7 @@ class Subject:
             ids, count = torch.tensor(example.tokens), len(example.tokens)
             self.step.lengths = [count]
             if self.bank:
-                self.step.affine = [(self.bank, Rows([Span(1, 0, count)], self.bank.most))]
+                self.step.affine = [(self.bank, TokenSpans([Span(1, 0, count)], self.bank.most))]
             positions = torch.arange(count)[None]
             output = self.frozen.model(input_ids=ids[None], position_ids=positions, use_cache=False)
             own = F.cross_entropy(output.logits[0, :-1].float(), ids[1:], reduction="none")

@@ -199,10 +199,10 @@ def compare(name: str, job: Job) -> Comparison:
 
 
 def tokens_of_turns(job: Job) -> list[int]:
-    from server.finetune.data.batching import Batches
+    from server.finetune.data.batching import LengthGroupedBatches
 
     lengths = [len(e.tokens) for e in job.examples]
-    batches = list(Batches(lengths, job.recipe.batch_size, job.recipe.seed))
+    batches = list(LengthGroupedBatches(lengths, job.recipe.batch_size, job.recipe.seed))
     counts = [sum(lengths[i] for i in own) for own in batches]
     return [sum(counts[at : at + job.steps_a_turn]) for at in range(0, len(counts), job.steps_a_turn)]
 

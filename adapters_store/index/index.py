@@ -27,8 +27,8 @@ from typing import Any, Literal
 import msgspec
 from redis.asyncio import Redis
 
-from adapters_store.alias_target import Points, from_text, to_text
-from adapters_store.audit_log import KEPT, KEPT_SECONDS, Entry, decode_entry
+from adapters_store.alias_target import AliasTarget, from_text, to_text
+from adapters_store.audit_log import KEPT_SECONDS, MAX_ENTRIES, AuditEntry, decode_entry
 from adapters_store.index import lua_changes as changes
 from adapters_store.index import lua_prelude as scripts
 from adapters_store.index.records import Adapter, Deleted, Gone, Standing, Version, adapter_of, deleted_of
@@ -40,7 +40,7 @@ DELETED = "pp:deleted"
 DELETING = "pp:deleting"
 STAGED = "pp:staged"
 
-Place = Literal["live", "deleted", "none"]
+VersionState = Literal["live", "deleted", "none"]
 
 
 class Index:
@@ -51,10 +51,9 @@ class Index:
 
     def __init__(self, redis: Redis) -> None:
         self._redis = redis
+        limits = {"undo": MAX_UNDO, "history": MAX_ENTRIES, "history_seconds": KEPT_SECONDS}
         self._scripts = {
-            change: redis.register_script(
-                scripts.once(change, undo=MAX_UNDO, history=KEPT, history_seconds=KEPT_SECONDS)
-            )
+            change: redis.register_script(scripts.once(change, **limits))
             for change in (
                 changes.ADD,
                 changes.ADD_GONE,
@@ -106,10 +105,17 @@ class Index:
         await self._do(changes.ADD_GONE, place, "server", gone.version.version, entry, gone.deleted)
 
     async def alias(
-        self, tenant: str, name: str, alias: str, points: Points, actor: str, condition: str, max_aliases: int
+        self,
+        tenant: str,
+        name: str,
+        alias: str,
+        to: AliasTarget,
+        actor: str,
+        condition: str,
+        max_aliases: int,
     ) -> str:
         """done, unknown, changed, "no version", "too many". `latest` is pinned."""
-        args = alias, to_text(points), max_aliases, condition
+        args = alias, to_text(to), max_aliases, condition
         return await self._do(changes.ALIAS, (tenant, name), actor, *args)
 
     async def unalias(self, tenant: str, name: str, alias: str, actor: str, condition: str) -> str:
@@ -157,7 +163,7 @@ class Index:
 
     async def find(
         self, tenant: str, name: str, selector: int | str
-    ) -> tuple[Points | None, dict[int, Version]]:
+    ) -> tuple[AliasTarget | None, dict[int, Version]]:
         """By number or by alias, in one round trip: what the alias says, and the versions that may answer."""
         kind = "alias" if isinstance(selector, str) else "version"
         keys = _records(tenant, name)[:2]
@@ -210,7 +216,7 @@ class Index:
             found: Any = await self._redis.zrangebylex(key, start, "+", start=0, num=limit)
         return [name.decode() for name in found]
 
-    async def history(self, tenant: str, name: str) -> list[Entry]:
+    async def history(self, tenant: str, name: str) -> list[AuditEntry]:
         with store_errors():
             records: Any = await self._redis.lrange(_records(tenant, name)[3], 0, -1)
         return [decode_entry(record) for record in records]
@@ -222,7 +228,7 @@ class Index:
             keys = [key.decode() async for key in self._redis.scan_iter(f"{prefix}*", _type="zset")]
         return sorted({key.removeprefix(prefix) for key in keys})
 
-    async def place(self, key: ManifestKey) -> tuple[Place, Gone | None]:
+    async def place(self, key: ManifestKey) -> tuple[VersionState, Gone | None]:
         """Where the index says that a version is."""
         versions, gone = _records(key.tenant, key.name)[0::4]
         with store_errors():
@@ -248,7 +254,7 @@ class Index:
             members: Any = await self._redis.smembers(DELETING)
         return {member.decode() for member in members}
 
-    async def settled(self, key: ManifestKey, place: Place, member: str) -> bool:
+    async def settled(self, key: ManifestKey, place: VersionState, member: str) -> bool:
         """Forget the task `member`. False if the version has moved since: look again."""
         versions, gone = _records(key.tenant, key.name)[0::4]
         with store_errors():

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from adapters_store.alias_target import Points, from_text, heaviest
+from adapters_store.alias_target import AliasTarget, from_text, heaviest
 from adapters_store.manifest import Manifest
 from adapters_store.names import LATEST, manifest_key
 
@@ -28,7 +28,7 @@ class Version(msgspec.Struct, frozen=True):
 
 
 class Alias(NamedTuple):
-    points: Points
+    points: AliasTarget
     etag: str  # changes with what it points at; "": not known, since the index was rebuilt
 
 
@@ -36,7 +36,7 @@ class Adapter(msgspec.Struct, frozen=True):
     tenant: str
     name: str
     versions: tuple[Version, ...]  # lowest first, at least one
-    aliases: dict[str, Points]  # `latest` among them, which is always one version
+    aliases: dict[str, AliasTarget]  # `latest` among them, which is always one version
     pinned: bool = False  # `latest` was set by hand
     etag: str = ""  # changes with anything here
     etags: dict[str, str] = {}  # of its aliases
@@ -99,7 +99,7 @@ def adapter_of(
     """An adapter out of its three hashes, the first not empty."""
     found = [msgspec.json.decode(record, type=Version) for record in versions.values()]
     by_number = tuple(sorted(found, key=lambda version: version.version))
-    named: dict[str, Points] = {LATEST: by_number[-1].version}
+    named: dict[str, AliasTarget] = {LATEST: by_number[-1].version}
     named |= {alias.decode(): from_text(text.decode()) for alias, text in sorted(aliases.items())}
     tags = {field.decode(): value.decode() for field, value in state.items()}
     return Adapter(

@@ -21,7 +21,7 @@ for i = 2, #ARGV do redis.call('ZADD', KEYS[1], until_, ARGV[i]) end
 """
 
 # Those that nobody may make a version of from now on: declared so, or not here at all.
-CONDEMN = """
+RELEASE_EXPIRED = """
 local time, nobodys = redis.call('TIME'), {}
 for i = 2, #ARGV do
   local score = redis.call('ZSCORE', KEYS[1], ARGV[i])
@@ -34,7 +34,7 @@ return nobodys
 """
 
 # Those of an upload that has failed and that no version has taken, which none can from now on.
-GIVE_UP = """
+RELEASE = """
 local given = {}
 for _, key in ipairs(ARGV) do
   if redis.call('ZSCORE', KEYS[1], key) then
@@ -45,17 +45,17 @@ end
 return given
 """
 
-PAGE = 500
+PAGE_SIZE = 500
 
 
-class Staged:
+class BlobLeases:
     """All calls raise StoreError when Valkey does not answer."""
 
     def __init__(self, redis: Redis) -> None:
         self._redis = redis
         self._stage = redis.register_script(STAGE)
-        self._condemn = redis.register_script(CONDEMN)
-        self._give_up = redis.register_script(GIVE_UP)
+        self._condemn = redis.register_script(RELEASE_EXPIRED)
+        self._give_up = redis.register_script(RELEASE)
 
     async def add(self, keys: list[str], seconds: float) -> None:
         """These are about to be written; they are kept for so long, for a version to come."""
@@ -71,10 +71,10 @@ class Staged:
     async def condemn(self, keys: list[str], *, dry_run: bool = False) -> list[str]:
         """Of `keys` those that are nobody's, from now on and for ever."""
         found: list[str] = []
-        for start in range(0, len(keys), PAGE):
+        for start in range(0, len(keys), PAGE_SIZE):
             with store_errors():
                 page = await self._condemn(
-                    keys=[STAGED], args=[int(not dry_run), *keys[start : start + PAGE]]
+                    keys=[STAGED], args=[int(not dry_run), *keys[start : start + PAGE_SIZE]]
                 )
             found += [key.decode() for key in page]
         return found
@@ -88,6 +88,6 @@ class Staged:
 
     async def forget(self, keys: list[str]) -> None:
         """They are removed, or a version has them."""
-        for start in range(0, len(keys), PAGE):
+        for start in range(0, len(keys), PAGE_SIZE):
             with store_errors():
-                await self._redis.zrem(STAGED, *keys[start : start + PAGE])
+                await self._redis.zrem(STAGED, *keys[start : start + PAGE_SIZE])

@@ -14,12 +14,12 @@ from typing import NamedTuple
 import msgspec
 
 from adapters_store import names
-from adapters_store.maintenance.blob_leases import Staged
+from adapters_store.maintenance.blob_leases import BlobLeases
 from adapters_store.manifest import decode_manifest
 from adapters_store.object_store.store import Objects
 from server.errors import NotFound
 
-AT_ONCE = 32
+MAX_CONCURRENT = 32
 log = logging.getLogger(__name__)
 
 
@@ -32,7 +32,7 @@ class Collected(NamedTuple):
 class Collector:
     """All calls raise StoreError."""
 
-    def __init__(self, objects: Objects, staged: Staged, grace_seconds: float) -> None:
+    def __init__(self, objects: Objects, staged: BlobLeases, grace_seconds: float) -> None:
         self._objects = objects
         self._staged = staged
         self._grace = grace_seconds
@@ -76,8 +76,8 @@ class Collector:
         """Every blob that a manifest of the tenant names. Raises MsgspecError."""
         keys = await self._objects.list(f"{names.TENANTS}/{tenant}/adapters")
         found: set[str] = set()
-        for start in range(0, len(keys), AT_ONCE):
-            page = await asyncio.gather(*(self._blobs(key) for key in keys[start : start + AT_ONCE]))
+        for start in range(0, len(keys), MAX_CONCURRENT):
+            page = await asyncio.gather(*(self._blobs(key) for key in keys[start : start + MAX_CONCURRENT]))
             found = found.union(*page)
         return found
 

@@ -14,13 +14,13 @@ return {#tenants, adapters}
 """
 
 
-class Census(NamedTuple):
+class StoreCounts(NamedTuple):
     tenants: int
     adapters: int
 
 
-async def census(redis: Redis) -> Census:
+async def store_counts(redis: Redis) -> StoreCounts:
     """Takes Valkey about a millisecond for a thousand tenants. Raises StoreError."""
     with store_errors():
         found: Any = await redis.eval(COUNT, 0)
-    return Census(*map(int, found))
+    return StoreCounts(*map(int, found))

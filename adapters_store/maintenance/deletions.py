@@ -17,11 +17,11 @@ from adapters_store.names import ManifestKey
 from adapters_store.object_store.store import Objects
 from server.errors import NotFound
 
-AT_ONCE = 16
+MAX_CONCURRENT = 16
 log = logging.getLogger(__name__)
 
 
-class Leftovers:
+class DeletionReconciler:
     """All calls raise StoreError."""
 
     def __init__(self, objects: Objects, index: Index) -> None:
@@ -31,8 +31,8 @@ class Leftovers:
     async def settle(self, prefix: str = "") -> None:
         """Do every task there is, or those under `prefix`. Of several who do, none is in another's way."""
         ahead = sorted(task for task in await self._index.deleting() if task.startswith(prefix))
-        for start in range(0, len(ahead), AT_ONCE):
-            await asyncio.gather(*map(self._settle, ahead[start : start + AT_ONCE]))
+        for start in range(0, len(ahead), MAX_CONCURRENT):
+            await asyncio.gather(*map(self._settle, ahead[start : start + MAX_CONCURRENT]))
 
     async def _settle(self, member: str) -> None:
         """What the index says may change while the store is being told: the last word counts."""

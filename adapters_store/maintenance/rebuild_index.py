@@ -11,22 +11,22 @@ import msgspec
 from adapters_store import names
 from adapters_store.index.index import Index
 from adapters_store.index.records import Gone, summary
-from adapters_store.maintenance.deletions import Leftovers
+from adapters_store.maintenance.deletions import DeletionReconciler
 from adapters_store.manifest import Manifest, decode_manifest
 from adapters_store.names import ManifestKey
 from adapters_store.object_store.store import Objects
 from server.errors import NotFound
 
 NO_QUOTA = 2**53
-AT_ONCE = 64
-PAGE = 100
+MAX_CONCURRENT = 64
+PAGE_SIZE = 100
 log = logging.getLogger(__name__)
 
 
-class Rebuild:
+class IndexRebuild:
     """All calls raise StoreError."""
 
-    def __init__(self, objects: Objects, index: Index, leftovers: Leftovers) -> None:
+    def __init__(self, objects: Objects, index: Index, leftovers: DeletionReconciler) -> None:
         self._objects = objects
         self._index = index
         self._leftovers = leftovers
@@ -37,8 +37,8 @@ class Rebuild:
         stored = set(await self._objects.list(names.TENANTS))
         places = [place for key in sorted(stored) if (place := names.parse_manifest_key(key))]
         found = 0
-        for start in range(0, len(places), AT_ONCE):
-            page = places[start : start + AT_ONCE]
+        for start in range(0, len(places), MAX_CONCURRENT):
+            page = places[start : start + MAX_CONCURRENT]
             found += sum(await asyncio.gather(*(self._learn(place, stored) for place in page)))
         for deleted in (False, True):
             for tenant in await self._index.tenants(deleted=deleted):
@@ -91,7 +91,7 @@ class Rebuild:
     async def _forget_missing(self, tenant: str, stored: set[str], *, deleted: bool) -> None:
         """Versions of which there is no manifest."""
         after = None
-        while page := await self._index.names(tenant, after, PAGE, deleted=deleted):
+        while page := await self._index.names(tenant, after, PAGE_SIZE, deleted=deleted):
             after = page[-1]
             if deleted:
                 gone = [

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 
-def remove_drafts(store_url: str, grace_seconds: float, *, dry_run: bool = False) -> list[str]:
+def remove_stale_temp_files(store_url: str, grace_seconds: float, *, dry_run: bool = False) -> list[str]:
     """Remove, or only name, the drafts older than the grace period: their paths in the store. Blocking."""
     parts = urlsplit(store_url)
     if parts.scheme != "file":

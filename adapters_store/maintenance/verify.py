@@ -14,7 +14,7 @@ from adapters_store.names import ManifestKey
 from adapters_store.object_store.store import Objects
 from server.errors import CorruptObject, NotFound
 
-PAGE = 100
+PAGE_SIZE = 100
 Kind = Literal["missing", "corrupt", "unindexed", "unreferenced"]
 FAULTS: frozenset[Kind] = frozenset({"missing", "corrupt"})  # the others uploads leave that died
 
@@ -29,7 +29,7 @@ class Finding(NamedTuple):
         return self.kind in FAULTS
 
 
-class Step(NamedTuple):
+class Progress(NamedTuple):
     done: int  # objects looked at
     total: int
     findings: tuple[Finding, ...] = ()
@@ -42,26 +42,26 @@ class Verifier:
         self._objects = objects
         self._index = index
 
-    async def run(self, folder: Path) -> AsyncGenerator[Step, None]:
+    async def run(self, folder: Path) -> AsyncGenerator[Progress, None]:
         """A step for each manifest and blob; `folder` is for one blob at a time."""
         keys = set(await self._objects.list(names.TENANTS))
         places = [place for key in sorted(keys) if (place := names.parse_manifest_key(key))]
         blobs = {key for key in keys if names.blob_tenant(key)}
         total, done, named = len(places) + len(blobs), 0, set[str]()
         for finding in await self._lost(keys):
-            yield Step(done, total, (finding,))
+            yield Progress(done, total, (finding,))
         for place in places:
             manifest, findings = await self._manifest(place)
             done += 1
-            yield Step(done, total, findings)
+            yield Progress(done, total, findings)
             for blob in manifest.files if manifest else ():
                 named.add(blob.key)
                 findings = await self._blob(place, blob.key, blob.sha256, folder / "blob")
                 done += blob.key in blobs
-                yield Step(done, total, findings)
+                yield Progress(done, total, findings)
         for key in sorted(blobs - named):
             done += 1
-            yield Step(done, total, (Finding("unreferenced", key, ""),))
+            yield Progress(done, total, (Finding("unreferenced", key, ""),))
 
     async def _lost(self, keys: set[str]) -> list[Finding]:
         """Versions that the index knows and the store does not."""
@@ -77,7 +77,7 @@ class Verifier:
 
     async def _indexed(self, tenant: str, *, deleted: bool) -> list[ManifestKey]:
         found, after = [], None
-        while page := await self._index.names(tenant, after, PAGE, deleted=deleted):
+        while page := await self._index.names(tenant, after, PAGE_SIZE, deleted=deleted):
             after = page[-1]
             if deleted:
                 gone = await self._index.deleted(tenant, page)

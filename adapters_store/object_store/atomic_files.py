@@ -9,11 +9,31 @@ import contextlib
 import hashlib
 import os
 import secrets
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Protocol
 
-from server.errors import CorruptObject, TooLarge
+from server.errors import CorruptObject, StoreError, TooLarge
+
+
+def chunks_of(source: Path | bytes, size: int) -> Iterator[bytes]:
+    if isinstance(source, bytes):
+        yield source
+        return
+    with source.open("rb") as file:
+        while chunk := file.read(size):
+            yield chunk
+
+
+def within_deadline(chunks: Iterator[bytes], seconds: float) -> Iterator[bytes]:
+    """`chunks`, as long as they come within the time; StoreError after it."""
+    end = time.monotonic() + seconds
+    for chunk in chunks:
+        if time.monotonic() > end:
+            raise StoreError(f"A transfer took longer than {seconds:.0f} s; it was given up.")
+        yield chunk
+
 
 DAMAGED = "Stored bytes do not match their SHA-256; they were not used."
 HASHED = 1 << 20  # bytes at a time: hashed while they are in the processor's cache
@@ -89,7 +109,7 @@ class ReadInto(Protocol):
     def __call__(self, buffer: memoryview, /) -> int | None: ...
 
 
-def fill(buffer: memoryview, read_into: ReadInto, sha256: str) -> bool:
+def read_into(buffer: memoryview, read_into: ReadInto, sha256: str) -> bool:
     """Fill `buffer` from a file's `readinto`; whether it got all, and that is what `sha256` names."""
     digest, at = hashlib.sha256(), 0
     while at < len(buffer):

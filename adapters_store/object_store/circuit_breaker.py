@@ -14,22 +14,24 @@ from typing import Literal
 
 from server.errors import StoreError
 
-FAILURES = 5
-SECONDS = 2.0
-MAX_SECONDS = 30.0
+MAX_FAILURES = 5
+FIRST_OPEN_SECONDS = 2.0
+MAX_OPEN_SECONDS = 30.0
 
 State = Literal["closed", "open", "half-open"]
 
 
-class Breaker:
-    def __init__(self, failures: int | None = FAILURES, clock: Callable[[], float] = time.monotonic) -> None:
+class CircuitBreaker:
+    def __init__(
+        self, failures: int | None = MAX_FAILURES, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         """`failures` None: it never opens."""
         self.opened = 0  # times, for figures
         self._failures = failures
         self._clock = clock
         self._lock = threading.Lock()
         self._in_a_row = 0
-        self._wait = SECONDS
+        self._wait = FIRST_OPEN_SECONDS
         self._until: float | None = None  # open until then; None: closed
         self._probing = False
 
@@ -55,14 +57,14 @@ class Breaker:
         with self._lock:
             self._probing = self._probing and not probe
             if worked:
-                self._in_a_row, self._wait, self._until = 0, SECONDS, None
+                self._in_a_row, self._wait, self._until = 0, FIRST_OPEN_SECONDS, None
                 return False
             self._in_a_row += 1
             if self._until is None:
                 opens = self._failures is not None and self._in_a_row >= self._failures
             else:
                 opens = probe
-                self._wait = min(2 * self._wait, MAX_SECONDS) if probe else self._wait
+                self._wait = min(2 * self._wait, MAX_OPEN_SECONDS) if probe else self._wait
             if opens:
                 self._until = self._clock() + self._wait
                 self.opened += 1

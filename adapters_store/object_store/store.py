@@ -28,9 +28,9 @@ from obstore.exceptions import AlreadyExistsError, BaseError
 from obstore.store import AzureStore, GCSStore, LocalStore, MemoryStore, S3Store
 
 from adapters_store.object_store import atomic_files
-from adapters_store.object_store.circuit_breaker import Breaker
+from adapters_store.object_store.atomic_files import chunks_of, within_deadline
+from adapters_store.object_store.circuit_breaker import CircuitBreaker
 from adapters_store.object_store.cloud import BULK_SECONDS, Clients, open_cloud, read_options
-from adapters_store.object_store.streams import chunks_of, in_time
 from server.errors import CorruptObject, NotFound, StartupError, StoreError, TooLarge, disk_error, shown
 
 T = TypeVar("T")
@@ -57,7 +57,7 @@ class Objects:
     """One store, under one prefix that no key can leave."""
 
     def __init__(self, clients: Clients, folder: Path | None, *, remote: bool) -> None:
-        self.breaker = Breaker() if remote else Breaker(failures=None)
+        self.breaker = CircuitBreaker() if remote else CircuitBreaker(failures=None)
         self.on_call: OnCall = lambda _operation, _seconds, _outcome: None
         self.remote = remote
         self._quick, self._bulk = clients
@@ -126,7 +126,7 @@ class Objects:
             elif isinstance(source, bytes) or source.stat().st_size <= PART:
                 obstore.put(self._bulk, _checked(key), b"".join(chunks), use_multipart=False)
             else:
-                parts = in_time(chunks, BULK_SECONDS)
+                parts = within_deadline(chunks, BULK_SECONDS)
                 obstore.put(self._bulk, _checked(key), parts, chunk_size=PART, max_concurrency=PARTS)
 
     def create_sync(self, key: str, data: bytes) -> bool:
@@ -151,7 +151,7 @@ class Objects:
         with self._call("download"):
             found = obstore.get(self._bulk, _checked(key))
             chunks = (bytes(chunk) for chunk in found.stream(min_chunk_size=CHUNK))
-            atomic_files.write_file(path, in_time(chunks, BULK_SECONDS), sha256)
+            atomic_files.write_file(path, within_deadline(chunks, BULK_SECONDS), sha256)
 
     def read_sync(self, key: str, buffer: memoryview, sha256: str) -> None:
         """Fill `buffer`, which is as long as the object; CorruptObject if they are not `sha256`'s."""
@@ -159,14 +159,14 @@ class Objects:
             if self._folder:
                 with (self._folder / _checked(key)).open("rb", buffering=0) as file:
                     same = os.fstat(file.fileno()).st_size == len(buffer)
-                    if not same or not atomic_files.fill(buffer, file.readinto, sha256):
+                    if not same or not atomic_files.read_into(buffer, file.readinto, sha256):
                         raise CorruptObject(atomic_files.DAMAGED)
                 return
             found, at = obstore.get(self._bulk, _checked(key)), 0
             if found.meta["size"] != len(buffer):
                 raise CorruptObject(atomic_files.DAMAGED)
             chunks = map(bytes, found.stream(min_chunk_size=CHUNK))
-            for chunk in atomic_files.verified(in_time(chunks, BULK_SECONDS), sha256):
+            for chunk in atomic_files.verified(within_deadline(chunks, BULK_SECONDS), sha256):
                 buffer[at : at + len(chunk)] = chunk
                 at += len(chunk)
 

@@ -4,7 +4,7 @@ Knows the index only. Every StoreError means "try again".
 """
 
 from adapters_store import names
-from adapters_store.alias_target import Points
+from adapters_store.alias_target import AliasTarget
 from adapters_store.index.index import Index
 from adapters_store.index.records import Alias
 from server.errors import Conflict, InvalidField, ModelNotFound, PreconditionFailed, QuotaExceeded, shown
@@ -30,7 +30,7 @@ class Aliases:
         tenant: str,
         name: str,
         alias: str,
-        points: Points,
+        points: AliasTarget,
         *,
         actor: str = "server",
         condition: str = "",
@@ -77,7 +77,7 @@ class Aliases:
         if done != "done":
             raise _changed(alias) if done == "changed" else unknown(f"{name}@{alias}")
 
-    async def _missing(self, tenant: str, name: str, points: Points) -> int:
+    async def _missing(self, tenant: str, name: str, points: AliasTarget) -> int:
         """The first version that is not there: of an unknown adapter, the first."""
         adapters = await self._index.adapters(tenant, [name]) if names.is_name(name) else []
         there = {version.version for adapter in adapters for version in adapter.versions}

@@ -77,7 +77,7 @@ class AnnouncedFile(msgspec.Struct, frozen=True):
     bytes: int
 
 
-class DirectUpload(msgspec.Struct, frozen=True, kw_only=True):
+class PresignedUpload(msgspec.Struct, frozen=True, kw_only=True):
     id: str  # adup_...
     tenant: str
     name: str  # of the adapter to be
@@ -102,7 +102,7 @@ class DirectUpload(msgspec.Struct, frozen=True, kw_only=True):
         return f"{self.prefix}{number}"
 
 
-class DirectUploads:
+class PresignedUploads:
     """All calls raise StoreError; with an upload of nobody or of another tenant, all raise NotFound."""
 
     def __init__(self, redis: Redis, max_pending: int) -> None:
@@ -113,7 +113,7 @@ class DirectUploads:
             redis.register_script(PRELUDE + script) for script in scripts
         )
 
-    async def create(self, upload: DirectUpload) -> DirectUpload:
+    async def create(self, upload: PresignedUpload) -> PresignedUpload:
         """Raises QuotaExceeded."""
         fixed = msgspec.json.encode(upload)
         args: list[bytes | str | int] = [upload.id, fixed, self._max_pending, LIFE_SECONDS, KEPT_SECONDS]
@@ -123,7 +123,7 @@ class DirectUploads:
             raise QuotaExceeded(f"A tenant may have {self._max_pending} uploads open at a time.")
         return await self.get(upload.tenant, upload.id)
 
-    async def get(self, tenant: str, id_: str) -> DirectUpload:
+    async def get(self, tenant: str, id_: str) -> PresignedUpload:
         with store_errors():
             found = await self._redis.hgetall(_keys(tenant, id_)[0]) if id_.isidentifier() else {}
             now, _ = await self._redis.time()
@@ -132,7 +132,7 @@ class DirectUploads:
         fields = {text(name): text(value) for name, value in found.items()}
         expires, status = int(fields["expires"]), fields["status"]
         return msgspec.structs.replace(
-            msgspec.json.decode(fields["fixed"], type=DirectUpload),
+            msgspec.json.decode(fields["fixed"], type=PresignedUpload),
             expires=expires,
             status="expired" if status == "pending" and expires <= int(now) else status,
             asked=fields.get("asked", ""),
@@ -141,7 +141,7 @@ class DirectUploads:
             now=int(now),
         )
 
-    async def claim(self, upload: DirectUpload, token: str, first: int) -> DirectUpload:
+    async def claim(self, upload: PresignedUpload, token: str, first: int) -> PresignedUpload:
         """Be, or stay, the one who completes it; `first` counts if nobody was before. Raises Conflict."""
         answer = await self._run(self._claim, upload, token, CLAIM_SECONDS, first)
         if answer == "busy":
@@ -150,13 +150,13 @@ class DirectUploads:
             raise ended(upload.id, answer)
         return await self.get(upload.tenant, upload.id)
 
-    async def release(self, upload: DirectUpload, token: str) -> None:
+    async def release(self, upload: PresignedUpload, token: str) -> None:
         await self._run(self._release, upload, token)
 
-    async def complete(self, upload: DirectUpload, version: int, asked: str) -> None:
+    async def complete(self, upload: PresignedUpload, version: int, asked: str) -> None:
         await self._run(self._finish, upload, upload.id, "completed", version, asked, CLAIM_SECONDS)
 
-    async def cancel(self, upload: DirectUpload) -> None:
+    async def cancel(self, upload: PresignedUpload) -> None:
         """Raises Conflict if it has ended otherwise, or is being completed."""
         answer = "expired" if upload.status == "expired" else "busy"
         if upload.status != "expired":
@@ -164,7 +164,7 @@ class DirectUploads:
         if answer != "cancelled":
             raise ended(upload.id, "being completed" if answer == "busy" else answer)
 
-    async def _run(self, script: AsyncScript, upload: DirectUpload, *args: str | int) -> str:
+    async def _run(self, script: AsyncScript, upload: PresignedUpload, *args: str | int) -> str:
         with store_errors():
             answer = await script(keys=_keys(upload.tenant, upload.id), args=list(args))
         return text(answer)

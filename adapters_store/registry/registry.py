@@ -16,13 +16,13 @@ from redis.asyncio import Redis
 
 from adapters_store import names
 from adapters_store.alias_target import heaviest, pick
-from adapters_store.audit_log import Entry
+from adapters_store.audit_log import AuditEntry
 from adapters_store.index.index import Index
 from adapters_store.index.records import Adapter, Deleted, Version, summary
-from adapters_store.maintenance.blob_leases import Staged
+from adapters_store.maintenance.blob_leases import BlobLeases
 from adapters_store.maintenance.collector import Collector
-from adapters_store.maintenance.deletions import Leftovers
-from adapters_store.maintenance.rebuild_index import Rebuild
+from adapters_store.maintenance.deletions import DeletionReconciler
+from adapters_store.maintenance.rebuild_index import IndexRebuild
 from adapters_store.maintenance.verify import Verifier
 from adapters_store.manifest import Blob, Manifest, decode_manifest, encode_manifest
 from adapters_store.object_store.store import Objects, sha256_of
@@ -41,7 +41,7 @@ MAX_FILE_NAME = 128
 MAX_VERSIONS = 1000  # of one adapter, at a time
 GRACE_SECONDS = 24 * 3600.0  # from the first byte of an upload to its version
 RETENTION_SECONDS = 7 * 24 * 3600.0
-PAGE = 100
+PAGE_SIZE = 100
 log = logging.getLogger(__name__)
 
 
@@ -61,8 +61,8 @@ class Registry:
     ) -> None:
         self._objects = objects
         self._index = Index(redis)
-        self._staged = Staged(redis)
-        self._leftovers = Leftovers(objects, self._index)
+        self._staged = BlobLeases(redis)
+        self._leftovers = DeletionReconciler(objects, self._index)
         self.aliases = Aliases(self._index)
         self._max_adapters = max_adapters
         self._max_bytes = max_bytes
@@ -70,7 +70,7 @@ class Registry:
         self.retention = retention_seconds
         self._grace = grace_seconds
         self.collector = Collector(objects, self._staged, grace_seconds)
-        self._rebuild = Rebuild(objects, self._index, self._leftovers)
+        self._rebuild = IndexRebuild(objects, self._index, self._leftovers)
         self.verifier = Verifier(objects, self._index)
 
     async def stage(self, tenant: str, files: list[tuple[str, Path]]) -> list[Blob]:
@@ -221,7 +221,7 @@ class Registry:
         found = await self._index.names(tenant, after, limit, deleted=True)
         return await self._index.deleted(tenant, found)
 
-    async def history(self, tenant: str, name: str) -> list[Entry]:
+    async def history(self, tenant: str, name: str) -> list[AuditEntry]:
         """Newest first; also of an adapter that is deleted. Raises NotFound."""
         found = await self._index.history(tenant, name) if names.is_name(name) else []
         if not found:
@@ -234,7 +234,7 @@ class Registry:
 
     async def finish_deletes(self) -> None:
         """Purge what was deleted too long ago, and what a crash or a failing store left behind."""
-        while due := await self._index.due(time.time() - self.retention, PAGE):
+        while due := await self._index.due(time.time() - self.retention, PAGE_SIZE):
             for place in due:
                 cutoff = time.time() - self.retention
                 await self._index.purge(place.tenant, place.name, place.version, "server", cutoff)

@@ -15,8 +15,8 @@ import torch
 import typer
 from rich.console import Console
 
-from server.engine.metrics.counters import Figures
-from server.engine.metrics.step_timer import EVERY, Stopwatch, Timed
+from server.engine.metrics.counters import EngineMetrics
+from server.engine.metrics.step_timer import EVERY, StepTimer, Timed
 from server.engine.scheduling.row import Row
 from server.messages import AdapterRef, Generate, Sampling, Stats, decode_event, encode
 from server.metrics import Metrics
@@ -58,8 +58,8 @@ class Nothing:
 
 def of_engine(console: Console) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        figures = Figures(Path(folder) / "engine", "ids", TOP)
-        clock = Stopwatch(figures, torch.device("cpu"))
+        figures = EngineMetrics(Path(folder) / "engine", "ids", TOP)
+        clock = StepTimer(figures, torch.device("cpu"))
         rows = [row(number) for number in range(200)]
 
         def step() -> None:
@@ -96,7 +96,7 @@ def of_engine(console: Console) -> None:
 
 def of_api(console: Console) -> None:
     metrics = Metrics("model", multiprocess_dir())
-    figures = Figures(None, "ids", TOP)
+    figures = EngineMetrics(None, "ids", TOP)
     for number in range(200):
         figures.ended(row(number), 2.0)
     message = encode(figures.report("boot", {}, []))

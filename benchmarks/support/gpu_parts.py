@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from benchmarks.support.inputs import LINEARS, RANK
-from server.adapters.methods.affine_layout import Piece
+from server.adapters.methods.affine_layout import TensorPiece
 from server.adapters.methods.interface import Packed
 from server.engine.engine import Engine
 from server.engine.model import base_model as frozen
@@ -141,7 +141,7 @@ def make_packed(engine: Engine, seed: int) -> Packed:
         if site.kind == "linear" and site.name.endswith(tuple(LINEARS))
     ]
     pieces = [
-        Piece(site.name, part, (RANK, width))
+        TensorPiece(site.name, part, (RANK, width))
         for site in sites
         for part, width in (("a", site.inputs), ("b", site.outputs))
     ]

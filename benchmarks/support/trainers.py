@@ -16,10 +16,10 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
 from benchmarks.support.arms import Child, quiet
-from server.finetune.data.batching import Batches
+from server.finetune.data.batching import LengthGroupedBatches
 from server.finetune.data.examples import Example
 from server.finetune.jobs.job import Level, Wish
-from server.finetune.modeling.adapter_model import Trainable
+from server.finetune.modeling.adapter_model import AdapterModel
 from server.finetune.recipe import Recipe
 from server.finetune.training.evaluation import score
 from server.finetune.training.observer import Evaluated, StepDone
@@ -128,11 +128,11 @@ class Ours:
         """Nothing but an early end, which a recipe for a benchmark does not ask for."""
 
 
-def ours(job: Job) -> Trainable:
-    return Trainable(job.model, job.model.name, job.recipe, init_text=job.examples[0].tokens)
+def ours(job: Job) -> AdapterModel:
+    return AdapterModel(job.model, job.model.name, job.recipe, init_text=job.examples[0].tokens)
 
 
-def train_ours(job: Job) -> Trainable:
+def train_ours(job: Job) -> AdapterModel:
     """Trained to the end, in this process."""
     side = Ours(job, Silent())
     side.train()
@@ -174,7 +174,9 @@ class _Trainer(Trainer):  # type: ignore[misc]  # transformers has no types
         arguments = training_arguments(job.recipe, job.scratch / "theirs", torch.device("cpu"))
         super().__init__(model, arguments, train_dataset=job.examples, callbacks=[_Told(turns)])
         self.remove_callback(PrinterCallback)
-        self.batches = Batches([len(e.tokens) for e in job.examples], job.recipe.batch_size, job.recipe.seed)
+        self.batches = LengthGroupedBatches(
+            [len(e.tokens) for e in job.examples], job.recipe.batch_size, job.recipe.seed
+        )
 
     def get_train_dataloader(self) -> DataLoader[Example]:
         return DataLoader(self.train_dataset, batch_sampler=self.batches, collate_fn=padded)

@@ -15,7 +15,7 @@ ROWS = 64
 FACTOR = 0x9E3779B97F4A7C15 - (1 << 64)  # odd; as an int64
 
 
-def seal_of(flat: torch.Tensor) -> int:
+def checksum(flat: torch.Tensor) -> int:
     """Of a contiguous tensor [n] of any dtype. Waits for the device."""
     data = flat.detach().view(torch.uint8)
     whole = len(data) - len(data) % (8 * ROWS)

@@ -9,17 +9,17 @@ from fastapi import FastAPI
 
 from adapters_store.object_store.store import Objects
 from adapters_store.registry.identity import prove_identity_in_time
-from adapters_store.registry.presigned_uploads import DirectUploads
+from adapters_store.registry.presigned_uploads import PresignedUploads
 from adapters_store.registry.registry import Registry
 from adapters_store.valkey import connect
 from server.adapters.methods import build_methods
-from server.api.adapters.bucket_watcher import Watcher
-from server.api.adapters.cleanup import Upkeep
-from server.api.adapters.publish import TrainedGate
-from server.api.cluster_metrics import SystemFigures
+from server.api.adapters.bucket_watcher import BucketWatcher
+from server.api.adapters.cleanup import CleanupLoop
+from server.api.adapters.publish import TrainedAdmission
+from server.api.cluster_metrics import ClusterMetrics
 from server.api.http.error_responses import add_handlers
-from server.api.http.middleware import Envelope
-from server.api.http.temp_files import clear_incoming
+from server.api.http.middleware import RequestMiddleware
+from server.api.http.temp_files import clear_temp_folders
 from server.api.routes import adapter_uploads as direct_uploads
 from server.api.routes import (
     adapters,
@@ -42,7 +42,7 @@ from server.base_model.resolve import resolve_model
 from server.base_model.tokenizer import Tokenizer
 from server.engine.client import EngineClient
 from server.errors import StartupError
-from server.files.files import Files
+from server.files.files import FileStore
 from server.files.uploads import Uploads
 from server.finetune.jobs.jobs import Jobs
 from server.finetune.jobs.publisher import Publisher
@@ -85,20 +85,20 @@ def build_app(settings: Settings, tracing: Tracing | None = None) -> FastAPI:
     Raises StartupError for what is wrong with the settings or the model's tokenizer.
     """
     services = build_services(settings)
-    watcher = None if settings.watch_prefix is None else Watcher(services, settings.watch_prefix)
+    watcher = None if settings.watch_prefix is None else BucketWatcher(services, settings.watch_prefix)
     if tracing is None and settings.otlp_endpoint:
         tracing = Tracing.to(settings.otlp_endpoint, settings.trace_share)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        clear_incoming(settings)
+        clear_temp_folders(settings)
         await services.engine.start()
         publisher = Publisher(
-            services.jobs, services.files, services.registry, services.objects, TrainedGate(services)
+            services.jobs, services.files, services.registry, services.objects, TrainedAdmission(services)
         )
         loops: list[Loop] = []
         if settings.api_number == 0:
-            loops = [publisher.run, Upkeep(services.registry).run, lambda: pins.keep_pins(services)]
+            loops = [publisher.run, CleanupLoop(services.registry).run, lambda: pins.keep_pins(services)]
             loops += [watcher.run] if watcher is not None else []
         work = asyncio.create_task(_work(services, loops))
         app.state.services = services
@@ -126,7 +126,7 @@ def build_app(settings: Settings, tracing: Tracing | None = None) -> FastAPI:
     for module in ROUTERS:
         app.include_router(module.router)
     add_handlers(app)
-    app.add_middleware(Envelope, metrics=services.metrics, tracing=tracing)
+    app.add_middleware(RequestMiddleware, metrics=services.metrics, tracing=tracing)
     return app
 
 
@@ -155,7 +155,7 @@ def build_services(settings: Settings) -> Services:
     objects = Objects.open(settings.store_url, settings.store_config)
     objects.on_call = metrics.on_store_call
     metrics.breaker = lambda: objects.breaker.state
-    tenant_files = Files(
+    tenant_files = FileStore(
         redis,
         objects,
         max_files=settings.max_files_per_tenant,
@@ -180,7 +180,7 @@ def build_services(settings: Settings) -> Services:
         tenants=Tenants(redis),
         engine=engine,
         metrics=metrics,
-        system_figures=SystemFigures(redis, metrics, losses=settings.metrics_closed),
+        system_figures=ClusterMetrics(redis, metrics, losses=settings.metrics_closed),
         files=tenant_files,
         uploads=Uploads(
             redis,
@@ -189,7 +189,7 @@ def build_services(settings: Settings) -> Services:
             max_bytes=settings.max_file_bytes,
             max_pending=settings.max_uploads_per_tenant,
         ),
-        directs=DirectUploads(redis, settings.max_uploads_per_tenant),
+        directs=PresignedUploads(redis, settings.max_uploads_per_tenant),
         jobs=Jobs(redis, queue, settings.max_jobs_per_tenant),
         pins=Pins(redis, settings.max_pins_per_tenant),
         queue=queue,

@@ -10,10 +10,10 @@ from collections import Counter
 
 from redis.asyncio import Redis
 
-from adapters_store.maintenance.counts import Census, census
+from adapters_store.maintenance.counts import StoreCounts, store_counts
 from adapters_store.valkey import store_errors
 from server.errors import StoreError
-from server.finetune.jobs.stats import Figures, figures
+from server.finetune.jobs.stats import JobStats, job_stats
 from server.metrics import Metrics
 from server.metrics.names import FLEET, OUTCOMES
 from server.metrics.render import Labels, Values
@@ -23,7 +23,7 @@ CENSUS_SECONDS = 10.0  # it walks over all tenants
 PATIENCE_SECONDS = 1.0
 
 
-class SystemFigures:
+class ClusterMetrics:
     def __init__(self, redis: Redis, metrics: Metrics, *, losses: bool) -> None:
         """`losses`: how some tenant's training goes is shown as well."""
         self._redis = redis
@@ -31,7 +31,7 @@ class SystemFigures:
         self._metrics = metrics
         self._reading = asyncio.Lock()
         self._read_at = self._counted_at = float("-inf")
-        self._census = Census(0, 0)
+        self._census = StoreCounts(0, 0)
 
     async def refresh(self) -> None:
         """Bring the figures up to date, unless they are. Raises nothing: Valkey's absence is a figure."""
@@ -47,7 +47,7 @@ class SystemFigures:
 
     async def _read(self) -> Values:
         if time.monotonic() - self._counted_at > CENSUS_SECONDS:
-            self._census = await census(self._redis)
+            self._census = await store_counts(self._redis)
             self._counted_at = time.monotonic()
         with store_errors():
             info = await self._redis.info()
@@ -59,12 +59,12 @@ class SystemFigures:
             "valkey_memory": [((), float(info.get("used_memory", 0)))],
             "tenants": [((), float(self._census.tenants))],
             "adapters_registered": [((), float(self._census.adapters))],
-            **_of_training(found := await figures(self._redis)),
+            **_of_training(found := await job_stats(self._redis)),
             "training_loss": _losses(found) if self._losses else [],
         }
 
 
-def _of_training(found: Figures) -> Values:
+def _of_training(found: JobStats) -> Values:
     counted = Counter(found.counters)
     busy = sum(state.busy for state in found.workers.values())
     plain = ("training_tokens", "training_steps", "checkpoints", "checkpoint_bytes")
@@ -84,5 +84,5 @@ def _of_training(found: Figures) -> Values:
     }
 
 
-def _losses(found: Figures) -> list[tuple[Labels, float]]:
+def _losses(found: JobStats) -> list[tuple[Labels, float]]:
     return [((name,), state.loss) for name, state in found.workers.items() if state.loss is not None]

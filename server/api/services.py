@@ -1,21 +1,24 @@
 """What a request handler may use. Built once by server.api.app; holds no state of its own but `draining`."""
 
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from weakref import WeakValueDictionary
 
 from anyio import CapacityLimiter
 from redis.asyncio import Redis
 
 from adapters_store.object_store.store import Objects
-from adapters_store.registry.presigned_uploads import DirectUploads
+from adapters_store.registry.presigned_uploads import PresignedUploads
 from adapters_store.registry.registry import Registry
 from server.adapters.methods.interface import Method
 from server.adapters.sites import Base
-from server.api.cluster_metrics import SystemFigures
-from server.api.turns import Turns
+from server.api.cluster_metrics import ClusterMetrics
 from server.base_model.tokenizer import Tokenizer
 from server.engine.client import EngineClient
-from server.errors import InvalidRequest, StartupError, Unavailable
-from server.files.files import Files
+from server.errors import DeadlineExceeded, InvalidRequest, StartupError, Unavailable
+from server.files.files import FileStore
 from server.files.uploads import Uploads
 from server.finetune.jobs.jobs import Jobs
 from server.finetune.jobs.queue import WorkerQueue
@@ -23,6 +26,23 @@ from server.metrics import Metrics
 from server.settings import Settings
 from server.tenancy.pins import Pins
 from server.tenancy.tenants import Tenants
+
+
+class FairLock:
+    def __init__(self) -> None:
+        self._all = asyncio.Lock()
+        self._tenants: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+
+    @asynccontextmanager
+    async def turn(self, tenant: str, seconds: float) -> AsyncIterator[None]:
+        """The block is this tenant's turn. Raises DeadlineExceeded if waiting and block take longer."""
+        lock = self._tenants.setdefault(tenant, asyncio.Lock())  # held by `lock` alone: gone when unused
+        try:
+            async with asyncio.timeout(seconds), lock, self._all:
+                yield
+        except TimeoutError:
+            raise DeadlineExceeded(f"The request took more than {seconds:g} s.") from None
+
 
 FOLLOWERS = 256  # streams of jobs' events at a time
 
@@ -39,15 +59,15 @@ class Services:
     tenants: Tenants
     engine: EngineClient
     metrics: Metrics
-    system_figures: SystemFigures
-    files: Files
+    system_figures: ClusterMetrics
+    files: FileStore
     uploads: Uploads
-    directs: DirectUploads
+    directs: PresignedUploads
     jobs: Jobs
     pins: Pins
     queue: WorkerQueue
-    checking: Turns = field(default_factory=Turns)  # training data: takes a core, and seconds
-    tokenizing: Turns = field(default_factory=Turns)  # long prompts: one that fits may take a second
+    checking: FairLock = field(default_factory=FairLock)  # training data: takes a core, and seconds
+    tokenizing: FairLock = field(default_factory=FairLock)  # long prompts: one that fits may take a second
     following: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(FOLLOWERS))
     converting: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(1))  # each takes memory
     draining: bool = False  # SIGTERM came: what runs may finish, nothing new begins

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from server.cli.http_client import answer
-from server.cli.retry import AWAY, PATIENCE_SECONDS, RETRY_SECONDS, patiently
+from server.cli.retry import AWAY, PATIENCE_SECONDS, RETRY_SECONDS, retry_while_away
 from server.cli.sse import read_events
 from server.logs import visible
 
@@ -28,7 +28,7 @@ def follow(client: httpx.Client, job: str) -> dict[str, Any]:
         for event in _events(client, job, view.away):
             view.event(event)
         path = f"/v1/fine_tuning/jobs/{job}"
-        found: dict[str, Any] = patiently(lambda: answer(client.get(path)), view.away)
+        found: dict[str, Any] = retry_while_away(lambda: answer(client.get(path)), view.away)
     return found
 
 

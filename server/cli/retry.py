@@ -15,7 +15,7 @@ AWAY = (httpx.TransportError, Unavailable)  # what a server that will be back an
 T = TypeVar("T")
 
 
-def patiently(call: Callable[[], T], away: Callable[[Exception], None]) -> T:
+def retry_while_away(call: Callable[[], T], away: Callable[[Exception], None]) -> T:
     """What `call` returns; it is made again while the server is away, of which `away` hears once.
 
     Raises what `call` raises: after PATIENCE_SECONDS also that the server is away.

@@ -15,7 +15,7 @@ from server.base_model.resolve import resolve_model
 from server.child_process import run_child
 from server.engine.engine import Engine
 from server.engine.snapshot import stats
-from server.engine.unexpected_errors import told
+from server.engine.unexpected_errors import as_polypeft_error
 from server.engine.watchdog import Watchdog
 from server.kernels.cpu.paged_attention import BLOCK
 from server.memory import settle
@@ -93,9 +93,9 @@ class EngineServer:
             return
         try:
             self.obey(peer, command)
-        except Exception as error:  # noqa: BLE001 - whatever it is, and `told` logs it
+        except Exception as error:  # noqa: BLE001 - whatever it is, and `as_polypeft_error` logs it
             self.engine.counts["internal_errors"] += 1
-            fault = told(error, f"this {type(command).__name__}")
+            fault = as_polypeft_error(error, f"this {type(command).__name__}")
             match command:
                 case Request(rows=rows):  # whole, as it is admitted
                     for row in rows:

@@ -19,7 +19,7 @@ from server.adapters.cache.device_cache import AdapterCache
 from server.adapters.loading.loader import Loader
 from server.engine.scheduling.row import Row
 from server.engine.scheduling.scheduler import Scheduler
-from server.engine.unexpected_errors import told
+from server.engine.unexpected_errors import as_polypeft_error
 from server.errors import InvalidAdapter, PolypeftError, StoreError, TooLarge, Unavailable, error_from_code
 from server.messages import AdapterRef, Check, Checked, Chunk, Generate, Sampling
 
@@ -42,7 +42,7 @@ class Trial:
     logits: torch.Tensor | None = None  # [V], of the first token
 
 
-class Gate:
+class AdapterCheck:
     """Steps trials along; `engine.loop` feeds it logits and chunks of its rows."""
 
     def __init__(self, scheduler: Scheduler, cache: AdapterCache, loader: Loader, vocab_size: int) -> None:
@@ -77,7 +77,7 @@ class Gate:
                     if error := self._too_large(trial.loading.result().nbytes):
                         raise error
                     self._run(row_id, trial)
-                except Exception as error:  # noqa: BLE001 - whatever it is, and `told` logs it
+                except Exception as error:  # noqa: BLE001 - whatever it is, and `as_polypeft_error` logs it
                     del self.trials[row_id]
                     self._end(trial.check.id, error)
 
@@ -168,6 +168,6 @@ class Gate:
         return error_from_code(code, message)
 
     def _end(self, check_id: str, error: BaseException, reason: str = "") -> None:
-        fault = told(error, "the trial of an adapter")
+        fault = as_polypeft_error(error, "the trial of an adapter")
         self.refusals[reason or fault.code] += 1
         self.verdicts.append(Checked(check_id, error=(fault.code, fault.message, fault.param)))

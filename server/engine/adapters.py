@@ -2,11 +2,12 @@
 
 from adapters_store.object_store.store import Objects
 from server.adapters.cache.device_cache import AdapterCache
-from server.adapters.cache.share import Shares
-from server.adapters.cache.tiers import DiskTier, RamTier
-from server.adapters.loading.device_copy import Copier
+from server.adapters.cache.disk_tier import DiskTier
+from server.adapters.cache.eviction_policy import FairShares
+from server.adapters.cache.ram_tier import RamTier
+from server.adapters.loading.device_copy import DeviceCopier
 from server.adapters.loading.loader import Loader
-from server.adapters.loading.parse_cache import Limits
+from server.adapters.loading.parse_cache import HeaderLimits
 from server.adapters.methods import build_methods
 from server.adapters.methods.interface import Bank
 from server.engine.model.base_model import Placement
@@ -23,7 +24,7 @@ def build_adapters(
     made: dict[type[Bank], Bank] = {kind: kind(*size) for kind in {m.bank for m in methods.values()}}
     banks = {name: made[method.bank] for name, method in methods.items()}
     model.install(banks)
-    shares = Shares()
+    shares = FairShares()
     loader = Loader(
         Objects.open(settings.store_url, settings.store_config),
         DiskTier(settings.data_dir / "cache" / "adapters", settings.adapter_disk_bytes, shares),
@@ -32,7 +33,7 @@ def build_adapters(
         model.base,
         model.weights,
         placement.dtype,
-        Limits(settings.max_header_bytes, settings.max_tensors),
+        HeaderLimits(settings.max_header_bytes, settings.max_tensors),
         pinned=placement.device.type == "cuda",
     )
     cache = AdapterCache(
@@ -40,7 +41,7 @@ def build_adapters(
         loader,
         slots=settings.adapter_slots,
         budget=settings.adapter_device_bytes,
-        copy=Copier(placement.device).start,
+        copy=DeviceCopier(placement.device).start,
         shares=shares,
     )
     return loader, cache

@@ -5,11 +5,11 @@ from collections import Counter
 from concurrent.futures import Future
 from typing import Any
 
-from server.engine.scheduling.capacity import Held, refusal
+from server.engine.scheduling.capacity import TenantLoad, refusal
 from server.engine.scheduling.row import Row
 from server.engine.scheduling.scheduler import Scheduler
 from server.engine.structured_output import Grammars
-from server.engine.unexpected_errors import told
+from server.engine.unexpected_errors import as_polypeft_error
 from server.errors import ContextTooLong, InvalidField, PolypeftError
 from server.messages import Chunk, Generate
 
@@ -51,7 +51,9 @@ class Admission:
                     row.wait("capacity", time.time())
                     self.scheduler.add(row)
                 else:
-                    self.refused.append(Chunk.failure(id_, told(error, "the schema of response_format")))
+                    self.refused.append(
+                        Chunk.failure(id_, as_polypeft_error(error, "the schema of response_format"))
+                    )
 
     def take_refused(self) -> list[Chunk]:
         taken, self.refused = self.refused, []
@@ -73,9 +75,9 @@ class Admission:
     def _full(self, rows: tuple[Generate, ...]) -> PolypeftError | None:
         compiling = Counter(row.command.tenant for row, _ in self.compiling.values())
         weights = {row.command.tenant: row.command.weight for row, _ in self.compiling.values()}
-        held = {tenant: Held(count, weights[tenant]) for tenant, count in compiling.items()}
+        held = {tenant: TenantLoad(count, weights[tenant]) for tenant, count in compiling.items()}
         for tenant, queue in self.scheduler.queues.by_tenant.items():
-            held[tenant] = Held(queue.held + compiling[tenant], queue.weight)
+            held[tenant] = TenantLoad(queue.held + compiling[tenant], queue.weight)
         return refusal(rows[0].tenant, len(rows), rows[0].weight, held, self.capacity)
 
     def _enqueue(self, command: Generate) -> None:

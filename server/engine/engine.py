@@ -10,21 +10,21 @@ from pathlib import Path
 
 import torch
 
-from server.engine.adapter_check import Gate
+from server.engine.adapter_check import AdapterCheck
 from server.engine.adapters import build_adapters
 from server.engine.admission import Admission
-from server.engine.metrics.counters import Figures, source_of
-from server.engine.metrics.step_timer import Stopwatch
+from server.engine.metrics.counters import EngineMetrics, source_of
+from server.engine.metrics.step_timer import StepTimer
 from server.engine.model.memory_estimate import BATCH_TOKENS
 from server.engine.model.placement import choose_placement
 from server.engine.sampler import Sampled, draw, sample_row
 from server.engine.scheduling.kv_blocks import BlockPool
-from server.engine.scheduling.prompt_lookup import standing
+from server.engine.scheduling.prompt_lookup import num_accepted
 from server.engine.scheduling.row import Row
 from server.engine.scheduling.scheduler import Scheduler
 from server.engine.served_model import ServedModel
 from server.engine.structured_output import Grammars, consume, mask_logits
-from server.engine.unexpected_errors import raise_if_device_lost, told
+from server.engine.unexpected_errors import as_polypeft_error, raise_if_device_lost
 from server.engine.watchdog import StepClock
 from server.errors import InvalidField, NonFinite, StartupError, Unavailable, UnsupportedModel
 from server.messages import Cancel, Check, Checked, Chunk, Forget, Generate, Pins, Prefetch, Request
@@ -64,13 +64,13 @@ class Engine:
         self.ends = self.model.end_tokens()
         self.counts: Counter[str] = Counter()
         self.clock = StepClock()
-        self.figures = Figures(
+        self.figures = EngineMetrics(
             settings.figures_dir / "engine", settings.metrics_adapter_labels, settings.metrics_top
         )
         self.loader.objects.on_call = self.figures.on_store_call
-        self.stopwatch = Stopwatch(self.figures, placement.device)
+        self.stopwatch = StepTimer(self.figures, placement.device)
         self.model.watch = self.stopwatch.watch
-        self.gate = Gate(self.scheduler, self.cache, self.loader, self.base.vocab_size)
+        self.gate = AdapterCheck(self.scheduler, self.cache, self.loader, self.base.vocab_size)
         grammars = Grammars(model_dir, self.base.vocab_size, self.ends)
         self.admission = Admission(self.scheduler, grammars, settings.max_queue)
 
@@ -134,11 +134,11 @@ class Engine:
             outcome = self._compute(rows)
         except torch.OutOfMemoryError:
             return self._shed(rows)
-        except Exception as error:  # noqa: BLE001 - whatever it is, and `told` logs it
+        except Exception as error:  # noqa: BLE001 - whatever it is, and `as_polypeft_error` logs it
             raise_if_device_lost(error, self.model.placement.device)
             if len(rows) == 1:
                 return [self._fail(rows[0], error)]
-            told(error, f"a step of {len(rows)} rows, which is taken again row by row")
+            as_polypeft_error(error, f"a step of {len(rows)} rows, which is taken again row by row")
             return [chunk for row in rows for chunk in self._run([row])]
         chunks: list[Chunk] = []
         for row in rows:
@@ -199,7 +199,7 @@ class Engine:
             return Chunk.failure(row.id, NonFinite("The model produced NaN or Inf for this request."))
         first, guessed = row.output_length == 0, len(row.guess)
         ends = [self._stops(row, result.token) for result in sampled]
-        kept = sampled[: standing(row.guess, sampled, ends)]
+        kept = sampled[: num_accepted(row.guess, sampled, ends)]
         self.scheduler.commit(row, [result.token for result in kept])
         if row.grammar and not consume(row.grammar, kept[-1].token):
             self._end(row, InvalidField.code)
@@ -244,7 +244,7 @@ class Engine:
     def _fail(self, row: Row, error: Exception) -> Chunk:
         """End the row that an error came with."""
         self.counts["internal_errors"] += 1
-        fault = told(error, "this request")
+        fault = as_polypeft_error(error, "this request")
         if self.scheduler.find(row.id) is row:
             self._end(row, fault.code)
         return Chunk.failure(row.id, fault)

@@ -18,7 +18,7 @@ import zmq.asyncio
 
 from server import messages as m
 from server.adapters.sites import Base, encode_base
-from server.engine.scheduling.capacity import Held, refusal
+from server.engine.scheduling.capacity import TenantLoad, refusal
 
 STATS_SECONDS = 0.2
 
@@ -122,7 +122,7 @@ class FakeEngine:
     def _accept(self, peer: bytes, rows: tuple[m.Generate, ...]) -> None:
         """By the real one's rule."""
         counts = Counter((row.tenant, row.weight) for row in self._commands.values())
-        held = {tenant: Held(count, weight) for (tenant, weight), count in counts.items()}
+        held = {tenant: TenantLoad(count, weight) for (tenant, weight), count in counts.items()}
         capacity = self.limits["max_seqs"] + self.limits["max_queue"]
         if error := refusal(rows[0].tenant, len(rows), rows[0].weight, held, capacity):
             for row in rows:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from server.engine.scheduling.row import Row
-from server.kernels.token_blocks import Download, send, upload
+from server.kernels.transfers import Download, send, upload
 from server.messages import Sampling, TokenLogprobs
 
 GREEDY_BELOW = 1e-5  # dividing by less overflows float32
@@ -73,7 +73,7 @@ class Sampled:
     finite: bool
 
 
-class Drawn:
+class PendingTokens:
     """A token for each row, int64 [R] on the device, and on its way to the host, which may go on meanwhile.
 
     Nothing of the logits is needed any more.
@@ -106,7 +106,7 @@ class Drawn:
         ]
 
 
-def draw(logits: Tensor, rows: Sequence[SampleRow]) -> Drawn:
+def draw(logits: Tensor, rows: Sequence[SampleRow]) -> PendingTokens:
     """One token for each row of logits [R, V] float32, which are scratch: they may be changed in place."""
     best, tokens = _highest(logits)  # NaN and +Inf win, so `best` also tells whether the row is finite
     finite = best.isfinite()
@@ -126,7 +126,7 @@ def draw(logits: Tensor, rows: Sequence[SampleRow]) -> Drawn:
     elif random:
         at = _sent(random, tokens)
         tokens[at] = _draw(logits[at], [rows[i] for i in random])
-    return Drawn(tokens, finite, asked, raw)
+    return PendingTokens(tokens, finite, asked, raw)
 
 
 def uniform(seed: int, step: int, attempt: int = 0) -> float:

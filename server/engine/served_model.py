@@ -12,18 +12,18 @@ import msgspec
 import torch
 
 from server.adapters.methods.interface import Bank, Start
-from server.engine.cpu.decoder_layers import Decoder, run_by_kernels
+from server.engine.cpu.decoder_layers import Decoder, install_cpu_layers
 from server.engine.cuda.cuda_graphs import DecodeGraphs
 from server.engine.cuda.fused_modules import fuse_norms, fuse_rotary, fuse_siblings
-from server.engine.cuda.lookahead import Ahead
+from server.engine.cuda.lookahead import Lookahead
 from server.engine.model.base_model import FrozenModel, Placement
 from server.engine.model.exactness_check import ExactnessCheck
-from server.engine.model.forward_context import PAIRS, Pages, Step, attend, places_of
+from server.engine.model.forward_context import PAIRS, ForwardContext, KvPages, attend, places_of
 from server.engine.scheduling.row import Row
-from server.engine.scheduling.step_cost import Costs
+from server.engine.scheduling.step_cost import StepCost
 from server.kernels import token_blocks as gpu
 from server.kernels.cpu.paged_attention import BLOCK, write_pages
-from server.kernels.token_blocks import upload
+from server.kernels.transfers import upload
 
 SEEN = 8  # blocks of a row whose step is timed, at most
 
@@ -48,20 +48,22 @@ class ServedModel(FrozenModel):
         check = ExactnessCheck(exact)
         on_gpu = gpu.chosen(placement.device)
         self.decoder: Decoder | None = None  # where kernels of ours run the layers
-        self.step = Step(gpu=on_gpu)
-        self.watch: Callable[[Step], None] = lambda _step: None  # sees each step before it is computed
+        self.step = ForwardContext(gpu=on_gpu)
+        self.watch: Callable[[ForwardContext], None] = lambda _step: (
+            None
+        )  # sees each step before it is computed
         super().__init__(folder, base_id, placement, self.step, attend, max_context=max_context, check=check)
-        self.step.pages = Pages(self.base, placement.device, placement.dtype, kv_bytes)
+        self.step.pages = KvPages(self.base, placement.device, placement.dtype, kv_bytes)
         if on_gpu:
             fuse_siblings(self.model)
             fuse_norms(self.model)
             fuse_rotary(self.model)
         else:
-            self.decoder = run_by_kernels(self.model, self.step)
+            self.decoder = install_cpu_layers(self.model, self.step)
         holds = self.step.pages.count * BLOCK  # one row may fill the whole cache, and no more
         self.base = msgspec.structs.replace(self.base, max_context=min(self.base.max_context, holds))
         self.graphs = DecodeGraphs(self.step, self.run, placement.device, self.base.max_context)
-        self.ahead = Ahead(self.graphs, self.base.max_context)
+        self.ahead = Lookahead(self.graphs, self.base.max_context)
         if check.pending:
             self._check(check)
 
@@ -138,9 +140,9 @@ class ServedModel(FrozenModel):
         logits: torch.Tensor = output.logits[0].float()
         return logits
 
-    def costs(self) -> Costs | None:
+    def costs(self) -> StepCost | None:
         """What steps take, where guessed tokens may save some; on a GPU nothing is guessed."""
-        return None if self.step.gpu or self.placement.device.type != "cpu" else Costs.timed(self.seconds)
+        return None if self.step.gpu or self.placement.device.type != "cpu" else StepCost.timed(self.seconds)
 
     @torch.inference_mode()
     def seconds(self, tokens: int) -> float:

@@ -43,7 +43,7 @@ def _labelled(engine: Engine) -> list[tuple[str, tuple[str, ...], float]]:
         ("adapter_bytes", ("disk",), loader.disk.nbytes),
         ("adapter_budget", ("device",), cache.budget),
         ("adapter_budget", ("ram",), loader.ram.budget),
-        ("adapter_budget", ("disk",), loader.disk.shelf.budget),
+        ("adapter_budget", ("disk",), loader.disk.index.max_bytes),
         ("adapters_resident", ("device",), len(cache.by_digest)),
         ("adapters_resident", ("ram",), len(loader.ram)),
         ("adapters_resident", ("disk",), len(loader.disk)),

@@ -14,7 +14,7 @@ import torch
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from server.errors import InvalidField
-from server.kernels.token_blocks import send
+from server.kernels.transfers import send
 
 KEPT = 64  # compiled schemas, least recently used first to go
 WHITESPACE = r"[ \n\r\t]{0,40}"  # between tokens of JSON: a model that loves blanks must get on some time

@@ -9,7 +9,7 @@ from server.errors import PolypeftError
 log = logging.getLogger(__name__)
 
 
-def told(error: BaseException, what: str) -> PolypeftError:
+def as_polypeft_error(error: BaseException, what: str) -> PolypeftError:
     """What a caller hears of `error`, which ended `what`: its own words if it was raised for a caller.
 
     Any other is a bug of ours: the log has it whole, the caller that there was one.

@@ -16,7 +16,7 @@ from typing import Literal
 import msgspec
 from redis.asyncio import Redis
 
-from adapters_store.maintenance.scheduled_deletes import DOOMED, Doomed
+from adapters_store.maintenance.scheduled_deletes import SCHEDULED_KEY, ScheduledDeletes
 from adapters_store.names import TENANTS
 from adapters_store.object_store.store import Objects
 from adapters_store.valkey import store_errors
@@ -65,13 +65,13 @@ class File(msgspec.Struct, frozen=True, kw_only=True):
         return file_key(self.tenant, self.id)
 
 
-class Files:
+class FileStore:
     """All calls raise StoreError when Valkey or the object store does not answer."""
 
     def __init__(
         self, redis: Redis, objects: Objects, *, max_files: int = NO_LIMIT, max_bytes: int = NO_LIMIT
     ) -> None:
-        self.doomed = Doomed(redis, objects)
+        self.doomed = ScheduledDeletes(redis, objects)
         self._redis = redis
         self._objects = objects
         self._max_files = max_files
@@ -102,7 +102,8 @@ class Files:
         caps = (self._max_files, self._max_bytes) if purpose == "fine-tune" else (NO_LIMIT, NO_LIMIT)
         with store_errors():
             answer = await self._add(
-                keys=[*_keys(tenant), DOOMED], args=[id_, msgspec.json.encode(file), size, file.key, *caps]
+                keys=[*_keys(tenant), SCHEDULED_KEY],
+                args=[id_, msgspec.json.encode(file), size, file.key, *caps],
             )
         if answer != b"done":
             await self._discard(file.key)
@@ -142,7 +143,9 @@ class Files:
         """Raises NotFound. Once the record is gone the file is; its bytes follow, also after a crash."""
         file = await self.get(tenant, id_)
         with store_errors():
-            removed = await self._remove(keys=[*_keys(tenant), DOOMED], args=[id_, file.bytes, file.key])
+            removed = await self._remove(
+                keys=[*_keys(tenant), SCHEDULED_KEY], args=[id_, file.bytes, file.key]
+            )
         if removed:
             await self._discard(file.key)
 

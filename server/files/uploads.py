@@ -17,7 +17,7 @@ from adapters_store.object_store.store import Objects
 from adapters_store.valkey import store_errors, text
 from server.errors import Conflict, InvalidField, NotFound, QuotaExceeded, StoreError, shown
 from server.files import uploads_lua as lua
-from server.files.files import File, Files, Purpose, check_file_name
+from server.files.files import File, FileStore, Purpose, check_file_name
 
 LIFE_SECONDS = 3600
 KEPT_SECONDS = 24 * 3600  # after that, so that a late caller is told what became of it
@@ -54,7 +54,7 @@ class Uploads:
     """All calls raise StoreError; with an upload of nobody or of another tenant, all raise NotFound."""
 
     def __init__(
-        self, redis: Redis, objects: Objects, files: Files, *, max_bytes: int, max_pending: int
+        self, redis: Redis, objects: Objects, files: FileStore, *, max_bytes: int, max_pending: int
     ) -> None:
         self._redis = redis
         self._objects = objects

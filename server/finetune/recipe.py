@@ -13,7 +13,7 @@ import msgspec
 
 from server.adapters.sites import Base, Site
 from server.errors import InvalidField, shown
-from server.finetune.recipe_fields import Asked, present
+from server.finetune.recipe_fields import RequestFields, present
 from server.finetune.recipe_methods import (
     PEFT,
     BitfitRecipe,
@@ -116,7 +116,7 @@ def parse_recipe(
 
     Raises InvalidField whose param is the field's path, e.g. "method.peft.r".
     """
-    asked = Asked()
+    asked = RequestFields()
     kind = _take(asked, method, hyperparameters, peft)
     given = asked.fields(kind)
     if kind is LoraRecipe:
@@ -141,7 +141,7 @@ def layer_linears(base: Base) -> list[Site]:
 
 
 def _take(
-    asked: Asked,
+    asked: RequestFields,
     method: dict[str, Any] | None,
     hyperparameters: dict[str, Any] | None,
     peft: dict[str, Any] | None,
@@ -199,7 +199,7 @@ def _seed(seed: int | None) -> int:
     return seed
 
 
-def _check_method(own: Peft, asked: Asked, base: Base, limits: Limits) -> None:
+def _check_method(own: Peft, asked: RequestFields, base: Base, limits: Limits) -> None:
     """What a method's fields can only be told wrong by the base or by this server's limits."""
     if isinstance(own, LoraRecipe):
         if own.r > limits.lora_rank:
@@ -215,7 +215,7 @@ def _check_method(own: Peft, asked: Asked, base: Base, limits: Limits) -> None:
         raise asked.invalid("type", f"bottleneck adapters cannot be trained on a {base.model_type}")
 
 
-def _check_training(recipe: Recipe, asked: Asked, base: Base, examples: int, limits: Limits) -> None:
+def _check_training(recipe: Recipe, asked: RequestFields, base: Base, examples: int, limits: Limits) -> None:
     most = min(limits.max_tokens, base.max_context - recipe.virtual)
     if most < 2:
         rule = f"a context of {base.max_context} leaves no room for examples"
@@ -230,7 +230,7 @@ def _check_training(recipe: Recipe, asked: Asked, base: Base, examples: int, lim
         raise asked.invalid("n_epochs", rule, recipe.n_epochs)
 
 
-def _check_rate(recipe: Recipe, asked: Asked) -> None:
+def _check_rate(recipe: Recipe, asked: RequestFields) -> None:
     multiplier = recipe.learning_rate_multiplier
     if recipe.learning_rate > MAX_RATE:
         rule = f"with it the learning rate would be {recipe.learning_rate:g}, over {MAX_RATE:g}"

@@ -9,7 +9,7 @@ import msgspec
 from server.errors import InvalidField, shown
 
 
-class Asked:
+class RequestFields:
     """Fields by name. Absent are those that are null or "auto"."""
 
     def __init__(self) -> None:

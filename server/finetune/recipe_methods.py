@@ -6,7 +6,7 @@ import msgspec
 
 from server.adapters.formats.adapterhub import NonLinearity
 from server.adapters.formats.config_fields import ModuleName
-from server.adapters.formats.peft_virtual import MAX_VIRTUAL
+from server.adapters.formats.peft_configs import MAX_VIRTUAL
 
 Virtual = Annotated[int, msgspec.Meta(ge=1, le=MAX_VIRTUAL)]
 Text = Annotated[str, msgspec.Meta(max_length=4096)]

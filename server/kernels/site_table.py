@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
-from server.kernels.token_blocks import send
+from server.kernels.transfers import send
 
 
 class SiteTable:

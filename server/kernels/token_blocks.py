@@ -7,13 +7,13 @@ Triton's interpreter (TRITON_INTERPRET=1) the same kernels run on a CPU's tensor
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from itertools import chain, groupby
+from itertools import groupby
 from operator import itemgetter
 
 import torch
 
 AVAILABLE = find_spec("triton") is not None
-SMALL, LARGE = 16, 64  # tokens of a block: of rows that decode, and where some row has more
+SMALL_BLOCK, LARGE_BLOCK = 16, 64  # tokens of a block: of rows that decode, and where some row has more
 FIELDS = 3  # of a block: slot, its first place in the order, its count
 RANK_STEP = 16  # ranks that a block of a kernel takes at a time: tensor cores want no fewer
 
@@ -24,7 +24,7 @@ def chosen(device: torch.device) -> bool:
 
 
 @dataclass(frozen=True)
-class Plan:
+class BlockPlan:
     """Tokens in blocks of one slot each, on the device. A block of slot 0 is left as soon as it is begun.
 
     order [n]: places of tokens in the batch; blocks [b, FIELDS]; `size`: tokens of a block at most;
@@ -56,35 +56,6 @@ def put_in_blocks(spans: Iterable[tuple[int, int, int]], size: int) -> tuple[lis
 def round_up(ranks: int) -> int:
     """The next power of two, no less than a step: few sizes, so that few kernels are compiled."""
     return max(RANK_STEP, 1 << (ranks - 1).bit_length()) if ranks else RANK_STEP
-
-
-def send(values: Sequence[float], device: torch.device, dtype: torch.dtype = torch.int64) -> torch.Tensor:
-    """On the device. The copy is not waited for: its source is pinned."""
-    pinned = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
-    return pinned.to(device, non_blocking=True)
-
-
-def upload(parts: Sequence[Sequence[int]], device: torch.device) -> list[torch.Tensor]:
-    """Each part as int64 on the device, in one copy."""
-    flat = send([*chain.from_iterable(parts)], device)
-    return list(torch.split(flat, [len(part) for part in parts]))
-
-
-class Download:
-    """Tensors on their way to the host, which may do other things meanwhile, as may the device."""
-
-    def __init__(self, parts: Sequence[torch.Tensor]) -> None:
-        self._parts, self._event = list(parts), None
-        if parts[0].is_cuda:
-            pinned = [torch.empty(part.shape, dtype=part.dtype, pin_memory=True) for part in parts]
-            self._parts = [to.copy_(part, non_blocking=True) for to, part in zip(pinned, parts, strict=True)]
-            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._event.record()
-
-    def wait(self) -> list[torch.Tensor]:
-        if self._event:
-            self._event.synchronize()
-        return self._parts
 
 
 def aligned(flat: torch.Tensor, sizes: Sequence[int]) -> list[torch.Tensor]:

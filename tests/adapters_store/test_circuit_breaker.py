@@ -2,7 +2,12 @@ from dataclasses import dataclass
 
 import pytest
 
-from adapters_store.object_store.circuit_breaker import FAILURES, MAX_SECONDS, SECONDS, Breaker
+from adapters_store.object_store.circuit_breaker import (
+    FIRST_OPEN_SECONDS,
+    MAX_FAILURES,
+    MAX_OPEN_SECONDS,
+    CircuitBreaker,
+)
 from server.errors import StoreError
 
 
@@ -19,24 +24,24 @@ def clock() -> Clock:
     return Clock()
 
 
-def state(breaker: Breaker) -> str:
+def state(breaker: CircuitBreaker) -> str:
     return breaker.state
 
 
-def call(breaker: Breaker, worked: bool) -> bool:
+def call(breaker: CircuitBreaker, worked: bool) -> bool:
     return breaker.leave(breaker.enter(), worked)
 
 
-def opened(clock: Clock) -> Breaker:
-    breaker = Breaker(clock=clock)
-    assert [call(breaker, worked=False) for _ in range(FAILURES)] == [False] * (FAILURES - 1) + [True]
+def opened(clock: Clock) -> CircuitBreaker:
+    breaker = CircuitBreaker(clock=clock)
+    assert [call(breaker, worked=False) for _ in range(MAX_FAILURES)] == [False] * (MAX_FAILURES - 1) + [True]
     return breaker
 
 
 def test_it_opens_at_failures_in_a_row_only(clock: Clock) -> None:
-    breaker = Breaker(clock=clock)
+    breaker = CircuitBreaker(clock=clock)
     for _ in range(3):
-        for _ in range(FAILURES - 1):
+        for _ in range(MAX_FAILURES - 1):
             call(breaker, worked=False)
         call(breaker, worked=True)
     assert (state(breaker), breaker.opened) == ("closed", 0)
@@ -47,7 +52,7 @@ def test_open_it_lets_nobody_in_until_one_may_try(clock: Clock) -> None:
     assert (state(breaker), breaker.opened) == ("open", 1)
     with pytest.raises(StoreError, match="at present"):
         breaker.enter()
-    clock.now += SECONDS
+    clock.now += FIRST_OPEN_SECONDS
     assert state(breaker) == "half-open"
     assert breaker.enter()
     for _ in range(3):
@@ -59,33 +64,33 @@ def test_open_it_lets_nobody_in_until_one_may_try(clock: Clock) -> None:
 
 
 def test_a_probe_that_fails_makes_the_wait_longer_up_to_a_limit(clock: Clock) -> None:
-    breaker, wait = opened(clock), SECONDS
+    breaker, wait = opened(clock), FIRST_OPEN_SECONDS
     for _ in range(8):
         clock.now += wait
         assert call(breaker, worked=False)
-        wait = min(2 * wait, MAX_SECONDS)
+        wait = min(2 * wait, MAX_OPEN_SECONDS)
         clock.now += wait - 0.01
         with pytest.raises(StoreError):
             breaker.enter()
         clock.now += 0.01
         assert state(breaker) == "half-open"
         clock.now -= wait
-    clock.now += MAX_SECONDS
+    clock.now += MAX_OPEN_SECONDS
     call(breaker, worked=True)
-    for _ in range(FAILURES):
+    for _ in range(MAX_FAILURES):
         call(breaker, worked=False)
-    clock.now += SECONDS  # the first wait again
+    clock.now += FIRST_OPEN_SECONDS  # the first wait again
     assert state(breaker) == "half-open"
 
 
 def test_calls_from_before_it_opened_neither_open_it_again_nor_stand_in_the_probes_way(clock: Clock) -> None:
-    breaker = Breaker(clock=clock)
+    breaker = CircuitBreaker(clock=clock)
     late = [breaker.enter() for _ in range(2)]
-    for _ in range(FAILURES):
+    for _ in range(MAX_FAILURES):
         call(breaker, worked=False)
     breaker.leave(late[0], worked=False)
     assert breaker.opened == 1
-    clock.now += SECONDS
+    clock.now += FIRST_OPEN_SECONDS
     assert breaker.enter()
     breaker.leave(late[1], worked=True)  # the store answers
     assert state(breaker) == "closed"
@@ -94,6 +99,6 @@ def test_calls_from_before_it_opened_neither_open_it_again_nor_stand_in_the_prob
 
 
 def test_one_that_never_opens(clock: Clock) -> None:
-    breaker = Breaker(failures=None, clock=clock)
+    breaker = CircuitBreaker(failures=None, clock=clock)
     assert not any(call(breaker, worked=False) for _ in range(100))
     assert state(breaker) == "closed"

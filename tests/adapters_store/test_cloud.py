@@ -11,7 +11,7 @@ import obstore
 import pytest
 
 from adapters_store.object_store import cloud
-from adapters_store.object_store.circuit_breaker import Breaker
+from adapters_store.object_store.circuit_breaker import CircuitBreaker
 from adapters_store.object_store.cloud import read_options
 from adapters_store.object_store.store import Objects
 from server.errors import NotFound, StartupError, StoreError
@@ -119,7 +119,7 @@ def test_a_store_that_fails_is_left_alone_until_it_answers_again(
 ) -> None:
     seen: list[tuple[str, str]] = []
     store.on_call = lambda operation, _seconds, outcome: seen.append((operation, outcome))
-    store.breaker = Breaker(failures := 2)
+    store.breaker = CircuitBreaker(failures := 2)
 
     def state() -> str:
         return store.breaker.state

@@ -11,9 +11,9 @@ import pytest
 from redis.asyncio import Redis
 
 from adapters_store.index.index import STAGED
-from adapters_store.maintenance.blob_leases import Staged
+from adapters_store.maintenance.blob_leases import BlobLeases
 from adapters_store.maintenance.collector import Collector
-from adapters_store.maintenance.stale_temp_files import remove_drafts
+from adapters_store.maintenance.stale_temp_files import remove_stale_temp_files
 from adapters_store.names import manifest_key
 from adapters_store.object_store.store import Objects
 from adapters_store.registry.registry import Registry
@@ -88,13 +88,13 @@ async def test_an_upload_that_ends_at_any_step_of_a_collector(
                 outcomes.append("refused")
 
         broken = Interrupted(objects, at, finish, after=after)
-        collector = Collector(broken, Staged(redis), NO_GRACE)  # type: ignore[arg-type]
+        collector = Collector(broken, BlobLeases(redis), NO_GRACE)  # type: ignore[arg-type]
         await collector.collect()
         if broken.calls < at:
             await finish()
         expected = 1 + (outcomes[-1] == "published")
         assert await whole(objects, registry) == expected
-        await Collector(objects, Staged(redis), NO_GRACE).collect()
+        await Collector(objects, BlobLeases(redis), NO_GRACE).collect()
         assert await whole(objects, registry) == expected
         assert len(await objects.list("tenants/t/blobs")) == expected, "and nothing stays"
     assert broken.calls < at, "every call has had its turn"
@@ -107,7 +107,7 @@ async def test_a_collector_at_any_step_of_an_upload(objects: Objects, redis: Red
     outcomes = []
     for at in range(1, 6):
         await redis.flushall()
-        collector = Collector(objects, Staged(redis), NO_GRACE)
+        collector = Collector(objects, BlobLeases(redis), NO_GRACE)
         slow = Interrupted(objects, at, collector.collect, after=after)
         registry = Registry(slow, redis, grace_seconds=-1)  # type: ignore[arg-type]
         healthy = Registry(objects, redis)
@@ -135,7 +135,7 @@ async def test_uploads_deletions_and_collectors_all_at_once(objects: Objects, re
     published: list[int] = []
 
     async def collect() -> None:
-        collector = Collector(objects, Staged(redis), NO_GRACE)
+        collector = Collector(objects, BlobLeases(redis), NO_GRACE)
         while not over.is_set():
             if chance.random() < 0.5:
                 await collector.collect()
@@ -164,7 +164,7 @@ async def test_uploads_deletions_and_collectors_all_at_once(objects: Objects, re
     registry = Registry(objects, redis)
     await registry.finish_deletes()
     versions = await whole(objects, registry)
-    await Collector(objects, Staged(redis), NO_GRACE).collect()
+    await Collector(objects, BlobLeases(redis), NO_GRACE).collect()
     assert await whole(objects, registry) == versions
     assert len(await objects.list("tenants/t/blobs")) == versions
 
@@ -172,7 +172,7 @@ async def test_uploads_deletions_and_collectors_all_at_once(objects: Objects, re
 async def test_blobs_are_young_or_leased_or_gone(registry: Registry, objects: Objects, redis: Redis) -> None:
     blobs = await stage(registry, "t")
     await objects.put("tenants/t/blobs/stray", b"")
-    staged = Staged(redis)
+    staged = BlobLeases(redis)
     assert await Collector(objects, staged, NO_GRACE).collect_expired() == ([], 0, [])
     assert (await Collector(objects, staged, 3600).collect()).keys == [], "too young, whoever wrote it"
     dry = await Collector(objects, staged, NO_GRACE).collect(dry_run=True)
@@ -195,7 +195,7 @@ async def test_a_manifest_that_cannot_be_read_guards_its_tenants_blobs(
         await stage(registry, tenant)
     await expire(redis)
     await objects.put(manifest_key("t", "a", 1), b"{")
-    found = await Collector(objects, Staged(redis), NO_GRACE).collect()
+    found = await Collector(objects, BlobLeases(redis), NO_GRACE).collect()
     assert (len(found.keys), found.unreadable) == (1, ["t"])
     assert [len(await objects.list(f"tenants/{tenant}/blobs")) for tenant in "tu"] == [2, 1]
 
@@ -207,8 +207,8 @@ def test_drafts_of_killed_writers_go_and_young_ones_stay(tmp_path: Path) -> None
         os.utime(tmp_path / name, (1, 1))
     os.utime(tmp_path / "a/young#1")
     url = tmp_path.as_uri()
-    assert remove_drafts(url, 3600, dry_run=True) == ["a/blob#123"]
+    assert remove_stale_temp_files(url, 3600, dry_run=True) == ["a/blob#123"]
     assert (tmp_path / "a/blob#123").exists()
-    assert remove_drafts(url, 3600) == ["a/blob#123"]
+    assert remove_stale_temp_files(url, 3600) == ["a/blob#123"]
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["#x", "blob", "no#12x", "young#1"]
-    assert remove_drafts("s3://bucket", 0) == []
+    assert remove_stale_temp_files("s3://bucket", 0) == []

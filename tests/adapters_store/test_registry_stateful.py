@@ -18,7 +18,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from adapters_store.alias_target import Points
+from adapters_store.alias_target import AliasTarget
 from adapters_store.index.index import MAX_UNDO
 from adapters_store.manifest import decode_manifest
 from adapters_store.names import deleted_key
@@ -39,15 +39,15 @@ class Model:
 
     versions: dict[int, bool] = field(default_factory=dict)  # number -> promoted
     gone: dict[int, bool] = field(default_factory=dict)
-    aliases: dict[str, Points] = field(default_factory=dict)  # without latest
+    aliases: dict[str, AliasTarget] = field(default_factory=dict)  # without latest
     latest: int = 0
     pin: tuple[int, int] = (0, 0)
-    undo: dict[str, list[Points]] = field(default_factory=dict)
-    lost: dict[str, Points] = field(default_factory=dict)
+    undo: dict[str, list[AliasTarget]] = field(default_factory=dict)
+    lost: dict[str, AliasTarget] = field(default_factory=dict)
     last: int = 0
     ever: bool = False
 
-    def living(self, points: Points) -> Points | None:
+    def living(self, points: AliasTarget) -> AliasTarget | None:
         if isinstance(points, int):
             return points if points in self.versions else None
         left = {version: weight for version, weight in points.items() if version in self.versions}
@@ -62,7 +62,7 @@ class Model:
         ]
         return max(promoted) if promoted else min(self.versions, default=0)
 
-    def settle(self, before: dict[str, Points], *, undo: bool = True) -> None:
+    def settle(self, before: dict[str, AliasTarget], *, undo: bool = True) -> None:
         """Aliases follow their versions; what each was before is remembered."""
         for alias, points in list(self.aliases.items()):
             left = self.living(points)
@@ -75,7 +75,7 @@ class Model:
             if undo and alias in before and before[alias] != points:
                 self.undo[alias] = [before[alias], *self.undo.get(alias, [])][:MAX_UNDO]
 
-    def all(self) -> dict[str, Points]:
+    def all(self) -> dict[str, AliasTarget]:
         return self.aliases | ({"latest": self.latest} if self.latest else {})
 
     def forget(self) -> None:
@@ -222,7 +222,7 @@ class Machine(RuleBasedStateMachine):
     def roll_back(self, name: str, alias: str) -> None:
         model = self.models[name]
         before, ahead = model.all(), list(model.undo.get(alias, []))
-        target: Points | None = None
+        target: AliasTarget | None = None
         while ahead and target in (None, before.get(alias)):
             target = model.living(ahead.pop(0))
         there = alias in before
@@ -332,7 +332,7 @@ class Machine(RuleBasedStateMachine):
             if not model.ever:
                 continue
             versions: set[int] = set()
-            aliases: dict[str, Points] = {}
+            aliases: dict[str, AliasTarget] = {}
             for entry in reversed(self.run(self.registry.history("t", name))):
                 assert entry.before == {alias: aliases.get(alias) for alias in entry.before}
                 versions = versions.difference(entry.removed).union(entry.added)

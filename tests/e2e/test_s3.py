@@ -15,7 +15,7 @@ import httpx
 import psutil
 import pytest
 
-from adapters_store.object_store.circuit_breaker import FAILURES
+from adapters_store.object_store.circuit_breaker import MAX_FAILURES
 from adapters_store.object_store.store import CHUNK, PART, PARTS
 from tests.e2e.chaos.test_finetune_kills import JOB_SECONDS, Impatient, Trainings
 from tests.e2e.chaos.test_process_faults import refused
@@ -179,7 +179,7 @@ def test_without_its_store_it_serves_what_it_has_and_says_what_it_cannot(
 
     store.kill()
     try:
-        for _ in range(FAILURES + 1):
+        for _ in range(MAX_FAILURES + 1):
             refused = send("new")
             assert (refused.status_code, refused.json()["error"]["code"]) == (503, "store_unavailable")
             assert refused.headers["retry-after"]

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from server.finetune.data.dataset import Example
-from server.finetune.modeling.adapter_model import Trainable
+from server.finetune.modeling.adapter_model import AdapterModel
 from server.finetune.modeling.batch_loss import Batch
 from server.finetune.recipe_methods import (
     BitfitRecipe,
@@ -187,7 +187,7 @@ def test_the_same_steps(family: str, method: str, tiny_models: Callable[[str], P
     if family == "olmo2" and "bn" in method:
         pytest.skip("a base that no bottleneck adapter is served on")
     base = tiny_models(family)
-    ours = Trainable(base, "tiny", recipe(peft=METHODS[method](family)))
+    ours = AdapterModel(base, "tiny", recipe(peft=METHODS[method](family)))
     ours.save(tmp_path / "start")
     with quiet():
         kind = PeftOracle if method in PEFT_HAS else PlainOracle
@@ -195,7 +195,7 @@ def test_the_same_steps(family: str, method: str, tiny_models: Callable[[str], P
         compare(ours, oracle)
 
 
-def compare(ours: Trainable, oracle: Oracle, *, worst: float = 0.02) -> None:
+def compare(ours: AdapterModel, oracle: Oracle, *, worst: float = 0.02) -> None:
     """`worst`: how far any element may be off, of what one step of Adam moves it at most."""
     # with Adam's usual epsilon a gradient that is zero but for rounding would move its tensor all the same
     optimizers = [
@@ -227,7 +227,7 @@ def compare(ours: Trainable, oracle: Oracle, *, worst: float = 0.02) -> None:
 
 def test_smollm2_takes_the_same_steps(smollm2: Path, tmp_path: Path) -> None:
     own = LoraRecipe(r=8, lora_dropout=0, target_modules=tuple(linears("llama")))
-    ours = Trainable(smollm2, "smollm2", recipe(peft=own))
+    ours = AdapterModel(smollm2, "smollm2", recipe(peft=own))
     ours.save(tmp_path)
     with quiet():
         compare(ours, PeftOracle(smollm2, tmp_path), worst=0.05)  # thirty layers' rounding

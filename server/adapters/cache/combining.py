@@ -10,7 +10,7 @@ from server.adapters.cache.entries import Resident
 from server.messages import Use
 
 
-def no_meaning(uses: Sequence[Use], residents: Sequence[Resident]) -> str | None:
+def why_not_combinable(uses: Sequence[Use], residents: Sequence[Resident]) -> str | None:
     """Why this combination cannot be served, in a sentence; None if it can."""
     starting = [use for use, resident in zip(uses, residents, strict=True) if resident.virtual]
     acting = [(use, resident) for use, resident in zip(uses, residents, strict=True) if not resident.virtual]

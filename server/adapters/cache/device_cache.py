@@ -1,6 +1,8 @@
-"""The device tier: which adapter sits in which slot. What makes way, tier_index.py says. No torch, no I/O.
+"""The device tier: which adapter sits in which slot. No torch, no I/O.
 
-    loading --> in RAM --> on its way to a slot --put--> in use (pins >= 1)  <-->  idle --evict--> gone
+What is evicted, eviction_policy.py says.
+
+    loading --> in RAM --> on its way to a slot --put--> in use (references >= 1)  <-->  idle --evict--> gone
 
 A slot in use is never evicted. Everything happens on the engine's thread: the loader and the copies work
 elsewhere and are polled. What goes into use is checked against its seal first; while it is in use it is not.
@@ -13,16 +15,17 @@ from concurrent.futures import Future
 from typing import Any
 
 from server.adapters.cache.entries import Fetcher, Loaded, Moving, Pending, Resident, Slots
-from server.adapters.cache.eviction_policy import FROM_RAM
-from server.adapters.cache.load_errors import load_error, one_adapters_fault
-from server.adapters.cache.share import Shares
-from server.adapters.cache.tier_index import Shelf
+from server.adapters.cache.eviction_policy import FROM_RAM, FairShares
+from server.adapters.cache.load_errors import adapter_errors, load_error
+from server.adapters.cache.tier_index import TierIndex
 from server.errors import PolypeftError, StoreError
 from server.messages import AdapterRef
 
 LEASE_SECONDS = 30.0  # how long a load is kept in RAM for somebody who does not come back for it
-LOADS = 8  # of one tenant under way or waiting for slots: the next tenant's load is not far back in line
-STALE_STEPS = 2  # after which one that nobody asked for makes way for another's
+MAX_LOADS_PER_TENANT = (
+    8  # of one tenant under way or waiting for slots: the next tenant's load is not far back in line
+)
+MAX_STALE_STEPS = 2  # after which one that nobody asked for makes way for another's
 
 
 class AdapterCache:
@@ -34,7 +37,7 @@ class AdapterCache:
         slots: int,
         budget: int,
         copy: Callable[[Any], Moving],
-        shares: Shares | None = None,
+        shares: FairShares | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.banks = banks
@@ -42,9 +45,9 @@ class AdapterCache:
         self.budget = budget
         self.slots = slots
         self.free = list(range(slots, 0, -1))  # slot 0 is "no adapter"
-        self.shares = shares or Shares()
-        self.shelf: Shelf[Resident] = Shelf(budget, FROM_RAM, self.shares, slots)
-        self.by_digest = self.shelf.entries
+        self.shares = shares or FairShares()
+        self.index: TierIndex[Resident] = TierIndex(budget, FROM_RAM, self.shares, slots)
+        self.by_digest = self.index.entries
         self.by_slot: dict[int, Resident] = {}
         self.pending: OrderedDict[str, Pending] = OrderedDict()
         self.pinned: dict[str, AdapterRef] = {}  # by their tenants
@@ -57,7 +60,7 @@ class AdapterCache:
 
     @property
     def nbytes(self) -> int:
-        return self.shelf.nbytes
+        return self.index.nbytes
 
     @property
     def busy(self) -> bool:
@@ -77,10 +80,10 @@ class AdapterCache:
             self._count(ref, weight)
         found = self.by_digest.get(ref.digest)
         if found is not None and found.moving is None and self._sound(found):
-            found.pins += 1
+            found.references += 1
             return found.slot
         if found is not None and found.moving is not None:
-            return self._arrive(found, pins=1)
+            return self._arrive(found, references=1)
         return self._fetch(ref, mine)
 
     def loading(self, ref: AdapterRef) -> bool:
@@ -98,9 +101,9 @@ class AdapterCache:
     def release(self, slot: int) -> None:
         """One row less uses the slot."""
         resident = self.by_slot[slot]
-        resident.pins -= 1
-        assert resident.pins >= 0, f"slot {slot} was released twice"
-        if resident.forgotten and resident.pins == 0:
+        resident.references -= 1
+        assert resident.references >= 0, f"slot {slot} was released twice"
+        if resident.forgotten and resident.references == 0:
             self._evict(resident)
 
     def has(self, ref: AdapterRef) -> bool:
@@ -120,11 +123,11 @@ class AdapterCache:
 
     def pin(self, refs: Collection[AdapterRef]) -> None:
         """What tenants have pinned, all of it: brought onto the device as far as there is room, and kept
-        there as far as their shares go (tier_index.py).
+        there as far as their shares go (eviction_policy.py).
         """
         self.pinned = {ref.digest: ref for ref in refs}
         self.wanted = [ref for ref in refs if ref.digest not in self.by_digest]
-        self.shelf.fix(self.pinned)
+        self.index.set_pinned(self.pinned)
 
     def forget(self, digest: str) -> None:
         """A deleted version: out of every tier, here as soon as no row uses it."""
@@ -132,7 +135,7 @@ class AdapterCache:
         self.loader.forget(digest)
         if resident := self.by_digest.get(digest):
             resident.forgotten = True
-            if resident.pins == 0:
+            if resident.references == 0:
                 self._evict(resident)
 
     def hasten(self, places: int) -> None:
@@ -146,7 +149,7 @@ class AdapterCache:
         self._step += 1
         for resident in [r for r in self.by_digest.values() if r.moving is not None]:
             try:
-                self._arrive(resident, pins=0)
+                self._arrive(resident, references=0)
             except PolypeftError as error:
                 self.broken[resident.digest] = error
         now = self._clock()
@@ -159,7 +162,7 @@ class AdapterCache:
 
     def _bring(self, ref: AdapterRef) -> bool:
         """Whether a pinned adapter has been brought, or cannot be."""
-        self.shares.note(ref.tenant, self.shares.weight(ref.tenant) or 1.0)
+        self.shares.record(ref.tenant, self.shares.weight(ref.tenant) or 1.0)
         try:
             slot = self._fetch(ref, ())
         except PolypeftError:
@@ -172,8 +175,8 @@ class AdapterCache:
         return True
 
     def _count(self, ref: AdapterRef, weight: float) -> None:
-        self.shares.note(ref.tenant, weight)
-        self.shelf.touch(ref.digest, ref.tenant)
+        self.shares.record(ref.tenant, weight)
+        self.index.record_request(ref.digest, ref.tenant)
         if ref.digest in self.by_digest:
             self.hits += 1
         else:
@@ -181,7 +184,7 @@ class AdapterCache:
 
     def _sound(self, resident: Resident) -> bool:
         """Whether an idle adapter is still what was loaded; if not it goes, and is loaded again."""
-        if resident.pins or resident.packed.intact():
+        if resident.references or resident.packed.intact():
             return True
         self._evict(resident)
         self.loader.spoiled(resident.digest, "device")
@@ -195,7 +198,7 @@ class AdapterCache:
         return True
 
     def _full(self, tenant: str) -> bool:
-        return len(self.pending) >= self.slots or len(self._waiting(tenant)) >= LOADS
+        return len(self.pending) >= self.slots or len(self._waiting(tenant)) >= MAX_LOADS_PER_TENANT
 
     def _waiting(self, tenant: str) -> list[Pending]:
         return [pending for pending in self.pending.values() if pending.ref.tenant == tenant]
@@ -206,7 +209,7 @@ class AdapterCache:
             some = self._waiting(tenant) if len(self.pending) < self.slots else self.pending.values()
             done = [pending for pending in some if pending.future.done()]
             oldest = min(done, key=lambda pending: pending.step, default=None)
-            if oldest is not None and self._step - oldest.step > STALE_STEPS:
+            if oldest is not None and self._step - oldest.step > MAX_STALE_STEPS:
                 self._let_go(oldest.ref.digest)
 
     def _fetch(self, ref: AdapterRef, mine: Collection[int]) -> int | None:
@@ -227,7 +230,7 @@ class AdapterCache:
         packed: Loaded = pending.future.result()
         slot = self._settle(ref, packed, mine)
         if slot is None:
-            pending.own = self.shelf.waits_for_itself(ref.tenant, packed.nbytes)
+            pending.own = self.index.waits_for_own_rows(ref.tenant, packed.nbytes)
         return slot
 
     def _settle(self, ref: AdapterRef, packed: Loaded, mine: Collection[int]) -> int | None:
@@ -239,7 +242,7 @@ class AdapterCache:
                 f"The adapter needs {packed.nbytes} bytes on the device; all adapters share {self.budget}."
             )
         own = {self.by_slot[slot].digest for slot in mine}
-        gone = self.shelf.room(ref.tenant, packed.nbytes, own)
+        gone = self.index.plan_eviction(ref.tenant, packed.nbytes, own)
         if gone is None:
             return None
         self._let_go(ref.digest)
@@ -250,14 +253,14 @@ class AdapterCache:
         for resident in gone:
             self._evict(resident)
             self.evictions += 1
-        with one_adapters_fault():
+        with adapter_errors():
             moving = self._copy(packed)
         resident = Resident(
             ref.digest,
             ref.tenant,
             packed.nbytes,
-            pins=1,
-            fixed=ref.digest in self.pinned,
+            references=1,
+            pinned=ref.digest in self.pinned,
             method=ref.method,
             slot=self.free.pop(),
             virtual=packed.virtual,
@@ -266,19 +269,19 @@ class AdapterCache:
             packed=moving.packed,
             moving=moving,
         )
-        self.shelf.add(resident)
+        self.index.add(resident)
         self.by_slot[resident.slot] = resident
-        return self._arrive(resident, pins=1)
+        return self._arrive(resident, references=1)
 
-    def _arrive(self, resident: Resident, *, pins: int) -> int | None:
-        """Into its bank, if the copy has arrived; in use from then on by as many as `pins` says."""
+    def _arrive(self, resident: Resident, *, references: int) -> int | None:
+        """Into its bank, if the copy has arrived; with so many references from then on."""
         if resident.moving is None or not resident.moving.arrived():
             return None
         resident.moving = None
-        with one_adapters_fault(lambda: self._evict(resident)):
+        with adapter_errors(lambda: self._evict(resident)):
             self.banks[resident.method].put(resident.slot, resident.packed)
-        resident.pins = pins
-        if resident.forgotten and not pins:
+        resident.references = references
+        if resident.forgotten and not references:
             self._evict(resident)
         return resident.slot
 
@@ -290,6 +293,6 @@ class AdapterCache:
     def _evict(self, resident: Resident) -> None:
         if resident.moving is None:
             self.banks[resident.method].clear(resident.slot)
-        self.shelf.drop(resident.digest)
+        self.index.drop(resident.digest)
         del self.by_slot[resident.slot]
         self.free.append(resident.slot)

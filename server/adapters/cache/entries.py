@@ -1,15 +1,50 @@
-"""What the cache of slots deals with: loads on their way to it, residents, and those who bring and hold them.
-
-No torch, no I/O.
-"""
+"""Entries of the cache's tiers, and the protocols of what loads, copies and holds them. No torch, no I/O."""
 
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from server.adapters.cache.tier_index import Entry
 from server.messages import AdapterRef
+
+
+@dataclass(eq=False)
+class Entry:
+    """One adapter in a tier. All but `references` changes through the tier's index alone."""
+
+    key: str
+    tenant: str  # that requested it last; its share is charged
+    nbytes: int
+    references: int = 0  # > 0: in use, or being copied here
+    pinned: bool = False  # by its tenant
+
+
+@dataclass
+class TenantUsage:
+    """What one tenant takes of a tier, and how much of that it has pinned."""
+
+    nbytes: int = 0
+    count: int = 0
+    pinned_bytes: int = 0
+    pinned_count: int = 0
+
+    def add(self, entry: Entry, sign: int = 1) -> None:
+        self.nbytes += sign * entry.nbytes
+        self.count += sign
+        if entry.pinned:
+            self.pinned_bytes += sign * entry.nbytes
+            self.pinned_count += sign
+
+    def copy(self) -> "TenantUsage":
+        return replace(self)
+
+
+@dataclass
+class Ledger:
+    """Each tenant's usage and share while an eviction is planned; victims are taken off `usage`."""
+
+    usage: dict[str, TenantUsage]
+    shares: dict[str, float]
 
 
 class Loaded(Protocol):

@@ -10,7 +10,7 @@ log = logging.getLogger(__name__)
 
 
 @contextmanager
-def one_adapters_fault(undo: Callable[[], None] = lambda: None) -> Iterator[None]:
+def adapter_errors(undo: Callable[[], None] = lambda: None) -> Iterator[None]:
     """An error of this block ends the rows that name the adapter: `undo`, and raise it as one of theirs."""
     try:
         yield

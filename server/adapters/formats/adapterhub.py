@@ -10,7 +10,8 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from server.adapters.formats.config_fields import Fields, refused
-from server.errors import InvalidAdapter
+from server.adapters.formats.strict_json import strict_json
+from server.errors import InvalidAdapter, shown
 
 # Say how the adapter was made or trained, or qualify what must be off.
 DROPPED = frozenset({"config_id", "hidden_size", "model_class", "model_name", "name", "type"})
@@ -144,3 +145,41 @@ def _check_residuals(config: BottleneckConfig) -> None:
     if config.original_ln_after is not around:
         rule = "with these other fields the residual stream would be added twice or never"
         raise refused("original_ln_after", config.original_ln_after, rule)
+
+
+INTERFACE_FILE = "adapter_interface.json"
+MAX_INTERFACE_BYTES = 64 << 10
+
+# What decides: the module whose output an adapter changes, the norm whose input is the residual, and the
+# norm that the library puts before an adapter.
+PRE_NORM = {
+    "layer_self_attn": "self_attn",
+    "attn_o_proj": "o_proj",
+    "layer_output_proj": "mlp.down_proj",
+    "layer_pre_self_attn": "input_layernorm",
+    "layer_pre_ffn": "post_attention_layernorm",
+    "layer_ln_1": None,
+    "layer_ln_2": None,
+}
+SANDWICHED = PRE_NORM | {
+    "layer_pre_ffn": "pre_feedforward_layernorm",
+    "layer_ln_1": "post_attention_layernorm",
+    "layer_ln_2": "post_feedforward_layernorm",
+}
+EXPECTED = {"gemma2": SANDWICHED, "gemma3_text": SANDWICHED}
+
+
+def check_interface(data: bytes, model_type: str) -> None:
+    """Raises InvalidAdapter, by the field, if an adapter trained under it is not what the engine serves."""
+    file = strict_json(data, INTERFACE_FILE, MAX_INTERFACE_BYTES)
+    interface: Any = file.get("interface")
+    if file.get("model_type") != model_type or not isinstance(interface, dict):
+        raise InvalidAdapter(f"{INTERFACE_FILE} is not one for a {model_type}.", param=INTERFACE_FILE)
+    for field, expected in EXPECTED.get(model_type, PRE_NORM).items():
+        found = interface.get(field)
+        if found != expected:
+            raise InvalidAdapter(
+                f"{INTERFACE_FILE} has {field} {shown(found)}; "
+                f"for a {model_type} it must be {shown(expected)}.",
+                param=field,
+            )

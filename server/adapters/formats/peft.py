@@ -6,9 +6,16 @@ from typing import Any, TypeVar
 import msgspec
 
 from server.adapters.formats.config_fields import FILE, Fields, OneOf, refused
-from server.adapters.formats.peft_configs import LORA
-from server.adapters.formats.peft_vectors import BEFT, BITFIT, IA3, LN_TUNING
-from server.adapters.formats.peft_virtual import P_TUNING, PREFIX_TUNING, PROMPT_TUNING
+from server.adapters.formats.peft_configs import (
+    BEFT,
+    BITFIT,
+    IA3,
+    LN_TUNING,
+    LORA,
+    P_TUNING,
+    PREFIX_TUNING,
+    PROMPT_TUNING,
+)
 from server.adapters.formats.strict_json import strict_json
 from server.errors import InvalidAdapter
 

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from server.adapters.formats.config_fields import Fields, Modules, OneOf
+from server.adapters.formats.config_fields import NO_SAVED_MODULES, Fields, Modules, OneOf
 
 Rank = Annotated[int, msgspec.Meta(ge=1, le=1 << 16)]
 Alpha = Annotated[float, msgspec.Meta(ge=-1e6, le=1e6)]
@@ -71,4 +71,116 @@ LORA = Fields(
     one_of={"bias": BIASES, "init_lora_weights": INIT},
     modules=("target_modules", "exclude_modules"),
     pairs=("rank_pattern", "alpha_pattern"),
+)
+
+
+class BitfitConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    peft_type: Literal["BITFIT"]
+    bias_mode: Literal["absolute", "delta"]
+    target_modules: Modules | None = None
+
+
+class BeftConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    peft_type: Literal["BEFT"]
+    target_modules: Modules | None = None
+
+
+class Ia3Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """`feedforward_modules`: those whose inputs are scaled, not their outputs."""
+
+    peft_type: Literal["IA3"]
+    target_modules: Modules | None = None
+    exclude_modules: Modules | None = None
+    feedforward_modules: Modules | None = None
+
+
+class LnTuningConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    peft_type: Literal["LN_TUNING"]
+    target_modules: Modules | None = None
+    exclude_modules: Modules | None = None
+
+
+BITFIT = Fields(BitfitConfig, modules=("target_modules",))
+BEFT = Fields(
+    BeftConfig,
+    dropped=frozenset({"init_weights"}),
+    empty=NO_SAVED_MODULES,
+    modules=("target_modules",),
+)
+IA3 = Fields(
+    Ia3Config,
+    dropped=frozenset({"fan_in_fan_out", "init_ia3_weights"}),
+    empty=NO_SAVED_MODULES,
+    modules=("target_modules", "exclude_modules", "feedforward_modules"),
+)
+LN_TUNING = Fields(
+    LnTuningConfig,
+    empty=NO_SAVED_MODULES,
+    modules=("target_modules", "exclude_modules"),
+)
+
+
+MAX_VIRTUAL = 1024
+
+Count = Annotated[int, msgspec.Meta(ge=1, le=1 << 20)]
+Virtual = Annotated[int, msgspec.Meta(ge=1, le=MAX_VIRTUAL)]
+
+
+class PrefixConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What is kept of a prefix tuning config; heads and token_dim are those of keys and values."""
+
+    peft_type: Literal["PREFIX_TUNING"]
+    num_virtual_tokens: Virtual
+    token_dim: Count | None = None
+    num_layers: Count | None = None
+    num_attention_heads: Count | None = None
+
+
+class PromptConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What is kept of a prompt tuning or P-tuning config."""
+
+    peft_type: Literal["PROMPT_TUNING", "P_TUNING"]
+    num_virtual_tokens: Virtual
+    token_dim: Count | None = None
+
+
+ONE_SUBMODULE = {
+    "num_transformer_submodules": OneOf((1, None), "more are of an encoder-decoder, which is not served")
+}
+
+PREFIX_TUNING = Fields(
+    PrefixConfig,
+    dropped=frozenset({"encoder_hidden_size", "init_weights", "prefix_projection"}),
+    empty=NO_SAVED_MODULES,
+    one_of=ONE_SUBMODULE,
+)
+PROMPT_TUNING = Fields(
+    PromptConfig,
+    dropped=frozenset(
+        {
+            "num_attention_heads",
+            "num_layers",
+            "prompt_tuning_init",
+            "prompt_tuning_init_text",
+            "tokenizer_kwargs",
+            "tokenizer_name_or_path",
+        }
+    ),
+    empty=NO_SAVED_MODULES,
+    one_of=ONE_SUBMODULE,
+)
+P_TUNING = Fields(
+    PromptConfig,
+    dropped=frozenset(
+        {
+            "encoder_dropout",
+            "encoder_hidden_size",
+            "encoder_num_layers",
+            "encoder_reparameterization_type",
+            "num_attention_heads",
+            "num_layers",
+        }
+    ),
+    empty=NO_SAVED_MODULES,
+    one_of=ONE_SUBMODULE,
 )

@@ -8,11 +8,11 @@ from threading import Lock
 
 import torch
 
-KEPT = 2  # sheets, whatever is reserved for loads in the RAM tier
-LARGEST = 32 << 20  # bytes of one that is kept
+MAX_POOLED_BUFFERS = 2  # sheets, whatever is reserved for loads in the RAM tier
+MAX_POOLED_BYTES = 32 << 20  # bytes of one that is kept
 
 
-class Desk:
+class BufferPool:
     """Used on any thread."""
 
     def __init__(self) -> None:
@@ -25,12 +25,12 @@ class Desk:
             for i, sheet in enumerate(self._free):
                 if len(sheet) >= nbytes:
                     return self._free.pop(i)
-            if self._free and nbytes <= LARGEST:
+            if self._free and nbytes <= MAX_POOLED_BYTES:
                 self._free.pop()  # the new one will take its place
         return torch.empty(nbytes, dtype=torch.uint8)
 
     def give_back(self, sheet: torch.Tensor) -> None:
         """Nobody looks at it any more."""
         with self._lock:
-            if len(sheet) <= LARGEST and len(self._free) < KEPT:
+            if len(sheet) <= MAX_POOLED_BYTES and len(self._free) < MAX_POOLED_BUFFERS:
                 self._free.append(sheet)

@@ -25,7 +25,7 @@ class Copy:
     source: Any = None  # must outlive the copy, which reads it
 
 
-class Copier:
+class DeviceCopier:
     """For one device."""
 
     def __init__(self, device: torch.device) -> None:

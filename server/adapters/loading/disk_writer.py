@@ -14,15 +14,16 @@ from typing import NamedTuple
 import torch
 
 from adapters_store.manifest import Blob
-from server.adapters.cache.tiers import DiskTier, RamTier
-from server.adapters.loading.buffer_pool import Desk
+from server.adapters.cache.disk_tier import DiskTier
+from server.adapters.cache.ram_tier import RamTier
+from server.adapters.loading.buffer_pool import BufferPool
 from server.adapters.methods.interface import Packed
 
-WAITING = 4  # copies; beyond that loads make none, for each keeps its file in RAM meanwhile
+MAX_WAITING = 4  # copies; beyond that loads make none, for each keeps its file in RAM meanwhile
 log = logging.getLogger(__name__)
 
 
-class Arrived(NamedTuple):
+class LoadedFile(NamedTuple):
     digest: str
     tenant: str
     packed: Packed
@@ -30,18 +31,18 @@ class Arrived(NamedTuple):
     sheet: torch.Tensor  # of the desk; its first bytes are the file
 
 
-class Keeper:
+class DiskWriter:
     """Ends loads: trims what they have in the RAM tier to the adapter itself, and releases their claim."""
 
-    def __init__(self, disk: DiskTier, ram: RamTier[Packed], desk: Desk) -> None:
+    def __init__(self, disk: DiskTier, ram: RamTier[Packed], desk: BufferPool) -> None:
         self.disk = disk
         self.ram = ram
         self.desk = desk
-        self._waiting = threading.BoundedSemaphore(WAITING)
+        self._waiting = threading.BoundedSemaphore(MAX_WAITING)
         self._giving_way: Future[None] | None = None
         self._thread = ThreadPoolExecutor(1, "adapter-keeper", initializer=_stand_back)
 
-    def end(self, arrived: Arrived, *, copy: bool) -> None:
+    def end(self, arrived: LoadedFile, *, copy: bool) -> None:
         """`copy`: also keep the file on disk, if the tier finds it worth its room."""
         if copy and self._waiting.acquire(blocking=False):
             with contextlib.suppress(RuntimeError):  # closed: the engine is stopping
@@ -58,7 +59,7 @@ class Keeper:
     def close(self) -> None:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
-    def _copy(self, arrived: Arrived) -> None:
+    def _copy(self, arrived: LoadedFile) -> None:
         try:
             file = memoryview(arrived.sheet.numpy())[: arrived.blob.bytes]  # type: ignore[arg-type]
             self.disk.write(arrived.blob.sha256, arrived.tenant, file)
@@ -68,7 +69,7 @@ class Keeper:
             self._waiting.release()
             self._clear_up(arrived)
 
-    def _clear_up(self, arrived: Arrived) -> None:
+    def _clear_up(self, arrived: LoadedFile) -> None:
         self.desk.give_back(arrived.sheet)
         self.ram.trim(arrived.digest, arrived.packed)
         self.ram.release(arrived.digest)

@@ -23,20 +23,21 @@ import torch
 
 from adapters_store.manifest import Manifest, content_digest, decode_manifest
 from adapters_store.object_store.store import Objects
-from server.adapters.cache.tiers import DiskTier, RamTier
-from server.adapters.checksum import seal_of
+from server.adapters.cache.disk_tier import DiskTier
+from server.adapters.cache.ram_tier import RamTier
+from server.adapters.checksum import checksum
 from server.adapters.formats.safetensors import find_non_finite, view_tensors
-from server.adapters.loading.buffer_pool import Desk
-from server.adapters.loading.disk_writer import Arrived, Keeper
-from server.adapters.loading.parse_cache import Limits, Recipe, Recipes
-from server.adapters.loading.thread_pools import Lanes
+from server.adapters.loading.buffer_pool import BufferPool
+from server.adapters.loading.disk_writer import DiskWriter, LoadedFile
+from server.adapters.loading.parse_cache import HeaderLimits, PackPlan, ParseCache
+from server.adapters.loading.thread_pools import LoadPools
 from server.adapters.methods.interface import Method, Packed, Spec
 from server.adapters.sites import Base
 from server.errors import CorruptObject, InvalidAdapter, ModelNotFound, NotFound, StoreError
-from server.kernels.cpu.int8.linear import stands_for
+from server.kernels.cpu.int8.linear import is_dequantised
 from server.messages import AdapterRef
 
-HASTY_BYTES = 8 << 20  # of a file: larger ones would take a step's time and more from the rows that run
+MAX_URGENT_BYTES = 8 << 20  # of a file: larger ones would take a step's time and more from the rows that run
 SOURCES = 4096  # digests of which it is known where they were found
 log = logging.getLogger(__name__)
 
@@ -51,7 +52,7 @@ class Loader:
         base: Base,
         weights: Mapping[str, torch.Tensor],  # the base's own, by site, read-only
         dtype: torch.dtype,
-        limits: Limits,
+        limits: HeaderLimits,
         *,
         pinned: bool = False,  # pack into memory that a GPU can copy from by itself
     ) -> None:
@@ -62,7 +63,7 @@ class Loader:
         self.base = base
         self.weights = weights
         self.dtype = dtype
-        self.recipes = Recipes(methods, base, limits)
+        self.recipes = ParseCache(methods, base, limits)
         self.pinned = pinned
         self.copies = not objects.beside(disk.folder)  # on disk, of what comes from the store
         self.observations: list[tuple[str, str, float]] = []  # (name, tier, value)
@@ -70,9 +71,9 @@ class Loader:
         self.corrupt: Counter[str] = Counter()  # see corrupt_copies
         self._running: dict[str, Future[Packed]] = {}
         self._lock = threading.Lock()
-        self._desk = Desk()
-        self.keeper = Keeper(disk, ram, self._desk)
-        self._lanes = Lanes()
+        self._desk = BufferPool()
+        self.keeper = DiskWriter(disk, ram, self._desk)
+        self._lanes = LoadPools()
 
     @property
     def corrupt_copies(self) -> dict[str, int]:
@@ -194,11 +195,11 @@ class Loader:
         except BaseException:
             self.ram.give_up(digest)
             raise
-        self.ram.fill(digest, packed, extra=blob.bytes)
+        self.ram.insert(digest, packed, extra=blob.bytes)
         self._observe(tier, start, digest, packed.nbytes)
         self._finished(digest)
         future.set_result(packed)
-        self.keeper.end(Arrived(digest, tenant, packed, blob, sheet), copy=self.copies and tier == "store")
+        self.keeper.end(LoadedFile(digest, tenant, packed, blob, sheet), copy=self.copies and tier == "store")
 
     def _finished(self, digest: str) -> None:
         with self._lock:
@@ -240,9 +241,9 @@ class Loader:
             packed = replace(packed, copies=None)
         if self.pinned:
             packed = replace(packed, flat=packed.flat.pin_memory())
-        return replace(packed, seal=seal_of(packed.flat))
+        return replace(packed, seal=checksum(packed.flat))
 
-    def _pack_by_method(self, method: str, recipe: Recipe, raw: torch.Tensor) -> Packed:
+    def _pack_by_method(self, method: str, recipe: PackPlan, raw: torch.Tensor) -> Packed:
         tensors = view_tensors(raw, recipe.header)
         self._check_base_copies(recipe.spec, tensors)
         try:
@@ -260,7 +261,7 @@ class Loader:
         for name, site in spec.base_copies.items():
             copy, own = tensors[name], self.weights[site]
             same = torch.equal(copy, own.to(copy.dtype)) or torch.equal(copy.to(own.dtype), own)
-            if not same and not (self.base.layout == "int8" and stands_for(own, copy)):
+            if not same and not (self.base.layout == "int8" and is_dequantised(own, copy)):
                 raise InvalidAdapter(
                     f"Tensor {name!r} replaces the base's {site!r}; only low-rank changes can be served.",
                     param=name,
@@ -277,7 +278,7 @@ class Loader:
 
 def _small(manifest: Manifest) -> bool:
     """Loading it takes less than a step does. DoRA's norms are made of the base's weights, each time."""
-    return manifest.weights.bytes <= HASTY_BYTES and not manifest.config.get("use_dora")
+    return manifest.weights.bytes <= MAX_URGENT_BYTES and not manifest.config.get("use_dora")
 
 
 def packing_bytes(manifest: Manifest, dtype: torch.dtype) -> int:

@@ -19,12 +19,14 @@ from server.adapters.methods.interface import AdapterFiles, Method, Packed, Spec
 from server.adapters.sites import Base
 from server.kernels.cpu.pack_tensors import Copies
 
-KNOWN = 16  # recipes
-LARGEST = 256 << 10  # bytes of a header that is remembered; what it means takes some five times as much
+MAX_PLANS = 16  # recipes
+MAX_HEADER_BYTES = (
+    256 << 10
+)  # bytes of a header that is remembered; what it means takes some five times as much
 
 
 @dataclass
-class Recipe:
+class PackPlan:
     """`known`: an adapter of this recipe without its numbers, and how those came out of its file. It is there
     once one has been packed, if packing was nothing but copies.
     """
@@ -47,28 +49,28 @@ class Recipe:
         return None if flat is None else replace(like, flat=flat)
 
 
-class Limits(msgspec.Struct, frozen=True):
+class HeaderLimits(msgspec.Struct, frozen=True):
     max_header_bytes: int
     max_tensors: int
 
 
-class Recipes:
+class ParseCache:
     """Used on all of the loader's threads."""
 
-    def __init__(self, methods: Mapping[str, Method], base: Base, limits: Limits) -> None:
+    def __init__(self, methods: Mapping[str, Method], base: Base, limits: HeaderLimits) -> None:
         self.methods = methods
         self.base = base
         self.limits = limits
-        self._known: Callable[[str, bytes, bytes, int], Recipe] = lru_cache(KNOWN)(self._understand)
+        self._known: Callable[[str, bytes, bytes, int], PackPlan] = lru_cache(MAX_PLANS)(self._understand)
 
-    def read(self, manifest: Manifest, raw: torch.Tensor) -> Recipe:
+    def read(self, manifest: Manifest, raw: torch.Tensor) -> PackPlan:
         """Of `raw`, the file as uint8 [bytes]. Raises what reading a header and a config raises."""
         length = 8 + min(int.from_bytes(raw[:8].numpy().data, "little"), self.limits.max_header_bytes)
-        understand = self._known if length <= LARGEST else self._understand
+        understand = self._known if length <= MAX_HEADER_BYTES else self._understand
         config = msgspec.json.encode(manifest.config)
         return understand(manifest.method, config, raw[:length].numpy().tobytes(), len(raw))
 
-    def _understand(self, method: str, config: bytes, head: bytes, size: int) -> Recipe:
+    def _understand(self, method: str, config: bytes, head: bytes, size: int) -> PackPlan:
         header = read_header(
             io.BytesIO(head),
             size,
@@ -76,4 +78,4 @@ class Recipes:
             max_tensors=self.limits.max_tensors,
         )
         files = AdapterFiles(msgspec.json.decode(config), header)
-        return Recipe(header, self.methods[method].parse(files, self.base))
+        return PackPlan(header, self.methods[method].parse(files, self.base))

@@ -15,21 +15,21 @@ THREADS = 2  # of each kind
 NICENESS = 14
 HAND_OVER_SECONDS = 0.0005  # Python's own 5 ms, at each of a step's launches, would be most of a step
 
-Errand = Callable[[bool], None]  # told whether it is carried out hastily
+LoadTask = Callable[[bool], None]  # told whether it is carried out hastily
 
 
-class Lanes:
+class LoadPools:
     """Used on any thread."""
 
     def __init__(self) -> None:
-        self._waiting: dict[str, Errand] = {}  # by digest; nobody has begun with it
+        self._waiting: dict[str, LoadTask] = {}  # by digest; nobody has begun with it
         self._hastened: set[str] = set()  # until that is done
         self._large: set[str] = set()  # not to be hastened again
         self._lock = threading.Lock()
         self._patient = ThreadPoolExecutor(THREADS, "adapter-loader", initializer=_step_aside)
         self._hasty = ThreadPoolExecutor(THREADS, "adapter-hurry", initializer=use_one_thread)
 
-    def submit(self, digest: str, errand: Errand) -> None:
+    def submit(self, digest: str, errand: LoadTask) -> None:
         """One at a time of a digest."""
         with self._lock:
             self._waiting[digest] = errand
@@ -46,7 +46,7 @@ class Lanes:
         self._hasty.submit(self._carry_out, digest, True)
         return True
 
-    def postpone(self, digest: str, errand: Errand) -> None:
+    def postpone(self, digest: str, errand: LoadTask) -> None:
         """Back to its place in line: it turned out to be larger than what may be done hastily."""
         with self._lock:
             self._large.add(digest)

@@ -14,11 +14,10 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from server.adapters.methods.affine_layout import Anatomies, Held, Piece
-from server.adapters.methods.change import Change
-from server.adapters.methods.interface import Bank, NormParts, Packed, Trace
+from server.adapters.methods.affine_layout import AffineDelta, LoadedSlot, SlotLayouts, TensorPiece
+from server.adapters.methods.interface import Bank, NormParts, Packed, RecordedSites
 from server.adapters.methods.tensor_names import flatten_noting
-from server.adapters.methods.token_spans import BIAS, MATRICES, SCALE, Rows
+from server.adapters.methods.token_spans import BIAS, MATRICES, SCALE, TokenSpans
 from server.adapters.sites import Base, Site
 from server.kernels import token_blocks as gpu
 from server.kernels.cpu import grouped_affine as kernel
@@ -26,19 +25,19 @@ from server.kernels.cpu.fused_bias import Biases
 from server.kernels.cpu.openmp import AVAILABLE
 from server.kernels.site_table import SiteTable
 
-MOST_UNIONS = 256
+MAX_UNIONS = 256
 
 
-def pack_changes(changes: Iterable[Change], dtype: torch.dtype) -> Packed:
+def pack_deltas(changes: Iterable[AffineDelta], dtype: torch.dtype) -> Packed:
     """One host buffer. Raises InvalidAdapter if a folded value overflows `dtype`."""
-    pieces: list[Piece] = []
+    pieces: list[TensorPiece] = []
     parts: list[torch.Tensor] = []
     factors: list[float] = []
     for change in changes:
         for part in ("a", "b", "gain", "bias", "scale", "norm"):
             tensor: torch.Tensor | None = getattr(change, part)
             if tensor is not None:
-                pieces.append(Piece(change.site, part, tuple(tensor.shape)))
+                pieces.append(TensorPiece(change.site, part, tuple(tensor.shape)))
                 parts.append(tensor)
                 factors.append(change.factor if part == "b" else 1.0)
     scaled = any(piece.part in ("gain", "scale", "norm") for piece in pieces)
@@ -54,20 +53,20 @@ class AffineBank(Bank):
     def __init__(self, base: Base, slots: int, device: torch.device, dtype: torch.dtype) -> None:
         self.device = device
         self.sites = base.sites
-        self.held: list[Held | None] = [None] * (slots + 1)
+        self.held: list[LoadedSlot | None] = [None] * (slots + 1)
         names = [name for name, site in base.sites.items() if site.kind in ("linear", "embedding", "norm")]
         self.table = SiteTable(names, slots, kernel.COLUMNS, device)
         self.gpu = gpu.chosen(device)
         self.fast = AVAILABLE and not self.gpu and device.type == "cpu" and dtype == torch.float32
         self._with_norms: set[int] = set()  # slots whose adapters bring norms
         self._unions: dict[frozenset[int], dict[str, int]] = {}  # sites touched by sets of slots
-        self._anatomies = Anatomies(self.table)
+        self._anatomies = SlotLayouts(self.table)
 
     def put(self, slot: int, packed: Packed) -> None:
         """Fill a free slot. On a CPU this copies nothing: the host buffer is the device's."""
         flat = packed.flat.to(self.device, non_blocking=True)
         anatomy = self._anatomies.of(packed.layout, flat.itemsize)
-        held = self.held[slot] = Held(flat, anatomy, aligned=self.gpu)
+        held = self.held[slot] = LoadedSlot(flat, anatomy, aligned=self.gpu)
         if anatomy.norms:
             self._with_norms.add(slot)
         if self.fast:
@@ -83,13 +82,13 @@ class AffineBank(Bank):
         self._with_norms.discard(slot)
         self._unions.clear()
 
-    def change(self, slot: int, site: str) -> Change | None:
+    def change(self, slot: int, site: str) -> AffineDelta | None:
         """What this slot's adapter does there, if anything."""
         held = self.held[slot]
         return held.changes.get(site) if held and site in held.anatomy.ways else None
 
     def biases(
-        self, sites: Sequence[Site], columns: Sequence[slice], rows: Rows, count: int
+        self, sites: Sequence[Site], columns: Sequence[slice], rows: TokenSpans, count: int
     ) -> Biases | None:
         """Those of `rows.few`, where our kernels run."""
         if not self.fast or not self._side_by_side(sites) or not self._ways(sites, rows) & BIAS:
@@ -100,7 +99,7 @@ class AffineBank(Bank):
         return Biases(rows.by_token(count), self.table.rows, first, columns)
 
     def affine(
-        self, site: Site, x: torch.Tensor, y: torch.Tensor, rows: Rows, bias: torch.Tensor | None
+        self, site: Site, x: torch.Tensor, y: torch.Tensor, rows: TokenSpans, bias: torch.Tensor | None
     ) -> None:
         if site.name in rows.settled:
             rows.settled.discard(site.name)
@@ -114,7 +113,12 @@ class AffineBank(Bank):
                 apply(change, site, x[start:end], y[start:end], bias, weight)
 
     def joint(
-        self, sites: Sequence[Site], x: torch.Tensor, y: torch.Tensor, rows: Rows, bias: torch.Tensor | None
+        self,
+        sites: Sequence[Site],
+        x: torch.Tensor,
+        y: torch.Tensor,
+        rows: TokenSpans,
+        bias: torch.Tensor | None,
     ) -> None:
         """One launch for them all, where a kernel takes them and they stand side by side in its table."""
         if not self._takes(sites[0]) or not self._side_by_side(sites):
@@ -123,7 +127,7 @@ class AffineBank(Bank):
             self._launch(sites, x, y, rows, bias)
         rows.settled.update(site.name for site in sites)
 
-    def norm(self, site: Site, parts: NormParts, x: torch.Tensor, y: torch.Tensor, rows: Rows) -> None:
+    def norm(self, site: Site, parts: NormParts, x: torch.Tensor, y: torch.Tensor, rows: TokenSpans) -> None:
         found = rows.spread(lambda slot: self._norm(slot, site.name))
         if found is None:
             return
@@ -138,7 +142,7 @@ class AffineBank(Bank):
             return super().acts(hook, slots)
         return bool(self._with_norms) and not self._with_norms.isdisjoint(slots)
 
-    def trace(self, slot: int) -> Trace | None:
+    def trace(self, slot: int) -> RecordedSites | None:
         """Norms are computed from the host's lists: no step with one is recorded."""
         if slot in self._with_norms:
             return None
@@ -146,10 +150,10 @@ class AffineBank(Bank):
         if self.fast:
             held = self.held[slot]
             biased = held.anatomy.biased if held else 0
-            return Trace(mask & ~biased, ranks, biased)
-        return Trace(mask, ranks) if self.gpu else None
+            return RecordedSites(mask & ~biased, ranks, biased)
+        return RecordedSites(mask, ranks) if self.gpu else None
 
-    def touched(self, trace: Trace) -> dict[str, int]:
+    def touched(self, trace: RecordedSites) -> dict[str, int]:
         found = dict.fromkeys(self.table.among(trace.biased), BIAS)
         for name in self.table.among(trace.mask):
             way = SCALE if self.sites[name].kind == "norm" else MATRICES
@@ -170,7 +174,12 @@ class AffineBank(Bank):
         return self.gpu or (self.fast and site.kind != "embedding")
 
     def _launch(
-        self, sites: Sequence[Site], x: torch.Tensor, y: torch.Tensor, rows: Rows, bias: torch.Tensor | None
+        self,
+        sites: Sequence[Site],
+        x: torch.Tensor,
+        y: torch.Tensor,
+        rows: TokenSpans,
+        bias: torch.Tensor | None,
     ) -> None:
         rows.check(len(x))
         ways, first = self._ways(sites, rows), self.table.numbers[sites[0].name]
@@ -187,18 +196,18 @@ class AffineBank(Bank):
         plan = rows.plan(self.device, self.table.ranks.__getitem__)
         grouped_affine(x, y, plan, self.table.rows, first, widths, bias, heavy=heavy)
 
-    def _ways(self, sites: Sequence[Site], rows: Rows) -> int:
+    def _ways(self, sites: Sequence[Site], rows: TokenSpans) -> int:
         """How these rows' adapters change any of these sites."""
         touched, ways = self._touched(rows), 0
         for site in sites:
             ways |= touched.get(site.name, 0)
         return ways
 
-    def _touched(self, rows: Rows) -> dict[str, int]:
+    def _touched(self, rows: TokenSpans) -> dict[str, int]:
         if rows.touched is None:
             slots = frozenset(span.slot for span in rows.spans)
             if slots not in self._unions:
-                if len(self._unions) >= MOST_UNIONS:
+                if len(self._unions) >= MAX_UNIONS:
                     self._unions.clear()
                 union: dict[str, int] = {}
                 for held in (self.held[slot] for slot in slots):
@@ -209,7 +218,7 @@ class AffineBank(Bank):
         return rows.touched
 
 
-def table_row(change: Change) -> list[int]:
+def table_row(change: AffineDelta) -> list[int]:
     """What a kernel reads of a change: COLUMNS numbers."""
     parts = (change.a, change.b, change.gain, change.bias)
     rank = 0 if change.b is None else change.b.shape[0]
@@ -219,7 +228,7 @@ def table_row(change: Change) -> list[int]:
 
 
 def apply(
-    change: Change,
+    change: AffineDelta,
     site: Site,
     x: torch.Tensor,
     y: torch.Tensor,

@@ -6,6 +6,7 @@ what that comes to is remembered.
 """
 
 from collections import OrderedDict
+from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from typing import Any
@@ -14,17 +15,38 @@ import msgspec
 import numpy as np
 import torch
 
-from server.adapters.methods.change import Change
 from server.adapters.methods.token_spans import BIAS, MATRICES, SCALE
 from server.kernels import token_blocks as gpu
 from server.kernels.cpu import grouped_affine as kernel
 from server.kernels.site_table import SiteTable
 
+
+@dataclass(frozen=True)
+class AffineDelta:
+    """What an adapter does at one site; absent parts do nothing.
+
+    a [r, in] (of an embedding [vocabulary, r], so that a token's row is contiguous), b [r, out],
+    gain [out], bias [out]. scale [in], upon the inputs, is for banks that have the hook for it.
+    norm [1 or 2, out]: a norm's own weight, and its bias if it has one, in the place of the base's.
+    Until it is packed b may lack a `factor`; in a bank all scalings are folded in. Matrices may be narrower
+    than what they are multiplied with.
+    """
+
+    site: str
+    a: torch.Tensor | None = None
+    b: torch.Tensor | None = None
+    gain: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+    scale: torch.Tensor | None = None
+    norm: torch.Tensor | None = None
+    factor: float = 1.0
+
+
 COLUMN = {"a": 0, "b": 1, "gain": kernel.GAIN, "bias": kernel.BIAS}
-KNOWN = 64  # layouts
+MAX_LAYOUTS = 64  # layouts
 
 
-class Piece(msgspec.Struct, frozen=True, gc=False):  # by the hundred thousand, and no cycle
+class TensorPiece(msgspec.Struct, frozen=True, gc=False):  # by the hundred thousand, and no cycle
     """One tensor of a change; in the flat buffer they lie back to back, in order."""
 
     site: str
@@ -32,13 +54,13 @@ class Piece(msgspec.Struct, frozen=True, gc=False):  # by the hundred thousand, 
     shape: tuple[int, ...]
 
 
-class Anatomy:
+class SlotLayout:
     """`ways`: how each site is changed. `mask`: bits of these sites; `biased`: of those by a bias alone.
 
     `norms`: the norms that have other parameters, and are in none of these.
     """
 
-    def __init__(self, layout: list[Piece], table: SiteTable, item: int) -> None:
+    def __init__(self, layout: list[TensorPiece], table: SiteTable, item: int) -> None:
         self.layout = layout  # held, so that nothing else gets its id
         parts: dict[str, set[str]] = {}
         self.rank, begin = 0, 0
@@ -65,39 +87,41 @@ class Anatomy:
         return self._offsets + self._present * address
 
 
-class Anatomies:
+class SlotLayouts:
     """Of a bank's adapters; those of the last layouts are remembered."""
 
     def __init__(self, table: SiteTable) -> None:
         self.table = table
-        self._known: OrderedDict[tuple[int, int], Anatomy] = OrderedDict()
+        self._known: OrderedDict[tuple[int, int], SlotLayout] = OrderedDict()
 
-    def of(self, layout: list[Piece], item: int) -> Anatomy:
+    def of(self, layout: list[TensorPiece], item: int) -> SlotLayout:
         """Of a buffer of numbers of `item` bytes."""
         key = (id(layout), item)
         found = self._known.get(key)
         if found is None:
-            found = self._known[key] = Anatomy(layout, self.table, item)
-            if len(self._known) > KNOWN:
+            found = self._known[key] = SlotLayout(layout, self.table, item)
+            if len(self._known) > MAX_LAYOUTS:
                 self._known.popitem(last=False)
         self._known.move_to_end(key)
         return found
 
 
-class Held:
+class LoadedSlot:
     """An adapter in a slot."""
 
-    def __init__(self, flat: torch.Tensor, anatomy: Anatomy, *, aligned: bool) -> None:
+    def __init__(self, flat: torch.Tensor, anatomy: SlotLayout, *, aligned: bool) -> None:
         self.flat = flat
         self.anatomy = anatomy
         self.aligned = aligned  # each piece as a GPU's kernels want it
 
     @cached_property
-    def changes(self) -> dict[str, Change]:
-        return changes_of(self.flat, self.anatomy.layout, aligned=self.aligned)
+    def changes(self) -> dict[str, AffineDelta]:
+        return deltas_of(self.flat, self.anatomy.layout, aligned=self.aligned)
 
 
-def changes_of(flat: torch.Tensor, layout: list[Piece], *, aligned: bool = False) -> dict[str, Change]:
+def deltas_of(
+    flat: torch.Tensor, layout: list[TensorPiece], *, aligned: bool = False
+) -> dict[str, AffineDelta]:
     """By site: views of the buffer, or copies where these must be aligned."""
     sizes = [prod(piece.shape) for piece in layout]
     # one split, so that in training the gradients come back as one concatenation
@@ -105,7 +129,7 @@ def changes_of(flat: torch.Tensor, layout: list[Piece], *, aligned: bool = False
     found: dict[str, dict[str, Any]] = {}
     for piece, view in zip(layout, views, strict=True):
         found.setdefault(piece.site, {})[piece.part] = view.view(piece.shape)
-    return {name: Change(name, **parts) for name, parts in found.items()}
+    return {name: AffineDelta(name, **parts) for name, parts in found.items()}
 
 
 def _way(parts: set[str]) -> int:

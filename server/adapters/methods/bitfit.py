@@ -12,9 +12,9 @@ from safetensors.torch import save
 
 from server.adapters.formats.config_fields import FILE
 from server.adapters.formats.peft import typed_config
-from server.adapters.formats.peft_vectors import BeftConfig, BitfitConfig
-from server.adapters.methods.affine_bank import AffineBank, pack_changes
-from server.adapters.methods.change import Change
+from server.adapters.formats.peft_configs import BeftConfig, BitfitConfig
+from server.adapters.methods.affine_bank import AffineBank, pack_deltas
+from server.adapters.methods.affine_layout import AffineDelta
 from server.adapters.methods.interface import AdapterFiles, Packed, Tensors
 from server.adapters.methods.tensor_names import (
     COPIES,
@@ -89,7 +89,7 @@ class Bitfit:
         dtype: torch.dtype,
     ) -> Packed:
         deltas = bias_deltas(spec, base, tensors, weights)
-        return pack_changes((Change(site, bias=delta) for site, delta in deltas.items()), dtype)
+        return pack_deltas((AffineDelta(site, bias=delta) for site, delta in deltas.items()), dtype)
 
 
 def bias_deltas(

@@ -12,7 +12,7 @@ import torch
 
 from server.adapters.formats.adapterhub import HubConfig, hub_config
 from server.adapters.formats.safetensors import TensorInfo
-from server.adapters.methods.bottleneck_bank import BottleneckBank, Change, pack_changes
+from server.adapters.methods.bottleneck_bank import BottleneckBank, BottleneckDelta, pack_deltas
 from server.adapters.methods.interface import AdapterFiles, Packed, Tensors
 from server.adapters.methods.tensor_names import Roles, check_shapes, invalid
 from server.adapters.sites import Base, Site
@@ -154,7 +154,7 @@ class Bottleneck:
         weights: Mapping[str, torch.Tensor],
         dtype: torch.dtype,
     ) -> Packed:
-        return pack_changes((_fold(target, spec, base, tensors, weights) for target in spec.targets), dtype)
+        return pack_deltas((_fold(target, spec, base, tensors, weights) for target in spec.targets), dtype)
 
 
 def _fold(
@@ -163,13 +163,13 @@ def _fold(
     base: Base,
     tensors: Tensors,
     weights: Mapping[str, torch.Tensor],
-) -> Change:
+) -> BottleneckDelta:
     """The scaling goes into U and u, the norm's gain into D, so that only its division is left to do."""
     scaling = torch.tensor(spec.scaling) if target.scaling is None else tensors[target.scaling].float()
     down, epsilon = tensors[target.down].float(), 0.0
     if target.norm is not None:
         down, epsilon = down * weights[target.norm].float(), base.sites[target.norm].epsilon
-    return Change(
+    return BottleneckDelta(
         site=target.site,
         down=down,
         down_bias=tensors[target.down_bias].float(),

@@ -13,9 +13,9 @@ import msgspec
 import torch
 import torch.nn.functional as F
 
-from server.adapters.methods.interface import Bank, Packed, Trace
+from server.adapters.methods.interface import Bank, Packed, RecordedSites
 from server.adapters.methods.tensor_names import flatten
-from server.adapters.methods.token_spans import FEW, MATRICES, Rows
+from server.adapters.methods.token_spans import MATRICES, MAX_DECODE_SPAN, TokenSpans
 from server.adapters.sites import Base, Site
 from server.kernels import token_blocks as gpu
 from server.kernels.cpu import grouped_bottleneck as kernel
@@ -34,7 +34,7 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 @dataclass(frozen=True)
-class Change:
+class BottleneckDelta:
     """What an adapter does at one site, all scalings folded in.
 
     down [b, hidden], down_bias [b], up [b, hidden] (transposed, so that a width's row is contiguous),
@@ -51,7 +51,7 @@ class Change:
     epsilon: float = 0.0
 
 
-class Piece(msgspec.Struct, frozen=True, gc=False):  # by the hundred thousand, and no cycle
+class BottleneckPiece(msgspec.Struct, frozen=True, gc=False):  # by the hundred thousand, and no cycle
     """A change in the flat buffer: down, down_bias, up, up_bias, back to back, behind the piece before it."""
 
     site: str
@@ -61,28 +61,28 @@ class Piece(msgspec.Struct, frozen=True, gc=False):  # by the hundred thousand, 
     epsilon: float
 
 
-def pack_changes(changes: Iterable[Change], dtype: torch.dtype) -> Packed:
+def pack_deltas(changes: Iterable[BottleneckDelta], dtype: torch.dtype) -> Packed:
     """One host buffer. Raises InvalidAdapter if a folded value overflows `dtype`."""
-    pieces: list[Piece] = []
+    pieces: list[BottleneckPiece] = []
     parts: list[torch.Tensor] = []
     for c in changes:
-        pieces.append(Piece(c.site, c.down.shape[0], c.non_linearity, c.input, c.epsilon))
+        pieces.append(BottleneckPiece(c.site, c.down.shape[0], c.non_linearity, c.input, c.epsilon))
         parts += [c.down, c.down_bias, c.up, c.up_bias]
     return Packed(flatten(parts, dtype), pieces)
 
 
 def views(
     flat: torch.Tensor,
-    pieces: Sequence[Piece],
+    pieces: Sequence[BottleneckPiece],
     hidden: int,
     split: Callable[[torch.Tensor, list[int]], Iterable[torch.Tensor]] = torch.split,
-) -> Iterator[Change]:
+) -> Iterator[BottleneckDelta]:
     """The pieces' changes; one split, so that in training the gradients come back as one concatenation."""
     sizes = [size for p in pieces for size in (p.width * hidden, p.width, p.width * hidden, hidden)]
     parts = iter(split(flat, sizes))
     for p, down, down_bias, up, up_bias in zip(pieces, parts, parts, parts, parts, strict=True):
         matrices = (down.view(-1, hidden), down_bias, up.view(-1, hidden), up_bias)
-        yield Change(p.site, *matrices, p.non_linearity, p.input, p.epsilon)
+        yield BottleneckDelta(p.site, *matrices, p.non_linearity, p.input, p.epsilon)
 
 
 class BottleneckBank(Bank):
@@ -91,11 +91,11 @@ class BottleneckBank(Bank):
     def __init__(self, base: Base, slots: int, device: torch.device, dtype: torch.dtype) -> None:
         self.hidden = base.hidden_size
         self.device = device
-        self.changes: list[dict[str, Change]] = [{} for _ in range(slots + 1)]
+        self.changes: list[dict[str, BottleneckDelta]] = [{} for _ in range(slots + 1)]
         names = [name for name, site in base.sites.items() if site.kind in ("attention", "mlp")]
         self.table = SiteTable(names, slots, kernel.COLUMNS, device)
         self.gpu = gpu.chosen(device)
-        self.most = sys.maxsize if self.gpu else FEW
+        self.most = sys.maxsize if self.gpu else MAX_DECODE_SPAN
         self.fast = self.gpu or (AVAILABLE and device.type == "cpu" and dtype == torch.float32)
 
     def put(self, slot: int, packed: Packed) -> None:
@@ -110,7 +110,7 @@ class BottleneckBank(Bank):
         self.table.clear(slot)
         self.changes[slot] = {}
 
-    def sublayer(self, site: Site, h: torch.Tensor, r: torch.Tensor, rows: Rows) -> None:
+    def sublayer(self, site: Site, h: torch.Tensor, r: torch.Tensor, rows: TokenSpans) -> None:
         if rows.touched is None:
             changed = {name for span in rows.spans for name in self.changes[span.slot]}
             rows.touched = dict.fromkeys(changed, MATRICES)
@@ -123,13 +123,13 @@ class BottleneckBank(Bank):
             if change := self.changes[slot].get(site.name):
                 apply(change, h[start:end], r[start:end])
 
-    def trace(self, slot: int) -> Trace | None:
-        return Trace(self.table.masks[slot], self.table.ranks[slot]) if self.fast else None
+    def trace(self, slot: int) -> RecordedSites | None:
+        return RecordedSites(self.table.masks[slot], self.table.ranks[slot]) if self.fast else None
 
-    def touched(self, trace: Trace) -> dict[str, int]:
+    def touched(self, trace: RecordedSites) -> dict[str, int]:
         return dict.fromkeys(self.table.among(trace.mask), MATRICES)
 
-    def _launch(self, site: Site, h: torch.Tensor, r: torch.Tensor, rows: Rows) -> None:
+    def _launch(self, site: Site, h: torch.Tensor, r: torch.Tensor, rows: TokenSpans) -> None:
         number = self.table.numbers[site.name]
         if not self.gpu:
             if len(rows.tokens):
@@ -141,7 +141,7 @@ class BottleneckBank(Bank):
         grouped_bottleneck(h, r, plan, self.table.rows, number)
 
 
-def apply(change: Change, h: torch.Tensor, r: torch.Tensor) -> None:
+def apply(change: BottleneckDelta, h: torch.Tensor, r: torch.Tensor) -> None:
     """One adapter's tokens, in place; the plain twin of the kernel, and the better way for many tokens."""
     x = h + r if change.input == "sum" else r if change.input == "residual" else h
     if x is h and torch.is_grad_enabled():
@@ -153,7 +153,7 @@ def apply(change: Change, h: torch.Tensor, r: torch.Tensor) -> None:
     h += change.up_bias
 
 
-def table_row(change: Change) -> list[int]:
+def table_row(change: BottleneckDelta) -> list[int]:
     """What a kernel reads of a change: COLUMNS numbers."""
     parts = (change.down, change.down_bias, change.up, change.up_bias)
     kinds = (kernel.NON_LINEARITIES.index(change.non_linearity), kernel.INPUTS.index(change.input))

@@ -9,10 +9,10 @@ import msgspec
 import torch
 
 from server.adapters.formats.peft import typed_config
-from server.adapters.formats.peft_vectors import Ia3Config
-from server.adapters.methods.affine_bank import AffineBank, pack_changes
-from server.adapters.methods.change import Change
-from server.adapters.methods.interface import AdapterFiles, Packed, Tensors, Trace
+from server.adapters.formats.peft_configs import Ia3Config
+from server.adapters.methods.affine_bank import AffineBank, pack_deltas
+from server.adapters.methods.affine_layout import AffineDelta
+from server.adapters.methods.interface import AdapterFiles, Packed, RecordedSites, Tensors
 from server.adapters.methods.tensor_names import (
     COPIES,
     Endings,
@@ -22,7 +22,7 @@ from server.adapters.methods.tensor_names import (
     check_targets,
     copy_shapes,
 )
-from server.adapters.methods.token_spans import Rows
+from server.adapters.methods.token_spans import TokenSpans
 from server.adapters.sites import Base, Site
 
 ENDINGS: Endings = {"ia3_l": ("scale", ("linear",)), **COPIES}
@@ -38,7 +38,7 @@ class Ia3Spec(msgspec.Struct, frozen=True):
 class Ia3Bank(AffineBank):
     """An affine bank that scales inputs, too; apart from the others', so that their rows never pay for it."""
 
-    def inputs(self, site: Site, x: torch.Tensor, rows: Rows) -> torch.Tensor:
+    def inputs(self, site: Site, x: torch.Tensor, rows: TokenSpans) -> torch.Tensor:
         found = rows.spread(lambda slot: self._scale(slot, site.name))
         if found is None:
             return x
@@ -48,7 +48,7 @@ class Ia3Bank(AffineBank):
         x[tokens] *= scales
         return x
 
-    def trace(self, slot: int) -> Trace | None:
+    def trace(self, slot: int) -> RecordedSites | None:
         """Inputs are scaled by the host's lists: no step of these is recorded."""
         held = self.held[slot]
         scales = held and any(piece.part == "scale" for piece in held.anatomy.layout)
@@ -110,13 +110,13 @@ class Ia3:
         dtype: torch.dtype,
     ) -> Packed:
         changes = [
-            Change(site, scale=tensors[tensor].float().flatten()) for site, tensor in spec.inputs.items()
+            AffineDelta(site, scale=tensors[tensor].float().flatten()) for site, tensor in spec.inputs.items()
         ]
         for site, tensor in spec.outputs.items():
             gain = tensors[tensor].float().flatten() - 1
             bias = gain * weights[f"{site}.bias"].float() if base.sites[site].bias else None
-            changes.append(Change(site, gain=gain, bias=bias))
-        return pack_changes(changes, dtype)
+            changes.append(AffineDelta(site, gain=gain, bias=bias))
+        return pack_deltas(changes, dtype)
 
 
 def _feeds_forward(site: str, config: Ia3Config, shape: tuple[int, ...]) -> bool:

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from server.adapters.checksum import seal_of
+from server.adapters.checksum import checksum
 from server.adapters.formats.safetensors import TensorInfo
-from server.adapters.methods.token_spans import FEW, Rows
+from server.adapters.methods.token_spans import MAX_DECODE_SPAN, TokenSpans
 from server.adapters.sites import Base, Site
 from server.kernels.cpu.fused_bias import Biases
 from server.kernels.cpu.pack_tensors import Copies
@@ -42,7 +42,7 @@ class Packed:
 
     def intact(self) -> bool:
         """Whether memory still holds what was packed. Waits for the device, if that is where `flat` lies."""
-        return self.seal is None or seal_of(self.flat) == self.seal
+        return self.seal is None or checksum(self.flat) == self.seal
 
     @property
     def nbytes(self) -> int:
@@ -57,7 +57,7 @@ class Start:
     values: torch.Tensor
 
 
-class Trace(NamedTuple):
+class RecordedSites(NamedTuple):
     """What a slot asks of a recorded step: bits of the sites it touches, its highest rank or width.
 
     `biased`: sites at which it asks for nothing but what `Bank.biases` gives; these are not in the mask.
@@ -80,7 +80,7 @@ class Bank:
     """
 
     leads = False  # it acts on virtual tokens alone: rows that are past them need not ask it
-    most = FEW  # tokens of a span that its kernels take, as Rows has it
+    most = MAX_DECODE_SPAN  # tokens of a span that its kernels take, as Rows has it
 
     def __init__(self, base: Base, slots: int, device: torch.device, dtype: torch.dtype) -> None:
         """Empty, for slots 1..slots."""
@@ -92,14 +92,19 @@ class Bank:
         raise NotImplementedError
 
     def affine(
-        self, site: Site, x: torch.Tensor, y: torch.Tensor, rows: Rows, bias: torch.Tensor | None
+        self, site: Site, x: torch.Tensor, y: torch.Tensor, rows: TokenSpans, bias: torch.Tensor | None
     ) -> None:
         """Change y [T, out] = W x + b in place by what each token's adapter adds, inside a linear,
         an embedding (x is token ids [T], negative for virtual tokens) or a norm. `bias` is the base's b.
         """
 
     def joint(
-        self, sites: Sequence[Site], x: torch.Tensor, y: torch.Tensor, rows: Rows, bias: torch.Tensor | None
+        self,
+        sites: Sequence[Site],
+        x: torch.Tensor,
+        y: torch.Tensor,
+        rows: TokenSpans,
+        bias: torch.Tensor | None,
     ) -> None:
         """As `affine`, for several sites that see the same x; their columns stand side by side in y and b.
 
@@ -111,7 +116,7 @@ class Bank:
         self,
         sites: Sequence[Site],  # noqa: ARG002 - a hook's default
         columns: Sequence[slice],  # noqa: ARG002
-        rows: Rows,  # noqa: ARG002
+        rows: TokenSpans,  # noqa: ARG002
         count: int,  # noqa: ARG002
     ) -> Biases | None:
         """What a kernel that computes these sites' outputs, in these columns, for `count` tokens may add as
@@ -120,14 +125,14 @@ class Bank:
         """
         return None
 
-    def inputs(self, site: Site, x: torch.Tensor, rows: Rows) -> torch.Tensor:  # noqa: ARG002 - a hook's default
+    def inputs(self, site: Site, x: torch.Tensor, rows: TokenSpans) -> torch.Tensor:  # noqa: ARG002 - a hook's default
         """What a linear sees in the place of x [T, in], which stays as it is."""
         return x
 
-    def norm(self, site: Site, parts: NormParts, x: torch.Tensor, y: torch.Tensor, rows: Rows) -> None:
+    def norm(self, site: Site, parts: NormParts, x: torch.Tensor, y: torch.Tensor, rows: TokenSpans) -> None:
         """Change y [T, hidden], a norm of x, in place."""
 
-    def sublayer(self, site: Site, h: torch.Tensor, r: torch.Tensor, rows: Rows) -> None:
+    def sublayer(self, site: Site, h: torch.Tensor, r: torch.Tensor, rows: TokenSpans) -> None:
         """Change h [T, hidden], the output of an attention or MLP block, in place; r [T, hidden] is the
         residual stream before that block's norm.
         """
@@ -136,13 +141,13 @@ class Bank:
         """The K/V of an adapter's virtual tokens; asked when a row begins and finds them nowhere cached."""
         return None
 
-    def trace(self, slot: int) -> Trace | None:  # noqa: ARG002 - as above
+    def trace(self, slot: int) -> RecordedSites | None:  # noqa: ARG002 - as above
         """What a decode step that is recorded once and replayed must hold for this slot's rows; None if
         this slot's rows cannot be in one.
         """
         return None
 
-    def touched(self, trace: Trace) -> dict[str, int]:  # noqa: ARG002 - as above
+    def touched(self, trace: RecordedSites) -> dict[str, int]:  # noqa: ARG002 - as above
         """`Rows.touched` for the sites of a trace."""
         return {}
 

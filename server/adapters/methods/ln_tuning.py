@@ -6,8 +6,8 @@ import msgspec
 import torch
 
 from server.adapters.formats.peft import typed_config
-from server.adapters.formats.peft_vectors import LnTuningConfig
-from server.adapters.methods.affine_bank import AffineBank, pack_changes
+from server.adapters.formats.peft_configs import LnTuningConfig
+from server.adapters.methods.affine_bank import AffineBank, pack_deltas
 from server.adapters.methods.interface import AdapterFiles, Packed, Tensors
 from server.adapters.methods.norm_tensors import Norms, norm_changes, norm_shapes, norms_of
 from server.adapters.methods.tensor_names import Endings, by_site, check_shapes, check_targets
@@ -62,4 +62,4 @@ class LnTuning:
         weights: Mapping[str, torch.Tensor],  # noqa: ARG002 - as Method
         dtype: torch.dtype,
     ) -> Packed:
-        return pack_changes(norm_changes(spec.norms, tensors), dtype)
+        return pack_deltas(norm_changes(spec.norms, tensors), dtype)

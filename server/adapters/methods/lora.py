@@ -1,8 +1,6 @@
-"""LoRA: y += scaling * B A x at any linear, and at embeddings; with rsLoRA, DoRA, patterns, biases, and norms
-that were trained beside.
+"""LoRA: y += scaling * B A x at linears and embeddings; also rsLoRA, DoRA, patterns, biases, norms.
 
-This file reads what PEFT writes and says which tensors there must be. How it runs: affine_bank.py.
-What a target is, the tensors decide; the config only gives numbers, and must agree.
+This file reads what PEFT writes and checks its tensors; affine_bank.py computes. The tensors decide targets.
 """
 
 import math
@@ -17,8 +15,8 @@ from server.adapters.formats.module_patterns import Patterns
 from server.adapters.formats.peft import typed_config
 from server.adapters.formats.peft_configs import LoraConfig
 from server.adapters.formats.safetensors import TensorInfo
-from server.adapters.methods.affine_bank import AffineBank, pack_changes
-from server.adapters.methods.change import Change
+from server.adapters.methods.affine_bank import AffineBank, pack_deltas
+from server.adapters.methods.affine_layout import AffineDelta
 from server.adapters.methods.interface import AdapterFiles, Packed, Tensors
 from server.adapters.methods.norm_tensors import Norms, norm_changes, norm_shapes, norm_starts, norms_of
 from server.adapters.methods.tensor_names import (
@@ -172,14 +170,14 @@ class Lora:
             target.site: fold(target, base.sites[target.site], tensors, weights) for target in spec.targets
         }
         for name, tensor in spec.biases.items():
-            change = changes.get(name) or Change(name)
+            change = changes.get(name) or AffineDelta(name)
             delta = tensors[tensor].float() - weights[f"{name}.bias"].float()
             changes[name] = replace(change, bias=delta if change.bias is None else change.bias + delta)
         changes |= {change.site: change for change in norm_changes(spec.norms, tensors)}
         halved = all(self._can_be_narrow(change, base.sites[name]) for name, change in changes.items())
-        return pack_changes(changes.values(), torch.bfloat16 if halved else dtype)
+        return pack_deltas(changes.values(), torch.bfloat16 if halved else dtype)
 
-    def _can_be_narrow(self, change: Change, site: Site) -> bool:
+    def _can_be_narrow(self, change: AffineDelta, site: Site) -> bool:
         a, b = change.a, change.b
         if a is None or b is None or change.gain is not None or change.bias is not None:
             return False
@@ -224,7 +222,9 @@ def _take_norms(roles: Roles, base: Base) -> Norms:
     return norms_of(own, base)
 
 
-def fold(target: LoraTarget, site: Site, tensors: Tensors, weights: Mapping[str, torch.Tensor]) -> Change:
+def fold(
+    target: LoraTarget, site: Site, tensors: Tensors, weights: Mapping[str, torch.Tensor]
+) -> AffineDelta:
     """One target as an affine change. Formulas: PEFT's tuners/lora/layer.py and variants.py.
 
     DoRA (arXiv 2402.09353): y = base + (m/n - 1)(base - b) + (m/n) s B A x, with n the norm of each row of
@@ -233,14 +233,16 @@ def fold(target: LoraTarget, site: Site, tensors: Tensors, weights: Mapping[str,
     a, b = tensors[target.A], tensors[target.B]
     bias = None if target.bias is None else target.scaling * tensors[target.bias].float()
     if target.embedding:
-        return Change(site.name, a.T, target.scaling * b.float().T, factor=site.scale)
+        return AffineDelta(site.name, a.T, target.scaling * b.float().T, factor=site.scale)
     if target.magnitude is None:
-        return Change(site.name, a, b.T, bias=bias, factor=target.scaling)
+        return AffineDelta(site.name, a, b.T, bias=bias, factor=target.scaling)
     a, b = a.float(), target.scaling * b.float()
     with torch.no_grad():
         norm = torch.linalg.vector_norm(weights[site.name].float() + b @ a, dim=1)  # [out]
     ratio = tensors[target.magnitude].float() / norm
-    return Change(site.name, a, (ratio[:, None] * b).T, ratio - 1, None if bias is None else ratio * bias)
+    return AffineDelta(
+        site.name, a, (ratio[:, None] * b).T, ratio - 1, None if bias is None else ratio * bias
+    )
 
 
 def _check_modules(config: LoraConfig, spec: LoraSpec, base: Base) -> None:

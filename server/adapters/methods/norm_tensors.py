@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 import msgspec
 import torch
 
-from server.adapters.methods.change import Change
+from server.adapters.methods.affine_layout import AffineDelta
 from server.adapters.methods.interface import Tensors
 from server.adapters.methods.tensor_names import Roles, invalid
 from server.adapters.sites import Base
@@ -48,10 +48,10 @@ def norm_starts(norms: Norms, weights: Mapping[str, torch.Tensor]) -> Tensors:
     return starts
 
 
-def norm_changes(norms: Norms, tensors: Tensors) -> Iterator[Change]:
+def norm_changes(norms: Norms, tensors: Tensors) -> Iterator[AffineDelta]:
     for site, norm in norms.items():
         weight = tensors[norm.weight]
         if norm.bias is None:
-            yield Change(site, norm=weight[None])
+            yield AffineDelta(site, norm=weight[None])
         else:
-            yield Change(site, norm=torch.stack([weight.float(), tensors[norm.bias].float()]))
+            yield AffineDelta(site, norm=torch.stack([weight.float(), tensors[norm.bias].float()]))

@@ -10,8 +10,8 @@ import msgspec
 import torch
 
 from server.adapters.formats.peft import typed_config
-from server.adapters.formats.peft_virtual import PrefixConfig
-from server.adapters.methods.interface import AdapterFiles, Bank, Packed, Start, Tensors, Trace
+from server.adapters.formats.peft_configs import PrefixConfig
+from server.adapters.methods.interface import AdapterFiles, Bank, Packed, RecordedSites, Start, Tensors
 from server.adapters.methods.tensor_names import check_shapes, flatten
 from server.adapters.methods.virtual_tokens import TENSOR, check_field, check_tokens
 from server.adapters.sites import Base
@@ -38,8 +38,8 @@ class PrefixBank(Bank):
     def clear(self, slot: int) -> None:
         self.starts[slot] = None
 
-    def trace(self, slot: int) -> Trace | None:  # noqa: ARG002 - as Bank
-        return Trace()
+    def trace(self, slot: int) -> RecordedSites | None:  # noqa: ARG002 - as Bank
+        return RecordedSites()
 
     def start(self, slot: int) -> Start | None:
         return self.starts[slot]

@@ -9,10 +9,10 @@ import msgspec
 import torch
 
 from server.adapters.formats.peft import typed_config
-from server.adapters.formats.peft_virtual import PromptConfig
-from server.adapters.methods.interface import AdapterFiles, Bank, Packed, Tensors, Trace
+from server.adapters.formats.peft_configs import PromptConfig
+from server.adapters.methods.interface import AdapterFiles, Bank, Packed, RecordedSites, Tensors
 from server.adapters.methods.tensor_names import check_shapes, flatten
-from server.adapters.methods.token_spans import Rows
+from server.adapters.methods.token_spans import TokenSpans
 from server.adapters.methods.virtual_tokens import TENSOR, check_field, check_tokens
 from server.adapters.sites import Base, Site
 
@@ -43,7 +43,7 @@ class PromptBank(Bank):
         site: Site,
         x: torch.Tensor,
         y: torch.Tensor,
-        rows: Rows,
+        rows: TokenSpans,
         bias: torch.Tensor | None,  # noqa: ARG002 - as Bank
     ) -> None:
         if site.kind != "embedding":
@@ -54,8 +54,8 @@ class PromptBank(Bank):
                 own = embeddings[(-1 - ids[:, 0]).clamp(0, embeddings.shape[0] - 1)]
                 y[start:end] = torch.where(ids < 0, own, y[start:end])
 
-    def trace(self, slot: int) -> Trace | None:  # noqa: ARG002 - as Bank
-        return Trace()
+    def trace(self, slot: int) -> RecordedSites | None:  # noqa: ARG002 - as Bank
+        return RecordedSites()
 
 
 class Prompt:

@@ -7,9 +7,10 @@ from typing import NamedTuple
 
 import torch
 
-from server.kernels.token_blocks import FIELDS, LARGE, SMALL, Plan, put_in_blocks, round_up, upload
+from server.kernels.token_blocks import FIELDS, LARGE_BLOCK, SMALL_BLOCK, BlockPlan, put_in_blocks, round_up
+from server.kernels.transfers import upload
 
-FEW = 8  # up to so many tokens of one row, walking its weights beats a GEMM
+MAX_DECODE_SPAN = 8  # up to so many tokens of one row, walking its weights beats a GEMM
 
 
 class Span(NamedTuple):
@@ -25,7 +26,7 @@ class Span(NamedTuple):
 BIAS, SCALE, MATRICES = 1, 2, 4  # by a bias and nothing else; element by element; by matrices
 
 
-class Rows:
+class TokenSpans:
     """The batch as banks see it: which slot each packed token uses. Slot 0 is "no adapter".
 
     Base tokens are in no span. Spans of up to `most` tokens (decode) are what kernels take: `few`, ordered by
@@ -33,7 +34,7 @@ class Rows:
     longer ones, and rows with several or weighted adapters, whose sums have an order.
     """
 
-    def __init__(self, spans: list[Span], most: int = FEW, count: int | None = None) -> None:
+    def __init__(self, spans: list[Span], most: int = MAX_DECODE_SPAN, count: int | None = None) -> None:
         """`count`: tokens that the hooks see; None: not known."""
         sharing = Counter(span.start for span in spans)
         self.few = sorted(
@@ -46,25 +47,25 @@ class Rows:
         self.settled: set[str] = set()  # sites that the bank has done already, along with a sibling
         self.biased: set[str] = set()  # sites whose biases have come with the product
         self.many = [span for span in spans if span not in kept]
-        self._plan: Plan | None = None
+        self._plan: BlockPlan | None = None
         self._by_token: torch.Tensor | None = None
 
     @classmethod
-    def recorded(cls, plan: Plan, touched: dict[str, int], count: int) -> "Rows":
+    def recorded(cls, plan: BlockPlan, touched: dict[str, int], count: int) -> "TokenSpans":
         """Of a recorded step of `count` tokens: whose they are, the plan's tensors say at each replay."""
         rows = cls([], count=count)
         rows._plan, rows.touched = plan, touched
         return rows
 
     @classmethod
-    def held(cls, count: int, touched: dict[str, int]) -> "Rows":
+    def held(cls, count: int, touched: dict[str, int]) -> "TokenSpans":
         """The same on a CPU, of `count` tokens: what `fill` says then."""
         rows = cls([], count=count)
         rows.tokens, rows.slots, rows._by_token = torch.zeros(3, count, dtype=torch.int64).unbind()
         rows.touched = touched
         return rows
 
-    def fill(self, rows: "Rows") -> None:
+    def fill(self, rows: "TokenSpans") -> None:
         """Say as `rows` does; 0 where it says nothing."""
         assert self._by_token is not None
         count = len(rows.tokens)
@@ -95,15 +96,15 @@ class Rows:
             self._by_token[self.tokens] = self.slots
         return self._by_token
 
-    def plan(self, device: torch.device, ranks: Callable[[int], int]) -> Plan:
+    def plan(self, device: torch.device, ranks: Callable[[int], int]) -> BlockPlan:
         """The tokens of `few` in blocks, on a GPU; `ranks` gives a slot's highest rank or width."""
         if self._plan is None:
             longest = max((s.end - s.start for s in self.few), default=0)
-            size = SMALL if longest <= SMALL else LARGE
+            size = SMALL_BLOCK if longest <= SMALL_BLOCK else LARGE_BLOCK
             order, blocks = put_in_blocks((s[:3] for s in self.few), size)
             highest = max((ranks(s.slot) for s in self.few), default=0)
             own = upload([order, blocks], device)
-            self._plan = Plan(own[0], own[1].view(-1, FIELDS), size, round_up(highest))
+            self._plan = BlockPlan(own[0], own[1].view(-1, FIELDS), size, round_up(highest))
         return self._plan
 
     def spread(

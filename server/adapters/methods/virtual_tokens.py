@@ -1,6 +1,6 @@
 """Virtual tokens in PEFT's files: one tensor, a row for each token."""
 
-from server.adapters.formats.peft_virtual import MAX_VIRTUAL
+from server.adapters.formats.peft_configs import MAX_VIRTUAL
 from server.adapters.methods.interface import AdapterFiles
 from server.adapters.methods.tensor_names import invalid
 from server.adapters.sites import Base

@@ -21,10 +21,10 @@ from redis.exceptions import RedisError
 from adapters_store.names import TENANTS, is_name
 from adapters_store.object_store.store import Head, sha256_of
 from adapters_store.valkey import store_errors
-from server.api.adapters.publish import Files, publish
+from server.api.adapters.publish import AdapterUpload, publish
 from server.api.adapters.upload_form import CONFIG
 from server.api.http.dependencies import OPERATOR
-from server.api.http.temp_files import incoming
+from server.api.http.temp_files import temp_folder
 from server.api.services import Services
 from server.errors import (
     EngineLost,
@@ -49,7 +49,7 @@ ACTOR = "watch"
 log = logging.getLogger(__name__)
 
 
-class Place(NamedTuple):
+class WatchedFolder(NamedTuple):
     tenant: str
     name: str
 
@@ -62,7 +62,7 @@ class Seen(msgspec.Struct, frozen=True):
     content: str  # of the bytes
 
 
-class Watcher:
+class BucketWatcher:
     def __init__(self, parts: Services, prefix: str) -> None:
         """Raises StartupError for a prefix where other things lie."""
         if prefix.partition("/")[0] == TENANTS:
@@ -70,8 +70,8 @@ class Watcher:
         self._parts = parts
         self._prefix = prefix
         self._id = uuid.uuid4().hex
-        self._stamps: dict[Place, str] = {}  # at the last look
-        self._tries: dict[Place, int] = {}
+        self._stamps: dict[WatchedFolder, str] = {}  # at the last look
+        self._tries: dict[WatchedFolder, int] = {}
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -89,7 +89,7 @@ class Watcher:
         """Take what has come and is complete."""
         places = await self._places()
         await self._forget(places)
-        stamps: dict[Place, str] = {}
+        stamps: dict[WatchedFolder, str] = {}
         for place, files in places.items():
             config_and_weights = [CONFIG, *(name for name in WEIGHTS if name in files)]
             if CONFIG not in files or len(config_and_weights) != 2:
@@ -111,12 +111,14 @@ class Watcher:
                     keeping.cancel()
         self._stamps = stamps
 
-    async def _take(self, place: Place, weights: str, size: int, stamp: str, seen: Seen | None) -> None:
+    async def _take(
+        self, place: WatchedFolder, weights: str, size: int, stamp: str, seen: Seen | None
+    ) -> None:
         """Publish it, or say why not. What may go better later is tried at the next look."""
         content = seen.content if seen else ""
         try:
-            with incoming(self._parts.settings) as folder:
-                files = Files((CONFIG, Path(folder) / CONFIG), (weights, Path(folder) / weights))
+            with temp_folder(self._parts.settings) as folder:
+                files = AdapterUpload((CONFIG, Path(folder) / CONFIG), (weights, Path(folder) / weights))
                 if size > self._parts.settings.max_upload_bytes:
                     limit = self._parts.settings.max_upload_bytes
                     raise TooLarge(f"The files have {size} bytes, more than {limit}.")
@@ -132,14 +134,14 @@ class Watcher:
         self._tries.pop(place, None)
         await self._remember(place, Seen(stamp, content))
 
-    def _again(self, place: Place, error: Exception) -> bool:
+    def _again(self, place: WatchedFolder, error: Exception) -> bool:
         """Whether to try again; an engine that is lost may be lost by this very adapter."""
         if isinstance(error, PolypeftError) and not isinstance(error, EngineLost):
             return isinstance(error, Unavailable)
         self._tries[place] = self._tries.get(place, 0) + 1
         return self._tries[place] < MAX_TRIES
 
-    async def _fetch(self, place: Place, files: Files) -> str:
+    async def _fetch(self, place: WatchedFolder, files: AdapterUpload) -> str:
         """The content's own name. Raises InvalidAdapter if it is gone again."""
         digests = []
         for name, path in (files.config, files.weights):
@@ -150,7 +152,7 @@ class Watcher:
             digests.append(await run_sync(sha256_of, path))
         return hashlib.sha256(" ".join(digests).encode()).hexdigest()
 
-    async def _publish(self, place: Place, files: Files) -> None:
+    async def _publish(self, place: WatchedFolder, files: AdapterUpload) -> None:
         parts = self._parts
         tenant = OPERATOR if place.tenant == OPERATOR.id else await parts.tenants.get(place.tenant)
         if await self._is_latest(place, files):  # whoever took it died before it could say so
@@ -158,7 +160,7 @@ class Watcher:
         version = await publish(parts, tenant, place.name, files, actor=ACTOR)
         log.info("What was copied to %s is version %d", place, version.version)
 
-    async def _is_latest(self, place: Place, files: Files) -> bool:
+    async def _is_latest(self, place: WatchedFolder, files: AdapterUpload) -> bool:
         try:
             latest = (await self._parts.registry.get(*place)).versions[-1]
             manifest = await self._parts.registry.manifest(*place, latest.version)
@@ -167,28 +169,28 @@ class Watcher:
         kept = {blob.sha256 for blob in manifest.files}
         return kept == {await run_sync(sha256_of, path) for _, path in (files.config, files.weights)}
 
-    async def _places(self) -> dict[Place, set[str]]:
+    async def _places(self) -> dict[WatchedFolder, set[str]]:
         """The names of the files in each folder that could be an adapter's."""
-        found: dict[Place, set[str]] = {}
+        found: dict[WatchedFolder, set[str]] = {}
         for key in await self._parts.objects.list(self._prefix):
             match key.removeprefix(f"{self._prefix}/").split("/"):
                 case [tenant, name, file] if is_name(tenant) and is_name(name):
-                    found.setdefault(Place(tenant, name), set()).add(file)
+                    found.setdefault(WatchedFolder(tenant, name), set()).add(file)
         return found
 
-    def _key(self, place: Place, file: str) -> str:
+    def _key(self, place: WatchedFolder, file: str) -> str:
         return f"{self._prefix}/{place}/{file}"
 
-    async def _seen(self, place: Place) -> Seen | None:
+    async def _seen(self, place: WatchedFolder) -> Seen | None:
         with store_errors():
             record = await self._parts.redis.hget(WATCHED, str(place))
         return None if record is None else msgspec.json.decode(record, type=Seen)
 
-    async def _remember(self, place: Place, seen: Seen) -> None:
+    async def _remember(self, place: WatchedFolder, seen: Seen) -> None:
         with store_errors():
             await self._parts.redis.hset(WATCHED, str(place), msgspec.json.encode(seen))
 
-    async def _forget(self, places: dict[Place, set[str]]) -> None:
+    async def _forget(self, places: dict[WatchedFolder, set[str]]) -> None:
         """Of folders that are gone: what comes there again is new."""
         with store_errors():
             known: Any = await self._parts.redis.hkeys(WATCHED)
@@ -196,7 +198,7 @@ class Watcher:
             if gone:
                 await self._parts.redis.hdel(WATCHED, *gone)
 
-    async def _claim(self, place: Place) -> bool:
+    async def _claim(self, place: WatchedFolder) -> bool:
         """Of several API processes one takes it. Saves work; two at once would publish it twice."""
         with store_errors():
             holder = await self._parts.redis.set(
@@ -204,7 +206,7 @@ class Watcher:
             )
         return holder in (None, self._id.encode())
 
-    async def _keep(self, place: Place) -> None:
+    async def _keep(self, place: WatchedFolder) -> None:
         """The claim, for as long as the engine takes to try what is there."""
         while True:
             await asyncio.sleep(CLAIM_SECONDS / 3)

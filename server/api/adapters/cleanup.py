@@ -15,7 +15,7 @@ RETRY_SECONDS = 60.0
 log = logging.getLogger(__name__)
 
 
-class Upkeep:
+class CleanupLoop:
     def __init__(self, registry: Registry) -> None:
         self._registry = registry
 

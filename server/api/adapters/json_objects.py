@@ -3,8 +3,8 @@
 from collections.abc import Iterable
 from typing import Any
 
-from adapters_store.alias_target import Points
-from adapters_store.audit_log import Entry
+from adapters_store.alias_target import AliasTarget
+from adapters_store.audit_log import AuditEntry
 from adapters_store.index.records import Adapter, Alias, Deleted, Version
 from server.adapters.formats.ignored_files import ignored
 
@@ -65,7 +65,7 @@ def deleted_object(deleted: Deleted, retention_seconds: float) -> dict[str, Any]
     return {"object": "adapter.deleted", "id": deleted.name, "name": deleted.name, "versions": versions}
 
 
-def change_object(entry: Entry) -> dict[str, Any]:
+def change_object(entry: AuditEntry) -> dict[str, Any]:
     """`before` and `after` have the aliases that it moved; null: there was none, is none."""
     return {
         "object": "adapter.change",
@@ -80,7 +80,7 @@ def change_object(entry: Entry) -> dict[str, Any]:
     }
 
 
-def _points(points: Points | None) -> int | dict[str, float] | None:
+def _points(points: AliasTarget | None) -> int | dict[str, float] | None:
     if isinstance(points, dict):
         return {str(version): weight for version, weight in points.items()}
     return points

@@ -19,13 +19,13 @@ from anyio.to_thread import run_sync
 from adapters_store.index.records import Version, summary
 from adapters_store.manifest import Blob, Manifest, content_digest, encode_manifest
 from adapters_store.names import check_name
-from server.adapters.formats import hub_interface
+from server.adapters.formats import adapterhub as hub_interface
 from server.adapters.formats.detect import MAX_BYTES, method_of, read_config
 from server.adapters.formats.safetensors import read_header
 from server.adapters.methods.interface import AdapterFiles
 from server.adapters.sites import Base
 from server.api.adapters.upload_form import CONFIG
-from server.api.http.temp_files import incoming
+from server.api.http.temp_files import temp_folder
 from server.api.services import Services
 from server.errors import (
     Conflict,
@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Files:
+class AdapterUpload:
     """An adapter's files where they lie now; config and weights under the names that they are kept by."""
 
     config: tuple[str, Path]
@@ -68,7 +68,7 @@ async def publish(
     parts: Services,
     tenant: Tenant,
     name: str,
-    files: Files,
+    files: AdapterUpload,
     *,
     create_only: bool = False,
     allow_noop: bool = False,
@@ -103,7 +103,7 @@ async def prepare(
     tenant_id: str,
     name: str,
     version: int,
-    files: Files,
+    files: AdapterUpload,
     *,
     allow_noop: bool = False,
     actor: str = "worker",
@@ -157,14 +157,14 @@ def check_adapter_name(parts: Services, name: str, param: str = "name") -> str:
     return name
 
 
-def inspect(files: Files, parts: Services, base: Base) -> Inspected:
+def inspect(files: AdapterUpload, parts: Services, base: Base) -> Inspected:
     """Everything that can be known without reading a tensor. Blocking. Raises InvalidAdapter."""
     config_path, weights_path = files.config[1], files.weights[1]
     with config_path.open("rb") as file:
         config = read_config(file.read(MAX_BYTES + 1))
     if files.interface:
         with files.interface.open("rb") as file:
-            hub_interface.check_interface(file.read(hub_interface.MAX_BYTES + 1), base.model_type)
+            hub_interface.check_interface(file.read(hub_interface.MAX_INTERFACE_BYTES + 1), base.model_type)
     with weights_path.open("rb") as file:
         tensors = read_header(
             file,
@@ -203,7 +203,7 @@ async def _exists(parts: Services, tenant: Tenant, name: str) -> bool:
     return True
 
 
-class TrainedGate:
+class TrainedAdmission:
     """The gate as the fine-tuning publisher uses it: for a folder that a training left."""
 
     def __init__(self, parts: Services) -> None:
@@ -214,10 +214,10 @@ class TrainedGate:
         return self._parts.engine.ready and not self._parts.draining
 
     def folder(self) -> TemporaryDirectory[str]:
-        return incoming(self._parts.settings)
+        return temp_folder(self._parts.settings)
 
     async def prepare(self, tenant: str, name: str, version: int, files: list[Path]) -> Manifest:
         config = next(path for path in files if path.name == CONFIG)
         weights = next(path for path in files if path.suffix == ".safetensors")
-        pair = Files((CONFIG, config), (weights.name, weights))
+        pair = AdapterUpload((CONFIG, config), (weights.name, weights))
         return await prepare(self._parts, tenant, name, version, pair)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from anyio.to_thread import run_sync
 
-from server.api.http.temp_files import incoming
+from server.api.http.temp_files import temp_folder
 from server.api.services import Services
 from server.errors import InvalidField, NotFound, shown
 from server.files.files import File
@@ -48,7 +48,7 @@ async def check(parts: Services, data: Data, max_tokens: int) -> dict[str, datas
         tokens=settings.max_training_tokens,
     )
     reports = {}
-    with incoming(settings) as folder:
+    with temp_folder(settings) as folder:
         for param, file in data.files:
             path = Path(folder) / param
             await parts.files.download(file, path)
@@ -61,7 +61,7 @@ async def check(parts: Services, data: Data, max_tokens: int) -> dict[str, datas
     return reports
 
 
-def figures(report: dataset.Report) -> dict[str, int]:
+def dataset_stats(report: dataset.Report) -> dict[str, int]:
     """What a job tells of a file."""
     return {
         "examples": report.examples,

@@ -21,7 +21,7 @@ from server.tenancy.tenants import Tenant
 
 
 @dataclass(frozen=True)
-class Asked:
+class RouteOptions:
     """What differs between the two routes."""
 
     prefix: str  # of the id
@@ -32,8 +32,8 @@ class Asked:
     grammar: str | None = None
 
 
-def prepare(
-    parts: Services, tenant: Tenant, request: Request, target: Target, body: SamplingBody, asked: Asked
+def build_generation(
+    parts: Services, tenant: Tenant, request: Request, target: Target, body: SamplingBody, asked: RouteOptions
 ) -> Generation:
     """Rows for the engine. Raises InvalidField, ContextTooLong."""
     context, vocabulary = parts.max_context, parts.base.vocab_size
@@ -68,7 +68,9 @@ def prepare(
     return Generation(parts, request_id, target, asked.prompts, rows, choices)
 
 
-def _sampling(body: SamplingBody, asked: Asked, max_tokens: int, seed: int, vocabulary: int) -> Sampling:
+def _sampling(
+    body: SamplingBody, asked: RouteOptions, max_tokens: int, seed: int, vocabulary: int
+) -> Sampling:
     for token in body.stop_token_ids:
         _check_token("stop_token_ids", token, vocabulary)
     return Sampling(

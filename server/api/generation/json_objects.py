@@ -3,9 +3,10 @@
 from typing import Any
 
 from server.api.generation.choice import TokenInfo
+from server.api.generation.generation import Usage
 from server.base_model.tokenizer import Tokenizer
 
-LEAST = -9999.0  # OpenAI's stand-in for minus infinity, which JSON does not have
+MIN_LOGPROB = -9999.0  # OpenAI's stand-in for minus infinity, which JSON does not have
 
 
 def completion_logprobs(tokenizer: Tokenizer, tokens: list[TokenInfo], count: int) -> dict[str, list[Any]]:
@@ -50,4 +51,13 @@ def chat_logprobs(tokenizer: Tokenizer, tokens: list[TokenInfo], count: int) -> 
 
 
 def _number(logprob: float) -> float:
-    return max(logprob, LEAST)
+    return max(logprob, MIN_LOGPROB)
+
+
+def usage_object(usage: Usage) -> dict[str, Any]:
+    return {
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+    }

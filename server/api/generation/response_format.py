@@ -32,7 +32,7 @@ _VALUES = frozenset({"enum", "const", "default", "examples"})  # below is data
 _REFUSED = frozenset({"x-guidance"})  # llguidance's own: would change how the schema is read
 
 
-async def grammar_of(response_format: ResponseFormat | None) -> str | None:
+async def grammar_for(response_format: ResponseFormat | None) -> str | None:
     """The schema text for Sampling.grammar; None for plain text. Raises InvalidField."""
     if response_format is None or response_format.type == "text":
         return None

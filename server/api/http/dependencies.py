@@ -13,7 +13,7 @@ from server.tenancy.keys import fingerprint, same_secret
 from server.tenancy.tenants import OPERATOR, Tenant
 from server.tracing import span, tell
 
-__all__ = ["OPERATOR", "CurrentTenant", "Parts", "current_tenant", "operator", "services"]
+__all__ = ["OPERATOR", "CurrentTenant", "Deps", "current_tenant", "operator", "services"]
 
 
 def services(request: Request) -> Services:
@@ -21,10 +21,10 @@ def services(request: Request) -> Services:
     return found
 
 
-Parts = Annotated[Services, Depends(services)]
+Deps = Annotated[Services, Depends(services)]
 
 
-async def current_tenant(request: Request, parts: Parts) -> Tenant:
+async def current_tenant(request: Request, parts: Deps) -> Tenant:
     """The tenant whose key the request carries. Raises Unauthenticated."""
     with span("auth"):
         secret = bearer(request)
@@ -46,7 +46,7 @@ async def operator(tenant: Annotated[Tenant, Depends(current_tenant)]) -> None:
 CurrentTenant = Annotated[Tenant, Depends(current_tenant)]
 
 
-async def current_actor(request: Request, parts: Parts, tenant: CurrentTenant) -> str:
+async def current_actor(request: Request, parts: Deps, tenant: CurrentTenant) -> str:
     """Who makes a change, for a history: the id of the key, or "operator". Says nothing of the secret."""
     if tenant is OPERATOR:
         return OPERATOR.id

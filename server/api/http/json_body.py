@@ -14,7 +14,7 @@ from anyio.to_thread import run_sync
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
 
-from server.api.http.dependencies import Parts
+from server.api.http.dependencies import Deps
 from server.api.http.error_responses import first_complaint
 from server.api.http.request_limits import max_body_bytes, max_values
 from server.errors import DeadlineExceeded, InvalidField, InvalidRequest, TooLarge, UnsupportedMedia, shown
@@ -33,7 +33,7 @@ _MARKED = {b"[": "lists", b"{": "objects", b":": "fields", b",": "values"}
 def json_body(model: type[M]) -> Callable[..., Awaitable[M]]:
     """A dependency that yields the request's body as `model`. Raises 400, 413, 415 or 422."""
 
-    async def read(request: Request, parts: Parts) -> M:
+    async def read(request: Request, parts: Deps) -> M:
         raw = await read_body(request, max_body_bytes(parts))
         values = max_values(parts)
         if len(raw) <= INLINE_BYTES:

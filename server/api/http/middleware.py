@@ -16,10 +16,10 @@ from server.tracing import Tracing, follow
 
 log = logging.getLogger(__name__)
 
-GONE = 499  # the client left before an answer; only ever seen in metrics
+CLIENT_GONE_STATUS = 499  # the client left before an answer; only ever seen in metrics
 
 
-class Envelope:
+class RequestMiddleware:
     """ASGI middleware. The id is always ours: a client's X-Request-Id is neither used nor repeated."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics, tracing: Tracing | None = None) -> None:
@@ -55,7 +55,7 @@ class Envelope:
         try:
             await self._app(scope, receive, send_with_id)
         except ClientDisconnect:
-            status = GONE
+            status = CLIENT_GONE_STATUS
         except Exception:
             log.exception("Request %s failed", id_)
             if status == 0:

@@ -6,21 +6,21 @@ What is larger is refused before it is parsed, rendered or tokenised, as all of 
 from server.api.services import Services
 from server.errors import ContextTooLong
 
-LEAST_BODY_BYTES = 1 << 20
-LEAST_VALUES = 20_000  # the fields, lists and numbers of any other body
+MIN_BODY_BYTES = 1 << 20
+MIN_VALUES = 20_000  # the fields, lists and numbers of any other body
 OTHER_BYTES = 65_536  # beside the prompts
 
 
 def max_body_bytes(parts: Services) -> int:
     """Of a JSON body: as many prompts as a request may have, as token ids, or the longest text."""
     ids = max_values(parts) * (len(str(len(parts.tokenizer.pieces))) + len(", "))
-    needed = max(LEAST_BODY_BYTES, ids, max_prompt_chars(parts)) + OTHER_BYTES
+    needed = max(MIN_BODY_BYTES, ids, max_prompt_chars(parts)) + OTHER_BYTES
     return min(parts.settings.max_body_bytes, needed)
 
 
 def max_values(parts: Services) -> int:
     """Of a JSON body: as many prompts as a request may have, as token ids."""
-    return max(LEAST_VALUES, parts.settings.max_prompts * _context(parts))
+    return max(MIN_VALUES, parts.settings.max_prompts * _context(parts))
 
 
 def max_prompt_chars(parts: Services) -> int:

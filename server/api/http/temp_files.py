@@ -13,7 +13,7 @@ from server.settings import Settings
 FOLDER = "incoming"  # in the data directory
 
 
-def incoming(settings: Settings) -> tempfile.TemporaryDirectory[str]:
+def temp_folder(settings: Settings) -> tempfile.TemporaryDirectory[str]:
     """A folder of the caller's own, gone when its block ends."""
     folder = settings.data_dir / FOLDER
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -21,7 +21,7 @@ def incoming(settings: Settings) -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(prefix=prefix, dir=folder, ignore_cleanup_errors=True)
 
 
-def clear_incoming(settings: Settings) -> None:
+def clear_temp_folders(settings: Settings) -> None:
     """Remove the bodies that died with the process they arrived at. Before its first request only.
 
     Those of the other API processes stay: they may be on their way.
@@ -38,7 +38,7 @@ def _prefix(api_number: int) -> str:
 
 async def stored_file(settings: Settings, objects: Objects, key: str, name: str, sha256: str) -> FileResponse:
     """The object at `key` as a download called `name`: checked whole before its first byte is sent."""
-    folder = incoming(settings)
+    folder = temp_folder(settings)
     try:
         path = Path(folder.name) / "blob"
         await objects.download(key, path, sha256)

@@ -26,20 +26,20 @@ from adapters_store.registry.presigned_uploads import (
     CLAIM_SECONDS,
     LIFE_SECONDS,
     AnnouncedFile,
-    DirectUpload,
+    PresignedUpload,
     ended,
     new_id,
 )
 from server.adapters.formats.ignored_files import ignored
 from server.api.adapters.json_objects import uploaded_object
-from server.api.adapters.publish import Files, check_adapter_name, publish
+from server.api.adapters.publish import AdapterUpload, check_adapter_name, publish
 from server.api.adapters.upload_form import check_files, kept
 from server.api.generation.bodies import Body, at_most_entries
-from server.api.http.dependencies import Actor, CurrentTenant, Parts, current_tenant
+from server.api.http.dependencies import Actor, CurrentTenant, Deps, current_tenant
 from server.api.http.error_responses import json_response
 from server.api.http.json_body import json_body
 from server.api.http.multipart import StoredFile, Upload
-from server.api.http.temp_files import incoming
+from server.api.http.temp_files import temp_folder
 from server.api.routes.adapters import uploaded_files
 from server.api.services import Services
 from server.errors import (
@@ -81,7 +81,7 @@ class CompleteBody(Body):
 
 @router.post("")
 async def create_upload(
-    parts: Parts, tenant: CurrentTenant, body: Annotated[CreateBody, Depends(json_body(CreateBody))]
+    parts: Deps, tenant: CurrentTenant, body: Annotated[CreateBody, Depends(json_body(CreateBody))]
 ) -> Response:
     """Files that an adapter does not need are left out of the answer: send only those that are in it."""
     parts.refuse_if_draining()
@@ -94,7 +94,7 @@ async def create_upload(
     files = _announced(parts, body)
     size = sum(file.bytes for file in files)
     await parts.registry.next_version(tenant.id, body.name, size)  # who has no room is told before it sends
-    upload = DirectUpload(
+    upload = PresignedUpload(
         id=new_id(),
         tenant=tenant.id,
         name=body.name,
@@ -109,13 +109,13 @@ async def create_upload(
 
 
 @router.get("/{upload_id}")
-async def get_upload(parts: Parts, tenant: CurrentTenant, upload_id: str) -> Response:
+async def get_upload(parts: Deps, tenant: CurrentTenant, upload_id: str) -> Response:
     """With URLs signed anew while it is pending."""
     return json_response(await _object(parts, await parts.directs.get(tenant.id, upload_id)))
 
 
 @router.post("/{upload_id}/cancel")
-async def cancel_upload(parts: Parts, tenant: CurrentTenant, upload_id: str) -> Response:
+async def cancel_upload(parts: Deps, tenant: CurrentTenant, upload_id: str) -> Response:
     upload = await parts.directs.get(tenant.id, upload_id)
     await parts.directs.cancel(upload)
     await _clear(parts, upload)
@@ -124,7 +124,7 @@ async def cancel_upload(parts: Parts, tenant: CurrentTenant, upload_id: str) -> 
 
 @router.post("/{upload_id}/complete")
 async def complete_upload(
-    parts: Parts,
+    parts: Deps,
     tenant: CurrentTenant,
     actor: Actor,
     upload_id: str,
@@ -145,14 +145,14 @@ async def complete_upload(
 
 
 async def _complete(
-    parts: Services, tenant: Tenant, actor: str, upload: DirectUpload, digests: list[str], asked: str
+    parts: Services, tenant: Tenant, actor: str, upload: PresignedUpload, digests: list[str], asked: str
 ) -> Version:
     token = new_id()
     first = await parts.registry.next_version(tenant.id, upload.name)
     upload = await parts.directs.claim(upload, token, first)
     renewing = asyncio.create_task(_renewed(parts, upload, token))
     try:
-        with incoming(parts.settings) as folder:
+        with temp_folder(parts.settings) as folder:
             arrived = await _fetched(parts, upload, digests, Path(folder))
             files = await uploaded_files(parts, arrived)
             version = await _published_before(parts, upload, files)
@@ -175,7 +175,7 @@ async def _complete(
     return version
 
 
-async def _renewed(parts: Services, upload: DirectUpload, token: str) -> None:
+async def _renewed(parts: Services, upload: PresignedUpload, token: str) -> None:
     """Keep the claim, until cancelled. Losing it costs at most a version that is there twice."""
     while True:
         await asyncio.sleep(CLAIM_SECONDS / 3)
@@ -185,7 +185,7 @@ async def _renewed(parts: Services, upload: DirectUpload, token: str) -> None:
             log.warning("The claim on %s was not renewed: %s", upload.id, error)
 
 
-async def _fetched(parts: Services, upload: DirectUpload, digests: list[str], folder: Path) -> Upload:
+async def _fetched(parts: Services, upload: PresignedUpload, digests: list[str], folder: Path) -> Upload:
     """The files here, and what they were said to be. Raises InvalidField."""
     for number, file in enumerate(upload.files):
         try:
@@ -213,7 +213,7 @@ async def _fetched(parts: Services, upload: DirectUpload, digests: list[str], fo
     return arrived
 
 
-async def _published_before(parts: Services, upload: DirectUpload, files: Files) -> Version | None:
+async def _published_before(parts: Services, upload: PresignedUpload, files: AdapterUpload) -> Version | None:
     """What somebody who claimed the upload before us published of these files, and died before he said so."""
     try:
         adapter = await parts.registry.get(upload.tenant, upload.name)
@@ -228,7 +228,7 @@ async def _published_before(parts: Services, upload: DirectUpload, files: Files)
     return None
 
 
-async def _clear(parts: Services, upload: DirectUpload) -> None:
+async def _clear(parts: Services, upload: PresignedUpload) -> None:
     """Remove its bytes, now, and what a URL that is still good may bring after that."""
     try:
         await parts.files.doomed.remove(upload.prefix)
@@ -253,7 +253,7 @@ def _announced(parts: Services, body: CreateBody) -> list[AnnouncedFile]:
     return files
 
 
-def _digests(upload: DirectUpload, body: CompleteBody) -> list[str]:
+def _digests(upload: PresignedUpload, body: CompleteBody) -> list[str]:
     """In the order of its files. Raises InvalidField."""
     names = [file.name for file in upload.files]
     if body.sha256.keys() != set(names):
@@ -267,7 +267,7 @@ def _digests(upload: DirectUpload, body: CompleteBody) -> list[str]:
     return digests
 
 
-async def _object(parts: Services, upload: DirectUpload) -> dict[str, Any]:
+async def _object(parts: Services, upload: PresignedUpload) -> dict[str, Any]:
     files: list[dict[str, Any]] = []
     for number, file in enumerate(upload.files):
         one: dict[str, Any] = {"name": file.name, "bytes": file.bytes}

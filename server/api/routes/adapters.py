@@ -17,14 +17,14 @@ from server.api.adapters.json_objects import (
     uploaded_object,
     version_object,
 )
-from server.api.adapters.publish import Files, publish
+from server.api.adapters.publish import AdapterUpload, publish
 from server.api.adapters.upload_form import CONFIG, INTERFACE, adapter_form, check_files
 from server.api.generation.model_selection import exact_version
-from server.api.http.dependencies import Actor, CurrentTenant, Parts, current_tenant
+from server.api.http.dependencies import Actor, CurrentTenant, Deps, current_tenant
 from server.api.http.error_responses import json_response
 from server.api.http.etags import MatchOnly, etag_header
 from server.api.http.multipart import Upload, receive_form
-from server.api.http.temp_files import incoming, stored_file
+from server.api.http.temp_files import stored_file, temp_folder
 from server.api.services import Services
 from server.errors import InvalidField, NotFound, shown
 from server.tenancy.tenants import Tenant
@@ -36,7 +36,7 @@ EVALUATIONS = 20
 
 
 @router.post("")
-async def upload_adapter(request: Request, parts: Parts, tenant: CurrentTenant, actor: Actor) -> Response:
+async def upload_adapter(request: Request, parts: Deps, tenant: CurrentTenant, actor: Actor) -> Response:
     """multipart/form-data: `name`, `files` (repeated), and perhaps `sha256` of the weights file, or
     `allow_noop=true` to let in an adapter that changes nothing.
 
@@ -49,7 +49,7 @@ async def receive_adapter(request: Request, parts: Services, tenant: Tenant, act
     """An upload, for `tenant` by `actor`."""
     parts.refuse_if_draining()
     form, seconds = adapter_form(parts.settings), parts.settings.request_seconds
-    with incoming(parts.settings) as folder:
+    with temp_folder(parts.settings) as folder:
         upload = await receive_form(request, Path(folder), form, seconds)
         create_only = request.headers.get("if-none-match") == "*"
         noop = _flag(upload.fields.get("allow_noop", "false"), "allow_noop")
@@ -69,7 +69,7 @@ async def receive_adapter(request: Request, parts: Services, tenant: Tenant, act
 
 @router.get("")
 async def list_adapters(
-    parts: Parts,
+    parts: Deps,
     tenant: CurrentTenant,
     after: str | None = None,
     limit: Annotated[int, Query()] = PAGE,
@@ -100,7 +100,7 @@ async def list_adapters(
 
 
 @router.get("/{name}")
-async def get_adapter(parts: Parts, tenant: CurrentTenant, name: str) -> Response:
+async def get_adapter(parts: Deps, tenant: CurrentTenant, name: str) -> Response:
     """Adds to the list's facts how versions that were trained here compare with the base, the newest few."""
     adapter = await parts.registry.get(tenant.id, name)
     trained = [version for version in reversed(adapter.versions) if version.evaluated][:EVALUATIONS]
@@ -114,7 +114,7 @@ async def get_adapter(parts: Parts, tenant: CurrentTenant, name: str) -> Respons
 
 @router.delete("/{name}")
 async def delete_adapter(
-    parts: Parts,
+    parts: Deps,
     tenant: CurrentTenant,
     actor: Actor,
     name: str,
@@ -132,7 +132,7 @@ async def delete_adapter(
 
 @router.post("/{name}/restore")
 async def restore_adapter(
-    parts: Parts, tenant: CurrentTenant, actor: Actor, name: str, version: str | None = None
+    parts: Deps, tenant: CurrentTenant, actor: Actor, name: str, version: str | None = None
 ) -> Response:
     """Bring back what is deleted of the name, all of it or one version, and aliases that went with it."""
     number = None if version is None else version_number(version)
@@ -146,14 +146,14 @@ async def restore_adapter(
 
 
 @router.get("/{name}/history")
-async def get_history(parts: Parts, tenant: CurrentTenant, name: str) -> Response:
+async def get_history(parts: Deps, tenant: CurrentTenant, name: str) -> Response:
     """Who changed what, newest first; also of an adapter that is deleted."""
     entries = await parts.registry.history(tenant.id, name)
     return json_response({"object": "list", "data": [change_object(entry) for entry in entries]})
 
 
 @router.get("/{name}/versions/{version}")
-async def get_version(parts: Parts, tenant: CurrentTenant, name: str, version: str) -> Response:
+async def get_version(parts: Deps, tenant: CurrentTenant, name: str, version: str) -> Response:
     """Adds to the list's facts what the engine found: parameters, bytes on the device, ..."""
     found = await parts.registry.resolve(tenant.id, name, version)
     manifest = await parts.registry.manifest(tenant.id, name, found.version)
@@ -163,7 +163,7 @@ async def get_version(parts: Parts, tenant: CurrentTenant, name: str, version: s
 
 @router.delete("/{name}/versions/{version}")
 async def delete_version(
-    parts: Parts,
+    parts: Deps,
     tenant: CurrentTenant,
     actor: Actor,
     name: str,
@@ -182,7 +182,7 @@ async def delete_version(
 
 @router.get("/{name}/versions/{version}/download")
 async def download(
-    parts: Parts, tenant: CurrentTenant, name: str, version: str, file: str | None = None
+    parts: Deps, tenant: CurrentTenant, name: str, version: str, file: str | None = None
 ) -> Response:
     """One file as it was uploaded: the weights, or the one `file` names."""
     found = await parts.registry.resolve(tenant.id, name, version)
@@ -209,7 +209,7 @@ async def delete(
         parts.engine.forget(digest)
 
 
-async def uploaded_files(parts: Services, upload: Upload) -> Files:
+async def uploaded_files(parts: Services, upload: Upload) -> AdapterUpload:
     """The upload's files, if it holds them and they are what the client meant to send."""
     upload.required("name")
     name = check_files(upload.files)
@@ -224,7 +224,7 @@ async def uploaded_files(parts: Services, upload: Upload) -> Files:
     if name in PICKLES:
         name, path = PICKLES[name], path.with_suffix(".safetensors")
         await run_sync(convert_pickle, file.path, path, limiter=parts.converting)
-    return Files((CONFIG, upload.files[CONFIG].path), (name, path), interface)
+    return AdapterUpload((CONFIG, upload.files[CONFIG].path), (name, path), interface)
 
 
 def _flag(value: str, name: str) -> bool:

@@ -8,12 +8,12 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Response
 from pydantic import BeforeValidator, Field, model_validator
 
-from adapters_store.alias_target import MAX_WEIGHTS, Points, check_weights
+from adapters_store.alias_target import MAX_WEIGHTS, AliasTarget, check_weights
 from adapters_store.index.records import Alias
 from server.api.adapters.json_objects import adapter_object, alias_object
 from server.api.generation.bodies import Body, at_most_entries
 from server.api.generation.model_selection import adapter_ref
-from server.api.http.dependencies import Actor, CurrentTenant, Parts, current_tenant
+from server.api.http.dependencies import Actor, CurrentTenant, Deps, current_tenant
 from server.api.http.error_responses import json_response
 from server.api.http.etags import Condition, MatchOnly, etag_header
 from server.api.http.json_body import json_body
@@ -42,13 +42,13 @@ class AliasBody(Body):
         return self
 
     @property
-    def points(self) -> Points:
+    def points(self) -> AliasTarget:
         return self.version if self.version is not None else check_weights(self.weights or {})
 
 
 @router.post("/{name}/aliases")
 async def set_alias(
-    parts: Parts,
+    parts: Deps,
     tenant: CurrentTenant,
     actor: Actor,
     name: str,
@@ -68,14 +68,14 @@ async def set_alias(
 
 
 @router.get("/{name}/aliases/{alias}")
-async def get_alias(parts: Parts, tenant: CurrentTenant, name: str, alias: str) -> Response:
+async def get_alias(parts: Deps, tenant: CurrentTenant, name: str, alias: str) -> Response:
     found = await parts.registry.aliases.get(tenant.id, name, alias)
     return json_response(alias_object(name, alias, found), headers=etag_header(found.etag))
 
 
 @router.delete("/{name}/aliases/{alias}")
 async def delete_alias(
-    parts: Parts, tenant: CurrentTenant, actor: Actor, name: str, alias: str, condition: MatchOnly
+    parts: Deps, tenant: CurrentTenant, actor: Actor, name: str, alias: str, condition: MatchOnly
 ) -> Response:
     """Of `latest`: it is pinned no longer, and points at the newest promoted version again."""
     await parts.registry.aliases.unset(tenant.id, name, alias, actor=actor, condition=condition)
@@ -84,7 +84,7 @@ async def delete_alias(
 
 @router.post("/{name}/aliases/{alias}/rollback")
 async def roll_back(
-    parts: Parts, tenant: CurrentTenant, actor: Actor, name: str, alias: str, condition: MatchOnly
+    parts: Deps, tenant: CurrentTenant, actor: Actor, name: str, alias: str, condition: MatchOnly
 ) -> Response:
     """Point the alias where it pointed before it was last moved; each call goes one step further back."""
     await parts.registry.aliases.rollback(tenant.id, name, alias, actor=actor, condition=condition)

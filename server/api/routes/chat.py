@@ -8,14 +8,13 @@ from fastapi import APIRouter, Depends, Request, Response
 
 from server.api.generation.chat_bodies import ChatBody
 from server.api.generation.choice import Piece
-from server.api.generation.engine_requests import Asked, prepare
+from server.api.generation.engine_requests import RouteOptions, build_generation
 from server.api.generation.generation import Generation
-from server.api.generation.json_objects import add_logprobs, chat_logprobs
+from server.api.generation.json_objects import add_logprobs, chat_logprobs, usage_object
 from server.api.generation.model_selection import resolve
 from server.api.generation.prompts import chat_prompt
-from server.api.generation.response_format import grammar_of
-from server.api.generation.usage import usage_object
-from server.api.http.dependencies import CurrentTenant, Parts, current_tenant, sticky
+from server.api.generation.response_format import grammar_for
+from server.api.http.dependencies import CurrentTenant, Deps, current_tenant, sticky
 from server.api.http.error_responses import json_response
 from server.api.http.json_body import json_body
 from server.api.http.streaming import open_stream, while_connected
@@ -26,20 +25,20 @@ router = APIRouter(dependencies=[Depends(current_tenant)])
 @router.post("/v1/chat/completions")
 async def create_chat_completion(
     request: Request,
-    parts: Parts,
+    parts: Deps,
     tenant: CurrentTenant,
     body: Annotated[ChatBody, Depends(json_body(ChatBody))],
 ) -> Response:
     target = await resolve(parts, tenant, body.model, body.adapters, sticky(request, body.user))
-    asked = Asked(
+    asked = RouteOptions(
         prefix="chatcmpl",
         prompts=[await chat_prompt(parts, tenant, body.messages)],
         max_tokens=body.max_completion_tokens or body.max_tokens,
         default_max_tokens=None,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-        grammar=await grammar_of(body.response_format),
+        grammar=await grammar_for(body.response_format),
     )
-    generation = prepare(parts, tenant, request, target, body, asked)
+    generation = build_generation(parts, tenant, request, target, body, asked)
     answer = _Chat(generation, body)
     if body.stream:
         return await open_stream(request, answer.events(), target.headers, deadline=generation.deadline)

@@ -8,13 +8,12 @@ from fastapi import APIRouter, Depends, Request, Response
 
 from server.api.generation.bodies import CompletionBody
 from server.api.generation.choice import Piece
-from server.api.generation.engine_requests import Asked, prepare
+from server.api.generation.engine_requests import RouteOptions, build_generation
 from server.api.generation.generation import Generation
-from server.api.generation.json_objects import add_logprobs, completion_logprobs
+from server.api.generation.json_objects import add_logprobs, completion_logprobs, usage_object
 from server.api.generation.model_selection import resolve
 from server.api.generation.prompts import completion_prompts
-from server.api.generation.usage import usage_object
-from server.api.http.dependencies import CurrentTenant, Parts, current_tenant, sticky
+from server.api.http.dependencies import CurrentTenant, Deps, current_tenant, sticky
 from server.api.http.error_responses import json_response
 from server.api.http.json_body import json_body
 from server.api.http.streaming import open_stream, while_connected
@@ -27,14 +26,14 @@ router = APIRouter(dependencies=[Depends(current_tenant)])
 @router.post("/v1/completions")
 async def create_completion(
     request: Request,
-    parts: Parts,
+    parts: Deps,
     tenant: CurrentTenant,
     body: Annotated[CompletionBody, Depends(json_body(CompletionBody))],
 ) -> Response:
     target = await resolve(parts, tenant, body.model, body.adapters, sticky(request, body.user))
     prompts = await completion_prompts(parts, tenant, body.prompt)
-    asked = Asked("cmpl", prompts, body.max_tokens, DEFAULT_MAX_TOKENS, body.logprobs)
-    generation = prepare(parts, tenant, request, target, body, asked)
+    asked = RouteOptions("cmpl", prompts, body.max_tokens, DEFAULT_MAX_TOKENS, body.logprobs)
+    generation = build_generation(parts, tenant, request, target, body, asked)
     answer = _Completion(generation, body)
     if body.stream:
         return await open_stream(request, answer.events(), target.headers, deadline=generation.deadline)

@@ -5,10 +5,10 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Query, Request, Response
 
-from server.api.http.dependencies import CurrentTenant, Parts, current_tenant
+from server.api.http.dependencies import CurrentTenant, Deps, current_tenant
 from server.api.http.error_responses import json_response
 from server.api.http.multipart import Form, receive_form
-from server.api.http.temp_files import incoming, stored_file
+from server.api.http.temp_files import stored_file, temp_folder
 from server.errors import Conflict, InvalidField, shown
 from server.files.files import File, Purpose
 
@@ -18,12 +18,12 @@ PAGE = 10_000
 
 
 @router.post("")
-async def upload_file(request: Request, parts: Parts, tenant: CurrentTenant) -> Response:
+async def upload_file(request: Request, parts: Deps, tenant: CurrentTenant) -> Response:
     """multipart/form-data: `file` and `purpose`, which is fine-tune."""
     parts.refuse_if_draining()
     await parts.files.room(tenant.id, 0)
     form = Form(fields=("purpose",), file="file", max_bytes=parts.settings.max_file_bytes)
-    with incoming(parts.settings) as folder:
+    with temp_folder(parts.settings) as folder:
         upload = await receive_form(request, Path(folder), form, parts.settings.request_seconds)
         purpose = check_purpose(upload.required("purpose"))
         if not upload.files:
@@ -39,7 +39,7 @@ async def upload_file(request: Request, parts: Parts, tenant: CurrentTenant) -> 
 
 @router.get("")
 async def list_files(
-    parts: Parts,
+    parts: Deps,
     tenant: CurrentTenant,
     after: str | None = None,
     limit: Annotated[int, Query()] = PAGE,
@@ -73,12 +73,12 @@ async def list_files(
 
 
 @router.get("/{file_id}")
-async def get_file(parts: Parts, tenant: CurrentTenant, file_id: str) -> Response:
+async def get_file(parts: Deps, tenant: CurrentTenant, file_id: str) -> Response:
     return json_response(file_object(await parts.files.get(tenant.id, file_id)))
 
 
 @router.delete("/{file_id}")
-async def delete_file(parts: Parts, tenant: CurrentTenant, file_id: str) -> Response:
+async def delete_file(parts: Deps, tenant: CurrentTenant, file_id: str) -> Response:
     """Not while an unfinished job needs it."""
     await parts.files.get(tenant.id, file_id)
     for job in await parts.jobs.unfinished(tenant.id):
@@ -91,7 +91,7 @@ async def delete_file(parts: Parts, tenant: CurrentTenant, file_id: str) -> Resp
 
 
 @router.get("/{file_id}/content")
-async def get_content(parts: Parts, tenant: CurrentTenant, file_id: str) -> Response:
+async def get_content(parts: Deps, tenant: CurrentTenant, file_id: str) -> Response:
     file = await parts.files.get(tenant.id, file_id)
     return await stored_file(parts.settings, parts.objects, file.key, file.name, file.sha256)
 

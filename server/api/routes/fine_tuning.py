@@ -20,7 +20,7 @@ from server.api.fine_tuning.json_objects import (
     number_in,
 )
 from server.api.generation.bodies import Body, Metadata
-from server.api.http.dependencies import CurrentTenant, Parts, current_tenant
+from server.api.http.dependencies import CurrentTenant, Deps, current_tenant
 from server.api.http.error_responses import json_response
 from server.api.http.json_body import json_body
 from server.api.http.streaming import open_stream
@@ -56,7 +56,7 @@ class JobBody(Body):
 @router.post("")
 async def create_job(
     request: Request,
-    parts: Parts,
+    parts: Deps,
     tenant: CurrentTenant,
     body: Annotated[JobBody, Depends(json_body(JobBody))],
 ) -> Response:
@@ -81,7 +81,7 @@ async def create_job(
             return _created(job)
         reports = await job_data.check(parts, data, recipe.max_tokens)
     recipe = _recipe(parts, body, recipe.seed, reports["training_file"].examples)
-    figures = {param: job_data.figures(report) for param, report in reports.items()}
+    figures = {param: job_data.dataset_stats(report) for param, report in reports.items()}
     events = [_data_event(param, found) for param, found in figures.items()]
     fixed = _fixed(parts, tenant, body, recipe, figures)
     return _created(await parts.jobs.create(fixed, same, *events))
@@ -90,7 +90,7 @@ async def create_job(
 @router.get("")
 async def list_jobs(
     request: Request,
-    parts: Parts,
+    parts: Deps,
     tenant: CurrentTenant,
     after: str | None = None,
     limit: Annotated[int, Query()] = 20,
@@ -106,31 +106,31 @@ async def list_jobs(
 
 
 @router.get("/{job_id}")
-async def get_job(parts: Parts, tenant: CurrentTenant, job_id: str) -> Response:
+async def get_job(parts: Deps, tenant: CurrentTenant, job_id: str) -> Response:
     return json_response(job_object(await parts.jobs.get(tenant.id, job_id)))
 
 
 @router.post("/{job_id}/cancel")
-async def cancel_job(parts: Parts, tenant: CurrentTenant, job_id: str) -> Response:
+async def cancel_job(parts: Deps, tenant: CurrentTenant, job_id: str) -> Response:
     """The job is cancelled when the answer comes, and nothing of it will be published."""
     return json_response(job_object(await parts.jobs.cancel(tenant.id, job_id)))
 
 
 @router.post("/{job_id}/pause")
-async def pause_job(parts: Parts, tenant: CurrentTenant, job_id: str) -> Response:
+async def pause_job(parts: Deps, tenant: CurrentTenant, job_id: str) -> Response:
     """A running job pauses within seconds, once its worker has saved; `paused` says when."""
     return json_response(job_object(await parts.jobs.pause(tenant.id, job_id)))
 
 
 @router.post("/{job_id}/resume")
-async def resume_job(parts: Parts, tenant: CurrentTenant, job_id: str) -> Response:
+async def resume_job(parts: Deps, tenant: CurrentTenant, job_id: str) -> Response:
     return json_response(job_object(await parts.jobs.resume(tenant.id, job_id)))
 
 
 @router.get("/{job_id}/events")
 async def list_events(
     request: Request,
-    parts: Parts,
+    parts: Deps,
     tenant: CurrentTenant,
     job_id: str,
     after: str | None = None,
@@ -153,7 +153,7 @@ async def list_events(
 
 @router.get("/{job_id}/checkpoints")
 async def list_checkpoints(
-    parts: Parts,
+    parts: Deps,
     tenant: CurrentTenant,
     job_id: str,
     after: str | None = None,

@@ -7,7 +7,7 @@ from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
 from redis.exceptions import RedisError
 
-from server.api.http.dependencies import Parts, bearer
+from server.api.http.dependencies import Deps, bearer
 from server.api.http.error_responses import json_response
 from server.api.services import Services
 from server.errors import Unauthenticated
@@ -20,7 +20,7 @@ HUNG = 2.0
 
 
 @router.get("/healthz")
-async def healthz(parts: Parts) -> Response:
+async def healthz(parts: Deps) -> Response:
     """200 while this process answers, whatever the others do: a restart of all is no cure for one of them.
 
     503 when the engine has said nothing for so long that `serve` must have failed to end it: for HUNG times
@@ -33,7 +33,7 @@ async def healthz(parts: Parts) -> Response:
 
 
 @router.get("/readyz")
-async def readyz(parts: Parts) -> Response:
+async def readyz(parts: Deps) -> Response:
     """200 when a request would be served now; 503 and what is missing otherwise.
 
     A silent engine is none that serves now, so others may get what is new. What comes all the same is taken,
@@ -56,7 +56,7 @@ async def readyz(parts: Parts) -> Response:
 
 
 @router.get("/metrics")
-async def metrics(request: Request, parts: Parts) -> Response:
+async def metrics(request: Request, parts: Deps) -> Response:
     """Open, unless it names somebody or the operator has closed it."""
     if parts.settings.metrics_closed:
         _check_reader(bearer(request), parts)

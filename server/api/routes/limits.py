@@ -6,7 +6,7 @@ from adapters_store.registry import presigned_uploads as direct
 from server.api.generation import response_format as grammar
 from server.api.generation.bodies import MAX_METADATA
 from server.api.http import connection
-from server.api.http.dependencies import Parts, current_tenant
+from server.api.http.dependencies import Deps, current_tenant
 from server.api.http.error_responses import json_response
 from server.api.http.request_limits import max_body_bytes, max_prompt_chars
 from server.api.routes import adapters, completions, uploads
@@ -53,7 +53,7 @@ FROM_SETTINGS = (
 
 
 @router.get("/v1/limits")
-async def get_limits(parts: Parts) -> Response:
+async def get_limits(parts: Deps) -> Response:
     return json_response(
         {"object": "limits", "model": parts.base.id, "max_context_tokens": parts.max_context}
         | {name: getattr(parts.settings, name) for name in FROM_SETTINGS}

@@ -6,7 +6,7 @@ from fastapi import APIRouter, Depends, Response
 
 from adapters_store.index.records import Version
 from server.api.generation.model_selection import exact_version, find_version, split_model
-from server.api.http.dependencies import Actor, CurrentTenant, Parts, current_tenant
+from server.api.http.dependencies import Actor, CurrentTenant, Deps, current_tenant
 from server.api.http.error_responses import json_response
 from server.api.routes.adapters import PAGE, delete
 from server.api.services import Services
@@ -16,7 +16,7 @@ router = APIRouter(prefix="/v1/models", dependencies=[Depends(current_tenant)])
 
 
 @router.get("")
-async def list_models(parts: Parts, tenant: CurrentTenant) -> Response:
+async def list_models(parts: Deps, tenant: CurrentTenant) -> Response:
     data = [_base_object(parts)]
     after: str | None = None
     while page := await parts.registry.list(tenant.id, after, PAGE):
@@ -26,7 +26,7 @@ async def list_models(parts: Parts, tenant: CurrentTenant) -> Response:
 
 
 @router.get("/{model:path}")
-async def get_model(parts: Parts, tenant: CurrentTenant, model: str) -> Response:
+async def get_model(parts: Deps, tenant: CurrentTenant, model: str) -> Response:
     """The base, an adapter, or `name@version`, `name@alias` and `ft:{base}:name:version`."""
     if model == parts.base.id:
         return json_response(_base_object(parts))
@@ -34,7 +34,7 @@ async def get_model(parts: Parts, tenant: CurrentTenant, model: str) -> Response
 
 
 @router.delete("/{model:path}")
-async def delete_model(parts: Parts, tenant: CurrentTenant, actor: Actor, model: str) -> Response:
+async def delete_model(parts: Deps, tenant: CurrentTenant, actor: Actor, model: str) -> Response:
     """An adapter with all its versions, or the one version that `name@...` or `ft:...` means."""
     if model == parts.base.id:
         raise Forbidden("The base model cannot be deleted.", param="model")

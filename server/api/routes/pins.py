@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable
 from fastapi import APIRouter, Depends, Response
 
 from server.api.generation.model_selection import adapter_ref, find_version, split_model
-from server.api.http.dependencies import CurrentTenant, Parts, current_tenant
+from server.api.http.dependencies import CurrentTenant, Deps, current_tenant
 from server.api.http.error_responses import json_response
 from server.api.services import Services
 from server.errors import NotFound, Unavailable
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 
 @router.post("/{name}/pin")
-async def pin(parts: Parts, tenant: CurrentTenant, name: str) -> Response:
+async def pin(parts: Deps, tenant: CurrentTenant, name: str) -> Response:
     """Raises ModelNotFound, and QuotaExceeded past `max_pins_per_tenant`."""
     version = await find_version(parts, tenant, name)
     await parts.pins.add(tenant.id, name)
@@ -34,14 +34,14 @@ async def pin(parts: Parts, tenant: CurrentTenant, name: str) -> Response:
 
 
 @router.get("/{name}/pin")
-async def get_pin(parts: Parts, tenant: CurrentTenant, name: str) -> Response:
+async def get_pin(parts: Deps, tenant: CurrentTenant, name: str) -> Response:
     version = await find_version(parts, tenant, name)
     pinned = name in await parts.pins.of(tenant.id)
     return json_response({"object": "adapter.pin", "id": name, "pinned": pinned, "version": version.version})
 
 
 @router.delete("/{name}/pin")
-async def unpin(parts: Parts, tenant: CurrentTenant, name: str) -> Response:
+async def unpin(parts: Deps, tenant: CurrentTenant, name: str) -> Response:
     """Also of what there is no more; its adapter stays where it is until its room is needed."""
     await parts.pins.remove(tenant.id, name)
     return json_response({"object": "adapter.pin", "id": name, "pinned": False})

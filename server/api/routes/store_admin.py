@@ -8,13 +8,13 @@ from typing import Annotated, Any
 from anyio.to_thread import run_sync
 from fastapi import APIRouter, Depends, Request, Response
 
-from adapters_store.maintenance.stale_temp_files import remove_drafts
+from adapters_store.maintenance.stale_temp_files import remove_stale_temp_files
 from server.api.generation.bodies import Body
-from server.api.http.dependencies import OPERATOR, Parts, operator
+from server.api.http.dependencies import OPERATOR, Deps, operator
 from server.api.http.error_responses import json_response
 from server.api.http.json_body import json_body
 from server.api.http.streaming import open_stream
-from server.api.http.temp_files import incoming
+from server.api.http.temp_files import temp_folder
 from server.api.routes.adapters import receive_adapter
 from server.api.services import Services
 
@@ -28,27 +28,27 @@ class CollectBody(Body):
 
 
 @router.post("/tenants/{tenant_id}/adapters")
-async def upload_for_tenant(request: Request, parts: Parts, tenant_id: str) -> Response:
+async def upload_for_tenant(request: Request, parts: Deps, tenant_id: str) -> Response:
     """The form of POST /v1/adapters; what comes belongs to the tenant."""
     tenant = await parts.tenants.get(tenant_id)
     return await receive_adapter(request, parts, tenant, OPERATOR.id)
 
 
 @router.post("/rebuild-index")
-async def rebuild_index(parts: Parts) -> Response:
+async def rebuild_index(parts: Deps) -> Response:
     """For a lost or damaged index: it learns of every manifest in the store. Aliases are in none."""
     return json_response({"object": "index", "versions": await parts.registry.rebuild_index()})
 
 
 @router.post("/gc")
-async def collect(parts: Parts, body: Annotated[CollectBody, Depends(json_body(CollectBody))]) -> Response:
+async def collect(parts: Deps, body: Annotated[CollectBody, Depends(json_body(CollectBody))]) -> Response:
     """Remove, or only name, what no version and no upload under way needs; purge what is due."""
     settings = parts.settings
     if not body.dry_run:
         await parts.registry.finish_deletes()
     found = await parts.registry.collector.collect(dry_run=body.dry_run)
     drafts = await run_sync(
-        lambda: remove_drafts(settings.store_url, settings.grace_seconds, dry_run=body.dry_run)
+        lambda: remove_stale_temp_files(settings.store_url, settings.grace_seconds, dry_run=body.dry_run)
     )
     return json_response(
         {
@@ -64,13 +64,13 @@ async def collect(parts: Parts, body: Annotated[CollectBody, Depends(json_body(C
 
 
 @router.post("/verify")
-async def verify(request: Request, parts: Parts) -> Response:
+async def verify(request: Request, parts: Deps) -> Response:
     """Server-sent events: how far it is and what it finds, for each object."""
     return await open_stream(request, _steps(parts))
 
 
 async def _steps(parts: Services) -> AsyncGenerator[dict[str, Any], None]:
-    with incoming(parts.settings) as folder:
+    with temp_folder(parts.settings) as folder:
         yield {"object": "verify.step", "done": 0, "total": None, "findings": []}
         async with aclosing(parts.registry.verifier.run(Path(folder))) as steps:
             async for step in steps:

@@ -7,11 +7,11 @@ from fastapi import APIRouter, Depends, Request, Response
 from pydantic import BeforeValidator, Field
 
 from server.api.generation.bodies import Body, at_most_entries
-from server.api.http.dependencies import CurrentTenant, Parts, current_tenant
+from server.api.http.dependencies import CurrentTenant, Deps, current_tenant
 from server.api.http.error_responses import json_response
 from server.api.http.json_body import json_body
 from server.api.http.multipart import Form, receive_form
-from server.api.http.temp_files import incoming
+from server.api.http.temp_files import temp_folder
 from server.api.routes.files import check_purpose, file_object
 from server.errors import InvalidField
 from server.files.files import File
@@ -38,7 +38,7 @@ class CompleteBody(Body):
 
 @router.post("")
 async def create_upload(
-    parts: Parts, tenant: CurrentTenant, body: Annotated[CreateBody, Depends(json_body(CreateBody))]
+    parts: Deps, tenant: CurrentTenant, body: Annotated[CreateBody, Depends(json_body(CreateBody))]
 ) -> Response:
     parts.refuse_if_draining()
     purpose = check_purpose(body.purpose)
@@ -48,12 +48,12 @@ async def create_upload(
 
 
 @router.post("/{upload_id}/parts")
-async def add_part(request: Request, parts: Parts, tenant: CurrentTenant, upload_id: str) -> Response:
+async def add_part(request: Request, parts: Deps, tenant: CurrentTenant, upload_id: str) -> Response:
     """multipart/form-data: `data`."""
     parts.refuse_if_draining()
     await parts.uploads.get(tenant.id, upload_id)  # before its bytes are read
     form = Form(fields=(), file="data", max_bytes=min(MAX_PART_BYTES, parts.settings.max_file_bytes))
-    with incoming(parts.settings) as folder:
+    with temp_folder(parts.settings) as folder:
         upload = await receive_form(request, Path(folder), form, parts.settings.request_seconds)
         data = next(iter(upload.files.values()), None)
         if data is None or not data.bytes:
@@ -66,13 +66,13 @@ async def add_part(request: Request, parts: Parts, tenant: CurrentTenant, upload
 
 @router.post("/{upload_id}/complete")
 async def complete_upload(
-    parts: Parts,
+    parts: Deps,
     tenant: CurrentTenant,
     upload_id: str,
     body: Annotated[CompleteBody, Depends(json_body(CompleteBody))],
 ) -> Response:
     """`part_ids` in the order of the file. The same call again gives the same answer."""
-    with incoming(parts.settings) as folder:
+    with temp_folder(parts.settings) as folder:
         upload, file = await parts.uploads.complete(
             tenant.id, upload_id, body.part_ids, body.md5, Path(folder)
         )
@@ -80,7 +80,7 @@ async def complete_upload(
 
 
 @router.post("/{upload_id}/cancel")
-async def cancel_upload(parts: Parts, tenant: CurrentTenant, upload_id: str) -> Response:
+async def cancel_upload(parts: Deps, tenant: CurrentTenant, upload_id: str) -> Response:
     return json_response(upload_object(await parts.uploads.cancel(tenant.id, upload_id)))
 
 

@@ -11,7 +11,14 @@ import typer
 from server.base_model.resolve import resolve_config
 from server.cli.options import read_settings
 from server.cli.output import print_table
-from server.engine.model.memory_estimate import BATCH_TOKENS, Part, Plan, Shapes, adapter_bytes, footprint
+from server.engine.model.memory_estimate import (
+    BATCH_TOKENS,
+    Deployment,
+    MemoryItem,
+    Shapes,
+    adapter_bytes,
+    footprint,
+)
 from server.errors import InvalidField, StartupError
 from server.settings import OFFLINE, Settings, inherited_environment
 
@@ -38,7 +45,7 @@ def size(
         )
     on_cpu = device == "cpu"
     chosen = dtype if dtype != "auto" else ("float32" if on_cpu else "bfloat16")
-    plan = Plan(chosen, on_cpu, seqs, context, BATCH_TOKENS[device], adapters, slots, rank)
+    plan = Deployment(chosen, on_cpu, seqs, context, BATCH_TOKENS[device], adapters, slots, rank)
     parts = footprint(shapes, plan)
     rows = [(part.what, part.bytes, readable(part.bytes), part.where, part.how) for part in parts]
     print_table(("part", "bytes", "", "where", "how"), [*rows, *_totals(parts, on_cpu=on_cpu)])
@@ -57,7 +64,7 @@ def shapes_of(settings: Settings) -> Shapes:
     return msgspec.json.decode(done.stdout, type=Shapes)
 
 
-def options(shapes: Shapes, plan: Plan, parts: list[Part]) -> list[str]:
+def options(shapes: Shapes, plan: Deployment, parts: list[MemoryItem]) -> list[str]:
     """The options of `serve` under which what the table says will fit."""
     known = {part.what: part.bytes for part in parts}
     one = adapter_bytes(shapes, plan.rank, plan.dtype)
@@ -73,7 +80,7 @@ def options(shapes: Shapes, plan: Plan, parts: list[Part]) -> list[str]:
     ]
 
 
-def _totals(parts: list[Part], *, on_cpu: bool) -> list[tuple[str, int, str, str, str]]:
+def _totals(parts: list[MemoryItem], *, on_cpu: bool) -> list[tuple[str, int, str, str, str]]:
     memory = {"host": ("device", "host")} if on_cpu else {"device": ("device",), "host": ("host",)}
     rows = []
     for where, places in memory.items():

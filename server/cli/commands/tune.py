@@ -14,7 +14,7 @@ from server.cli.data_files import Sent, check_data, send, unsend
 from server.cli.http_client import DEFAULT_URL, DataDir, Key, Url, answer, connection, options_to_reach
 from server.cli.job_follow import follow
 from server.cli.job_summary import print_outcome
-from server.cli.retry import patiently
+from server.cli.retry import retry_while_away
 from server.cli.training_options import blocks, knob_parameters
 from server.errors import PolypeftError, Unavailable
 
@@ -89,7 +89,7 @@ def _job(client: httpx.Client, body: dict[str, Any], console: Console) -> dict[s
     """Ask until there is an answer: with the same key, it is the same job."""
     headers = {"Idempotency-Key": uuid.uuid4().hex}
     given = {name: value for name, value in body.items() if value is not None}
-    made: dict[str, Any] = patiently(
+    made: dict[str, Any] = retry_while_away(
         lambda: answer(client.post("/v1/fine_tuning/jobs", json=given, headers=headers)),
         lambda error: console.print(f"The server does not answer ({error}); trying again."),
     )

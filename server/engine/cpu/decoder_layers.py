@@ -18,14 +18,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from server.engine.cpu.recorded_steps import Programs
-from server.engine.cpu.verified_swap import PROBE, probe, take_over
-from server.engine.model.forward_context import Chunk, Step, places_of
-from server.engine.model.linear_sites import Family, LinearSite, biases_of
+from server.engine.cpu.recorded_steps import RecordedSteps
+from server.engine.cpu.verified_swap import PROBE, probe, swap_forward_if_equal
+from server.engine.model.forward_context import ForwardContext, PrefillChunk, places_of
+from server.engine.model.linear_sites import FusedLinears, LinearSite, biases_of
 from server.engine.model.module_hooks import decoder_layers
 from server.kernels.cpu.decode_attention import takes
 from server.kernels.cpu.fused_bias import Biases
-from server.kernels.cpu.int8.linear import unrounded
+from server.kernels.cpu.int8.linear import without_rounding
 from server.kernels.cpu.llama_ops import RmsNorm, add_, rotate_, silu_times
 from server.kernels.cpu.paged_attention import BLOCK
 
@@ -37,7 +37,7 @@ MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 class LayerParts:
     """What a Llama-like layer is made of, which its class has run before."""
 
-    def __init__(self, layer: Any, step: Step) -> None:
+    def __init__(self, layer: Any, step: ForwardContext) -> None:
         attention, mlp = layer.self_attn, layer.mlp
         self.step = step
         self.index: int = attention.layer_idx
@@ -55,7 +55,7 @@ class LayerParts:
 class Layer(LayerParts):
     """One decoder layer."""
 
-    def __init__(self, layer: Any, step: Step) -> None:
+    def __init__(self, layer: Any, step: ForwardContext) -> None:
         super().__init__(layer, step)
         self.qkv = [self.attention.q_proj, self.attention.k_proj, self.attention.v_proj]
         self.gate_up = [self.mlp.gate_proj, self.mlp.up_proj]
@@ -92,9 +92,9 @@ class Layer(LayerParts):
 class Decoder:
     """All layers of a model; `forward` stands in the place of each one's own."""
 
-    def __init__(self, layers: list[Any], step: Step, max_context: int) -> None:
+    def __init__(self, layers: list[Any], step: ForwardContext, max_context: int) -> None:
         self.layers = [Layer(layer, step) for layer in layers]
-        self.programs = Programs(self.layers, step, max_context)
+        self.programs = RecordedSteps(self.layers, step, max_context)
         self.whole = False  # the first layer's call has run them all
 
     def forward(
@@ -144,7 +144,7 @@ def is_llama_like(layer: Any) -> bool:
     return (
         len(sites) == 7
         and all(site.fast for site in sites)
-        and all(isinstance(site.family, Family) for site in family)
+        and all(isinstance(site.family, FusedLinears) for site in family)
     )
 
 
@@ -168,7 +168,7 @@ def norms_of(layer: Any) -> Iterator[nn.Module]:
 
 
 @torch.inference_mode()
-def run_by_kernels(model: Any, step: Step) -> Decoder | None:
+def install_cpu_layers(model: Any, step: ForwardContext) -> Decoder | None:
     """Give each layer of `model` the forward above, if all can have it and the states stay the same.
 
     None if not. Takes the first pages meanwhile, and leaves them zeroed.
@@ -176,8 +176,8 @@ def run_by_kernels(model: Any, step: Step) -> Decoder | None:
     layers = [layer for _, layer in decoder_layers(model, model.config.num_hidden_layers)]
     if not layers or not all(map(is_llama_like, layers)) or not takes(step.pages.keys[0]):
         return None
-    with unrounded():
-        return take_over(
+    with without_rounding():
+        return swap_forward_if_equal(
             model,
             layers,
             lambda: Decoder(layers, step, model.config.max_position_embeddings),
@@ -185,10 +185,10 @@ def run_by_kernels(model: Any, step: Step) -> Decoder | None:
         )
 
 
-def _states(model: Any, step: Step) -> torch.Tensor:
+def _states(model: Any, step: ForwardContext) -> torch.Tensor:
     """Of a prompt in the first block."""
     places = places_of([0], 0, PROBE, torch.device("cpu"))
-    step.in_place, step.chunks = 0, [Chunk(0, PROBE, PROBE, torch.tensor([0]), places)]
+    step.in_place, step.chunks = 0, [PrefillChunk(0, PROBE, PROBE, torch.tensor([0]), places)]
     assert PROBE <= BLOCK
     states = probe(model)
     for pages in (*step.pages.keys, *step.pages.values):

@@ -16,33 +16,35 @@ from typing import NamedTuple
 
 import torch
 
-from server.adapters.methods.interface import Bank, Trace
-from server.adapters.methods.token_spans import Rows
-from server.engine.model.forward_context import Step
+from server.adapters.methods.interface import Bank, RecordedSites
+from server.adapters.methods.token_spans import TokenSpans
+from server.engine.model.forward_context import ForwardContext
 from server.kernels.cpu.openmp import Arena, Recorder
 from server.kernels.cpu.paged_attention import BLOCK
-from server.kernels.cpu.recorded_launches import Program
+from server.kernels.cpu.recorded_launches import RecordedLaunches
 
 MOST = 128  # programs that are kept, of some hundred KiB each; the one longest unused goes
 MOST_TOKENS = 512  # of a recorded step: beyond that, what stands between its kernels is little
 
 Layer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]  # (stream, cos, sin) -> stream
-Acting = tuple[Bank, Rows]
+Acting = tuple[Bank, TokenSpans]
 
 
-class Need(NamedTuple):
+class StepSignature(NamedTuple):
     """What a program must hold: so many tokens, several of one row or not, and of each bank these sites."""
 
     tokens: int
     ahead: bool
-    affine: tuple[tuple[Bank, Trace], ...]
-    sublayer: tuple[tuple[Bank, Trace], ...]
+    affine: tuple[tuple[Bank, RecordedSites], ...]
+    sublayer: tuple[tuple[Bank, RecordedSites], ...]
 
 
-class Held:
+class StepBuffers:
     """What a recorded step of `need` reads, at fixed addresses; and what it gives."""
 
-    def __init__(self, need: Need, x: torch.Tensor, cos: torch.Tensor, blocks: int, arena: Arena) -> None:
+    def __init__(
+        self, need: StepSignature, x: torch.Tensor, cos: torch.Tensor, blocks: int, arena: Arena
+    ) -> None:
         count = need.tokens
         self.x = arena.take("x", x, tuple(x.shape))
         self.cos, self.sin = (arena.take(name, cos, tuple(cos.shape)) for name in ("cos", "sin"))
@@ -50,12 +52,12 @@ class Held:
         self.tables = arena.take("tables", none, (count, blocks))  # no more of a row than its length is read
         self.lengths, self.ahead = none.clone(), none.clone()
         self.affine, self.sublayer = (
-            [(bank, Rows.held(count, bank.touched(trace))) for bank, trace in traces]
+            [(bank, TokenSpans.held(count, bank.touched(trace))) for bank, trace in traces]
             for traces in (need.affine, need.sublayer)
         )
         self.output = torch.empty(0)
 
-    def fill(self, step: Step, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
+    def fill(self, step: ForwardContext, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
         self.x.copy_(x)
         self.cos.copy_(cos)
         self.sin.copy_(sin)
@@ -69,14 +71,14 @@ class Held:
                 rows.fill(own[bank])
 
 
-class Programs:
+class RecordedSteps:
     """Recorded steps of these layers."""
 
-    def __init__(self, layers: Sequence[Layer], step: Step, max_context: int) -> None:
+    def __init__(self, layers: Sequence[Layer], step: ForwardContext, max_context: int) -> None:
         self.layers, self.step = layers, step
         self.blocks = min(-(-max_context // BLOCK), step.pages.count)  # of one row, at most
         self.arena = Arena()
-        self.recorded: OrderedDict[Need, tuple[Program, Held]] = OrderedDict()
+        self.recorded: OrderedDict[StepSignature, tuple[RecordedLaunches, StepBuffers]] = OrderedDict()
         self.runs = 0
         self.off = False
 
@@ -99,7 +101,7 @@ class Programs:
         self.recorded.clear()
         self.runs = 0
 
-    def _need(self, tokens: int) -> Need | None:
+    def _need(self, tokens: int) -> StepSignature | None:
         """What the step that is set needs; None if a row has a long chunk, or adapters that take Python."""
         step = self.step
         if self.off or step.in_place != tokens or tokens > MOST_TOKENS or step.inputs or step.norm:
@@ -119,14 +121,14 @@ class Programs:
                     biased |= trace.biased
                 if rows.many:
                     return None
-                own.append((bank, Trace(mask, biased=biased)))
+                own.append((bank, RecordedSites(mask, biased=biased)))
             traces.append(tuple(own))
-        return Need(tokens, step.ahead is not None, traces[0], traces[1])
+        return StepSignature(tokens, step.ahead is not None, traces[0], traces[1])
 
-    def _record(self, need: Need, x: torch.Tensor, cos: torch.Tensor) -> None:
+    def _record(self, need: StepSignature, x: torch.Tensor, cos: torch.Tensor) -> None:
         """As the step under way, but of what is held; that is set again afterwards."""
         step = self.step
-        held = Held(need, x, cos, self.blocks, self.arena)
+        held = StepBuffers(need, x, cos, self.blocks, self.arena)
         own = (step.tables, step.lengths, step.ahead, step.affine, step.sublayer)
         step.tables, step.lengths, step.affine, step.sublayer = (
             held.tables,
@@ -146,4 +148,4 @@ class Programs:
         held.output = stream
         if len(self.recorded) >= MOST:
             self.recorded.popitem(last=False)
-        self.recorded[need] = (Program(recorder), held)
+        self.recorded[need] = (RecordedLaunches(recorder), held)

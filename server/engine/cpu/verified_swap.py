@@ -25,7 +25,7 @@ class Runner(Protocol):
 R = TypeVar("R", bound=Runner)
 
 
-def take_over(
+def swap_forward_if_equal(
     model: Any,
     layers: Sequence[Any],
     make: Callable[[], R],

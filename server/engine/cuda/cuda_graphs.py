@@ -19,13 +19,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from server.adapters.methods.interface import Bank, Trace
-from server.adapters.methods.token_spans import Rows
+from server.adapters.methods.interface import Bank, RecordedSites
+from server.adapters.methods.token_spans import TokenSpans
 from server.engine.model.batch_tables import GpuBatch, place_of
-from server.engine.model.forward_context import Step
+from server.engine.model.forward_context import ForwardContext
 from server.engine.scheduling.row import Row
 from server.kernels.cpu.paged_attention import BLOCK
-from server.kernels.token_blocks import FIELDS, SMALL, Plan, put_in_blocks, round_up
+from server.kernels.token_blocks import FIELDS, SMALL_BLOCK, BlockPlan, put_in_blocks, round_up
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ class CudaRecorder:
 
 
 @dataclass
-class Half:
+class PinnedBuffer:
     host: torch.Tensor
     parts: "list[np.ndarray[Any, Any]]"  # views of it
     held: list[tuple[list[int], int]]  # by row: the block list that was written, and how much of it
@@ -96,7 +96,7 @@ class Tables:
         self.there[3][:] = -1  # a step that is being recorded writes nowhere
         hosts = [torch.zeros(size, dtype=torch.int64, pin_memory=pinned) for _ in range(2)]
         self.halves = [
-            Half(host, [part.numpy() for part in self._split(host, banks, most)], [([], 0)] * rows)
+            PinnedBuffer(host, [part.numpy() for part in self._split(host, banks, most)], [([], 0)] * rows)
             for host in hosts
         ]
 
@@ -128,7 +128,7 @@ class Tables:
         ids[n:] = positions[n:] = lengths[n:] = 0
         places[n:] = -1
         for i, own in enumerate(spans):
-            for table, values in zip(plans[2 * i : 2 * i + 2], put_in_blocks(own, SMALL), strict=True):
+            for table, values in zip(plans[2 * i : 2 * i + 2], put_in_blocks(own, SMALL_BLOCK), strict=True):
                 table[: len(values)] = values
                 table[len(values) :] = 0
         for i, row in enumerate(rows):
@@ -142,13 +142,13 @@ class Tables:
 
 
 @dataclass(frozen=True)
-class Variant:
+class GraphSignature:
     """What a recorded step can serve: this many rows, and of each bank these sites and ranks."""
 
     rows: int
-    traces: tuple[tuple[Bank, Trace], ...]
+    traces: tuple[tuple[Bank, RecordedSites], ...]
 
-    def holds(self, need: "Variant") -> bool:
+    def holds(self, need: "GraphSignature") -> bool:
         own = dict(self.traces)
         return (
             self.rows == need.rows
@@ -169,7 +169,7 @@ class DecodeGraphs:
 
     def __init__(
         self,
-        step: Step,
+        step: ForwardContext,
         run: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
         device: torch.device,
         max_context: int,
@@ -177,8 +177,8 @@ class DecodeGraphs:
         self.step, self.run, self.device = step, run, device
         self.record: Callable[[Call], Recorded] = CudaRecorder()
         self.most = -(-max_context // BLOCK)
-        self.seen: Counter[Variant] = Counter()
-        self.recorded: OrderedDict[Variant, tuple[Recorded, Tables]] = OrderedDict()
+        self.seen: Counter[GraphSignature] = Counter()
+        self.recorded: OrderedDict[GraphSignature, tuple[Recorded, Tables]] = OrderedDict()
         self.off = False
         self.replays = 0
 
@@ -206,13 +206,13 @@ class DecodeGraphs:
         best = need and self._best(need)
         return self._replay(best, rows, at, tokens) if best else None
 
-    def _best(self, need: Variant) -> Variant | None:
+    def _best(self, need: GraphSignature) -> GraphSignature | None:
         """Of the recorded ones."""
         fitting = (variant for variant in self.recorded if variant.holds(need))
         return min(fitting, key=lambda variant: variant.size, default=None)
 
     def _replay(
-        self, variant: Variant, rows: list[Row], at: list[int], tokens: list[int] | torch.Tensor
+        self, variant: GraphSignature, rows: list[Row], at: list[int], tokens: list[int] | torch.Tensor
     ) -> torch.Tensor:
         self.recorded.move_to_end(variant)
         recorded, tables = self.recorded[variant]
@@ -221,9 +221,9 @@ class DecodeGraphs:
         self.replays += 1
         return recorded.output[: len(rows)]
 
-    def variant(self, rows: list[Row]) -> Variant | None:
+    def variant(self, rows: list[Row]) -> GraphSignature | None:
         """What these rows need to decode; None if some have adapters that take Python."""
-        needs: dict[Bank, Trace] = {}
+        needs: dict[Bank, RecordedSites] = {}
         for row in rows:
             acting = 0
             for use, slot in zip(row.uses, row.slots, strict=True):
@@ -233,23 +233,23 @@ class DecodeGraphs:
                     return None
                 if trace.mask:
                     acting += 1
-                    other = needs.get(bank, Trace())
-                    needs[bank] = Trace(trace.mask | other.mask, max(trace.ranks, other.ranks))
+                    other = needs.get(bank, RecordedSites())
+                    needs[bank] = RecordedSites(trace.mask | other.mask, max(trace.ranks, other.ranks))
             if acting > 1:
                 return None
         bucket = 1 << (len(rows) - 1).bit_length()
-        found = {bank: Trace(trace.mask, round_up(trace.ranks)) for bank, trace in needs.items()}
-        return Variant(bucket, tuple(sorted(found.items(), key=lambda pair: id(pair[0]))))
+        found = {bank: RecordedSites(trace.mask, round_up(trace.ranks)) for bank, trace in needs.items()}
+        return GraphSignature(bucket, tuple(sorted(found.items(), key=lambda pair: id(pair[0]))))
 
     def _spans(self, rows: list[Row], bank: Bank) -> list[tuple[int, int, int]]:
         return [
             (slot, i, i + 1)
             for i, row in enumerate(rows)
             for use, slot in zip(row.uses, row.slots, strict=True)
-            if self.step.banks[use.adapter.method] is bank and bank.trace(slot) != Trace()
+            if self.step.banks[use.adapter.method] is bank and bank.trace(slot) != RecordedSites()
         ]
 
-    def _record(self, variant: Variant) -> bool:
+    def _record(self, variant: GraphSignature) -> bool:
         """False if this model cannot be recorded; then nothing ever is."""
         tables = Tables(variant.rows, len(variant.traces), self.most, self.device)
         try:
@@ -264,16 +264,16 @@ class DecodeGraphs:
         del self.seen[variant]
         return True
 
-    def _run(self, variant: Variant, tables: Tables) -> torch.Tensor:
+    def _run(self, variant: GraphSignature, tables: Tables) -> torch.Tensor:
         """The step that these tables tell of; whatever step was set before is forgotten."""
         ids, positions, lengths, places, *plans, blocks = tables.there
         step = self.step
         step.batch = GpuBatch(places, lengths, blocks, blocks.new_empty(0, 4))
         step.in_place, step.chunks, step.last, step.row_lengths = variant.rows, [], {}, None
-        acting: list[tuple[Bank, Rows]] = []
+        acting: list[tuple[Bank, TokenSpans]] = []
         for i, (bank, trace) in enumerate(variant.traces):
-            plan = Plan(plans[2 * i], plans[2 * i + 1].view(-1, FIELDS), SMALL, trace.ranks)
-            acting.append((bank, Rows.recorded(plan, bank.touched(trace), variant.rows)))
+            plan = BlockPlan(plans[2 * i], plans[2 * i + 1].view(-1, FIELDS), SMALL_BLOCK, trace.ranks)
+            acting.append((bank, TokenSpans.recorded(plan, bank.touched(trace), variant.rows)))
         step.affine, step.inputs, step.norm, step.sublayer = (
             [(bank, rows) for bank, rows in acting if bank.acts(hook, ())]
             for hook in ("affine", "inputs", "norm", "sublayer")

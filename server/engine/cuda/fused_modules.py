@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from server.engine.model.linear_sites import SIBLINGS, Family, LinearSite
+from server.engine.model.linear_sites import SIBLINGS, FusedLinears, LinearSite
 
 Rotary = Callable[..., tuple[torch.Tensor, torch.Tensor]]  # (q, k, cos, sin, unsqueeze_dim=1)
 
 
-class FusedFamily(Family):
+class FusedFamily(FusedLinears):
     """Plain weights of one module's linears, one below the other; each member holds its rows as a view."""
 
     def __init__(self, members: Sequence[LinearSite]) -> None:

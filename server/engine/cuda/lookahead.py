@@ -14,13 +14,13 @@ import torch
 
 from server.engine.cuda.cuda_graphs import DecodeGraphs
 from server.engine.scheduling.row import Row
-from server.kernels.token_blocks import send
+from server.kernels.transfers import send
 
 Compute = Callable[[list[Row]], torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Place:
+class PrecomputedRow:
     """As a row stood when its next token was computed, and where its logits are."""
 
     at: int  # among the logits
@@ -31,11 +31,11 @@ class Place:
         return row.scheduled == 1 and row.computed == self.computed and row.blocks is self.blocks
 
 
-class Ahead:
+class Lookahead:
     def __init__(self, graphs: DecodeGraphs, max_context: int) -> None:
         self._graphs = graphs
         self._max_context = max_context
-        self._places: dict[str, Place] = {}  # by row's id
+        self._places: dict[str, PrecomputedRow] = {}  # by row's id
         self._logits = torch.empty(0)
         self.off = False  # each step waits for the one before it
         self.taken = self.wasted = 0  # rows
@@ -63,7 +63,8 @@ class Ahead:
         if logits is not None:
             self._logits = logits
             self._places = {
-                row.id: Place(i, n, row.blocks) for i, (row, n) in enumerate(zip(own, at, strict=True))
+                row.id: PrecomputedRow(i, n, row.blocks)
+                for i, (row, n) in enumerate(zip(own, at, strict=True))
             }
 
     def logits(self, rows: list[Row], compute: Compute) -> torch.Tensor | None:

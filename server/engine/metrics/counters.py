@@ -13,7 +13,7 @@ from typing import Literal
 
 import msgspec
 
-from server.engine.metrics.top_labels import Busiest
+from server.engine.metrics.top_labels import TopLabels
 from server.engine.scheduling.row import Row
 from server.messages import AdapterRef, Stats
 from server.metrics.names import ENGINE, OPERATIONS, OTHER, SHARED
@@ -65,14 +65,14 @@ class Kept(msgspec.Struct, array_like=True):
     adapters: list[tuple[Labels, dict[str, float]]]
 
 
-class Figures:
+class EngineMetrics:
     def __init__(self, path: Path | None = None, mode: Mode = "off", top: int = 0) -> None:
         """`path` is where they outlive the process; None: they do not."""
         self.counters: defaultdict[tuple[str, Labels], float] = defaultdict(float)
         self.histograms: dict[tuple[str, Labels], Histogram] = {}
         self.threads: deque[tuple[str, Labels, float]] = deque()  # what other threads observed
-        self.tenants = Busiest(TENANT_KEYS, 1, top)
-        self.adapters = Busiest(ADAPTER_KEYS, 2, top)
+        self.tenants = TopLabels(TENANT_KEYS, 1, top)
+        self.adapters = TopLabels(ADAPTER_KEYS, 2, top)
         self._mode = mode
         self._path = path
         self._starts = 1

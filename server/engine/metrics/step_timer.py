@@ -11,15 +11,15 @@ from typing import Any, cast
 import torch
 
 from server.adapters.methods.interface import Bank
-from server.adapters.methods.token_spans import Rows
-from server.engine.metrics.counters import Figures
-from server.engine.model.forward_context import Step
+from server.adapters.methods.token_spans import TokenSpans
+from server.engine.metrics.counters import EngineMetrics
+from server.engine.model.forward_context import ForwardContext
 
 EVERY, EVERY_CUDA = 16, 64
 
 
-class Stopwatch:
-    def __init__(self, figures: Figures, device: torch.device) -> None:
+class StepTimer:
+    def __init__(self, figures: EngineMetrics, device: torch.device) -> None:
         self._figures = figures
         self._cuda = device.type == "cuda"
         self._every = EVERY_CUDA if self._cuda else EVERY
@@ -47,12 +47,12 @@ class Stopwatch:
         if phase == "forward" and self._in_banks:
             self._figures.observe("step_seconds", self._in_banks, "adapter")
 
-    def watch(self, step: Step) -> None:
+    def watch(self, step: ForwardContext) -> None:
         """Time the banks of the step under way, if it is its turn."""
         step.watched = self._sampled
         if self._sampled:
             for hook in ("affine", "inputs", "norm", "sublayer", "head", "head_inputs"):
-                acting: list[tuple[Bank, Rows]] = getattr(step, hook)
+                acting: list[tuple[Bank, TokenSpans]] = getattr(step, hook)
                 setattr(step, hook, [(cast("Bank", Timed(bank, self.spent)), rows) for bank, rows in acting])
 
     @property

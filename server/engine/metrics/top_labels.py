@@ -15,7 +15,7 @@ CANDIDATES = 8  # labels watched for each place
 PREFERENCE = 2.0
 
 
-class Busiest:
+class TopLabels:
     def __init__(self, keys: tuple[str, ...], labels: int, top: int) -> None:
         """Of each label, `labels` values long, the counters `keys`; at most `top` of them have series."""
         self.keys = keys

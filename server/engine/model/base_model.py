@@ -19,8 +19,14 @@ from transformers.pytorch_utils import Conv1D
 from server.adapters.methods.lora import Narrow
 from server.adapters.sites import Base, Site
 from server.engine.model.exactness_check import ExactnessCheck
-from server.engine.model.forward_context import Step
-from server.engine.model.linear_sites import EmbeddingSite, Layout, LinearSite, join_siblings, put_modules
+from server.engine.model.forward_context import ForwardContext
+from server.engine.model.linear_sites import (
+    EmbeddingSite,
+    LinearSite,
+    WeightFormat,
+    join_siblings,
+    put_modules,
+)
 from server.engine.model.module_hooks import norm_gains, watch_norms, watch_sublayers
 from server.engine.model.module_tokens import Seen, module_tokens
 from server.engine.model.rotary import longest_context, scale_by_row
@@ -31,7 +37,7 @@ from server.errors import UnsupportedModel
 class Placement:
     device: torch.device
     dtype: torch.dtype  # of what is computed, and of weights but for linears' that have another layout
-    layout: Layout = "float32"  # of linears' weights, on a CPU
+    layout: WeightFormat = "float32"  # of linears' weights, on a CPU
     rounded: bool = False  # LoRA's matrices on a CPU, to bfloat16
 
     @property
@@ -69,7 +75,7 @@ class FrozenModel:
         folder: Path,
         base_id: str,
         placement: Placement,
-        step: Step,
+        step: ForwardContext,
         attention: Callable[..., tuple[torch.Tensor, None]],
         *,
         max_context: int = 0,
@@ -156,7 +162,7 @@ Sites = dict[str, LinearSite | EmbeddingSite]
 
 
 def replace_modules(
-    model: nn.Module, seen: Mapping[str, Seen], step: Step
+    model: nn.Module, seen: Mapping[str, Seen], step: ForwardContext
 ) -> tuple[Sites, dict[str, nn.Module]]:
     """Put a site in the place of every Linear, Conv1D and Embedding that an adapter can act at.
 

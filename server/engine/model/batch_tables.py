@@ -10,10 +10,10 @@ from itertools import chain, takewhile
 
 import torch
 
-from server.adapters.methods.token_spans import FEW
+from server.adapters.methods.token_spans import MAX_DECODE_SPAN
 from server.engine.scheduling.row import Row
-from server.kernels.cpu.paged_attention import BLOCK, Scores
-from server.kernels.token_blocks import upload
+from server.kernels.cpu.paged_attention import BLOCK, AttentionOptions
+from server.kernels.transfers import upload
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class GpuBatch:
         """The first rows that have few tokens decode, each token for itself; from then on, chunks."""
         from server.kernels.gpu.prefill_attention import cut_chunks  # Triton is not everywhere
 
-        decoding = [*takewhile(lambda row: row.scheduled <= FEW, rows)]
+        decoding = [*takewhile(lambda row: row.scheduled <= MAX_DECODE_SPAN, rows)]
         owners = [row for row in decoding for _ in range(row.scheduled)]
         spans, start = [], len(owners)
         for row in rows[len(decoding) :]:
@@ -56,7 +56,7 @@ class GpuBatch:
         v: torch.Tensor,
         keys: torch.Tensor,
         values: torch.Tensor,
-        scores: Scores,
+        scores: AttentionOptions,
     ) -> torch.Tensor:
         """K and V go into their pages, then each token looks at its row's past: [T, heads, head_dim]."""
         from server.kernels.gpu.decode_attention import decode_attention, write_pages

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from server.engine.model.base_model import describe, replace_modules
-from server.engine.model.forward_context import Step
+from server.engine.model.forward_context import ForwardContext
 from server.engine.model.memory_estimate import Shapes
 from server.engine.model.module_tokens import Seen
 from server.engine.model.rotary import longest_context
@@ -38,7 +38,7 @@ def read_shapes(folder: Path) -> Shapes:
     seen: dict[str, Seen] = {
         name: "all" for name, module in model.named_modules() if isinstance(module, kinds)
     }
-    found, _ = replace_modules(model, seen, Step())
+    found, _ = replace_modules(model, seen, ForwardContext())
     sites = {name: module.site for name, module in found.items()}
     packed = weights
     for site in sites.values():

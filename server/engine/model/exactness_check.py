@@ -23,8 +23,8 @@ from server.engine.model.linear_sites import put_modules
 from server.engine.model.module_tokens import logits_of, own_attention, refusing
 from server.engine.scheduling.row import Row
 from server.errors import UnsupportedModel
-from server.kernels.cpu.int8.linear import unrounded
-from server.kernels.cpu.paged_attention import BLOCK, Scores
+from server.kernels.cpu.int8.linear import without_rounding
+from server.kernels.cpu.paged_attention import BLOCK, AttentionOptions
 from server.messages import Generate, Sampling
 
 # Norm of the difference over the norm of transformers' logits. The order of sums alone makes up to 2e-4 in
@@ -39,7 +39,7 @@ MAX_WINDOW = (
 class HasScores(Protocol):
     """A layer as kernels of ours run it."""
 
-    scores: Scores
+    scores: AttentionOptions
 
 
 Compute = Callable[[list[Row]], torch.Tensor]  # float32 logits [all scheduled tokens, vocabulary], row by row
@@ -93,7 +93,7 @@ class ExactnessCheck:
     def rounded_reference(self, model: Any) -> None:
         """The same of a base whose linears have been rounded."""
         if self.pending:
-            with _narrow_windows(model), unrounded():
+            with _narrow_windows(model), without_rounding():
                 self._expected = self._by_transformers(model)
 
     def compare(
@@ -103,7 +103,7 @@ class ExactnessCheck:
 
         `layers`: those of `model`, where kernels of ours run them.
         """
-        with _narrow_windows(model, layers), unrounded(), refusing("a packed step fails"):
+        with _narrow_windows(model, layers), without_rounding(), refusing("a packed step fails"):
             found = _by_steps(compute, self._rows(model.config.vocab_size, blocks))
         _compare(found, self._expected, model.dtype, what)
 

@@ -11,13 +11,19 @@ from typing import Any
 import torch
 
 from server.adapters.methods.interface import Bank
-from server.adapters.methods.token_spans import Rows, Span
+from server.adapters.methods.token_spans import Span, TokenSpans
 from server.adapters.sites import Base
 from server.engine.model.batch_tables import GpuBatch
 from server.engine.scheduling.row import Row
 from server.errors import UnsupportedModel
 from server.kernels.cpu.decode_attention import decode_attention, takes
-from server.kernels.cpu.paged_attention import BLOCK, Scores, gather_pages, prefill_attention, write_pages
+from server.kernels.cpu.paged_attention import (
+    BLOCK,
+    AttentionOptions,
+    gather_pages,
+    prefill_attention,
+    write_pages,
+)
 
 PAIRS = 1 << 16  # of a row's tokens and what they see, at most: up to there a gathered past saves nothing
 
@@ -36,16 +42,16 @@ class Spans:
                 continue
             self.by_bank.setdefault(bank, []).append(Span(slot, start, end, use.weight))
 
-    def acting(self, hook: str, count: int) -> list[tuple[Bank, Rows]]:
+    def acting(self, hook: str, count: int) -> list[tuple[Bank, TokenSpans]]:
         """Those of them that act through `hook`, which sees `count` tokens."""
         return [
-            (bank, Rows(spans, bank.most, count))
+            (bank, TokenSpans(spans, bank.most, count))
             for bank, spans in self.by_bank.items()
             if bank.acts(hook, (span.slot for span in spans))
         ]
 
 
-class Pages:
+class KvPages:
     """K and V of all layers, in blocks; as many blocks as the byte budget holds."""
 
     def __init__(self, base: Base, device: torch.device, dtype: torch.dtype, budget: int) -> None:
@@ -62,7 +68,7 @@ class Pages:
 
 
 @dataclass(frozen=True)
-class Chunk:
+class PrefillChunk:
     """A row in prefill: its tokens [start, end) of the packed batch end a past of `length` tokens."""
 
     start: int
@@ -72,13 +78,13 @@ class Chunk:
     places: torch.Tensor  # int64 [end - start]: where their K/V go
 
 
-class Step:
+class ForwardContext:
     """The batch under way, as the model's modules need it: one object, refilled each step.
 
     Packed tokens: | rows that read their past in place | chunk of a row in prefill | chunk | ...
     """
 
-    pages: Pages
+    pages: KvPages
     batch: GpuBatch | None = None  # where a GPU's kernels run: all they need of the rows, on the device
 
     def __init__(self, *, gpu: bool = False) -> None:
@@ -89,13 +95,13 @@ class Step:
         # as long as the token's position says
         self.row_lengths: torch.Tensor | None = None
         # banks with rows in this batch, by the hook they act through; `head`: at the tokens sampled from
-        self.affine: list[tuple[Bank, Rows]] = []
-        self.inputs: list[tuple[Bank, Rows]] = []
-        self.norm: list[tuple[Bank, Rows]] = []
-        self.head: list[tuple[Bank, Rows]] = []
-        self.head_inputs: list[tuple[Bank, Rows]] = []
-        self.head_norm: list[tuple[Bank, Rows]] = []
-        self.sublayer: list[tuple[Bank, Rows]] = []
+        self.affine: list[tuple[Bank, TokenSpans]] = []
+        self.inputs: list[tuple[Bank, TokenSpans]] = []
+        self.norm: list[tuple[Bank, TokenSpans]] = []
+        self.head: list[tuple[Bank, TokenSpans]] = []
+        self.head_inputs: list[tuple[Bank, TokenSpans]] = []
+        self.head_norm: list[tuple[Bank, TokenSpans]] = []
+        self.sublayer: list[tuple[Bank, TokenSpans]] = []
         self.watched = False  # each call of these banks is timed
         self.residual = torch.empty(0)  # the stream before the sub-block under way
         self.most_pairs = PAIRS
@@ -103,8 +109,10 @@ class Step:
         self.ahead: torch.Tensor | None = None  # where their K/V go, if some see others of the same step
         self.tables = torch.empty(0)
         self.lengths = torch.empty(0)
-        self.chunks: list[Chunk] = []
-        self.heard: dict[int, Scores] = {}  # of each layer, how the model's own class last asked for it
+        self.chunks: list[PrefillChunk] = []
+        self.heard: dict[
+            int, AttentionOptions
+        ] = {}  # of each layer, how the model's own class last asked for it
         self.last: dict[str, int] = {}  # row id -> its last token's place in the batch
 
     def begin(self, rows: list[Row], device: torch.device) -> None:
@@ -153,7 +161,7 @@ class Step:
             self.ahead = torch.cat([places_of(*span, device) for span in own])
 
     def attention(
-        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scores: Scores
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scores: AttentionOptions
     ) -> torch.Tensor:
         """[T, heads, head_dim]; q is such, k and v [T, kv_heads, head_dim], which go to their pages."""
         keys, values = self.pages.keys[layer], self.pages.values[layer]
@@ -188,10 +196,10 @@ class Step:
         )
 
 
-def chunk_of(row: Row, start: int, end: int, device: torch.device) -> Chunk:
+def chunk_of(row: Row, start: int, end: int, device: torch.device) -> PrefillChunk:
     length = row.computed + row.scheduled
     blocks = torch.tensor(row.blocks[: -(-length // BLOCK)], device=device)
-    return Chunk(start, end, length, blocks, places_of(row.blocks, row.computed, length, device))
+    return PrefillChunk(start, end, length, blocks, places_of(row.blocks, row.computed, length, device))
 
 
 def places_of(blocks: list[int], first: int, end: int, device: torch.device) -> torch.Tensor:
@@ -222,7 +230,7 @@ def attend(
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
     """What transformers calls for each layer: [1, T, heads, head_dim]. Raises UnsupportedModel."""
-    step: Step = module.polypeft_step
+    step: ForwardContext = module.polypeft_step
     layer: int = module.layer_idx
     scores = scores_of(module, step, query, attention_mask, options)
     q, k, v = query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)
@@ -239,8 +247,8 @@ def attend(
 
 
 def scores_of(
-    module: Any, step: Step, query: torch.Tensor, mask: torch.Tensor | None, options: dict[str, Any]
-) -> Scores:
+    module: Any, step: ForwardContext, query: torch.Tensor, mask: torch.Tensor | None, options: dict[str, Any]
+) -> AttentionOptions:
     """What a layer asks of attention; noted in `step.heard`.
 
     Raises UnsupportedModel if it asks for anything else.
@@ -252,6 +260,6 @@ def scores_of(
         if value is not None and not WITHOUT_EFFECT.get(name, lambda _: False)(value):
             raise UnsupportedModel(f"its attention uses {name}, which is not implemented")
     scale = query.shape[-1] ** -0.5 if known["scaling"] is None else known["scaling"]
-    scores = Scores(scale, known["sliding_window"] or 0, known["softcap"] or 0.0)
+    scores = AttentionOptions(scale, known["sliding_window"] or 0, known["softcap"] or 0.0)
     step.heard[module.layer_idx] = scores
     return scores

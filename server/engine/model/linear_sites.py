@@ -16,9 +16,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from server.adapters.methods.interface import Bank
-from server.adapters.methods.token_spans import Rows
+from server.adapters.methods.token_spans import TokenSpans
 from server.adapters.sites import Site
-from server.engine.model.forward_context import Step
+from server.engine.model.forward_context import ForwardContext
 from server.kernels.cpu.fused_bias import Biases
 from server.kernels.cpu.int8.linear import Int8Linear
 from server.kernels.cpu.int8.vnni_linear import INT8
@@ -26,15 +26,21 @@ from server.kernels.cpu.openmp import AVAILABLE
 from server.kernels.cpu.packed_linear import PackedLinear, join
 
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-Layout = Literal["float32", "int8"]
-LAYOUTS: dict[Layout, type[PackedLinear | Int8Linear]] = {"float32": PackedLinear, "int8": INT8}
+WeightFormat = Literal["float32", "int8"]
+WEIGHT_FORMATS: dict[WeightFormat, type[PackedLinear | Int8Linear]] = {"float32": PackedLinear, "int8": INT8}
 
 
 class LinearSite(nn.Module):
     """y = x W^T + b, then the banks. x is [..., in]; all leading dimensions together are the tokens."""
 
     def __init__(
-        self, site: Site, weight: torch.Tensor, bias: torch.Tensor | None, step: Step, *, is_head: bool
+        self,
+        site: Site,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        step: ForwardContext,
+        *,
+        is_head: bool,
     ) -> None:
         super().__init__()
         self.site = site
@@ -44,10 +50,10 @@ class LinearSite(nn.Module):
         self.held: torch.Tensor
         self.register_buffer("held", weight, persistent=False)  # until it is laid out
         self.fast: PackedLinear | Int8Linear | None = None
-        self.family: Family | None = None
+        self.family: FusedLinears | None = None
 
     @classmethod
-    def of(cls, name: str, module: Any, step: Step, *, is_head: bool) -> "LinearSite":
+    def of(cls, name: str, module: Any, step: ForwardContext, *, is_head: bool) -> "LinearSite":
         conv1d = isinstance(module, Conv1D)
         weight = module.weight.detach()
         weight = weight.T.contiguous() if conv1d else weight
@@ -55,10 +61,10 @@ class LinearSite(nn.Module):
         site = Site(name, "linear", weight.shape[1], weight.shape[0], bias is not None, conv1d)
         return cls(site, weight, bias, step, is_head=is_head)
 
-    def lay_out(self, layout: Layout) -> None:
+    def lay_out(self, layout: WeightFormat) -> None:
         """Hold the weight as a kernel wants it, where one can: faster, but no gradient flows through."""
         if AVAILABLE and self.held.device.type == "cpu" and self.held.dtype == torch.float32:
-            self.fast = LAYOUTS[layout].of(self.held, self.bias)
+            self.fast = WEIGHT_FORMATS[layout].of(self.held, self.bias)
             self.held = self.held.new_empty(0)
 
     @property
@@ -91,13 +97,13 @@ class LinearSite(nn.Module):
 
 
 def biases_of(
-    acting: list[tuple[Bank, Rows]], sites: Sequence[Site], columns: Sequence[slice], count: int
+    acting: list[tuple[Bank, TokenSpans]], sites: Sequence[Site], columns: Sequence[slice], count: int
 ) -> Biases | None:
     """What comes with these sites as they are computed for `count` tokens; of the first bank that has any."""
     return next((own for bank, rows in acting if (own := bank.biases(sites, columns, rows, count))), None)
 
 
-class Family:
+class FusedLinears:
     """Linears of one module that are called with the same input, one after the other, as one."""
 
     def __init__(self, members: list[LinearSite]) -> None:
@@ -149,7 +155,7 @@ def join_siblings(model: nn.Module) -> None:
             found = [getattr(module, name, None) for name in names]
             members = [member for member in found if isinstance(member, LinearSite) and member.fast]
             if len(members) == len(names):
-                Family(members)
+                FusedLinears(members)
 
 
 def put_modules(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
@@ -162,14 +168,14 @@ def put_modules(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
 class EmbeddingSite(nn.Module):
     """The embedding as it is, then the banks, which see token ids."""
 
-    def __init__(self, site: Site, embedding: nn.Embedding, step: Step) -> None:
+    def __init__(self, site: Site, embedding: nn.Embedding, step: ForwardContext) -> None:
         super().__init__()
         self.site = site
         self.embedding = embedding  # kept whole: Gemma's scales its output
         self.step = step
 
     @classmethod
-    def of(cls, name: str, module: nn.Embedding, step: Step) -> "EmbeddingSite":
+    def of(cls, name: str, module: nn.Embedding, step: ForwardContext) -> "EmbeddingSite":
         scale = float(getattr(module, "embed_scale", 1.0))
         return cls(
             Site(name, "embedding", module.num_embeddings, module.embedding_dim, False, scale=scale),

@@ -34,7 +34,7 @@ class Shapes(msgspec.Struct, frozen=True):
 
 
 @dataclass(frozen=True)
-class Plan:
+class Deployment:
     """How a server is to be used."""
 
     dtype: str
@@ -47,14 +47,14 @@ class Plan:
     rank: int
 
 
-class Part(msgspec.Struct, frozen=True):
+class MemoryItem(msgspec.Struct, frozen=True):
     what: str
     bytes: int
     how: str
     where: str  # device, host, disk, or store
 
 
-def footprint(shapes: Shapes, plan: Plan) -> list[Part]:
+def footprint(shapes: Shapes, plan: Deployment) -> list[MemoryItem]:
     """What must fit, and where; on a CPU, device and host are one memory."""
     item, one = ITEM_BYTES[plan.dtype], adapter_bytes(shapes, plan.rank, plan.dtype)
     padded = plan.on_cpu and plan.dtype == "float32"
@@ -64,19 +64,19 @@ def footprint(shapes: Shapes, plan: Plan) -> list[Part]:
     blocks = plan.seqs * blocks_for(plan.context)
     of_adapter = f"of {one:,} bytes: LoRA, rank {plan.rank}, all linears"
     return [
-        Part("weights", (shapes.packed if padded else shapes.weights) * item, plan.dtype, "device"),
-        Part(
+        MemoryItem("weights", (shapes.packed if padded else shapes.weights) * item, plan.dtype, "device"),
+        MemoryItem(
             "KV cache",
             blocks * block_bytes(shapes.base, plan.dtype),
             f"{plan.seqs} rows of {plan.context} tokens, {token_bytes(shapes.base, plan.dtype):,} bytes each",
             "device",
         ),
-        Part("adapters in slots", slots * one, f"{slots} {of_adapter}", "device"),
-        Part("a step, about", _step_bytes(shapes, plan, item), f"{plan.batch_tokens} tokens", "device"),
-        Part("adapters in RAM", rest * one, f"the other {rest}; fewer means loads from disk", "host"),
-        Part("the engine itself, about", PROCESS_BYTES, "Python and torch", "host"),
-        Part("adapters on disk", files, f"all {plan.adapters} as uploaded, float32", "disk"),
-        Part("adapters in the store", files, "the same; it keeps every version", "store"),
+        MemoryItem("adapters in slots", slots * one, f"{slots} {of_adapter}", "device"),
+        MemoryItem("a step, about", _step_bytes(shapes, plan, item), f"{plan.batch_tokens} tokens", "device"),
+        MemoryItem("adapters in RAM", rest * one, f"the other {rest}; fewer means loads from disk", "host"),
+        MemoryItem("the engine itself, about", PROCESS_BYTES, "Python and torch", "host"),
+        MemoryItem("adapters on disk", files, f"all {plan.adapters} as uploaded, float32", "disk"),
+        MemoryItem("adapters in the store", files, "the same; it keeps every version", "store"),
     ]
 
 
@@ -94,7 +94,7 @@ def adapter_bytes(shapes: Shapes, rank: int, dtype: str) -> int:
     return rank * sum(site.inputs + site.outputs for site in shapes.linears) * ITEM_BYTES[dtype]
 
 
-def _step_bytes(shapes: Shapes, plan: Plan, item: int) -> int:
+def _step_bytes(shapes: Shapes, plan: Deployment, item: int) -> int:
     """Estimate: what one layer's linears give for all tokens, and the logits twice: model's, sampler's."""
     layer = sum(site.outputs for site in shapes.linears) / shapes.base.layers
     return math.ceil(plan.batch_tokens * layer) * item + 2 * plan.seqs * shapes.base.vocab_size * FLOAT32

@@ -15,7 +15,7 @@ from torch import nn
 from server.adapters.methods.interface import NormParts
 from server.adapters.methods.tensor_names import INNER_NORMS
 from server.adapters.sites import Site, SiteKind
-from server.engine.model.forward_context import Step
+from server.engine.model.forward_context import ForwardContext
 from server.engine.model.module_tokens import Seen, norm_width
 
 Blocks = tuple[tuple[str, SiteKind, str], ...]  # (sub-block, kind, the norm before it)
@@ -44,7 +44,7 @@ LAYERS: dict[frozenset[str], Blocks] = {
 }
 
 
-def watch_norms(model: nn.Module, step: Step, seen: Mapping[str, Seen]) -> dict[str, Site]:
+def watch_norms(model: nn.Module, step: ForwardContext, seen: Mapping[str, Seen]) -> dict[str, Site]:
     """Hook every norm that sees tokens; {site name: site}. Those that see single heads get no hook."""
     sites = {}
     for name, norm in norms_of(model):
@@ -82,7 +82,7 @@ def norm_gains(model: nn.Module, seen: Mapping[str, Seen]) -> dict[str, torch.Te
     return gains
 
 
-def watch_sublayers(model: nn.Module, layers: int, hidden_size: int, step: Step) -> dict[str, Site]:
+def watch_sublayers(model: nn.Module, layers: int, hidden_size: int, step: ForwardContext) -> dict[str, Site]:
     """Hook every decoder layer's sub-blocks; {site name: site}.
 
     A layer whose norms stand elsewhere than before its sub-blocks, or whose sub-blocks share one, gets none.
@@ -126,7 +126,9 @@ def norm_parts(norm: Any) -> NormParts:
     return parts
 
 
-def apply_to_norm(site: Site, bias: torch.Tensor | None, parts: NormParts, step: Step, *, kept: bool) -> Any:
+def apply_to_norm(
+    site: Site, bias: torch.Tensor | None, parts: NormParts, step: ForwardContext, *, kept: bool
+) -> Any:
     """`kept`: it sees the tokens that are sampled from."""
 
     def after_norm(_norm: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
@@ -142,14 +144,14 @@ def apply_to_norm(site: Site, bias: torch.Tensor | None, parts: NormParts, step:
     return after_norm
 
 
-def keep_residual(step: Step) -> Any:
+def keep_residual(step: ForwardContext) -> Any:
     def before_norm(_norm: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         step.residual = args[0]
 
     return before_norm
 
 
-def apply_banks(site: Site, step: Step) -> Any:
+def apply_banks(site: Site, step: ForwardContext) -> Any:
     def after_block(_block: nn.Module, _args: Any, output: Any) -> None:
         if not step.sublayer:
             return

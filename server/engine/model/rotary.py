@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from server.engine.model.forward_context import Step
+from server.engine.model.forward_context import ForwardContext
 
 
 def longest_context(model: Any, wanted: int = 0) -> int:
@@ -35,7 +35,7 @@ def longest_context(model: Any, wanted: int = 0) -> int:
     return longest
 
 
-def scale_by_row(model: nn.Module, step: Step) -> tuple[int, ...]:
+def scale_by_row(model: nn.Module, step: ForwardContext) -> tuple[int, ...]:
     """Let every rotary embedding of `model` choose its frequencies by `step.row_lengths`.
 
     Gives the lengths past which a row has other ones.
@@ -87,7 +87,7 @@ def _turn(
     module: nn.Module,
     forward: Callable[..., tuple[torch.Tensor, torch.Tensor]],
     ropes: dict[str | None, LongRope],
-    step: Step,
+    step: ForwardContext,
     x: torch.Tensor,
     position_ids: torch.Tensor,  # [1, T]
     layer_type: str | None = None,

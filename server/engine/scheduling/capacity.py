@@ -11,7 +11,7 @@ from typing import NamedTuple
 from server.errors import PolypeftError, QueueFull, TenantQueueFull
 
 
-class Held(NamedTuple):
+class TenantLoad(NamedTuple):
     """What one tenant has in the engine."""
 
     rows: int
@@ -19,7 +19,7 @@ class Held(NamedTuple):
 
 
 def refusal(
-    tenant: str, rows: int, weight: float, held: Mapping[str, Held], capacity: int
+    tenant: str, rows: int, weight: float, held: Mapping[str, TenantLoad], capacity: int
 ) -> PolypeftError | None:
     """Why a request of so many rows is not admitted; None if it is. `held` is what each tenant has here."""
     own = held[tenant].rows if tenant in held else 0

@@ -26,7 +26,7 @@ CREDIT = 256.0  # tokens over weight
 
 
 @dataclass(eq=False)
-class Queue:
+class TenantQueue:
     """One tenant's waiting rows, how many of its rows run, and what it has been served."""
 
     rows: OrderedDict[str, Row] = field(default_factory=OrderedDict)
@@ -48,7 +48,7 @@ class Queue:
 class Turn:
     """A tenant's rows that are in prefill, and after them those that wait."""
 
-    queue: Queue
+    queue: TenantQueue
     entitled: int  # places
     begun: deque[Row] = field(default_factory=deque)
     waiting: deque[Row] = field(default_factory=deque)
@@ -93,11 +93,11 @@ def entitled(share: float, places: int) -> int:
     return max(1, int(places * share))
 
 
-class Queues:
+class FairQueue:
     """Memory is bounded by the tenants that are here, and those that left with more than their share."""
 
     def __init__(self) -> None:
-        self.by_tenant: dict[str, Queue] = {}
+        self.by_tenant: dict[str, TenantQueue] = {}
         self.waiting = 0
         self._floor = 0.0  # what the last tenant that left had been served
 
@@ -107,7 +107,7 @@ class Queues:
     def __iter__(self) -> Iterator[Row]:
         return (row for queue in self.by_tenant.values() for row in queue.rows.values())
 
-    def of(self, row: Row) -> Queue:
+    def of(self, row: Row) -> TenantQueue:
         return self.by_tenant[row.command.tenant]
 
     def find(self, id_: str) -> Row | None:
@@ -115,7 +115,7 @@ class Queues:
 
     def add(self, row: Row) -> None:
         """A row that arrives."""
-        queue = self.by_tenant.setdefault(row.command.tenant, Queue())
+        queue = self.by_tenant.setdefault(row.command.tenant, TenantQueue())
         queue.weight = row.command.weight
         if not queue.rows:
             others = [q.served for q in self.by_tenant.values() if q.active and q is not queue]
@@ -155,7 +155,7 @@ class Queues:
         """Its tenant has been served so many tokens more."""
         self.of(row).served += tokens / row.command.weight
 
-    def share(self) -> Callable[[Queue], float]:
+    def share(self) -> Callable[[TenantQueue], float]:
         """Of each tenant, its part of all by its weight among those that wait or run."""
         total = sum(queue.weight for queue in self.by_tenant.values() if queue.active)
         return lambda queue: queue.weight / total

@@ -19,7 +19,7 @@ other's row has had its turn.
 from collections import Counter
 from collections.abc import Collection
 
-from server.engine.scheduling.fair_queue import CREDIT, Queue, Queues, entitled
+from server.engine.scheduling.fair_queue import CREDIT, FairQueue, TenantQueue, entitled
 from server.engine.scheduling.kv_blocks import BlockPool
 from server.engine.scheduling.row import Row
 
@@ -28,7 +28,7 @@ class Victims:
     """Rows that give way, chosen one by one for a row of `taker`; nothing happens to them here."""
 
     def __init__(
-        self, running: Collection[Row], queues: Queues, blocks: BlockPool, taker: Queue, places: int
+        self, running: Collection[Row], queues: FairQueue, blocks: BlockPool, taker: TenantQueue, places: int
     ) -> None:
         self._running = running
         self._queues = queues
@@ -37,8 +37,8 @@ class Victims:
         self._places = places
         self._share = queues.share()
         self._rows: list[Row] = []  # of other tenants, in order of admission
-        self._left: Counter[Queue] = Counter()  # of those, by tenant
-        self._memory: Counter[Queue] = Counter()  # their blocks
+        self._left: Counter[TenantQueue] = Counter()  # of those, by tenant
+        self._memory: Counter[TenantQueue] = Counter()  # their blocks
 
     def find(self, *, place: bool, blocks: int) -> list[Row]:
         """Enough of them for a place, if one is needed, and so many blocks; [] if that is not to be had."""
@@ -82,13 +82,13 @@ class Victims:
         _, row = max(enumerate(over), key=preference, default=(0, None))
         return row
 
-    def _is_over(self, queue: Queue, *, place: bool) -> bool:
+    def _is_over(self, queue: TenantQueue, *, place: bool) -> bool:
         """It has more than it is entitled to, and keeps a row when it gives one."""
         if place:
             return self._left[queue] > self._entitled(queue)
         return self._left[queue] > 1 and self._memory[queue] > self._blocks.count * self._share(queue)
 
-    def _entitled(self, queue: Queue) -> int:
+    def _entitled(self, queue: TenantQueue) -> int:
         return entitled(self._share(queue), self._places)
 
     def _is_due(self, row: Row) -> bool:
@@ -97,7 +97,7 @@ class Victims:
         return self._taker.served + cost <= self._queues.of(row).served + CREDIT
 
 
-def for_growth(running: Collection[Row], queues: Queues) -> Row:
+def for_growth(running: Collection[Row], queues: FairQueue) -> Row:
     """Who gives way when a running row needs a block: the latest row of who holds the most for its weight."""
     memory: Counter[str] = Counter()
     for row in running:

@@ -19,7 +19,7 @@ MEMORY = 8  # about how many past guesses the share remembers
 
 
 @dataclass
-class Lookup:
+class PromptLookup:
     """Of one row. Knows its tokens up to `read`."""
 
     after: dict[tuple[int, ...], int] = field(default_factory=dict)  # tokens -> what followed, the last time
@@ -65,7 +65,7 @@ class Result(Protocol):
     def finite(self) -> bool: ...
 
 
-def standing(guess: Sequence[int], results: Sequence[Result], ends: Sequence[bool]) -> int:
+def num_accepted(guess: Sequence[int], results: Sequence[Result], ends: Sequence[bool]) -> int:
     """How many results stand, of one more than guesses: up to the first token that was not guessed, or that
     ends its row. One that is not finite will be asked for again, by itself.
     """

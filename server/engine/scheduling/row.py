@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from server.engine.scheduling.kv_blocks import BLOCK
-from server.engine.scheduling.prompt_lookup import Lookup
+from server.engine.scheduling.prompt_lookup import PromptLookup
 from server.messages import AdapterRef, Generate, Timing, Use
 
 
@@ -43,7 +43,7 @@ class Row:
     slots: tuple[int, ...] = ()  # one for each of `uses`, while the row runs
     grammar: Any = None  # what its schema allows next (engine/grammar.py), if it has one
     guess: list[int] = field(default_factory=list)  # tokens that may come next; computed, and kept if they do
-    lookup: Lookup = field(default_factory=Lookup)
+    lookup: PromptLookup = field(default_factory=PromptLookup)
     blocks: list[int] = field(default_factory=list)
     hashes: list[bytes] = field(default_factory=list)  # of the full blocks of `tokens`, as far as known
     frequencies: int = 0  # which set of rotary frequencies its keys have (engine/rotary.py)

@@ -2,14 +2,14 @@
 
 from collections.abc import Sequence
 
-from server.adapters.cache.combining import no_meaning
+from server.adapters.cache.combining import why_not_combinable
 from server.adapters.cache.device_cache import AdapterCache
 from server.engine.scheduling.kv_blocks import BLOCK, BlockPool, block_hashes, blocks_for
 from server.engine.scheduling.row import Row
 from server.errors import ContextTooLong, InvalidField, PolypeftError
 
 
-class Resources:
+class RowResources:
     def __init__(
         self, cache: AdapterCache, blocks: BlockPool, max_context: int, rope_switches: Sequence[int] = ()
     ) -> None:
@@ -59,7 +59,7 @@ class Resources:
                 f"the context of {self.max_context} must hold one more.",
                 param="prompt",
             )
-        if row.command.adapters and (sentence := no_meaning(row.command.adapters, used)):
+        if row.command.adapters and (sentence := why_not_combinable(row.command.adapters, used)):
             return InvalidField(sentence, param="adapters")
         return None
 

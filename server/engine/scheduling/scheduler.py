@@ -10,16 +10,16 @@ from collections import Counter
 from collections.abc import Sequence
 
 from server.adapters.cache.device_cache import AdapterCache
-from server.engine.scheduling.fair_queue import Queues, Turns
+from server.engine.scheduling.fair_queue import FairQueue, Turns
 from server.engine.scheduling.kv_blocks import BLOCK, BlockPool, block_hashes
 from server.engine.scheduling.preemption import Victims, for_growth
 from server.engine.scheduling.row import Row
-from server.engine.scheduling.row_resources import Resources
-from server.engine.scheduling.step_cost import USUAL, Costs
+from server.engine.scheduling.row_resources import RowResources
+from server.engine.scheduling.step_cost import USUAL, StepCost
 from server.errors import DeadlineExceeded, InvalidRequest, PolypeftError
 
-PATIENCE = 32  # steps in which a row may lack memory before later rows stop overtaking it
-GUESSES = 48  # tokens guessed in a step, all rows together
+MAX_ADAPTER_WAIT_STEPS = 32  # steps in which a row may lack memory before later rows stop overtaking it
+MAX_DRAFT_TOKENS = 48  # tokens guessed in a step, all rows together
 TRIES = 8  # rows that may lack memory in one step before the others are not even asked
 
 
@@ -33,7 +33,7 @@ class Scheduler:
         max_batch_tokens: int,
         max_context: int,
         lookup: int = 0,
-        costs: Costs | None = None,
+        costs: StepCost | None = None,
         rope_switches: Sequence[int] = (),
     ) -> None:
         self.cache = cache
@@ -41,11 +41,11 @@ class Scheduler:
         self.max_seqs = max_seqs
         self.max_batch_tokens = max(max_batch_tokens, max_seqs)
         self.max_context = max_context
-        self.resources = Resources(cache, blocks, max_context, rope_switches)
+        self.resources = RowResources(cache, blocks, max_context, rope_switches)
         self.room = self.resources.room
         self.lookup = lookup if costs else 0  # tokens that a row may guess at a time
-        self.costs = costs or Costs(USUAL)  # None: a guess saves nothing here
-        self.queues = Queues()
+        self.costs = costs or StepCost(USUAL)  # None: a guess saves nothing here
+        self.queues = FairQueue()
         self.running: dict[str, Row] = {}  # in order of admission
         self.ended: list[tuple[Row, PolypeftError]] = []  # without a step; the loop takes them
         self.preemptions = 0
@@ -76,7 +76,7 @@ class Scheduler:
         current = list(self.running.values())
         decoding = [row for row in current if row.remaining == 1]
         prompts = len(decoding) < len(current) or (self.waiting and len(current) < self.max_seqs)
-        spare = 0 if prompts else min(GUESSES, budget - len(decoding), self.lookup * len(decoding))
+        spare = 0 if prompts else min(MAX_DRAFT_TOKENS, budget - len(decoding), self.lookup * len(decoding))
         worth = self.costs.worth(len(decoding), spare)
         for i, row in enumerate(decoding):
             if budget and row.id in self.running and self._continue(row, 1, now):
@@ -225,7 +225,7 @@ class Scheduler:
     def _note_lack(self, row: Row, turns: Turns, lacking: Counter[str], *, slot: bool) -> None:
         """A row could not start for want of blocks, or of a slot: who may still overtake it in this step."""
         row.passed_over += 1
-        late, queue = row.passed_over > PATIENCE, self.queues.of(row)
+        late, queue = row.passed_over > MAX_ADAPTER_WAIT_STEPS, self.queues.of(row)
         if slot and any(self.cache.waits_for_itself(use.adapter) for use in row.uses):
             lacking[row.command.tenant] += TRIES if late else 1
             if lacking[row.command.tenant] >= TRIES:  # late: none of its tenant's rows overtakes

@@ -16,7 +16,7 @@ MEMORY = 16  # about how many steps that ran are remembered
 LEAST = 0.02  # likelihood at which anything pays; timings have noise
 
 
-class Costs:
+class StepCost:
     """Seconds of a step by its tokens, in straight lines between those that are known."""
 
     def __init__(self, known: dict[int, float]) -> None:
@@ -25,7 +25,7 @@ class Costs:
         self.beside = 0.0  # of a step, for what these do not tell of
 
     @classmethod
-    def timed(cls, seconds: Callable[[int], float]) -> "Costs":
+    def timed(cls, seconds: Callable[[int], float]) -> "StepCost":
         """`seconds` times a step of so many tokens."""
         known: dict[int, float] = {}
         for tokens in TIMED:

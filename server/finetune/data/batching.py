@@ -18,7 +18,7 @@ FINAL_TOKENS = 50_000  # of those that base and adapter are compared on at the e
 T = TypeVar("T")
 
 
-class Batches:
+class LengthGroupedBatches:
     """Batches of indices, in an order of each epoch's own; all but one are full.
 
     A batch holds examples of like length, so that steps take equally long and none needs far more memory
@@ -46,7 +46,7 @@ class Batches:
         return iter(batches)
 
 
-class Plan(msgspec.Struct, frozen=True):
+class EvaluationPlan(msgspec.Struct, frozen=True):
     """When to evaluate, and on what: a random draw of what is held out, or all if that costs little."""
 
     steps: frozenset[int]
@@ -54,7 +54,7 @@ class Plan(msgspec.Struct, frozen=True):
     final: list[Example]  # once it is over
 
 
-def plan(recipe: Recipe, examples: Sequence[Example], held_out: Sequence[Example]) -> Plan:
+def plan(recipe: Recipe, examples: Sequence[Example], held_out: Sequence[Example]) -> EvaluationPlan:
     total = recipe.steps(len(examples))
     count = min(total, MOST, max(LEAST, AN_EPOCH * recipe.n_epochs))
     steps = {round(total * (i + 1) / count) for i in range(count)}
@@ -62,7 +62,7 @@ def plan(recipe: Recipe, examples: Sequence[Example], held_out: Sequence[Example
     drawn = random.Random(recipe.seed).sample(held_out, len(held_out))  # noqa: S311 - an order
     tokens = min(max(EVALUATION_SHARE * trained / count, FEWEST_TOKENS), MOST_TOKENS)
     some = within(drawn, tokens)
-    return Plan(frozenset(steps if some else ()), some, within(drawn, FINAL_TOKENS))
+    return EvaluationPlan(frozenset(steps if some else ()), some, within(drawn, FINAL_TOKENS))
 
 
 def within(examples: Sequence[Example], tokens: float) -> list[Example]:

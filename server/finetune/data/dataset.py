@@ -15,10 +15,10 @@ import msgspec
 from server.base_model.tokenizer import Tokenizer
 from server.errors import InvalidField
 from server.finetune.data.examples import Example, example_of, truncated
-from server.finetune.data.jsonl import Fault, parse_line, read_lines
-from server.finetune.data.record_kinds import Shape, read_record, shape_of
+from server.finetune.data.jsonl import LineError, parse_line, read_lines
+from server.finetune.data.record_kinds import RecordKind, read_record, record_kind
 
-__all__ = ["Example", "Limits", "Problem", "Report", "Shape", "check", "load", "refusal", "split"]
+__all__ = ["Example", "Limits", "Problem", "RecordKind", "Report", "check", "load", "refusal", "split"]
 
 
 class Limits(msgspec.Struct, frozen=True):
@@ -47,7 +47,7 @@ class Problem(msgspec.Struct, frozen=True):
 class Report(msgspec.Struct):
     """What is in a file. With any problem the file is unfit, and the counts are of its sound lines."""
 
-    shape: Shape | None = None  # None: no line has one
+    shape: RecordKind | None = None  # None: no line has one
     examples: int = 0
     tokens: int = 0
     trained_tokens: int = 0
@@ -60,10 +60,10 @@ class Report(msgspec.Struct):
 
 class _Line(NamedTuple):
     number: int
-    shape: Shape | None = None
+    shape: RecordKind | None = None
     length: int = 0  # tokens of the whole example
     example: Example | None = None  # what fits
-    fault: Fault | None = None
+    fault: LineError | None = None
 
 
 def check(
@@ -152,18 +152,18 @@ def _lines(path: Path, tokenizer: Tokenizer, max_tokens: int, limits: Limits, pa
 def _line(
     number: int, raw: bytes | None, tokenizer: Tokenizer, max_tokens: int, limits: Limits, first: _Line | None
 ) -> _Line:
-    shape: Shape | None = None
+    shape: RecordKind | None = None
     try:
         if raw is None:
-            raise Fault("", f"The line is longer than {limits.line_bytes} bytes.")
+            raise LineError("", f"The line is longer than {limits.line_bytes} bytes.")
         fields = parse_line(raw)
-        shape = shape_of(fields)
+        shape = record_kind(fields)
         if first and first.shape != shape:
-            raise Fault(
+            raise LineError(
                 "", f"The line is {shape}, and line {first.number} is {first.shape}; a file has one shape."
             )
         whole = example_of(read_record(shape, fields, limits.messages), tokenizer)
-    except Fault as fault:
+    except LineError as fault:
         return _Line(number, shape, fault=fault)
     return _Line(number, shape, len(whole.tokens), truncated(whole, max_tokens, tokenizer.lead))
 

@@ -12,7 +12,7 @@ import msgspec
 
 from server.base_model.tokenizer import Tokenizer
 from server.errors import InvalidRequest
-from server.finetune.data.jsonl import Fault
+from server.finetune.data.jsonl import LineError
 from server.finetune.data.record_kinds import Chat, Pair, Text
 
 LABEL_TOKENS = 32  # of a short answer, its end token apart
@@ -57,9 +57,9 @@ def truncated(example: Example, max_tokens: int, lead: list[int]) -> Example | N
 def _pair(record: Pair, tokenizer: Tokenizer) -> Example:
     prompt = tokenizer.encode(record.prompt)
     if not prompt:
-        raise Fault("prompt", "prompt has no token; what follows nothing is a text, not a completion.")
+        raise LineError("prompt", "prompt has no token; what follows nothing is a text, not a completion.")
     if tokenizer.end is None:
-        raise Fault("completion", "The base's tokenizer names no token that could end a completion.")
+        raise LineError("completion", "The base's tokenizer names no token that could end a completion.")
     both = record.prompt + record.completion
     answer = _ended(tokenizer.encode_part(both, len(record.prompt), len(both)), tokenizer.end)
     weights = [0.0] * len(prompt) + [1.0] * len(answer)
@@ -69,7 +69,7 @@ def _pair(record: Pair, tokenizer: Tokenizer) -> Example:
 def _text(record: Text, tokenizer: Tokenizer) -> Example:
     tokens = _ended(tokenizer.encode(record.text), tokenizer.end)
     if len(tokens) < 2:
-        raise Fault("text", "text has one token, and nothing before it to predict it from.")
+        raise LineError("text", "text has one token, and nothing before it to predict it from.")
     return Example(tokens, [0.0] + [1.0] * (len(tokens) - 1))
 
 
@@ -86,7 +86,7 @@ def _chat(record: Chat, tokenizer: Tokenizer) -> Example:
             context = tokenizer.encode_part(whole, at, start, chat=True)
             answer = tokenizer.encode_part(whole, start, stop, chat=True)
         except InvalidRequest as error:
-            raise Fault(record.fields[turn], error.message) from None
+            raise LineError(record.fields[turn], error.message) from None
         tokens += context + answer
         weights += [0.0] * len(context) + [1.0] * len(answer)
         at = stop
@@ -102,7 +102,7 @@ def _answer(whole: str, after: int, record: Chat, turn: int, tokenizer: Tokenize
     through = _render(record, turn + 1, tokenizer, answer=False)
     field, text = record.fields[turn], tokenizer.quoted(record.messages[turn])["content"].strip()
     if not (whole.startswith(through) and through.startswith(before) and after <= len(before)):
-        raise Fault(
+        raise LineError(
             field,
             f"The base's chat template does not render {field}, or what is before it, alike whether or not "
             "more follows; give weight 0 to every assistant turn but the last, or use prompt and completion.",
@@ -110,7 +110,7 @@ def _answer(whole: str, after: int, record: Chat, turn: int, tokenizer: Tokenize
     at = through.find(text, len(before))
     end = tokenizer.up_to_special(through[at + len(text) :])
     if at < 0 or end is None:
-        raise Fault(
+        raise LineError(
             field, f"The base's chat template does not render {field} as it is, with a token at its end."
         )
     return len(before), at + len(text) + end
@@ -121,7 +121,7 @@ def _render(record: Chat, count: int, tokenizer: Tokenizer, *, answer: bool) -> 
     try:
         return tokenizer.render_chat(record.messages[:count], answer=answer)
     except InvalidRequest as error:
-        raise Fault(record.fields[count - 1], error.message) from None
+        raise LineError(record.fields[count - 1], error.message) from None
 
 
 def _label(answer: list[int], tokenizer: Tokenizer) -> str | None:

@@ -13,7 +13,7 @@ from typing import Any
 from server.errors import shown
 
 
-class Fault(Exception):
+class LineError(Exception):
     """What is wrong with a line. `field` is a path in it, or "" for the whole line; `reason` a sentence."""
 
     def __init__(self, field: str, reason: str) -> None:
@@ -41,17 +41,17 @@ def parse_line(raw: bytes) -> dict[str, Any]:
         if rb"\ud" in raw.lower():  # an escaped surrogate: only in pairs is it a character
             json.dumps(value, ensure_ascii=False).encode()
     except UnicodeDecodeError as error:
-        raise Fault("", f"The line is not UTF-8 at byte {error.start}.") from None
+        raise LineError("", f"The line is not UTF-8 at byte {error.start}.") from None
     except UnicodeEncodeError:
-        raise Fault("", "The line holds half a surrogate pair.") from None
+        raise LineError("", "The line holds half a surrogate pair.") from None
     except json.JSONDecodeError as error:
-        raise Fault("", f"The line is not JSON: {error.msg} at character {error.pos}.") from None
+        raise LineError("", f"The line is not JSON: {error.msg} at character {error.pos}.") from None
     except RecursionError:
-        raise Fault("", "The line is nested too deeply.") from None
+        raise LineError("", "The line is nested too deeply.") from None
     except ValueError:  # an integer of more digits than Python converts
-        raise Fault("", "The line holds a number with too many digits.") from None
+        raise LineError("", "The line holds a number with too many digits.") from None
     if not isinstance(value, dict):
-        raise Fault("", f"The line must be one JSON object, not {described(value)}.")
+        raise LineError("", f"The line must be one JSON object, not {described(value)}.")
     return value
 
 
@@ -65,9 +65,9 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise Fault("", f"The line has the key {shown(twice)} twice.")
+        raise LineError("", f"The line has the key {shown(twice)} twice.")
     return found
 
 
 def _no_constant(constant: str) -> None:
-    raise Fault("", f"The line holds {constant}, which JSON does not have.")
+    raise LineError("", f"The line holds {constant}, which JSON does not have.")

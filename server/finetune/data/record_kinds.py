@@ -13,10 +13,10 @@ from typing import Any, Literal
 import msgspec
 
 from server.errors import shown
-from server.finetune.data.jsonl import Fault, described
+from server.finetune.data.jsonl import LineError, described
 
-Shape = Literal["messages", "prompt_completion", "text"]
-FIELDS: dict[Shape, tuple[str, ...]] = {
+RecordKind = Literal["messages", "prompt_completion", "text"]
+FIELDS: dict[RecordKind, tuple[str, ...]] = {
     "messages": ("messages",),
     "prompt_completion": ("prompt", "completion"),
     "text": ("text",),
@@ -54,24 +54,26 @@ class _Message(msgspec.Struct, frozen=True):
     weight: int  # 0 for all that is no assistant turn
 
 
-def shape_of(line: dict[str, Any]) -> Shape:
+def record_kind(line: dict[str, Any]) -> RecordKind:
     """By the fields' names alone. Raises Fault if they make no shape, or two."""
     given = _given(line).keys()
     shapes = [shape for shape, fields in FIELDS.items() if given & set(fields)]
     if not shapes:
-        raise Fault("", "The line has neither messages nor prompt and completion nor text.")
+        raise LineError("", "The line has neither messages nor prompt and completion nor text.")
     if len(shapes) > 1:
-        raise Fault("", f"The line has the fields of {shapes[0]} and of {shapes[1]}; it must have one shape.")
+        raise LineError(
+            "", f"The line has the fields of {shapes[0]} and of {shapes[1]}; it must have one shape."
+        )
     return shapes[0]
 
 
-def read_record(shape: Shape, line: dict[str, Any], max_messages: int) -> Chat | Pair | Text:
+def read_record(shape: RecordKind, line: dict[str, Any], max_messages: int) -> Chat | Pair | Text:
     """Raises Fault for the first field that is missing, unknown or wrong."""
     given = _given(line)
     _only(given, FIELDS[shape], "", _REFUSED)
     for field in FIELDS[shape]:
         if field not in given:
-            raise Fault(field, f"{field} is required.")
+            raise LineError(field, f"{field} is required.")
     if shape == "messages":
         return _chat("messages", [], _messages("messages", given["messages"], max_messages, weighted=True))
     if shape == "text":
@@ -85,7 +87,7 @@ def _prompt_completion(prompt: Any, completion: Any, max_messages: int) -> Chat 
     if isinstance(prompt, list) and isinstance(completion, list):
         context = _messages("prompt", prompt, max_messages, weighted=False)
         return _chat("completion", context, _messages("completion", completion, max_messages, weighted=True))
-    raise Fault(
+    raise LineError(
         "prompt",
         "prompt and completion must both be text, or both be lists of messages, not "
         f"{described(prompt)} and {described(completion)}.",
@@ -95,14 +97,16 @@ def _prompt_completion(prompt: Any, completion: Any, max_messages: int) -> Chat 
 def _chat(field: str, context: list[_Message], turns: list[_Message]) -> Chat:
     """`turns` come from `field`, and only they are learnt."""
     if not any(turn.role == "assistant" for turn in turns):
-        raise Fault(field, f"{field} has no assistant turn, so there is nothing to learn.")
+        raise LineError(field, f"{field} has no assistant turn, so there is nothing to learn.")
     if turns[-1].role != "assistant":
-        raise Fault(field, f"{field} must end with an assistant turn, not one of {turns[-1].role}.")
+        raise LineError(field, f"{field} must end with an assistant turn, not one of {turns[-1].role}.")
     learnt = [at for at, turn in enumerate(turns) if turn.weight]
     if not learnt:
-        raise Fault(field, f"{field} gives weight 0 to every assistant turn, so there is nothing to learn.")
+        raise LineError(
+            field, f"{field} gives weight 0 to every assistant turn, so there is nothing to learn."
+        )
     if learnt[0] + len(context) == 0:
-        raise Fault(f"{field}[0]", f"{field}[0] is an assistant turn with nothing before it to answer.")
+        raise LineError(f"{field}[0]", f"{field}[0] is an assistant turn with nothing before it to answer.")
     for at in learnt:
         _learnable(f"{field}[{at}].content", turns[at].content)
     messages = [*context, *turns]
@@ -115,30 +119,32 @@ def _chat(field: str, context: list[_Message], turns: list[_Message]) -> Chat:
 
 def _messages(field: str, value: Any, limit: int, *, weighted: bool) -> list[_Message]:
     if not isinstance(value, list):
-        raise Fault(field, f"{field} must be a list of messages, not {described(value)}.")
+        raise LineError(field, f"{field} must be a list of messages, not {described(value)}.")
     if not value:
-        raise Fault(field, f"{field} has no messages.")
+        raise LineError(field, f"{field} has no messages.")
     if len(value) > limit:
-        raise Fault(field, f"{field} must have at most {limit} messages, not {len(value)}.")
+        raise LineError(field, f"{field} must have at most {limit} messages, not {len(value)}.")
     return [_message(f"{field}[{at}]", message, weighted) for at, message in enumerate(value)]
 
 
 def _message(path: str, value: Any, weighted: bool) -> _Message:
     if not isinstance(value, dict):
-        raise Fault(path, f"{path} must be an object with role and content, not {described(value)}.")
+        raise LineError(path, f"{path} must be an object with role and content, not {described(value)}.")
     given = _given(value)
     _only(given, ("role", "content", "name", "weight"), path, _REFUSED_IN_MESSAGE)
     role = given.get("role")
     if role not in ROLES:
-        raise Fault(f"{path}.role", f"{path}.role must be one of {', '.join(ROLES)}, not {described(role)}.")
+        raise LineError(
+            f"{path}.role", f"{path}.role must be one of {', '.join(ROLES)}, not {described(role)}."
+        )
     content = _content(f"{path}.content", given.get("content"))
     if not isinstance(given.get("name", ""), str):  # taken, and as in serving not shown to the model
-        raise Fault(f"{path}.name", f"{path}.name must be text, not {described(given['name'])}.")
+        raise LineError(f"{path}.name", f"{path}.name must be text, not {described(given['name'])}.")
     if "weight" in given and (role != "assistant" or not weighted):
-        raise Fault(f"{path}.weight", f"{path}.weight is only for assistant turns that may be learnt.")
+        raise LineError(f"{path}.weight", f"{path}.weight is only for assistant turns that may be learnt.")
     weight = given.get("weight", int(role == "assistant"))
     if isinstance(weight, bool) or weight not in (0, 1):
-        raise Fault(f"{path}.weight", f"{path}.weight must be 0 or 1, not {described(weight)}.")
+        raise LineError(f"{path}.weight", f"{path}.weight must be 0 or 1, not {described(weight)}.")
     return _Message(path, "system" if role == "developer" else role, content, int(weight))
 
 
@@ -147,22 +153,22 @@ def _content(path: str, value: Any) -> str:
     if isinstance(value, str):
         return value
     if not isinstance(value, list):
-        raise Fault(path, f"{path} must be text or a list of text parts, not {described(value)}.")
+        raise LineError(path, f"{path} must be text or a list of text parts, not {described(value)}.")
     texts = []
     for at, part in enumerate(value):
         sound = isinstance(part, dict) and part.keys() == {"type", "text"} and part["type"] == "text"
         text = part["text"] if sound else None
         if not isinstance(text, str):
-            raise Fault(f"{path}[{at}]", f'{path}[{at}] must be {{"type": "text", "text": ...}}.')
+            raise LineError(f"{path}[{at}]", f'{path}[{at}] must be {{"type": "text", "text": ...}}.')
         texts.append(text)
     return "".join(texts)
 
 
 def _learnable(path: str, value: Any) -> str:
     if not isinstance(value, str):
-        raise Fault(path, f"{path} must be text, not {described(value)}.")
+        raise LineError(path, f"{path} must be text, not {described(value)}.")
     if not value.strip():
-        raise Fault(path, f"{path} is blank, so there is nothing to learn.")
+        raise LineError(path, f"{path} is blank, so there is nothing to learn.")
     return value
 
 
@@ -173,6 +179,6 @@ def _given(value: dict[str, Any]) -> dict[str, Any]:
 def _only(given: Iterable[str], known: tuple[str, ...], path: str, refused: dict[str, str]) -> None:
     for name in given:
         if name in refused:
-            raise Fault(f"{path}.{name}".lstrip("."), f"{name} is not supported: {refused[name]}.")
+            raise LineError(f"{path}.{name}".lstrip("."), f"{name} is not supported: {refused[name]}.")
         if name not in known:
-            raise Fault(path, f"{shown(name)} is not a field here; known are {', '.join(known)}.")
+            raise LineError(path, f"{shown(name)} is not a field here; known are {', '.join(known)}.")

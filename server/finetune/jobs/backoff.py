@@ -4,7 +4,7 @@ import time
 from collections.abc import Collection
 
 
-class Delays:
+class Backoff:
     def __init__(self, first: float, longest: float) -> None:
         """In seconds."""
         self._first = first

@@ -15,8 +15,7 @@ from server.errors import Conflict, InvalidField, NotFound, QuotaExceeded, shown
 from server.finetune.jobs import transitions_lua as lua
 from server.finetune.jobs.job import FixedPart, Job, new_event
 from server.finetune.jobs.leases import Leases
-from server.finetune.jobs.publications import Publications
-from server.finetune.jobs.record_store import Caller, decode_job, key
+from server.finetune.jobs.record_store import Publications, WorkerNotifier, decode_job, key
 
 MAX_KEPT = 1000  # jobs of a tenant; the oldest that are done are forgotten
 SAME_SECONDS = 24 * 3600  # an idempotency key's life
@@ -32,7 +31,7 @@ class Same(NamedTuple):
 
 
 class Jobs(Leases, Publications):
-    def __init__(self, redis: Redis, queue: Caller, max_active: int = 16) -> None:
+    def __init__(self, redis: Redis, queue: WorkerNotifier, max_active: int = 16) -> None:
         super().__init__(redis, queue)
         self._max_active = max_active
 

@@ -21,7 +21,7 @@ from server.finetune.jobs.job import (
     Wish,
     new_event,
 )
-from server.finetune.jobs.record_store import Records, decode_job
+from server.finetune.jobs.record_store import JobRecords, decode_job
 
 LEASE_SECONDS = 45.0  # three beats in a row, each of which waits for Valkey as long as its client does
 CALL_AGAIN_SECONDS = 30.0
@@ -29,7 +29,7 @@ MAX_ATTEMPTS = 5  # without a new checkpoint between them
 LOST = JobError("worker_lost", f"The training's worker was lost {MAX_ATTEMPTS} times without new progress.")
 
 
-class Leases(Records):
+class Leases(JobRecords):
     async def take(self, id_: str, worker: str) -> Job | None:
         """Begin to train it: the job with `fence` set, or None if it is not waiting for a worker.
 

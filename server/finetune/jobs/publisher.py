@@ -29,8 +29,8 @@ from server.errors import (
     StoreError,
     Unavailable,
 )
-from server.files.files import Files
-from server.finetune.jobs.backoff import Delays
+from server.files.files import FileStore
+from server.finetune.jobs.backoff import Backoff
 from server.finetune.jobs.job import Job, JobError, StoredFile, TrainingResult, new_event
 from server.finetune.jobs.jobs import Jobs
 
@@ -43,7 +43,7 @@ JOB_FACT = "job"  # the manifest's fact that says which job a version is of
 log = logging.getLogger(__name__)
 
 
-class Gate(Protocol):
+class AdmissionCheck(Protocol):
     """What every adapter passes before it is published, however it came."""
 
     @property
@@ -59,14 +59,16 @@ class Gate(Protocol):
 
 
 class Publisher:
-    def __init__(self, jobs: Jobs, files: Files, registry: Registry, objects: Objects, gate: Gate) -> None:
+    def __init__(
+        self, jobs: Jobs, files: FileStore, registry: Registry, objects: Objects, gate: AdmissionCheck
+    ) -> None:
         self._jobs = jobs
         self._files = files
         self._registry = registry
         self._objects = objects
         self._gate = gate
         self._id = uuid.uuid4().hex
-        self._delays = Delays(POLL_SECONDS, LONGEST_DELAY_SECONDS)
+        self._delays = Backoff(POLL_SECONDS, LONGEST_DELAY_SECONDS)
 
     async def run(self) -> None:
         """Until cancelled. What was underway then is finished by whoever comes next."""

@@ -25,7 +25,7 @@ class WorkerState(msgspec.Struct, frozen=True):
     loss: float | None = None  # of the last update
 
 
-class Figures(msgspec.Struct, frozen=True):
+class JobStats(msgspec.Struct, frozen=True):
     queued: int
     training: int
     publishing: int
@@ -34,7 +34,7 @@ class Figures(msgspec.Struct, frozen=True):
     workers: dict[str, WorkerState] = {}
 
 
-async def figures(redis: Redis) -> Figures:
+async def job_stats(redis: Redis) -> JobStats:
     """One round trip, however many jobs there are. Raises StoreError."""
     with store_errors():
         async with redis.pipeline(transaction=True) as pipeline:
@@ -48,7 +48,7 @@ async def figures(redis: Redis) -> Figures:
     now = time[0] + time[1] / 1e6
     silence = LEASE_SECONDS - (first[0][1] / 1000 - now) if first else 0.0
     states = {name.decode(): msgspec.json.decode(state, type=WorkerState) for name, state in workers.items()}
-    return Figures(
+    return JobStats(
         queued,
         training,
         publishing,
@@ -62,7 +62,9 @@ async def figures(redis: Redis) -> Figures:
     )
 
 
-async def tell(redis: Redis, worker: str, busy: bool, loss: float | None, counted: Mapping[str, int]) -> None:
+async def report(
+    redis: Redis, worker: str, busy: bool, loss: float | None, counted: Mapping[str, int]
+) -> None:
     """What a worker does, and what it has counted since it last told. Raises StoreError."""
     with store_errors():
         seconds, microseconds = await redis.time()

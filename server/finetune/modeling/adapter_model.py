@@ -18,22 +18,21 @@ from server.adapters.formats.config_fields import FILE
 from server.adapters.methods.affine_bank import AffineBank
 from server.adapters.methods.bottleneck_bank import BottleneckBank
 from server.adapters.methods.interface import Bank
-from server.adapters.methods.token_spans import Rows, Span
+from server.adapters.methods.token_spans import Span, TokenSpans
 from server.adapters.methods.virtual_tokens import TENSOR
 from server.engine.model.base_model import FrozenModel, Placement
 from server.finetune.modeling.attention import TrainingStep, attend_within
-from server.finetune.modeling.batch_loss import NONE, Batch, Output
-from server.finetune.modeling.differentiable_layers import run_by_kernels
-from server.finetune.modeling.loss import head_loss
-from server.finetune.modeling.new_adapter import blank_adapter
-from server.finetune.modeling.onednn_linear import lay_out
-from server.finetune.modeling.split_model import Halves
-from server.finetune.modeling.trainable_affine_bank import SLOT, TrainedAffine
+from server.finetune.modeling.batch_loss import NONE, Batch, Output, head_loss
+from server.finetune.modeling.differentiable_layers import install_training_layers
+from server.finetune.modeling.new_adapter import new_adapter
+from server.finetune.modeling.onednn_linear import pack_weights
+from server.finetune.modeling.split_model import SplitCausalLM
+from server.finetune.modeling.trainable_affine_bank import SLOT, TrainableAffineBank
 from server.finetune.recipe import MAX_SEED, Recipe
 from server.finetune.recipe_methods import LoraRecipe
 
 
-class Trainable(nn.Module):
+class AdapterModel(nn.Module):
     """`params` are the adapter's tensors. The base is no submodule: nothing saves, moves or trains it."""
 
     def __init__(
@@ -57,10 +56,10 @@ class Trainable(nn.Module):
         self.step = TrainingStep()
         placement = Placement(self.device, torch.float32)
         self.frozen = FrozenModel(folder, base_id, placement, self.step, attend_within, packed=False)
-        lay_out(self.frozen.model)
-        self.halves = Halves(self.frozen.model, run_by_kernels(self.frozen.model, self.step))
+        pack_weights(self.frozen.model)
+        self.halves = SplitCausalLM(self.frozen.model, install_training_layers(self.frozen.model, self.step))
         self.base = self.frozen.base
-        self.blank = blank_adapter(recipe.peft, self.base)
+        self.blank = new_adapter(recipe.peft, self.base)
         self.dropout = recipe.peft.lora_dropout if isinstance(recipe.peft, LoraRecipe) else 0.0
         self.bank = self._bank()
         rng = torch.Generator().manual_seed(recipe.seed)
@@ -123,10 +122,10 @@ class Trainable(nn.Module):
         tensors = {name: self.params[_key(name)] for name in self.names}
         packed = method.pack(self.blank.spec, self.base, tensors, self.frozen.weights, torch.float32)
         self.bank.put(SLOT, packed)
-        if isinstance(self.bank, TrainedAffine):
+        if isinstance(self.bank, TrainableAffineBank):
             self.bank.dropout = self.dropout if self.training else 0.0
             self.bank.seed = int(torch.randint(MAX_SEED, ())) if self.bank.dropout else 0
-        rows = Rows([Span(SLOT, 0, sum(lengths))])
+        rows = TokenSpans([Span(SLOT, 0, sum(lengths))])
         step.affine = [(self.bank, rows)] if self.bank.acts("affine", [SLOT]) else []
         step.sublayer = [(self.bank, rows)] if self.bank.acts("sublayer", [SLOT]) else []
         step.begin_with(self.bank.start(SLOT))
@@ -139,7 +138,7 @@ class Trainable(nn.Module):
     def _bank(self) -> Bank:
         size = (self.base, SLOT, self.device, torch.float32)
         if self.blank.method.bank is AffineBank:
-            return TrainedAffine(*size)
+            return TrainableAffineBank(*size)
         bank = self.blank.method.bank(*size)
         if isinstance(bank, BottleneckBank):
             bank.fast = False  # kernels know no gradients

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 
 from server.adapters.methods.interface import Start
-from server.engine.model.forward_context import Step, scores_of
-from server.kernels.cpu.paged_attention import Scores, prefill_attention
+from server.engine.model.forward_context import ForwardContext, scores_of
+from server.kernels.cpu.paged_attention import AttentionOptions, prefill_attention
 
 Pair = tuple[torch.Tensor, torch.Tensor]  # K and V [kv_heads, n, head_dim]
 Layers = list[Pair]  # of each layer
 
 
-class TrainingStep(Step):
+class TrainingStep(ForwardContext):
     """The batch under way: sequences of these lengths, one behind the other, all under slot 1."""
 
     def __init__(self) -> None:
@@ -42,7 +42,7 @@ class TrainingStep(Step):
         q: torch.Tensor,  # [T, heads, head_dim], or if `kept` of those alone
         k: torch.Tensor,  # [T, kv_heads, head_dim]
         v: torch.Tensor,
-        scores: Scores,
+        scores: AttentionOptions,
         *,
         kept: bool = False,
     ) -> torch.Tensor:

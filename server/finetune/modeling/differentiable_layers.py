@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from server.engine.cpu.decoder_layers import LayerParts, by_head, is_built_as_llama
-from server.engine.cpu.verified_swap import PROBE, probe, take_over
+from server.engine.cpu.verified_swap import PROBE, probe, swap_forward_if_equal
 from server.engine.model.module_hooks import decoder_layers
 from server.finetune.modeling.attention import TrainingStep
 from server.finetune.modeling.autograd_functions import gated, norm, norm_of_sum, turned
@@ -86,13 +86,15 @@ class TrainedDecoder:
 
 
 @torch.no_grad()
-def run_by_kernels(model: Any, step: TrainingStep) -> TrainedDecoder | None:
+def install_training_layers(model: Any, step: TrainingStep) -> TrainedDecoder | None:
     """Give each layer of `model` the forward above, if all can have it and the states stay the same."""
     layers: list[Any] = [layer for _, layer in decoder_layers(model, model.config.num_hidden_layers)]
     plain = all(p.device.type == "cpu" and p.dtype == torch.float32 for p in model.parameters())
     if not AVAILABLE or not plain or not layers or not all(map(is_built_as_llama, layers)):
         return None
-    return take_over(model, layers, lambda: TrainedDecoder(layers, step), lambda: _states(model, step))
+    return swap_forward_if_equal(
+        model, layers, lambda: TrainedDecoder(layers, step), lambda: _states(model, step)
+    )
 
 
 def _states(model: Any, step: TrainingStep) -> torch.Tensor:

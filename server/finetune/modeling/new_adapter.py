@@ -34,7 +34,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
-class Blank:
+class NewAdapter:
     method: Method
     spec: Any  # the method's own
     config: dict[str, Any]  # adapter_config.json
@@ -46,7 +46,7 @@ class Blank:
         return self.spec.tokens if self.method.name in ("prefix", "prompt") else 0
 
 
-def blank_adapter(peft: Peft, base: Base) -> Blank:
+def new_adapter(peft: Peft, base: Base) -> NewAdapter:
     """Raises InvalidAdapter for a recipe that this base cannot have."""
     config, shapes = _FORMATS[type(peft)](peft, base)
     name = msgspec.to_builtins(peft)["type"]
@@ -54,7 +54,7 @@ def blank_adapter(peft: Peft, base: Base) -> Blank:
     tensors = {tensor: TensorInfo("F32", shape, 0, 4 * math.prod(shape)) for tensor, shape in shapes.items()}
     spec = method.parse(AdapterFiles(config, tensors), base)
     file = "adapter.safetensors" if name == "bottleneck" else "adapter_model.safetensors"
-    return Blank(method, spec, config, file)
+    return NewAdapter(method, spec, config, file)
 
 
 def _lora(peft: LoraRecipe, base: Base) -> tuple[dict[str, Any], Shapes]:

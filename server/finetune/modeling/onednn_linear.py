@@ -19,8 +19,8 @@ _ops: Any = torch.ops.mkldnn  # torch has no types for them
 _mkldnn: Any = torch.backends.mkldnn
 
 
-def lay_out(model: nn.Module) -> None:
-    """Put a `TrainedLinear` in the place of every linear site, if this machine can have them."""
+def pack_weights(model: nn.Module) -> None:
+    """Put a `OneDnnLinear` in the place of every linear site, if this machine can have them."""
     found = {name: m for name, m in model.named_modules() if isinstance(m, LinearSite)}
     weights = [site.weight for site in found.values()]
     plain = any(w.device.type != "cpu" or w.dtype != torch.float32 for w in weights)
@@ -30,10 +30,10 @@ def lay_out(model: nn.Module) -> None:
         return
     for name, site in found.items():
         parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, TrainedLinear(site))
+        setattr(model.get_submodule(parent), leaf, OneDnnLinear(site))
 
 
-class TrainedLinear(nn.Module):
+class OneDnnLinear(nn.Module):
     """What the site does, with gradients: y = x W^T + b, then the banks. x is [..., in]."""
 
     def __init__(self, linear: LinearSite) -> None:

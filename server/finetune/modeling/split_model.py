@@ -15,7 +15,7 @@ from server.engine.model.module_hooks import decoder_layers
 from server.finetune.modeling.differentiable_layers import TrainedDecoder
 
 
-class Halves:
+class SplitCausalLM:
     """`recompute`: backward computes each layer once more instead of keeping all that was in it."""
 
     recompute = False

@@ -5,17 +5,16 @@ from typing import Any
 import torch
 
 from server.adapters.methods.affine_bank import AffineBank, apply
-from server.adapters.methods.affine_layout import changes_of
-from server.adapters.methods.change import Change
+from server.adapters.methods.affine_layout import AffineDelta, deltas_of
 from server.adapters.methods.interface import Packed
-from server.adapters.methods.token_spans import Rows
+from server.adapters.methods.token_spans import TokenSpans
 from server.adapters.sites import Base, Site
 
 SLOT = 1
 LEVELS = 1 << 16  # dropout is one of so many shares
 
 
-class TrainedAffine(AffineBank):
+class TrainableAffineBank(AffineBank):
     """Dropout acts on what LoRA's A sees. Sites that see the same x see it with the same gaps: drawing them
     is the most of its cost, and q, k and v need no more memory than one.
     """
@@ -25,7 +24,7 @@ class TrainedAffine(AffineBank):
 
     def __init__(self, base: Base, slots: int, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__(base, slots, device, dtype)
-        self.trained: dict[str, Change] = {}  # by site
+        self.trained: dict[str, AffineDelta] = {}  # by site
         self._numbers = {name: i for i, name in enumerate(base.sites)}
         self._whole: torch.Tensor | None = None  # the last x, kept so that nothing else takes its place
         self._gapped = torch.empty(0)
@@ -33,7 +32,7 @@ class TrainedAffine(AffineBank):
     def put(self, slot: int, packed: Packed) -> None:
         """Views that gradients flow through; no kernel reads a table here."""
         assert slot == SLOT
-        self.trained = changes_of(packed.flat.to(self.device), packed.layout)
+        self.trained = deltas_of(packed.flat.to(self.device), packed.layout)
 
     def clear(self, slot: int) -> None:
         assert slot == SLOT
@@ -45,7 +44,7 @@ class TrainedAffine(AffineBank):
         site: Site,
         x: torch.Tensor,
         y: torch.Tensor,
-        rows: Rows,  # noqa: ARG002 - every token is slot 1's
+        rows: TokenSpans,  # noqa: ARG002 - every token is slot 1's
         bias: torch.Tensor | None,
     ) -> None:
         change = self.trained.get(site.name)

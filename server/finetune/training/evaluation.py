@@ -14,9 +14,9 @@ import torch
 
 from server.finetune.data.batching import packs, within
 from server.finetune.data.examples import Example
-from server.finetune.modeling.adapter_model import Trainable
+from server.finetune.modeling.adapter_model import AdapterModel
 from server.finetune.modeling.batch_loss import NONE, Batch
-from server.finetune.training.history import History
+from server.finetune.training.observer import TrainingLog
 
 PACK_TOKENS = 1024  # of one forward pass, unless an example is longer
 MAX_LABELS = 16  # where there are more different answers, they are no classes
@@ -25,7 +25,7 @@ SURE = 1.645  # standard errors; by chance alone, one adapter in 20 is further a
 MAX_LOG = 80.0  # a perplexity stays a number
 
 
-class Scores(msgspec.Struct, frozen=True):
+class EvalScores(msgspec.Struct, frozen=True):
     """By example."""
 
     losses: list[float]  # sum of weight * loss in nats
@@ -45,11 +45,11 @@ class Scores(msgspec.Struct, frozen=True):
 
 
 @torch.no_grad()
-def score(model: Trainable, examples: Sequence[Example], *, adapted: bool = True) -> Scores:
+def score(model: AdapterModel, examples: Sequence[Example], *, adapted: bool = True) -> EvalScores:
     """Dropout is off meanwhile, and no random number is drawn."""
     was = model.training
     model.eval()
-    scores = Scores([], [], [], [], [])
+    scores = EvalScores([], [], [], [], [])
     for pack in packs(examples, PACK_TOKENS):
         batch = Batch.of(pack)
         output = model(batch, adapted=adapted)
@@ -73,7 +73,11 @@ def score(model: Trainable, examples: Sequence[Example], *, adapted: bool = True
 
 
 def compare(
-    model: Trainable, held_out: Sequence[Example], trained: Sequence[Example], history: History, curve: int
+    model: AdapterModel,
+    held_out: Sequence[Example],
+    trained: Sequence[Example],
+    history: TrainingLog,
+    curve: int,
 ) -> dict[str, Any]:
     """The record of an evaluation, JSON. `history` evaluated the first `curve` of `held_out`."""
     base, adapter = (score(model, held_out, adapted=adapted) for adapted in (False, True))
@@ -102,7 +106,7 @@ def compare(
     }
 
 
-def _figures(scores: Scores, labelled: Sequence[int]) -> dict[str, float]:
+def _figures(scores: EvalScores, labelled: Sequence[int]) -> dict[str, float]:
     figures = {
         "loss": scores.loss,
         "perplexity": math.exp(min(scores.loss, MAX_LOG)),
@@ -113,7 +117,7 @@ def _figures(scores: Scores, labelled: Sequence[int]) -> dict[str, float]:
     return figures
 
 
-def _ahead(base: Scores, adapter: Scores) -> tuple[float, float | None]:
+def _ahead(base: EvalScores, adapter: EvalScores) -> tuple[float, float | None]:
     """By how much the adapter's loss is lower, and that figure's standard error over examples, if any."""
     gains = [b - a for b, a in zip(base.losses, adapter.losses, strict=True)]
     total, n = math.fsum(base.weights), len(gains)
@@ -140,7 +144,7 @@ def _answers(held_out: Sequence[Example], trained: Sequence[Example]) -> dict[st
 
 
 def _by_label(
-    model: Trainable, examples: Sequence[Example], answers: dict[str, list[int]]
+    model: AdapterModel, examples: Sequence[Example], answers: dict[str, list[int]]
 ) -> list[dict[str, Any]]:
     """How many examples of each label have it as their likeliest."""
     labels = sorted(answers)

@@ -4,14 +4,14 @@ import csv
 from pathlib import Path
 from typing import Any
 
-from server.finetune.training.history import History
+from server.finetune.training.observer import TrainingLog
 
 COLUMNS = ("step", "train_loss", "train_accuracy", "valid_loss", "valid_mean_token_accuracy")
 LOGARITHMIC = 10  # times the best loss: where the axis reaches further, it is logarithmic
 MAX_POINTS = 400  # of the drawn training curve; more would be a band, not a line
 
 
-def write_metrics(history: History, path: Path) -> None:
+def write_metrics(history: TrainingLog, path: Path) -> None:
     """One line a step; the last two columns are empty where nothing was evaluated."""
     evaluations = {e.step: (f"{e.loss:.6f}", f"{e.accuracy:.6f}") for e in history.evaluations}
     with path.open("w", newline="", encoding="utf-8") as file:
@@ -22,7 +22,7 @@ def write_metrics(history: History, path: Path) -> None:
             writer.writerow([s.step, f"{s.loss:.6f}", f"{s.accuracy:.6f}", *valid])
 
 
-def draw_losses(history: History, path: Path, *, base_loss: float | None = None) -> None:
+def draw_losses(history: TrainingLog, path: Path, *, base_loss: float | None = None) -> None:
     """PNG: loss on the training data by step, on held-out examples, and that of the base there."""
     from matplotlib.figure import Figure  # takes half a second, which only who draws should pay
     from matplotlib.ticker import MaxNLocator

@@ -11,16 +11,16 @@ from server.base_model.tokenizer import Tokenizer
 from server.errors import InvalidField
 from server.finetune.data.dataset import load, split
 from server.finetune.data.examples import Example
-from server.finetune.modeling.adapter_model import Trainable
+from server.finetune.modeling.adapter_model import AdapterModel
 from server.finetune.recipe import Recipe
 from server.finetune.recipe_methods import PrefixRecipe, PromptRecipe
 from server.finetune.training.evaluation import compare
-from server.finetune.training.observer import Watcher
+from server.finetune.training.observer import TrainingObserver
 from server.finetune.training.reports import draw_losses, write_metrics
 from server.finetune.training.trainer import AdapterTrainer
 
 
-class Trained(msgspec.Struct, frozen=True):
+class TrainingOutput(msgspec.Struct, frozen=True):
     """What a finished training leaves in its work folder."""
 
     adapter: Path  # a folder with the config and the safetensors file, as an upload would bring them
@@ -32,19 +32,19 @@ class Trained(msgspec.Struct, frozen=True):
     steps: int
 
 
-def run_task(
+def run_training(
     recipe: Recipe,
     base: Path,
     training: Path,
     validation: Path | None,
     work: Path,
-    watcher: Watcher,
+    watcher: TrainingObserver,
     resume_from: Path | None = None,
     *,
     base_id: str,
     device: torch.device | None = None,
     threads: int | None = None,
-) -> Trained:
+) -> TrainingOutput:
     """Train what `recipe` says on JSONL files that were checked before; all that is written lies in `work`.
 
     `resume_from` is a folder that the watcher got from `on_checkpoint`. `threads` of torch's: None leaves
@@ -55,13 +55,15 @@ def run_task(
         torch.set_num_threads(threads)
     tokenizer = Tokenizer.load(base)
     examples, held_out = _examples(recipe, training, validation, tokenizer)
-    model = Trainable(base, base_id, recipe, init_text=_init_text(recipe, examples, tokenizer), device=device)
+    model = AdapterModel(
+        base, base_id, recipe, init_text=_init_text(recipe, examples, tokenizer), device=device
+    )
     trainer = AdapterTrainer(model, recipe, examples, held_out, work / "checkpoints", watcher)
     history = trainer.fit(resume_from)
     record = None
     if final := trainer.plan.final:
         record = compare(model, final, examples, history, len(trainer.plan.examples))
-    result = Trained(
+    result = TrainingOutput(
         adapter=work / "adapter",
         metrics=work / "metrics.csv",
         plot=work / "losses.png",

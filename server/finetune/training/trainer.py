@@ -25,14 +25,13 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from server.errors import NonFinite
-from server.finetune.data.batching import Batches, Plan, plan
+from server.finetune.data.batching import EvaluationPlan, LengthGroupedBatches, plan
 from server.finetune.data.examples import Example
-from server.finetune.modeling.adapter_model import Trainable
+from server.finetune.modeling.adapter_model import AdapterModel
 from server.finetune.modeling.batch_loss import Batch, Output
 from server.finetune.recipe import Recipe
 from server.finetune.training.evaluation import score
-from server.finetune.training.history import History
-from server.finetune.training.observer import StepDone, Stopped, Watcher
+from server.finetune.training.observer import StepDone, Stopped, TrainingLog, TrainingObserver
 
 ADAPTER, BEST, STATE = "adapter.safetensors", "best.safetensors", "trainer_state.json"
 CHECKPOINT_SECONDS = 60.0  # between two, where no evaluation brings one
@@ -44,12 +43,12 @@ SCHEDULERS = {"linear": "linear", "cosine": "cosine", "constant": "constant_with
 class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers has no types
     def __init__(
         self,
-        model: Trainable,
+        model: AdapterModel,
         recipe: Recipe,
         examples: Sequence[Example],
         held_out: Sequence[Example],
         folder: Path,
-        watcher: Watcher,
+        watcher: TrainingObserver,
     ) -> None:
         """`folder` gets the checkpoints: checkpoint-STEP, of which the newest two are kept."""
         self.total = recipe.steps(len(examples))
@@ -59,9 +58,9 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers has no type
         self.model_accepts_loss_kwargs = True  # our losses are means over all accumulated batches already
         self.recipe = recipe
         self.watcher = watcher
-        self.plan: Plan = plan(recipe, examples, held_out)
-        self.batches = Batches([len(e.tokens) for e in examples], recipe.batch_size, recipe.seed)
-        self.history = History()
+        self.plan: EvaluationPlan = plan(recipe, examples, held_out)
+        self.batches = LengthGroupedBatches([len(e.tokens) for e in examples], recipe.batch_size, recipe.seed)
+        self.history = TrainingLog()
         self.best: dict[str, torch.Tensor] | None = None  # None: the tensors as they are
         self.outputs: list[Output] = []  # of the step under way
         self.tokens = 0
@@ -69,11 +68,11 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers has no type
         self.seconds_a_token = 0.0  # of evaluation
         self.stopped: Stopped | None = None
 
-    def fit(self, resume: Path | None = None) -> History:
+    def fit(self, resume: Path | None = None) -> TrainingLog:
         """Train, and leave the best adapter in the model. Raises Stopped, or NonFinite when it diverges."""
         if resume:
             state = json.loads((resume / STATE).read_text(encoding="utf-8"))
-            self.history = History.read(state["log_history"])
+            self.history = TrainingLog.read(state["log_history"])
             self.tokens = self.history.tokens
             self.began -= self.history.seconds
         if resume and (self.history.step >= self.total or self.stale or self.late):
@@ -112,7 +111,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers has no type
 
     def compute_loss(
         self,
-        model: Trainable,
+        model: AdapterModel,
         inputs: Inputs,
         return_outputs: bool = False,
         num_items_in_batch: float | None = None,
@@ -125,7 +124,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers has no type
         self.tokens += sum(inputs["batch"].lengths)
         return (loss, output) if return_outputs else loss
 
-    def get_decay_parameter_names(self, model: Trainable) -> list[str]:
+    def get_decay_parameter_names(self, model: AdapterModel) -> list[str]:
         """Matrices alone decay: a bias or a scale has no reason to be near zero."""
         return [name for name, p in model.named_parameters() if p.ndim > 1]
 

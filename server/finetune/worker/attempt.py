@@ -20,9 +20,9 @@ from server.errors import StoreError
 from server.finetune.jobs.job import Job, Wish
 from server.finetune.jobs.leases import Leases
 from server.finetune.worker.job_errors import crashed, ending, too_large, too_long
-from server.finetune.worker.metrics import Tally
+from server.finetune.worker.metrics import WorkerMetrics
 from server.finetune.worker.resource_limits import oom_kills
-from server.finetune.worker.retry import patiently
+from server.finetune.worker.retry import retry_on_outage
 from server.finetune.worker.work_dirs import bytes_in
 
 SAVED = 75  # exit status of a child that was asked to stop: all it had is in a checkpoint (EX_TEMPFAIL)
@@ -50,7 +50,7 @@ class Attempt:
         folder: Path,
         disk_bytes: int,
         stopping: Callable[[], bool],
-        tally: Tally | None = None,
+        tally: WorkerMetrics | None = None,
     ) -> None:
         """`command` gets the job's id, its fence and `folder`, where it may fill `disk_bytes`."""
         self._jobs = jobs
@@ -60,7 +60,7 @@ class Attempt:
         self._folder = folder
         self._disk_bytes = disk_bytes
         self._stopping = stopping
-        self._tally = tally or Tally("")
+        self._tally = tally or WorkerMetrics("")
         self._wish: Wish = "go"
         self._used_bytes = 0
         self._reason: Reason | None = None  # why the child was asked to stop, or killed
@@ -171,7 +171,7 @@ class Attempt:
         return ends.get(status, "crashed" if self._reason is None else "saved")
 
     async def _say(self, call: Callable[[], Awaitable[str]]) -> None:
-        log.info("Job %s: %s", self._job.id, await patiently(call, OUTAGE_SECONDS, self._stopping))
+        log.info("Job %s: %s", self._job.id, await retry_on_outage(call, OUTAGE_SECONDS, self._stopping))
 
     async def _delay(self) -> None:
         """A fault that comes back at once shall not use up all attempts in a second. The lease is kept."""

@@ -29,7 +29,7 @@ SHOWN = {
 }
 
 
-class Trained(msgspec.Struct):
+class AttemptCounters(msgspec.Struct):
     """What one attempt has done so far."""
 
     training_tokens: int = 0
@@ -45,7 +45,7 @@ class Trained(msgspec.Struct):
             draft.replace(folder / FILE)
 
 
-class Tally:
+class WorkerMetrics:
     """A worker's. One thread works, one sweeps and tells, one shows; what they share is under the lock."""
 
     def __init__(self, model: str) -> None:
@@ -83,15 +83,15 @@ class Tally:
         else:
             self.beat_failures += 1
 
-    def trained(self) -> Trained:
+    def trained(self) -> AttemptCounters:
         """By the attempt under way."""
         with self._lock:
             if self._folder is None:
-                return Trained()
+                return AttemptCounters()
             try:
-                found = msgspec.json.decode((self._folder / FILE).read_bytes(), type=Trained)
+                found = msgspec.json.decode((self._folder / FILE).read_bytes(), type=AttemptCounters)
             except FileNotFoundError:  # its first step is still to come
-                return Trained()
+                return AttemptCounters()
             self.loss = found.loss
             return found
 

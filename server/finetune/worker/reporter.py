@@ -19,8 +19,8 @@ from server.finetune.jobs.job import Job, Level, Progress, Wish
 from server.finetune.jobs.leases import Leases
 from server.finetune.training.observer import Evaluated, StepDone
 from server.finetune.worker.checkpoints import Checkpoints
-from server.finetune.worker.metrics import Trained
-from server.finetune.worker.retry import patiently
+from server.finetune.worker.metrics import AttemptCounters
+from server.finetune.worker.retry import retry_on_outage
 from server.finetune.worker.work_dirs import bytes_in
 
 SEND_SECONDS = 1.0
@@ -54,7 +54,7 @@ class Reporter:
         self._job = job
         self._stopping = stopping
         self._folder = folder
-        self._trained = Trained()
+        self._trained = AttemptCounters()
         self._tokens: int | None = None  # of all attempts, before the step under way
         self._wish: Wish = "go"
         self._unsent: deque[_Event] = deque(maxlen=MAX_UNSENT)
@@ -128,7 +128,7 @@ class Reporter:
                 log.warning("Job %s: not reported yet: %s", self._job.id, error.message)
             with anyio.move_on_after(SEND_SECONDS):
                 await self._closing.wait()
-        await patiently(self._send, OUTAGE_SECONDS)
+        await retry_on_outage(self._send, OUTAGE_SECONDS)
 
     async def _send(self) -> None:
         id_, fence = self._job.id, self._job.fence
@@ -151,11 +151,11 @@ class Reporter:
             wanted = self._wish not in ("cancel", "lost")
             return wanted and await self._checkpoints.save(folder, step, metrics)
 
-        if not await patiently(save, OUTAGE_SECONDS):
+        if not await retry_on_outage(save, OUTAGE_SECONDS):
             self._wish = self._wish if self._wish == "cancel" else "lost"
             return
         self._trained.checkpoints += 1
         self._trained.checkpoint_bytes += bytes_in(folder)
         self._unsent.append(_Event("info", f"Checkpoint created at step {step}"))
         log.info("Job %s: checkpoint %d", self._job.id, step)
-        await patiently(self._checkpoints.prune, OUTAGE_SECONDS)
+        await retry_on_outage(self._checkpoints.prune, OUTAGE_SECONDS)

@@ -16,7 +16,7 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
-async def patiently(
+async def retry_on_outage(
     call: Callable[[], Awaitable[T]], seconds: float, give_up: Callable[[], bool] = lambda: False
 ) -> T:
     """What `call()` returns once the stores answer. `call` must be as good as once when it runs twice.

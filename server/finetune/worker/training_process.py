@@ -31,18 +31,18 @@ from server.errors import (
     disk_error,
     shown,
 )
-from server.files.files import Files
+from server.files.files import FileStore
 from server.finetune.jobs.job import Job, JobError, TrainingResult, result_prefix
 from server.finetune.jobs.jobs import Jobs
 from server.finetune.jobs.queue import WorkerQueue
 from server.finetune.training.observer import Stopped
-from server.finetune.training.run import Trained, run_task
+from server.finetune.training.run import TrainingOutput, run_training
 from server.finetune.worker import job_errors as faults
 from server.finetune.worker.attempt import SAVED
 from server.finetune.worker.checkpoints import Checkpoints, store_files
 from server.finetune.worker.reporter import OUTAGE_SECONDS, Reporter
 from server.finetune.worker.resource_limits import limit_resources
-from server.finetune.worker.retry import patiently
+from server.finetune.worker.retry import retry_on_outage
 from server.finetune.worker.store_calls import StoreCalls
 from server.memory import machine_bytes
 from server.settings import Settings
@@ -61,9 +61,9 @@ def train(settings: Settings, id_: str, fence: int, folder: Path) -> None:
     cuda = choose_placement(settings).device.type == "cuda"
     limit_resources(settings.max_training_disk_bytes, None if cuda else machine_bytes())
     with start_blocking_portal("asyncio") as portal:
-        session = Session(settings, portal, folder)
+        session = TrainingProcess(settings, portal, folder)
         signal.signal(signal.SIGTERM, session.stop)
-        job = session.patiently(lambda: session.jobs.find(id_))
+        job = session.retry_on_outage(lambda: session.jobs.find(id_))
         if job is None or job.fence != fence:
             log.info("Job %s: another's by now", id_)
             return
@@ -72,7 +72,7 @@ def train(settings: Settings, id_: str, fence: int, folder: Path) -> None:
         os._exit(status)  # at once: torch takes seconds to tear down
 
 
-class Session:
+class TrainingProcess:
     def __init__(self, settings: Settings, portal: BlockingPortal, folder: Path) -> None:
         assert settings.redis_url is not None, "the worker sets it"
         self._settings = settings
@@ -82,14 +82,14 @@ class Session:
         self.jobs = Jobs(redis, WorkerQueue(settings.redis_url))
         self._objects = Objects.open(settings.store_url, settings.store_config)
         self._objects.on_call = StoreCalls(folder).on_call
-        self._files = Files(redis, self._objects)
+        self._files = FileStore(redis, self._objects)
         self._stopping = False
 
     def stop(self, *_signal: object) -> None:
         self._stopping = True
 
-    def patiently(self, call: Callable[[], Awaitable[T]]) -> T:
-        return self._portal.call(patiently, call, OUTAGE_SECONDS)
+    def retry_on_outage(self, call: Callable[[], Awaitable[T]]) -> T:
+        return self._portal.call(retry_on_outage, call, OUTAGE_SECONDS)
 
     def run(self, job: Job) -> int:
         """The exit status. Whatever goes wrong is said to the job, or it is the worker's to say."""
@@ -107,7 +107,7 @@ class Session:
                 self._wait_for_room()
             unforeseen = fault is faults.INTERNAL
             log.error("Job %s: %s: %s", job.id, type(error).__name__, fault.code, exc_info=unforeseen)
-            self.patiently(lambda: self.jobs.fail(job.id, job.fence, fault, retry=retry))
+            self.retry_on_outage(lambda: self.jobs.fail(job.id, job.fence, fault, retry=retry))
             return 0
 
     def _wait_for_room(self) -> None:
@@ -123,7 +123,7 @@ class Session:
         resume = self._restored(checkpoints)
         reporting = self._portal.start_task_soon(reporter.report)
         try:
-            trained = run_task(
+            trained = run_training(
                 job.recipe,
                 self._base(job),
                 self._fetched(job, "training_file", job.training_file),
@@ -137,8 +137,8 @@ class Session:
         finally:
             reporter.close()
             reporting.result()
-        result = self.patiently(lambda: self._stored(job, trained))
-        return self.patiently(lambda: self.jobs.trained(job.id, job.fence, result))
+        result = self.retry_on_outage(lambda: self._stored(job, trained))
+        return self.retry_on_outage(lambda: self.jobs.trained(job.id, job.fence, result))
 
     def _base(self, job: Job) -> Path:
         if job.model != self._settings.base_id:
@@ -158,7 +158,7 @@ class Session:
                 await checkpoints.prune(kept=0)
                 return None
 
-        return self.patiently(restore)
+        return self.retry_on_outage(restore)
 
     def _fetched(self, job: Job, param: str, id_: str) -> Path:
         """The tenant's file on this disk."""
@@ -168,12 +168,12 @@ class Session:
             await self._files.download(await self._files.get(job.tenant, id_), path)
 
         try:
-            self.patiently(fetch)
+            self.retry_on_outage(fetch)
         except NotFound:
             raise NotFound(f"The {param} {shown(id_)} has been deleted.", param=param) from None
         return path
 
-    async def _stored(self, job: Job, trained: Trained) -> TrainingResult:
+    async def _stored(self, job: Job, trained: TrainingOutput) -> TrainingResult:
         prefix = result_prefix(job, job.fence)
         return TrainingResult(
             adapter=await store_files(self._objects, [trained.adapter], prefix),

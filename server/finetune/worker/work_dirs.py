@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 
 @contextmanager
-def workplace(root: Path, name: str) -> Iterator[Path]:
+def worker_dir(root: Path, name: str) -> Iterator[Path]:
     """root/name, made; what workers that were killed have left beside it is removed."""
     folder = root / name
     folder.mkdir(mode=0o700, parents=True)
@@ -33,9 +33,9 @@ def workplace(root: Path, name: str) -> Iterator[Path]:
 
 
 @contextmanager
-def desk(workplace: Path, job: str) -> Iterator[Path]:
+def attempt_dir(worker_dir: Path, job: str) -> Iterator[Path]:
     """An empty folder for one attempt at a job."""
-    folder = workplace / job
+    folder = worker_dir / job
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(mode=0o700)
     try:

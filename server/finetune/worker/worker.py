@@ -25,18 +25,18 @@ from rq.serializers import JSONSerializer
 from rq.timeouts import BaseDeathPenalty
 from rq.worker import WorkerStatus
 
-from adapters_store.maintenance.scheduled_deletes import Doomed
+from adapters_store.maintenance.scheduled_deletes import ScheduledDeletes
 from adapters_store.object_store.store import Objects
 from adapters_store.registry.identity import prove_identity_in_time
 from adapters_store.valkey import CONNECT_SECONDS, connect
 from server.errors import StartupError, StoreError
 from server.finetune.jobs.jobs import Jobs
 from server.finetune.jobs.queue import NAME, WorkerQueue
-from server.finetune.jobs.stats import tell
+from server.finetune.jobs.stats import report
 from server.finetune.worker.attempt import Attempt
-from server.finetune.worker.metrics import Tally
-from server.finetune.worker.retry import patiently
-from server.finetune.worker.work_dirs import desk, workplace
+from server.finetune.worker.metrics import WorkerMetrics
+from server.finetune.worker.retry import retry_on_outage
+from server.finetune.worker.work_dirs import attempt_dir, worker_dir
 from server.settings import OFFLINE, SPINS, Settings, child_environment
 
 COMMAND = (sys.executable, "-m", "server.finetune")  # the child: it gets the job's id, its fence and a folder
@@ -58,7 +58,7 @@ class Worker:
         self.settings = settings
         self.url = settings.redis_url
         self.stopping = False
-        self.tally = Tally(settings.base_id)
+        self.tally = WorkerMetrics(settings.base_id)
         self._over = threading.Event()
         self._command = command
         self._name = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
@@ -72,7 +72,7 @@ class Worker:
             self._show(self.settings.metrics_host, self.settings.metrics_port)
         sweeping = threading.Thread(target=self._sweep, name="sweep", daemon=True)
         sweeping.start()
-        with workplace(self.settings.data_dir.absolute() / "finetune", self._name) as self._folder:
+        with worker_dir(self.settings.data_dir.absolute() / "finetune", self._name) as self._folder:
             while not self.stopping:
                 try:
                     _Calls(self).work(logging_level="WARNING")
@@ -89,8 +89,8 @@ class Worker:
         try:
             jobs = Jobs(redis, queue)
             name = f"{self._name}-{uuid.uuid4().hex}"
-            with desk(self._folder, id_) as folder:  # first: a disk without room takes no job
-                job = await patiently(lambda: jobs.take(id_, name), TAKE_SECONDS, lambda: self.stopping)
+            with attempt_dir(self._folder, id_) as folder:  # first: a disk without room takes no job
+                job = await retry_on_outage(lambda: jobs.take(id_, name), TAKE_SECONDS, lambda: self.stopping)
                 if job is None:
                     log.info("Job %s: not waiting for a worker", id_)
                     return
@@ -134,7 +134,7 @@ class Worker:
         """Everybody what this worker does, for their figures. Raises StoreError."""
         news = self.tally.news()
         worker = self._name.rpartition("-")[2]
-        await tell(redis, worker, self.tally.busy, self.tally.loss, news)
+        await report(redis, worker, self.tally.busy, self.tally.loss, news)
         self.tally.told(news)
 
     def _sweep(self) -> None:
@@ -144,7 +144,7 @@ class Worker:
         jobs = Jobs(redis := connect(self.url), WorkerQueue(self.url))
         objects = Objects.open(self.settings.store_url, self.settings.store_config)
         objects.on_call = self.tally.store.on_call
-        doomed = Doomed(redis, objects)
+        doomed = ScheduledDeletes(redis, objects)
         while not self._over.is_set():
             try:
                 await jobs.sweep()

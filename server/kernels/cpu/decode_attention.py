@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from server.kernels.cpu.openmp import AVAILABLE, arguments, bits_of, empty, require
-from server.kernels.cpu.paged_attention import Scores, decode_attention_reference
+from server.kernels.cpu.paged_attention import AttentionOptions, decode_attention_reference
 
 if AVAILABLE:
     import numba as nb
@@ -144,7 +144,7 @@ def decode_attention(
     values: torch.Tensor,
     tables: torch.Tensor,  # int64 [R, most blocks]
     lengths: torch.Tensor,  # int64 [R], the new token included
-    scores: Scores,
+    scores: AttentionOptions,
 ) -> torch.Tensor:
     """Each row's new token over its pages, read in place: [R, heads, head_dim].
 

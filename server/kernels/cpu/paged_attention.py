@@ -22,7 +22,7 @@ ALONE = 1 << 13  # elements: to write fewer costs one thread less time than waki
 
 
 @dataclass(frozen=True)
-class Scores:
+class AttentionOptions:
     scale: float
     window: int = 0
     softcap: float = 0.0
@@ -90,7 +90,7 @@ def prefill_attention(
     q: torch.Tensor,  # [n, heads, head_dim]
     k: torch.Tensor,  # [kv_heads, length, head_dim]
     v: torch.Tensor,
-    scores: Scores,
+    scores: AttentionOptions,
     at: torch.Tensor | None = None,  # int64 [n]: which of the `length` tokens are asking; None: the last
 ) -> torch.Tensor:
     """Causal attention of one row's chunk over its whole past: [n, heads, head_dim]."""
@@ -125,7 +125,7 @@ def capped_attention(
     k: torch.Tensor,  # [kv_heads, length, head_dim]
     v: torch.Tensor,
     mask: torch.Tensor,  # bool [n, length]
-    scores: Scores,
+    scores: AttentionOptions,
 ) -> torch.Tensor:
     """Written out, because SDPA cannot cap scores: [heads, n, head_dim]."""
     group = q.shape[0] // k.shape[0]
@@ -144,7 +144,7 @@ def decode_attention_reference(
     values: torch.Tensor,
     tables: torch.Tensor,
     lengths: torch.Tensor,
-    scores: Scores,
+    scores: AttentionOptions,
 ) -> torch.Tensor:
     """The plain twin of `decode_attention`."""
     last = lengths - 1

@@ -37,7 +37,7 @@ if AVAILABLE:
             barrier()
 
 
-class Program:
+class RecordedLaunches:
     """Launches in their order, with the memory that is theirs. All else they point to must stay in place."""
 
     def __init__(self, recorder: Recorder) -> None:

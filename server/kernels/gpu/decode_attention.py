@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from server.kernels.cpu.paged_attention import BLOCK, Scores
+from server.kernels.cpu.paged_attention import BLOCK, AttentionOptions
 from server.kernels.gpu.common import DTYPES, INTERPRETED, dot_type
 
 PROGRAMS = 24 if INTERPRETED else 512  # of a decode launch, about: what fills a large device
@@ -207,7 +207,7 @@ def decode_attention(
     values: torch.Tensor,
     tables: torch.Tensor,  # int64 [R, most blocks]
     lengths: torch.Tensor,  # int64 [R], the new token included, whose K and V are in their pages
-    scores: Scores,
+    scores: AttentionOptions,
     out: torch.Tensor,  # [R, heads, head_dim], contiguous
 ) -> None:
     rows, heads, _ = q.shape
@@ -232,7 +232,7 @@ def decode_attention(
         )
 
 
-def constants(q: torch.Tensor, keys: torch.Tensor, scores: Scores) -> dict[str, Any]:
+def constants(q: torch.Tensor, keys: torch.Tensor, scores: AttentionOptions) -> dict[str, Any]:
     dim, kv_heads = q.shape[2], keys.shape[1]
     return {
         "HEADS": kv_heads,

@@ -17,7 +17,7 @@ import triton.language as tl
 
 from server.kernels.cpu import grouped_affine as affine
 from server.kernels.gpu.common import DTYPES, FIELDS, STEP, dot_type, members, summed
-from server.kernels.token_blocks import RANK_STEP, SMALL, Plan
+from server.kernels.token_blocks import RANK_STEP, SMALL_BLOCK, BlockPlan
 
 DEPTH = 1024  # of x's width a split takes at least
 SPLITS = 8  # at most
@@ -167,7 +167,7 @@ def _expand(  # type: ignore[no-untyped-def]
 def grouped_affine(
     x: torch.Tensor,  # [T, in], rows contiguous; of an embedding int64 ids [T], negative: no row of a table
     y: torch.Tensor,  # [T, out of all sites], rows contiguous, changed in place
-    plan: Plan,
+    plan: BlockPlan,
     tables: torch.Tensor,  # int64 [slots, sites, COLUMNS], on the device
     first_site: int,
     outputs: Sequence[int],  # of each site of the group, up to three
@@ -199,10 +199,10 @@ def grouped_affine(
             h,
             *(x.stride(0), n, first_site, tables.shape[1], 0 if embedding else x.shape[-1]),
             EMBEDDING=embedding,
-            BLOCK_K=128 if plan.size == SMALL else 64,
+            BLOCK_K=128 if plan.size == SMALL_BLOCK else 64,
             **common,
         )
-    block_n = 256 if plan.size == SMALL else 128
+    block_n = 256 if plan.size == SMALL_BLOCK else 128
     padded = [*outputs, 0, 0][:3]
     _expand[groups, sum(-(-out // block_n) for out in outputs)](
         y,
@@ -214,6 +214,6 @@ def grouped_affine(
         HAS_BIAS=base_bias is not None,
         HAS_RANKS=heavy,
         BLOCK_N=block_n,
-        num_warps=4 if plan.size == SMALL else 8,
+        num_warps=4 if plan.size == SMALL_BLOCK else 8,
         **common,
     )

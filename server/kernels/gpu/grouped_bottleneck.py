@@ -13,7 +13,7 @@ from triton.language.extra import libdevice
 
 from server.kernels.cpu import grouped_bottleneck as bottleneck
 from server.kernels.gpu.common import DTYPES, FIELDS, INTERPRETED, STEP, dot_type, members, summed
-from server.kernels.token_blocks import RANK_STEP, SMALL, Plan
+from server.kernels.token_blocks import RANK_STEP, SMALL_BLOCK, BlockPlan
 
 DEPTH = 1024  # of x's width a split takes at least
 SPLITS = 8  # at most
@@ -170,7 +170,7 @@ def _up(  # type: ignore[no-untyped-def]
 def grouped_bottleneck(
     h: torch.Tensor,  # [T, hidden], rows contiguous, changed in place
     r: torch.Tensor,  # [T, hidden], rows contiguous
-    plan: Plan,
+    plan: BlockPlan,
     tables: torch.Tensor,  # int64 [slots, sites, COLUMNS], on the device
     site: int,
 ) -> None:
@@ -192,11 +192,11 @@ def grouped_bottleneck(
     _down[groups, plan.ranks // RANK_STEP, splits](
         *(h, r, *held, h.stride(0), r.stride(0), n, site, tables.shape[1], hidden), BLOCK_K=64, **common
     )
-    block_n = 256 if plan.size == SMALL else 128
+    block_n = 256 if plan.size == SMALL_BLOCK else 128
     _up[groups, -(-hidden // block_n)](
         *(h, *held, h.stride(0), n, site, tables.shape[1], hidden),
         BLOCK_N=block_n,
-        num_warps=4 if plan.size == SMALL else 8,
+        num_warps=4 if plan.size == SMALL_BLOCK else 8,
         PLAIN=INTERPRETED,
         **common,
     )

@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from server.kernels.cpu.paged_attention import Scores
+from server.kernels.cpu.paged_attention import AttentionOptions
 from server.kernels.gpu.decode_attention import attend, constants
 
 CHUNK = 64  # query tokens of a program
@@ -60,7 +60,7 @@ def chunk_attention(
     values: torch.Tensor,
     tables: torch.Tensor,  # int64 [rows, most blocks]
     chunks: torch.Tensor,  # int64 [programs, 4], as `cut_chunks` gives them
-    scores: Scores,
+    scores: AttentionOptions,
     out: torch.Tensor,  # [T, heads, head_dim], contiguous
 ) -> None:
     """Causal attention of many tokens a row over their pages, which hold their own K and V already."""

@@ -7,9 +7,9 @@ from redis.asyncio import Redis
 
 from adapters_store.valkey import connect
 from server.api import cluster_metrics as system_figures
-from server.api.cluster_metrics import SystemFigures
+from server.api.cluster_metrics import ClusterMetrics
 from server.finetune.jobs.jobs import Jobs
-from server.finetune.jobs.stats import tell
+from server.finetune.jobs.stats import report
 from server.metrics import Metrics
 from server.supervisor.disk_reserve import SWITCH
 from tests.fixtures.jobs import fixed
@@ -27,9 +27,9 @@ async def test_jobs_and_workers_are_shown_and_losses_if_wanted(
 ) -> None:
     metrics = Metrics("toy")
     await jobs.create(fixed())
-    await tell(redis, "w1", True, 2.5, {"training_tokens": 7, "attempts:crashed": 2})
-    await tell(redis, "w2", False, None, {})
-    await SystemFigures(redis, metrics, losses=losses).refresh()
+    await report(redis, "w1", True, 2.5, {"training_tokens": 7, "attempts:crashed": 2})
+    await report(redis, "w2", False, None, {})
+    await ClusterMetrics(redis, metrics, losses=losses).refresh()
     assert value(metrics, "polypeft_jobs", state="queued") == 1
     assert (
         value(metrics, "polypeft_workers", state="busy")
@@ -46,7 +46,7 @@ async def test_a_valkey_that_refuses_writes_is_told_of(redis: Redis) -> None:
     metrics = Metrics("toy")
     await redis.config_set(SWITCH, 1)
     try:
-        await SystemFigures(redis, metrics, losses=False).refresh()
+        await ClusterMetrics(redis, metrics, losses=False).refresh()
     finally:
         await redis.config_set(SWITCH, 0)
     assert value(metrics, "polypeft_valkey_up") == 1
@@ -55,9 +55,9 @@ async def test_a_valkey_that_refuses_writes_is_told_of(redis: Redis) -> None:
 
 async def test_what_was_just_read_is_not_read_again(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
     metrics = Metrics("toy")
-    figures = SystemFigures(redis, metrics, losses=False)
+    figures = ClusterMetrics(redis, metrics, losses=False)
     await figures.refresh()
-    await tell(redis, "w1", False, None, {"training_tokens": 7})
+    await report(redis, "w1", False, None, {"training_tokens": 7})
     await figures.refresh()
     assert value(metrics, "polypeft_training_tokens_total") == 0
     monkeypatch.setattr(system_figures, "FRESH_SECONDS", 0.0)
@@ -69,7 +69,7 @@ async def test_a_valkey_that_is_gone_is_a_figure_and_the_rest_is_not_shown() -> 
     metrics = Metrics("toy")
     client = connect("redis://127.0.0.1:1/0")
     start = time.monotonic()
-    await SystemFigures(client, metrics, losses=False).refresh()
+    await ClusterMetrics(client, metrics, losses=False).refresh()
     assert time.monotonic() - start < 30
     assert value(metrics, "polypeft_valkey_up") == 0
     assert value(metrics, "polypeft_jobs", state="queued") is None

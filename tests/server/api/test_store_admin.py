@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
-from server.api.adapters.bucket_watcher import WATCHED, Watcher
+from server.api.adapters.bucket_watcher import WATCHED, BucketWatcher
 from server.api.services import Services
 from server.engine.fake import FakeEngine
 from server.errors import StartupError
@@ -144,7 +144,7 @@ class Drop:
 
     def __init__(self, system: System, tenant: str) -> None:
         self.system, self.parts = system, system.app.state.services
-        self.watcher = Watcher(self.parts, PREFIX)
+        self.watcher = BucketWatcher(self.parts, PREFIX)
         self.tenant = tenant
 
     def look(self, times: int = 1) -> None:
@@ -265,7 +265,7 @@ def test_an_adapter_that_kills_the_engine_is_given_up(
 
 
 def test_two_watchers_publish_it_once(drop: Drop, http: httpx.Client) -> None:
-    others = [Watcher(drop.parts, PREFIX) for _ in range(3)]
+    others = [BucketWatcher(drop.parts, PREFIX) for _ in range(3)]
     drop.copy()
 
     async def together() -> None:
@@ -278,7 +278,7 @@ def test_two_watchers_publish_it_once(drop: Drop, http: httpx.Client) -> None:
 
 def test_the_prefix_is_not_where_adapters_are_kept(system: System) -> None:
     with pytest.raises(StartupError, match="tenants"):
-        Watcher(system.app.state.services, "tenants/drop")
+        BucketWatcher(system.app.state.services, "tenants/drop")
 
 
 def test_too_large_a_copy_is_not_fetched(

@@ -12,7 +12,7 @@ from rich.console import Console
 from server.cli import job_follow as follow
 from server.cli import retry as patience
 from server.cli.job_follow import Bar, Lines, figures_line
-from server.cli.retry import patiently
+from server.cli.retry import retry_while_away
 from server.errors import NotFound, Unavailable
 
 Answer = httpx.Response | Exception
@@ -87,7 +87,7 @@ def test_a_server_that_stays_away_is_given_up(
         seen += [found["id"] for found in follow._events(client, "ftjob-1", lambda _: None)]
     monkeypatch.setattr(patience, "PATIENCE_SECONDS", 0.0)
     with pytest.raises(httpx.ConnectError):
-        patiently(lambda: server(httpx.ConnectError("refused"))[0].get("/"), lambda _: None)
+        retry_while_away(lambda: server(httpx.ConnectError("refused"))[0].get("/"), lambda _: None)
 
 
 def test_a_job_that_is_gone_is_no_reason_to_wait(server: Callable[..., Any]) -> None:
@@ -107,7 +107,7 @@ def test_a_call_is_made_again_until_the_server_is_back() -> None:
             raise given
         return given
 
-    assert patiently(call, lambda fault: away.append(str(fault))) == 7
+    assert retry_while_away(call, lambda fault: away.append(str(fault))) == 7
     assert away == ["reset"]
 
 

@@ -34,7 +34,7 @@ def engine(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[En
     engine = Engine(settings, model)
     yield engine
     assert engine.blocks.available == engine.blocks.count
-    assert all(resident.pins == 0 for resident in engine.cache.by_digest.values())
+    assert all(resident.references == 0 for resident in engine.cache.by_digest.values())
     engine.close()
 
 

@@ -146,7 +146,7 @@ def test_what_has_no_meaning_is_refused_alone(
     assert refused.error[0] == "invalid_value"
     assert sentence in refused.error[1]
     assert other.error is None
-    assert all(resident.pins == 0 for resident in s.engine.cache.by_digest.values())
+    assert all(resident.references == 0 for resident in s.engine.cache.by_digest.values())
 
 
 def test_one_adapter_with_gains_may_stand_alone_or_behind_a_prefix(

@@ -48,7 +48,7 @@ def trial(s: Stand, ref: AdapterRef) -> Checked:
 
 def untouched(engine: Engine) -> bool:
     """Nothing is held for rows that are over."""
-    pins = [resident.pins for resident in engine.cache.by_digest.values()]
+    pins = [resident.references for resident in engine.cache.by_digest.values()]
     return engine.blocks.available == engine.blocks.count and not any(pins)
 
 

@@ -12,7 +12,7 @@ from adapters_store.object_store.store import Objects
 from adapters_store.valkey import text
 from server.errors import Conflict, InvalidField, NotFound, PolypeftError, QuotaExceeded, StoreError
 from server.files import uploads as module
-from server.files.files import File, Files
+from server.files.files import File, FileStore
 from server.files.uploads import Upload, Uploads
 
 pytestmark = pytest.mark.anyio
@@ -20,12 +20,12 @@ TEN = b"0123456789"
 
 
 @pytest.fixture
-def files(redis: Redis, objects: Objects) -> Files:
-    return Files(redis, objects, max_files=3, max_bytes=40)
+def files(redis: Redis, objects: Objects) -> FileStore:
+    return FileStore(redis, objects, max_files=3, max_bytes=40)
 
 
 @pytest.fixture
-def uploads(redis: Redis, objects: Objects, files: Files) -> Uploads:
+def uploads(redis: Redis, objects: Objects, files: FileStore) -> Uploads:
     return Uploads(redis, objects, files, max_bytes=30, max_pending=2)
 
 
@@ -43,7 +43,7 @@ Source = Callable[[bytes], Path]
 
 
 async def add(
-    files: Files, source: Source, data: bytes = TEN, tenant: str = "t", name: str = "a.jsonl"
+    files: FileStore, source: Source, data: bytes = TEN, tenant: str = "t", name: str = "a.jsonl"
 ) -> File:
     sha256 = hashlib.sha256(data).hexdigest()
     return await files.add(tenant, source(data), name, sha256, size=len(data), purpose="fine-tune")
@@ -62,7 +62,7 @@ async def age(redis: Redis) -> None:
 
 
 async def test_a_file_comes_back_as_it_was(
-    files: Files, source: Source, tmp_path: Path, redis: Redis
+    files: FileStore, source: Source, tmp_path: Path, redis: Redis
 ) -> None:
     file = await add(files, source, name="ünïcode data.jsonl")
     assert await files.get("t", file.id) == file
@@ -72,7 +72,7 @@ async def test_a_file_comes_back_as_it_was(
     assert await redis.zcard("pp:doomed") == 0
 
 
-async def test_a_deleted_files_bytes_are_gone(files: Files, source: Source, objects: Objects) -> None:
+async def test_a_deleted_files_bytes_are_gone(files: FileStore, source: Source, objects: Objects) -> None:
     kept, gone = await add(files, source), await add(files, source)
     await files.delete("t", gone.id)
     assert await objects.list("tenants") == [kept.key]
@@ -81,7 +81,7 @@ async def test_a_deleted_files_bytes_are_gone(files: Files, source: Source, obje
         await files.delete("t", gone.id)
 
 
-async def test_others_files_and_unknown_ones_are_one_answer(files: Files, source: Source) -> None:
+async def test_others_files_and_unknown_ones_are_one_answer(files: FileStore, source: Source) -> None:
     file = await add(files, source, tenant="owner")
     for call in (files.get, files.delete):
         answers = set()
@@ -94,7 +94,7 @@ async def test_others_files_and_unknown_ones_are_one_answer(files: Files, source
     assert await files.get("owner", file.id) == file
 
 
-async def test_caps_count_files_and_bytes(files: Files, source: Source, objects: Objects) -> None:
+async def test_caps_count_files_and_bytes(files: FileStore, source: Source, objects: Objects) -> None:
     await add(files, source, TEN * 3)
     for data in (TEN * 2, TEN):
         with pytest.raises(QuotaExceeded, match="40 bytes"):
@@ -113,14 +113,14 @@ async def test_caps_count_files_and_bytes(files: Files, source: Source, objects:
 
 
 async def test_of_parallel_uploads_exactly_the_cap_fits(
-    files: Files, source: Source, objects: Objects
+    files: FileStore, source: Source, objects: Objects
 ) -> None:
     got = await asyncio.gather(*(add(files, source) for _ in range(10)), return_exceptions=True)
     assert sum(isinstance(one, File) for one in got) == 3
     assert len(await objects.list("tenants")) == 3
 
 
-async def test_results_always_fit_and_come_once(files: Files, source: Source, objects: Objects) -> None:
+async def test_results_always_fit_and_come_once(files: FileStore, source: Source, objects: Objects) -> None:
     for _ in range(3):
         await add(files, source)
     for _ in range(2):
@@ -137,7 +137,7 @@ async def test_results_always_fit_and_come_once(files: Files, source: Source, ob
 
 
 @pytest.mark.parametrize("name", ["", "a/b", "..\\x", "a\x00", "a\nb", "x" * 256])
-async def test_names_are_only_shown(files: Files, uploads: Uploads, source: Source, name: str) -> None:
+async def test_names_are_only_shown(files: FileStore, uploads: Uploads, source: Source, name: str) -> None:
     with pytest.raises(InvalidField, match="filename"):
         await add(files, source, name=name)
     with pytest.raises(InvalidField, match="filename"):
@@ -170,7 +170,7 @@ async def test_a_store_that_fails_anywhere_leaves_no_bytes_behind(
     for at in range(1, 12):
         await redis.flushall()
         failing = Failing(objects, at, after=after)
-        files = Files(redis, failing, max_files=3, max_bytes=40)  # type: ignore[arg-type]
+        files = FileStore(redis, failing, max_files=3, max_bytes=40)  # type: ignore[arg-type]
         uploads = Uploads(redis, failing, files, max_bytes=30, max_pending=2)  # type: ignore[arg-type]
         try:
             await files.delete("t", (await add(files, source)).id)
@@ -181,7 +181,7 @@ async def test_a_store_that_fails_anywhere_leaves_no_bytes_behind(
             await uploads.complete("t", upload.id, ids, None, folder)
         except PolypeftError as error:
             assert isinstance(error, StoreError)  # noqa: PT017 - the others pass
-        healthy = Files(redis, objects)
+        healthy = FileStore(redis, objects)
         await age(redis)
         await healthy.doomed.sweep()
         kept = [file.key for file in await healthy.list("t")]
@@ -192,7 +192,7 @@ async def test_a_store_that_fails_anywhere_leaves_no_bytes_behind(
 
 
 async def test_parts_make_a_file_in_the_order_asked(
-    uploads: Uploads, files: Files, objects: Objects, source: Source, tmp_path: Path, redis: Redis
+    uploads: Uploads, files: FileStore, objects: Objects, source: Source, tmp_path: Path, redis: Redis
 ) -> None:
     upload = await uploads.create("t", "big.jsonl", 9, "fine-tune")
     assert (upload.status, upload.expires - upload.created) == ("pending", 3600)
@@ -240,7 +240,7 @@ async def test_parts_that_do_not_fit_are_refused_by_name(
 
 
 async def test_uploads_are_capped_and_end(
-    uploads: Uploads, files: Files, objects: Objects, source: Source, redis: Redis, tmp_path: Path
+    uploads: Uploads, files: FileStore, objects: Objects, source: Source, redis: Redis, tmp_path: Path
 ) -> None:
     for size in (0, 31):
         with pytest.raises(InvalidField, match="1 to 30"):
@@ -279,7 +279,7 @@ async def test_others_uploads_and_unknown_ones_are_one_answer(
 
 
 async def test_of_parallel_completions_one_file_remains(
-    uploads: Uploads, files: Files, objects: Objects, source: Source, tmp_path: Path
+    uploads: Uploads, files: FileStore, objects: Objects, source: Source, tmp_path: Path
 ) -> None:
     upload = await uploads.create("t", "a", 10, "fine-tune")
     ten = await part(uploads, upload, source, TEN)

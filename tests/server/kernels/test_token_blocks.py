@@ -4,7 +4,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.kernels.token_blocks import aligned, put_in_blocks, round_up, upload
+from server.kernels.token_blocks import aligned, put_in_blocks, round_up
+from server.kernels.transfers import upload
 
 CPU = torch.device("cpu")
 

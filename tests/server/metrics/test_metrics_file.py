@@ -8,7 +8,7 @@ import pytest
 from prometheus_client.mmap_dict import MmapedDict
 
 from server.metrics import metrics_file as figures_file
-from server.metrics.metrics_file import FiguresFile
+from server.metrics.metrics_file import MetricsFile
 
 
 def read(path: Path) -> dict[str, float]:
@@ -32,7 +32,7 @@ def full(_descriptor: int, _data: bytes, _offset: int) -> int:
 
 def test_the_library_reads_what_was_written_and_a_restart_goes_on(path: Path) -> None:
     keys = [f'["a", "a", {{"label": "{"é" * length}"}}, "help"]' for length in range(9)]
-    file = FiguresFile(str(path))
+    file = MetricsFile(str(path))
     for number, key in enumerate(keys):
         file.write_value(key, float(number), 0.0)
     file.write_value(keys[0], 7.0, 0.0)
@@ -40,7 +40,7 @@ def test_the_library_reads_what_was_written_and_a_restart_goes_on(path: Path) ->
     file.close()
     expected = {key: float(number) for number, key in enumerate(keys)} | {keys[0]: 7.0, "new": 0.0}
     assert read(path) == expected
-    again = FiguresFile(str(path))
+    again = MetricsFile(str(path))
     assert again.read_value(keys[0]) == (7.0, 0.0)
     again.write_value("newer", 1.0, 0.0)
     assert read(path) == expected | {"newer": 1.0}
@@ -48,7 +48,7 @@ def test_the_library_reads_what_was_written_and_a_restart_goes_on(path: Path) ->
 
 
 def test_more_than_the_first_size_fits(path: Path) -> None:
-    file = FiguresFile(str(path))
+    file = MetricsFile(str(path))
     keys = [f"{number:0100}" for number in range(2000)]
     for key in keys:
         file.write_value(key, 1.0, 0.0)
@@ -57,7 +57,7 @@ def test_more_than_the_first_size_fits(path: Path) -> None:
 
 
 def test_a_full_disk_loses_nothing_that_is_counted(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = FiguresFile(str(path))
+    file = MetricsFile(str(path))
     file.write_value("a", 1.0, 0.0)
     monkeypatch.setattr(os, "pwrite", full)
     file.write_value("a", 2.0, 0.0)
@@ -73,7 +73,7 @@ def test_a_full_disk_loses_nothing_that_is_counted(path: Path, monkeypatch: pyte
 
 def test_a_disk_that_is_full_or_read_only_from_the_start(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "ftruncate", lambda *_: full(0, b"", 0))
-    file = FiguresFile(str(path))
+    file = MetricsFile(str(path))
     file.write_value("a", 2.0, 0.0)
     assert not path.exists(), "no file that a reader would stumble over"
     monkeypatch.undo()

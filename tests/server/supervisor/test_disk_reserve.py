@@ -16,7 +16,7 @@ from server.supervisor.disk_reserve import (
     RESERVED_BYTES,
     REWRITE,
     SWITCH,
-    Reserve,
+    DiskReserve,
     State,
     keep_reserve,
 )
@@ -38,7 +38,7 @@ def ahead(file: Path) -> int:
 
 
 def test_blocks_lie_behind_the_end_of_the_newest_file(tmp_path: Path, file: Path) -> None:
-    assert Reserve(tmp_path).hold() == "whole"
+    assert DiskReserve(tmp_path).hold() == "whole"
     assert file.read_bytes() == b"*1\r\n" * 10, "as long as it was"
     assert ahead(file) >= RESERVED_BYTES - 4096
     assert ahead(file.with_name("appendonly.aof.9.incr.aof")) < REFUSED_BYTES
@@ -47,16 +47,16 @@ def test_blocks_lie_behind_the_end_of_the_newest_file(tmp_path: Path, file: Path
 def test_a_full_disk_is_written_to_until_the_reserve_is_nearly_used_up(
     tmp_path: Path, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert Reserve(tmp_path).hold() == "whole"
+    assert DiskReserve(tmp_path).hold() == "whole"
     monkeypatch.setattr(reserve, "_reserve", lambda _descriptor: False)
     seen = []
     for _ in range(4):
-        seen.append(Reserve(tmp_path).hold())
+        seen.append(DiskReserve(tmp_path).hold())
         with file.open("ab") as end:
             end.write(bytes(RESERVED_BYTES // 3))
     assert seen == ["whole", "shrinking", "shrinking", "used up"]
     monkeypatch.undo()
-    assert Reserve(tmp_path).hold() == "whole"
+    assert DiskReserve(tmp_path).hold() == "whole"
 
 
 def test_where_blocks_cannot_be_reserved_the_disk_itself_is_looked_at(
@@ -69,14 +69,14 @@ def test_where_blocks_cannot_be_reserved_the_disk_itself_is_looked_at(
     for free, state in ((1 << 30, "whole"), (REFUSED_BYTES, "shrinking"), (REFUSED_BYTES - 1, "used up")):
         usage = shutil._ntuple_diskusage(1 << 40, 0, free)
         monkeypatch.setattr(shutil, "disk_usage", lambda _folder, usage=usage: usage)
-        assert Reserve(tmp_path).hold() == state
+        assert DiskReserve(tmp_path).hold() == state
 
 
 def test_where_there_is_no_file_yet_writes_are_taken(tmp_path: Path) -> None:
-    assert Reserve(tmp_path).hold() == "whole"
+    assert DiskReserve(tmp_path).hold() == "whole"
 
 
-class Disk(Reserve):
+class Disk(DiskReserve):
     def __init__(self) -> None:
         self.state: State = "whole"
 

@@ -32,7 +32,7 @@ def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (weight / scales[:, None]).round_().to(torch.int8), scales
 
 
-def stands_for(held: torch.Tensor, weight: torch.Tensor) -> bool:
+def is_dequantised(held: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether `held`, what int8 made of a weight [out, in], may come of this one, which may be rounded."""
     step = held.abs().amax(1, keepdim=True) / TOP
     return bool(((weight.float() - held).abs() <= 0.51 * step + held.abs() * ROUNDED).all())
@@ -270,7 +270,7 @@ class Int8Linear(PackedLinear):
 
 
 @contextmanager
-def unrounded() -> Iterator[None]:
+def without_rounding() -> Iterator[None]:
     """Inputs as they are: the last bit of a norm becomes the next integer otherwise, which hides what a trial
     of something else looks for.
     """

@@ -2,7 +2,7 @@ from typing import Any
 
 import pytest
 
-from server.adapters.cache.device_cache import LEASE_SECONDS, LOADS, AdapterCache
+from server.adapters.cache.device_cache import LEASE_SECONDS, MAX_LOADS_PER_TENANT, AdapterCache
 from server.adapters.loading.device_copy import Copy
 from server.errors import InvalidAdapter, StoreError
 from server.messages import AdapterRef
@@ -226,7 +226,7 @@ def test_a_row_that_left_leaves_its_copy_idle() -> None:
     here.append(True)
     cache.tend()
     assert len(bank.held) == 1
-    assert cache.by_digest["a"].pins == 0
+    assert cache.by_digest["a"].references == 0
 
 
 def test_pinned_adapters_come_by_themselves_and_stay() -> None:
@@ -326,11 +326,11 @@ def test_a_flood_of_loads_does_not_stand_in_line_before_anothers() -> None:
     for i in range(40):
         cache.acquire(ref(f"a{i}", "A"))
         cache.prefetch(ref(f"p{i}", "A"))
-    assert len(loader.fetched) == LOADS
+    assert len(loader.fetched) == MAX_LOADS_PER_TENANT
     cache.acquire(ref("b", "B"))
     assert loader.fetched[-1] == "b"
-    for digest in loader.fetched[:LOADS]:
+    for digest in loader.fetched[:MAX_LOADS_PER_TENANT]:
         loader.arrive(digest)
     slots = [cache.acquire(ref(f"a{i}", "A"), again=True) for i in range(40)]
-    assert None not in slots[: LOADS // 2]
-    assert len(loader.fetched) > LOADS + 1
+    assert None not in slots[: MAX_LOADS_PER_TENANT // 2]
+    assert len(loader.fetched) > MAX_LOADS_PER_TENANT + 1

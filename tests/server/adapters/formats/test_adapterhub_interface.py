@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from server.adapters.formats.hub_interface import MAX_BYTES, check_interface
+from server.adapters.formats.adapterhub import MAX_INTERFACE_BYTES, check_interface
 from server.errors import InvalidAdapter, TooLarge
 
 GOLDEN = Path(__file__).resolve().parents[3] / "golden" / "adapterhub"
@@ -43,4 +43,4 @@ def test_other_files_are_refused() -> None:
     with pytest.raises(InvalidAdapter, match="not one for a qwen2"):
         check_interface(json.dumps(GEMMA2).encode(), "qwen2")
     with pytest.raises(TooLarge):
-        check_interface(b"{}".ljust(MAX_BYTES + 1), "gemma2")
+        check_interface(b"{}".ljust(MAX_INTERFACE_BYTES + 1), "gemma2")

@@ -190,7 +190,7 @@ def test_a_full_disk_serves_all_the_same(
 
 def test_every_byte_of_a_load_is_reserved(engine: Engine, folder: Path) -> None:
     ref = publish(engine.loader.objects, engine.base, folder)
-    engine.loader.ram.shelf.budget = 1000
+    engine.loader.ram.index.policy.max_bytes = 1000
     assert "bytes of host memory" in failure(engine, ref).message
     assert engine.loader.ram.nbytes == 0
 

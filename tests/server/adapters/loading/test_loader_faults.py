@@ -48,7 +48,7 @@ def settled(loader: Loader) -> None:
     """Loads have left nothing to do: what is reserved is what is held."""
     end = time.monotonic() + LONG
     while loader.ram.nbytes != sum(
-        held.item.nbytes for held in loader.ram.shelf.entries.values() if held.item
+        held.item.nbytes for held in loader.ram.index.entries.values() if held.item
     ):
         assert time.monotonic() < end
         time.sleep(0.001)

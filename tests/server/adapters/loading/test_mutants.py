@@ -21,7 +21,7 @@ import pytest
 from adapters_store.manifest import Blob, Manifest, content_digest, encode_manifest
 from adapters_store.names import blob_key
 from server.adapters.methods import build_methods
-from server.api.adapters.publish import Files, Inspected, inspect
+from server.api.adapters.publish import AdapterUpload, Inspected, inspect
 from server.api.services import Services
 from server.errors import PolypeftError, error_from_code
 from server.messages import AdapterRef, Check, Checked, Forget, Generate, Sampling
@@ -141,7 +141,7 @@ class Door:
         config, weights = self.folder / "config", self.folder / "weights"
         config.write_bytes(mutant.config)
         weights.write_bytes(mutant.weights)
-        files = Files(("adapter_config.json", config), ("adapter_model.safetensors", weights))
+        files = AdapterUpload(("adapter_config.json", config), ("adapter_model.safetensors", weights))
         found: Inspected | PolypeftError
         with processor_seconds(SECOND, (seed, mutant.changes)):
             try:
@@ -216,7 +216,7 @@ class Door:
         assert sorted(checked.id for checked in found) == sorted(seeds)
         assert self.engine.blocks.available == self.engine.blocks.count, seeds
         cache = self.engine.cache
-        assert all(resident.pins == 0 for resident in cache.by_slot.values()), seeds
+        assert all(resident.references == 0 for resident in cache.by_slot.values()), seeds
         assert len(cache.free) + len(cache.by_slot) == cache.slots, seeds
         assert not self.engine.gate.trials, seeds
         yield from ((checked.id, checked) for checked in found)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from server.adapters.loading.parse_cache import Recipe, Recipes
+from server.adapters.loading.parse_cache import PackPlan, ParseCache
 from server.adapters.methods.interface import Packed
 from server.engine.engine import Engine
 from server.errors import InvalidAdapter
@@ -39,14 +39,14 @@ def engine(model: Path, tmp_path: Path) -> Iterator[Engine]:
 @pytest.fixture
 def repeated(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Of each load, whether its recipe told how to pack it."""
-    found, original = [], Recipe.repeat
+    found, original = [], PackPlan.repeat
 
-    def repeat(recipe: Recipe, raw: torch.Tensor) -> object:
+    def repeat(recipe: PackPlan, raw: torch.Tensor) -> object:
         packed = original(recipe, raw)
         found.append(packed is not None)
         return packed
 
-    monkeypatch.setattr(Recipe, "repeat", repeat)
+    monkeypatch.setattr(PackPlan, "repeat", repeat)
     return found
 
 
@@ -61,13 +61,13 @@ def load(engine: Engine, folder: Path) -> AdapterRef:
 def test_the_second_is_what_its_method_would_make_of_it(
     engine: Engine, model: Path, tmp_path: Path, repeated: list[bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    learnt, learn = [], Recipe.learn
+    learnt, learn = [], PackPlan.learn
 
-    def noting(recipe: Recipe, packed: Packed, raw: torch.Tensor) -> None:
+    def noting(recipe: PackPlan, packed: Packed, raw: torch.Tensor) -> None:
         learn(recipe, packed, raw)
         learnt.append(recipe)
 
-    monkeypatch.setattr(Recipe, "learn", noting)
+    monkeypatch.setattr(PackPlan, "learn", noting)
     refs = [load(engine, lora(model, tmp_path / str(seed), seed, lora_alpha=3)) for seed in range(2)]
     first, second = (engine.loader.fetch(ref).result(LONG) for ref in refs)
     assert repeated == [False, True]
@@ -79,7 +79,7 @@ def test_the_second_is_what_its_method_would_make_of_it(
     assert recipe.known[0].flat.untyped_storage().nbytes() == 0  # it keeps nobody's numbers
 
     loader = engine.loader
-    loader.recipes = Recipes(loader.methods, engine.base, loader.recipes.limits)
+    loader.recipes = ParseCache(loader.methods, engine.base, loader.recipes.limits)
     loader.ram.drop(refs[1].digest)
     by_method = loader.fetch(refs[1]).result(LONG)
     assert not repeated[-1]

@@ -7,14 +7,14 @@ from threading import Event
 
 import pytest
 
-from server.adapters.loading.thread_pools import NICENESS, THREADS, Lanes
+from server.adapters.loading.thread_pools import NICENESS, THREADS, LoadPools
 
 LONG = 20  # seconds
 
 
 @pytest.fixture
-def lanes() -> Iterator[Lanes]:
-    lanes = Lanes()
+def lanes() -> Iterator[LoadPools]:
+    lanes = LoadPools()
     yield lanes
     lanes.close()
 
@@ -35,7 +35,7 @@ class Errand:
 
 
 @pytest.fixture
-def busy(lanes: Lanes) -> Iterator[list[Errand]]:
+def busy(lanes: LoadPools) -> Iterator[list[Errand]]:
     """What all patient threads are at."""
     errands = [Errand() for _ in range(THREADS)]
     for i, errand in enumerate(errands):
@@ -52,7 +52,7 @@ def test_patient_threads_step_aside(busy: list[Errand]) -> None:
     assert [errand.hastily for errand in busy] == [[False]] * THREADS
 
 
-def test_a_load_in_a_hurry_overtakes(lanes: Lanes, busy: list[Errand]) -> None:
+def test_a_load_in_a_hurry_overtakes(lanes: LoadPools, busy: list[Errand]) -> None:
     first, second = Errand(), Errand()
     for name, errand in (("first", first), ("second", second)):
         errand.may_end.set()
@@ -67,7 +67,7 @@ def test_a_load_in_a_hurry_overtakes(lanes: Lanes, busy: list[Errand]) -> None:
     assert (first.hastily, second.hastily) == ([False], [True]), "each is carried out once"
 
 
-def test_what_has_begun_or_is_unknown_is_not_hastened(lanes: Lanes, busy: list[Errand]) -> None:
+def test_what_has_begun_or_is_unknown_is_not_hastened(lanes: LoadPools, busy: list[Errand]) -> None:
     assert not lanes.hasten("busy 0")
     assert not lanes.hasten("nobody")
     after = Errand()
@@ -79,7 +79,7 @@ def test_what_has_begun_or_is_unknown_is_not_hastened(lanes: Lanes, busy: list[E
     assert busy[0].hastily == [False]
 
 
-def test_what_is_postponed_waits_for_a_patient_thread(lanes: Lanes, busy: list[Errand]) -> None:
+def test_what_is_postponed_waits_for_a_patient_thread(lanes: LoadPools, busy: list[Errand]) -> None:
     late, put_off = Errand(), Event()
     late.may_end.set()
 

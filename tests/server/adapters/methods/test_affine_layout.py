@@ -2,9 +2,8 @@
 
 import torch
 
-from server.adapters.methods.affine_bank import pack_changes, table_row
-from server.adapters.methods.affine_layout import KNOWN, Anatomies, Held
-from server.adapters.methods.change import Change
+from server.adapters.methods.affine_bank import pack_deltas, table_row
+from server.adapters.methods.affine_layout import MAX_LAYOUTS, AffineDelta, LoadedSlot, SlotLayouts
 from server.adapters.methods.token_spans import BIAS, MATRICES, SCALE
 from server.kernels.cpu.grouped_affine import COLUMNS
 from server.kernels.site_table import SiteTable
@@ -12,20 +11,20 @@ from server.kernels.site_table import SiteTable
 NAMES = ["q", "k", "v", "norm", "down"]
 
 
-def changes() -> list[Change]:
+def changes() -> list[AffineDelta]:
     return [
-        Change("v", a=torch.randn(3, 8), b=torch.randn(3, 6), bias=torch.randn(6)),
-        Change("norm", bias=torch.randn(8)),
-        Change("q", a=torch.randn(2, 8), b=torch.randn(2, 5), factor=0.5),
-        Change("down", gain=torch.randn(7), bias=torch.randn(7)),
+        AffineDelta("v", a=torch.randn(3, 8), b=torch.randn(3, 6), bias=torch.randn(6)),
+        AffineDelta("norm", bias=torch.randn(8)),
+        AffineDelta("q", a=torch.randn(2, 8), b=torch.randn(2, 5), factor=0.5),
+        AffineDelta("down", gain=torch.randn(7), bias=torch.randn(7)),
     ]
 
 
 def test_a_table_of_addresses() -> None:
     table = SiteTable(NAMES, 2, COLUMNS, torch.device("cpu"))
-    packed = pack_changes(changes(), torch.float32)
-    anatomy = Anatomies(table).of(packed.layout, 4)
-    held = Held(packed.flat, anatomy, aligned=False)
+    packed = pack_deltas(changes(), torch.float32)
+    anatomy = SlotLayouts(table).of(packed.layout, 4)
+    held = LoadedSlot(packed.flat, anatomy, aligned=False)
     expected = torch.zeros(len(NAMES), COLUMNS, dtype=torch.int64)
     for name, change in held.changes.items():
         expected[NAMES.index(name)] = torch.tensor(table_row(change))
@@ -37,8 +36,8 @@ def test_a_table_of_addresses() -> None:
 
 
 def test_one_for_all_that_were_made_alike() -> None:
-    anatomies = Anatomies(SiteTable(NAMES, 2, COLUMNS, torch.device("cpu")))
-    first, second = (pack_changes(changes(), torch.float32) for _ in range(2))
+    anatomies = SlotLayouts(SiteTable(NAMES, 2, COLUMNS, torch.device("cpu")))
+    first, second = (pack_deltas(changes(), torch.float32) for _ in range(2))
     assert anatomies.of(first.layout, 4) is anatomies.of(first.layout, 4)
     assert anatomies.of(second.layout, 4) is not anatomies.of(
         first.layout, 4
@@ -46,10 +45,10 @@ def test_one_for_all_that_were_made_alike() -> None:
 
 
 def test_layouts_that_come_once_do_not_displace_one_that_is_asked_for() -> None:
-    anatomies = Anatomies(SiteTable(NAMES, 2, COLUMNS, torch.device("cpu")))
-    shared = pack_changes(changes(), torch.float32).layout
+    anatomies = SlotLayouts(SiteTable(NAMES, 2, COLUMNS, torch.device("cpu")))
+    shared = pack_deltas(changes(), torch.float32).layout
     kept = anatomies.of(shared, 4)
-    for _ in range(3 * KNOWN):
-        own = pack_changes(changes(), torch.float32).layout
+    for _ in range(3 * MAX_LAYOUTS):
+        own = pack_deltas(changes(), torch.float32).layout
         assert anatomies.of(own, 4).layout is own
         assert anatomies.of(shared, 4) is kept

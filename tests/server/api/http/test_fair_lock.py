@@ -2,14 +2,14 @@ import asyncio
 
 import pytest
 
-from server.api.turns import Turns
+from server.api.services import FairLock
 from server.errors import DeadlineExceeded
 
 pytestmark = pytest.mark.anyio
 
 
 async def test_one_at_a_time_and_no_tenants_second_before_anothers_first() -> None:
-    turns, order = Turns(), list[str]()
+    turns, order = FairLock(), list[str]()
     running = 0
 
     async def work(tenant: str) -> None:
@@ -30,7 +30,7 @@ async def test_one_at_a_time_and_no_tenants_second_before_anothers_first() -> No
 
 
 async def test_whoever_waits_too_long_is_told() -> None:
-    turns = Turns()
+    turns = FairLock()
     async with turns.turn("a", 10):
         for tenant in ("a", "b"):
             with pytest.raises(DeadlineExceeded):

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from server.engine.cpu.recorded_steps import Programs
+from server.engine.cpu.recorded_steps import RecordedSteps
 from server.kernels.cpu.openmp import AVAILABLE
 from server.messages import AdapterRef, Generate, Sampling
 from tests.fixtures.engine import Stand, record_logits, run, same
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(not AVAILABLE, reason="needs numba and libgomp")
 RECORDABLE = ("lora", "dora", "bottleneck", "prefix", "prompt", "bitfit")
 
 
-def programs(s: Stand) -> Programs:
+def programs(s: Stand) -> RecordedSteps:
     decoder = s.engine.model.decoder
     assert decoder is not None, "this family runs by kernels"
     return decoder.programs

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from server.engine.metrics.counters import Figures, Mode
-from server.engine.metrics.top_labels import REVIEW_SECONDS, Busiest
+from server.engine.metrics.counters import EngineMetrics, Mode
+from server.engine.metrics.top_labels import REVIEW_SECONDS, TopLabels
 from server.engine.scheduling.row import Row
 from server.engine.snapshot import stats
 from server.messages import AdapterRef, Cancel, Chunk, Generate, Sampling, Stats, Timing
@@ -157,8 +157,8 @@ def test_running_adapters_are_listed_as_routers_want_them(stand: Stand) -> None:
 def test_the_next_engine_goes_on_where_this_one_was(tmp_path: Path) -> None:
     path = tmp_path / "figures" / "engine"
 
-    def engine() -> Figures:
-        return Figures(path, "ids", TOP)
+    def engine() -> EngineMetrics:
+        return EngineMetrics(path, "ids", TOP)
 
     def value(found: Stats, key: str) -> float:
         return found.counters.get(key, 0.0)
@@ -184,7 +184,7 @@ def test_the_next_engine_goes_on_where_this_one_was(tmp_path: Path) -> None:
 def test_a_file_that_cannot_be_read_is_a_beginning(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "engine"
     path.write_bytes(content)
-    assert Figures(path).report("boot", {}, []).counters == {"engine_restarts": 0}
+    assert EngineMetrics(path).report("boot", {}, []).counters == {"engine_restarts": 0}
 
 
 def test_a_disk_that_takes_nothing_stops_no_engine_and_is_tried_again(
@@ -192,18 +192,18 @@ def test_a_disk_that_takes_nothing_stops_no_engine_and_is_tried_again(
 ) -> None:
     folder = tmp_path / "run"
     folder.write_text("in the way")
-    figures = Figures(folder / "engine")
+    figures = EngineMetrics(folder / "engine")
     figures.count("generation_tokens", 3)
     for _ in range(3):
         assert figures.report("boot", {}, []).counters["generation_tokens"] == 3
     assert len(caplog.records) == 1
     folder.unlink()
     figures.report("boot", {}, [])
-    assert Figures(folder / "engine").counters["generation_tokens", ()] == 3
+    assert EngineMetrics(folder / "engine").counters["generation_tokens", ()] == 3
 
 
 def test_what_other_threads_and_the_loader_say_is_taken_if_it_is_known() -> None:
-    figures = Figures()
+    figures = EngineMetrics()
     figures.on_store_call("get", 0.1, "done")
     figures.on_store_call("sing", 0.1, "failed")
     figures.take(
@@ -222,7 +222,7 @@ def test_what_other_threads_and_the_loader_say_is_taken_if_it_is_known() -> None
 @pytest.mark.parametrize(("mode", "added"), [("off", 0), ("ids", 5 * TOP * 2)])
 def test_10000_tenants_and_adapters_add_a_known_number_of_series(mode: Mode, added: int) -> None:
     """5 counters for each of TOP tenants and as many for adapters; those of `other` are there anyway."""
-    figures = Figures(None, mode, TOP)
+    figures = EngineMetrics(None, mode, TOP)
     metrics = Metrics("toy")
     metrics.absorb(figures.report("boot", {}, []))
     before = metrics.render().count(b"\n") - metrics.render().count(b"# ")
@@ -248,7 +248,7 @@ def test_10000_tenants_and_adapters_add_a_known_number_of_series(mode: Mode, add
 
 
 def test_the_busy_get_places_and_no_series_falls() -> None:
-    busiest = Busiest(("n",), 1, 2)
+    busiest = TopLabels(("n",), 1, 2)
     shown: dict[tuple[str, ...], float] = {}
     chance = random.Random(1)
     for minute in range(20):
@@ -266,7 +266,7 @@ def test_the_busy_get_places_and_no_series_falls() -> None:
 
 
 def test_without_places_all_is_other() -> None:
-    busiest = Busiest(("n",), 2, 0)
+    busiest = TopLabels(("n",), 2, 0)
     for i in range(100):
         busiest.add((f"t{i}", "a"), 1, {"n": 1})
         busiest.review(i * REVIEW_SECONDS)

@@ -5,7 +5,13 @@ import torch
 
 from server.engine.model.batch_tables import GpuBatch
 from server.engine.scheduling.row import Row
-from server.kernels.cpu.paged_attention import BLOCK, Scores, gather_pages, prefill_attention, write_pages
+from server.kernels.cpu.paged_attention import (
+    BLOCK,
+    AttentionOptions,
+    gather_pages,
+    prefill_attention,
+    write_pages,
+)
 from server.messages import Generate, Sampling
 from tests.fixtures.gpu import DEVICE, needs_triton
 
@@ -27,8 +33,8 @@ def row_of(blocks: list[int], computed: int, scheduled: int) -> Row:
         [(3, 9), (40, 17)],
     ],
 )
-@pytest.mark.parametrize("scores", [Scores(0.3), Scores(0.3, window=6)])
-def test_each_token_sees_its_own_row(shape: list[tuple[int, int]], scores: Scores) -> None:
+@pytest.mark.parametrize("scores", [AttentionOptions(0.3), AttentionOptions(0.3, window=6)])
+def test_each_token_sees_its_own_row(shape: list[tuple[int, int]], scores: AttentionOptions) -> None:
     torch.manual_seed(0)
     heads, kv_heads, dim = 4, 2, 16
     need = [-(-sum(pair) // BLOCK) for pair in shape]

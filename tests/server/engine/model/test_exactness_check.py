@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from server.engine.engine import Engine
 from server.engine.model.exactness_check import ExactnessCheck
 from server.errors import StartupError
-from server.kernels.cpu.paged_attention import Scores
+from server.kernels.cpu.paged_attention import AttentionOptions
 from server.messages import Generate, Sampling
 from server.settings import Settings
 from tests.fixtures.engine import record_logits, run
@@ -158,7 +158,8 @@ def test_a_step_that_computes_otherwise_is_refused(
     base = build(tmp_path / "base", "MistralConfig", sliding_window=window)
     engine(base, tmp_path / "right")
     monkeypatch.setattr(
-        "server.engine.model.forward_context.Scores", lambda scale, _window, cap: Scores(scale, 0, cap)
+        "server.engine.model.forward_context.Scores",
+        lambda scale, _window, cap: AttentionOptions(scale, 0, cap),
     )
     with pytest.raises(StartupError, match="of their size away"):
         engine(base, tmp_path / "wrong")

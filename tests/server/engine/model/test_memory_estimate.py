@@ -11,7 +11,7 @@ from server.engine.engine import Engine
 from server.engine.model.config_shapes import read_shapes
 from server.engine.model.linear_sites import LinearSite
 from server.engine.model.memory_estimate import (
-    Plan,
+    Deployment,
     Shapes,
     adapter_bytes,
     block_bytes,
@@ -46,8 +46,10 @@ def kv_bytes(engine: Engine) -> int:
     return sum(page.nbytes for page in (*pages.keys, *pages.values))
 
 
-def plan(dtype: str = "float32", rank: int = 4) -> Plan:
-    return Plan(dtype, True, seqs=SEQS, context=CONTEXT, batch_tokens=64, adapters=5, slots=SLOTS, rank=rank)
+def plan(dtype: str = "float32", rank: int = 4) -> Deployment:
+    return Deployment(
+        dtype, True, seqs=SEQS, context=CONTEXT, batch_tokens=64, adapters=5, slots=SLOTS, rank=rank
+    )
 
 
 def said(shapes: Shapes, what: str, dtype: str = "float32") -> int:

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from server.engine.scheduling.prompt_lookup import Lookup
-from server.engine.scheduling.step_cost import Costs
+from server.engine.scheduling.prompt_lookup import PromptLookup
+from server.engine.scheduling.step_cost import StepCost
 from server.messages import AdapterRef, Generate, Sampling
 from tests.fixtures.engine import Stand, run, same
 from tests.server.engine.test_mixed_methods import kinds
@@ -16,27 +16,27 @@ REPEATED = [5, 6, 7, 8, 9, 10, 11, 12] * 5
 
 def test_what_followed_the_last_time_is_guessed() -> None:
     tokens = [1, 2, 3, 50, 51, 52, 9, 1, 2, 3, 60, 61, 62, 9, 1, 2, 3]
-    assert Lookup(share=0.9).guess(tokens, 3, 0.1) == [60, 61, 62]
-    assert Lookup(share=0.9).guess(tokens, 2, 0.1) == [60, 61]
-    assert Lookup().guess([1, 2, 3, 4, 5, 6], 7, 0.1) == []
-    assert Lookup().guess([1, 1], 7, 0.1) == []
+    assert PromptLookup(share=0.9).guess(tokens, 3, 0.1) == [60, 61, 62]
+    assert PromptLookup(share=0.9).guess(tokens, 2, 0.1) == [60, 61]
+    assert PromptLookup().guess([1, 2, 3, 4, 5, 6], 7, 0.1) == []
+    assert PromptLookup().guess([1, 1], 7, 0.1) == []
 
 
 def test_what_repeats_itself_goes_on_for_as_long_as_it_may() -> None:
     again = [9, 8, 7] * 9
-    assert Lookup().guess([1, 2, *again], 7, 0.1) == [9, 8, 7, 9, 8, 7, 9]
-    assert Lookup().guess([4] * 40, 5, 0.1) == [4] * 5
-    assert Lookup(share=1.0).guess([4] * 40, 5, 0.99) == [4] * 5
+    assert PromptLookup().guess([1, 2, *again], 7, 0.1) == [9, 8, 7, 9, 8, 7, 9]
+    assert PromptLookup().guess([4] * 40, 5, 0.1) == [4] * 5
+    assert PromptLookup(share=1.0).guess([4] * 40, 5, 0.99) == [4] * 5
 
 
 @pytest.fixture(autouse=True)
 def guesses_pay(monkeypatch: pytest.MonkeyPatch) -> None:
     """On whatever machine, beside whatever else runs on it."""
-    monkeypatch.setattr(Costs, "timed", lambda _seconds: Costs({1: 1.0, 64: 4.0}))
+    monkeypatch.setattr(StepCost, "timed", lambda _seconds: StepCost({1: 1.0, 64: 4.0}))
 
 
 def test_new_tokens_are_read_once() -> None:
-    lookup, tokens = Lookup(), list(REPEATED)
+    lookup, tokens = PromptLookup(), list(REPEATED)
     lookup.guess(tokens, 7, 0.1)
     tokens += [99, 98, 97, 96, 95, 99, 98, 97]
     assert lookup.guess(tokens, 2, 0.1) == [96, 95]
@@ -44,7 +44,7 @@ def test_new_tokens_are_read_once() -> None:
 
 
 def test_it_learns_how_far_it_is_worth_to_guess_without_guessing() -> None:
-    lookup = Lookup()
+    lookup = PromptLookup()
     lookup.guess(REPEATED, 7, 0.9)
     assert lookup.share > 0.9
     assert len(lookup.guess(REPEATED, 7, 0.1)) == 7
@@ -54,8 +54,8 @@ def test_it_learns_how_far_it_is_worth_to_guess_without_guessing() -> None:
         tokens += [5, 6, 7, 100 + i]
     lookup.guess(tokens, 7, 0.9)
     assert lookup.guess([*tokens, 5, 6, 7], 7, 0.9) == []
-    assert Lookup(share=0.0).guess(REPEATED[:12], 7, 0.5) == []
-    assert Lookup(share=1.0).guess(REPEATED, 7, 1.0) == [], "where not even a sure one pays"
+    assert PromptLookup(share=0.0).guess(REPEATED[:12], 7, 0.5) == []
+    assert PromptLookup(share=1.0).guess(REPEATED, 7, 1.0) == [], "where not even a sure one pays"
 
 
 def asked(refs: Iterable[AdapterRef | None], **sampling: Any) -> list[Generate]:

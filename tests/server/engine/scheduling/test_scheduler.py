@@ -5,7 +5,7 @@ import pytest
 
 from server.engine.scheduling.kv_blocks import BLOCK, BlockPool
 from server.engine.scheduling.row import Row
-from server.engine.scheduling.scheduler import PATIENCE, Scheduler
+from server.engine.scheduling.scheduler import MAX_ADAPTER_WAIT_STEPS, Scheduler
 from server.errors import DeadlineExceeded, InvalidAdapter
 from server.messages import AdapterRef, Generate, Sampling
 from tests.fixtures.slots import Loader, make_cache
@@ -212,7 +212,7 @@ def test_virtual_tokens_may_leave_no_room() -> None:
     world.step()
     assert [r for r, _ in world.scheduler.ended] == [row]
     assert "492 tokens and the adapter puts 20" in world.scheduler.ended[0][1].message
-    assert world.cache.by_digest["a"].pins == 0
+    assert world.cache.by_digest["a"].references == 0
 
 
 def test_a_tenant_over_its_share_waits_without_holding_up_others() -> None:
@@ -230,7 +230,7 @@ def test_a_tenant_over_its_share_waits_without_holding_up_others() -> None:
         world.step()
     world.loader.arrive("c")
     late = world.add(tenant="A", adapter="c")
-    for _ in range(2 * PATIENCE):
+    for _ in range(2 * MAX_ADAPTER_WAIT_STEPS):
         world.step()
     assert late.id not in world.scheduler.running
     other, second = world.add(tenant="B", adapter="x"), world.add(tenant="A", adapter="a")

@@ -90,7 +90,7 @@ class Life(RuleBasedStateMachine):
         assert set(cache.free).isdisjoint(cache.by_slot)
         assert cache.nbytes == sum(r.nbytes for r in cache.by_slot.values()) <= cache.budget
         used = Counter(row.slot for row in engine.scheduler.running.values() if row.slot)
-        assert all(resident.pins == used[slot] for slot, resident in cache.by_slot.items())
+        assert all(resident.references == used[slot] for slot, resident in cache.by_slot.items())
         for row in engine.scheduler.running.values():
             if row.adapter:
                 assert cache.by_slot[row.slot].digest == row.adapter.digest

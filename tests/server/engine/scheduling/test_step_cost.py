@@ -5,37 +5,37 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from server.engine.scheduling.step_cost import LEAST, MARGIN, USUAL, Costs
+from server.engine.scheduling.step_cost import LEAST, MARGIN, USUAL, StepCost
 from tests.fixtures.engine import Stand
 
 
 def test_between_and_beyond_what_is_known_it_goes_straight() -> None:
-    costs = Costs({1: 10.0, 8: 17.0, 64: 73.0})
+    costs = StepCost({1: 10.0, 8: 17.0, 64: 73.0})
     assert [costs.of(n) for n in (1, 4, 8, 36, 64, 100)] == [10.0, 13.0, 17.0, 45.0, 73.0, 109.0]
 
 
 @pytest.mark.parametrize(("rows", "expected"), [(1, 1 / 3), (2, 2 / 4), (16, 16 / 18)])
 def test_a_guess_is_worth_its_part_of_a_step(rows: int, expected: float) -> None:
-    assert Costs(USUAL).worth(rows, 7) == pytest.approx(min(MARGIN * expected, 1.0))
+    assert StepCost(USUAL).worth(rows, 7) == pytest.approx(min(MARGIN * expected, 1.0))
 
 
 def test_what_costs_nothing_pays_nearly_always() -> None:
-    flat = Costs({1: 5.0, 16: 5.0, 64: 4.9})
+    flat = StepCost({1: 5.0, 16: 5.0, 64: 4.9})
     assert flat.worth(4, 7) == LEAST
-    assert Costs({1: 1.0, 64: 640.0}).worth(16, 48) == 1.0
+    assert StepCost({1: 1.0, 64: 640.0}).worth(16, 48) == 1.0
     assert flat.worth(4, 0) == 1.0
 
 
 def test_fewer_guesses_than_there_is_room_for_must_pay_too() -> None:
     """Some of the rows find something to guess: where a tile of rows ends, a few cost more than many."""
-    stepped = Costs({1: 10.0, 16: 10.0, 24: 18.0, 64: 22.0})
+    stepped = StepCost({1: 10.0, 16: 10.0, 24: 18.0, 64: 22.0})
     assert stepped.worth(16, 48) == 1.0
     assert stepped.worth(16, 4) == 1.0
     assert stepped.worth(8, 8) == LEAST
 
 
 def test_what_steps_take_beside_is_learnt_from_those_that_run() -> None:
-    costs = Costs({1: 10.0, 64: 73.0})
+    costs = StepCost({1: 10.0, 64: 73.0})
     before = costs.worth(16, 16)
     for _ in range(200):
         costs.saw(16, costs.of(16) + 25.0)
@@ -43,7 +43,7 @@ def test_what_steps_take_beside_is_learnt_from_those_that_run() -> None:
     for _ in range(200):
         costs.saw(16, 0.0)
     assert costs.worth(16, 16) == pytest.approx(before, rel=1e-3), "never less than nothing"
-    usual = Costs(USUAL)
+    usual = StepCost(USUAL)
     usual.saw(16, 1e9)
     assert usual.beside == 0, "its figures are no seconds"
 
@@ -55,7 +55,7 @@ def test_a_large_model_is_not_kept_waiting() -> None:
         asked.append(tokens)
         return 1.5
 
-    assert Costs.timed(seconds).known == sorted(USUAL.items())
+    assert StepCost.timed(seconds).known == sorted(USUAL.items())
     assert asked == [1]
 
 

@@ -20,7 +20,7 @@ def test_four_slots_thirty_two_adapters_and_clients_that_hang_up(stand: Callable
     )
     engine = s.engine
     engine.loader.copies = True  # as if the store lay on another disk
-    engine.loader.ram.shelf.budget = 1 << 20  # a few of them: the others come back from disk
+    engine.loader.ram.index.policy.max_bytes = 1 << 20  # a few of them: the others come back from disk
     rng = random.Random(0)
     # A third for the base and a third for two adapters, so that many rows run at once; the rest for all.
     adapters = [rng.choice([None, rng.choice(s.refs[:2]), rng.choice(s.refs)]) for _ in range(ROWS)]
@@ -61,7 +61,7 @@ def assert_all_given_back(s: Stand) -> None:
     assert not engine.scheduler.running
     assert engine.scheduler.waiting == 0
     assert engine.blocks.available == engine.blocks.count
-    assert all(resident.pins == 0 for resident in engine.cache.by_digest.values())
+    assert all(resident.references == 0 for resident in engine.cache.by_digest.values())
     assert len(engine.cache.free) + len(engine.cache.by_digest) == engine.cache.slots
     assert engine.cache.nbytes == sum(r.nbytes for r in engine.cache.by_digest.values())
     assert engine.model.digest() == engine.base.digest

@@ -5,7 +5,7 @@ from server.finetune.data.batching import (
     FINAL_TOKENS,
     MOST,
     MOST_TOKENS,
-    Batches,
+    LengthGroupedBatches,
     packs,
     plan,
     within,
@@ -18,7 +18,7 @@ LENGTHS = [len(e.tokens) for e in examples(101)]
 
 @pytest.mark.parametrize("size", [1, 2, 7, 101, 200])
 def test_every_example_is_in_one_batch_of_an_epoch_and_all_batches_but_one_are_full(size: int) -> None:
-    batches = Batches(LENGTHS, size, seed=3)
+    batches = LengthGroupedBatches(LENGTHS, size, seed=3)
     drawn = list(batches)
     assert len(drawn) == len(batches)
     assert sorted(i for batch in drawn for i in batch) == list(range(101))
@@ -26,12 +26,12 @@ def test_every_example_is_in_one_batch_of_an_epoch_and_all_batches_but_one_are_f
 
 
 def test_an_epoch_has_an_order_of_its_own_which_seed_and_number_give() -> None:
-    batches = Batches(LENGTHS, 4, seed=3)
+    batches = LengthGroupedBatches(LENGTHS, 4, seed=3)
     first = list(batches)
     assert list(batches) == first
     batches.epoch = 1
     assert list(batches) != first
-    assert list(Batches(LENGTHS, 4, seed=4)) != first
+    assert list(LengthGroupedBatches(LENGTHS, 4, seed=4)) != first
 
 
 def test_examples_of_a_batch_are_of_like_length() -> None:
@@ -39,7 +39,7 @@ def test_examples_of_a_batch_are_of_like_length() -> None:
         return sum(max(LENGTHS[i] for i in batch) - min(LENGTHS[i] for i in batch) for batch in drawn)
 
     anyhow = [list(range(at, min(at + 4, 101))) for at in range(0, 101, 4)]
-    assert spread(list(Batches(LENGTHS, 4, seed=3))) < spread(anyhow) / 4
+    assert spread(list(LengthGroupedBatches(LENGTHS, 4, seed=3))) < spread(anyhow) / 4
 
 
 def test_packs_keep_the_order_and_the_size() -> None:

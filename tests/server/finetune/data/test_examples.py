@@ -19,7 +19,7 @@ from server.api.services import Services
 from server.base_model.default_model import ensure_default_model
 from server.base_model.tokenizer import Tokenizer
 from server.finetune.data.examples import LABEL_TOKENS, Example, example_of, truncated
-from server.finetune.data.jsonl import Fault
+from server.finetune.data.jsonl import LineError
 from server.finetune.data.record_kinds import Chat, Pair, Text
 from server.tenancy.tenants import OPERATOR
 from tests.fixtures.models import CACHE
@@ -205,7 +205,7 @@ def test_a_template_that_blurs_a_turn_is_refused(
     family: str, turns: list[tuple[str, str]], field: str, reason: str
 ) -> None:
     assert set(TEMPLATES) >= {family}
-    with pytest.raises(Fault) as refused:
+    with pytest.raises(LineError) as refused:
         example_of(chat(turns), base("byte-level", family))
     assert refused.value.field == field
     assert reason in refused.value.reason
@@ -213,7 +213,7 @@ def test_a_template_that_blurs_a_turn_is_refused(
 
 def test_a_base_without_a_chat_template_takes_no_messages() -> None:
     tokenizer = byte_fallback_tokenizer()
-    with pytest.raises(Fault, match="has no chat template"):
+    with pytest.raises(LineError, match="has no chat template"):
         example_of(chat(ASKED), tokenizer)
     assert learnt(tokenizer, example_of(Pair("a", "b"), tokenizer)) == "b</s>"
     assert learnt(tokenizer, example_of(Text("ab"), tokenizer)).endswith("b</s>")
@@ -236,14 +236,14 @@ def test_a_completion_is_learnt_to_the_letter_behind_what_serving_sends(
 
 def test_prompts_and_texts_of_too_few_tokens_are_refused() -> None:
     tokenizer = base("byte-level")
-    with pytest.raises(Fault, match="prompt has no token"):
+    with pytest.raises(LineError, match="prompt has no token"):
         example_of(Pair("", "a"), tokenizer)
     assert len(example_of(Text("a"), tokenizer).tokens) == 2
     tokenizer = Tokenizer(byte_fallback_tokenizer()._hf, None)
     tokenizer.end = None
-    with pytest.raises(Fault, match="one token"):
+    with pytest.raises(LineError, match="one token"):
         example_of(Text("a"), tokenizer)
-    with pytest.raises(Fault, match="no token that could end"):
+    with pytest.raises(LineError, match="no token that could end"):
         example_of(Pair("a", "b"), tokenizer)
 
 

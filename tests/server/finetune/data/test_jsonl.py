@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from server.finetune.data.jsonl import Fault, parse_line, read_lines
+from server.finetune.data.jsonl import LineError, parse_line, read_lines
 
 
 def lines_of(tmp_path: Path, data: bytes, line_bytes: int = 16) -> list[tuple[int, bytes | None]]:
@@ -20,7 +20,7 @@ def test_lines_are_numbered_and_keep_their_ends(tmp_path: Path) -> None:
 
 def test_a_byte_order_mark_counts_at_the_start_only(tmp_path: Path) -> None:
     assert lines_of(tmp_path, b"\xef\xbb\xbf{}\n\xef\xbb\xbf{}") == [(1, b"{}\n"), (2, b"\xef\xbb\xbf{}")]
-    with pytest.raises(Fault, match="not JSON"):
+    with pytest.raises(LineError, match="not JSON"):
         parse_line(b"\xef\xbb\xbf{}")
 
 
@@ -58,7 +58,7 @@ def test_a_line_over_the_limit_is_skipped_and_the_next_one_read(tmp_path: Path, 
     ],
 )
 def test_what_is_no_json_object_is_refused_in_a_sentence(raw: bytes, reason: str) -> None:
-    with pytest.raises(Fault) as refused:
+    with pytest.raises(LineError) as refused:
         parse_line(raw)
     assert reason in refused.value.reason
     assert refused.value.field == ""
@@ -66,7 +66,7 @@ def test_what_is_no_json_object_is_refused_in_a_sentence(raw: bytes, reason: str
 
 def test_a_last_key_given_twice_is_found_in_one_pass() -> None:
     keys = ", ".join(f'"{n}": 0' for n in range(100_000))
-    with pytest.raises(Fault, match="'0' twice"):
+    with pytest.raises(LineError, match="'0' twice"):
         parse_line(f'{{{keys}, "0": 1}}'.encode())
 
 
@@ -79,6 +79,6 @@ def test_nesting_near_the_stacks_end_is_a_fault_or_a_value(depth: int) -> None:
     raw = json.dumps({"text": "\ud83d\ude42"}).encode()[:-1] + b', "x": ' + b"[" * depth + b"]" * depth + b"}"
     try:
         value = parse_line(raw)
-    except Fault as fault:
+    except LineError as fault:
         value = {"text": fault.reason}
     assert value["text"] in {"🙂", "The line is nested too deeply."}

@@ -4,15 +4,15 @@ from typing import Any
 
 import pytest
 
-from server.finetune.data.jsonl import Fault
-from server.finetune.data.record_kinds import Chat, Pair, Text, read_record, shape_of
+from server.finetune.data.jsonl import LineError
+from server.finetune.data.record_kinds import Chat, Pair, Text, read_record, record_kind
 
 USER = {"role": "user", "content": "hi"}
 ASSISTANT = {"role": "assistant", "content": "hello"}
 
 
 def read(line: dict[str, Any], max_messages: int = 8) -> Chat | Pair | Text:
-    return read_record(shape_of(line), line, max_messages)
+    return read_record(record_kind(line), line, max_messages)
 
 
 def chat(*messages: Any) -> Chat:
@@ -105,7 +105,7 @@ def turns(**changes: Any) -> dict[str, Any]:
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_refused_by_its_field(line: dict[str, Any], field: str, reason: str) -> None:
-    with pytest.raises(Fault) as refused:
+    with pytest.raises(LineError) as refused:
         read(line)
     assert refused.value.field == field
     assert reason in refused.value.reason
@@ -113,7 +113,7 @@ def test_what_is_wrong_is_refused_by_its_field(line: dict[str, Any], field: str,
 
 def test_a_callers_names_and_values_are_cut_in_messages() -> None:
     for line in ({"text": "a", "x" * 10_000: 1}, turns(role="x" * 10_000), turns(weight=10**4000)):
-        with pytest.raises(Fault) as refused:
+        with pytest.raises(LineError) as refused:
             read(line)
         assert len(refused.value.reason) < 300
         assert len(refused.value.field) < 300

@@ -26,7 +26,7 @@ from server.errors import (
     StoreError,
     Unavailable,
 )
-from server.files.files import Files
+from server.files.files import FileStore
 from server.finetune.jobs import publisher
 from server.finetune.jobs import transitions_lua as job_scripts
 from server.finetune.jobs.job import Job, JobError, StoredFile, result_prefix
@@ -89,7 +89,7 @@ class System:
     def __init__(self, redis: Redis, objects: Any, queue: WorkerQueue, max_adapters: int = 10) -> None:
         self.redis, self.objects = redis, objects
         self.jobs = Jobs(redis, queue)
-        self.files = Files(redis, objects)
+        self.files = FileStore(redis, objects)
         self.registry = Registry(objects, redis, max_adapters)
         self.gate = Gate(self.registry)
         self.publisher = Publisher(self.jobs, self.files, self.registry, objects, self.gate)

@@ -6,7 +6,7 @@ import torch
 
 from server.finetune.data.examples import Example
 from server.finetune.modeling import adapter_model as trainable
-from server.finetune.modeling.adapter_model import Trainable
+from server.finetune.modeling.adapter_model import AdapterModel
 from server.finetune.modeling.batch_loss import Batch
 from server.finetune.modeling.differentiable_layers import TrainedDecoder
 from server.kernels.cpu.openmp import AVAILABLE
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(not AVAILABLE, reason="these layers need OpenMP"
 TinyModels = Callable[[str], Path]
 
 
-def gradients(model: Trainable, batch: list[Example]) -> list[torch.Tensor]:
+def gradients(model: AdapterModel, batch: list[Example]) -> list[torch.Tensor]:
     """The loss, and what it is upon every tensor of the adapter; dropout is off."""
     model.zero_grad()
     output = model.eval()(Batch.of(batch))
@@ -30,10 +30,10 @@ def assert_close(found: list[torch.Tensor], expected: list[torch.Tensor]) -> Non
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
 
 
-def by_class(folder: Path, method: str, monkeypatch: pytest.MonkeyPatch) -> Trainable:
+def by_class(folder: Path, method: str, monkeypatch: pytest.MonkeyPatch) -> AdapterModel:
     with monkeypatch.context() as patch:
         patch.setattr(trainable, "run_by_kernels", lambda *_: None)
-        return Trainable(folder, "tiny", recipe(method))
+        return AdapterModel(folder, "tiny", recipe(method))
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "mistral"])  # with norms of heads; with windows
@@ -41,7 +41,7 @@ def by_class(folder: Path, method: str, monkeypatch: pytest.MonkeyPatch) -> Trai
 def test_losses_and_gradients_are_those_of_the_classes(
     tiny_models: TinyModels, family: str, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ours = Trainable(tiny_models(family), "tiny", recipe(method))
+    ours = AdapterModel(tiny_models(family), "tiny", recipe(method))
     plain = by_class(tiny_models(family), method, monkeypatch)
     assert isinstance(ours.halves.layers, TrainedDecoder)
     assert plain.halves.layers is None
@@ -54,14 +54,14 @@ def test_losses_and_gradients_are_those_of_the_classes(
 
 @pytest.mark.parametrize("family", ["gpt2", "gemma2", "olmo2"])
 def test_other_models_stay_with_their_classes(tiny_models: TinyModels, family: str) -> None:
-    assert Trainable(tiny_models(family), "tiny", recipe("bitfit")).halves.layers is None
+    assert AdapterModel(tiny_models(family), "tiny", recipe("bitfit")).halves.layers is None
 
 
 def test_a_layer_that_is_off_is_left_to_its_class(
     tiny_models: TinyModels, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("server.finetune.modeling.differentiable_layers.gated", lambda gate, up: gate * up)
-    assert Trainable(tiny_models("llama"), "tiny", recipe()).halves.layers is None
+    assert AdapterModel(tiny_models("llama"), "tiny", recipe()).halves.layers is None
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mistral"])
@@ -69,7 +69,7 @@ def test_a_layer_that_is_off_is_left_to_its_class(
 def test_virtual_tokens_that_are_computed_once_serve_all_sequences(
     tiny_models: TinyModels, family: str, method: str
 ) -> None:
-    model = Trainable(tiny_models(family), "tiny", recipe(method))
+    model = AdapterModel(tiny_models(family), "tiny", recipe(method))
     batch = examples(3)
     alone = [gradients(model, [example]) for example in batch]
     together = [sum(parts, torch.zeros(())) for parts in zip(*alone, strict=True)]
@@ -78,7 +78,7 @@ def test_virtual_tokens_that_are_computed_once_serve_all_sequences(
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_a_batch_may_have_nothing_to_learn(tiny_models: TinyModels, family: str) -> None:
-    model = Trainable(tiny_models(family), "tiny", recipe())
+    model = AdapterModel(tiny_models(family), "tiny", recipe())
     output = model(Batch.of([Example([5, 6, 7], [0.0, 0.0, 0.0], 3)]))
     output.loss_sum.backward()
     assert float(output.loss_sum.detach()) == output.weight_sum == 0

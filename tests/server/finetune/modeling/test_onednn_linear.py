@@ -6,17 +6,17 @@ import torch
 
 from server.engine.model.linear_sites import LinearSite
 from server.finetune.modeling import onednn_linear as linear
-from server.finetune.modeling.adapter_model import Trainable
+from server.finetune.modeling.adapter_model import AdapterModel
 from server.finetune.modeling.batch_loss import Batch
-from server.finetune.modeling.onednn_linear import TrainedLinear
+from server.finetune.modeling.onednn_linear import OneDnnLinear
 from tests.server.finetune.small_trainings import PEFTS, examples, recipe
 
 
-def trained(model: Trainable) -> list[TrainedLinear]:
-    return [module for module in model.frozen.model.modules() if isinstance(module, TrainedLinear)]
+def trained(model: AdapterModel) -> list[OneDnnLinear]:
+    return [module for module in model.frozen.model.modules() if isinstance(module, OneDnnLinear)]
 
 
-def gradients(model: Trainable) -> list[torch.Tensor]:
+def gradients(model: AdapterModel) -> list[torch.Tensor]:
     """Of a loss, upon every tensor of the adapter; dropout is off."""
     output = model(Batch.of(examples(3)))
     output.loss_sum.backward()
@@ -29,9 +29,9 @@ def test_losses_and_gradients_are_those_of_plain_weights(
     tiny_models: Callable[[str], Path], family: str, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     own = recipe(method if family == "llama" or method not in ("lora", "dora") else "bitfit")
-    laid_out = Trainable(tiny_models(family), "tiny", own)
+    laid_out = AdapterModel(tiny_models(family), "tiny", own)
     monkeypatch.setattr(linear, "machine_bytes", lambda: 0)
-    plain = Trainable(tiny_models(family), "tiny", own)
+    plain = AdapterModel(tiny_models(family), "tiny", own)
     assert trained(laid_out)
     assert not trained(plain)
     assert any(isinstance(module, LinearSite) for module in plain.frozen.model.modules())
@@ -42,7 +42,7 @@ def test_losses_and_gradients_are_those_of_plain_weights(
 
 
 def test_the_base_stays_what_it_was(tiny_models: Callable[[str], Path]) -> None:
-    model = Trainable(tiny_models("llama"), "tiny", recipe())
+    model = AdapterModel(tiny_models("llama"), "tiny", recipe())
     gradients(model)
     assert model.frozen.digest() == model.base.digest
     assert not any(p.requires_grad for p in model.frozen.model.parameters())

@@ -8,15 +8,15 @@ import pytest
 import torch
 
 from server.finetune.data.examples import Example
-from server.finetune.modeling.adapter_model import Trainable
+from server.finetune.modeling.adapter_model import AdapterModel
 from server.finetune.training import evaluation as module
-from server.finetune.training.evaluation import Scores, compare, score
-from server.finetune.training.history import History
+from server.finetune.training.evaluation import EvalScores, compare, score
+from server.finetune.training.observer import TrainingLog
 from tests.fixtures.models import Oracle, greedy
 from tests.server.finetune.small_trainings import examples, recipe
 from tests.server.finetune.training.test_observer import history
 
-NOTHING = History()
+NOTHING = TrainingLog()
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -34,9 +34,9 @@ def llama(tiny_models: Callable[[str], Path]) -> Path:
 
 
 @pytest.fixture(scope="module")
-def model(llama: Path) -> Trainable:
+def model(llama: Path) -> AdapterModel:
     """A LoRA that is far from the base."""
-    model = Trainable(llama, "tiny", recipe())
+    model = AdapterModel(llama, "tiny", recipe())
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in model.params.values():
@@ -57,7 +57,7 @@ def losses_of(model: Any, example: Example) -> torch.Tensor:
 
 @pytest.mark.parametrize("adapted", [False, True])
 def test_scores_are_what_peft_gives_one_at_a_time(
-    model: Trainable, oracle: Oracle, tmp_path: Path, adapted: bool, monkeypatch: pytest.MonkeyPatch
+    model: AdapterModel, oracle: Oracle, tmp_path: Path, adapted: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "PACK_TOKENS", 30)
     model.save(tmp_path)
@@ -73,7 +73,7 @@ def test_scores_are_what_peft_gives_one_at_a_time(
     assert found.loss == pytest.approx(sum(found.losses) / sum(found.weights))
 
 
-def test_an_answer_is_exact_if_greedy_decoding_gives_it(model: Trainable, oracle: Oracle) -> None:
+def test_an_answer_is_exact_if_greedy_decoding_gives_it(model: AdapterModel, oracle: Oracle) -> None:
     questions = [e.tokens[: e.prompt_length] for e in examples(6)]
     with oracle.using(None) as base:
         answers = [greedy(base, question, 3)[0] for question in questions]
@@ -86,7 +86,7 @@ def test_an_answer_is_exact_if_greedy_decoding_gives_it(model: Trainable, oracle
     assert score(model, some, adapted=False).exact == [True, False, False] * 6
 
 
-def test_scoring_draws_no_random_number_and_drops_nothing_out(model: Trainable) -> None:
+def test_scoring_draws_no_random_number_and_drops_nothing_out(model: AdapterModel) -> None:
     model.train()
     before = torch.random.get_rng_state()
     once, twice = score(model, examples(5)), score(model, examples(5))
@@ -110,7 +110,7 @@ LABELS = {"good": [20, 21, 0], "bad": [30, 0], "neither": [40, 41, 42, 0]}
 
 
 def test_accuracy_by_label_is_by_the_likeliest_of_all_labels(
-    model: Trainable, oracle: Oracle, tmp_path: Path
+    model: AdapterModel, oracle: Oracle, tmp_path: Path
 ) -> None:
     some = classified(12, LABELS)
     record = compare(model, some, some, NOTHING, 12)
@@ -132,7 +132,7 @@ def test_accuracy_by_label_is_by_the_likeliest_of_all_labels(
         assert record[side]["label_accuracy"] == sum(line[side] for line in lines.values()) / 12
 
 
-def test_the_record_sets_base_and_adapter_side_by_side(model: Trainable) -> None:
+def test_the_record_sets_base_and_adapter_side_by_side(model: AdapterModel) -> None:
     some = examples(9)
     gone = history([3.0, 2.0, 1.0, 0.5], {2: 2.0, 4: 3.0})
     record = json.loads(json.dumps(compare(model, some, some, gone, 4)))
@@ -165,13 +165,13 @@ def test_the_record_sets_base_and_adapter_side_by_side(model: Trainable) -> None
     ],
 )
 def test_better_is_more_than_noise(
-    model: Trainable, monkeypatch: pytest.MonkeyPatch, gains: list[float], better: bool
+    model: AdapterModel, monkeypatch: pytest.MonkeyPatch, gains: list[float], better: bool
 ) -> None:
     n = len(gains)
 
-    def given(_model: Any, _examples: Any, *, adapted: bool = True) -> Scores:
+    def given(_model: Any, _examples: Any, *, adapted: bool = True) -> EvalScores:
         losses = [2.0 - gain * adapted for gain in gains]
-        return Scores(losses, [1.0] * n, [0] * n, [1] * n, [False] * n)
+        return EvalScores(losses, [1.0] * n, [0] * n, [1] * n, [False] * n)
 
     monkeypatch.setattr(module, "score", given)
     record = compare(model, examples(n), [], NOTHING, n)
@@ -186,8 +186,8 @@ def test_noise_is_the_standard_error_that_resampling_shows() -> None:
     weights = torch.randint(1, 20, (60,), generator=rng).double()
     gains = weights * 0.3 + torch.randn(60, generator=rng).double() * weights.sqrt()
     zeros = [0] * 60
-    base = Scores(gains.tolist(), weights.tolist(), zeros, zeros, [False] * 60)
-    adapter = Scores([0.0] * 60, weights.tolist(), zeros, zeros, [False] * 60)
+    base = EvalScores(gains.tolist(), weights.tolist(), zeros, zeros, [False] * 60)
+    adapter = EvalScores([0.0] * 60, weights.tolist(), zeros, zeros, [False] * 60)
     mean, noise = module._ahead(base, adapter)
     draws = torch.randint(60, (4000, 60), generator=rng)
     resampled = gains[draws].sum(1) / weights[draws].sum(1)
@@ -195,7 +195,7 @@ def test_noise_is_the_standard_error_that_resampling_shows() -> None:
     assert noise == pytest.approx(float(resampled.std()), rel=0.1)
 
 
-def test_answers_that_seldom_come_again_are_no_labels(model: Trainable) -> None:
+def test_answers_that_seldom_come_again_are_no_labels(model: AdapterModel) -> None:
     once = classified(2, {"one": [20, 0], "two": [30, 0]})
     assert compare(model, once, [], NOTHING, 2)["labels"] == []
     many = {str(i): [20 + i, 0] for i in range(module.MAX_LABELS + 1)}
@@ -206,8 +206,8 @@ def test_answers_that_seldom_come_again_are_no_labels(model: Trainable) -> None:
     assert record["base"]["exact_match"] == 0.0
 
 
-def test_a_hopeless_loss_is_still_json(model: Trainable, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hopeless_loss_is_still_json(model: AdapterModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        module, "score", lambda *_, **__: Scores([1e6, 1e6], [1.0, 1.0], [0, 0], [1, 1], [False, False])
+        module, "score", lambda *_, **__: EvalScores([1e6, 1e6], [1.0, 1.0], [0, 0], [1, 1], [False, False])
     )
     json.dumps(compare(model, examples(2), [], NOTHING, 2), allow_nan=False)

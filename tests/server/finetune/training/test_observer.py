@@ -1,9 +1,8 @@
-from server.finetune.training.history import History
-from server.finetune.training.observer import Evaluated, StepDone
+from server.finetune.training.observer import Evaluated, StepDone, TrainingLog
 
 
-def history(train: list[float], valid: dict[int, float]) -> History:
-    made = History()
+def history(train: list[float], valid: dict[int, float]) -> TrainingLog:
+    made = TrainingLog()
     for i, loss in enumerate(train, start=1):
         made.steps.append(StepDone(i, len(train), loss, 0.5, 1.0, 1e-3, 10 * i, 0.1 * i))
         if i in valid:
@@ -19,7 +18,7 @@ def test_the_best_is_the_first_of_the_lowest_losses() -> None:
 
 
 def test_without_a_step_there_is_nothing() -> None:
-    made = History()
+    made = TrainingLog()
     assert (made.step, made.tokens, made.seconds, made.best, made.worse, made.curve()) == (
         0,
         0,

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 from matplotlib.figure import Figure
 
-from server.finetune.training.history import History
+from server.finetune.training.observer import TrainingLog
 from server.finetune.training.reports import COLUMNS, _scale, draw_losses, write_metrics
 from tests.server.finetune.training.test_observer import history
 
@@ -25,11 +25,11 @@ def test_metrics_are_one_line_a_step_with_openais_columns(tmp_path: Path) -> Non
     [
         history([5 / (i + 1) for i in range(3000)], {500 * i: 1 / i for i in range(1, 7)}),
         history([1.0], {}),
-        History(),
+        TrainingLog(),
     ],
     ids=["long", "one step", "nothing"],
 )
-def test_losses_are_drawn_as_a_png(tmp_path: Path, drawn: History) -> None:
+def test_losses_are_drawn_as_a_png(tmp_path: Path, drawn: TrainingLog) -> None:
     draw_losses(drawn, tmp_path / "losses.png", base_loss=2.0)
     assert (tmp_path / "losses.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 

@@ -11,12 +11,11 @@ from safetensors.torch import load_file
 
 from server.errors import NonFinite
 from server.finetune.data.examples import Example
-from server.finetune.modeling.adapter_model import Trainable
+from server.finetune.modeling.adapter_model import AdapterModel
 from server.finetune.recipe import Recipe
 from server.finetune.training import trainer as module
 from server.finetune.training.evaluation import score
-from server.finetune.training.history import History
-from server.finetune.training.observer import StepDone, Stopped
+from server.finetune.training.observer import StepDone, Stopped, TrainingLog
 from server.finetune.training.trainer import AdapterTrainer
 from tests.server.finetune.small_trainings import PEFTS, Memory, examples, recipe, until
 
@@ -50,7 +49,7 @@ class Run:
         held_out: Sequence[Example] = HELD_OUT,
     ) -> None:
         self.memory = watcher or Memory()
-        self.model = Trainable(base, "tiny", own)
+        self.model = AdapterModel(base, "tiny", own)
         data = examples(11) if trained is None else trained
         self.trainer = AdapterTrainer(self.model, own, data, held_out, folder, self.memory)
 
@@ -114,7 +113,7 @@ def test_accumulated_batches_weigh_as_much_as_their_targets(llama: Path, tmp_pat
     assert two.loss == pytest.approx(one.loss, rel=1e-6)
     assert two.grad_norm == pytest.approx(one.grad_norm, rel=1e-5)
     assert (one.tokens, two.tokens) == (15, 15)
-    start = Trainable(llama, "tiny", recipe("bottleneck"))
+    start = AdapterModel(llama, "tiny", recipe("bottleneck"))
     assert one.loss == pytest.approx(score(start, four).loss, rel=1e-6)
 
 
@@ -258,4 +257,4 @@ def test_the_base_stays_as_it_was(llama: Path, tmp_path: Path) -> None:
 
 def test_what_was_logged_reads_back_as_the_history(llama: Path, tmp_path: Path) -> None:
     run = Run(llama, recipe(), tmp_path).fit()
-    assert History.read(run.trainer.state.log_history) == run.trainer.history
+    assert TrainingLog.read(run.trainer.state.log_history) == run.trainer.history

@@ -8,7 +8,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from server.errors import StartupError
-from server.finetune.worker.metrics import Tally, Trained
+from server.finetune.worker.metrics import AttemptCounters, WorkerMetrics
 from server.metrics.names import FAMILIES, ON_WORKER
 
 
@@ -32,7 +32,7 @@ def free_port() -> int:
 
 
 def test_the_port_shows_attempts_done_and_under_way(tmp_path: Path) -> None:
-    tally, port = Tally("toy"), free_port()
+    tally, port = WorkerMetrics("toy"), free_port()
     tally.serve("127.0.0.1", port)
     first = page(port)
     assert first["polypeft_worker_busy"] == 0
@@ -43,7 +43,7 @@ def test_the_port_shows_attempts_done_and_under_way(tmp_path: Path) -> None:
         folder.mkdir()
         tally.begin(folder)
         assert page(port)["polypeft_worker_training_steps_total"] == number * 3, "nothing was trained yet"
-        Trained(300, 3, 1, 1000, 2.5).write(folder)
+        AttemptCounters(300, 3, 1, 1000, 2.5).write(folder)
         tally.beat(heard=False)
         seen = page(port)
         assert seen["polypeft_worker_busy"] == 1
@@ -61,15 +61,15 @@ def test_the_port_shows_attempts_done_and_under_way(tmp_path: Path) -> None:
 
 
 def test_what_is_told_is_told_once(tmp_path: Path) -> None:
-    tally = Tally("toy")
+    tally = WorkerMetrics("toy")
     tally.begin(tmp_path)
-    Trained(100, 1).write(tmp_path)
+    AttemptCounters(100, 1).write(tmp_path)
     news = tally.news()
     assert news == {"training_tokens": 100, "training_steps": 1}
     assert tally.news() == news, "until it has been told"
     tally.told(news)
     assert tally.news() == {}
-    Trained(250, 2, 1, 50).write(tmp_path)
+    AttemptCounters(250, 2, 1, 50).write(tmp_path)
     tally.end("finished")
     assert tally.news() == {
         "training_tokens": 150,
@@ -84,4 +84,4 @@ def test_a_port_in_use_is_refused_with_a_sentence() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
         with pytest.raises(StartupError, match=f"metrics_port {port}"):
-            Tally("toy").serve("127.0.0.1", port)
+            WorkerMetrics("toy").serve("127.0.0.1", port)

@@ -4,7 +4,7 @@ import pytest
 
 from server.errors import NotFound, PolypeftError, StoreError
 from server.finetune.worker import retry as patience
-from server.finetune.worker.retry import patiently
+from server.finetune.worker.retry import retry_on_outage
 
 pytestmark = pytest.mark.anyio
 
@@ -28,23 +28,23 @@ class Flaky:
 
 
 async def test_it_outlasts_an_outage() -> None:
-    assert await patiently(Flaky(5, StoreError("Away.")), 10) == 6
+    assert await retry_on_outage(Flaky(5, StoreError("Away.")), 10) == 6
 
 
 async def test_it_does_not_wait_for_ever() -> None:
     with pytest.raises(StoreError, match="Away"):
-        await patiently(Flaky(1000, StoreError("Away.")), 0.05)
+        await retry_on_outage(Flaky(1000, StoreError("Away.")), 0.05)
 
 
 async def test_it_gives_up_when_told() -> None:
     call = Flaky(1000, StoreError("Away."))
     with pytest.raises(StoreError):
-        await patiently(call, 60, lambda: call.calls == 3)
+        await retry_on_outage(call, 60, lambda: call.calls == 3)
     assert call.calls == 3
 
 
 async def test_an_answer_is_an_answer() -> None:
     call = Flaky(1, NotFound("No such thing."))
     with pytest.raises(NotFound):
-        await patiently(call, 60)
+        await retry_on_outage(call, 60)
     assert call.calls == 1

@@ -4,20 +4,20 @@ from pathlib import Path
 
 from prometheus_client import CollectorRegistry
 
-from server.finetune.worker.metrics import Tally
+from server.finetune.worker.metrics import WorkerMetrics
 from server.finetune.worker.store_calls import StoreCalls, read, shown
 from server.metrics.names import OPERATIONS, SHARED
 
 LAST = len(SHARED["store_seconds"].buckets)
 
 
-def sample(tally: Tally, name: str, **labels: str) -> float | None:
+def sample(tally: WorkerMetrics, name: str, **labels: str) -> float | None:
     registry = CollectorRegistry()
     registry.register(tally)
     return registry.get_sample_value(name, {"process": "worker", **labels})
 
 
-def gets(tally: Tally) -> float | None:
+def gets(tally: WorkerMetrics) -> float | None:
     return sample(tally, "polypeft_store_call_seconds_count", operation="get")
 
 
@@ -44,7 +44,7 @@ def test_nothing_that_was_called_yet_is_shown_as_zero(tmp_path: Path) -> None:
 
 
 def test_a_worker_shows_its_own_calls_and_those_of_every_attempt(tmp_path: Path) -> None:
-    tally = Tally("toy")
+    tally = WorkerMetrics("toy")
     tally.store.on_call("get", 0.1, "done")
     assert gets(tally) == 1
     for attempt in range(2):

@@ -12,7 +12,7 @@ from anyio.from_thread import BlockingPortal, start_blocking_portal
 from server.errors import InvalidField
 from server.finetune.jobs.job import Job
 from server.finetune.worker import training_process as module
-from server.finetune.worker.training_process import Session
+from server.finetune.worker.training_process import TrainingProcess
 from server.settings import Settings
 from tests.fixtures.jobs import fixed
 from tests.fixtures.services import empty
@@ -27,9 +27,9 @@ def portal() -> Iterator[BlockingPortal]:
 
 
 @pytest.fixture
-def session(portal: BlockingPortal, valkey_url: str, tmp_path: Path) -> Iterator[Session]:
+def session(portal: BlockingPortal, valkey_url: str, tmp_path: Path) -> Iterator[TrainingProcess]:
     empty(valkey_url)
-    it = Session(Settings(redis_url=valkey_url, data_dir=tmp_path), portal, tmp_path)
+    it = TrainingProcess(Settings(redis_url=valkey_url, data_dir=tmp_path), portal, tmp_path)
     portal.call(it.jobs.create, fixed(ID))
     yield it
     portal.call(it.jobs._redis.aclose)
@@ -44,7 +44,7 @@ def session(portal: BlockingPortal, valkey_url: str, tmp_path: Path) -> Iterator
     ],
 )
 def test_it_waits_for_room_and_the_job_goes_on(
-    session: Session, portal: BlockingPortal, monkeypatch: pytest.MonkeyPatch, error: Exception
+    session: TrainingProcess, portal: BlockingPortal, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     looks = iter([0, 0, 0, 1 << 30])
     free = [0]
@@ -69,7 +69,7 @@ def test_it_waits_for_room_and_the_job_goes_on(
 
 
 def test_what_the_data_are_to_blame_for_fails_also_on_a_full_disk(
-    session: Session, portal: BlockingPortal, monkeypatch: pytest.MonkeyPatch
+    session: TrainingProcess, portal: BlockingPortal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def train(_job: Job) -> bool:
         raise InvalidField("training_file has no example to train on.", param="training_file")

@@ -4,7 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from server.finetune.worker.work_dirs import LOCK, bytes_in, desk, workplace
+from server.finetune.worker.work_dirs import LOCK, attempt_dir, bytes_in, worker_dir
 
 HOLDER = """
 import pathlib, sys, time
@@ -17,9 +17,9 @@ with workplace(pathlib.Path(sys.argv[1]), "other") as folder:
 
 
 def test_it_is_there_for_the_block(tmp_path: Path) -> None:
-    with workplace(tmp_path / "root", "w") as folder:
+    with worker_dir(tmp_path / "root", "w") as folder:
         assert folder.stat().st_mode & 0o777 == 0o700
-        with desk(folder, "ftjob-1") as place:
+        with attempt_dir(folder, "ftjob-1") as place:
             (place / "deep").mkdir()
             (place / "deep" / "file").write_bytes(b"12345")
             assert bytes_in(place) == 5
@@ -30,7 +30,7 @@ def test_it_is_there_for_the_block(tmp_path: Path) -> None:
 def test_a_desk_is_empty_whoever_sat_there(tmp_path: Path) -> None:
     (tmp_path / "ftjob-1").mkdir()
     (tmp_path / "ftjob-1" / "left").touch()
-    with desk(tmp_path, "ftjob-1") as place:
+    with attempt_dir(tmp_path, "ftjob-1") as place:
         assert list(place.iterdir()) == []
 
 
@@ -41,11 +41,11 @@ def test_only_what_the_dead_left_is_removed(tmp_path: Path) -> None:
         assert holder.stdout is not None
         assert holder.stdout.readline() == b"ready\n"
         (tmp_path / "young").mkdir()  # made this moment, not locked yet
-        with workplace(tmp_path, "mine"):
+        with worker_dir(tmp_path, "mine"):
             assert (tmp_path / "other" / "job").exists()
         holder.kill()
     assert (tmp_path / "other" / LOCK).exists()
-    with workplace(tmp_path, "mine"):
+    with worker_dir(tmp_path, "mine"):
         assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "young"]
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from server.adapters.methods.affine_bank import table_row
-from server.adapters.methods.change import Change
+from server.adapters.methods.affine_layout import AffineDelta
 from server.kernels.cpu.fused_bias import Biases
 from server.kernels.cpu.grouped_affine import COLUMNS, grouped_affine
 from server.kernels.cpu.int8.linear import Int8Linear
@@ -22,10 +22,10 @@ KINDS = [(0, 0, 1), (0, 0, 0), (4, 0, 1), (0, 1, 1), (0, 0, 1)]
 TOKENS = 300
 
 
-def changes() -> list[list[Change]]:
+def changes() -> list[list[AffineDelta]]:
     return [
         [
-            Change(
+            AffineDelta(
                 "site",
                 a=torch.randn(rank, IN) if rank else None,
                 b=torch.randn(rank, width) if rank else None,
@@ -38,14 +38,14 @@ def changes() -> list[list[Change]]:
     ]
 
 
-def table_of(own: list[list[Change]]) -> torch.Tensor:
+def table_of(own: list[list[AffineDelta]]) -> torch.Tensor:
     table = torch.zeros(len(own) + 1, len(WIDTHS), COLUMNS, dtype=torch.int64)
     for slot, sites in enumerate(own, start=1):
         table[slot] = torch.tensor([table_row(change) for change in sites])
     return table
 
 
-def lone_bias(change: Change, width: int) -> torch.Tensor:
+def lone_bias(change: AffineDelta, width: int) -> torch.Tensor:
     alone = change.b is None and change.gain is None and change.bias is not None
     return change.bias if alone and change.bias is not None else torch.zeros(width)
 

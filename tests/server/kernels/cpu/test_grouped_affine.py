@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from server.adapters.methods.affine_bank import apply, table_row
-from server.adapters.methods.change import Change
+from server.adapters.methods.affine_layout import AffineDelta
 from server.adapters.sites import Site
 from server.kernels.cpu.grouped_affine import COLUMNS, grouped_affine, narrow
 from server.kernels.cpu.openmp import AVAILABLE
@@ -16,8 +16,8 @@ SITES = [Site(f"site {i}", "linear", IN, width, True) for i, width in enumerate(
 KINDS = [(1, 0, 0), (3, 1, 0), (8, 0, 1), (16, 1, 1), (61, 0, 0), (0, 1, 1), (0, 0, 1)]
 
 
-def change(inputs: int, outputs: int, rank: int, scaled: int, biased: int) -> Change:
-    return Change(
+def change(inputs: int, outputs: int, rank: int, scaled: int, biased: int) -> AffineDelta:
+    return AffineDelta(
         "site",
         a=torch.randn(rank, inputs) if rank else None,
         b=torch.randn(rank, outputs) if rank else None,
@@ -26,7 +26,7 @@ def change(inputs: int, outputs: int, rank: int, scaled: int, biased: int) -> Ch
     )
 
 
-def table_of(changes: list[list[Change]]) -> torch.Tensor:
+def table_of(changes: list[list[AffineDelta]]) -> torch.Tensor:
     """[slots + 2, sites, COLUMNS] of the changes of each slot from 1 on; the last slot holds nothing."""
     table = torch.zeros(len(changes) + 2, len(changes[0]), COLUMNS, dtype=torch.int64)
     for slot, own in enumerate(changes, start=1):
@@ -84,10 +84,10 @@ def test_bfloat16_gives_the_bits_of_the_same_in_float32(rank: int) -> None:
     torch.manual_seed(0)
     assert narrow(64, 96)
     assert not narrow(64, 80)
-    half = Change("site", a=torch.randn(rank, 64).bfloat16(), b=torch.randn(rank, 96).bfloat16())
+    half = AffineDelta("site", a=torch.randn(rank, 64).bfloat16(), b=torch.randn(rank, 96).bfloat16())
     assert half.a is not None
     assert half.b is not None
-    whole = Change("site", a=half.a.float(), b=half.b.float())
+    whole = AffineDelta("site", a=half.a.float(), b=half.b.float())
     x, y = torch.randn(20, 64), torch.randn(20, 96)
     slots, tokens = (torch.arange(20) // 7 % 2 + 1).sort()  # runs of several, and of one
     given = []

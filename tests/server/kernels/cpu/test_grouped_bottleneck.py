@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from server.adapters.methods.bottleneck_bank import Change, apply, table_row
+from server.adapters.methods.bottleneck_bank import BottleneckDelta, apply, table_row
 from server.kernels.cpu.grouped_bottleneck import COLUMNS, INPUTS, NON_LINEARITIES, grouped_bottleneck
 from server.kernels.cpu.openmp import AVAILABLE
 
@@ -12,8 +12,8 @@ pytestmark = pytest.mark.skipif(not AVAILABLE, reason="the fast path needs Linux
 HIDDEN = 37  # no multiple of anything
 
 
-def change(width: int, non_linearity: str, input_: str, epsilon: float) -> Change:
-    return Change(
+def change(width: int, non_linearity: str, input_: str, epsilon: float) -> BottleneckDelta:
+    return BottleneckDelta(
         site="",
         down=torch.randn(width, HIDDEN) / math.sqrt(HIDDEN),
         down_bias=torch.randn(width),

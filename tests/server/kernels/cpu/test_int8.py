@@ -12,11 +12,11 @@ from server.kernels.cpu.int8.linear import (
     Int8Linear,
     finest,
     int8_linear_reference,
+    is_dequantised,
     pack,
     quantize,
-    stands_for,
     unpack,
-    unrounded,
+    without_rounding,
 )
 from server.kernels.cpu.int8.vnni_linear import DotLinear, dot_linear_reference, pack_bytes, unpack_bytes
 from server.kernels.cpu.openmp import AVAILABLE
@@ -67,11 +67,11 @@ def test_what_is_held_is_the_nearest_of_255_values(kind: Kind, shape: tuple[int,
 def test_a_copy_of_the_base_is_known_and_another_table_is_not(kind: Kind) -> None:
     weight, _ = make(65, 41)
     held = kind.linear.of(weight, None).weight()
-    assert stands_for(held, weight)
-    assert stands_for(held, weight.bfloat16())
-    assert not stands_for(held, weight * 1.1)
+    assert is_dequantised(held, weight)
+    assert is_dequantised(held, weight.bfloat16())
+    assert not is_dequantised(held, weight * 1.1)
     weight[3, 5] += 0.5
-    assert not stands_for(held, weight)
+    assert not is_dequantised(held, weight)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -146,7 +146,7 @@ def test_joined_they_give_what_each_gave(kind: Kind) -> None:
 def test_unrounded_inputs_are_as_good_as_float32(kind: Kind) -> None:
     weight, bias = make(200, 301)
     linear, x = kind.linear.of(weight, bias), torch.randn(5, 301)
-    with unrounded():
+    with without_rounding():
         exact = linear(x)
     torch.testing.assert_close(exact, x @ linear.weight().T + bias)
     assert not torch.equal(linear(x), exact)

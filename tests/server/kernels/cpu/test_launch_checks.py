@@ -5,14 +5,14 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from server.adapters.methods.token_spans import Rows, Span
+from server.adapters.methods.token_spans import Span, TokenSpans
 from server.kernels.cpu.decode_attention import decode_attention
 from server.kernels.cpu.grouped_affine import COLUMNS, grouped_affine
 from server.kernels.cpu.grouped_bottleneck import grouped_bottleneck
 from server.kernels.cpu.llama_ops import RmsNorm, add_, rotate_, silu_times
 from server.kernels.cpu.openmp import AVAILABLE, ShapeError
 from server.kernels.cpu.packed_linear import PackedLinear
-from server.kernels.cpu.paged_attention import BLOCK, Scores, write_pages
+from server.kernels.cpu.paged_attention import BLOCK, AttentionOptions, write_pages
 
 pytestmark = pytest.mark.skipif(not AVAILABLE, reason="the kernels need numba and torch's own libgomp")
 
@@ -27,7 +27,7 @@ def zeros(*shape: int) -> torch.Tensor:
 def decode(heads: int, kv_heads: int, dim: int, tables: int = 3) -> None:
     q, k = zeros(3, heads, dim), zeros(3, kv_heads, dim)
     table, lengths = torch.zeros(tables, 1, dtype=torch.int64), torch.ones(3, dtype=torch.int64)
-    decode_attention(q, k, k, KEYS, VALUES, table, lengths, Scores(1.0))
+    decode_attention(q, k, k, KEYS, VALUES, table, lengths, AttentionOptions(1.0))
 
 
 def affine(tokens: int, outputs: int) -> None:
@@ -67,7 +67,7 @@ def test_other_shapes_are_refused(launch: Callable[[], object]) -> None:
 
 
 def test_a_module_that_sees_other_tokens_than_the_step_is_refused() -> None:
-    rows = Rows([Span(1, 0, 1)], count=8)
+    rows = TokenSpans([Span(1, 0, 1)], count=8)
     rows.check(8)
     with pytest.raises(RuntimeError, match="saw 3 tokens in a step of 8"):
         rows.check(3)

@@ -4,7 +4,7 @@ import torch
 from server.kernels.cpu.decode_attention import decode_attention
 from server.kernels.cpu.paged_attention import (
     BLOCK,
-    Scores,
+    AttentionOptions,
     decode_attention_reference,
     gather_pages,
     prefill_attention,
@@ -37,9 +37,15 @@ def paged(
 @pytest.mark.parametrize("dim", [8, 24, 64, 72, 128])
 @pytest.mark.parametrize("heads", [(4, 2), (9, 3), (4, 4), (8, 2), (14, 2)])
 @pytest.mark.parametrize(
-    "scores", [Scores(0.125), Scores(0.3, window=10), Scores(0.3, 20, 5.0), Scores(1.0, 0, 2.0)]
+    "scores",
+    [
+        AttentionOptions(0.125),
+        AttentionOptions(0.3, window=10),
+        AttentionOptions(0.3, 20, 5.0),
+        AttentionOptions(1.0, 0, 2.0),
+    ],
 )
-def test_decode_matches_its_twin(heads: tuple[int, int], scores: Scores, dim: int) -> None:
+def test_decode_matches_its_twin(heads: tuple[int, int], scores: AttentionOptions, dim: int) -> None:
     torch.manual_seed(0)
     keys, values, tables, _ = paged(LENGTHS, heads[1], dim)
     q = torch.randn(len(LENGTHS), heads[0], dim)
@@ -57,11 +63,11 @@ def test_a_row_gets_the_same_bits_alone_and_among_others() -> None:
     keys, values, tables, _ = paged(LENGTHS, 3, 64)
     q, lengths = torch.randn(len(LENGTHS), 9, 64), torch.tensor(LENGTHS)
     k, v = torch.randn(2, len(LENGTHS), 3, 64)
-    together = decode_attention(q, k, v, keys, values, tables, lengths, Scores(0.125))
+    together = decode_attention(q, k, v, keys, values, tables, lengths, AttentionOptions(0.125))
     for i in range(len(LENGTHS)):
         own = slice(i, i + 1)
         alone = decode_attention(
-            q[own], k[own], v[own], keys, values, tables[own], lengths[own], Scores(0.125)
+            q[own], k[own], v[own], keys, values, tables[own], lengths[own], AttentionOptions(0.125)
         )
         assert torch.equal(alone, together[own])
 
@@ -75,10 +81,16 @@ def test_gather_returns_what_was_written() -> None:
 
 
 @pytest.mark.parametrize(
-    "scores", [Scores(0.2), Scores(0.2, window=7), Scores(0.2, 7, 3.0), Scores(0.2, 0, 3.0)]
+    "scores",
+    [
+        AttentionOptions(0.2),
+        AttentionOptions(0.2, window=7),
+        AttentionOptions(0.2, 7, 3.0),
+        AttentionOptions(0.2, 0, 3.0),
+    ],
 )
 @pytest.mark.parametrize(("n", "length"), [(33, 33), (5, 33), (1, 33)])
-def test_a_chunk_equals_token_by_token(scores: Scores, n: int, length: int) -> None:
+def test_a_chunk_equals_token_by_token(scores: AttentionOptions, n: int, length: int) -> None:
     torch.manual_seed(1)
     keys, values, tables, dense = paged([length], 2, 16)
     q = torch.randn(n, 4, 16)

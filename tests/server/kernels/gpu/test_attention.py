@@ -5,7 +5,7 @@ import torch
 
 from server.kernels.cpu.paged_attention import (
     BLOCK,
-    Scores,
+    AttentionOptions,
     decode_attention_reference,
     prefill_attention,
     write_pages,
@@ -18,7 +18,12 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:overflow encountered in exp"),  # numpy's, whose 1 / inf is 0, too
 ]
 
-SCORES = [Scores(0.125), Scores(0.3, window=10), Scores(0.3, 20, 5.0), Scores(1.0, 0, 2.0)]
+SCORES = [
+    AttentionOptions(0.125),
+    AttentionOptions(0.3, window=10),
+    AttentionOptions(0.3, 20, 5.0),
+    AttentionOptions(1.0, 0, 2.0),
+]
 
 
 @pytest.mark.parametrize(
@@ -31,7 +36,7 @@ SCORES = [Scores(0.125), Scores(0.3, window=10), Scores(0.3, 20, 5.0), Scores(1.
     ],
 )
 def test_decode_matches_its_twin(
-    heads: tuple[int, int], dim: int, scores: Scores, dtype: torch.dtype
+    heads: tuple[int, int], dim: int, scores: AttentionOptions, dtype: torch.dtype
 ) -> None:
     from server.kernels.gpu import decode_attention as ours
 
@@ -60,7 +65,7 @@ def test_decode_matches_its_twin(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("scores", [SCORES[0], SCORES[2]])
-def test_chunks_of_many_rows_match_their_twin(scores: Scores, dtype: torch.dtype) -> None:
+def test_chunks_of_many_rows_match_their_twin(scores: AttentionOptions, dtype: torch.dtype) -> None:
     from server.kernels.gpu.prefill_attention import chunk_attention, cut_chunks
 
     torch.manual_seed(1)

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from server.adapters.methods.affine_bank import apply, table_row
-from server.adapters.methods.change import Change
+from server.adapters.methods.affine_layout import AffineDelta
 from server.adapters.sites import Site
 from server.kernels.cpu.grouped_affine import COLUMNS
-from server.kernels.token_blocks import FIELDS, LARGE, SMALL, Plan, put_in_blocks
+from server.kernels.token_blocks import FIELDS, LARGE_BLOCK, SMALL_BLOCK, BlockPlan, put_in_blocks
 from tests.fixtures.gpu import DEVICE, TOLERANCE, needs_triton
 
 pytestmark = needs_triton
@@ -20,11 +20,11 @@ TOKENS = 90
 SPANS = [(1, 0, 1), (2, 89, 90), (3, 4, 6), (4, 8, 78), (5, 78, 79), (6, 80, 82), (3, 84, 85), (7, 86, 87)]
 
 
-def change(rank: int, outputs: int, slot: int, dtype: torch.dtype) -> Change:
+def change(rank: int, outputs: int, slot: int, dtype: torch.dtype) -> AffineDelta:
     def random(*shape: int, scale: float = 1.0) -> torch.Tensor:
         return (scale * torch.randn(*shape)).to(DEVICE, dtype)
 
-    return Change(
+    return AffineDelta(
         "",
         a=random(rank, IN, scale=IN**-0.5) if rank else None,
         b=random(rank, outputs, scale=rank**-0.5) if rank else None,
@@ -33,10 +33,10 @@ def change(rank: int, outputs: int, slot: int, dtype: torch.dtype) -> Change:
     )
 
 
-def plan_of(spans: list[tuple[int, int, int]], size: int, ranks: int, spare: int = 2) -> Plan:
+def plan_of(spans: list[tuple[int, int, int]], size: int, ranks: int, spare: int = 2) -> BlockPlan:
     """With `spare` empty blocks and places at the end, as a recorded step has them."""
     order, blocks = put_in_blocks(spans, size)
-    return Plan(
+    return BlockPlan(
         torch.tensor(order + [0] * spare, device=DEVICE),
         torch.tensor(blocks + [0] * FIELDS * spare, device=DEVICE).view(-1, FIELDS),
         size,
@@ -47,7 +47,7 @@ def plan_of(spans: list[tuple[int, int, int]], size: int, ranks: int, spare: int
 def expected_of(
     x: torch.Tensor,
     y: torch.Tensor,
-    changes: dict[tuple[int, int], Change],
+    changes: dict[tuple[int, int], AffineDelta],
     outputs: list[int],
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
@@ -64,7 +64,7 @@ def expected_of(
                     for name in ("a", "b", "gain", "bias")
                 }
                 apply(
-                    Change("", **parts),
+                    AffineDelta("", **parts),
                     Site("", "linear", IN, width, True),
                     x[start:end].float(),
                     found[start:end, columns],
@@ -76,11 +76,11 @@ def expected_of(
 @pytest.mark.parametrize(
     ("size", "outputs", "dtype"),
     [
-        (SMALL, [53], torch.float32),
-        (SMALL, [56, 24, 24], torch.bfloat16),
-        (SMALL, [56, 24], torch.float16),
-        (LARGE, [300, 40], torch.float32),
-        (LARGE, [56, 24, 24], torch.bfloat16),
+        (SMALL_BLOCK, [53], torch.float32),
+        (SMALL_BLOCK, [56, 24, 24], torch.bfloat16),
+        (SMALL_BLOCK, [56, 24], torch.float16),
+        (LARGE_BLOCK, [300, 40], torch.float32),
+        (LARGE_BLOCK, [56, 24, 24], torch.bfloat16),
     ],
 )
 def test_every_token_gets_its_own_adapter(size: int, outputs: list[int], dtype: torch.dtype) -> None:
@@ -126,9 +126,9 @@ def test_a_row_is_the_same_bit_for_bit_beside_others() -> None:
     tables = tables.to(DEVICE)
     x, y = torch.randn(20, IN, device=DEVICE), torch.randn(20, 40, device=DEVICE)
     together, alone = y.clone(), y.clone()
-    grouped_affine(x, together, plan_of([(1, 0, 18), (2, 18, 20)], SMALL, 64), tables, 0, [40], None)
+    grouped_affine(x, together, plan_of([(1, 0, 18), (2, 18, 20)], SMALL_BLOCK, 64), tables, 0, [40], None)
     for i in range(20):
-        grouped_affine(x, alone, plan_of([(2, i, i + 1)], SMALL, 16, spare=0), tables, 0, [40], None)
+        grouped_affine(x, alone, plan_of([(2, i, i + 1)], SMALL_BLOCK, 16, spare=0), tables, 0, [40], None)
     assert torch.equal(together, alone)
 
 
@@ -138,7 +138,7 @@ def test_an_embedding_looks_rows_up(dtype: torch.dtype) -> None:
 
     torch.manual_seed(2)
     changes = [
-        Change("", torch.randn(30, rank).to(DEVICE, dtype), torch.randn(rank, 24).to(DEVICE, dtype))
+        AffineDelta("", torch.randn(30, rank).to(DEVICE, dtype), torch.randn(rank, 24).to(DEVICE, dtype))
         for rank in (2, 16, 33)
     ]
     tables = torch.zeros(4, 1, COLUMNS, dtype=torch.int64)
@@ -151,9 +151,9 @@ def test_an_embedding_looks_rows_up(dtype: torch.dtype) -> None:
     expected = y.float()
     site = Site("", "embedding", 30, 24, False)
     for slot, start, end in spans:
-        own = Change("", changes[slot - 1].a.float(), changes[slot - 1].b.float())  # type: ignore[union-attr]
+        own = AffineDelta("", changes[slot - 1].a.float(), changes[slot - 1].b.float())  # type: ignore[union-attr]
         apply(own, site, ids[start:end], expected[start:end], None)
-    grouped_affine(ids, y, plan_of(spans, SMALL, 64), tables.to(DEVICE), 0, [24], None)
+    grouped_affine(ids, y, plan_of(spans, SMALL_BLOCK, 64), tables.to(DEVICE), 0, [24], None)
     scale = float(expected.abs().max())
     torch.testing.assert_close(y.float(), expected, atol=scale * TOLERANCE[dtype], rtol=TOLERANCE[dtype])
 
@@ -164,7 +164,7 @@ def test_nobody_costs_nothing() -> None:
     x, y = torch.randn(3, IN, device=DEVICE), torch.randn(3, 8, device=DEVICE)
     before = y.clone()
     tables = torch.zeros(2, 1, COLUMNS, dtype=torch.int64, device=DEVICE)
-    grouped_affine(x, y, plan_of([], SMALL, 16, spare=0), tables, 0, [8], None)
-    grouped_affine(x, y, plan_of([], SMALL, 16, spare=3), tables, 0, [8], None)
-    grouped_affine(x, y, plan_of([(1, 0, 2)], SMALL, 16), tables, 0, [8], None)  # an empty slot
+    grouped_affine(x, y, plan_of([], SMALL_BLOCK, 16, spare=0), tables, 0, [8], None)
+    grouped_affine(x, y, plan_of([], SMALL_BLOCK, 16, spare=3), tables, 0, [8], None)
+    grouped_affine(x, y, plan_of([(1, 0, 2)], SMALL_BLOCK, 16), tables, 0, [8], None)  # an empty slot
     assert torch.equal(y, before)

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from server.adapters.methods.bottleneck_bank import Change, apply, table_row
+from server.adapters.methods.bottleneck_bank import BottleneckDelta, apply, table_row
 from server.kernels.cpu.grouped_bottleneck import COLUMNS, INPUTS, NON_LINEARITIES
-from server.kernels.token_blocks import LARGE, SMALL
+from server.kernels.token_blocks import LARGE_BLOCK, SMALL_BLOCK
 from tests.fixtures.gpu import DEVICE, TOLERANCE, needs_triton
 from tests.server.kernels.gpu.test_grouped_affine import plan_of
 
@@ -22,11 +22,13 @@ KINDS = [(width, name, eps) for width, name in zip((1, 5, 64), INPUTS, strict=Tr
 SPANS = [(1, 0, 1), (2, 89, 90), (3, 4, 6), (4, 8, 78), (5, 78, 79), (6, 80, 82), (7, 83, 84)]
 
 
-def change(width: int, non_linearity: str, input_: str, epsilon: float, dtype: torch.dtype) -> Change:
+def change(
+    width: int, non_linearity: str, input_: str, epsilon: float, dtype: torch.dtype
+) -> BottleneckDelta:
     def random(*shape: int, scale: float = 1.0) -> torch.Tensor:
         return (scale * torch.randn(*shape)).to(DEVICE, dtype)
 
-    return Change(
+    return BottleneckDelta(
         site="",
         down=random(width, HIDDEN, scale=1 / math.sqrt(HIDDEN)),
         down_bias=random(width),
@@ -38,12 +40,12 @@ def change(width: int, non_linearity: str, input_: str, epsilon: float, dtype: t
     )
 
 
-def in_float(own: Change) -> Change:
+def in_float(own: BottleneckDelta) -> BottleneckDelta:
     parts = (own.down.float(), own.down_bias.float(), own.up.float(), own.up_bias.float())
-    return Change("", *parts, own.non_linearity, own.input, own.epsilon)
+    return BottleneckDelta("", *parts, own.non_linearity, own.input, own.epsilon)
 
 
-@pytest.mark.parametrize("size", [SMALL, LARGE])
+@pytest.mark.parametrize("size", [SMALL_BLOCK, LARGE_BLOCK])
 @pytest.mark.parametrize(
     ("dtype", "non_linearity"),
     [(torch.float32, name) for name in NON_LINEARITIES] + [(torch.bfloat16, "gelu"), (torch.float16, "silu")],

@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
-from server.adapters.cache.share import Shares
-from server.adapters.cache.tiers import DiskTier, RamTier
+from server.adapters.cache.disk_tier import DiskTier
+from server.adapters.cache.eviction_policy import FairShares
+from server.adapters.cache.ram_tier import RamTier
 from server.errors import StoreError
 from tests.fixtures.slots import Clock
 
@@ -27,7 +28,7 @@ class Item:
 def load(tier: RamTier[Item], digest: str, nbytes: int, room: int = 0, tenant: str = "t") -> None:
     tier.touch(digest, tenant)
     tier.reserve(digest, tenant, room or nbytes)
-    tier.fill(digest, Item(nbytes))
+    tier.insert(digest, Item(nbytes))
 
 
 def blob(i: int, size: int = 40) -> bytes:
@@ -39,7 +40,7 @@ def name(i: int, size: int = 40) -> str:
 
 
 def write(tier: DiskTier, i: int, size: int = 40, tenant: str = "t") -> bool:
-    tier.shelf.shares.note(tenant)
+    tier.index.shares.record(tenant)
     tier.touch(name(i, size), tenant)
     return tier.write(name(i, size), tenant, memoryview(blob(i, size)))
 
@@ -69,7 +70,7 @@ def test_a_load_has_its_room_before_it_begins() -> None:
     load(tier, "a", 30)
     tier.reserve("b", "t", 80)
     assert (tier.nbytes, tier.get("a"), tier.get("b")) == (80, None, None)
-    tier.fill("b", Item(20), extra=30)
+    tier.insert("b", Item(20), extra=30)
     assert tier.nbytes == 50
     tier.trim("b", Item(20))  # another one's
     assert tier.nbytes == 50
@@ -135,13 +136,13 @@ def test_whoever_waits_for_room_is_told_when_the_engine_stops() -> None:
 
 
 def test_a_flood_does_not_empty_anothers_ram() -> None:
-    shares = Shares(Clock())
+    shares = FairShares(Clock())
     tier = RamTier[Item](100, shares)
     for i in range(4):
-        shares.note("B")
+        shares.record("B")
         load(tier, f"b{i}", 10, tenant="B")
     for i in range(200):
-        shares.note("A")
+        shares.record("A")
         load(tier, f"a{i}", 10, tenant="A")
     assert all(tier.get(f"b{i}") for i in range(4))
     assert tier.nbytes == 100
@@ -295,7 +296,7 @@ def test_a_scan_does_not_wear_the_disk_out(tmp_path: Path) -> None:
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from server.adapters.cache.tiers import DiskTier
+from server.adapters.cache.disk_tier import DiskTier
 data, place = bytes([7]) * 100_000, int(sys.argv[2])
 tier = DiskTier(Path(sys.argv[1]), 1 << 20)
 opened, replaced = Path.open, Path.replace

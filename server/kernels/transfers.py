@@ -1,0 +1,35 @@
+"""Copies between host and device that neither side waits for."""
+
+from collections.abc import Sequence
+from itertools import chain
+
+import torch
+
+
+def send(values: Sequence[float], device: torch.device, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+    """On the device. The copy is not waited for: its source is pinned."""
+    pinned = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
+    return pinned.to(device, non_blocking=True)
+
+
+def upload(parts: Sequence[Sequence[int]], device: torch.device) -> list[torch.Tensor]:
+    """Each part as int64 on the device, in one copy."""
+    flat = send([*chain.from_iterable(parts)], device)
+    return list(torch.split(flat, [len(part) for part in parts]))
+
+
+class Download:
+    """Tensors on their way to the host, which may do other things meanwhile, as may the device."""
+
+    def __init__(self, parts: Sequence[torch.Tensor]) -> None:
+        self._parts, self._event = list(parts), None
+        if parts[0].is_cuda:
+            pinned = [torch.empty(part.shape, dtype=part.dtype, pin_memory=True) for part in parts]
+            self._parts = [to.copy_(part, non_blocking=True) for to, part in zip(pinned, parts, strict=True)]
+            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._event.record()
+
+    def wait(self) -> list[torch.Tensor]:
+        if self._event:
+            self._event.synchronize()
+        return self._parts
