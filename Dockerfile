@@ -16,15 +16,15 @@ ARG TORCH_INDEX_URL=
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PIP_ROOT_USER_ACTION=ignore
 RUN python -m venv /venv
 WORKDIR /src
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml constraints.txt README.md LICENSE ./
 # torch alone from the index given, so that no other package can come from there
 RUN torch=$(python -c 'import tomllib; print(tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"][0])') \
     && if [ -n "${TORCH_INDEX_URL}" ]; then \
-        /venv/bin/pip install --no-deps --index-url "${TORCH_INDEX_URL}" "${torch}"; \
+        /venv/bin/pip install --constraint constraints.txt --no-deps --index-url "${TORCH_INDEX_URL}" "${torch}"; \
     fi
 COPY adapters_store adapters_store
 COPY server server
-RUN /venv/bin/pip install --only-binary :all: --no-binary polypeft . \
+RUN /venv/bin/pip install --constraint constraints.txt --only-binary :all: --no-binary polypeft . \
     && /venv/bin/pip check \
     && /venv/bin/python -c "import sys, torch; found = 'cuda' if torch.version.cuda else 'cpu'; \
 found == '${VARIANT}' or sys.exit(f'VARIANT=${VARIANT}, but torch {torch.__version__} is built for {found}: see TORCH_INDEX_URL')"

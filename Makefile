@@ -3,12 +3,18 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help serve test test-avx2 lint format bench clean
+# Tests wait for processes and sockets a third of their time: one worker more than there are cores.
+WORKERS ?= $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1)
+PARALLEL := -n $(WORKERS) --dist loadfile
+INSTALL := $(BIN)/python -m pip install --constraint constraints.txt --editable
+
+.PHONY: help serve test test-avx2 lint format bench constraints clean
 
 help:
 	@echo "make serve   install, fetch the default model, serve on http://127.0.0.1:8000"
 	@echo "make test    install with the test tools, run all tests"
 	@echo "make test-avx2   what may depend on the processor's instructions, with those beyond AVX2 hidden"
+	@echo "make constraints   write the installed versions into constraints.txt"
 	@echo "make lint    ruff and mypy --strict        make format   let ruff rewrite"
 	@echo "make bench   mixed batches against PEFT    make clean    remove what make made, but no data"
 
@@ -16,10 +22,10 @@ serve: $(VENV)/.serve
 	$(BIN)/polypeft serve $(ARGS)
 
 test: $(VENV)/.develop
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 
 test-avx2: $(VENV)/.develop
-	$(BIN)/python -m tests.avx2 $(ARGS)
+	$(BIN)/python -m tests.avx2 $(PARALLEL) $(ARGS)
 
 lint: $(VENV)/.develop
 	$(BIN)/ruff check
@@ -33,15 +39,21 @@ format: $(VENV)/.develop
 bench: $(VENV)/.develop
 	$(BIN)/python -m benchmarks.mixed_batch $(ARGS)
 
+# After an upgrade by hand and a run of .ci/run: keep what it ran with. Triton's version is torch's to choose.
+constraints:
+	@sed -n '/^#/p' constraints.txt > constraints.new
+	$(BIN)/python -m pip freeze --exclude-editable --exclude triton --exclude vllm | sed 's/+cpu$$//' >> constraints.new
+	mv constraints.new constraints.txt
+
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
-$(VENV)/.serve: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --editable .
+$(VENV)/.serve: pyproject.toml constraints.txt | $(BIN)/python
+	$(INSTALL) .
 	touch $@
 
-$(VENV)/.develop: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --editable '.[dev]'
+$(VENV)/.develop: pyproject.toml constraints.txt | $(BIN)/python
+	$(INSTALL) '.[dev]'
 	touch $@ $(VENV)/.serve
 
 $(BIN)/python:
