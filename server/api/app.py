@@ -46,7 +46,6 @@ from server.files.files import FileStore
 from server.files.uploads import Uploads
 from server.finetune.jobs.jobs import Jobs
 from server.finetune.jobs.publisher import Publisher
-from server.finetune.jobs.queue import WorkerQueue
 from server.metrics import Metrics
 from server.settings import Settings, multiprocess_dir
 from server.tenancy.keys import operator_key
@@ -111,7 +110,6 @@ def build_app(settings: Settings, tracing: Tracing | None = None) -> FastAPI:
             await asyncio.gather(work, return_exceptions=True)
             await services.engine.close()
             await services.redis.aclose()
-            services.queue.close()
             if tracing is not None:
                 await asyncio.to_thread(tracing.close)
 
@@ -151,7 +149,6 @@ def build_services(settings: Settings) -> Services:
     redis.on_call = metrics.on_valkey_call
     engine = EngineClient(settings.engine_socket, on_stats=metrics.absorb)
     metrics.engine_up = lambda: engine.answers
-    queue = WorkerQueue(settings.redis_url)
     objects = Objects.open(settings.store_url, settings.store_config)
     objects.on_call = metrics.on_store_call
     metrics.breaker = lambda: objects.breaker.state
@@ -190,7 +187,6 @@ def build_services(settings: Settings) -> Services:
             max_pending=settings.max_uploads_per_tenant,
         ),
         directs=PresignedUploads(redis, settings.max_uploads_per_tenant),
-        jobs=Jobs(redis, queue, settings.max_jobs_per_tenant),
+        jobs=Jobs(redis, settings.max_jobs_per_tenant),
         pins=Pins(redis, settings.max_pins_per_tenant),
-        queue=queue,
     )

@@ -21,7 +21,6 @@ from server.errors import DeadlineExceeded, InvalidRequest, StartupError, Unavai
 from server.files.files import FileStore
 from server.files.uploads import Uploads
 from server.finetune.jobs.jobs import Jobs
-from server.finetune.jobs.queue import WorkerQueue
 from server.metrics import Metrics
 from server.settings import Settings
 from server.tenancy.pins import Pins
@@ -65,7 +64,6 @@ class Services:
     directs: PresignedUploads
     jobs: Jobs
     pins: Pins
-    queue: WorkerQueue
     checking: FairLock = field(default_factory=FairLock)  # training data: takes a core, and seconds
     tokenizing: FairLock = field(default_factory=FairLock)  # long prompts: one that fits may take a second
     following: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(FOLLOWERS))

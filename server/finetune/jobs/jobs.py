@@ -15,7 +15,7 @@ from server.errors import Conflict, InvalidField, NotFound, QuotaExceeded, shown
 from server.finetune.jobs import transitions_lua as lua
 from server.finetune.jobs.job import FixedPart, Job, new_event
 from server.finetune.jobs.leases import Leases
-from server.finetune.jobs.record_store import Publications, WorkerNotifier, decode_job, key
+from server.finetune.jobs.record_store import Publications, decode_job, key
 
 MAX_KEPT = 1000  # jobs of a tenant; the oldest that are done are forgotten
 SAME_SECONDS = 24 * 3600  # an idempotency key's life
@@ -31,12 +31,12 @@ class Same(NamedTuple):
 
 
 class Jobs(Leases, Publications):
-    def __init__(self, redis: Redis, queue: WorkerNotifier, max_active: int = 16) -> None:
-        super().__init__(redis, queue)
+    def __init__(self, redis: Redis, max_active: int = 16) -> None:
+        super().__init__(redis)
         self._max_active = max_active
 
     async def create(self, fixed: FixedPart, same: Same | None = None, *events: bytes) -> Job:
-        """Write the job down and call a worker. With a known `same`, the job that it made before.
+        """Write the job down and wake a worker. With a known `same`, the job that it made before.
 
         Raises QuotaExceeded over the cap on active jobs, InvalidField for a key of another request.
         """
@@ -58,7 +58,7 @@ class Jobs(Leases, Publications):
             raise QuotaExceeded(f"A tenant may have {self._max_active} unfinished fine-tuning jobs.")
         if answer:
             return await self.get(fixed.tenant, _same_job(text(answer), fingerprint))
-        await self._call(fixed.id, 0)
+        await self._wake_worker(fixed.id, 0)
         await self._forget_oldest(fixed.tenant)
         return await self.get(fixed.tenant, fixed.id)
 
@@ -113,7 +113,7 @@ class Jobs(Leases, Publications):
         """Raises Conflict for a job that is over. Nothing happens to one that is not paused."""
         job = await self._ask(lua.RESUME, tenant, id_, "The job has been resumed.")
         if job.phase == "queued":
-            await self._call(id_, 0)
+            await self._wake_worker(id_, 0)
         return job
 
     async def _ask(self, script: str, tenant: str, id_: str, event: str) -> Job:

@@ -24,7 +24,7 @@ from server.finetune.jobs.job import (
 from server.finetune.jobs.record_store import JobRecords, decode_job
 
 LEASE_SECONDS = 45.0  # three beats in a row, each of which waits for Valkey as long as its client does
-CALL_AGAIN_SECONDS = 30.0
+WAKE_AGAIN_SECONDS = 30.0
 MAX_ATTEMPTS = 5  # without a new checkpoint between them
 LOST = JobError("worker_lost", f"The training's worker was lost {MAX_ATTEMPTS} times without new progress.")
 
@@ -77,7 +77,7 @@ class Leases(JobRecords):
         queued = new_event("info", "The worker stops; the job goes on elsewhere from its last checkpoint.")
         answer = await self._run(lua.RELEASE, id_, fence, queued, new_event("info", "The job is paused."))
         if answer == b"queued":
-            await self._call(id_, 0)
+            await self._wake_worker(id_, 0)
         return answer.decode()  # type: ignore[no-any-return]  # what the script returns
 
     async def trained(self, id_: str, fence: int, result: TrainingResult) -> bool:
@@ -95,11 +95,11 @@ class Leases(JobRecords):
         record = msgspec.json.encode(error)
         answer = await self._run(lua.FAIL, id_, fence, "1" if retry else "", MAX_ATTEMPTS, record, event)
         if answer == b"queued":
-            await self._call(id_, 0)
+            await self._wake_worker(id_, 0)
         return answer.decode()  # type: ignore[no-any-return]  # what the script returns
 
     async def sweep(self) -> None:
-        """Take jobs back from workers whose lease has lapsed, and call again for those nobody came for.
+        """Take jobs back from workers whose lease has lapsed, and wake workers for jobs that none came for.
 
         Every worker and every API does this every few seconds.
         """
@@ -113,7 +113,7 @@ class Leases(JobRecords):
         with store_errors():
             waiting: Any = await self._redis.zrange("pp:jobs:queued", 0, -1)
         if waiting:
-            called = await self._queue.called()
+            pushed = await self._queue.waiting()
             for id_ in (id_.decode() for id_ in waiting):
-                if id_ not in called:
-                    await self._call(id_, CALL_AGAIN_SECONDS)
+                if id_ not in pushed:
+                    await self._wake_worker(id_, WAKE_AGAIN_SECONDS)

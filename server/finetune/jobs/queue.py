@@ -1,60 +1,42 @@
-"""How a worker is called: an rq job on the same Valkey, JSON only. Knows nothing of what the job is.
+"""The list in Valkey that wakes idle workers. It holds job ids; what is to be done, the job's record says.
 
-Only a call: it may be lost with a worker, or come twice. What a job's state is, and who has it, the records
-in `jobs` say; whoever is called asks them.
+    pp:worker-queue    list    job ids; workers take from the right
+
+An entry may be lost with the worker that took it, and a job may have two: taking a job is exclusive by its
+lease (see leases.py), and `sweep` pushes a job again that waits and has no entry.
+
+Before this list there was an rq queue. Keys `rq:*` that are still in a Valkey are never read; for a job that
+was enqueued there, `sweep` makes an entry here. The same holds while processes of both versions run.
 """
 
-import uuid
+from redis.asyncio import Redis
 
-from anyio.to_thread import run_sync
-from redis import Redis
-from redis.backoff import ExponentialWithJitterBackoff
-from redis.exceptions import ConnectionError, TimeoutError  # noqa: A004 - redis names them so
-from redis.retry import Retry
-from rq import Queue
-from rq.serializers import JSONSerializer
+from adapters_store.valkey import store_errors, text
 
-from adapters_store.valkey import ANSWER_SECONDS, CONNECT_SECONDS, store_errors
-
-NAME = "finetune"
-RUN = "server.finetune.worker.worker.run"  # by name: the caller imports no worker
-SEPARATOR = "_"
+QUEUE_KEY = "pp:worker-queue"
 
 
 class WorkerQueue:
-    """All calls raise StoreError when Valkey does not answer."""
+    """All calls raise StoreError."""
 
-    def __init__(self, url: str) -> None:
-        connection = Redis.from_url(
-            url,
-            socket_timeout=ANSWER_SECONDS,
-            socket_connect_timeout=CONNECT_SECONDS,
-            retry=Retry(ExponentialWithJitterBackoff(base=0.05, cap=0.5), retries=2),
-            retry_on_error=[ConnectionError, TimeoutError],
-        )
-        self._queue = Queue(NAME, connection=connection, serializer=JSONSerializer)
+    def __init__(self, redis: Redis) -> None:
+        self._redis = redis
 
-    async def call(self, job: str) -> None:
-        await run_sync(self._call, job)
-
-    async def called(self) -> set[str]:
-        """The jobs that a call waits for in the queue."""
-        return await run_sync(self._called)
-
-    def close(self) -> None:
-        self._queue.connection.close()
-
-    def _call(self, job: str) -> None:
+    async def push(self, job: str) -> None:
+        """Wake an idle worker for the job, or else the first that becomes idle."""
         with store_errors():
-            self._queue.enqueue_call(
-                RUN,
-                args=[job],
-                job_id=f"{job}{SEPARATOR}{uuid.uuid4().hex}",
-                timeout=-1,  # the worker keeps the limits itself: rq would raise in the middle of a step
-                result_ttl=0,
-                failure_ttl=3600,
-            )
+            await self._redis.lpush(QUEUE_KEY, job)
 
-    def _called(self) -> set[str]:
+    async def take(self, seconds: float) -> str | None:
+        """Remove and return the oldest entry; None if there is none for `seconds`.
+
+        The client gives up on any answer after ANSWER_SECONDS; `seconds` must be less.
+        """
         with store_errors():
-            return {call.partition(SEPARATOR)[0] for call in self._queue.job_ids}
+            entry = await self._redis.brpop([QUEUE_KEY], timeout=seconds)
+        return None if entry is None else text(entry[1])
+
+    async def waiting(self) -> set[str]:
+        """The jobs that have an entry."""
+        with store_errors():
+            return {text(job) for job in await self._redis.lrange(QUEUE_KEY, 0, -1)}

@@ -1,7 +1,7 @@
 """The job records in Valkey, as everybody reads and changes them. Knows the keys, not who may do what."""
 
 import logging
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
 from redis.asyncio import Redis
@@ -9,28 +9,20 @@ from redis.commands.core import AsyncScript
 
 from adapters_store.valkey import store_errors, text
 from server.errors import StoreError
-from server.finetune.jobs import transitions_lua as job_scripts
 from server.finetune.jobs import transitions_lua as lua
 from server.finetune.jobs.job import Checkpoint, Event, Job, JobError, new_event
+from server.finetune.jobs.queue import WorkerQueue
 
 log = logging.getLogger(__name__)
 JSON_FIELDS = ("error", "result", "result_files")
 
 
-class WorkerNotifier(Protocol):
-    """What `queue.WorkerQueue` is."""
-
-    async def call(self, job: str) -> None: ...
-
-    async def called(self) -> set[str]: ...
-
-
 class JobRecords:
     """All calls raise StoreError when Valkey does not answer: then nobody knows whether it happened."""
 
-    def __init__(self, redis: Redis, queue: WorkerNotifier) -> None:
+    def __init__(self, redis: Redis) -> None:
         self._redis = redis
-        self._queue = queue
+        self._queue = WorkerQueue(redis)
         self._scripts: dict[str, AsyncScript] = {}
 
     async def find(self, id_: str) -> Job | None:
@@ -69,9 +61,9 @@ class JobRecords:
         return sorted(decoded, key=lambda checkpoint: -checkpoint.step)
 
     async def _run(self, script: str, id_: str, *args: Any) -> Any:
-        """One of `job_scripts` on one job."""
+        """Run one script of transitions_lua.py on one job."""
         if script not in self._scripts:
-            self._scripts[script] = self._redis.register_script(job_scripts.PRELUDE + script)
+            self._scripts[script] = self._redis.register_script(lua.PRELUDE + script)
         with store_errors():
             return await self._scripts[script](args=[id_, *args])
 
@@ -81,14 +73,14 @@ class JobRecords:
             seconds, microseconds = await self._redis.time()
         return int(seconds) * 1000 + int(microseconds) // 1000
 
-    async def _call(self, id_: str, again_after: float) -> None:
-        """Call a worker for a job that waits, unless one was called within `again_after` seconds.
+    async def _wake_worker(self, id_: str, again_after: float) -> None:
+        """Wake a worker for a job that waits, unless one was woken for it within `again_after` seconds.
 
-        The job is safe either way: a call that fails is made again by whoever sweeps.
+        The job is safe either way: `sweep` repeats a wake-up that failed.
         """
         try:
-            if await self._run(job_scripts.CALL, id_, int(again_after * 1000)):
-                await self._queue.call(id_)
+            if await self._run(lua.WAKE, id_, int(again_after * 1000)):
+                await self._queue.push(id_)
         except StoreError as error:
             log.warning("No worker could be called for %s yet: %s", id_, error)
 

@@ -7,7 +7,7 @@
     pp:jobs:{tenant}            zset     job id, by creation
     pp:jobs:{tenant}:active     set      jobs that are not done
     pp:jobs:{tenant}:same:{..}  string   an idempotency key's hash -> "FINGERPRINT JOB"; expires
-    pp:jobs:queued              zset     jobs that wait for a worker, by when one was last called (ms)
+    pp:jobs:queued              zset     jobs that wait for a worker, by when one was last woken for them (ms)
     pp:jobs:leases              zset     jobs that a worker has, by when its lease ends (ms)
     pp:jobs:publishing          zset     trained jobs, by when they came (ms)
     pp:figures                  hash     finished:STATUS -> how many jobs have ended so (see stats.py)
@@ -228,10 +228,10 @@ set('lapsed', fence)
 return 'queued'
 """
 
-CALL = """
+WAKE = """
 if get('phase') ~= 'queued' then return '' end
-local called = tonumber(redis.call('ZSCORE', QUEUED, id) or 0)
-if called + ARGV[2] > now() then return '' end
+local woken = tonumber(redis.call('ZSCORE', QUEUED, id) or 0)
+if woken + ARGV[2] > now() then return '' end
 redis.call('ZADD', QUEUED, whole(now()), id)
 return redis.call('HGET', job, 'fence')
 """

@@ -34,7 +34,6 @@ from server.errors import (
 from server.files.files import FileStore
 from server.finetune.jobs.job import Job, JobError, TrainingResult, result_prefix
 from server.finetune.jobs.jobs import Jobs
-from server.finetune.jobs.queue import WorkerQueue
 from server.finetune.training.observer import Stopped
 from server.finetune.training.run import TrainingOutput, run_training
 from server.finetune.worker import job_errors as faults
@@ -79,7 +78,7 @@ class TrainingProcess:
         self._portal = portal
         self._folder = folder
         redis = connect(settings.redis_url)
-        self.jobs = Jobs(redis, WorkerQueue(settings.redis_url))
+        self.jobs = Jobs(redis)
         self._objects = Objects.open(settings.store_url, settings.store_config)
         self._objects.on_call = StoreCalls(folder).on_call
         self._files = FileStore(redis, self._objects)

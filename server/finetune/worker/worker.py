@@ -1,37 +1,29 @@
-"""The worker: waits for calls and runs one job at a time, each in a process of its own.
+"""The worker: takes job ids from the queue and runs one job at a time, each in a process of its own.
 
-rq brings the calls; whether there is anything to do, the job's record says. A call that is lost is made
-again by `Jobs.sweep`, which every worker runs every few seconds; one that comes twice finds nothing to take.
+An entry of the queue only says where to look; whether there is work, the job's record says. `Jobs.sweep`,
+which every worker runs every few seconds, pushes lost entries again. A second entry finds nothing to take.
 """
 
 import asyncio
 import logging
 import os
+import signal
 import socket
 import sys
 import threading
-import time
 import uuid
 from collections.abc import Sequence
-from types import FrameType
-from typing import Any
+from pathlib import Path
 
-from redis import Redis
-from redis.asyncio import Redis as AsyncRedis
-from redis.exceptions import RedisError, TimeoutError  # noqa: A004 - redis names it so
-from rq import SimpleWorker
-from rq.exceptions import StopRequested
-from rq.serializers import JSONSerializer
-from rq.timeouts import BaseDeathPenalty
-from rq.worker import WorkerStatus
+from redis.asyncio import Redis
 
 from adapters_store.maintenance.scheduled_deletes import ScheduledDeletes
 from adapters_store.object_store.store import Objects
 from adapters_store.registry.identity import prove_identity_in_time
-from adapters_store.valkey import CONNECT_SECONDS, connect
+from adapters_store.valkey import connect
 from server.errors import StartupError, StoreError
 from server.finetune.jobs.jobs import Jobs
-from server.finetune.jobs.queue import NAME, WorkerQueue
+from server.finetune.jobs.queue import WorkerQueue
 from server.finetune.jobs.stats import report
 from server.finetune.worker.attempt import Attempt
 from server.finetune.worker.metrics import WorkerMetrics
@@ -41,17 +33,15 @@ from server.settings import OFFLINE, SPINS, Settings, child_environment
 
 COMMAND = (sys.executable, "-m", "server.finetune")  # the child: it gets the job's id, its fence and a folder
 SWEEP_SECONDS = 5.0
-TAKE_SECONDS = 30.0  # for the stores to answer; after that the call is lost, and made again
-RQ_SECONDS = 60  # rq's life signs; its calls wait a quarter less at a time
+WAIT_SECONDS = 1.0  # for an entry of the queue; an idle worker that is told to stop ends as soon
+TAKE_SECONDS = 30.0  # for the stores to answer; after that the entry is lost, and `sweep` pushes it again
 FAREWELL_SECONDS = 1.0
-AGAIN_SECONDS = 2.0  # after rq has given up
+AGAIN_SECONDS = 2.0  # after Valkey has not answered
 
 log = logging.getLogger(__name__)
 
 
 class Worker:
-    """What `run` needs beside a job's id, and the order to stop."""
-
     def __init__(self, settings: Settings, command: Sequence[str] = COMMAND) -> None:
         if settings.redis_url is None:
             raise StartupError("A worker needs redis_url: the Valkey that its servers use.")
@@ -66,48 +56,72 @@ class Worker:
     def work(self) -> None:
         """Until SIGTERM or SIGINT. Valkey's absence is waited out. Raises StartupError."""
         asyncio.run(self._prove())
-        global _worker  # rq calls `run` by its name alone
-        _worker = self
         if self.settings.metrics_port:
             self._show(self.settings.metrics_host, self.settings.metrics_port)
         sweeping = threading.Thread(target=self._sweep, name="sweep", daemon=True)
         sweeping.start()
-        with worker_dir(self.settings.data_dir.absolute() / "finetune", self._name) as self._folder:
-            while not self.stopping:
-                try:
-                    _Calls(self).work(logging_level="WARNING")
-                except RedisError as error:
-                    log.warning("Valkey does not answer: %s", error)
-                if not self.stopping:
-                    time.sleep(AGAIN_SECONDS)
+        with worker_dir(self.settings.data_dir.absolute() / "finetune", self._name) as folder:
+            asyncio.run(self._run_jobs(folder))
         self._over.set()
         sweeping.join(FAREWELL_SECONDS)
 
-    async def attempt(self, id_: str) -> None:
-        """Train the job, if it is there to be trained. Raises StoreError; the job is safe then as well."""
-        redis, queue = connect(self.url), WorkerQueue(self.url)
+    def stop(self) -> None:
+        """Take no more jobs; the one that runs saves what it has and goes back to the queue."""
+        self.stopping = True
+
+    async def _run_jobs(self, folder: Path) -> None:
+        """Run each job that the queue names, until `stop`."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, self.stop)
+        async with connect(self.url) as redis:
+            jobs, queue = Jobs(redis), WorkerQueue(redis)
+            while not self.stopping:
+                id_ = await self._next_job(queue)
+                if id_ is not None:
+                    await self._run_job(jobs, id_, folder)
+
+    async def _next_job(self, queue: WorkerQueue) -> str | None:
+        """The next entry of the queue; None if none has come or Valkey does not answer."""
         try:
-            jobs = Jobs(redis, queue)
-            name = f"{self._name}-{uuid.uuid4().hex}"
-            with attempt_dir(self._folder, id_) as folder:  # first: a disk without room takes no job
-                job = await retry_on_outage(lambda: jobs.take(id_, name), TAKE_SECONDS, lambda: self.stopping)
-                if job is None:
-                    log.info("Job %s: not waiting for a worker", id_)
-                    return
-                attempt = Attempt(
-                    jobs,
-                    job,
-                    command=self._command,
-                    environment=self._environment(),
-                    folder=folder,
-                    disk_bytes=self.settings.max_training_disk_bytes,
-                    stopping=lambda: self.stopping,
-                    tally=self.tally,
-                )
-                await attempt.run()
-        finally:
-            queue.close()
-            await redis.aclose()
+            id_ = await queue.take(WAIT_SECONDS)
+            if id_ is None or not self.stopping:
+                return id_
+            await queue.push(id_)  # for another worker
+        except StoreError as error:
+            log.warning("Valkey does not answer: %s", error.message)
+            await asyncio.sleep(AGAIN_SECONDS)
+        return None
+
+    async def _run_job(self, jobs: Jobs, id_: str, folder: Path) -> None:
+        """`_attempt`, whose errors end nothing: the job goes on where `sweep` finds it."""
+        try:
+            await self._attempt(jobs, id_, folder)
+        except StoreError as error:
+            log.warning("Job %s: left to whoever sweeps: %s", id_, error.message)
+        except OSError as error:
+            log.warning("Job %s: left to whoever sweeps: %s", id_, error.strerror)
+        except Exception:
+            log.exception("Job %s: the worker failed; left to whoever sweeps", id_)
+
+    async def _attempt(self, jobs: Jobs, id_: str, folder: Path) -> None:
+        """Train the job, if it is there to be trained. Raises StoreError; the job is safe then as well."""
+        name = f"{self._name}-{uuid.uuid4().hex}"
+        with attempt_dir(folder, id_) as job_folder:  # first: a disk without room takes no job
+            job = await retry_on_outage(lambda: jobs.take(id_, name), TAKE_SECONDS, lambda: self.stopping)
+            if job is None:
+                log.info("Job %s: not waiting for a worker", id_)
+                return
+            attempt = Attempt(
+                jobs,
+                job,
+                command=self._command,
+                environment=self._environment(),
+                folder=job_folder,
+                disk_bytes=self.settings.max_training_disk_bytes,
+                stopping=lambda: self.stopping,
+                tally=self.tally,
+            )
+            await attempt.run()
 
     async def _prove(self) -> None:
         """That the servers of this Valkey use the same store. Raises StartupError."""
@@ -130,7 +144,7 @@ class Worker:
         except StartupError as error:
             log.error("No figures: %s", error.message)
 
-    async def _tell(self, redis: AsyncRedis) -> None:
+    async def _tell(self, redis: Redis) -> None:
         """Everybody what this worker does, for their figures. Raises StoreError."""
         news = self.tally.news()
         worker = self._name.rpartition("-")[2]
@@ -141,7 +155,7 @@ class Worker:
         asyncio.run(self._sweep_for_ever())
 
     async def _sweep_for_ever(self) -> None:
-        jobs = Jobs(redis := connect(self.url), WorkerQueue(self.url))
+        jobs = Jobs(redis := connect(self.url))
         objects = Objects.open(self.settings.store_url, self.settings.store_config)
         objects.on_call = self.tally.store.on_call
         doomed = ScheduledDeletes(redis, objects)
@@ -159,73 +173,6 @@ class Worker:
             await self._tell(redis)  # how the last job went
         except StoreError as error:
             log.warning("The last figures are lost: %s", error.message)
-
-
-class _NoTimeLimit(BaseDeathPenalty):
-    """rq would raise in the middle of a job; `Attempt` keeps the time."""
-
-    def setup_death_penalty(self) -> None:
-        pass
-
-    def cancel_death_penalty(self) -> None:
-        pass
-
-
-class _Calls(SimpleWorker):
-    """rq's worker, which calls `run` in this process. It takes orders from signals only."""
-
-    death_penalty_class = _NoTimeLimit
-    max_connection_wait_time = 5.0
-
-    def __init__(self, worker: Worker) -> None:
-        connection = Redis.from_url(
-            worker.url, socket_connect_timeout=CONNECT_SECONDS, health_check_interval=30
-        )
-        super().__init__(
-            [NAME],
-            connection=connection,
-            serializer=JSONSerializer,
-            worker_ttl=RQ_SECONDS,
-            log_job_description=False,
-        )
-        self.log_result_lifespan = False
-        self._worker = worker
-
-    def dequeue_job_and_maintain_ttl(self, *args: Any, **options: Any) -> Any:
-        """rq's own worker quits when Valkey is too slow to answer; this one asks again."""
-        while True:
-            try:
-                return super().dequeue_job_and_maintain_ttl(*args, **options)
-            except TimeoutError:
-                log.warning("Valkey was too slow to answer; asking for jobs again")
-
-    def subscribe(self) -> None:
-        """No orders over Valkey: rq's thread for them would end at an outage."""
-
-    def request_stop(self, signum: int, frame: FrameType | None) -> None:  # noqa: ARG002 - a signal handler
-        """A job that runs is told by `stopping`, and saves; rq's own way asks Valkey, which may be gone."""
-        self._worker.stopping = self._stop_requested = True
-        if self.get_state() != WorkerStatus.BUSY:
-            raise StopRequested
-
-    def request_force_stop(self, signum: int, frame: FrameType | None) -> None:
-        self.request_stop(signum, frame)
-
-
-_worker: Worker | None = None
-
-
-def run(job: str) -> None:
-    """What a call calls (see `queue`). How the job went stands in its record, not here."""
-    assert _worker is not None, "rq runs in a process that is no worker of ours"
-    try:
-        asyncio.run(_worker.attempt(job))
-    except StoreError as error:
-        log.warning("Job %s: left to whoever sweeps: %s", job, error.message)
-    except OSError as error:
-        log.warning("Job %s: left to whoever sweeps: %s", job, error.strerror)
-    except Exception:
-        log.exception("Job %s: the worker failed; left to whoever sweeps", job)
 
 
 def serve(settings: Settings) -> None:

@@ -13,7 +13,7 @@ from server.finetune.jobs import jobs as module
 from server.finetune.jobs import leases
 from server.finetune.jobs.job import Checkpoint, JobError, Progress
 from server.finetune.jobs.jobs import Jobs, Same
-from server.finetune.jobs.queue import WorkerQueue
+from server.finetune.jobs.queue import QUEUE_KEY, WorkerQueue
 from server.finetune.jobs.transitions_lua import MAX_EVENTS
 from tests.fixtures.jobs import fixed, lapse, result, taken
 
@@ -29,7 +29,7 @@ async def test_from_creation_to_success(jobs: Jobs, queue: WorkerQueue, redis: R
     job = await jobs.create(fixed(metadata={"a": "ü"}, validation_file="file-2"))
     assert (job.status, job.phase, job.fence, job.metadata) == ("queued", "queued", 1, {"a": "ü"})
     assert job.recipe == fixed().recipe
-    assert await queue.called() == {ID}
+    assert await queue.waiting() == {ID}
     job = await taken(jobs)
     assert (job.status, job.phase, job.fence, job.attempts) == ("running", "training", 2, 1)
     assert job.started is not None
@@ -161,14 +161,14 @@ async def test_a_lapsed_lease_goes_back_to_the_queue_and_a_live_one_stays(
 ) -> None:
     await jobs.create(fixed())
     await taken(jobs)
-    await redis.delete("rq:queue:finetune")
+    await redis.delete(QUEUE_KEY)
     await jobs.sweep()
     assert (await jobs.get("t", ID)).phase == "training"
     await lapse(redis)
     await jobs.sweep()
     job = await jobs.get("t", ID)
     assert (job.phase, job.status, job.attempts) == ("queued", "queued", 1)
-    assert await queue.called() == {ID}
+    assert await queue.waiting() == {ID}
     assert "lost" in (await messages(jobs))[-1]
 
 
@@ -326,33 +326,47 @@ async def test_a_worker_lost_while_pausing_leaves_a_paused_job(jobs: Jobs, redis
     assert (await jobs.get("t", ID)).phase == "paused"
 
 
-async def test_a_call_that_got_lost_is_made_again(
+async def test_an_entry_that_got_lost_is_pushed_again(
     jobs: Jobs, redis: Redis, queue: WorkerQueue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await jobs.create(fixed())
     await jobs.sweep()
-    assert await redis.llen("rq:queue:finetune") == 1, "the call still waits"
-    await redis.delete("rq:queue:finetune")
+    assert await redis.llen(QUEUE_KEY) == 1, "the entry still waits"
+    await redis.delete(QUEUE_KEY)
     await jobs.sweep()
-    assert await queue.called() == set(), "whoever was called may be on the way"
+    assert await queue.waiting() == set(), "the worker that took it may be on its way"
     await redis.zadd("pp:jobs:queued", {ID: 1})
     await asyncio.gather(*(jobs.sweep() for _ in range(5)))
-    assert await redis.llen("rq:queue:finetune") == 1
+    assert await redis.llen(QUEUE_KEY) == 1
 
 
-async def test_a_job_whose_call_failed_is_there_and_called_later(
+async def test_a_job_that_rq_was_to_bring_is_queued_again(
+    jobs: Jobs, redis: Redis, queue: WorkerQueue
+) -> None:
+    """A Valkey that an older version used: what rq has left there is not read."""
+    await jobs.create(fixed())
+    await redis.delete(QUEUE_KEY)
+    await redis.zadd("pp:jobs:queued", {ID: 1})
+    await redis.rpush("rq:queue:finetune", f"{ID}_0")
+    await redis.hset(f"rq:job:{ID}_0", mapping={"status": "queued", "timeout": -1})
+    await jobs.sweep()
+    assert await queue.take(0.1) == ID
+    assert await queue.take(0.1) is None
+
+
+async def test_a_job_whose_wake_up_failed_is_there_and_pushed_later(
     jobs: Jobs, queue: WorkerQueue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def broken(job: str) -> None:
+    async def broken(queue: WorkerQueue, job: str) -> None:
         raise StoreError("down")
 
     with monkeypatch.context() as patch:
-        patch.setattr(queue, "call", broken)
+        patch.setattr(WorkerQueue, "push", broken)
         await jobs.create(fixed())
     assert (await jobs.get("t", ID)).phase == "queued"
-    monkeypatch.setattr(leases, "CALL_AGAIN_SECONDS", 0)
+    monkeypatch.setattr(leases, "WAKE_AGAIN_SECONDS", 0)
     await jobs.sweep()
-    assert await queue.called() == {ID}
+    assert await queue.waiting() == {ID}
 
 
 async def test_events_page_both_ways_and_are_bounded(jobs: Jobs, redis: Redis) -> None:

@@ -32,7 +32,6 @@ from server.finetune.jobs import transitions_lua as job_scripts
 from server.finetune.jobs.job import Job, JobError, StoredFile, result_prefix
 from server.finetune.jobs.jobs import Jobs
 from server.finetune.jobs.publisher import Publisher
-from server.finetune.jobs.queue import WorkerQueue
 from tests.fixtures.jobs import RECIPE, fixed, result, taken
 
 pytestmark = pytest.mark.anyio
@@ -86,9 +85,9 @@ def manifest(
 class System:
     """A publisher with its own connections to the same stores."""
 
-    def __init__(self, redis: Redis, objects: Any, queue: WorkerQueue, max_adapters: int = 10) -> None:
+    def __init__(self, redis: Redis, objects: Any, max_adapters: int = 10) -> None:
         self.redis, self.objects = redis, objects
-        self.jobs = Jobs(redis, queue)
+        self.jobs = Jobs(redis)
         self.files = FileStore(redis, objects)
         self.registry = Registry(objects, redis, max_adapters)
         self.gate = Gate(self.registry)
@@ -138,8 +137,8 @@ def _without_delays(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def system(redis: Redis, objects: Objects, queue: WorkerQueue) -> System:
-    return System(redis, objects, queue)
+def system(redis: Redis, objects: Objects) -> System:
+    return System(redis, objects)
 
 
 async def test_a_trained_job_becomes_a_version(system: System) -> None:
@@ -216,10 +215,8 @@ async def test_what_the_gate_refuses_fails_with_its_sentence(system: System) -> 
     assert await system.versions() == []
 
 
-async def test_a_base_that_changed_and_one_adapter_too_many_fail(
-    redis: Redis, objects: Objects, queue: WorkerQueue
-) -> None:
-    system = System(redis, objects, queue, max_adapters=1)
+async def test_a_base_that_changed_and_one_adapter_too_many_fail(redis: Redis, objects: Objects) -> None:
+    system = System(redis, objects, max_adapters=1)
     await system.trained("ftjob-1", name="a")
     system.gate.base_digest = "c" * 64
     await system.publisher.publish_all()
@@ -248,11 +245,11 @@ async def test_what_may_heal_is_tried_again_and_what_kills_the_engine_is_not(sys
 
 
 async def test_files_that_are_not_found_are_waited_for_and_left_to_whoever_has_them(
-    system: System, redis: Redis, queue: WorkerQueue, tmp_path: Path
+    system: System, redis: Redis, tmp_path: Path
 ) -> None:
     """A server that was started with another store must not fail the jobs of all others."""
     await system.trained()
-    lost = System(redis, Objects.open((tmp_path / "another").as_uri()), queue)
+    lost = System(redis, Objects.open((tmp_path / "another").as_uri()))
     for _ in range(publisher.MAX_TRIES + 2):
         await lost.publisher.publish_all()
     job = await system.jobs.get("t", ID)
@@ -284,7 +281,7 @@ async def test_files_that_come_back_are_published_and_the_wait_can_be_cancelled(
 
 async def test_tries_of_what_waits_become_rarer(system: System, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    waiting = System(system.redis, system.objects, WorkerQueue("redis://127.0.0.1:1"))
+    waiting = System(system.redis, system.objects)
     await system.trained()
     waiting.gate.error = Unavailable("The engine is not ready; try again in a moment.")
     for _ in range(5):
@@ -410,13 +407,12 @@ def cut_valkey(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> Callable[[Cut |
 async def test_death_at_any_point_leaves_exactly_one_version(
     redis: Redis,
     objects: Objects,
-    queue: WorkerQueue,
     cut_valkey: Callable[[Cut | None], None],
     after: bool,
     uploads: int,
 ) -> None:
     """`uploads`: one takes the number that the dead publisher had in mind."""
-    healthy = System(redis, objects, queue)
+    healthy = System(redis, objects)
     for at in range(1, 200):
         await redis.flushall()
         for key in await objects.list("tenants"):
@@ -425,7 +421,7 @@ async def test_death_at_any_point_leaves_exactly_one_version(
         await healthy.trained()
         cut = Cut(at, after=after)
         cut_valkey(cut)
-        dying = System(redis, CutObjects(objects, cut), queue)
+        dying = System(redis, CutObjects(objects, cut))
         survived = True
         try:
             await dying.publisher.publish_all()
@@ -459,7 +455,7 @@ async def _ours(system: System) -> list[int]:
 async def test_failing_stores_are_waited_for(system: System, seed: int) -> None:
     """One call in six fails, before or after it is done: some round gets through, and makes one version."""
     await system.trained()
-    flaky = System(system.redis, Flaky(system.objects, seed), system.jobs._queue)  # type: ignore[arg-type]
+    flaky = System(system.redis, Flaky(system.objects, seed))
     for _ in range(200):
         await flaky.publisher.publish_all()
         await system.unclaim()

@@ -8,17 +8,17 @@ from pathlib import Path
 
 import psutil
 import pytest
-from redis.exceptions import TimeoutError as SlowAnswer
-from rq import SimpleWorker
 
+from adapters_store import valkey
 from adapters_store.object_store.store import Objects
 from adapters_store.registry.identity import prove_identity
 from adapters_store.valkey import connect
 from server.child_process import REFUSED
 from server.finetune.jobs.jobs import Jobs
 from server.finetune.jobs.queue import WorkerQueue
+from server.finetune.worker import worker as worker_module
 from server.finetune.worker.attempt import SAVED
-from server.finetune.worker.worker import Worker, _Calls
+from server.finetune.worker.worker import Worker
 from tests.fixtures.jobs import fixed, result
 from tests.fixtures.workers import Plant, plant, stop, until
 
@@ -45,10 +45,8 @@ def site(tmp_path: Path) -> Iterator[Plant]:
 
 @pytest.fixture
 async def jobs(site: Plant) -> AsyncIterator[Jobs]:
-    redis, queue = connect(site.url), WorkerQueue(site.url)
-    yield Jobs(redis, queue)
-    queue.close()
-    await redis.aclose()
+    async with connect(site.url) as redis:
+        yield Jobs(redis)
 
 
 class Children:
@@ -177,21 +175,52 @@ async def test_a_worker_that_was_stopped_for_longer_than_its_lease_goes_on(site:
     assert len(children()) == 1
 
 
-def test_a_valkey_that_is_slow_to_answer_is_asked_again(
-    site: Plant, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+async def test_a_job_that_is_queued_twice_is_trained_once(
+    site: Plant, jobs: Jobs, children: Children
 ) -> None:
-    """rq's own worker would quit."""
-    answers: list[BaseException | None] = [SlowAnswer("Timeout reading from socket")] * 3 + [None]
+    for _ in range(2):
+        site.start_worker(site.folder / "child.py")
+    await jobs.create(fixed())
+    async with connect(site.url) as redis:
+        await WorkerQueue(redis).push(ID)
+    _, _, _, first = await children.wait(1)
+    await asyncio.to_thread(until, lambda: "not waiting for a worker" in site.log(), site.log)
+    await jobs.create(fixed("ftjob-2"))
+    job, _, _, second = await children.wait(2)
+    assert job == "ftjob-2"
+    assert first != second, "the idle worker is the one to wake"
+    assert len(children()) == 2
 
-    def dequeue(*_: object, **__: object) -> None:
-        if error := answers.pop(0):
-            raise error
 
-    monkeypatch.setattr(SimpleWorker, "dequeue_job_and_maintain_ttl", dequeue)
-    calls = _Calls(Worker(site.settings.model_copy(update={"redis_url": site.url})))
-    assert not calls.work()
-    assert not answers
-    assert "quitting" not in caplog.text
+async def test_a_valkey_that_is_slow_to_answer_is_asked_again(
+    site: Plant, jobs: Jobs, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(valkey, "ANSWER_SECONDS", 0.2)
+    monkeypatch.setattr(worker_module, "WAIT_SECONDS", 0.05)
+    monkeypatch.setattr(worker_module, "AGAIN_SECONDS", 0.0)
+    worker = Worker(site.settings.model_copy(update={"redis_url": site.url}))
+
+    async def next_job(queue: WorkerQueue) -> str:
+        while (id_ := await worker._next_job(queue)) is None:
+            pass
+        return id_
+
+    async with connect(site.url) as redis:
+        taking = asyncio.create_task(next_job(WorkerQueue(redis)))
+        with site.suspended_valkey():
+            await asyncio.to_thread(until, lambda: "Valkey does not answer" in caplog.text)
+        await jobs.create(fixed())
+        assert await taking == ID
+
+
+async def test_a_worker_that_is_told_to_stop_leaves_the_entry_to_another(site: Plant, jobs: Jobs) -> None:
+    worker = Worker(site.settings.model_copy(update={"redis_url": site.url}))
+    await jobs.create(fixed())
+    worker.stop()
+    async with connect(site.url) as redis:
+        queue = WorkerQueue(redis)
+        assert await worker._next_job(queue) is None
+        assert await queue.waiting() == {ID}
 
 
 async def test_a_worker_with_another_store_takes_no_job(site: Plant, jobs: Jobs, tmp_path: Path) -> None:
