@@ -1,4 +1,4 @@
-"""Who changed what of an adapter, newest first: the scripts that make the changes write it."""
+"""An adapter's audit log: who changed what. The scripts that make the changes write the entries."""
 
 from typing import Any
 
@@ -6,12 +6,12 @@ import msgspec
 
 from adapters_store.alias_target import AliasTarget, from_text
 
-MAX_ENTRIES = 200  # entries of an adapter
-KEPT_SECONDS = 90 * 24 * 3600  # of an adapter of which nothing is left
+MAX_ENTRIES = 200  # of one adapter; older ones are dropped
+KEPT_SECONDS = 90 * 24 * 3600  # after the adapter's last version was purged
 
 
 class AuditEntry(msgspec.Struct, frozen=True):
-    """One change, which took every alias it names from `before` to `after`; None: there was none, is none."""
+    """One change. It moved each alias from `before` to `after`; None: the alias does not exist."""
 
     id: str
     time: float  # Unix seconds
@@ -19,11 +19,12 @@ class AuditEntry(msgspec.Struct, frozen=True):
     action: str  # publish, alias, unalias, rollback, delete, purge, restore, index
     before: dict[str, AliasTarget | None]
     after: dict[str, AliasTarget | None]
-    added: tuple[int, ...]  # versions
+    added: tuple[int, ...]  # version numbers
     removed: tuple[int, ...]
 
 
 def decode_entry(record: bytes) -> AuditEntry:
+    """An entry from the JSON that the scripts write."""
     raw: dict[str, Any] = msgspec.json.decode(record)
     before = {alias: from_text(text) for alias, text in raw["before"].items()}
     after = {alias: from_text(text) for alias, text in raw["after"].items()}

@@ -1,10 +1,10 @@
-"""Names that callers choose, and the object keys made from them. No I/O.
+"""Names of adapters and aliases, and the object keys that are built from them. No I/O.
 
-    tenants/{tenant}/blobs/{sha256}.{token}                bytes, written first, under a key used never again
+    tenants/{tenant}/blobs/{sha256}.{token}                bytes, written first; the key is never reused
     tenants/{tenant}/adapters/{name}/{version:08d}.json    manifest, written last
-    tenants/{tenant}/deleted/{name}/{version:08d}.json     says when that version was deleted, while it is
+    tenants/{tenant}/deleted/{name}/{version:08d}.json     deletion mark, while that version is deleted
 
-A name that passes here can be a key's segment and a message's word; nothing else is asked of it.
+A valid name is safe as a segment of a key and as a word of a message.
 """
 
 from string import ascii_letters, digits
@@ -17,8 +17,8 @@ MAX_VERSION = 99_999_999
 LATEST = "latest"
 TENANTS = "tenants"
 
-_FIRST = frozenset(ascii_letters + digits)
-_REST = _FIRST | frozenset("._-")
+_FIRST_CHARACTERS = frozenset(ascii_letters + digits)
+_CHARACTERS = _FIRST_CHARACTERS | frozenset("._-")
 
 
 class ManifestKey(NamedTuple):
@@ -29,12 +29,15 @@ class ManifestKey(NamedTuple):
 
 def is_name(text: str) -> bool:
     return (
-        0 < len(text) <= MAX_NAME and text[0] in _FIRST and all(c in _REST for c in text) and ".." not in text
+        0 < len(text) <= MAX_NAME
+        and text[0] in _FIRST_CHARACTERS
+        and all(c in _CHARACTERS for c in text)
+        and ".." not in text
     )
 
 
 def check_name(text: str, param: str = "name") -> str:
-    """`text`, if an adapter or an alias may be called so."""
+    """`text`, if it is a valid name of an adapter or an alias. Raises InvalidField."""
     if not is_name(text):
         raise InvalidField(
             f"{param} {shown(text)} must have 1 to {MAX_NAME} letters, digits, '.', '_' or '-', begin with a "
@@ -45,7 +48,7 @@ def check_name(text: str, param: str = "name") -> str:
 
 
 def check_alias(text: str) -> str:
-    """`text`, if it may be an alias: what reads as a version number means that version."""
+    """`text`, if it is a valid alias; a version number is not. Raises InvalidField."""
     check_name(text, "alias")
     if version_number(text) is not None:
         raise InvalidField(f"alias {shown(text)} reads as a version number.", param="alias")
@@ -53,7 +56,7 @@ def check_alias(text: str) -> str:
 
 
 def version_number(selector: str) -> int | None:
-    """3 for "3" and "v3"; None for what is not a version number."""
+    """3 for "3" and "v3"; None for anything else."""
     number = selector.removeprefix("v")
     if not number or len(number) > len(str(MAX_VERSION)) or any(c not in digits for c in number):
         return None
@@ -61,12 +64,12 @@ def version_number(selector: str) -> int | None:
 
 
 def blob_key(tenant: str, sha256: str, token: str = "") -> str:
-    """`token` makes it a key that nobody else will ever write, read or remove."""
+    """A random `token` makes the key unique to one upload."""
     return f"{TENANTS}/{tenant}/blobs/{sha256}{'.' if token else ''}{token}"
 
 
 def blob_tenant(key: str) -> str | None:
-    """Whose blob lies at `key`; None for a manifest or anything else."""
+    """The tenant of the blob at `key`; None if `key` is no blob's."""
     match key.split("/"):
         case [root, tenant, "blobs", _file] if root == TENANTS:
             return tenant
@@ -86,12 +89,12 @@ def deleted_key(tenant: str, name: str, version: int) -> str:
 
 
 def parse_manifest_key(key: str) -> ManifestKey | None:
-    """Whose manifest lies at `key`; None for a blob or anything else."""
+    """The version whose manifest is at `key`; None if `key` is no manifest's."""
     return _parse(key, "adapters")
 
 
 def parse_deleted_key(key: str) -> ManifestKey | None:
-    """Which version the mark at `key` calls deleted; None for anything else."""
+    """The version whose deletion mark is at `key`; None if `key` is no mark's."""
     return _parse(key, "deleted")
 
 

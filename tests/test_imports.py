@@ -241,8 +241,13 @@ NO_TORCH = {
     "server.finetune.worker.worker",
     "server.tracing",
     "server.metrics",
+    "server.base_model.control_tokens",
+    "server.base_model.resolve",
     "adapters_store.registry.registry",
 }
+# It asks transformers for a folder's tokenizer, which loads no torch in a process that forbids it:
+# tests/server/base_model/test_text_process.py looks.
+TEXT = "server.base_model.tokenizer"
 WITH_TORCH = ["triton"]  # comes with its CUDA build, and is imported only where kernels/gpu.py says so
 MAX_LINES, MAX_FUNCTION_LINES, MAX_FOLDER_FILES = 300, 60, 16
 
@@ -307,6 +312,10 @@ def test_rooms_lead_one_way() -> None:
 def test_no_torch_comes_with_it(module: str) -> None:
     """Neither by itself nor by anything of ours it imports."""
     assert not reached(module) & {"torch", "transformers", "numba"}
+
+
+def test_text_brings_no_torch_of_ours() -> None:
+    assert "torch" not in reached(TEXT)
 
 
 def test_the_walk_sees_torch_where_it_is() -> None:

@@ -1,25 +1,26 @@
-"""The changes of the index, each the body of a script that `scripts.once` makes whole."""
+"""The changes of the index. Each defines `change`, which `lua_prelude.change_script` makes a script of."""
 
 ADD = """
 local version, record_, new = ARGV[5], ARGV[6], ARGV[7] == '1'
 local max, keep, max_bytes = tonumber(ARGV[8]), tonumber(ARGV[9]), tonumber(ARGV[10])
 
--- the number is used up, so that nobody else's manifest ever lies where this one has to be removed
+-- uses the number up: the refused manifest is removed next, and no other one may be at its key by then
 local function refuse(why)
   if tonumber(version) > highest() then redis.call('HSET', last, name, version) end
   return why
 end
 
-local function leaving()
+-- whether the store does not yet agree with the version's deletion
+local function deletion_pending()
   local prefix_, found = manifest_of(version) .. '#', false
-  for _, member in ipairs(redis.call('SMEMBERS', pending)) do
-    found = found or string.sub(member, 1, #prefix_) == prefix_
+  for _, task in ipairs(redis.call('SMEMBERS', pending)) do
+    found = found or string.sub(task, 1, #prefix_) == prefix_
   end
   return found
 end
 
--- beyond the newest `keep`, those that no alias points at
-local function retire(buried)
+-- deletes the versions beyond the newest `keep` that no alias points at
+local function delete_old(deleted)
   local numbers, named = {}, {}
   for text in pairs(all_of(versions)) do table.insert(numbers, tonumber(text)) end
   table.sort(numbers, function(a, b) return a > b end)
@@ -28,8 +29,8 @@ local function retire(buried)
   end
   for i = keep + 1, #numbers do
     if not named[numbers[i]] then
-      bury(numbers[i])
-      table.insert(buried, string.format('%d', numbers[i]))
+      delete_version(numbers[i])
+      table.insert(deleted, string.format('%d', numbers[i]))
     end
   end
 end
@@ -39,7 +40,7 @@ local function change()
   if there and new then return 'done' end
   if redis.call('HEXISTS', gone, version) == 1 then return 'deleted' end
   if new and tonumber(version) <= highest() then return 'deleted' end
-  if not new and not there and leaving() then return 'deleted' end
+  if not new and not there and deletion_pending() then return 'deleted' end
   local fresh = not redis.call('ZSCORE', names, name)
   if fresh and redis.call('ZCARD', names) >= max then return refuse('too many') end
   if new and total_bytes() + bytes_of(record_) > max_bytes then return refuse('too many bytes') end
@@ -52,22 +53,22 @@ local function change()
   if not there then add_bytes(bytes_of(record_)) end
   redis.call('HSET', versions, version, record_)
   if tonumber(version) > highest() then redis.call('HSET', last, name, version) end
-  local buried = {}
+  local deleted = {}
   if new and keep > 0 then
-    follow('publish')
-    retire(buried)
+    update_aliases('publish')
+    delete_old(deleted)
   end
-  record(before, new and 'publish' or 'index', there and {} or {version}, buried)
+  record(before, new and 'publish' or 'index', there and {} or {version}, deleted)
   return 'done'
 end
 """
 
-# of a version whose mark in the store says that it is deleted: an index that was lost learns of it again
+# a rebuild found a version whose mark in the store says that it is deleted
 ADD_GONE = """
 local function change()
   local version, entry, deleted = ARGV[5], ARGV[6], ARGV[7]
   if exists(version) then
-    moved(version)
+    add_task(version)
     return 'done'
   end
   if redis.call('HSETNX', gone, version, entry) == 1 then add_bytes(cjson.decode(entry).version.bytes) end
@@ -83,7 +84,7 @@ local function change()
   local alias, text, max, condition = ARGV[5], ARGV[6], tonumber(ARGV[7]), ARGV[8]
   if redis.call('EXISTS', versions) == 0 then return 'unknown' end
   if unmet(condition, alias) then return 'changed' end
-  if living(text) ~= text then return 'no version' end
+  if existing(text) ~= text then return 'no version' end
   local before = all_of(aliases)
   if not before[alias] and redis.call('HLEN', aliases) >= max then return 'too many' end
   if alias == 'latest' then pin_latest(text) else redis.call('HSET', aliases, alias, text) end
@@ -116,15 +117,15 @@ local function change()
   local alias, condition, before = ARGV[5], ARGV[6], all_of(aliases)
   if not before[alias] then return 'unknown' end
   if unmet(condition, alias) then return 'changed' end
-  local ahead, target = redis.call('HGET', state, 'undo:' .. alias) or '', nil
-  while ahead ~= '' and not target do
+  local undo, target = redis.call('HGET', state, 'undo:' .. alias) or '', nil
+  while undo ~= '' and not target do
     local text
-    text, ahead = string.match(ahead, '^([^|]*)|(.*)$')
-    local left = living(text)
+    text, undo = string.match(undo, '^([^|]*)|(.*)$')
+    local left = existing(text)
     if left and left ~= before[alias] then target = left end
   end
   if not target then return 'nothing' end
-  redis.call('HSET', state, 'undo:' .. alias, ahead)
+  redis.call('HSET', state, 'undo:' .. alias, undo)
   if alias == 'latest' then pin_latest(target) else redis.call('HSET', aliases, alias, target) end
   record(before, 'rollback', {}, {})
   return 'done'
@@ -133,20 +134,20 @@ end
 
 REMOVE = """
 local function change()
-  local only, purge, condition, before = ARGV[5], ARGV[6] == '1', ARGV[7], all_of(aliases)
+  local selected, purge, condition, before = ARGV[5], ARGV[6] == '1', ARGV[7], all_of(aliases)
   if redis.call('EXISTS', versions) == 0 then return 'unknown' end
   if unmet(condition) then return 'changed' end
   local removed, numbers = {}, {}
   for _, version in ipairs(redis.call('HKEYS', versions)) do
-    if only == '' or only == version then
+    if selected == '' or selected == version then
       table.insert(numbers, version)
       if purge then
         table.insert(removed, redis.call('HGET', versions, version))
         add_bytes(-bytes_of(removed[#removed]))
         redis.call('HDEL', versions, version)
-        moved(version)
+        add_task(version)
       else
-        table.insert(removed, bury(version))
+        table.insert(removed, delete_version(version))
       end
     end
   end
@@ -159,15 +160,17 @@ end
 
 PURGE = """
 local function change()
-  local only, cutoff, removed = ARGV[5], tonumber(ARGV[6]), {}
-  if only ~= '' and redis.call('HEXISTS', gone, only) == 0 then redis.call('ZREM', due, manifest_of(only)) end
+  local selected, cutoff, removed = ARGV[5], tonumber(ARGV[6]), {}
+  if selected ~= '' and redis.call('HEXISTS', gone, selected) == 0 then
+    redis.call('ZREM', due, manifest_of(selected))
+  end
   for version, entry in pairs(all_of(gone)) do
     local found = cjson.decode(entry)
-    if (only == '' or only == version) and found.deleted <= cutoff then
+    if (selected == '' or selected == version) and found.deleted <= cutoff then
       redis.call('HDEL', gone, version)
       add_bytes(-found.version.bytes)
       redis.call('ZREM', due, manifest_of(version))
-      moved(version)
+      add_task(version)
       table.insert(removed, version)
     end
   end
@@ -182,11 +185,11 @@ end
 
 RESTORE = """
 local function change()
-  local only, max = ARGV[5], tonumber(ARGV[6])
+  local selected, max = ARGV[5], tonumber(ARGV[6])
   local max_versions, max_aliases = tonumber(ARGV[7]), tonumber(ARGV[8])
   local before, numbers, count = all_of(aliases), {}, redis.call('HLEN', versions)
   for version in pairs(all_of(gone)) do
-    if only == '' or only == version then table.insert(numbers, version) end
+    if selected == '' or selected == version then table.insert(numbers, version) end
   end
   if #numbers == 0 then return 'unknown' end
   if count == 0 and redis.call('ZCARD', names) >= max then return 'too many' end
@@ -196,12 +199,12 @@ local function change()
     redis.call('HSET', versions, version, string.match(entry, '^{"deleted":%d+,"version":(.*)}$'))
     redis.call('HDEL', gone, version)
     redis.call('ZREM', due, manifest_of(version))
-    moved(version)
+    add_task(version)
   end
   redis.call('ZADD', names, 0, name)
   if redis.call('EXISTS', gone) == 0 then redis.call('ZREM', gone_names, name) end
   for field, text in pairs(all_of(state)) do
-    local alias, left = string.match(field, '^lost:(.*)$'), living(text)
+    local alias, left = string.match(field, '^lost:(.*)$'), existing(text)
     if alias and left then
       if not before[alias] and redis.call('HLEN', aliases) < max_aliases then
         redis.call('HSET', aliases, alias, left)

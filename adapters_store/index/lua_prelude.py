@@ -1,11 +1,11 @@
-"""What changes the index, as scripts: done as a whole or not at all, and once however often they are run.
+"""Valkey scripts that change the index: the Lua functions that all changes share. Atomic and idempotent.
 
-A change carries a token. What it answered is kept under the token for a while, so that the same command
-again, its first answer lost, answers the same and changes nothing. The token is also the new ETag of what
-it changed, and the id of its entry in the history.
+A change carries a token. Its answer is kept under the token, so a command that is sent again because its
+first answer was lost gets the same answer and changes nothing. The token is also the new ETag of what was
+changed, and the id of the entry in the audit log.
 """
 
-ONCE_SECONDS = 600  # longer than a client goes on to retry
+ANSWER_SECONDS = 600  # that an answer is kept: longer than a client retries
 
 PRELUDE = """
 local names, last, versions, aliases, state, history = unpack(KEYS)
@@ -26,7 +26,7 @@ end
 
 local function bytes_of(record) return tonumber(cjson.decode(record).bytes) end
 
--- of all versions that the tenant has, those that can be restored included; counted once, and kept since then
+-- bytes of all the tenant's versions, deleted ones included; counted once and then kept up to date
 local function total_bytes()
   local known = redis.call('GET', total)
   if known then return tonumber(known) end
@@ -50,8 +50,8 @@ local function add_bytes(bytes)
   if redis.call('EXISTS', total) == 1 then redis.call('INCRBY', total, string.format('%.0f', bytes)) end
 end
 
--- what an alias says, without the versions that are not there; nil if none is
-local function living(text)
+-- an alias target without the versions that do not exist; nil if none is left
+local function existing(text)
   local parts = {}
   for version, weight in string.gmatch(text, '(%d+)(:?[^,]*)') do
     if exists(version) then table.insert(parts, {version, weight}) end
@@ -62,8 +62,8 @@ local function living(text)
   return #parts > 0 and table.concat(texts, ',') or nil
 end
 
--- the highest promoted version, or else the lowest. A pin promotes one version, and none of those that were
--- above it when it was set; it says nothing about any that came later.
+-- the highest promoted version, or else the lowest. A pin promotes one version and demotes the versions that
+-- were above it when it was set; later versions are not affected.
 local function latest_of()
   local pin, ceiling = string.match(redis.call('HGET', state, 'pin') or '', '(%d+):(%d+)')
   pin, ceiling = tonumber(pin or 0), tonumber(ceiling or 0)
@@ -82,26 +82,27 @@ local function pin_latest(version)
   redis.call('HSET', state, 'pin', string.format('%d:%d', tonumber(version), highest()))
 end
 
--- from here on its manifest's place in the store is to be made what the index says, also after a crash
-local function moved(version)
+-- adds a task for deletions.py: the store is to follow the version's state, also after a crash
+local function add_task(version)
   redis.call('SADD', pending, manifest_of(version) .. '#' .. op)
 end
 
-local function bury(version)
+-- moves a version to the deleted ones; its record
+local function delete_version(version)
   local record = redis.call('HGET', versions, version)
   redis.call('HDEL', versions, version)
   redis.call('HSET', gone, version, string.format('{"deleted":%s,"version":%s}', now, record))
   redis.call('ZADD', gone_names, 0, name)
   redis.call('ZADD', due, now, manifest_of(version))
-  moved(version)
+  add_task(version)
   return record
 end
 
--- aliases follow their versions, and whoever lost its last one waits under lost: until that is restored.
--- While a lost index is made anew, versions come one by one: none is missed yet.
-local function follow(action)
+-- drops deleted versions from alias targets. An alias without a target is kept under lost: until a version is
+-- restored. During a rebuild versions come one by one, so a missing one proves nothing.
+local function update_aliases(action)
   for alias, text in pairs(action ~= 'index' and all_of(aliases) or {}) do
-    local left = living(text)
+    local left = existing(text)
     if left and left ~= text then
       redis.call('HSET', aliases, alias, left)
     elseif not left then
@@ -115,16 +116,17 @@ local function follow(action)
   if latest then redis.call('HSET', aliases, 'latest', latest) end
 end
 
-local function remember(alias, text)
+-- adds an alias's old target to those it can be rolled back to
+local function push_undo(alias, text)
   local kept = text .. '|' .. (redis.call('HGET', state, 'undo:' .. alias) or '')
   local _, count = string.gsub(kept, '|', '')
   if count > UNDO then kept = string.match(kept, '^(.*|)[^|]+|$') end
   redis.call('HSET', state, 'undo:' .. alias, kept)
 end
 
--- write down what has changed since `before`, which are the aliases as they were
+-- writes what has changed to the audit log and the ETags. `before`: the aliases before the change
 local function record(before, action, added, removed)
-  follow(action)
+  update_aliases(action)
   local after, was, is, changed = all_of(aliases), {}, {}, #added + #removed > 0
   for alias, text in pairs(before) do
     if after[alias] ~= text then
@@ -136,7 +138,7 @@ local function record(before, action, added, removed)
     if before[alias] ~= text then
       is[alias], changed = text, true
       redis.call('HSET', state, 'tag:' .. alias, op)
-      if before[alias] and action ~= 'rollback' and action ~= 'index' then remember(alias, before[alias]) end
+      if before[alias] and action ~= 'rollback' and action ~= 'index' then push_undo(alias, before[alias]) end
     end
   end
   if not changed then return end
@@ -152,7 +154,7 @@ local function record(before, action, added, removed)
   end
 end
 
--- whether what the caller saw is no longer so. The adapter's own tag vouches for its aliases too.
+-- whether the precondition fails. The adapter's own ETag is valid for its aliases, too.
 local function unmet(condition, alias)
   local there = alias == nil or redis.call('HEXISTS', aliases, alias) == 1
   if condition == '' then return false end
@@ -167,10 +169,10 @@ end
 """
 
 FINALE = """
-local seen = redis.call('GET', once)
-if seen then return seen end
+local earlier = redis.call('GET', once)
+if earlier then return earlier end
 local answer = change()
-redis.call('SET', once, answer, 'EX', ONCE_SECONDS)
+redis.call('SET', once, answer, 'EX', ANSWER_SECONDS)
 return answer
 """
 
@@ -186,27 +188,27 @@ end
 return found
 """
 
-# The manifest's place is what the index said when somebody looked. Forget the task, unless it says other now.
-SETTLED = """
+# Removes a task if the version is still in the state that the store was brought to.
+FINISH_TASK = """
 local versions, gone, pending = unpack(KEYS)
-local version, expected, member = ARGV[1], ARGV[2], ARGV[3]
-local standing = 'none'
-if redis.call('HEXISTS', versions, version) == 1 then standing = 'live' end
-if redis.call('HEXISTS', gone, version) == 1 then standing = 'deleted' end
-if standing ~= expected then return 0 end
-redis.call('SREM', pending, member)
+local version, expected, task = ARGV[1], ARGV[2], ARGV[3]
+local state = 'none'
+if redis.call('HEXISTS', versions, version) == 1 then state = 'live' end
+if redis.call('HEXISTS', gone, version) == 1 then state = 'deleted' end
+if state ~= expected then return 0 end
+redis.call('SREM', pending, task)
 return 1
 """
 
 
-def once(change: str, *, undo: int, history: int, history_seconds: int) -> str:
-    """The whole script of a change."""
-    text = PRELUDE + change + FINALE
-    figures = {
+def change_script(change: str, *, undo: int, history: int, history_seconds: int) -> str:
+    """The script of a change. Limits: rollbacks of an alias, entries and seconds of the audit log."""
+    script = PRELUDE + change + FINALE
+    constants = {
         "UNDO": undo,
         "HISTORY_SECONDS": history_seconds,
-        "ONCE_SECONDS": ONCE_SECONDS,
+        "ANSWER_SECONDS": ANSWER_SECONDS,
     }
-    for name, value in figures.items():
-        text = text.replace(name, str(value))
-    return text.replace("HISTORY", str(history))
+    for name, value in constants.items():
+        script = script.replace(name, str(value))
+    return script.replace("HISTORY", str(history))

@@ -1,4 +1,4 @@
-"""What the index keeps, as its readers see it. No I/O."""
+"""Records of the index, as its readers see them. No I/O."""
 
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ from adapters_store.names import LATEST, manifest_key
 
 
 class Version(msgspec.Struct, frozen=True):
-    """What the index keeps of a manifest: enough to list a version, and to ask the engine for it."""
+    """What the index holds of a manifest: enough to list a version and to request it of the engine."""
 
     tenant: str
     name: str
@@ -24,22 +24,22 @@ class Version(msgspec.Struct, frozen=True):
     rank: int
     created: int  # Unix seconds
     promoted: bool = True  # `latest` may point here
-    evaluated: bool = False  # the manifest says how it compares with the base
+    evaluated: bool = False  # the manifest holds an evaluation
 
 
 class Alias(NamedTuple):
     points: AliasTarget
-    etag: str  # changes with what it points at; "": not known, since the index was rebuilt
+    etag: str  # changes with the target; "": unknown, because the index was rebuilt
 
 
 class Adapter(msgspec.Struct, frozen=True):
     tenant: str
     name: str
     versions: tuple[Version, ...]  # lowest first, at least one
-    aliases: dict[str, AliasTarget]  # `latest` among them, which is always one version
-    pinned: bool = False  # `latest` was set by hand
-    etag: str = ""  # changes with anything here
-    etags: dict[str, str] = {}  # of its aliases
+    aliases: dict[str, AliasTarget]  # with `latest`, whose target is always one version
+    pinned: bool = False  # `latest` was set by a caller
+    etag: str = ""  # changes with any field
+    etags: dict[str, str] = {}  # by alias
 
     @property
     def latest(self) -> Version:
@@ -62,16 +62,17 @@ class Deleted(NamedTuple):
     versions: tuple[Gone, ...]  # lowest first, at least one
 
 
-class Standing(NamedTuple):
-    """What decides whether one more version may come, and which."""
+class Usage(NamedTuple):
+    """What a new version's number, and whether it exceeds a limit, depend on."""
 
-    last: int  # the highest version there ever was
-    versions: int  # that the adapter has now; 0: there is no such adapter
-    adapters: int  # that the tenant has
-    bytes: int = 0  # of all versions that the tenant has, also deleted ones; 0 if not counted yet
+    last: int  # highest version number that was ever used
+    versions: int  # of the adapter; 0: it does not exist
+    adapters: int  # of the tenant
+    bytes: int = 0  # of all the tenant's versions, deleted ones included; 0: not counted yet
 
 
 def summary(manifest: Manifest) -> Version:
+    """The index's record of `manifest`."""
     return Version(
         tenant=manifest.tenant,
         name=manifest.name,
@@ -96,23 +97,24 @@ def adapter_of(
     aliases: dict[bytes, bytes],
     state: dict[bytes, bytes],
 ) -> Adapter:
-    """An adapter out of its three hashes, the first not empty."""
-    found = [msgspec.json.decode(record, type=Version) for record in versions.values()]
-    by_number = tuple(sorted(found, key=lambda version: version.version))
-    named: dict[str, AliasTarget] = {LATEST: by_number[-1].version}
-    named |= {alias.decode(): from_text(text.decode()) for alias, text in sorted(aliases.items())}
-    tags = {field.decode(): value.decode() for field, value in state.items()}
+    """An adapter from its three Valkey hashes. `versions` is not empty."""
+    decoded = [msgspec.json.decode(record, type=Version) for record in versions.values()]
+    by_number = tuple(sorted(decoded, key=lambda version: version.version))
+    targets: dict[str, AliasTarget] = {LATEST: by_number[-1].version}
+    targets |= {alias.decode(): from_text(text.decode()) for alias, text in sorted(aliases.items())}
+    fields = {field.decode(): value.decode() for field, value in state.items()}
     return Adapter(
         tenant,
         name,
         by_number,
-        named,
-        pinned="pin" in tags,
-        etag=tags.get("revision", ""),
-        etags={field[4:]: tag for field, tag in tags.items() if field.startswith("tag:")},
+        targets,
+        pinned="pin" in fields,
+        etag=fields.get("revision", ""),
+        etags={field.removeprefix("tag:"): tag for field, tag in fields.items() if field.startswith("tag:")},
     )
 
 
 def deleted_of(name: str, entries: dict[bytes, bytes]) -> Deleted:
-    found = [msgspec.json.decode(entry, type=Gone) for entry in entries.values()]
-    return Deleted(name, tuple(sorted(found, key=lambda gone: gone.version.version)))
+    """An adapter's deleted versions from their Valkey hash."""
+    versions = [msgspec.json.decode(entry, type=Gone) for entry in entries.values()]
+    return Deleted(name, tuple(sorted(versions, key=lambda gone: gone.version.version)))

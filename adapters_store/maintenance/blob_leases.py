@@ -1,51 +1,52 @@
-"""Blobs that no version has yet: whose they are, and when they become nobody's.
+"""Leases on unpublished blobs: each uploaded blob is leased until a version names it or the lease expires.
 
-    pp:staged    sorted set    blob key -> until when (ms) it is kept for its writer; 0: it is nobody's
+    pp:staged    sorted set    blob key -> expiry of its lease (Unix ms); 0: released
 
-Every upload writes under keys of its own, named here before the first byte. Making a version of them needs
-them here and takes them off, in one script; so does declaring them nobody's. Whichever comes first, the other
-fails: a blob that is about to be removed can never come to be named, and no key ever comes back.
+Every upload writes blobs under keys of its own and takes the leases before the first byte. Publishing a
+version needs its blobs' leases and removes them in the same script; expiry zeroes a lease in one script, too.
+So the two exclude each other: a blob that is about to be removed can never be published. No key is reused.
 """
 
 from typing import Any
 
 from redis.asyncio import Redis
+from redis.commands.core import AsyncScript
 
-from adapters_store.index.index import STAGED
+from adapters_store.index.keys import STAGED
 from adapters_store.valkey import store_errors
 
-STAGE = """
+ADD = """
 local time = redis.call('TIME')
-local until_ = string.format('%.0f', time[1] * 1000 + ARGV[1] * 1000)
-for i = 2, #ARGV do redis.call('ZADD', KEYS[1], until_, ARGV[i]) end
+local expiry = string.format('%.0f', time[1] * 1000 + ARGV[1] * 1000)
+for i = 2, #ARGV do redis.call('ZADD', KEYS[1], expiry, ARGV[i]) end
 """
 
-# Those that nobody may make a version of from now on: declared so, or not here at all.
+# Answers the keys without a valid lease. ARGV[1] = '1' also zeroes expired leases: no version can have them.
 RELEASE_EXPIRED = """
-local time, nobodys = redis.call('TIME'), {}
+local time, unleased = redis.call('TIME'), {}
 for i = 2, #ARGV do
-  local score = redis.call('ZSCORE', KEYS[1], ARGV[i])
-  if not score or tonumber(score) <= time[1] * 1000 then
-    if score and ARGV[1] == '1' then redis.call('ZADD', KEYS[1], 0, ARGV[i]) end
-    table.insert(nobodys, ARGV[i])
+  local expiry = redis.call('ZSCORE', KEYS[1], ARGV[i])
+  if not expiry or tonumber(expiry) <= time[1] * 1000 then
+    if expiry and ARGV[1] == '1' then redis.call('ZADD', KEYS[1], 0, ARGV[i]) end
+    table.insert(unleased, ARGV[i])
   end
 end
-return nobodys
+return unleased
 """
 
-# Those of an upload that has failed and that no version has taken, which none can from now on.
+# Zeroes the leases that the keys still have, and answers those keys; a published blob has none.
 RELEASE = """
-local given = {}
+local released = {}
 for _, key in ipairs(ARGV) do
   if redis.call('ZSCORE', KEYS[1], key) then
     redis.call('ZADD', KEYS[1], 0, key)
-    table.insert(given, key)
+    table.insert(released, key)
   end
 end
-return given
+return released
 """
 
-PAGE_SIZE = 500
+PAGE_SIZE = 500  # keys of one command
 
 
 class BlobLeases:
@@ -53,41 +54,44 @@ class BlobLeases:
 
     def __init__(self, redis: Redis) -> None:
         self._redis = redis
-        self._stage = redis.register_script(STAGE)
-        self._condemn = redis.register_script(RELEASE_EXPIRED)
-        self._give_up = redis.register_script(RELEASE)
+        self._add = redis.register_script(ADD)
+        self._release_expired = redis.register_script(RELEASE_EXPIRED)
+        self._release = redis.register_script(RELEASE)
 
     async def add(self, keys: list[str], seconds: float) -> None:
-        """These are about to be written; they are kept for so long, for a version to come."""
-        with store_errors():
-            await self._stage(keys=[STAGED], args=[seconds, *keys])
+        """Lease `keys`, which are about to be written, for `seconds`."""
+        await _run(self._add, [seconds, *keys])
 
-    async def give_up(self, keys: list[str]) -> list[str]:
-        """Of the keys of one upload those that are nobody's from now on: no version has them."""
-        with store_errors():
-            given = await self._give_up(keys=[STAGED], args=keys)
-        return [key.decode() for key in given]
+    async def release(self, keys: list[str]) -> list[str]:
+        """Release the keys of one failed upload; those that were not published, and cannot be any more."""
+        return await _run(self._release, keys)
 
-    async def condemn(self, keys: list[str], *, dry_run: bool = False) -> list[str]:
-        """Of `keys` those that are nobody's, from now on and for ever."""
+    async def release_expired(self, keys: list[str], *, dry_run: bool = False) -> list[str]:
+        """Those of `keys` that have no valid lease. Unless `dry_run`, they cannot be published any more."""
         found: list[str] = []
-        for start in range(0, len(keys), PAGE_SIZE):
-            with store_errors():
-                page = await self._condemn(
-                    keys=[STAGED], args=[int(not dry_run), *keys[start : start + PAGE_SIZE]]
-                )
-            found += [key.decode() for key in page]
+        for page in _pages(keys):
+            found += await _run(self._release_expired, [int(not dry_run), *page])
         return found
 
     async def expired(self) -> list[str]:
-        """Those that are nobody's, or may be declared so."""
+        """Every key whose lease is released or has expired."""
         with store_errors():
             seconds, _ = await self._redis.time()
             keys: Any = await self._redis.zrange(STAGED, 0, int(seconds) * 1000, byscore=True)
         return [key.decode() for key in keys]
 
     async def forget(self, keys: list[str]) -> None:
-        """They are removed, or a version has them."""
-        for start in range(0, len(keys), PAGE_SIZE):
+        """Delete the leases of blobs that are removed or published."""
+        for page in _pages(keys):
             with store_errors():
-                await self._redis.zrem(STAGED, *keys[start : start + PAGE_SIZE])
+                await self._redis.zrem(STAGED, *page)
+
+
+async def _run(script: AsyncScript, args: list[Any]) -> list[str]:
+    with store_errors():
+        keys = await script(keys=[STAGED], args=args)
+    return [key.decode() for key in keys or ()]
+
+
+def _pages(keys: list[str]) -> list[list[str]]:
+    return [keys[start : start + PAGE_SIZE] for start in range(0, len(keys), PAGE_SIZE)]

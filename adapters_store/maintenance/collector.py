@@ -1,8 +1,10 @@
-"""Garbage: blobs of uploads that came to nothing. Takes none that a manifest names, whatever runs beside it.
+"""Garbage collection of the blobs of failed uploads. Safe beside running uploads and other collectors.
 
-First a blob is declared nobody's (blob_leases.py): from then on no version of it can come. Then the manifests
-are read; one that names it was there before. What none names is removed. Whoever dies in between leaves a
-blob that the next one finds.
+1. Expired leases are released (blob_leases.py): no new version can name these blobs.
+2. The tenant's manifests are read: any version that names one of them was published before.
+3. Blobs that no manifest names are removed.
+
+A collector that is killed leaves blobs, which the next one finds.
 """
 
 import asyncio
@@ -26,32 +28,32 @@ log = logging.getLogger(__name__)
 class Collected(NamedTuple):
     keys: list[str]
     bytes: int
-    unreadable: list[str]  # tenants of whom nothing is removed: a manifest could hold any name
+    unreadable: list[str]  # tenants with a manifest that cannot be read: it could name any of their blobs
 
 
 class Collector:
     """All calls raise StoreError."""
 
-    def __init__(self, objects: Objects, staged: BlobLeases, grace_seconds: float) -> None:
+    def __init__(self, objects: Objects, leases: BlobLeases, grace_seconds: float) -> None:
         self._objects = objects
-        self._staged = staged
+        self._leases = leases
         self._grace = grace_seconds
 
     async def collect(self, *, dry_run: bool = False) -> Collected:
-        """Look at every blob in the store."""
+        """Check every blob in the store. `dry_run` removes nothing."""
         keys = await self._objects.list(names.TENANTS)
         return await self._collect([key for key in keys if names.blob_tenant(key)], dry_run=dry_run)
 
     async def discard(self, keys: list[str]) -> None:
-        """At once what an upload that was refused has stored: many of them would fill the store."""
-        given = await self._staged.give_up(keys)
-        for key in given:
+        """Remove the blobs of a refused upload at once: many refused uploads would fill the store."""
+        released = await self._leases.release(keys)
+        for key in released:
             await self._objects.delete(key)
-        await self._staged.forget(given)
+        await self._leases.forget(released)
 
     async def collect_expired(self) -> Collected:
-        """Only at blobs of uploads that were begun too long ago. Costs nothing where there are none."""
-        return await self._collect(await self._staged.expired(), dry_run=False)
+        """Check only blobs whose lease has expired. Costs one command where there are none."""
+        return await self._collect(await self._leases.expired(), dry_run=False)
 
     async def _collect(self, keys: list[str], *, dry_run: bool) -> Collected:
         done = Collected([], 0, [])
@@ -59,16 +61,16 @@ class Collector:
         for key in keys:
             by_tenant.setdefault(names.blob_tenant(key) or "", []).append(key)
         for tenant, blobs in by_tenant.items():
-            nobodys = await self._staged.condemn(blobs, dry_run=dry_run)
+            unleased = await self._leases.release_expired(blobs, dry_run=dry_run)
             try:
-                named = await self._named(tenant) if nobodys else set()
+                named = await self._named(tenant) if unleased else set()
             except msgspec.MsgspecError:
                 log.error("A manifest of tenant %s cannot be read: nothing of it is collected", tenant)
                 done.unreadable.append(tenant)
                 continue
-            removed, size = await self._remove(set(nobodys) - named, dry_run=dry_run)
+            removed, size = await self._remove(set(unleased) - named, dry_run=dry_run)
             if not dry_run:
-                await self._staged.forget([*removed, *(named & set(nobodys))])
+                await self._leases.forget([*removed, *(named & set(unleased))])
             done = Collected(done.keys + removed, done.bytes + size, done.unreadable)
         return done
 
@@ -89,12 +91,12 @@ class Collector:
         return {blob.key for blob in manifest.files}
 
     async def _remove(self, keys: Iterable[str], *, dry_run: bool) -> tuple[list[str], int]:
-        """Those older than the grace period, and what they took."""
+        """Remove those older than the grace period; their keys, and their size in bytes."""
         removed, size, before = [], 0, time.time() - self._grace
         for key in sorted(keys):
             try:
                 head = await self._objects.head(key)
-            except NotFound:  # its upload died before it, or another collector was faster
+            except NotFound:  # never written, or another collector was faster
                 head = None
             if head is not None and head.modified > before:
                 continue

@@ -1,8 +1,8 @@
-"""Makes the object store say what the index says of deleted versions, and takes away what is purged.
+"""Carries out in the object store what the index has decided about deleted, purged and restored versions.
 
-A deleted version keeps its manifest and blobs, and a mark beside them: an index that was lost learns from it
-that the version is deleted. A purged one loses all three. Each move is a task in the index, `manifest#token`,
-from the moment it is decided until the store is in line with it.
+A deleted version keeps its manifest and blobs and gains a mark beside them, from which a rebuilt index learns
+of the deletion. A purged version loses all three. Each decision leaves a task in the index, `manifest#token`,
+until the store agrees with the index.
 """
 
 import asyncio
@@ -28,30 +28,30 @@ class DeletionReconciler:
         self._objects = objects
         self._index = index
 
-    async def settle(self, prefix: str = "") -> None:
-        """Do every task there is, or those under `prefix`. Of several who do, none is in another's way."""
-        ahead = sorted(task for task in await self._index.deleting() if task.startswith(prefix))
-        for start in range(0, len(ahead), MAX_CONCURRENT):
-            await asyncio.gather(*map(self._settle, ahead[start : start + MAX_CONCURRENT]))
+    async def reconcile(self, prefix: str = "") -> None:
+        """Finish every task whose manifest is under `prefix`. Several processes may do so at once."""
+        tasks = sorted(task for task in await self._index.deletion_tasks() if task.startswith(prefix))
+        for start in range(0, len(tasks), MAX_CONCURRENT):
+            await asyncio.gather(*map(self._finish, tasks[start : start + MAX_CONCURRENT]))
 
-    async def _settle(self, member: str) -> None:
-        """What the index says may change while the store is being told: the last word counts."""
-        key = names.parse_manifest_key(member.partition("#")[0])
+    async def _finish(self, task: str) -> None:
+        """Repeats while the index changes the version's state meanwhile: the latest state counts."""
+        key = names.parse_manifest_key(task.partition("#")[0])
         if key is None:
-            raise ValueError(f"not a task: {member!r}")
+            raise ValueError(f"not a task: {task!r}")
         while True:
-            place, gone = await self._index.place(key)
-            if place == "deleted" and gone is not None:
+            state, gone = await self._index.state_of(key)
+            if state == "deleted" and gone is not None:
                 await self._objects.put(*mark_of(gone))
             else:
-                if place == "none":
+                if state == "none":
                     await self._erase(key)
                 await self._objects.delete(names.deleted_key(*key))
-            if await self._index.settled(key, place, member):
+            if await self._index.finish_task(key, state, task):
                 return
 
     async def _erase(self, key: ManifestKey) -> None:
-        """Blobs first, no other version's: while the manifest is there, whoever comes next knows them."""
+        """Remove the version's own blobs, then its manifest, which tells a later attempt what is left."""
         path = names.manifest_key(*key)
         try:
             manifest = decode_manifest(await self._objects.get(path))

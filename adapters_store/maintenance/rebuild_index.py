@@ -1,6 +1,6 @@
-"""Makes the index say what manifests and marks in the object store say. For a lost or damaged index.
+"""Rebuilds a lost or damaged index from the manifests and deletion marks in the object store.
 
-Aliases, pins and history are in no manifest: they stay as far as they are there.
+Aliases, pins and history are in no manifest: the index keeps those that it still has.
 """
 
 import asyncio
@@ -26,60 +26,60 @@ log = logging.getLogger(__name__)
 class IndexRebuild:
     """All calls raise StoreError."""
 
-    def __init__(self, objects: Objects, index: Index, leftovers: DeletionReconciler) -> None:
+    def __init__(self, objects: Objects, index: Index, deletions: DeletionReconciler) -> None:
         self._objects = objects
         self._index = index
-        self._leftovers = leftovers
+        self._deletions = deletions
 
     async def run(self) -> int:
-        """How many versions there are, deleted ones included."""
-        await self._leftovers.settle()
+        """Rebuild; returns the number of versions, deleted ones included."""
+        await self._deletions.reconcile()
         stored = set(await self._objects.list(names.TENANTS))
-        places = [place for key in sorted(stored) if (place := names.parse_manifest_key(key))]
+        keys = [key for path in sorted(stored) if (key := names.parse_manifest_key(path))]
         found = 0
-        for start in range(0, len(places), MAX_CONCURRENT):
-            page = places[start : start + MAX_CONCURRENT]
-            found += sum(await asyncio.gather(*(self._learn(place, stored) for place in page)))
+        for start in range(0, len(keys), MAX_CONCURRENT):
+            page = keys[start : start + MAX_CONCURRENT]
+            found += sum(await asyncio.gather(*(self._add(key, stored) for key in page)))
         for deleted in (False, True):
             for tenant in await self._index.tenants(deleted=deleted):
                 await self._forget_missing(tenant, stored, deleted=deleted)
-        await self._leftovers.settle()
+        await self._deletions.reconcile()
         await self._index.forget_bytes()
         return found
 
-    async def _learn(self, place: ManifestKey, stored: set[str]) -> bool:
-        """Whether a version is there now. One whose blobs are gone is none: its upload took too long."""
+    async def _add(self, key: ManifestKey, stored: set[str]) -> bool:
+        """Add the version to the index; False if it does not exist, or its blobs were collected already."""
         try:
-            manifest = decode_manifest(await self._objects.get(names.manifest_key(*place)))
+            manifest = decode_manifest(await self._objects.get(names.manifest_key(*key)))
         except NotFound:
             return False
         except msgspec.MsgspecError:
-            log.error("A manifest cannot be read and is left out: %s", names.manifest_key(*place))
+            log.error("A manifest cannot be read and is left out: %s", names.manifest_key(*key))
             return False
-        if (manifest.tenant, manifest.name, manifest.version) != place or not await self._whole(
-            manifest, stored
-        ):
-            log.error("A manifest is left out, what it names is not there: %s", names.manifest_key(*place))
+        matches = (manifest.tenant, manifest.name, manifest.version) == key
+        if not matches or not await self._complete(manifest, stored):
+            log.error("A manifest is left out, what it names is not there: %s", names.manifest_key(*key))
             return False
-        mark = names.deleted_key(*place)
-        if mark in stored and (deleted := await self._deleted(mark)) is not None:
+        mark = names.deleted_key(*key)
+        if mark in stored and (deleted := await self._deleted_at(mark)) is not None:
             await self._index.add_gone(Gone(deleted, summary(manifest)))
             return True
         blobs = [blob.key for blob in manifest.files]
         await self._index.add(
             summary(manifest), blobs, "server", new=False, max_adapters=NO_QUOTA, max_bytes=NO_QUOTA
         )
-        if not await self._exists(names.manifest_key(*place)):  # purged while we looked
-            await self._index.remove(place.tenant, place.name, place.version, "server", purge=True)
+        if not await self._exists(names.manifest_key(*key)):  # purged while we looked
+            await self._index.remove(key.tenant, key.name, key.version, "server", purge=True)
             return False
         return True
 
-    async def _whole(self, manifest: Manifest, stored: set[str]) -> bool:
+    async def _complete(self, manifest: Manifest, stored: set[str]) -> bool:
+        """Whether every blob exists. `stored` was listed earlier, so blobs not in it are looked up again."""
         missing = [blob.key for blob in manifest.files if blob.key not in stored]
         return all([await self._exists(key) for key in missing])
 
-    async def _deleted(self, mark: str) -> int | None:
-        """When, in Unix ms. A mark that cannot be read still says that it is, though not since when."""
+    async def _deleted_at(self, mark: str) -> int | None:
+        """Deletion time in Unix ms; that of the mark itself if its content cannot be read; None: restored."""
         try:
             data = await self._objects.get(mark)
             return msgspec.json.decode(data, type=dict[str, int])["deleted"]
@@ -89,17 +89,17 @@ class IndexRebuild:
             return int((await self._objects.head(mark)).modified * 1000)
 
     async def _forget_missing(self, tenant: str, stored: set[str], *, deleted: bool) -> None:
-        """Versions of which there is no manifest."""
+        """Remove versions without a manifest from the index."""
         after = None
         while page := await self._index.names(tenant, after, PAGE_SIZE, deleted=deleted):
             after = page[-1]
             if deleted:
-                gone = [
-                    one.version for found in await self._index.deleted(tenant, page) for one in found.versions
-                ]
+                adapters = await self._index.deleted(tenant, page)
+                versions = [gone.version for adapter in adapters for gone in adapter.versions]
             else:
-                gone = [one for found in await self._index.adapters(tenant, page) for one in found.versions]
-            for version in gone:
+                live = await self._index.adapters(tenant, page)
+                versions = [version for adapter in live for version in adapter.versions]
+            for version in versions:
                 key = version.manifest_key
                 if key in stored or await self._exists(key):
                     continue

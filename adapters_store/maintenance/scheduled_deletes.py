@@ -1,9 +1,9 @@
-"""Objects that are to be removed, and when: what a crash leaves behind is on this list before it exists.
+"""Write-ahead deletes: an object is scheduled for removal before it is written.
 
-    pp:doomed    zset    an object's key, or a prefix with "/" at its end, by when to remove it (ms)
+    pp:doomed    zset    an object's key, or a prefix that ends in "/" -> when to remove it (Unix ms)
 
-Whoever writes an object that nothing names yet dooms it first; the script that gives it a name spares it.
-Times are Valkey's own.
+A writer schedules the delete first; the script that commits a record of the object takes it off the list. So
+an object whose writer crashed in between is removed when its time has come. Times are Valkey's own.
 """
 
 import logging
@@ -30,22 +30,22 @@ class ScheduledDeletes:
     def __init__(self, redis: Redis, objects: Objects) -> None:
         self._redis = redis
         self._objects = objects
-        self._doom = redis.register_script(SCHEDULE)
+        self._schedule = redis.register_script(SCHEDULE)
 
     async def add(self, key: str, seconds: float) -> None:
-        """Remove `key` in `seconds`; the last word counts."""
+        """Remove `key` in `seconds` from now; replaces an earlier time."""
         with store_errors():
-            await self._doom(keys=[SCHEDULED_KEY], args=[key, seconds])
+            await self._schedule(keys=[SCHEDULED_KEY], args=[key, seconds])
 
     async def remove(self, key: str) -> None:
-        """Remove what lies at `key`, or under it, now."""
+        """Remove the object at `key`, or all objects under it, now."""
         for found in await self._objects.list(key) if key.endswith("/") else [key]:
             await self._objects.delete(found)
         with store_errors():
             await self._redis.zrem(SCHEDULED_KEY, key)
 
     async def sweep(self) -> int:
-        """Remove what is due, the oldest first; how many keys and prefixes that were."""
+        """Remove up to PAGE_SIZE keys and prefixes that are due, oldest first; how many there were."""
         with store_errors():
             seconds, _ = await self._redis.time()
             due: Any = await self._redis.zrange(

@@ -1,7 +1,6 @@
-"""What a killed process left of a file:// store's unfinished writes: see atomic_files.py for their names.
+"""Temporary files that killed processes left in a file:// store; atomic_files.py gives them their names.
 
-Nothing reads a draft, so none is missed; in a cloud's store the parts of a cut upload are the bucket's to
-expire (its rule for incomplete multipart uploads).
+Nothing reads them. In a cloud's store, unfinished multipart uploads are removed by the bucket's own rule.
 """
 
 import time
@@ -12,26 +11,29 @@ from urllib.request import url2pathname
 
 
 def remove_stale_temp_files(store_url: str, grace_seconds: float, *, dry_run: bool = False) -> list[str]:
-    """Remove, or only name, the drafts older than the grace period: their paths in the store. Blocking."""
+    """Remove, or only list, temporary files older than the grace period. Returns sorted paths in the store.
+
+    Blocking. A store that is no folder has none.
+    """
     parts = urlsplit(store_url)
     if parts.scheme != "file":
         return []
-    root, before = Path(url2pathname(parts.path)), time.time() - grace_seconds
+    root, newest = Path(url2pathname(parts.path)), time.time() - grace_seconds
     found = []
-    for draft in _drafts(root):
+    for temp in _temp_files(root):
         try:
-            if draft.stat().st_mtime > before:
+            if temp.stat().st_mtime > newest:
                 continue
             if not dry_run:
-                draft.unlink()
+                temp.unlink()
         except FileNotFoundError:  # finished meanwhile
             continue
-        found.append(draft.relative_to(root).as_posix())
+        found.append(temp.relative_to(root).as_posix())
     return sorted(found)
 
 
-def _drafts(root: Path) -> Iterator[Path]:
+def _temp_files(root: Path) -> Iterator[Path]:
     for path in root.rglob("*#*"):
-        _, mark, number = path.name.rpartition("#")
-        if mark and number.isascii() and number.isdigit() and path.is_file():
+        _, separator, number = path.name.rpartition("#")
+        if separator and number.isascii() and number.isdigit() and path.is_file():
             yield path

@@ -1,4 +1,4 @@
-"""Reads everything that versions are made of, and compares it with what it ought to be. Changes nothing."""
+"""Reads every manifest and blob and compares them with their digests and with the index. Changes nothing."""
 
 from collections.abc import AsyncGenerator
 from pathlib import Path
@@ -16,13 +16,13 @@ from server.errors import CorruptObject, NotFound
 
 PAGE_SIZE = 100
 Kind = Literal["missing", "corrupt", "unindexed", "unreferenced"]
-FAULTS: frozenset[Kind] = frozenset({"missing", "corrupt"})  # the others uploads leave that died
+FAULTS: frozenset[Kind] = frozenset({"missing", "corrupt"})  # crashed uploads leave the other kinds
 
 
 class Finding(NamedTuple):
     kind: Kind
     key: str
-    version: str  # name@version it belongs to; "" of a blob that belongs to none
+    version: str  # tenant/name@version that the object belongs to; "": none
 
     @property
     def fault(self) -> bool:
@@ -30,7 +30,7 @@ class Finding(NamedTuple):
 
 
 class Progress(NamedTuple):
-    done: int  # objects looked at
+    done: int  # objects checked
     total: int
     findings: tuple[Finding, ...] = ()
 
@@ -43,35 +43,35 @@ class Verifier:
         self._index = index
 
     async def run(self, folder: Path) -> AsyncGenerator[Progress, None]:
-        """A step for each manifest and blob; `folder` is for one blob at a time."""
-        keys = set(await self._objects.list(names.TENANTS))
-        places = [place for key in sorted(keys) if (place := names.parse_manifest_key(key))]
-        blobs = {key for key in keys if names.blob_tenant(key)}
-        total, done, named = len(places) + len(blobs), 0, set[str]()
-        for finding in await self._lost(keys):
+        """Yields after each manifest and each blob. `folder` holds one downloaded blob at a time."""
+        paths = set(await self._objects.list(names.TENANTS))
+        manifests = [key for path in sorted(paths) if (key := names.parse_manifest_key(path))]
+        blobs = {path for path in paths if names.blob_tenant(path)}
+        total, done, named = len(manifests) + len(blobs), 0, set[str]()
+        for finding in await self._missing(paths):
             yield Progress(done, total, (finding,))
-        for place in places:
-            manifest, findings = await self._manifest(place)
+        for key in manifests:
+            manifest, findings = await self._check_manifest(key)
             done += 1
             yield Progress(done, total, findings)
             for blob in manifest.files if manifest else ():
                 named.add(blob.key)
-                findings = await self._blob(place, blob.key, blob.sha256, folder / "blob")
+                findings = await self._check_blob(key, blob.key, blob.sha256, folder / "blob")
                 done += blob.key in blobs
                 yield Progress(done, total, findings)
-        for key in sorted(blobs - named):
+        for path in sorted(blobs - named):
             done += 1
-            yield Progress(done, total, (Finding("unreferenced", key, ""),))
+            yield Progress(done, total, (Finding("unreferenced", path, ""),))
 
-    async def _lost(self, keys: set[str]) -> list[Finding]:
-        """Versions that the index knows and the store does not."""
+    async def _missing(self, paths: set[str]) -> list[Finding]:
+        """Versions in the index that have no manifest. `paths`: what the store holds."""
         found = []
         for deleted in (False, True):
             for tenant in await self._index.tenants(deleted=deleted):
                 for key in await self._indexed(tenant, deleted=deleted):
-                    if names.manifest_key(*key) not in keys and not await self._read(key):
-                        place, _ = await self._index.place(key)  # purged while we looked?
-                        if place != "none":
+                    if names.manifest_key(*key) not in paths and not await self._read(key):
+                        state, _ = await self._index.state_of(key)  # purged while we looked?
+                        if state != "none":
                             found.append(_finding("missing", names.manifest_key(*key), key))
         return found
 
@@ -88,29 +88,31 @@ class Verifier:
             found += [ManifestKey(tenant, version.name, version.version) for version in versions]
         return found
 
-    async def _read(self, place: ManifestKey) -> bytes | None:
+    async def _read(self, key: ManifestKey) -> bytes | None:
         try:
-            return await self._objects.get(names.manifest_key(*place))
+            return await self._objects.get(names.manifest_key(*key))
         except NotFound:
             return None
 
-    async def _manifest(self, place: ManifestKey) -> tuple[Manifest | None, tuple[Finding, ...]]:
-        key = names.manifest_key(*place)
-        data = await self._read(place)
+    async def _check_manifest(self, key: ManifestKey) -> tuple[Manifest | None, tuple[Finding, ...]]:
+        path = names.manifest_key(*key)
+        data = await self._read(key)
         if data is None:  # purged since it was listed
             return None, ()
         try:
             manifest = decode_manifest(data)
         except msgspec.MsgspecError:
-            return None, (_finding("corrupt", key, place),)
-        if (manifest.tenant, manifest.name, manifest.version) != place:
-            return None, (_finding("corrupt", key, place),)
-        known, _ = await self._index.place(place)
-        return manifest, (_finding("unindexed", key, place),) if known == "none" else ()
+            return None, (_finding("corrupt", path, key),)
+        if (manifest.tenant, manifest.name, manifest.version) != key:
+            return None, (_finding("corrupt", path, key),)
+        state, _ = await self._index.state_of(key)
+        return manifest, (_finding("unindexed", path, key),) if state == "none" else ()
 
-    async def _blob(self, place: ManifestKey, key: str, sha256: str, path: Path) -> tuple[Finding, ...]:
+    async def _check_blob(
+        self, key: ManifestKey, blob_key: str, sha256: str, path: Path
+    ) -> tuple[Finding, ...]:
         try:
-            await self._objects.download(key, path, sha256)
+            await self._objects.download(blob_key, path, sha256)
         except NotFound:
             fault: Kind = "missing"
         except CorruptObject:
@@ -118,9 +120,9 @@ class Verifier:
         else:
             await run_sync(path.unlink)
             return ()
-        still_there = await self._read(place) is not None
-        return (_finding(fault, key, place),) if still_there else ()
+        still_there = await self._read(key) is not None
+        return (_finding(fault, blob_key, key),) if still_there else ()
 
 
-def _finding(kind: Kind, key: str, place: ManifestKey) -> Finding:
-    return Finding(kind, key, f"{place.tenant}/{place.name}@{place.version}")
+def _finding(kind: Kind, path: str, key: ManifestKey) -> Finding:
+    return Finding(kind, path, f"{key.tenant}/{key.name}@{key.version}")

@@ -1,4 +1,4 @@
-"""An adapter's aliases: where they point, and how they are moved, by one caller at a time if it wants.
+"""An adapter's aliases: reading and moving them. A `condition` makes a move fail after another caller's.
 
 Knows the index only. Every StoreError means "try again".
 """
@@ -13,12 +13,13 @@ MAX_ALIASES = 100  # of one adapter
 
 
 class Aliases:
-    """`actor` is who does it, for the history; `condition` is what must hold, as the index takes it."""
+    """`actor`: who makes a change, for the audit log; `condition`: its precondition, see `Index`."""
 
     def __init__(self, index: Index) -> None:
         self._index = index
 
     async def get(self, tenant: str, name: str, alias: str) -> Alias:
+        """Raises ModelNotFound."""
         adapters = await self._index.adapters(tenant, [name]) if names.is_name(name) else []
         found = adapters[0].alias(alias) if adapters else None
         if found is None:
@@ -30,59 +31,61 @@ class Aliases:
         tenant: str,
         name: str,
         alias: str,
-        points: AliasTarget,
+        target: AliasTarget,
         *,
         actor: str = "server",
         condition: str = "",
     ) -> None:
-        """Point `alias` at a version, or at several by weight, wherever it pointed before.
+        """Point `alias`, which need not exist yet, at a version or at several by weight.
 
         `latest` is pinned: it stays at that version until it is unset, or a newer version is published.
+        Raises InvalidField, QuotaExceeded, PreconditionFailed, ModelNotFound.
         """
         names.check_alias(alias)
-        if alias == names.LATEST and not isinstance(points, int):
+        if alias == names.LATEST and not isinstance(target, int):
             raise InvalidField("alias 'latest' takes one version, no weights.", param="weights")
-        done = "unknown"
+        answer = "unknown"
         if names.is_name(name):
-            done = await self._index.alias(tenant, name, alias, points, actor, condition, MAX_ALIASES)
-        if done == "too many":
+            answer = await self._index.alias(tenant, name, alias, target, actor, condition, MAX_ALIASES)
+        if answer == "too many":
             raise QuotaExceeded(f"Adapter {shown(name)} has {MAX_ALIASES} aliases, the most it may.")
-        if done == "changed":
+        if answer == "changed":
             raise _changed(alias)
-        if done != "done":
-            raise unknown(f"{name}@{await self._missing(tenant, name, points)}")
+        if answer != "done":
+            raise unknown(f"{name}@{await self._missing(tenant, name, target)}")
 
     async def unset(
         self, tenant: str, name: str, alias: str, *, actor: str = "server", condition: str = ""
     ) -> None:
-        """Forget the alias; of `latest`, forget that it is pinned. Raises NotFound if there is none."""
-        done = "unknown"
+        """Remove the alias; of `latest`, its pin. Raises ModelNotFound, PreconditionFailed."""
+        answer = "unknown"
         if names.is_name(name) and names.is_name(alias):
-            done = await self._index.unalias(tenant, name, alias, actor, condition)
-        if done != "done":
-            raise _changed(alias) if done == "changed" else unknown(f"{name}@{alias}")
+            answer = await self._index.unalias(tenant, name, alias, actor, condition)
+        if answer != "done":
+            raise _changed(alias) if answer == "changed" else unknown(f"{name}@{alias}")
 
     async def rollback(
         self, tenant: str, name: str, alias: str, *, actor: str = "server", condition: str = ""
     ) -> None:
-        """Point `alias` where it pointed before it was last moved; each call goes one step further back.
+        """Point `alias` at its previous target; each further call goes back by one more.
 
-        `latest` is pinned there. Raises Conflict when no earlier state is known, of versions that still are.
+        `latest` is pinned there. Raises Conflict when no earlier target has versions that still exist,
+        PreconditionFailed, ModelNotFound.
         """
-        done = "unknown"
+        answer = "unknown"
         if names.is_name(name) and names.is_name(alias):
-            done = await self._index.rollback(tenant, name, alias, actor, condition)
-        if done == "nothing":
+            answer = await self._index.rollback(tenant, name, alias, actor, condition)
+        if answer == "nothing":
             raise Conflict(f"alias {shown(alias)} has no earlier state to roll back to.", param="alias")
-        if done != "done":
-            raise _changed(alias) if done == "changed" else unknown(f"{name}@{alias}")
+        if answer != "done":
+            raise _changed(alias) if answer == "changed" else unknown(f"{name}@{alias}")
 
-    async def _missing(self, tenant: str, name: str, points: AliasTarget) -> int:
-        """The first version that is not there: of an unknown adapter, the first."""
+    async def _missing(self, tenant: str, name: str, target: AliasTarget) -> int:
+        """The lowest version of `target` that does not exist."""
         adapters = await self._index.adapters(tenant, [name]) if names.is_name(name) else []
-        there = {version.version for adapter in adapters for version in adapter.versions}
-        asked = [points] if isinstance(points, int) else sorted(points)
-        return next((version for version in asked if version not in there), asked[0])
+        existing = {version.version for adapter in adapters for version in adapter.versions}
+        wanted = [target] if isinstance(target, int) else sorted(target)
+        return next((version for version in wanted if version not in existing), wanted[0])
 
 
 def _changed(alias: str) -> PreconditionFailed:
@@ -90,6 +93,7 @@ def _changed(alias: str) -> PreconditionFailed:
 
 
 def unknown(model: str) -> ModelNotFound:
+    """The error for a model that does not exist or is another tenant's: the two look alike."""
     return ModelNotFound(
         f"The model {shown(model)} does not exist or you do not have access to it.", param="model"
     )

@@ -1,10 +1,10 @@
-"""Whether a Valkey and an object store belong together: one identity is written in both, once and for all.
+"""Proof that a Valkey and an object store belong together: both hold the same identity, written once.
 
     pp:identity      string    in Valkey
     identity.json    object    in the store
 
-A server or worker whose two identities differ has been pointed at another's store or Valkey. It would find
-none of the others' files, and act as if they were lost.
+If the two differ, this process has been configured with the store or the Valkey of another system. It would
+find none of the objects that the index names, and treat them as lost.
 """
 
 import asyncio
@@ -22,8 +22,8 @@ from server.errors import NotFound, StartupError, StoreError, shown
 
 KEY = "pp:identity"
 OBJECT = "identity.json"
-LONGEST_DELAY_SECONDS = 15.0
-SAMPLES = 5  # versions that are looked for in a store before it is taken for a Valkey's own
+MAX_DELAY_SECONDS = 15.0
+MAX_SAMPLES = 5  # adapters of a tenant that are looked for in the store
 log = logging.getLogger(__name__)
 
 
@@ -32,27 +32,27 @@ class Identity(msgspec.Struct, frozen=True):
 
 
 async def prove_identity(redis: Redis, objects: Objects) -> None:
-    """Write an identity where there is none yet, and compare. Raises StartupError, StoreError.
+    """Write an identity where there is none, and compare the two. Raises StartupError, StoreError.
 
-    The store's is written first. A Valkey that has none takes the store's: it is new, or its index is to be
-    rebuilt, or both are from a version before this one; then the store must have what the index names.
+    The store's identity is written first, and a Valkey without one takes it over: it is new, or about to be
+    rebuilt, or older than identities. In the last case the store must hold what the index names.
     """
     with store_errors():
-        known: Any = await redis.get(KEY)
-    if known is None and not await _has_what_is_indexed(Index(redis), objects):
+        in_redis: Any = await redis.get(KEY)
+    if in_redis is None and not await _holds_indexed_versions(Index(redis), objects):
         raise StartupError(
             "--store and --redis-url do not belong together: the store has none of the adapters that Valkey "
             "names. Name the store that the other servers of this Valkey use."
         )
     in_store = await _in_store(objects)
-    if in_store is None and known is None:
+    if in_store is None and in_redis is None:
         await objects.create(OBJECT, msgspec.json.encode(Identity(secrets.token_hex(16))))
         in_store = await _in_store(objects)
-    if in_store is not None and known is None:
+    if in_store is not None and in_redis is None:
         with store_errors():
             await redis.set(KEY, in_store, nx=True)
-            known = await redis.get(KEY)
-    in_valkey = known.decode() if known else None
+            in_redis = await redis.get(KEY)
+    in_valkey = in_redis.decode() if in_redis else None
     if in_valkey is None or in_valkey != in_store:
         raise StartupError(
             f"--store and --redis-url do not belong together: the store's identity is {shown(in_store)}, "
@@ -62,22 +62,22 @@ async def prove_identity(redis: Redis, objects: Objects) -> None:
 
 
 async def prove_identity_in_time(redis: Redis, objects: Objects) -> None:
-    """The same, waiting for whichever of them does not answer yet. Raises StartupError."""
-    delay = min(1.0, LONGEST_DELAY_SECONDS)
+    """Like `prove_identity`, but retries until Valkey and the store answer. Raises StartupError."""
+    delay = min(1.0, MAX_DELAY_SECONDS)
     while True:
         try:
             return await prove_identity(redis, objects)
         except StoreError as error:
             log.warning("Whether store and Valkey belong together is not known yet: %s", error.message)
         await asyncio.sleep(delay)
-        delay = min(2 * delay, LONGEST_DELAY_SECONDS)
+        delay = min(2 * delay, MAX_DELAY_SECONDS)
 
 
-async def _has_what_is_indexed(index: Index, objects: Objects) -> bool:
-    """Whether one of a few versions that the index names is there; also if it names none."""
+async def _holds_indexed_versions(index: Index, objects: Objects) -> bool:
+    """Whether the store has one of a few versions of the index's first tenant; True for an empty index."""
     names_any = False
     for tenant in await index.tenants():
-        for adapter in await index.adapters(tenant, await index.names(tenant, None, SAMPLES)):
+        for adapter in await index.adapters(tenant, await index.names(tenant, None, MAX_SAMPLES)):
             names_any = True
             try:
                 await objects.head(adapter.latest.manifest_key)
@@ -90,7 +90,7 @@ async def _has_what_is_indexed(index: Index, objects: Objects) -> bool:
 
 
 async def _in_store(objects: Objects) -> str | None:
-    """Raises StartupError for an object that is none of ours."""
+    """The store's identity. Raises StartupError for an object of other content."""
     try:
         return msgspec.json.decode(await objects.get(OBJECT), type=Identity).identity
     except NotFound:

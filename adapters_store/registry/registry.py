@@ -1,9 +1,9 @@
 """Adapters by tenant, name and version. The only place that knows both the object store and the index.
 
-A version is its manifest: blobs are written first, the manifest last and only if absent, and then the
-index in Valkey learns of it. What the index says can always be made again from the manifests and the marks
-beside them, except aliases, pins and history. Knows no methods, no shapes and no engine. Every StoreError
-means "try again".
+A version exists once its manifest does: blobs are written first, then the manifest, only if absent, then the
+index in Valkey. The index can be rebuilt from the manifests and the deletion marks beside them, except for
+aliases, pins and the audit log. Knows no adapter methods, no shapes and no engine. Every StoreError means
+"try again".
 """
 
 import logging
@@ -38,15 +38,15 @@ from server.errors import (
 )
 
 MAX_FILE_NAME = 128
-MAX_VERSIONS = 1000  # of one adapter, at a time
-GRACE_SECONDS = 24 * 3600.0  # from the first byte of an upload to its version
-RETENTION_SECONDS = 7 * 24 * 3600.0
+MAX_VERSIONS = 1000  # of one adapter, deleted ones not counted
+GRACE_SECONDS = 24 * 3600.0  # between the first byte of an upload and its publication
+RETENTION_SECONDS = 7 * 24 * 3600.0  # that a deleted version can be restored
 PAGE_SIZE = 100
 log = logging.getLogger(__name__)
 
 
 class Registry:
-    """`actor` is who does it, for the history; `condition` is what must hold, as the index takes it."""
+    """`actor`: who makes a change, for the audit log; `condition`: its precondition, see `Index`."""
 
     def __init__(
         self,
@@ -61,22 +61,23 @@ class Registry:
     ) -> None:
         self._objects = objects
         self._index = Index(redis)
-        self._staged = BlobLeases(redis)
-        self._leftovers = DeletionReconciler(objects, self._index)
+        self._leases = BlobLeases(redis)
+        self._deletions = DeletionReconciler(objects, self._index)
         self.aliases = Aliases(self._index)
         self._max_adapters = max_adapters
         self._max_bytes = max_bytes
-        self._keep = keep_versions
+        self._keep_versions = keep_versions
         self.retention = retention_seconds
-        self._grace = grace_seconds
-        self.collector = Collector(objects, self._staged, grace_seconds)
-        self._rebuild = IndexRebuild(objects, self._index, self._leftovers)
+        self._grace_seconds = grace_seconds
+        self.collector = Collector(objects, self._leases, grace_seconds)
+        self._rebuild = IndexRebuild(objects, self._index, self._deletions)
         self.verifier = Verifier(objects, self._index)
 
     async def stage(self, tenant: str, files: list[tuple[str, Path]]) -> list[Blob]:
-        """Store (name, file) pairs, each under a key of its own.
+        """Store (name, file) pairs as blobs, each under a new key.
 
-        Nothing is visible until a manifest names them, which must come within the grace period.
+        They become visible when a manifest that names them is published, within the grace period. Raises
+        InvalidField for a file name.
         """
         blobs = []
         for name, path in files:
@@ -84,48 +85,49 @@ class Registry:
             sha256 = await run_sync(sha256_of, path)
             key = names.blob_key(tenant, sha256, secrets.token_hex(8))
             blobs.append(Blob(name=name, key=key, sha256=sha256, bytes=(await run_sync(path.stat)).st_size))
-        await self._staged.add([blob.key for blob in blobs], self._grace)
+        await self._leases.add([blob.key for blob in blobs], self._grace_seconds)
         for blob, (_, path) in zip(blobs, files, strict=True):
             await self._objects.put(blob.key, path, blob.sha256)
         return blobs
 
     async def next_version(self, tenant: str, name: str, size: int = 0) -> int:
-        """The number to publish under. It is not reserved: of several who publish it, one wins.
+        """The number to publish under. It is not reserved: of several publishers of one number, one wins.
 
-        Numbers are never used again, not even after a deletion. Raises QuotaExceeded for one name too many,
-        and if `size` bytes are more than the tenant may still keep.
+        Numbers are never used again, not even after a deletion. Raises QuotaExceeded if the tenant may have
+        no further adapter, the adapter no further version, or the tenant no further `size` bytes.
         """
-        standing = await self._index.standing(tenant, names.check_name(name))
-        if standing.versions == 0 and standing.adapters >= self._max_adapters:
+        usage = await self._index.usage(tenant, names.check_name(name))
+        if usage.versions == 0 and usage.adapters >= self._max_adapters:
             raise self._quota()
-        if standing.bytes + size > self._max_bytes:
+        if usage.bytes + size > self._max_bytes:
             raise self._too_many_bytes()
-        if standing.versions >= MAX_VERSIONS or standing.last >= names.MAX_VERSION:
+        if usage.versions >= MAX_VERSIONS or usage.last >= names.MAX_VERSION:
             raise self._too_many_versions(name)
-        return standing.last + 1
+        return usage.last + 1
 
     async def publish(self, manifest: Manifest) -> None:
-        """Make a version of blobs that were staged for it visible, and `latest` if it is promoted.
+        """Make a version of staged blobs visible, and `latest` if it is promoted.
 
-        Raises Conflict if the number was taken meanwhile, also if that version is deleted again.
+        Raises Conflict if the number was taken meanwhile, even by a version that is deleted again;
+        QuotaExceeded; StoreError if the leases of its blobs have expired.
         """
         names.check_name(manifest.name)
         version, data = summary(manifest), encode_manifest(manifest)
         taken = f"Version {manifest.version} of adapter {shown(manifest.name)}"
         conflict = Conflict(f"{taken} came from another upload meanwhile; try again.", param="name")
         if not await self._objects.create(version.manifest_key, data):
-            # Whoever wrote it may have died before the index knew; then the next number would never come.
+            # Its publisher may have died before it reached the index: then `next_version` would not advance.
             await self._index_stored(version.manifest_key)
             raise conflict
-        added = await self._add(manifest)
-        if added != "done":
+        answer = await self._add(manifest)
+        if answer != "done":
             await self._objects.delete(version.manifest_key)
-            if added == "expired":
+            if answer == "expired":
                 raise StoreError("The upload took longer than its blobs are kept; send it again.")
-            if added == "too many bytes":
+            if answer == "too many bytes":
                 raise self._too_many_bytes()
-            raise self._quota() if added == "too many" else conflict
-        if self._keep:
+            raise self._quota() if answer == "too many" else conflict
+        if self._keep_versions:
             await self._try_finish_deletes(manifest.tenant, manifest.name)
 
     async def resolve(
@@ -133,34 +135,36 @@ class Registry:
     ) -> Version:
         """The version that `selector` means: None is the latest, "3" and "v3" a number, else an alias.
 
-        Of an alias with weights, the one for `sticky`, the same each time; the heaviest without it. Raises
-        NotFound, the same for what does not exist and for what is another tenant's.
+        If the alias has weights, `sticky` decides, the same each time; without it the heaviest version wins.
+        Raises ModelNotFound, with the same words for another tenant's adapter as for none.
         """
         found: Version | None = None
         alias = names.LATEST if selector is None else selector
         if names.is_name(name) and names.is_name(alias):
             number = names.version_number(alias)
-            points, versions = await self._index.find(tenant, name, alias if number is None else number)
-            if points is None:
-                points = number or 0
+            target, versions = await self._index.find(tenant, name, alias if number is None else number)
+            if target is None:
+                target = number or 0
             elif sticky is not None:
-                points = pick(points, f"{tenant}\0{name}\0{alias}\0{sticky}")
-            found = versions.get(heaviest(points))
+                target = pick(target, f"{tenant}\0{name}\0{alias}\0{sticky}")
+            found = versions.get(heaviest(target))
         if found is None:
             raise unknown(name if selector is None else f"{name}@{selector}")
         return found
 
     async def get(self, tenant: str, name: str) -> Adapter:
+        """Raises ModelNotFound."""
         found = await self._index.adapters(tenant, [name]) if names.is_name(name) else []
         if not found:
             raise unknown(name)
         return found[0]
 
     async def manifest(self, tenant: str, name: str, version: int) -> Manifest:
+        """Raises ModelNotFound."""
         found = await self.resolve(tenant, name, str(version))
         try:
             return decode_manifest(await self._objects.get(found.manifest_key))
-        except NotFound as error:  # deleted since we looked
+        except NotFound as error:  # purged meanwhile
             raise unknown(f"{name}@{version}") from error
 
     async def delete(
@@ -173,10 +177,10 @@ class Registry:
         condition: str = "",
         purge: bool = False,
     ) -> list[str]:
-        """Delete a version, or the adapter; the digests of what is gone. It can be restored for a while.
+        """Delete a version, or all of the adapter's; the digests of those deleted. They can be restored.
 
-        With `purge` it cannot, nor what was deleted before: its bytes go at once, or when the store answers
-        again.
+        `purge`: these, and those deleted before, cannot be restored; their bytes are removed at once, or when
+        the store answers again. Raises ModelNotFound, PreconditionFailed.
         """
         model, purged = name if version is None else f"{name}@{version}", 0
         removed: list[Version] | str = "unknown"
@@ -194,61 +198,61 @@ class Registry:
     async def restore(
         self, tenant: str, name: str, version: int | None = None, *, actor: str = "server"
     ) -> None:
-        """Bring back a deleted version, or all of the name's, and the aliases that went with them.
+        """Restore a deleted version, or all of the adapter's, and the aliases that were lost with them.
 
         Raises NotFound, QuotaExceeded.
         """
-        done = "unknown"
+        answer = "unknown"
         if names.is_name(name):
             caps = {
                 "max_adapters": self._max_adapters,
                 "max_versions": MAX_VERSIONS,
                 "max_aliases": MAX_ALIASES,
             }
-            done = await self._index.restore(tenant, name, version, actor, **caps)
-        if done == "too many":
+            answer = await self._index.restore(tenant, name, version, actor, **caps)
+        if answer == "too many":
             raise self._quota()
-        if done == "too many versions":
+        if answer == "too many versions":
             raise self._too_many_versions(name)
-        if done == "unknown":
+        if answer == "unknown":
             raise NotFound(f"There is no deleted adapter {shown(name)} to restore.", param="name")
         await self._try_finish_deletes(tenant, name)
 
     async def deleted(self, tenant: str, after: str | None = None, limit: int = 100) -> list[Deleted]:
-        """Up to `limit` of the names with versions that can be restored, those after `after`."""
+        """Up to `limit` adapters with deleted versions, by name, those after `after`."""
         if after is not None:
             names.check_name(after, "after")
         found = await self._index.names(tenant, after, limit, deleted=True)
         return await self._index.deleted(tenant, found)
 
     async def history(self, tenant: str, name: str) -> list[AuditEntry]:
-        """Newest first; also of an adapter that is deleted. Raises NotFound."""
+        """The audit log, newest first; a deleted adapter has one, too. Raises ModelNotFound."""
         found = await self._index.history(tenant, name) if names.is_name(name) else []
         if not found:
             raise unknown(name)
         return found
 
     async def rebuild_index(self) -> int:
-        """Make the index say what the store says; how many versions there are, deleted ones included."""
+        """Rebuild the index from the store; the number of versions, deleted ones included."""
         return await self._rebuild.run()
 
     async def finish_deletes(self) -> None:
-        """Purge what was deleted too long ago, and what a crash or a failing store left behind."""
-        while due := await self._index.due(time.time() - self.retention, PAGE_SIZE):
-            for place in due:
+        """Purge versions deleted longer ago than the retention, and finish interrupted deletions."""
+        while due := await self._index.due_for_purge(time.time() - self.retention, PAGE_SIZE):
+            for key in due:
                 cutoff = time.time() - self.retention
-                await self._index.purge(place.tenant, place.name, place.version, "server", cutoff)
-        await self._leftovers.settle()
+                await self._index.purge(key.tenant, key.name, key.version, "server", cutoff)
+        await self._deletions.reconcile()
 
     async def _try_finish_deletes(self, tenant: str, name: str) -> None:
-        """Once the index has changed a version is deleted or restored; the store can follow later."""
+        """The index has decided already; if the store fails now, a later call brings it in line."""
         try:
-            await self._leftovers.settle(names.manifest_prefix(tenant, name))
+            await self._deletions.reconcile(names.manifest_prefix(tenant, name))
         except StoreError as error:
             log.warning("the store does not know yet what is deleted; it is told later: %s", error)
 
     async def _index_stored(self, key: str) -> None:
-        """Let the index know of a manifest that exists, if it still does."""
+        """Add a stored manifest to the index, if it still exists."""
         try:
             manifest = decode_manifest(await self._objects.get(key))
         except NotFound:
@@ -263,7 +267,7 @@ class Registry:
             new=True,
             max_adapters=self._max_adapters,
             max_bytes=self._max_bytes,
-            keep=self._keep,
+            keep=self._keep_versions,
         )
 
     def _quota(self) -> QuotaExceeded:
@@ -281,14 +285,14 @@ class Registry:
         )
 
     async def list(self, tenant: str, after: str | None = None, limit: int = 100) -> list[Adapter]:
-        """Up to `limit` of the tenant's adapters by name, those after `after`."""
+        """Up to `limit` of the tenant's adapters, by name, those after `after`."""
         if after is not None:
             names.check_name(after, "after")
         return await self._index.adapters(tenant, await self._index.names(tenant, after, limit))
 
 
 def _check_file_name(name: str) -> None:
-    """A file's name is only ever shown, and offered again at download."""
+    """A file's name is only displayed, and suggested at download. Raises InvalidField."""
     if not 0 < len(name) <= MAX_FILE_NAME or not name.isprintable() or set(name) & set("/\\"):
         raise InvalidField(
             f"file name {shown(name)} must be 1 to {MAX_FILE_NAME} characters without a path.", param="files"

@@ -17,6 +17,7 @@ from server.finetune.jobs.stats import JobStats, job_stats
 from server.metrics import Metrics
 from server.metrics.names import FLEET, OUTCOMES
 from server.metrics.render import Labels, Values
+from server.tenancy.tenants import OPERATOR, TENANTS
 
 FRESH_SECONDS = 2.0
 CENSUS_SECONDS = 10.0  # it walks over all tenants
@@ -47,7 +48,7 @@ class ClusterMetrics:
 
     async def _read(self) -> Values:
         if time.monotonic() - self._counted_at > CENSUS_SECONDS:
-            self._census = await store_counts(self._redis)
+            self._census = await store_counts(self._redis, TENANTS, OPERATOR.id)
             self._counted_at = time.monotonic()
         with store_errors():
             info = await self._redis.info()

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from redis.asyncio import Redis
 
-from adapters_store.index.index import STAGED
+from adapters_store.index.keys import STAGED
 from adapters_store.maintenance.blob_leases import BlobLeases
 from adapters_store.maintenance.collector import Collector
 from adapters_store.maintenance.stale_temp_files import remove_stale_temp_files

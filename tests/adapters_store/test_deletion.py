@@ -5,7 +5,8 @@ import asyncio
 import pytest
 from redis.asyncio import Redis
 
-from adapters_store.index.index import DELETED, DELETING, MAX_UNDO
+from adapters_store.index.index import MAX_ROLLBACKS
+from adapters_store.index.keys import DELETED, DELETING
 from adapters_store.names import deleted_key, manifest_key
 from adapters_store.object_store.store import Objects
 from adapters_store.registry.registry import Registry
@@ -167,7 +168,7 @@ async def test_history_and_rollbacks_are_bounded(registry: Registry) -> None:
     entries = await registry.history("t", "a")
     assert len(entries) == 200
     assert {entry.action for entry in entries} == {"alias"}
-    for _ in range(MAX_UNDO):
+    for _ in range(MAX_ROLLBACKS):
         await registry.aliases.rollback("t", "a", "prod")
     with pytest.raises(Conflict):
         await registry.aliases.rollback("t", "a", "prod")

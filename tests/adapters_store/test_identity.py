@@ -105,7 +105,7 @@ async def test_who_does_not_answer_is_waited_for(
     redis: Redis, objects: Objects, other: Objects, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await prove_identity(redis, objects)
-    monkeypatch.setattr(identity, "LONGEST_DELAY_SECONDS", 0.01)
+    monkeypatch.setattr(identity, "MAX_DELAY_SECONDS", 0.01)
     failures = iter([StoreError("Down."), StoreError("Down.")])
     real = other.get
 

@@ -6,7 +6,7 @@ from redis.exceptions import ConnectionError, ResponseError  # noqa: A004 - redi
 
 from adapters_store.maintenance.counts import StoreCounts, store_counts
 from adapters_store.valkey import connect
-from server.tenancy.tenants import Tenants
+from server.tenancy.tenants import OPERATOR, TENANTS, Tenants
 
 pytestmark = pytest.mark.anyio
 
@@ -44,10 +44,10 @@ async def test_a_call_nobody_answers_failed() -> None:
 
 
 async def test_the_census_counts_everybodys_adapters(redis: Redis) -> None:
-    assert await store_counts(redis) == StoreCounts(0, 0)
+    assert await store_counts(redis, TENANTS, OPERATOR.id) == StoreCounts(0, 0)
     tenants = Tenants(redis)
     for number in range(3):
         tenant, _ = await tenants.create(f"t{number}")
         await redis.zadd(f"pp:adapters:{tenant.id}", {f"a{i}": 0 for i in range(number + 1)})
     await redis.zadd("pp:adapters:operator", {"loaded": 0})
-    assert await store_counts(redis) == StoreCounts(3, 7)
+    assert await store_counts(redis, TENANTS, OPERATOR.id) == StoreCounts(3, 7)

@@ -19,7 +19,7 @@ from hypothesis.stateful import (
 )
 
 from adapters_store.alias_target import AliasTarget
-from adapters_store.index.index import MAX_UNDO
+from adapters_store.index.index import MAX_ROLLBACKS
 from adapters_store.manifest import decode_manifest
 from adapters_store.names import deleted_key
 from adapters_store.object_store.store import Objects
@@ -73,7 +73,7 @@ class Model:
         self.latest = self.find_latest()
         for alias, points in self.all().items():
             if undo and alias in before and before[alias] != points:
-                self.undo[alias] = [before[alias], *self.undo.get(alias, [])][:MAX_UNDO]
+                self.undo[alias] = [before[alias], *self.undo.get(alias, [])][:MAX_ROLLBACKS]
 
     def all(self) -> dict[str, AliasTarget]:
         return self.aliases | ({"latest": self.latest} if self.latest else {})
@@ -84,7 +84,7 @@ class Model:
 
 def twice(registry: Registry) -> None:
     """As if the first answer to every change were lost, and the client sent it again."""
-    scripts = registry.aliases._index._scripts
+    scripts = registry.aliases._index._changes
 
     def doubled(script: Any) -> Any:
         async def call(**given: Any) -> Any:

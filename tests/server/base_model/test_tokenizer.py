@@ -6,6 +6,7 @@ import pytest
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from server.base_model.tokenizer import Tokenizer
 from server.errors import InvalidRequest, StartupError
@@ -67,3 +68,10 @@ def test_the_first_special_token_is_found_in_a_text() -> None:
 
 def test_a_chat_can_be_rendered_without_a_turn_to_answer() -> None:
     assert BYTE_LEVEL.render_chat([{"role": "user", "content": "a"}], answer=False) == "<|user|>a<|end|>"
+
+
+def test_characters_stand_for_the_bytes_that_transformers_says() -> None:
+    """The first 256 tokens are GPT-2's alphabet, in transformers' order."""
+    assert [BYTE_LEVEL.token_text(token)[1] for token in range(256)] == [
+        bytes([byte]) for byte in bytes_to_unicode()
+    ]
