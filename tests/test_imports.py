@@ -7,6 +7,7 @@ api -> engine.client -> engine -> adapters -> adapters_store
 
 import ast
 import re
+import subprocess
 import sys
 import tomllib
 from collections import Counter
@@ -39,7 +40,8 @@ STORE = {
     "adapters_store.registry",
 }
 KERNELS = {"server.kernels", "server.kernels.cpu", "server.kernels.cpu.int8", "server.kernels.gpu"}
-METHODS = {"server.adapters", "server.adapters.formats", "server.adapters.methods"}
+SPECS = {"server.adapters.formats", "server.adapters.specs"}
+METHODS = {*SPECS, "server.adapters", "server.adapters.methods"}
 # Of each room, the rooms it may import beside the leaves. Files beside folders are rooms by name.
 ROOMS: dict[str, set[str]] = {
     "adapters_store": {"server.errors"},
@@ -76,9 +78,10 @@ ROOMS: dict[str, set[str]] = {
     "server.kernels.cpu": {"server.kernels"},
     "server.kernels.cpu.int8": {"server.kernels", "server.kernels.cpu"},
     "server.kernels.gpu": {"server.kernels", "server.kernels.cpu"},
-    "server.adapters": set(),
+    "server.adapters": {"server.adapters.formats"},
     "server.adapters.formats": set(),
-    "server.adapters.methods": {"server.adapters", "server.adapters.formats", *KERNELS},
+    "server.adapters.specs": {"server.adapters.formats", "server.kernels"},
+    "server.adapters.methods": {*SPECS, "server.adapters", *KERNELS},
     "server.adapters.cache": {"server.adapters", "adapters_store.object_store"},
     "server.adapters.loading": {*METHODS, "server.adapters.cache", *STORE, *KERNELS},
     "server.engine.client": set(),
@@ -150,7 +153,7 @@ ROOMS: dict[str, set[str]] = {
         "server.metrics",
         "server.tenancy",
         "server.tracing",
-        *METHODS,
+        *SPECS,
         *STORE,
     },
     "server.api.http": {
@@ -174,12 +177,11 @@ ROOMS: dict[str, set[str]] = {
         "server.tracing",
     },
     "server.api.adapters": {
-        "server.adapters.formats",
-        "server.adapters.methods",
         "server.api",
         "server.api.http",
         "server.engine.client",
         "server.tenancy",
+        *SPECS,
         *STORE,
     },
     "server.api.fine_tuning": {
@@ -225,7 +227,11 @@ NO_TORCH = {
     "server.adapters.cache.device_cache",
     "server.errors",
     "server.settings",
+    "server.adapters.formats.detect",
+    "server.adapters.formats.ignored_files",
+    "server.adapters.formats.pickle_sandbox",
     "server.adapters.sites",
+    "server.adapters.specs",
     "server.messages",
     "server.engine.client",
     "server.supervisor.system",
@@ -248,6 +254,7 @@ NO_TORCH = {
 # It asks transformers for a folder's tokenizer, which loads no torch in a process that forbids it:
 # tests/server/base_model/test_text_process.py looks.
 TEXT = "server.base_model.tokenizer"
+HEAVY = {"numba", "torch", "transformers"}
 WITH_TORCH = ["triton"]  # comes with its CUDA build, and is imported only where kernels/gpu.py says so
 MAX_LINES, MAX_FUNCTION_LINES, MAX_FOLDER_FILES = 300, 60, 16
 
@@ -311,11 +318,17 @@ def test_rooms_lead_one_way() -> None:
 @pytest.mark.parametrize("module", sorted(NO_TORCH))
 def test_no_torch_comes_with_it(module: str) -> None:
     """Neither by itself nor by anything of ours it imports."""
-    assert not reached(module) & {"torch", "transformers", "numba"}
+    assert not reached(module) & HEAVY
 
 
 def test_text_brings_no_torch_of_ours() -> None:
     assert "torch" not in reached(TEXT)
+
+
+def test_uploads_are_checked_without_torch() -> None:
+    """Nor does a library that the specs or the formats import bring it along."""
+    program = f"import sys, server.adapters.specs; sys.exit(bool({HEAVY} & sys.modules.keys()))"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 
 
 def test_the_walk_sees_torch_where_it_is() -> None:

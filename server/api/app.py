@@ -12,7 +12,7 @@ from adapters_store.registry.identity import prove_identity_in_time
 from adapters_store.registry.presigned_uploads import PresignedUploads
 from adapters_store.registry.registry import Registry
 from adapters_store.valkey import connect
-from server.adapters.methods import build_methods
+from server.adapters.specs import build_readers
 from server.api.adapters.bucket_watcher import BucketWatcher
 from server.api.adapters.cleanup import CleanupLoop
 from server.api.adapters.publish import TrainedAdmission
@@ -173,7 +173,7 @@ def build_services(settings: Settings) -> Services:
             retention_seconds=settings.retention_seconds,
             grace_seconds=settings.grace_seconds,
         ),
-        methods=build_methods(settings.max_lora_rank),
+        methods=build_readers(settings.max_lora_rank),
         tenants=Tenants(redis),
         engine=engine,
         metrics=metrics,

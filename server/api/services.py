@@ -12,8 +12,8 @@ from redis.asyncio import Redis
 from adapters_store.object_store.store import Objects
 from adapters_store.registry.presigned_uploads import PresignedUploads
 from adapters_store.registry.registry import Registry
-from server.adapters.methods.interface import Method
 from server.adapters.sites import Base
+from server.adapters.specs.interface import SpecReader
 from server.api.cluster_metrics import ClusterMetrics
 from server.base_model.tokenizer import Tokenizer
 from server.engine.client import EngineClient
@@ -54,7 +54,7 @@ class Services:
     redis: Redis
     objects: Objects
     registry: Registry
-    methods: dict[str, Method]
+    methods: dict[str, SpecReader]
     tenants: Tenants
     engine: EngineClient
     metrics: Metrics

@@ -6,18 +6,12 @@ The header is read and checked without the tensors and without torch: the API ho
 """
 
 import math
-import mmap
-from collections.abc import Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 
 import msgspec
 
 from server.adapters.formats.strict_json import strict_json
 from server.errors import InvalidAdapter, TooLarge, UnsupportedMedia, shown
-
-if TYPE_CHECKING:
-    import torch
 
 ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 MAX_NAME = 256
@@ -71,53 +65,6 @@ def read_header(
     infos = {name: _info(name, entry, 8 + length) for name, entry in entries.items()}
     _check_layout(infos, 8 + length, size)
     return infos
-
-
-def load_tensors(path: Path, header: dict[str, TensorInfo]) -> "dict[str, torch.Tensor]":
-    """The tensors of a file whose header `read_header` accepted, as views of the mapped file: no copy.
-
-    Writing to one changes memory only. The file must not shrink while they are alive.
-    """
-    import torch  # here, so that who reads headers alone does not pay for it
-
-    with path.open("rb") as file:
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    return view_tensors(torch.frombuffer(mapped, dtype=torch.uint8), header)
-
-
-def view_tensors(data: "torch.Tensor", header: dict[str, TensorInfo]) -> "dict[str, torch.Tensor]":
-    """The same of a whole file in memory, uint8 [bytes]."""
-    import torch
-
-    dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-    if len(data) < max(info.end for info in header.values()):
-        raise InvalidAdapter("The safetensors file is shorter than its header says.", param="files")
-    ordered = sorted(header.items(), key=lambda item: item[1].begin)
-    kinds, begin = {info.dtype for _, info in ordered}, ordered[0][1].begin
-    size = ITEM_BYTES[ordered[0][1].dtype]
-    if len(kinds) == 1 and begin % size == 0:  # as nearly all are: one after the other, without a hole
-        parts = torch.split(
-            data[begin:].view(dtypes[kinds.pop()]), [(info.end - info.begin) // size for _, info in ordered]
-        )
-        return {name: part.view(info.shape) for (name, info), part in zip(ordered, parts, strict=True)}
-    tensors = {}
-    for name, info in ordered:
-        flat = data[info.begin : info.end]
-        if info.begin % ITEM_BYTES[info.dtype]:  # legal, but kernels want aligned items
-            flat = flat.clone()
-        tensors[name] = flat.view(dtypes[info.dtype]).view(info.shape)
-    return tensors
-
-
-def find_non_finite(tensors: "Mapping[str, torch.Tensor]") -> str | None:
-    """The first tensor that holds NaN or Inf, reading every byte once."""
-    return next((name for name, tensor in tensors.items() if not is_finite(tensor)), None)
-
-
-def is_finite(tensor: "torch.Tensor") -> bool:
-    """Neither NaN nor Inf in it: one pass, and nothing written, where isfinite().all() takes three."""
-    low, high = tensor.detach().aminmax()  # NaN wins in both
-    return math.isfinite(low) and math.isfinite(high)
 
 
 def _info(name: str, entry: Any, data: int) -> TensorInfo:

@@ -26,13 +26,14 @@ from adapters_store.object_store.store import Objects
 from server.adapters.cache.disk_tier import DiskTier
 from server.adapters.cache.ram_tier import RamTier
 from server.adapters.checksum import checksum
-from server.adapters.formats.safetensors import find_non_finite, view_tensors
 from server.adapters.loading.buffer_pool import BufferPool
 from server.adapters.loading.disk_writer import DiskWriter, LoadedFile
 from server.adapters.loading.parse_cache import HeaderLimits, PackPlan, ParseCache
 from server.adapters.loading.thread_pools import LoadPools
-from server.adapters.methods.interface import Method, Packed, Spec
+from server.adapters.methods.interface import Method, Packed
 from server.adapters.sites import Base
+from server.adapters.specs.interface import Spec
+from server.adapters.tensors import find_non_finite, view_tensors
 from server.errors import CorruptObject, InvalidAdapter, ModelNotFound, NotFound, StoreError
 from server.kernels.cpu.int8.linear import is_dequantised
 from server.messages import AdapterRef

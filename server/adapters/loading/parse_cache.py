@@ -15,8 +15,9 @@ import torch
 
 from adapters_store.manifest import Manifest
 from server.adapters.formats.safetensors import TensorInfo, read_header
-from server.adapters.methods.interface import AdapterFiles, Method, Packed, Spec
+from server.adapters.methods.interface import Method, Packed
 from server.adapters.sites import Base
+from server.adapters.specs.interface import AdapterFiles, Spec
 from server.kernels.cpu.pack_tensors import Copies
 
 MAX_PLANS = 16  # recipes

@@ -1,4 +1,4 @@
-"""The table of methods. A new one is a file beside this and a line here."""
+"""The table of methods: each reads its uploads as `specs/` says and computes with torch."""
 
 from server.adapters.methods.bitfit import Bitfit
 from server.adapters.methods.bottleneck import Bottleneck

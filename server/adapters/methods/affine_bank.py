@@ -15,14 +15,15 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from server.adapters.methods.affine_layout import AffineDelta, LoadedSlot, SlotLayouts, TensorPiece
+from server.adapters.methods.flat_buffer import flatten_noting
 from server.adapters.methods.interface import Bank, NormParts, Packed, RecordedSites
-from server.adapters.methods.tensor_names import flatten_noting
 from server.adapters.methods.token_spans import BIAS, MATRICES, SCALE, TokenSpans
 from server.adapters.sites import Base, Site
 from server.kernels import token_blocks as gpu
 from server.kernels.cpu import grouped_affine as kernel
 from server.kernels.cpu.fused_bias import Biases
 from server.kernels.cpu.openmp import AVAILABLE
+from server.kernels.limits import MAX_RANK
 from server.kernels.site_table import SiteTable
 
 MAX_UNIONS = 256
@@ -222,7 +223,7 @@ def table_row(change: AffineDelta) -> list[int]:
     """What a kernel reads of a change: COLUMNS numbers."""
     parts = (change.a, change.b, change.gain, change.bias)
     rank = 0 if change.b is None else change.b.shape[0]
-    assert rank <= kernel.MAX_RANK, f"rank {rank} is over the kernel's scratch"
+    assert rank <= MAX_RANK, f"rank {rank} is over the kernel's scratch"
     item = 0 if change.b is None else change.b.itemsize
     return [*(0 if t is None else t.data_ptr() for t in parts), rank, item]
 

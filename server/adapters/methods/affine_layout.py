@@ -18,6 +18,7 @@ import torch
 from server.adapters.methods.token_spans import BIAS, MATRICES, SCALE
 from server.kernels import token_blocks as gpu
 from server.kernels.cpu import grouped_affine as kernel
+from server.kernels.limits import MAX_RANK
 from server.kernels.site_table import SiteTable
 
 
@@ -76,7 +77,7 @@ class SlotLayout:
                 self.rank = max(self.rank, piece.shape[0])
             begin += prod(piece.shape)
         self._offsets, self._present = torch.from_numpy(offsets), torch.from_numpy(present)
-        assert self.rank <= kernel.MAX_RANK, f"rank {self.rank} is over the kernel's scratch"
+        assert self.rank <= MAX_RANK, f"rank {self.rank} is over the kernel's scratch"
         self.norms = frozenset(site for site, own in parts.items() if "norm" in own)
         self.ways = {site: _way(own) for site, own in parts.items() if site not in self.norms}
         self.mask = table.mask(self.ways)

@@ -1,7 +1,6 @@
 """BitFit: other biases, of linears and norms, whether or not the base has one there (arXiv 2106.10199).
 
-Reads our own format, whose tensors replace the base's biases or are added to them, and PEFT's BEFT, which
-adds. Either way a row is served the difference to the base (affine_bank.py).
+Whatever the format, a row is served the difference to the base's bias (affine_bank.py).
 """
 
 from collections.abc import Mapping
@@ -11,59 +10,19 @@ import torch
 from safetensors.torch import save
 
 from server.adapters.formats.config_fields import FILE
-from server.adapters.formats.peft import typed_config
-from server.adapters.formats.peft_configs import BeftConfig, BitfitConfig
 from server.adapters.methods.affine_bank import AffineBank, pack_deltas
 from server.adapters.methods.affine_layout import AffineDelta
-from server.adapters.methods.interface import AdapterFiles, Packed, Tensors
-from server.adapters.methods.tensor_names import (
-    COPIES,
-    PREFIX,
-    Endings,
-    base_copies,
-    by_site,
-    check_shapes,
-    check_targets,
-    copy_shapes,
-)
+from server.adapters.methods.interface import Packed, Tensors
 from server.adapters.sites import Base
+from server.adapters.specs.bitfit import BitfitReader, BitfitSpec
+from server.adapters.specs.tensor_names import PREFIX
 from server.errors import InvalidAdapter, shown
 
-OWN: Endings = {"bias": ("bias", ("linear", "norm"))}
-BEFT: Endings = {"beft_bias": ("bias", ("linear",)), **COPIES}
 WEIGHTS = "adapter_model.safetensors"
 
 
-class BitfitSpec(msgspec.Struct, frozen=True):
-    """`absolute`: the tensors replace the base's biases; `beft`: they are [1, out], else [out]."""
-
-    biases: dict[str, str]  # site -> tensor
-    absolute: bool
-    beft: bool
-    base_copies: dict[str, str] = {}
-    rank: int = 0
-
-
-class Bitfit:
-    name = "bitfit"
+class Bitfit(BitfitReader):
     bank = AffineBank
-
-    def parse(self, files: AdapterFiles, base: Base) -> BitfitSpec:
-        beft = files.config.get("peft_type") == "BEFT"
-        config = typed_config(files.config, BeftConfig) if beft else typed_config(files.config, BitfitConfig)
-        roles = by_site(files.tensors, base, BEFT if beft else OWN, "BEFT" if beft else "BitFit")
-        biases = {site: found["bias"] for site, found in roles.items() if "bias" in found}
-        candidates = [site for site in base.sites.values() if site.kind == "linear"]
-        check_targets(config.target_modules, biases, candidates, complete=True)
-        absolute = isinstance(config, BitfitConfig) and config.bias_mode == "absolute"
-        spec = BitfitSpec(biases, absolute, beft, base_copies(roles, base))
-        check_shapes(self.shapes(spec, base), files.tensors)
-        return spec
-
-    def shapes(self, spec: BitfitSpec, base: Base) -> dict[str, tuple[int, ...]]:
-        lead = (1,) if spec.beft else ()
-        shapes = {tensor: (*lead, base.sites[site].outputs) for site, tensor in spec.biases.items()}
-        return shapes | copy_shapes(spec.base_copies, base)
 
     def init(
         self,

@@ -13,8 +13,8 @@ import msgspec
 import torch
 import torch.nn.functional as F
 
+from server.adapters.methods.flat_buffer import flatten
 from server.adapters.methods.interface import Bank, Packed, RecordedSites
-from server.adapters.methods.tensor_names import flatten
 from server.adapters.methods.token_spans import MATRICES, MAX_DECODE_SPAN, TokenSpans
 from server.adapters.sites import Base, Site
 from server.kernels import token_blocks as gpu

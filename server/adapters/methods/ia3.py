@@ -1,38 +1,18 @@
-"""IA3: outputs of linears scaled, or, of feed-forward modules, their inputs (arXiv 2205.05638).
+"""IA3 scales the outputs of linears, and of feed-forward modules the inputs (arXiv 2205.05638).
 
 Scaling an output l * (W x + b) is affine at its site: gain l - 1 upon W x, and (l - 1) * b added.
 """
 
 from collections.abc import Mapping
 
-import msgspec
 import torch
 
-from server.adapters.formats.peft import typed_config
-from server.adapters.formats.peft_configs import Ia3Config
 from server.adapters.methods.affine_bank import AffineBank, pack_deltas
 from server.adapters.methods.affine_layout import AffineDelta
-from server.adapters.methods.interface import AdapterFiles, Packed, RecordedSites, Tensors
-from server.adapters.methods.tensor_names import (
-    COPIES,
-    Endings,
-    base_copies,
-    by_site,
-    check_shapes,
-    check_targets,
-    copy_shapes,
-)
+from server.adapters.methods.interface import Packed, RecordedSites, Tensors
 from server.adapters.methods.token_spans import TokenSpans
 from server.adapters.sites import Base, Site
-
-ENDINGS: Endings = {"ia3_l": ("scale", ("linear",)), **COPIES}
-
-
-class Ia3Spec(msgspec.Struct, frozen=True):
-    outputs: dict[str, str]  # site -> tensor [out, 1]
-    inputs: dict[str, str]  # site -> tensor [1, in]
-    base_copies: dict[str, str] = {}
-    rank: int = 0
+from server.adapters.specs.ia3 import Ia3Reader, Ia3Spec
 
 
 class Ia3Bank(AffineBank):
@@ -59,33 +39,8 @@ class Ia3Bank(AffineBank):
         return None if change is None else change.scale
 
 
-class Ia3:
-    name = "ia3"
+class Ia3(Ia3Reader):
     bank = Ia3Bank
-
-    def parse(self, files: AdapterFiles, base: Base) -> Ia3Spec:
-        config = typed_config(files.config, Ia3Config)
-        roles = by_site(files.tensors, base, ENDINGS, "IA3")
-        scales = {site: found["scale"] for site, found in roles.items() if "scale" in found}
-        candidates = [site for site in base.sites.values() if site.kind == "linear"]
-        excluded = config.exclude_modules
-        check_targets(config.target_modules, scales, candidates, excluded=excluded, complete=not excluded)
-        outputs, inputs = {}, {}
-        for site, tensor in scales.items():
-            if _feeds_forward(site, config, files.tensors[tensor].shape):
-                inputs[site] = tensor
-            else:
-                outputs[site] = tensor
-        spec = Ia3Spec(outputs, inputs, base_copies(roles, base))
-        check_shapes(self.shapes(spec, base), files.tensors)
-        return spec
-
-    def shapes(self, spec: Ia3Spec, base: Base) -> dict[str, tuple[int, ...]]:
-        shapes: dict[str, tuple[int, ...]] = {
-            tensor: (base.sites[site].outputs, 1) for site, tensor in spec.outputs.items()
-        }
-        shapes |= {tensor: (1, base.sites[site].inputs) for site, tensor in spec.inputs.items()}
-        return shapes | copy_shapes(spec.base_copies, base)
 
     def init(
         self,
@@ -117,10 +72,3 @@ class Ia3:
             bias = gain * weights[f"{site}.bias"].float() if base.sites[site].bias else None
             changes.append(AffineDelta(site, gain=gain, bias=bias))
         return pack_deltas(changes, dtype)
-
-
-def _feeds_forward(site: str, config: Ia3Config, shape: tuple[int, ...]) -> bool:
-    """By PEFT's rule for a list: a name's end, dot or not. Where the config has none, the shape decides."""
-    if config.feedforward_modules is None:
-        return shape[:1] == (1,)
-    return site.endswith(config.feedforward_modules)

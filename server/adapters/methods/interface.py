@@ -1,7 +1,7 @@
-"""The one interface of a PEFT method: what it reads, what it costs, where it touches the forward pass.
+"""The interface of a PEFT method: how its spec is read, packed for a device, and applied in the forward pass.
 
-A method knows nothing of the engine, of tenants, or of HTTP. Adding one is a file beside this one and a
-line in `__init__.build_methods`.
+A method knows nothing of the engine, of tenants, or of HTTP. A new one is a file in `specs/`, which reads
+uploads without torch, a file here, and a line in the table of each folder's `__init__.py`.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -11,21 +11,13 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from server.adapters.checksum import checksum
-from server.adapters.formats.safetensors import TensorInfo
 from server.adapters.methods.token_spans import MAX_DECODE_SPAN, TokenSpans
 from server.adapters.sites import Base, Site
+from server.adapters.specs.interface import SpecReader
 from server.kernels.cpu.fused_bias import Biases
 from server.kernels.cpu.pack_tensors import Copies
 
 Tensors = dict[str, torch.Tensor]
-
-
-@dataclass(frozen=True)
-class AdapterFiles:
-    """An upload as data: the parsed config and the weights' header. No tensor bytes yet."""
-
-    config: dict[str, Any]
-    tensors: dict[str, TensorInfo]
 
 
 @dataclass(frozen=True)
@@ -156,31 +148,12 @@ class Bank:
         return getattr(type(self), hook) is not getattr(Bank, hook)
 
 
-class Spec(Protocol):
-    """What `parse` made of an upload: frozen, complete, JSON-able."""
-
-    @property
-    def rank(self) -> int: ...
-    @property
-    def base_copies(self) -> Mapping[str, str]:
-        """Tensors that only repeat the base: {tensor: site}. The loader checks that they do."""
-
-
-class Method(Protocol):
+class Method(SpecReader, Protocol):
     """Stateless. `spec` is always what this method's own `parse` returned."""
-
-    @property
-    def name(self) -> str: ...
 
     @property
     def bank(self) -> type[Bank]:
         """Methods that name the same class share one bank, and one launch a site."""
-
-    def parse(self, files: AdapterFiles, base: Base) -> Spec:
-        """Read a config and tensor names. Raises InvalidAdapter on anything unknown or unservable."""
-
-    def shapes(self, spec: Any, base: Base) -> dict[str, tuple[int, ...]]:
-        """The exact tensors: upload check, cache cost and training shapes all come from here."""
 
     def init(
         self, spec: Any, base: Base, weights: Mapping[str, torch.Tensor], rng: torch.Generator

@@ -1,6 +1,6 @@
-"""LoRA: y += scaling * B A x at linears and embeddings; also rsLoRA, DoRA, patterns, biases, norms.
+"""LoRA: y += scaling * B A x at linears and embeddings; also DoRA, biases and norms.
 
-This file reads what PEFT writes and checks its tensors; affine_bank.py computes. The tensors decide targets.
+Here are the initial values and the folding of scalings into matrices; affine_bank.py applies them.
 """
 
 import math
@@ -8,126 +8,29 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Literal
 
-import msgspec
 import torch
 
-from server.adapters.formats.module_patterns import Patterns
-from server.adapters.formats.peft import typed_config
-from server.adapters.formats.peft_configs import LoraConfig
-from server.adapters.formats.safetensors import TensorInfo
 from server.adapters.methods.affine_bank import AffineBank, pack_deltas
 from server.adapters.methods.affine_layout import AffineDelta
-from server.adapters.methods.interface import AdapterFiles, Packed, Tensors
-from server.adapters.methods.norm_tensors import Norms, norm_changes, norm_shapes, norm_starts, norms_of
-from server.adapters.methods.tensor_names import (
-    TABLES,
-    Endings,
-    Roles,
-    base_copies,
-    by_site,
-    check_shapes,
-    check_targets,
-    copy_shapes,
-    invalid,
-)
+from server.adapters.methods.interface import Packed, Tensors
+from server.adapters.methods.norm_deltas import norm_deltas, norm_starts
 from server.adapters.sites import Base, Site
-from server.errors import InvalidAdapter, shown
+from server.adapters.specs.lora import LoraReader, LoraSpec, LoraTarget
 from server.kernels.cpu.grouped_affine import narrow
 
 Narrow = Literal["never", "exact", "rounded"]
-ENDINGS: Endings = {
-    "lora_A.weight": ("A", ("linear",)),
-    "lora_B.weight": ("B", ("linear",)),
-    "lora_B.bias": ("bias", ("linear",)),
-    "lora_magnitude_vector.weight": ("magnitude", TABLES),
-    "lora_magnitude_vector": ("magnitude", TABLES),
-    "lora_embedding_A": ("A", ("embedding",)),
-    "lora_embedding_B": ("B", ("embedding",)),
-    "base_layer.weight": ("copy", TABLES),
-    "weight": ("copy", (*TABLES, "norm")),  # a norm's is trained, like its bias beside it
-    "base_layer.bias": ("base_bias", ("linear",)),
-    "bias": ("base_bias", ("linear", "norm")),
-}
-NOT_TARGETED = {"copy", "base_bias"}  # roles that a module has without being a target
-OF_NORM = {"copy": "weight", "base_bias": "bias"}
 
 
-class LoraTarget(msgspec.Struct, frozen=True):
-    """One site's pair, by tensor names. A is [rank, in], B [out, rank]; magnitude and bias are [out].
-
-    An embedding counts as in = vocabulary, out = hidden.
-    """
-
-    site: str
-    rank: int
-    scaling: float
-    A: str
-    B: str
-    magnitude: str | None = None
-    bias: str | None = None
-    embedding: bool = False
-
-
-class LoraSpec(msgspec.Struct, frozen=True):
-    targets: tuple[LoraTarget, ...]
-    base_copies: dict[str, str]  # tensor -> site whose weight it must equal
-    biases: dict[str, str] = {}  # site -> tensor that replaces the base's bias there
-    norms: Norms = {}  # trained beside the matrices
-
-    @property
-    def rank(self) -> int:
-        return max(target.rank for target in self.targets)
-
-
-class Lora:
+class Lora(LoraReader):
     """`narrow`: whether a CPU's kernels may find float32's matrices in bfloat16, half the bytes to hold and
     to read for each token: where nothing is lost by that, or also where they are rounded.
     """
 
-    name = "lora"
     bank = AffineBank
 
     def __init__(self, max_rank: int = 256, narrow: Narrow = "never") -> None:
-        self.max_rank = max_rank
+        super().__init__(max_rank)
         self.narrow = narrow
-
-    def parse(self, files: AdapterFiles, base: Base) -> LoraSpec:
-        config = typed_config(files.config, LoraConfig)
-        roles = by_site(files.tensors, base, ENDINGS, "LoRA")
-        norms = _take_norms(roles, base)
-        ranks = Patterns([(key, float(rank)) for key, rank in config.rank_pattern], "rank_pattern")
-        alphas = Patterns(list(config.alpha_pattern), "alpha_pattern")
-        targets = []
-        for name, found in roles.items():
-            if not found.keys() - NOT_TARGETED:
-                continue
-            rank = int(ranks.value(name, config.r))
-            alpha = alphas.value(name, config.lora_alpha)
-            scaling = alpha / (math.sqrt(rank) if config.use_rslora else rank)
-            targets.append(self._target(base.sites[name], found, rank, scaling, files.tensors, config))
-        spec = LoraSpec(
-            tuple(targets),
-            base_copies(roles, base),
-            {name: found["base_bias"] for name, found in roles.items() if "base_bias" in found},
-            norms,
-        )
-        _check_modules(config, spec, base)
-        _check_biases(config, spec, base)
-        check_shapes(self.shapes(spec, base), files.tensors)
-        return spec
-
-    def shapes(self, spec: LoraSpec, base: Base) -> dict[str, tuple[int, ...]]:
-        shapes: dict[str, tuple[int, ...]] = {}
-        for target in spec.targets:
-            site = base.sites[target.site]
-            shapes[target.A] = (target.rank, site.inputs)
-            shapes[target.B] = (site.outputs, target.rank)
-            for vector in (target.magnitude, target.bias):
-                if vector is not None:
-                    shapes[vector] = (site.outputs,)
-        for name, tensor in spec.biases.items():
-            shapes[tensor] = (base.sites[name].outputs,)
-        return shapes | copy_shapes(spec.base_copies, base) | norm_shapes(spec.norms, base)
 
     def init(
         self,
@@ -173,7 +76,7 @@ class Lora:
             change = changes.get(name) or AffineDelta(name)
             delta = tensors[tensor].float() - weights[f"{name}.bias"].float()
             changes[name] = replace(change, bias=delta if change.bias is None else change.bias + delta)
-        changes |= {change.site: change for change in norm_changes(spec.norms, tensors)}
+        changes |= {change.site: change for change in norm_deltas(spec.norms, tensors)}
         halved = all(self._can_be_narrow(change, base.sites[name]) for name, change in changes.items())
         return pack_deltas(changes.values(), torch.bfloat16 if halved else dtype)
 
@@ -184,42 +87,6 @@ class Lora:
         kept = a.dtype == b.dtype == torch.bfloat16 and abs(math.frexp(change.factor)[0]) == 0.5
         allowed = self.narrow == "rounded" or (self.narrow == "exact" and kept)
         return allowed and site.kind == "linear" and narrow(site.inputs, site.outputs)
-
-    def _target(
-        self,
-        site: Site,
-        roles: dict[str, str],
-        rank: int,
-        scaling: float,
-        tensors: dict[str, TensorInfo],
-        config: LoraConfig,
-    ) -> LoraTarget:
-        """One site's tensors, complete and of the rank that the config says."""
-        wanted = {"A": True, "B": True, "magnitude": config.use_dora, "bias": config.lora_bias}
-        for role, needed in wanted.items():
-            if needed and role not in roles:
-                missing = f"has no counterpart for {role} of {shown(site.name)}"
-                raise invalid(next(iter(roles.values())), missing)
-            if role in roles and not needed:
-                raise invalid(roles[role], "is there although the config does not ask for it")
-        shape = tensors[roles["A"]].shape
-        if len(shape) != 2 or shape[0] > self.max_rank:
-            raise invalid(roles["A"], f"has the shape {list(shape)}; its rank may be {self.max_rank} at most")
-        if shape[0] != rank:
-            raise invalid(roles["A"], f"has rank {shape[0]}, but the config says {rank}")
-        if site.kind == "embedding" and config.use_dora:
-            raise invalid(roles["A"], "is of an embedding, for which use_dora is not served")
-        extras = (roles.get("magnitude"), roles.get("bias"))
-        return LoraTarget(
-            site.name, rank, scaling, roles["A"], roles["B"], *extras, embedding=site.kind == "embedding"
-        )
-
-
-def _take_norms(roles: Roles, base: Base) -> Norms:
-    """Those whose weights are there, out of `roles`; a bias without one is what `bias` trains."""
-    found = [name for name, own in roles.items() if base.sites[name].kind == "norm" and "copy" in own]
-    own = {name: {OF_NORM[role]: tensor for role, tensor in roles.pop(name).items()} for name in found}
-    return norms_of(own, base)
 
 
 def fold(
@@ -243,58 +110,3 @@ def fold(
     return AffineDelta(
         site.name, a, (ratio[:, None] * b).T, ratio - 1, None if bias is None else ratio * bias
     )
-
-
-def _check_modules(config: LoraConfig, spec: LoraSpec, base: Base) -> None:
-    filtered = config.exclude_modules or config.layers_to_transform is not None
-    candidates = [site for site in base.sites.values() if site.kind in TABLES]
-    targets = {target.site: target.A for target in spec.targets}
-    check_targets(
-        config.target_modules, targets, candidates, excluded=config.exclude_modules, complete=not filtered
-    )
-    _check_layers(config, targets)
-    if config.ensure_weight_tying:
-        _check_untied(targets, base)
-    for module in config.modules_to_save or ():
-        if not any(name.endswith(module) for name in [*spec.base_copies.values(), *spec.norms]):
-            raise InvalidAdapter(
-                f"modules_to_save names {shown(module)}, but there is no tensor for it.",
-                param="modules_to_save",
-            )
-
-
-def _check_untied(targets: Mapping[str, str], base: Base) -> None:
-    """PEFT would tie what it adds to the input and the output table; it leaves all other modules alone."""
-    for name, tensor in targets.items():
-        site = base.sites[name]
-        if site.kind == "embedding" or site.outputs == base.vocab_size:
-            raise invalid(tensor, "changes both tables of the vocabulary if ensure_weight_tying is true")
-
-
-def _check_layers(config: LoraConfig, targets: Mapping[str, str]) -> None:
-    """PEFT leaves every other layer as it is, and what is in none; but not a module named in full."""
-    given = config.layers_to_transform
-    layers = (given,) if isinstance(given, int) else given
-    for name, tensor in targets.items():
-        if not layers or name in (config.target_modules or ()):
-            continue
-        numbers = [int(part) for part in name.split(".") if part.isdecimal()]
-        if not numbers or numbers[0] not in layers:
-            raise invalid(tensor, "is of a layer that layers_to_transform leaves out")
-
-
-def _check_biases(config: LoraConfig, spec: LoraSpec, base: Base) -> None:
-    """Exactly the biases that `bias` says: all of the base, or those of the targets."""
-    wanted: set[str] = set()
-    if config.bias == "all":
-        wanted = {site.name for site in base.sites.values() if site.bias} - spec.norms.keys()
-    elif config.bias == "lora_only":
-        wanted = {target.site for target in spec.targets if base.sites[target.site].bias}
-    for name, tensor in spec.biases.items():
-        if name not in wanted:
-            raise invalid(tensor, f"is there although bias is {config.bias!r}")
-    if missing := sorted(wanted - spec.biases.keys()):
-        raise InvalidAdapter(
-            f"bias is {config.bias!r}, but there is no tensor for the bias of {shown(missing[0])}.",
-            param="bias",
-        )

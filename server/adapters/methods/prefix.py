@@ -1,27 +1,18 @@
 """Prefix tuning: keys and values of virtual tokens, put before a row in every layer (arXiv 2101.00190).
 
-PEFT saves them flat, [tokens, layers * 2 * kv_heads * head_dim], each layer's keys before its values, as
-they go into the cache: no rotary embedding, no key norm. An encoder (`prefix_projection`) is not saved.
+They are saved as [tokens, layers * 2 * kv_heads * head_dim], each layer's keys before its values, and go into
+the KV cache as they are: no rotary embedding, no key norm.
 """
 
 from collections.abc import Mapping
 
-import msgspec
 import torch
 
-from server.adapters.formats.peft import typed_config
-from server.adapters.formats.peft_configs import PrefixConfig
-from server.adapters.methods.interface import AdapterFiles, Bank, Packed, RecordedSites, Start, Tensors
-from server.adapters.methods.tensor_names import check_shapes, flatten
-from server.adapters.methods.virtual_tokens import TENSOR, check_field, check_tokens
+from server.adapters.methods.flat_buffer import flatten
+from server.adapters.methods.interface import Bank, Packed, RecordedSites, Start, Tensors
 from server.adapters.sites import Base
-from server.errors import InvalidAdapter
-
-
-class PrefixSpec(msgspec.Struct, frozen=True):
-    tokens: int
-    rank: int = 0
-    base_copies: dict[str, str] = {}
+from server.adapters.specs.prefix import PrefixReader, PrefixSpec
+from server.adapters.specs.virtual_tokens import TENSOR
 
 
 class PrefixBank(Bank):
@@ -45,20 +36,8 @@ class PrefixBank(Bank):
         return self.starts[slot]
 
 
-class Prefix:
-    name = "prefix"
+class Prefix(PrefixReader):
     bank = PrefixBank
-
-    def parse(self, files: AdapterFiles, base: Base) -> PrefixSpec:
-        config = typed_config(files.config, PrefixConfig)
-        spec = PrefixSpec(config.num_virtual_tokens)
-        check_tokens(files, base, spec.tokens)
-        self._check_heads(config, files, base)
-        check_shapes(self.shapes(spec, base), files.tensors)
-        return spec
-
-    def shapes(self, spec: PrefixSpec, base: Base) -> dict[str, tuple[int, ...]]:
-        return {TENSOR: (spec.tokens, 2 * base.layers * base.kv_heads * base.head_dim)}
 
     def init(
         self,
@@ -81,17 +60,3 @@ class Prefix:
         saved = tensors[TENSOR].view(spec.tokens, base.layers, 2, base.kv_heads, base.head_dim)
         both = saved.permute(2, 1, 0, 3, 4)  # [keys and values, layers, tokens, kv_heads, head_dim]
         return Packed(flatten([both], dtype), both.shape, virtual=spec.tokens, given=True)
-
-    def _check_heads(self, config: PrefixConfig, files: AdapterFiles, base: Base) -> None:
-        """Keys and values of this base's heads: PEFT once saved as many as there are query heads."""
-        width = base.kv_heads * base.head_dim
-        old = 2 * base.layers * base.hidden_size
-        if files.tensors[TENSOR].shape[1] == old != 2 * base.layers * width:
-            raise InvalidAdapter(
-                f"Tensor {TENSOR!r} has {base.hidden_size} values for each key, as older versions of PEFT "
-                f"saved it; this base model has {base.kv_heads} key heads of {base.head_dim}: train it anew.",
-                param=TENSOR,
-            )
-        check_field("num_layers", config.num_layers, base.layers)
-        check_field("num_attention_heads", config.num_attention_heads, base.kv_heads)
-        check_field("token_dim", config.token_dim, width)

@@ -5,22 +5,14 @@
 
 from collections.abc import Mapping
 
-import msgspec
 import torch
 
-from server.adapters.formats.peft import typed_config
-from server.adapters.formats.peft_configs import PromptConfig
-from server.adapters.methods.interface import AdapterFiles, Bank, Packed, RecordedSites, Tensors
-from server.adapters.methods.tensor_names import check_shapes, flatten
+from server.adapters.methods.flat_buffer import flatten
+from server.adapters.methods.interface import Bank, Packed, RecordedSites, Tensors
 from server.adapters.methods.token_spans import TokenSpans
-from server.adapters.methods.virtual_tokens import TENSOR, check_field, check_tokens
 from server.adapters.sites import Base, Site
-
-
-class PromptSpec(msgspec.Struct, frozen=True):
-    tokens: int
-    rank: int = 0
-    base_copies: dict[str, str] = {}
+from server.adapters.specs.prompt import PromptReader, PromptSpec
+from server.adapters.specs.virtual_tokens import TENSOR
 
 
 class PromptBank(Bank):
@@ -58,20 +50,8 @@ class PromptBank(Bank):
         return RecordedSites()
 
 
-class Prompt:
-    name = "prompt"
+class Prompt(PromptReader):
     bank = PromptBank
-
-    def parse(self, files: AdapterFiles, base: Base) -> PromptSpec:
-        config = typed_config(files.config, PromptConfig)
-        spec = PromptSpec(config.num_virtual_tokens)
-        check_tokens(files, base, spec.tokens)
-        check_field("token_dim", config.token_dim, base.hidden_size)
-        check_shapes(self.shapes(spec, base), files.tensors)
-        return spec
-
-    def shapes(self, spec: PromptSpec, base: Base) -> dict[str, tuple[int, ...]]:
-        return {TENSOR: (spec.tokens, base.hidden_size)}
 
     def init(
         self,

@@ -22,8 +22,8 @@ from adapters_store.names import check_name
 from server.adapters.formats import adapterhub as hub_interface
 from server.adapters.formats.detect import MAX_BYTES, method_of, read_config
 from server.adapters.formats.safetensors import read_header
-from server.adapters.methods.interface import AdapterFiles
 from server.adapters.sites import Base
+from server.adapters.specs.interface import AdapterFiles
 from server.api.adapters.upload_form import CONFIG
 from server.api.http.temp_files import temp_folder
 from server.api.services import Services

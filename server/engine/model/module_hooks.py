@@ -13,8 +13,7 @@ import torch
 from torch import nn
 
 from server.adapters.methods.interface import NormParts
-from server.adapters.methods.tensor_names import INNER_NORMS
-from server.adapters.sites import Site, SiteKind
+from server.adapters.sites import INNER_NORMS, Site, SiteKind
 from server.engine.model.forward_context import ForwardContext
 from server.engine.model.module_tokens import Seen, norm_width
 

@@ -19,7 +19,7 @@ from server.adapters.methods.affine_bank import AffineBank
 from server.adapters.methods.bottleneck_bank import BottleneckBank
 from server.adapters.methods.interface import Bank
 from server.adapters.methods.token_spans import Span, TokenSpans
-from server.adapters.methods.virtual_tokens import TENSOR
+from server.adapters.specs.virtual_tokens import TENSOR
 from server.engine.model.base_model import FrozenModel, Placement
 from server.finetune.modeling.attention import TrainingStep, attend_within
 from server.finetune.modeling.batch_loss import NONE, Batch, Output, head_loss

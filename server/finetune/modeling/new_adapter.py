@@ -12,10 +12,11 @@ import msgspec
 
 from server.adapters.formats.safetensors import TensorInfo
 from server.adapters.methods import build_methods
-from server.adapters.methods.interface import AdapterFiles, Method
-from server.adapters.methods.tensor_names import INNER_NORMS, PREFIX
-from server.adapters.methods.virtual_tokens import TENSOR
-from server.adapters.sites import Base
+from server.adapters.methods.interface import Method
+from server.adapters.sites import INNER_NORMS, Base
+from server.adapters.specs.interface import AdapterFiles
+from server.adapters.specs.tensor_names import PREFIX
+from server.adapters.specs.virtual_tokens import TENSOR
 from server.finetune.recipe import layer_linears
 from server.finetune.recipe_methods import (
     BitfitRecipe,

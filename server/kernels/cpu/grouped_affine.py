@@ -14,8 +14,8 @@ from collections.abc import Sequence
 import torch
 
 from server.kernels.cpu.openmp import AVAILABLE, arguments, require
+from server.kernels.limits import MAX_RANK
 
-MAX_RANK = 1024  # the kernel's scratch; max_lora_rank may not be set above it
 COLUMNS = 6
 GAIN, BIAS, RANK, ITEM = 2, 3, 4, 5  # of these
 NARROW_LANES = 32  # bfloat16's come so many at a time

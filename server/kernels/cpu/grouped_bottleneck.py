@@ -14,9 +14,9 @@ import numpy as np
 import torch
 
 from server.kernels.cpu.openmp import AVAILABLE, arguments, require
+from server.kernels.limits import MAX_WIDTH
 
 COLUMNS = 8  # D, d, U, u, width, non-linearity, input, epsilon
-MAX_WIDTH = 8192  # the kernel's scratch
 NON_LINEARITIES = ("linear", "relu", "leakyrelu", "tanh", "silu", "gelu", "gelu_new")
 INPUTS = ("output", "residual", "sum")  # h, r, r + h
 

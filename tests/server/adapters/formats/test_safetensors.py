@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save, save_file
 
-from server.adapters.formats.safetensors import TensorInfo, find_non_finite, load_tensors, read_header
+from server.adapters.formats.safetensors import TensorInfo, read_header
+from server.adapters.tensors import find_non_finite, load_tensors
 from server.errors import InvalidAdapter, TooLarge, UnsupportedMedia
 from tests.fixtures.cost import processor_seconds
 

@@ -12,8 +12,9 @@ from transformers.pytorch_utils import Conv1D
 
 from server.adapters.formats.peft import read_config
 from server.adapters.formats.safetensors import TensorInfo, read_header
-from server.adapters.methods.interface import AdapterFiles, Method
+from server.adapters.methods.interface import Method
 from server.adapters.sites import Base, Site
+from server.adapters.specs.interface import AdapterFiles
 
 HIDDEN, WORDS = 16, 50
 

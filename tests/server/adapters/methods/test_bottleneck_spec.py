@@ -14,9 +14,10 @@ from safetensors.torch import load_file
 
 from server.adapters.formats.detect import read_config
 from server.adapters.formats.safetensors import TensorInfo, read_header
-from server.adapters.methods.bottleneck import Bottleneck, BottleneckSpec
-from server.adapters.methods.interface import AdapterFiles
+from server.adapters.methods.bottleneck import Bottleneck
 from server.adapters.sites import Base, Site
+from server.adapters.specs.bottleneck import BottleneckSpec
+from server.adapters.specs.interface import AdapterFiles
 from server.errors import InvalidAdapter
 
 GOLDEN = Path(__file__).resolve().parents[3] / "golden" / "adapterhub"

@@ -13,8 +13,9 @@ from peft.tuners.lora import LoraLayer
 
 from server.adapters.formats.safetensors import TensorInfo
 from server.adapters.methods import build_methods
-from server.adapters.methods.interface import AdapterFiles
-from server.adapters.methods.lora import Lora, LoraSpec
+from server.adapters.methods.lora import Lora
+from server.adapters.specs.interface import AdapterFiles
+from server.adapters.specs.lora import LoraSpec
 from server.errors import InvalidAdapter
 from tests.server.adapters.methods.small import base_of, gpt2, llama, read, reshaped, weights_of
 

@@ -2,7 +2,7 @@
 
 from typing import NoReturn
 
-from server.adapters.methods.tensor_names import names
+from server.adapters.specs.tensor_names import names
 
 SITE = "model.layers.10.self_attn.q_proj"
 

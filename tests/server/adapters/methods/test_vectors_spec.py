@@ -10,9 +10,10 @@ from peft import PeftModel
 
 from server.adapters.methods.bitfit import Bitfit, to_beft
 from server.adapters.methods.ia3 import Ia3
-from server.adapters.methods.interface import AdapterFiles, Method
+from server.adapters.methods.interface import Method
 from server.adapters.methods.ln_tuning import LnTuning
 from server.adapters.sites import Base, Site
+from server.adapters.specs.interface import AdapterFiles
 from server.errors import InvalidAdapter
 from tests.fixtures.adapters import make_beft, make_bitfit, make_ia3, make_ln_tuning
 from tests.fixtures.models import quiet

@@ -1,9 +1,9 @@
 """Virtual tokens in PEFT's files: one tensor, a row for each token."""
 
 from server.adapters.formats.peft_configs import MAX_VIRTUAL
-from server.adapters.methods.interface import AdapterFiles
-from server.adapters.methods.tensor_names import invalid
 from server.adapters.sites import Base
+from server.adapters.specs.interface import AdapterFiles
+from server.adapters.specs.tensor_names import invalid
 from server.errors import InvalidAdapter
 
 TENSOR = "prompt_embeddings"

@@ -1,14 +1,9 @@
-"""A norm's own parameters, as adapters bring them: alone (LN_TUNING) or beside a LoRA (`modules_to_save`)."""
-
-from collections.abc import Iterator, Mapping
+"""The tensors of a norm's own parameters: alone (LN_TUNING) or beside a LoRA (`modules_to_save`)."""
 
 import msgspec
-import torch
 
-from server.adapters.methods.affine_layout import AffineDelta
-from server.adapters.methods.interface import Tensors
-from server.adapters.methods.tensor_names import Roles, invalid
 from server.adapters.sites import Base
+from server.adapters.specs.tensor_names import Roles, invalid
 
 
 class NormTensors(msgspec.Struct, frozen=True):
@@ -35,23 +30,5 @@ def norms_of(roles: Roles, base: Base) -> Norms:
 
 
 def norm_shapes(norms: Norms, base: Base) -> dict[str, tuple[int, ...]]:
+    """{tensor: (width,)} of all of them."""
     return {name: (base.sites[site].outputs,) for site, norm in norms.items() for name in norm.names}
-
-
-def norm_starts(norms: Norms, weights: Mapping[str, torch.Tensor]) -> Tensors:
-    """The base's own parameters, float32."""
-    starts: Tensors = {}
-    for site, norm in norms.items():
-        starts[norm.weight] = weights[site].float().clone()
-        if norm.bias is not None:
-            starts[norm.bias] = weights[f"{site}.bias"].float().clone()
-    return starts
-
-
-def norm_changes(norms: Norms, tensors: Tensors) -> Iterator[AffineDelta]:
-    for site, norm in norms.items():
-        weight = tensors[norm.weight]
-        if norm.bias is None:
-            yield AffineDelta(site, norm=weight[None])
-        else:
-            yield AffineDelta(site, norm=torch.stack([weight.float(), tensors[norm.bias].float()]))
