@@ -33,11 +33,11 @@ class RouteOptions:
 
 
 def build_generation(
-    parts: Services, tenant: Tenant, request: Request, target: Target, body: SamplingBody, asked: RouteOptions
+    deps: Services, tenant: Tenant, request: Request, target: Target, body: SamplingBody, asked: RouteOptions
 ) -> Generation:
     """Rows for the engine. Raises InvalidField, ContextTooLong."""
-    context, vocabulary = parts.max_context, parts.base.vocab_size
-    deadline = time.time() + _seconds(request, parts.settings.request_seconds)
+    context, vocabulary = deps.max_context, deps.base.vocab_size
+    deadline = time.time() + _seconds(request, deps.settings.request_seconds)
     request_id = f"{asked.prefix}-{secrets.token_hex(16)}"
     seed = secrets.randbits(63) if body.seed is None else body.seed
     at_most("min_tokens", body.min_tokens, context)
@@ -64,8 +64,8 @@ def build_generation(
             )
             for i in range(body.n)
         ]
-    choices = [Choice(i, parts.tokenizer, body.stop, body.min_tokens) for i in range(len(rows))]
-    return Generation(parts, request_id, target, asked.prompts, rows, choices)
+    choices = [Choice(i, deps.tokenizer, body.stop, body.min_tokens) for i in range(len(rows))]
+    return Generation(deps, request_id, target, asked.prompts, rows, choices)
 
 
 def _sampling(

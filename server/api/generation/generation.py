@@ -25,7 +25,7 @@ class Usage:
 class Generation:
     """One request under way: a choice for each prompt and each of n, prompt by prompt."""
 
-    parts: Services
+    deps: Services
     id: str
     target: Target
     prompts: list[list[int]]
@@ -39,9 +39,9 @@ class Generation:
 
         Raises what ended the request early: EngineLost, DeadlineExceeded, NonFinite, ...
         """
-        self.parts.admit(len(self.rows))
+        self.deps.admit(len(self.rows))
         choices = {row.id: choice for row, choice in zip(self.rows, self.choices, strict=True)}
-        clock, engine = _Clock(self, self._arrived), self.parts.engine
+        clock, engine = _Clock(self, self._arrived), self.deps.engine
         async with clock, aclosing(engine.generate(*self.rows)) as chunks:
             async for chunk in chunks:
                 choice = choices[chunk.id]
@@ -81,7 +81,7 @@ class _Clock:
     """Latencies of one request and how it ended, into the metrics and its trace."""
 
     def __init__(self, generation: Generation, arrived: float) -> None:
-        self._metrics = generation.parts.metrics
+        self._metrics = generation.deps.metrics
         self._arrived = arrived
         self._left = len(generation.rows)
         self._last: dict[int, float] = {}

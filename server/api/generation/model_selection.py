@@ -38,7 +38,7 @@ class Target:
 
 
 async def resolve(
-    parts: Services,
+    deps: Services,
     tenant: Tenant,
     model: str,
     several: list[AdapterUse] | None = None,
@@ -49,54 +49,54 @@ async def resolve(
 
     Raises NotFound, the same for what does not exist and for what is another tenant's.
     """
-    base = parts.base
+    base = deps.base
     if model == base.id:
         if several:
-            return await _stack(parts, tenant, several, sticky)
+            return await _stack(deps, tenant, several, sticky)
         return Target(model, None, base.digest, layout=base.layout)
     if several:
         raise InvalidField(
             f"With adapters, model must be the base {shown(base.id)}, not {shown(model)}.", param="model"
         )
-    version = await find_version(parts, tenant, model, sticky=sticky)
+    version = await find_version(deps, tenant, model, sticky=sticky)
     return Target(model, adapter_ref(version), version.digest, layout=base.layout)
 
 
-async def _stack(parts: Services, tenant: Tenant, several: list[AdapterUse], sticky: str | None) -> Target:
-    versions = [await find_version(parts, tenant, use.name, "adapters", sticky) for use in several]
+async def _stack(deps: Services, tenant: Tenant, several: list[AdapterUse], sticky: str | None) -> Target:
+    versions = [await find_version(deps, tenant, use.name, "adapters", sticky) for use in several]
     uses = tuple(
         Use(adapter_ref(version), use.weight) for version, use in zip(versions, several, strict=True)
     )
     content = ",".join(f"{use.adapter.digest}*{use.weight}" for use in uses)
     digest = hashlib.sha256(content.encode()).hexdigest()
-    return Target(parts.base.id, None, digest, uses, parts.base.layout)
+    return Target(deps.base.id, None, digest, uses, deps.base.layout)
 
 
 async def find_version(
-    parts: Services, tenant: Tenant, model: str, param: str = "model", sticky: str | None = None
+    deps: Services, tenant: Tenant, model: str, param: str = "model", sticky: str | None = None
 ) -> Version:
-    name, selector = split_model(parts, model)
+    name, selector = split_model(deps, model)
     try:
-        return await parts.registry.resolve(tenant.id, name, selector, sticky)
+        return await deps.registry.resolve(tenant.id, name, selector, sticky)
     except NotFound:
         raise unknown_model(model, param) from None
 
 
-async def exact_version(parts: Services, tenant_id: str, name: str, selector: str) -> Version:
+async def exact_version(deps: Services, tenant_id: str, name: str, selector: str) -> Version:
     """The one version that `selector` means. Raises InvalidField for an alias of several, NotFound."""
     if version_number(selector) is None:
-        alias = await parts.registry.aliases.get(tenant_id, name, selector)
+        alias = await deps.registry.aliases.get(tenant_id, name, selector)
         if not isinstance(alias.points, int):
             raise InvalidField(
                 f"alias {shown(selector)} stands for several versions; name one by its number.",
                 param="version",
             )
-    return await parts.registry.resolve(tenant_id, name, selector)
+    return await deps.registry.resolve(tenant_id, name, selector)
 
 
-def split_model(parts: Services, model: str) -> tuple[str, str | None]:
+def split_model(deps: Services, model: str) -> tuple[str, str | None]:
     """Name, and version or alias if there is one, of name, name@version and ft:{base}:name:version."""
-    tuned = f"{TUNED}{parts.base.id}:"
+    tuned = f"{TUNED}{deps.base.id}:"
     name, at, selector = model.removeprefix(tuned).partition(":" if model.startswith(tuned) else "@")
     return name, selector if at else None
 

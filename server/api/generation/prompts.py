@@ -18,22 +18,22 @@ INLINE_CHARS = 4096  # a longer text is worth the hop to a thread: the loop must
 _KINDS = "prompt must be text, a list of texts, a list of token ids, or a list of lists of token ids"
 
 
-async def completion_prompts(parts: Services, tenant: Tenant, prompt: Any) -> list[list[int]]:
+async def completion_prompts(deps: Services, tenant: Tenant, prompt: Any) -> list[list[int]]:
     """Each prompt's tokens. Raises InvalidField for what is no prompt, ContextTooLong."""
     first = prompt[0] if isinstance(prompt, list) and prompt else None
     given = [prompt] if isinstance(prompt, str) or type(first) is int else prompt
     if not isinstance(given, list) or not given:
         raise InvalidField(f"{_KINDS}, not {shown(prompt)}.", param="prompt")
-    at_most("the number of prompts", len(given), parts.settings.max_prompts, "prompt")
+    at_most("the number of prompts", len(given), deps.settings.max_prompts, "prompt")
     prompts = []
     for one in given:
         if isinstance(one, str):
-            check_chars(parts, len(one), "prompt")
-            prompts.append(await _aside(parts, tenant, len(one), partial(parts.tokenizer.encode, one)))
-        elif isinstance(one, list) and len(one) > parts.max_context:  # whatever is in it
-            fit(one, None, None, parts.max_context)
+            check_chars(deps, len(one), "prompt")
+            prompts.append(await _aside(deps, tenant, len(one), partial(deps.tokenizer.encode, one)))
+        elif isinstance(one, list) and len(one) > deps.max_context:  # whatever is in it
+            fit(one, None, None, deps.max_context)
         elif _is_tokens(one):
-            prompts.append(_in_vocabulary(one, parts.base.vocab_size))
+            prompts.append(_in_vocabulary(one, deps.base.vocab_size))
         else:
             raise InvalidField(f"{_KINDS}, not {shown(prompt)}.", param="prompt")
     if not all(prompts):
@@ -41,13 +41,13 @@ async def completion_prompts(parts: Services, tenant: Tenant, prompt: Any) -> li
     return prompts
 
 
-async def chat_prompt(parts: Services, tenant: Tenant, messages: list[Message]) -> list[int]:
+async def chat_prompt(deps: Services, tenant: Tenant, messages: list[Message]) -> list[int]:
     """The conversation as the base's template renders it. Raises ContextTooLong."""
     plain = [{"role": _role(m), "content": m.text} for m in messages]
     chars = sum(len(m["content"]) for m in plain)
-    check_chars(parts, chars, "messages")
-    tokenizer = parts.tokenizer
-    return await _aside(parts, tenant, chars, lambda: tokenizer.encode_chat(tokenizer.render_chat(plain)))
+    check_chars(deps, chars, "messages")
+    tokenizer = deps.tokenizer
+    return await _aside(deps, tenant, chars, lambda: tokenizer.encode_chat(tokenizer.render_chat(plain)))
 
 
 def fit(prompt: list[int], asked: int | None, default: int | None, context: int) -> int:
@@ -66,11 +66,11 @@ def fit(prompt: list[int], asked: int | None, default: int | None, context: int)
     return asked or min(default or room, room)
 
 
-async def _aside(parts: Services, tenant: Tenant, chars: int, work: Callable[[], T]) -> T:
+async def _aside(deps: Services, tenant: Tenant, chars: int, work: Callable[[], T]) -> T:
     """`work` on a text: a long one on a thread, one at a time, each tenant in its turn."""
     if chars <= INLINE_CHARS:
         return work()
-    async with parts.tokenizing.turn(tenant.id, parts.settings.request_seconds):
+    async with deps.tokenizing.turn(tenant.id, deps.settings.request_seconds):
         return await run_sync(work)
 
 

@@ -24,12 +24,12 @@ def services(request: Request) -> Services:
 Deps = Annotated[Services, Depends(services)]
 
 
-async def current_tenant(request: Request, parts: Deps) -> Tenant:
+async def current_tenant(request: Request, deps: Deps) -> Tenant:
     """The tenant whose key the request carries. Raises Unauthenticated."""
     with span("auth"):
         secret = bearer(request)
-        operator = same_secret(secret, parts.operator_secret)
-        tenant = OPERATOR if operator else await parts.tenants.authenticate(secret)
+        operator = same_secret(secret, deps.operator_secret)
+        tenant = OPERATOR if operator else await deps.tenants.authenticate(secret)
     if tenant is None:
         raise Unauthenticated("The API key is not valid.")
     request.state.tenant = tenant  # for the Envelope's figures
@@ -46,11 +46,11 @@ async def operator(tenant: Annotated[Tenant, Depends(current_tenant)]) -> None:
 CurrentTenant = Annotated[Tenant, Depends(current_tenant)]
 
 
-async def current_actor(request: Request, parts: Deps, tenant: CurrentTenant) -> str:
+async def current_actor(request: Request, deps: Deps, tenant: CurrentTenant) -> str:
     """Who makes a change, for a history: the id of the key, or "operator". Says nothing of the secret."""
     if tenant is OPERATOR:
         return OPERATOR.id
-    return await parts.tenants.key_id(tenant.id, bearer(request))
+    return await deps.tenants.key_id(tenant.id, bearer(request))
 
 
 Actor = Annotated[str, Depends(current_actor)]

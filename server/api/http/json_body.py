@@ -33,12 +33,12 @@ _MARKED = {b"[": "lists", b"{": "objects", b":": "fields", b",": "values"}
 def json_body(model: type[M]) -> Callable[..., Awaitable[M]]:
     """A dependency that yields the request's body as `model`. Raises 400, 413, 415 or 422."""
 
-    async def read(request: Request, parts: Deps) -> M:
-        raw = await read_body(request, max_body_bytes(parts))
-        values = max_values(parts)
+    async def read(request: Request, deps: Deps) -> M:
+        raw = await read_body(request, max_body_bytes(deps))
+        values = max_values(deps)
         if len(raw) <= INLINE_BYTES:
-            return validate(model, parse(raw, values), parts.settings)
-        return await run_sync(lambda: validate(model, parse(raw, values), parts.settings))
+            return validate(model, parse(raw, values), deps.settings)
+        return await run_sync(lambda: validate(model, parse(raw, values), deps.settings))
 
     return read
 

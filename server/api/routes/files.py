@@ -18,20 +18,20 @@ PAGE = 10_000
 
 
 @router.post("")
-async def upload_file(request: Request, parts: Deps, tenant: CurrentTenant) -> Response:
+async def upload_file(request: Request, deps: Deps, tenant: CurrentTenant) -> Response:
     """multipart/form-data: `file` and `purpose`, which is fine-tune."""
-    parts.refuse_if_draining()
-    await parts.files.room(tenant.id, 0)
-    form = Form(fields=("purpose",), file="file", max_bytes=parts.settings.max_file_bytes)
-    with temp_folder(parts.settings) as folder:
-        upload = await receive_form(request, Path(folder), form, parts.settings.request_seconds)
+    deps.refuse_if_draining()
+    await deps.files.room(tenant.id, 0)
+    form = Form(fields=("purpose",), file="file", max_bytes=deps.settings.max_file_bytes)
+    with temp_folder(deps.settings) as folder:
+        upload = await receive_form(request, Path(folder), form, deps.settings.request_seconds)
         purpose = check_purpose(upload.required("purpose"))
         if not upload.files:
             raise InvalidField("file is required.", param="file", code="missing_field")
         ((name, stored),) = upload.files.items()
         if not stored.bytes:
             raise InvalidField(f"The file {shown(name)} is empty.", param="file")
-        file = await parts.files.add(
+        file = await deps.files.add(
             tenant.id, stored.path, name, stored.sha256, size=stored.bytes, purpose=purpose
         )
     return json_response(file_object(file))
@@ -39,7 +39,7 @@ async def upload_file(request: Request, parts: Deps, tenant: CurrentTenant) -> R
 
 @router.get("")
 async def list_files(
-    parts: Deps,
+    deps: Deps,
     tenant: CurrentTenant,
     after: str | None = None,
     limit: Annotated[int, Query()] = PAGE,
@@ -51,7 +51,7 @@ async def list_files(
         raise InvalidField(f"limit must be 1 to {PAGE}, not {shown(limit)}.", param="limit")
     if order not in ("asc", "desc"):
         raise InvalidField(f"order must be asc or desc, not {shown(order)}.", param="order")
-    found = await parts.files.list(tenant.id)
+    found = await deps.files.list(tenant.id)
     found = [file for file in found if purpose in (None, file.purpose)]
     if order == "asc":
         found.reverse()
@@ -73,27 +73,27 @@ async def list_files(
 
 
 @router.get("/{file_id}")
-async def get_file(parts: Deps, tenant: CurrentTenant, file_id: str) -> Response:
-    return json_response(file_object(await parts.files.get(tenant.id, file_id)))
+async def get_file(deps: Deps, tenant: CurrentTenant, file_id: str) -> Response:
+    return json_response(file_object(await deps.files.get(tenant.id, file_id)))
 
 
 @router.delete("/{file_id}")
-async def delete_file(parts: Deps, tenant: CurrentTenant, file_id: str) -> Response:
+async def delete_file(deps: Deps, tenant: CurrentTenant, file_id: str) -> Response:
     """Not while an unfinished job needs it."""
-    await parts.files.get(tenant.id, file_id)
-    for job in await parts.jobs.unfinished(tenant.id):
+    await deps.files.get(tenant.id, file_id)
+    for job in await deps.jobs.unfinished(tenant.id):
         if file_id in (job.training_file, job.validation_file):
             raise Conflict(
                 f"The job {job.id} needs the file {shown(file_id)}; cancel it first.", param="file_id"
             )
-    await parts.files.delete(tenant.id, file_id)
+    await deps.files.delete(tenant.id, file_id)
     return json_response({"id": file_id, "object": "file", "deleted": True})
 
 
 @router.get("/{file_id}/content")
-async def get_content(parts: Deps, tenant: CurrentTenant, file_id: str) -> Response:
-    file = await parts.files.get(tenant.id, file_id)
-    return await stored_file(parts.settings, parts.objects, file.key, file.name, file.sha256)
+async def get_content(deps: Deps, tenant: CurrentTenant, file_id: str) -> Response:
+    file = await deps.files.get(tenant.id, file_id)
+    return await stored_file(deps.settings, deps.objects, file.key, file.name, file.sha256)
 
 
 def check_purpose(purpose: str) -> Purpose:

@@ -53,16 +53,16 @@ FROM_SETTINGS = (
 
 
 @router.get("/v1/limits")
-async def get_limits(parts: Deps) -> Response:
+async def get_limits(deps: Deps) -> Response:
     return json_response(
-        {"object": "limits", "model": parts.base.id, "max_context_tokens": parts.max_context}
-        | {name: getattr(parts.settings, name) for name in FROM_SETTINGS}
+        {"object": "limits", "model": deps.base.id, "max_context_tokens": deps.max_context}
+        | {name: getattr(deps.settings, name) for name in FROM_SETTINGS}
         | {
-            "max_rows_per_tenant": parts.max_rows // 2,  # running and waiting, while it is alone
+            "max_rows_per_tenant": deps.max_rows // 2,  # running and waiting, while it is alone
             "default_max_tokens_completions": completions.DEFAULT_MAX_TOKENS,
             "default_max_tokens_chat": None,  # all that fits
-            "max_body_bytes": max_body_bytes(parts),
-            "max_prompt_chars": max_prompt_chars(parts),
+            "max_body_bytes": max_body_bytes(deps),
+            "max_prompt_chars": max_prompt_chars(deps),
             "max_head_bytes": connection.MAX_HEAD_BYTES,
             "max_head_fields": connection.MAX_HEADERS,
             "max_url_bytes": connection.MAX_URL_BYTES,
