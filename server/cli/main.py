@@ -38,7 +38,8 @@ class LazyGroup(TyperGroup):
 
     def __init__(self, **attributes: Any) -> None:
         super().__init__(**attributes)
-        self.commands |= {name: TyperCommand(name, help=summary) for name, summary in SUMMARIES.items()}
+        for name, summary in SUMMARIES.items():
+            self.commands[name] = TyperCommand(name, help=summary)
 
     def resolve_command(
         self, ctx: Any, args: list[str]

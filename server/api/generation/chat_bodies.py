@@ -4,15 +4,8 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, FailFast, Field, ValidationInfo, field_validator, model_validator
 
-from server.api.generation.bodies import (
-    CHANGES_OUTPUT,
-    Body,
-    Count,
-    SamplingBody,
-    at_most,
-    at_most_entries,
-    caps,
-)
+from server.api.generation.bodies import CHANGES_OUTPUT, Count, SamplingBody
+from server.api.http.body_model import Body, at_most, at_most_entries, caps
 from server.errors import InvalidField
 
 MAX_ANNOTATIONS = 256

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 
 from starlette.requests import Request
 
-from server.api.generation.bodies import INT64, SamplingBody, at_most
+from server.api.generation.bodies import INT64, SamplingBody
 from server.api.generation.choice import Choice
 from server.api.generation.generation import Generation
 from server.api.generation.model_selection import Target
 from server.api.generation.prompts import fit
+from server.api.http.body_model import at_most
 from server.api.services import Services
 from server.errors import InvalidField, shown
 from server.messages import Generate, Sampling

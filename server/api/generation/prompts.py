@@ -6,8 +6,8 @@ from typing import Any, TypeVar
 
 from anyio.to_thread import run_sync
 
-from server.api.generation.bodies import at_most
 from server.api.generation.chat_bodies import Message
+from server.api.http.body_model import at_most
 from server.api.http.request_limits import check_chars
 from server.api.services import Services
 from server.errors import ContextTooLong, InvalidField, shown

@@ -13,8 +13,8 @@ from anyio import fail_after
 from anyio.to_thread import run_sync
 from llguidance import LLMatcher, LLParserLimits
 
-from server.api.generation.bodies import at_most
 from server.api.generation.chat_bodies import ResponseFormat
+from server.api.http.body_model import at_most
 from server.errors import InvalidField, shown
 
 MAX_CHARS = 65_536

@@ -34,7 +34,7 @@ from server.adapters.formats.ignored_files import ignored
 from server.api.adapters.json_objects import uploaded_object
 from server.api.adapters.publish import AdapterUpload, check_adapter_name, publish
 from server.api.adapters.upload_form import check_files, kept
-from server.api.generation.bodies import Body, at_most_entries
+from server.api.http.body_model import Body, at_most_entries
 from server.api.http.dependencies import Actor, CurrentTenant, Deps, current_tenant
 from server.api.http.error_responses import json_response
 from server.api.http.json_body import json_body

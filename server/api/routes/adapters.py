@@ -23,6 +23,7 @@ from server.api.generation.model_selection import exact_version
 from server.api.http.dependencies import Actor, CurrentTenant, Deps, current_tenant
 from server.api.http.error_responses import json_response
 from server.api.http.etags import MatchOnly, etag_header
+from server.api.http.list_page import check_limit, list_page
 from server.api.http.multipart import Upload, receive_form
 from server.api.http.temp_files import stored_file, temp_folder
 from server.api.services import Services
@@ -31,7 +32,7 @@ from server.tenancy.tenants import Tenant
 
 router = APIRouter(prefix="/v1/adapters", dependencies=[Depends(current_tenant)])
 
-PAGE = 100
+MAX_PAGE = 100
 EVALUATIONS = 20
 
 
@@ -72,31 +73,19 @@ async def list_adapters(
     deps: Deps,
     tenant: CurrentTenant,
     after: str | None = None,
-    limit: Annotated[int, Query()] = PAGE,
+    limit: Annotated[int, Query()] = MAX_PAGE,
     deleted: str = "false",
 ) -> Response:
     """By name, `limit` (1 to 100) at a time; `after` is the last name of the page before.
 
     With `deleted=true` the names of which something is deleted, and those versions.
     """
-    if not 1 <= limit <= PAGE:
-        raise InvalidField(f"limit must be 1 to {PAGE}, not {shown(limit)}.", param="limit")
-    data: list[dict[str, Any]]
+    check_limit(limit, MAX_PAGE)
     if _flag(deleted, "deleted"):
         gone = await deps.registry.deleted(tenant.id, after, limit + 1)
-        data = [deleted_object(one, deps.registry.retention) for one in gone]
-    else:
-        data = [adapter_object(adapter) for adapter in await deps.registry.list(tenant.id, after, limit + 1)]
-    page = data[:limit]
-    return json_response(
-        {
-            "object": "list",
-            "data": page,
-            "first_id": page[0]["name"] if page else None,
-            "last_id": page[-1]["name"] if page else None,
-            "has_more": len(data) > limit,
-        }
-    )
+        return list_page([deleted_object(one, deps.registry.retention) for one in gone], limit)
+    adapters = await deps.registry.list(tenant.id, after, limit + 1)
+    return list_page([adapter_object(adapter) for adapter in adapters], limit)
 
 
 @router.get("/{name}")

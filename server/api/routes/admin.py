@@ -5,7 +5,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Response
 from pydantic import Field
 
-from server.api.generation.bodies import Body
+from server.api.http.body_model import Body
 from server.api.http.dependencies import Deps, operator
 from server.api.http.error_responses import json_response
 from server.api.http.json_body import json_body

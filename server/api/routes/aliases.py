@@ -11,8 +11,8 @@ from pydantic import BeforeValidator, Field, model_validator
 from adapters_store.alias_target import MAX_WEIGHTS, AliasTarget, check_weights
 from adapters_store.index.records import Alias
 from server.api.adapters.json_objects import adapter_object, alias_object
-from server.api.generation.bodies import Body, at_most_entries
 from server.api.generation.model_selection import adapter_ref
+from server.api.http.body_model import Body, at_most_entries
 from server.api.http.dependencies import Actor, CurrentTenant, Deps, current_tenant
 from server.api.http.error_responses import json_response
 from server.api.http.etags import Condition, MatchOnly, etag_header

@@ -7,6 +7,7 @@ from fastapi import APIRouter, Depends, Query, Request, Response
 
 from server.api.http.dependencies import CurrentTenant, Deps, current_tenant
 from server.api.http.error_responses import json_response
+from server.api.http.list_page import check_limit, list_page
 from server.api.http.multipart import Form, receive_form
 from server.api.http.temp_files import stored_file, temp_folder
 from server.errors import Conflict, InvalidField, shown
@@ -14,7 +15,7 @@ from server.files.files import File, Purpose
 
 router = APIRouter(prefix="/v1/files", dependencies=[Depends(current_tenant)])
 
-PAGE = 10_000
+MAX_PAGE = 10_000
 
 
 @router.post("")
@@ -42,34 +43,23 @@ async def list_files(
     deps: Deps,
     tenant: CurrentTenant,
     after: str | None = None,
-    limit: Annotated[int, Query()] = PAGE,
+    limit: Annotated[int, Query()] = MAX_PAGE,
     order: Annotated[str, Query()] = "desc",
     purpose: str | None = None,
 ) -> Response:
     """By creation, the newest first unless `order` is asc; `after` is the last id of the page before."""
-    if not 1 <= limit <= PAGE:
-        raise InvalidField(f"limit must be 1 to {PAGE}, not {shown(limit)}.", param="limit")
+    check_limit(limit, MAX_PAGE)
     if order not in ("asc", "desc"):
         raise InvalidField(f"order must be asc or desc, not {shown(order)}.", param="order")
-    found = await deps.files.list(tenant.id)
-    found = [file for file in found if purpose in (None, file.purpose)]
+    files = [file for file in await deps.files.list(tenant.id) if purpose in (None, file.purpose)]
     if order == "asc":
-        found.reverse()
+        files.reverse()
     if after is not None:
-        ids = [file.id for file in found]
+        ids = [file.id for file in files]
         if after not in ids:
             raise InvalidField(f"after is {shown(after)}, which is no file of this list.", param="after")
-        found = found[ids.index(after) + 1 :]
-    page = found[:limit]
-    return json_response(
-        {
-            "object": "list",
-            "data": [file_object(file) for file in page],
-            "first_id": page[0].id if page else None,
-            "last_id": page[-1].id if page else None,
-            "has_more": len(found) > limit,
-        }
-    )
+        files = files[ids.index(after) + 1 :]
+    return list_page([file_object(file) for file in files[: limit + 1]], limit)
 
 
 @router.get("/{file_id}")

@@ -19,10 +19,11 @@ from server.api.fine_tuning.json_objects import (
     job_object,
     number_in,
 )
-from server.api.generation.bodies import Body, Metadata
+from server.api.http.body_model import Body, Metadata
 from server.api.http.dependencies import CurrentTenant, Deps, current_tenant
 from server.api.http.error_responses import json_response
 from server.api.http.json_body import json_body
+from server.api.http.list_page import check_limit, list_page
 from server.api.http.streaming import open_stream
 from server.api.services import Services
 from server.errors import InvalidField, shown
@@ -33,7 +34,7 @@ from server.tenancy.tenants import Tenant
 
 router = APIRouter(prefix="/v1/fine_tuning/jobs", dependencies=[Depends(current_tenant)])
 
-PAGE = 100
+MAX_PAGE = 100
 MAX_IDEMPOTENCY_KEY = 255
 
 FileId = Annotated[str, Field(min_length=1, max_length=64)]
@@ -96,13 +97,13 @@ async def list_jobs(
     limit: Annotated[int, Query()] = 20,
 ) -> Response:
     """The newest first; `metadata[k]=v`, repeated, leaves those out that have it otherwise."""
-    _check_limit(limit)
+    check_limit(limit, MAX_PAGE)
     wanted = _metadata_filter(request)
     found: list[Job] = []
-    while len(found) <= limit and (page := await deps.jobs.page(tenant.id, after, PAGE)):
+    while len(found) <= limit and (page := await deps.jobs.page(tenant.id, after, MAX_PAGE)):
         found += [job for job in page if wanted is None or _matches(job, wanted)]
         after = page[-1].id
-    return _page([job_object(job) for job in found], limit)
+    return list_page([job_object(job) for job in found], limit)
 
 
 @router.get("/{job_id}")
@@ -145,10 +146,10 @@ async def list_events(
         last = request.headers.get("last-event-id", "")
         seen = number_in(last, EVENT, job.id, "Last-Event-ID") if last else 0
         return await open_stream(request, follow(deps, job.id, seen))
-    _check_limit(limit)
+    check_limit(limit, MAX_PAGE)
     before = None if after is None else number_in(after, EVENT, job.id, "after")
     found = await deps.jobs.events(job.id, before=before, limit=limit + 1, newest=True)
-    return _page([event_object(job.id, event) for event in found], limit)
+    return list_page([event_object(job.id, event) for event in found], limit)
 
 
 @router.get("/{job_id}/checkpoints")
@@ -160,13 +161,13 @@ async def list_checkpoints(
     limit: Annotated[int, Query()] = 10,
 ) -> Response:
     """The newest first."""
-    _check_limit(limit)
+    check_limit(limit, MAX_PAGE)
     job = await deps.jobs.get(tenant.id, job_id)
     found = await deps.jobs.checkpoints(job.id)
     if after is not None:
         step = number_in(after, CHECKPOINT, job.id, "after")
         found = [checkpoint for checkpoint in found if checkpoint.step < step]
-    return _page([checkpoint_object(job, checkpoint) for checkpoint in found], limit)
+    return list_page([checkpoint_object(job, checkpoint) for checkpoint in found], limit)
 
 
 def _created(job: Job) -> Response:
@@ -226,25 +227,6 @@ def _data_event(param: str, found: dict[str, int]) -> bytes:
         f"{param} has {found['examples']} examples of {found['tokens']} tokens, {found['trained_tokens']} of "
         f"which are learned{cut if found['truncated'] else ''}.",
         data=dict(found),
-    )
-
-
-def _check_limit(limit: int) -> None:
-    if not 1 <= limit <= PAGE:
-        raise InvalidField(f"limit must be 1 to {PAGE}, not {shown(limit)}.", param="limit")
-
-
-def _page(data: list[dict[str, Any]], limit: int) -> Response:
-    """`data` may hold more than the page."""
-    page = data[:limit]
-    return json_response(
-        {
-            "object": "list",
-            "data": page,
-            "first_id": page[0]["id"] if page else None,
-            "last_id": page[-1]["id"] if page else None,
-            "has_more": len(data) > limit,
-        }
     )
 
 

@@ -4,8 +4,8 @@ from fastapi import APIRouter, Depends, Response
 
 from adapters_store.registry import presigned_uploads as direct
 from server.api.generation import response_format as grammar
-from server.api.generation.bodies import MAX_METADATA
 from server.api.http import connection
+from server.api.http.body_model import MAX_METADATA
 from server.api.http.dependencies import Deps, current_tenant
 from server.api.http.error_responses import json_response
 from server.api.http.request_limits import max_body_bytes, max_prompt_chars
@@ -70,7 +70,7 @@ async def get_limits(deps: Deps) -> Response:
             "send_seconds": connection.SEND_SECONDS,
             "max_metadata": MAX_METADATA,
             "max_schema_chars": grammar.MAX_CHARS,
-            "page": adapters.PAGE,
+            "page": adapters.MAX_PAGE,
             "max_part_bytes": uploads.MAX_PART_BYTES,
             "upload_seconds": LIFE_SECONDS,
             "adapter_upload_seconds": direct.LIFE_SECONDS,

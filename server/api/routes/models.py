@@ -8,7 +8,7 @@ from adapters_store.index.records import Version
 from server.api.generation.model_selection import exact_version, find_version, split_model
 from server.api.http.dependencies import Actor, CurrentTenant, Deps, current_tenant
 from server.api.http.error_responses import json_response
-from server.api.routes.adapters import PAGE, delete
+from server.api.routes.adapters import MAX_PAGE, delete
 from server.api.services import Services
 from server.errors import Forbidden
 
@@ -19,7 +19,7 @@ router = APIRouter(prefix="/v1/models", dependencies=[Depends(current_tenant)])
 async def list_models(deps: Deps, tenant: CurrentTenant) -> Response:
     data = [_base_object(deps)]
     after: str | None = None
-    while page := await deps.registry.list(tenant.id, after, PAGE):
+    while page := await deps.registry.list(tenant.id, after, MAX_PAGE):
         data += [_model_object(deps, adapter.name, adapter.latest) for adapter in page]
         after = page[-1].name
     return json_response({"object": "list", "data": data})

@@ -9,7 +9,7 @@ from anyio.to_thread import run_sync
 from fastapi import APIRouter, Depends, Request, Response
 
 from adapters_store.maintenance.stale_temp_files import remove_stale_temp_files
-from server.api.generation.bodies import Body
+from server.api.http.body_model import Body
 from server.api.http.dependencies import OPERATOR, Deps, operator
 from server.api.http.error_responses import json_response
 from server.api.http.json_body import json_body

@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar
 from fastapi import APIRouter, Depends, Request, Response
 from pydantic import BeforeValidator, Field
 
-from server.api.generation.bodies import Body, at_most_entries
+from server.api.http.body_model import Body, at_most_entries
 from server.api.http.dependencies import CurrentTenant, Deps, current_tenant
 from server.api.http.error_responses import json_response
 from server.api.http.json_body import json_body

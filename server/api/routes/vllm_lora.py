@@ -12,7 +12,7 @@ from fastapi.responses import PlainTextResponse
 
 from server.api.adapters.publish import AdapterUpload, publish
 from server.api.adapters.upload_form import CONFIG, WEIGHTS
-from server.api.generation.bodies import Body
+from server.api.http.body_model import Body
 from server.api.http.dependencies import OPERATOR, Deps, operator
 from server.api.http.json_body import json_body
 from server.api.routes.adapters import delete
