@@ -22,15 +22,15 @@ async def follow(deps: Services, job: str, after: int) -> AsyncGenerator[object,
     """
     token = object()
     try:
-        deps.following.acquire_on_behalf_of_nowait(token)
+        deps.event_streams.acquire_on_behalf_of_nowait(token)
     except WouldBlock:
-        most = deps.following.total_tokens
+        most = deps.event_streams.total_tokens
         raise Unavailable(f"{most:g} streams of events are open, the most there may be.") from None
     try:
         async for event in _follow(deps, job, after):
             yield event
     finally:
-        deps.following.release_on_behalf_of(token)
+        deps.event_streams.release_on_behalf_of(token)
 
 
 async def _follow(deps: Services, job: str, after: int) -> AsyncGenerator[object, None]:

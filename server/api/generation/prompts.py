@@ -70,7 +70,7 @@ async def _aside(deps: Services, tenant: Tenant, chars: int, work: Callable[[], 
     """`work` on a text: a long one on a thread, one at a time, each tenant in its turn."""
     if chars <= INLINE_CHARS:
         return work()
-    async with deps.tokenizing.turn(tenant.id, deps.settings.request_seconds):
+    async with deps.tokenizer_lock.acquire(tenant.id, deps.settings.request_seconds):
         return await run_sync(work)
 
 

@@ -104,22 +104,22 @@ async def create_upload(
         created=int(time.time()),
     )
     await deps.files.doomed.add(upload.prefix, LIFE_SECONDS + GRACE_SECONDS)
-    answer = await _object(deps, await deps.directs.create(upload))
+    answer = await _object(deps, await deps.presigned_uploads.create(upload))
     return json_response(answer | {"ignored": ignored(file.name for file in body.files)}, 201)
 
 
 @router.get("/{upload_id}")
 async def get_upload(deps: Deps, tenant: CurrentTenant, upload_id: str) -> Response:
     """With URLs signed anew while it is pending."""
-    return json_response(await _object(deps, await deps.directs.get(tenant.id, upload_id)))
+    return json_response(await _object(deps, await deps.presigned_uploads.get(tenant.id, upload_id)))
 
 
 @router.post("/{upload_id}/cancel")
 async def cancel_upload(deps: Deps, tenant: CurrentTenant, upload_id: str) -> Response:
-    upload = await deps.directs.get(tenant.id, upload_id)
-    await deps.directs.cancel(upload)
+    upload = await deps.presigned_uploads.get(tenant.id, upload_id)
+    await deps.presigned_uploads.cancel(upload)
     await _clear(deps, upload)
-    return json_response(await _object(deps, await deps.directs.get(tenant.id, upload_id)))
+    return json_response(await _object(deps, await deps.presigned_uploads.get(tenant.id, upload_id)))
 
 
 @router.post("/{upload_id}/complete")
@@ -132,7 +132,7 @@ async def complete_upload(
 ) -> Response:
     """The same call again gives the same version. What was refused may be PUT anew and completed again."""
     deps.refuse_if_draining()
-    upload = await deps.directs.get(tenant.id, upload_id)
+    upload = await deps.presigned_uploads.get(tenant.id, upload_id)
     digests = _digests(upload, body)
     asked = hashlib.sha256(msgspec.json.encode(digests)).hexdigest()
     if upload.status == "pending":
@@ -149,7 +149,7 @@ async def _complete(
 ) -> Version:
     token = new_id()
     first = await deps.registry.next_version(tenant.id, upload.name)
-    upload = await deps.directs.claim(upload, token, first)
+    upload = await deps.presigned_uploads.claim(upload, token, first)
     renewing = asyncio.create_task(_renewed(deps, upload, token))
     try:
         with temp_folder(deps.settings) as folder:
@@ -165,9 +165,9 @@ async def _complete(
                 allow_noop=upload.allow_noop,
                 actor=actor,
             )
-        await deps.directs.complete(upload, version.version, asked)
+        await deps.presigned_uploads.complete(upload, version.version, asked)
     except BaseException:
-        await deps.directs.release(upload, token)
+        await deps.presigned_uploads.release(upload, token)
         raise
     finally:
         renewing.cancel()
@@ -180,7 +180,7 @@ async def _renewed(deps: Services, upload: PresignedUpload, token: str) -> None:
     while True:
         await asyncio.sleep(CLAIM_SECONDS / 3)
         try:
-            await deps.directs.claim(upload, token, upload.first)
+            await deps.presigned_uploads.claim(upload, token, upload.first)
         except PolypeftError as error:
             log.warning("The claim on %s was not renewed: %s", upload.id, error)
 

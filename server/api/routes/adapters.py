@@ -212,7 +212,7 @@ async def uploaded_files(deps: Services, upload: Upload) -> AdapterUpload:
     path = file.path
     if name in PICKLES:
         name, path = PICKLES[name], path.with_suffix(".safetensors")
-        await run_sync(convert_pickle, file.path, path, limiter=deps.converting)
+        await run_sync(convert_pickle, file.path, path, limiter=deps.pickle_limiter)
     return AdapterUpload((CONFIG, upload.files[CONFIG].path), (name, path), interface)
 
 

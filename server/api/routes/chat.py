@@ -14,7 +14,7 @@ from server.api.generation.json_objects import add_logprobs, chat_logprobs, usag
 from server.api.generation.model_selection import resolve
 from server.api.generation.prompts import chat_prompt
 from server.api.generation.response_format import grammar_for
-from server.api.http.dependencies import CurrentTenant, Deps, current_tenant, sticky
+from server.api.http.dependencies import CurrentTenant, Deps, current_tenant, sticky_key
 from server.api.http.error_responses import json_response
 from server.api.http.json_body import json_body
 from server.api.http.streaming import open_stream, while_connected
@@ -29,7 +29,7 @@ async def create_chat_completion(
     tenant: CurrentTenant,
     body: Annotated[ChatBody, Depends(json_body(ChatBody))],
 ) -> Response:
-    target = await resolve(deps, tenant, body.model, body.adapters, sticky(request, body.user))
+    target = await resolve(deps, tenant, body.model, body.adapters, sticky_key(request, body.user))
     asked = RouteOptions(
         prefix="chatcmpl",
         prompts=[await chat_prompt(deps, tenant, body.messages)],

@@ -13,7 +13,7 @@ from server.api.generation.generation import Generation
 from server.api.generation.json_objects import add_logprobs, completion_logprobs, usage_object
 from server.api.generation.model_selection import resolve
 from server.api.generation.prompts import completion_prompts
-from server.api.http.dependencies import CurrentTenant, Deps, current_tenant, sticky
+from server.api.http.dependencies import CurrentTenant, Deps, current_tenant, sticky_key
 from server.api.http.error_responses import json_response
 from server.api.http.json_body import json_body
 from server.api.http.streaming import open_stream, while_connected
@@ -30,7 +30,7 @@ async def create_completion(
     tenant: CurrentTenant,
     body: Annotated[CompletionBody, Depends(json_body(CompletionBody))],
 ) -> Response:
-    target = await resolve(deps, tenant, body.model, body.adapters, sticky(request, body.user))
+    target = await resolve(deps, tenant, body.model, body.adapters, sticky_key(request, body.user))
     prompts = await completion_prompts(deps, tenant, body.prompt)
     asked = RouteOptions("cmpl", prompts, body.max_tokens, DEFAULT_MAX_TOKENS, body.logprobs)
     generation = build_generation(deps, tenant, request, target, body, asked)

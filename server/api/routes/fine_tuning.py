@@ -77,7 +77,7 @@ async def create_job(
         check_adapter_name(deps, body.suffix, "suffix")
     recipe = _recipe(deps, body, body.seed, examples=1)  # what is wrong with the fields needs no file
     data = await job_data.find(deps, tenant.id, body.training_file, body.validation_file)
-    async with deps.checking.turn(tenant.id, deps.settings.request_seconds):
+    async with deps.dataset_check_lock.acquire(tenant.id, deps.settings.request_seconds):
         if same and (job := await deps.jobs.same(tenant.id, same)):  # it came twice at a time
             return _created(job)
         reports = await job_data.check(deps, data, recipe.max_tokens)

@@ -60,7 +60,7 @@ async def metrics(request: Request, deps: Deps) -> Response:
     """Open, unless it names somebody or the operator has closed it."""
     if deps.settings.metrics_closed:
         _check_reader(bearer(request), deps)
-    await deps.system_figures.refresh()
+    await deps.cluster_metrics.refresh()
     page = await run_sync(deps.metrics.render)  # some milliseconds, which no stream shall wait
     return Response(page, media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
