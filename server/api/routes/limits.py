@@ -2,8 +2,8 @@
 
 from fastapi import APIRouter, Depends, Response
 
-from adapters_store.registry import presigned_uploads as direct
-from server.api.generation import response_format as grammar
+from adapters_store.registry import presigned_uploads
+from server.api.generation import response_format
 from server.api.http import connection
 from server.api.http.body_model import MAX_METADATA
 from server.api.http.dependencies import Deps, current_tenant
@@ -69,11 +69,11 @@ async def get_limits(deps: Deps) -> Response:
             "head_seconds": connection.HEAD_SECONDS,
             "send_seconds": connection.SEND_SECONDS,
             "max_metadata": MAX_METADATA,
-            "max_schema_chars": grammar.MAX_CHARS,
+            "max_schema_chars": response_format.MAX_SCHEMA_CHARS,
             "page": adapters.MAX_PAGE,
             "max_part_bytes": uploads.MAX_PART_BYTES,
             "upload_seconds": LIFE_SECONDS,
-            "adapter_upload_seconds": direct.LIFE_SECONDS,
+            "adapter_upload_seconds": presigned_uploads.LIFE_SECONDS,
             "idempotency_seconds": SAME_SECONDS,
         }
     )
