@@ -22,4 +22,5 @@ def test_every_dependency_is_pinned_within_its_range() -> None:
     for requirement in map(Requirement, declared):
         if requirement.name not in TORCH_CHOOSES:
             pin = pins.get(name_of(str(requirement)))
-            assert pin and requirement.specifier.contains(pin), f"{requirement} is pinned to {pin}"
+            assert pin is not None, f"{requirement} is not pinned"
+            assert requirement.specifier.contains(pin), f"{requirement} is pinned to {pin}"

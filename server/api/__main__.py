@@ -16,20 +16,19 @@ from server.api.services import Services
 from server.child_process import run_child
 from server.settings import Settings
 
-# An idle connection's life: longer than clients keep theirs (httpx and the openai SDK: 5 s), or a request
-# would now and then meet a connection that we are just closing.
+# Of an idle connection. Longer than clients keep theirs (httpx and the openai SDK: 5 s), as otherwise a
+# request would sometimes reach a connection that is being closed.
 KEEP_ALIVE_SECONDS = 75
-LAST_SECONDS = 5  # for connections to close once nothing runs any more
-OTHER_FILES = 1024  # files beside connections: sockets to Valkey, store and engine, and uploads
-# A thread that checks training data holds the interpreter so long at a time: Python's own 5 ms, again and
-# again, are felt in every stream of tokens.
-SWITCH_SECONDS = 0.0005
+SHUTDOWN_SECONDS = 5  # for connections to close once no request runs
+OTHER_FILES = 1024  # open files beside connections: sockets to Valkey, store and engine, and uploads
+# How long a thread that checks training data may hold the interpreter at a time. Python's default of 5 ms
+# would delay every stream of tokens again and again.
+SWITCH_INTERVAL_SECONDS = 0.0005
 
 
 class DrainingServer(uvicorn.Server):
-    """On the first signal readiness falls, new work gets 503, and what runs may finish within the limit.
-
-    A second signal ends it at once.
+    """On the first signal the server drains: it is not ready, new requests get 503, running ones may finish
+    within `drain_seconds`. A second signal ends it at once.
     """
 
     _ends_at = 0.0  # time.monotonic(); meaningful while draining
@@ -43,15 +42,15 @@ class DrainingServer(uvicorn.Server):
         self._ends_at = time.monotonic() + services.settings.drain_seconds
 
     async def on_tick(self, counter: int) -> bool:
-        """uvicorn asks ten times a second whether to stop."""
+        """Whether to stop; uvicorn asks ten times a second."""
         services = self._services
-        if services is not None and services.refusal is not None:
+        if services is not None and services.startup_error is not None:
             return True
         if services is not None and services.draining:
-            late = time.monotonic() > self._ends_at
-            if late:
-                services.engine.drop_rows()  # so that their streams end in an error event, not in a cut
-            if late or services.engine.rows == 0:
+            overdue = time.monotonic() > self._ends_at
+            if overdue:
+                services.engine.drop_rows()  # so that their streams end with an error event
+            if overdue or services.engine.rows == 0:
                 return True
         return await super().on_tick(counter)
 
@@ -61,18 +60,18 @@ class DrainingServer(uvicorn.Server):
 
 
 def serve(app: FastAPI, settings: Settings, fd: int | None) -> None:
-    """Until a signal ends it. `fd` is a listening socket; None: one of its own.
+    """Serve until a signal. `fd` is an inherited listening socket; None: bind host and port.
 
-    Raises StartupError for what is found only once Valkey and the store answer.
+    Raises StartupError for faults that are found only once Valkey and the store answer.
     """
-    sys.setswitchinterval(SWITCH_SECONDS)
+    sys.setswitchinterval(SWITCH_INTERVAL_SECONDS)
     raise_file_limit(settings.max_connections + OTHER_FILES)
-    # not as uvicorn's own option `fd`: it takes every socket for a Unix one and leaves Nagle's algorithm on,
-    # which holds an answer's body, and a stream's tokens, until the client acknowledges: 40 ms
+    # not by uvicorn's option `fd`: it treats every socket as a Unix one and leaves Nagle's algorithm on,
+    # which delays an answer's body, and a stream's tokens, until the client acknowledges: 40 ms
     DrainingServer(server_config(app, settings)).run(None if fd is None else [socket.socket(fileno=fd)])
     services: Services | None = getattr(app.state, "services", None)
-    if services is not None and services.refusal is not None:
-        raise services.refusal
+    if services is not None and services.startup_error is not None:
+        raise services.startup_error
 
 
 def server_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
@@ -90,7 +89,7 @@ def server_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
         proxy_headers=False,
         limit_concurrency=settings.max_connections,
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
-        timeout_graceful_shutdown=LAST_SECONDS,
+        timeout_graceful_shutdown=SHUTDOWN_SECONDS,
     )
 
 

@@ -1,4 +1,4 @@
-"""Builds every object of the API process once, by hand, and wires them. The only file that does."""
+"""Builds and wires every object of the API process, once and by hand. No other file does."""
 
 import asyncio
 import logging
@@ -20,8 +20,8 @@ from server.api.cluster_metrics import ClusterMetrics
 from server.api.http.error_responses import add_handlers
 from server.api.http.middleware import RequestMiddleware
 from server.api.http.temp_files import clear_temp_folders
-from server.api.routes import adapter_uploads as direct_uploads
 from server.api.routes import (
+    adapter_uploads,
     adapters,
     admin,
     aliases,
@@ -33,10 +33,10 @@ from server.api.routes import (
     limits,
     models,
     pins,
+    store_admin,
     uploads,
+    vllm_lora,
 )
-from server.api.routes import store_admin as maintenance
-from server.api.routes import vllm_lora as lora_compat
 from server.api.services import Services
 from server.base_model.resolve import resolve_model
 from server.base_model.tokenizer import Tokenizer
@@ -54,7 +54,7 @@ from server.tenancy.tenants import Tenants
 from server.tracing import Tracing
 
 Loop = Callable[[], Coroutine[None, None, None]]
-TOLD_SECONDS = 3.0  # an engine that works tells its figures each second
+FIRST_REPORT_SECONDS = 3.0  # a working engine reports its stats every second
 log = logging.getLogger(__name__)
 
 ROUTERS = (
@@ -62,26 +62,25 @@ ROUTERS = (
     chat,
     models,
     adapters,
-    direct_uploads,
+    adapter_uploads,
     aliases,
     pins,
     files,
     uploads,
     fine_tuning,
-    lora_compat,
+    vllm_lora,
     limits,
     admin,
-    maintenance,
+    store_admin,
     health,
 )
 
 
 def build_app(settings: Settings, tracing: Tracing | None = None) -> FastAPI:
-    """The application; its lifespan starts what needs a loop and closes it again. Waits for no engine.
+    """The application. Its lifespan starts and closes what needs an event loop, and waits for no engine.
 
-    `tracing` is where traces go, in place of the settings' collector.
-
-    Raises StartupError for what is wrong with the settings or the model's tokenizer.
+    `tracing` replaces the collector of the settings. Raises StartupError for faults in the settings or the
+    model's tokenizer.
     """
     services = build_services(settings)
     watcher = None if settings.watch_prefix is None else BucketWatcher(services, settings.watch_prefix)
@@ -99,15 +98,15 @@ def build_app(settings: Settings, tracing: Tracing | None = None) -> FastAPI:
         if settings.api_number == 0:
             loops = [publisher.run, CleanupLoop(services.registry).run, lambda: pins.keep_pins(services)]
             loops += [watcher.run] if watcher is not None else []
-        work = asyncio.create_task(_work(services, loops))
+        background = asyncio.create_task(_run_loops(services, loops))
         app.state.services = services
-        if settings.api_processes > 1:  # take no connection that another serves better, a scrape included
-            await services.engine.told(TOLD_SECONDS)
+        if settings.api_processes > 1:  # accept no connection, a scrape included, that another serves better
+            await services.engine.told(FIRST_REPORT_SECONDS)
         try:
             yield
         finally:
-            work.cancel()
-            await asyncio.gather(work, return_exceptions=True)
+            background.cancel()
+            await asyncio.gather(background, return_exceptions=True)
             await services.engine.close()
             await services.redis.aclose()
             if tracing is not None:
@@ -116,7 +115,7 @@ def build_app(settings: Settings, tracing: Tracing | None = None) -> FastAPI:
     app = FastAPI(
         title="Polypeft",
         lifespan=lifespan,
-        docs_url=None,  # deny by default: what is not a router below does not exist
+        docs_url=None,  # deny by default: only the routers below exist
         redoc_url=None,
         openapi_url=None,
         redirect_slashes=False,
@@ -128,20 +127,23 @@ def build_app(settings: Settings, tracing: Tracing | None = None) -> FastAPI:
     return app
 
 
-async def _work(services: Services, loops: list[Loop]) -> None:
-    """What goes on beside requests, once it is sure that nobody else's jobs and adapters are touched."""
+async def _run_loops(services: Services, loops: list[Loop]) -> None:
+    """Run the background loops, once store and Valkey are known to belong to one system.
+
+    If they do not, the loops would touch another system's jobs and adapters: the process ends instead.
+    """
     try:
         if services.objects.shared:
             await prove_identity_in_time(services.redis, services.objects)
-    except StartupError as refusal:
-        log.error("%s", refusal.message)
-        services.refusal = refusal
+    except StartupError as error:
+        log.error("%s", error.message)
+        services.startup_error = error
         return
     await asyncio.gather(*(loop() for loop in loops))
 
 
 def build_services(settings: Settings) -> Services:
-    """Every object, none of them at work yet."""
+    """Every object, none of them started. Raises StartupError."""
     if settings.redis_url is None:
         raise StartupError("The API needs redis_url; `polypeft serve` sets it to the Valkey it starts.")
     metrics = Metrics(settings.base_id, multiprocess_dir())
@@ -177,7 +179,7 @@ def build_services(settings: Settings) -> Services:
         tenants=Tenants(redis),
         engine=engine,
         metrics=metrics,
-        system_figures=ClusterMetrics(redis, metrics, losses=settings.metrics_closed),
+        cluster_metrics=ClusterMetrics(redis, metrics, losses=settings.metrics_closed),
         files=tenant_files,
         uploads=Uploads(
             redis,
@@ -186,7 +188,7 @@ def build_services(settings: Settings) -> Services:
             max_bytes=settings.max_file_bytes,
             max_pending=settings.max_uploads_per_tenant,
         ),
-        directs=PresignedUploads(redis, settings.max_uploads_per_tenant),
+        presigned_uploads=PresignedUploads(redis, settings.max_uploads_per_tenant),
         jobs=Jobs(redis, settings.max_jobs_per_tenant),
         pins=Pins(redis, settings.max_pins_per_tenant),
     )

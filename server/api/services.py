@@ -1,4 +1,7 @@
-"""What a request handler may use. Built once by server.api.app; holds no state of its own but `draining`."""
+"""The services that request handlers use, in one container; and the lock that shares a core between tenants.
+
+Built once by server.api.app. Its own state is `draining` and `startup_error`.
+"""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -26,28 +29,31 @@ from server.settings import Settings
 from server.tenancy.pins import Pins
 from server.tenancy.tenants import Tenants
 
+MAX_EVENT_STREAMS = 256  # open streams of jobs' events
+
 
 class FairLock:
+    """A lock of which each tenant has at most one waiter in the queue, however many requests it sends."""
+
     def __init__(self) -> None:
-        self._all = asyncio.Lock()
-        self._tenants: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self._lock = asyncio.Lock()
+        self._tenant_locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     @asynccontextmanager
-    async def turn(self, tenant: str, seconds: float) -> AsyncIterator[None]:
-        """The block is this tenant's turn. Raises DeadlineExceeded if waiting and block take longer."""
-        lock = self._tenants.setdefault(tenant, asyncio.Lock())  # held by `lock` alone: gone when unused
+    async def acquire(self, tenant: str, seconds: float) -> AsyncIterator[None]:
+        """Hold the lock for the block. Raises DeadlineExceeded if waiting and block take over `seconds`."""
+        tenant_lock = self._tenant_locks.setdefault(tenant, asyncio.Lock())  # collected when none uses it
         try:
-            async with asyncio.timeout(seconds), lock, self._all:
+            async with asyncio.timeout(seconds), tenant_lock, self._lock:
                 yield
         except TimeoutError:
             raise DeadlineExceeded(f"The request took more than {seconds:g} s.") from None
 
 
-FOLLOWERS = 256  # streams of jobs' events at a time
-
-
 @dataclass
 class Services:
+    """Every object that handlers share; a parameter of this type is called `deps`."""
+
     settings: Settings
     operator_secret: str
     tokenizer: Tokenizer
@@ -58,41 +64,42 @@ class Services:
     tenants: Tenants
     engine: EngineClient
     metrics: Metrics
-    system_figures: ClusterMetrics
+    cluster_metrics: ClusterMetrics
     files: FileStore
     uploads: Uploads
-    directs: PresignedUploads
+    presigned_uploads: PresignedUploads
     jobs: Jobs
     pins: Pins
-    checking: FairLock = field(default_factory=FairLock)  # training data: takes a core, and seconds
-    tokenizing: FairLock = field(default_factory=FairLock)  # long prompts: one that fits may take a second
-    following: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(FOLLOWERS))
-    converting: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(1))  # each takes memory
-    draining: bool = False  # SIGTERM came: what runs may finish, nothing new begins
-    refusal: StartupError | None = None  # found after the start: this process may not go on
+    dataset_check_lock: FairLock = field(default_factory=FairLock)  # a check takes a core for seconds
+    tokenizer_lock: FairLock = field(default_factory=FairLock)  # for long prompts, which take up to a second
+    event_streams: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(MAX_EVENT_STREAMS))
+    pickle_limiter: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(1))  # of conversions: RAM
+    draining: bool = False  # SIGTERM came: running requests may finish, no new one begins
+    startup_error: StartupError | None = None  # found after the start: the process must end
 
     @property
     def base(self) -> Base:
-        """The base as the engine described it. Raises Unavailable before its first word."""
+        """The base as the engine described it. Raises Unavailable before the engine has."""
         if self.engine.base is None:
             raise Unavailable("The engine is starting; try again in a moment.")
         return self.engine.base
 
     @property
     def max_context(self) -> int:
-        """Tokens of prompt and answer together."""
+        """Most tokens of prompt and answer together."""
         return self.engine.limits.get("max_model_len") or self.base.max_context
 
     def refuse_if_draining(self) -> None:
+        """Raise Unavailable while the server shuts down."""
         if self.draining:
             self.metrics.count("rejections", "draining")
             raise Unavailable("The server is shutting down; send the request elsewhere or later.")
 
     def admit(self, rows: int) -> None:
-        """Raise Unavailable while draining, InvalidRequest for more rows than there can ever be room for.
+        """Raise Unavailable while draining, InvalidRequest for more rows than the engine ever takes.
 
-        Whether there is room now, for all rows of a request or none, the engine decides: it alone knows
-        what all API processes have sent it.
+        Whether all rows of a request fit now is decided by the engine: it alone knows what all API processes
+        have sent.
         """
         self.refuse_if_draining()
         if not self.engine.ready:
@@ -107,5 +114,5 @@ class Services:
 
     @property
     def max_rows(self) -> int:
-        """Rows in the engine, running and waiting."""
+        """Most rows in the engine, running and waiting."""
         return self.engine.limits["max_seqs"] + self.engine.limits["max_queue"]

@@ -63,11 +63,11 @@ class Seen(msgspec.Struct, frozen=True):
 
 
 class BucketWatcher:
-    def __init__(self, parts: Services, prefix: str) -> None:
+    def __init__(self, deps: Services, prefix: str) -> None:
         """Raises StartupError for a prefix where other things lie."""
         if prefix.partition("/")[0] == TENANTS:
             raise StartupError(f"--watch-prefix {prefix!r} must not begin with {TENANTS}.")
-        self._parts = parts
+        self._deps = deps
         self._prefix = prefix
         self._id = uuid.uuid4().hex
         self._stamps: dict[WatchedFolder, str] = {}  # at the last look
@@ -77,13 +77,13 @@ class BucketWatcher:
         """Until cancelled."""
         while True:
             try:
-                if self._parts.engine.ready and not self._parts.draining:
+                if self._deps.engine.ready and not self._deps.draining:
                     await self.look()
             except StoreError as error:
                 log.warning("The watched prefix waits: %s", error)
             except Exception:
                 log.exception("A look at the watched prefix failed")
-            await asyncio.sleep(self._parts.settings.watch_seconds)
+            await asyncio.sleep(self._deps.settings.watch_seconds)
 
     async def look(self) -> None:
         """Take what has come and is complete."""
@@ -95,9 +95,7 @@ class BucketWatcher:
             if CONFIG not in files or len(config_and_weights) != 2:
                 continue
             try:
-                heads = [
-                    await self._parts.objects.head(self._key(place, name)) for name in config_and_weights
-                ]
+                heads = [await self._deps.objects.head(self._key(place, name)) for name in config_and_weights]
             except NotFound:  # being replaced
                 continue
             stamps[place] = stamp = _stamp(config_and_weights, heads)
@@ -117,10 +115,10 @@ class BucketWatcher:
         """Publish it, or say why not. What may go better later is tried at the next look."""
         content = seen.content if seen else ""
         try:
-            with temp_folder(self._parts.settings) as folder:
+            with temp_folder(self._deps.settings) as folder:
                 files = AdapterUpload((CONFIG, Path(folder) / CONFIG), (weights, Path(folder) / weights))
-                if size > self._parts.settings.max_upload_bytes:
-                    limit = self._parts.settings.max_upload_bytes
+                if size > self._deps.settings.max_upload_bytes:
+                    limit = self._deps.settings.max_upload_bytes
                     raise TooLarge(f"The files have {size} bytes, more than {limit}.")
                 content = await self._fetch(place, files)
                 if seen is None or seen.content != content:
@@ -146,24 +144,24 @@ class BucketWatcher:
         digests = []
         for name, path in (files.config, files.weights):
             try:
-                await self._parts.objects.download(self._key(place, name), path, None)
+                await self._deps.objects.download(self._key(place, name), path, None)
             except NotFound:
                 raise InvalidAdapter("A file went away while it was read.") from None
             digests.append(await run_sync(sha256_of, path))
         return hashlib.sha256(" ".join(digests).encode()).hexdigest()
 
     async def _publish(self, place: WatchedFolder, files: AdapterUpload) -> None:
-        parts = self._parts
-        tenant = OPERATOR if place.tenant == OPERATOR.id else await parts.tenants.get(place.tenant)
+        deps = self._deps
+        tenant = OPERATOR if place.tenant == OPERATOR.id else await deps.tenants.get(place.tenant)
         if await self._is_latest(place, files):  # whoever took it died before it could say so
             return
-        version = await publish(parts, tenant, place.name, files, actor=ACTOR)
+        version = await publish(deps, tenant, place.name, files, actor=ACTOR)
         log.info("What was copied to %s is version %d", place, version.version)
 
     async def _is_latest(self, place: WatchedFolder, files: AdapterUpload) -> bool:
         try:
-            latest = (await self._parts.registry.get(*place)).versions[-1]
-            manifest = await self._parts.registry.manifest(*place, latest.version)
+            latest = (await self._deps.registry.get(*place)).versions[-1]
+            manifest = await self._deps.registry.manifest(*place, latest.version)
         except NotFound:
             return False
         kept = {blob.sha256 for blob in manifest.files}
@@ -172,7 +170,7 @@ class BucketWatcher:
     async def _places(self) -> dict[WatchedFolder, set[str]]:
         """The names of the files in each folder that could be an adapter's."""
         found: dict[WatchedFolder, set[str]] = {}
-        for key in await self._parts.objects.list(self._prefix):
+        for key in await self._deps.objects.list(self._prefix):
             match key.removeprefix(f"{self._prefix}/").split("/"):
                 case [tenant, name, file] if is_name(tenant) and is_name(name):
                     found.setdefault(WatchedFolder(tenant, name), set()).add(file)
@@ -183,25 +181,25 @@ class BucketWatcher:
 
     async def _seen(self, place: WatchedFolder) -> Seen | None:
         with store_errors():
-            record = await self._parts.redis.hget(WATCHED, str(place))
+            record = await self._deps.redis.hget(WATCHED, str(place))
         return None if record is None else msgspec.json.decode(record, type=Seen)
 
     async def _remember(self, place: WatchedFolder, seen: Seen) -> None:
         with store_errors():
-            await self._parts.redis.hset(WATCHED, str(place), msgspec.json.encode(seen))
+            await self._deps.redis.hset(WATCHED, str(place), msgspec.json.encode(seen))
 
     async def _forget(self, places: dict[WatchedFolder, set[str]]) -> None:
         """Of folders that are gone: what comes there again is new."""
         with store_errors():
-            known: Any = await self._parts.redis.hkeys(WATCHED)
+            known: Any = await self._deps.redis.hkeys(WATCHED)
             gone = {field.decode() for field in known} - {str(place) for place in places}
             if gone:
-                await self._parts.redis.hdel(WATCHED, *gone)
+                await self._deps.redis.hdel(WATCHED, *gone)
 
     async def _claim(self, place: WatchedFolder) -> bool:
         """Of several API processes one takes it. Saves work; two at once would publish it twice."""
         with store_errors():
-            holder = await self._parts.redis.set(
+            holder = await self._deps.redis.set(
                 f"{WATCHED}:{place}", self._id, nx=True, get=True, ex=CLAIM_SECONDS
             )
         return holder in (None, self._id.encode())
@@ -211,9 +209,9 @@ class BucketWatcher:
         while True:
             await asyncio.sleep(CLAIM_SECONDS / 3)
             with suppress(RedisError):
-                await self._parts.redis.expire(f"{WATCHED}:{place}", CLAIM_SECONDS)
+                await self._deps.redis.expire(f"{WATCHED}:{place}", CLAIM_SECONDS)
 
 
 def _stamp(names: list[str], heads: list[Head]) -> str:
-    parts = [f"{name} {head.bytes} {head.modified!r}" for name, head in zip(names, heads, strict=True)]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+    lines = [f"{name} {head.bytes} {head.modified!r}" for name, head in zip(names, heads, strict=True)]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()

@@ -65,7 +65,7 @@ class Inspected:
 
 
 async def publish(
-    parts: Services,
+    deps: Services,
     tenant: Tenant,
     name: str,
     files: AdapterUpload,
@@ -75,31 +75,31 @@ async def publish(
     actor: str = "server",
 ) -> Version:
     """The new version. Raises InvalidAdapter, InvalidField, Conflict, QuotaExceeded, Unavailable."""
-    check_adapter_name(parts, name)
+    check_adapter_name(deps, name)
     size = files.config[1].stat().st_size + files.weights[1].stat().st_size
-    version = await parts.registry.next_version(tenant.id, name, size)
+    version = await deps.registry.next_version(tenant.id, name, size)
     # in this order: whoever publishes after we look has our number, and one of us gets a conflict
-    if create_only and await _exists(parts, tenant, name):
+    if create_only and await _exists(deps, tenant, name):
         raise Conflict(f"An adapter named {shown(name)} exists.", param="name")
-    manifest = await prepare(parts, tenant.id, name, version, files, allow_noop=allow_noop, actor=actor)
+    manifest = await prepare(deps, tenant.id, name, version, files, allow_noop=allow_noop, actor=actor)
     try:
         try:
-            await parts.registry.publish(manifest)
+            await deps.registry.publish(manifest)
         except Conflict:
             if create_only:
                 raise
             # Another upload took the number, or died with it before the index knew, which it does now.
-            version = await parts.registry.next_version(tenant.id, name)
+            version = await deps.registry.next_version(tenant.id, name)
             manifest = msgspec.structs.replace(manifest, version=version)
-            await parts.registry.publish(manifest)
+            await deps.registry.publish(manifest)
     except (Conflict, QuotaExceeded):
-        await _discard(parts, manifest.files)
+        await _discard(deps, manifest.files)
         raise
     return summary(manifest)
 
 
 async def prepare(
-    parts: Services,
+    deps: Services,
     tenant_id: str,
     name: str,
     version: int,
@@ -112,9 +112,9 @@ async def prepare(
 
     Raises InvalidAdapter, InvalidField, Unavailable.
     """
-    base = parts.base
-    found = await run_sync(inspect, files, parts, base)
-    blobs = await parts.registry.stage(tenant_id, [files.config, files.weights])
+    base = deps.base
+    found = await run_sync(inspect, files, deps, base)
+    blobs = await deps.registry.stage(tenant_id, [files.config, files.weights])
     weights_sha256 = next(blob.sha256 for blob in blobs if blob.name == files.weights[0])
     manifest = Manifest(
         tenant=tenant_id,
@@ -132,32 +132,32 @@ async def prepare(
         by=actor,
     )
     try:
-        checked = await parts.engine.check(encode_manifest(manifest), allow_noop=allow_noop)
+        checked = await deps.engine.check(encode_manifest(manifest), allow_noop=allow_noop)
         if checked.error is not None:
             raise error_from_code(*checked.error)
     except PolypeftError:
-        await _discard(parts, blobs)
+        await _discard(deps, blobs)
         raise
     return msgspec.structs.replace(manifest, facts=checked.facts | manifest.facts)
 
 
-async def _discard(parts: Services, blobs: list[Blob]) -> None:
+async def _discard(deps: Services, blobs: list[Blob]) -> None:
     """Remove what no version will have; what the stores do not take now is collected later."""
     try:
-        await parts.registry.collector.discard([blob.key for blob in blobs])
+        await deps.registry.collector.discard([blob.key for blob in blobs])
     except StoreError as error:
         log.warning("The bytes of a refused upload stay for a while: %s", error.message)
 
 
-def check_adapter_name(parts: Services, name: str, param: str = "name") -> str:
+def check_adapter_name(deps: Services, name: str, param: str = "name") -> str:
     """`name`, if a tenant may call an adapter so."""
     check_name(name, param)
-    if name == parts.base.id:
+    if name == deps.base.id:
         raise InvalidField(f"{param} {shown(name)} is the base model's own.", param=param)
     return name
 
 
-def inspect(files: AdapterUpload, parts: Services, base: Base) -> Inspected:
+def inspect(files: AdapterUpload, deps: Services, base: Base) -> Inspected:
     """Everything that can be known without reading a tensor. Blocking. Raises InvalidAdapter."""
     config_path, weights_path = files.config[1], files.weights[1]
     with config_path.open("rb") as file:
@@ -169,10 +169,10 @@ def inspect(files: AdapterUpload, parts: Services, base: Base) -> Inspected:
         tensors = read_header(
             file,
             weights_path.stat().st_size,
-            max_header_bytes=parts.settings.max_header_bytes,
-            max_tensors=parts.settings.max_tensors,
+            max_header_bytes=deps.settings.max_header_bytes,
+            max_tensors=deps.settings.max_tensors,
         )
-    method = parts.methods[method_of(config)]
+    method = deps.methods[method_of(config)]
     spec = method.parse(AdapterFiles(config, tensors), base)
     given = {name: info.shape for name, info in tensors.items()}
     _compare(method.shapes(spec, base), given)
@@ -195,9 +195,9 @@ def _compare(expected: dict[str, tuple[int, ...]], given: dict[str, tuple[int, .
             )
 
 
-async def _exists(parts: Services, tenant: Tenant, name: str) -> bool:
+async def _exists(deps: Services, tenant: Tenant, name: str) -> bool:
     try:
-        await parts.registry.get(tenant.id, name)
+        await deps.registry.get(tenant.id, name)
     except NotFound:
         return False
     return True
@@ -206,18 +206,18 @@ async def _exists(parts: Services, tenant: Tenant, name: str) -> bool:
 class TrainedAdmission:
     """The gate as the fine-tuning publisher uses it: for a folder that a training left."""
 
-    def __init__(self, parts: Services) -> None:
-        self._parts = parts
+    def __init__(self, deps: Services) -> None:
+        self._deps = deps
 
     @property
     def ready(self) -> bool:
-        return self._parts.engine.ready and not self._parts.draining
+        return self._deps.engine.ready and not self._deps.draining
 
     def folder(self) -> TemporaryDirectory[str]:
-        return temp_folder(self._parts.settings)
+        return temp_folder(self._deps.settings)
 
     async def prepare(self, tenant: str, name: str, version: int, files: list[Path]) -> Manifest:
         config = next(path for path in files if path.name == CONFIG)
         weights = next(path for path in files if path.suffix == ".safetensors")
         pair = AdapterUpload((CONFIG, config), (weights.name, weights))
-        return await prepare(self._parts, tenant, name, version, pair)
+        return await prepare(self._deps, tenant, name, version, pair)

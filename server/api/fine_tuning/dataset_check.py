@@ -26,7 +26,7 @@ class Data:
         return named + ([("validation_file", self.validation)] if self.validation else [])
 
 
-async def find(parts: Services, tenant: str, training: str, validation: str | None) -> Data:
+async def find(deps: Services, tenant: str, training: str, validation: str | None) -> Data:
     """Raises NotFound with the field's name, the same for an unknown file and another tenant's."""
     if training == validation:
         raise InvalidField(
@@ -34,14 +34,14 @@ async def find(parts: Services, tenant: str, training: str, validation: str | No
             param="validation_file",
         )
     return Data(
-        await _file(parts, tenant, training, "training_file"),
-        (validation and await _file(parts, tenant, validation, "validation_file")) or None,
+        await _file(deps, tenant, training, "training_file"),
+        (validation and await _file(deps, tenant, validation, "validation_file")) or None,
     )
 
 
-async def check(parts: Services, data: Data, max_tokens: int) -> dict[str, dataset.Report]:
+async def check(deps: Services, data: Data, max_tokens: int) -> dict[str, dataset.Report]:
     """What is in the files. Raises InvalidField with the first problems, and how many there are."""
-    settings = parts.settings
+    settings = deps.settings
     limits = dataset.Limits(
         file_bytes=settings.max_file_bytes,
         examples=settings.max_training_examples,
@@ -51,9 +51,9 @@ async def check(parts: Services, data: Data, max_tokens: int) -> dict[str, datas
     with temp_folder(settings) as folder:
         for param, file in data.files:
             path = Path(folder) / param
-            await parts.files.download(file, path)
+            await deps.files.download(file, path)
             report = await run_sync(
-                partial(dataset.check, path, parts.tokenizer, max_tokens, limits, param=param)
+                partial(dataset.check, path, deps.tokenizer, max_tokens, limits, param=param)
             )
             if error := dataset.refusal(report, param):
                 raise error
@@ -73,9 +73,9 @@ def dataset_stats(report: dataset.Report) -> dict[str, int]:
     }
 
 
-async def _file(parts: Services, tenant: str, id_: str, param: str) -> File:
+async def _file(deps: Services, tenant: str, id_: str, param: str) -> File:
     try:
-        file = await parts.files.get(tenant, id_)
+        file = await deps.files.get(tenant, id_)
     except NotFound as error:
         raise NotFound(error.message, param=param) from None
     if file.purpose != "fine-tune":

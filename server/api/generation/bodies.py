@@ -1,88 +1,21 @@
-"""Bodies of the generation routes: OpenAI's fields, vLLM's extras, and by name what we do not do.
+"""Bodies of the generation routes: OpenAI's fields, vLLM's extras, and by name those that are not supported.
 
-Strict: no "5" for 5, no unknown field. A null counts as absent. The operator's caps come with the
-validation context, a Settings.
+A sampling parameter is a field of SamplingBody here; engine_requests.py copies it into the engine's Sampling.
 """
 
-from collections.abc import Callable
-from functools import cache
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    FailFast,
-    Field,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+from pydantic import FailFast, Field, ValidationInfo, field_validator, model_validator
 
+from server.api.http.body_model import Body, Metadata, at_most, caps
 from server.errors import InvalidField, shown
-from server.settings import Settings
 
 INT32 = 2**31 - 1
 INT64 = 2**63 - 1
 
-MAX_METADATA = 16
-
-
-def caps(info: ValidationInfo) -> Settings:
-    if not isinstance(info.context, Settings):
-        raise TypeError("these bodies are validated with a Settings as their context")
-    return info.context
-
-
-def at_most(what: str, value: int, limit: int, param: str | None = None) -> None:
-    if value > limit:
-        raise InvalidField(f"{what} must be at most {limit}, not {shown(value)}.", param=param or what)
-
-
-def at_most_entries(limit: int) -> Callable[[Any, ValidationInfo], Any]:
-    """Counts a list or an object before its entries are looked at."""
-
-    def check(value: Any, info: ValidationInfo) -> Any:
-        if isinstance(value, list | dict):
-            field = info.field_name or "body"
-            at_most(f"the number of entries of {field}", len(value), limit, field)
-        return value
-
-    return check
-
-
 Count = Annotated[int, Field(ge=1, le=INT32)]
 Tokens = Annotated[list[int], FailFast()]
 Texts = Annotated[list[str], FailFast()]
-MetadataKey = Annotated[str, Field(min_length=1, max_length=64)]
-MetadataValue = Annotated[str, Field(max_length=512)]
-Metadata = Annotated[dict[MetadataKey, MetadataValue], BeforeValidator(at_most_entries(MAX_METADATA))]
-
-
-class Body(BaseModel):
-    """An object of a request. `refused` names fields we know and turn down, with the reason."""
-
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
-    refused: ClassVar[dict[str, str]] = {}
-
-    @model_validator(mode="before")
-    @classmethod
-    def _known_fields(cls, data: Any) -> Any:
-        """Stop at the first unknown name; pydantic would list a million of them."""
-        if not isinstance(data, dict):
-            return data
-        given = {name: value for name, value in data.items() if value is not None}
-        for name in given:
-            if name in cls.refused:
-                raise InvalidField(f"{name} is not supported: {cls.refused[name]}.", param=name)
-            if name not in cls._names():
-                raise InvalidField(f"{shown(name)} is not a field of this request.", code="unknown_field")
-        return given
-
-    @classmethod
-    @cache
-    def _names(cls) -> frozenset[str]:
-        return frozenset(field.alias or name for name, field in cls.model_fields.items())
 
 
 class StreamOptions(Body):
@@ -108,7 +41,7 @@ class CacheOptions(Body):
 
 
 class SamplingBody(Body):
-    """What completions and chat completions share."""
+    """The fields that completions and chat completions share."""
 
     refused: ClassVar[dict[str, str]] = {
         "prompt_embeds": _NO_TENSORS,
@@ -129,10 +62,10 @@ class SamplingBody(Body):
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] = 1.0
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] = {}
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] = Field(default_factory=dict)
     seed: Annotated[int, Field(ge=-INT64 - 1, le=INT64)] | None = None
-    stop: Texts = []
-    stop_token_ids: Tokens = []
+    stop: Texts = Field(default_factory=list)
+    stop_token_ids: Tokens = Field(default_factory=list)
     ignore_eos: bool = False
     stream: bool = False
     stream_options: StreamOptions | None = None

@@ -1,18 +1,11 @@
-"""The body of chat completions: messages, and what an answer must look like."""
+"""The body of chat completions: messages and response_format, beside the fields of SamplingBody."""
 
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, FailFast, Field, ValidationInfo, field_validator, model_validator
 
-from server.api.generation.bodies import (
-    CHANGES_OUTPUT,
-    Body,
-    Count,
-    SamplingBody,
-    at_most,
-    at_most_entries,
-    caps,
-)
+from server.api.generation.bodies import CHANGES_OUTPUT, Count, SamplingBody
+from server.api.http.body_model import Body, at_most, at_most_entries, caps
 from server.errors import InvalidField
 
 MAX_ANNOTATIONS = 256
@@ -31,7 +24,7 @@ class UrlCitation(Body):
 
 
 class Annotation(Body):
-    """What an SDK sends back with an earlier answer; not shown to the model."""
+    """An annotation of an earlier answer that an SDK sends back; not shown to the model."""
 
     type: Literal["url_citation"]
     url_citation: UrlCitation
@@ -45,7 +38,7 @@ class Message(Body):
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[TextPart]
-    name: str | None = None  # not shown to the model: its template has no place for it
+    name: str | None = None  # not shown to the model: its template does not use it
     refusal: str | None = None
     annotations: Annotated[list[Annotation], BeforeValidator(at_most_entries(MAX_ANNOTATIONS))] | None = None
 
@@ -64,7 +57,7 @@ class Message(Body):
 
 
 class SchemaHolder(Body):
-    """`json_schema` of a response_format. `strict: false` as well gets what the schema says, and no less."""
+    """`json_schema` of a response_format. The schema is enforced with `strict: false` too."""
 
     name: Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[a-zA-Z0-9_-]+$")] | None = None
     description: str | None = None
@@ -106,7 +99,7 @@ class ChatBody(SamplingBody):
         CHANGES_OUTPUT,
     )
 
-    messages: Annotated[list[Message], FailFast(), Field(min_length=1)]  # see _messages for the most
+    messages: Annotated[list[Message], FailFast(), Field(min_length=1)]  # _messages checks the cap
     max_completion_tokens: Count | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0)] | None = None

@@ -1,6 +1,6 @@
-"""One choice of an answer: the engine's tokens become text, cut at stop strings, with their logprobs.
+"""One choice of an answer: turns the engine's tokens into text, ends it at stop strings, and keeps logprobs.
 
-Knows no HTTP and no JSON. Streamed or not, the same pieces come out, so their texts joined are the text.
+Knows no HTTP and no JSON. The pieces are the same whether streamed or not; joined they are the whole text.
 """
 
 from collections import deque
@@ -17,7 +17,7 @@ Finish = Literal["stop", "length"]
 
 @dataclass(frozen=True)
 class TokenInfo:
-    """A generated token as logprobs show it."""
+    """A generated token with its logprobs."""
 
     token: int
     logprobs: TokenLogprobs
@@ -26,7 +26,7 @@ class TokenInfo:
 
 @dataclass(frozen=True)
 class Piece:
-    """What a choice gained. `finish` is set in its last piece only."""
+    """Text and tokens that a chunk added to a choice. `finish` is set in the last piece only."""
 
     index: int
     text: str
@@ -36,28 +36,30 @@ class Piece:
 
 @dataclass
 class Choice:
+    """The state of one choice between chunks."""
+
     index: int
     tokenizer: Tokenizer
     stops: list[str]
-    min_tokens: int = 0  # no stop string counts before this many
+    min_tokens: int = 0  # stop strings are ignored before this many
     completion_tokens: int = 0
     cached_tokens: int = 0
     finished: bool = False
-    _decoded: int = 0  # characters out of the detokenizer
-    _sent: int = 0  # characters out of the stop scanner
-    _held: deque[TokenInfo] = field(default_factory=deque)  # tokens whose text is not out yet
+    _decoded_chars: int = 0  # out of the detokenizer
+    _sent_chars: int = 0  # out of the stop scanner
+    _unsent: deque[TokenInfo] = field(default_factory=deque)  # tokens whose text is not sent yet
 
     def __post_init__(self) -> None:
         self._detokenizer = detokenizer(self.tokenizer)
         self._scanner = StopScanner(self.stops)
 
     def feed(self, chunk: Chunk) -> Piece:
-        """The piece that `chunk` makes; what follows a stop string is dropped and not counted."""
+        """The piece that `chunk` adds. Tokens after a stop string are dropped and not counted."""
         self.cached_tokens = self.cached_tokens or chunk.cached_tokens
         text = ""
         for position, token in enumerate(chunk.tokens):
             if chunk.logprobs:
-                self._held.append(TokenInfo(token, chunk.logprobs[position], self._decoded))
+                self._unsent.append(TokenInfo(token, chunk.logprobs[position], self._decoded_chars))
             self.completion_tokens += 1
             text += self._scan(self._detokenizer.push(token))
             if self._scanner.found:
@@ -69,14 +71,14 @@ class Choice:
         return self._piece(text, None)
 
     def _scan(self, text: str) -> str:
-        self._decoded += len(text)
+        self._decoded_chars += len(text)
         return text if self.completion_tokens < self.min_tokens else self._scanner.push(text)
 
     def _piece(self, text: str, finish: Finish | None) -> Piece:
-        self._sent += len(text)
+        self._sent_chars += len(text)
         self.finished = finish is not None
-        whole = self.finished and not self._scanner.found  # then even a token without text is part of it
+        send_all = self.finished and not self._scanner.found  # also tokens without text
         tokens = []
-        while self._held and (whole or self._held[0].offset < self._sent):
-            tokens.append(self._held.popleft())
+        while self._unsent and (send_all or self._unsent[0].offset < self._sent_chars):
+            tokens.append(self._unsent.popleft())
         return Piece(self.index, text, tokens, finish)

@@ -1,4 +1,4 @@
-"""Tokens to text while they arrive: incremental decoding for replies, streamed or not."""
+"""Incremental detokenisation: the text of tokens as they arrive."""
 
 import codecs
 
@@ -8,27 +8,26 @@ REPLACEMENT = "\ufffd"
 
 
 def detokenizer(tokenizer: Tokenizer) -> "Detokenizer":
-    """A new one, for one reply."""
+    """A new Detokenizer for one choice."""
     return (_ByteLevel if tokenizer.byte_level else _ByteFallback)(tokenizer.pieces)
 
 
 class Detokenizer:
-    """Tokens in, text out, each token looked at once; the texts joined are the whole decode.
+    """Tokens in, text out, each token decoded once; the texts joined are the decoding of all tokens.
 
-    The text continues a prompt, so a leading space stays (a whole decode on its own would strip it for
-    SentencePiece models).
+    The text continues a prompt, so a leading space is kept; tokenizers strip it for SentencePiece models.
     """
 
     def __init__(self, pieces: list[bytes | str]) -> None:
         self._pieces = pieces
 
     def push(self, token: int) -> str:
-        """The text that is certain now; "" while a character is incomplete or for a special token."""
+        """The text that is complete now; "" within a character and for a special token."""
         piece = self._pieces[token] if 0 <= token < len(self._pieces) else b""
         return self._add(piece) if piece else ""
 
     def flush(self) -> str:
-        """The text still held back; an incomplete character becomes U+FFFD."""
+        """The remaining text; an incomplete character becomes U+FFFD."""
         raise NotImplementedError
 
     def _add(self, piece: bytes | str) -> str:
@@ -50,9 +49,9 @@ class _ByteLevel(Detokenizer):
 
 
 class _ByteFallback(Detokenizer):
-    """Pieces are text; a run of byte tokens is one string if it is UTF-8, else U+FFFD for each byte.
+    """Pieces are text; a run of byte tokens is a string if it is UTF-8, else U+FFFD for each byte.
 
-    Only the end of a run decides which, so a run is held back whole.
+    That is known only at the end of a run, so its bytes are buffered until then.
     """
 
     def __init__(self, pieces: list[bytes | str]) -> None:

@@ -1,6 +1,8 @@
-"""From a checked body to the engine's rows: what both generation routes ask of the engine, and how.
+"""Maps the body of a generation request to engine requests, one Generate message for each row.
 
-Ranges that need the base's vocabulary or context are checked here; all others are the schemas' work.
+A sampling parameter's way: a field of SamplingBody (bodies.py) -> `_sampling` here -> Sampling
+(server/messages.py) -> server/engine/sampler.py. Ranges that depend on the base's vocabulary or context are
+checked here; all others by the bodies.
 """
 
 import secrets
@@ -9,11 +11,12 @@ from dataclasses import dataclass
 
 from starlette.requests import Request
 
-from server.api.generation.bodies import INT64, SamplingBody, at_most
+from server.api.generation.bodies import INT64, SamplingBody
 from server.api.generation.choice import Choice
 from server.api.generation.generation import Generation
 from server.api.generation.model_selection import Target
-from server.api.generation.prompts import fit
+from server.api.generation.prompts import fit_max_tokens
+from server.api.http.body_model import at_most
 from server.api.services import Services
 from server.errors import InvalidField, shown
 from server.messages import Generate, Sampling
@@ -22,31 +25,39 @@ from server.tenancy.tenants import Tenant
 
 @dataclass(frozen=True)
 class RouteOptions:
-    """What differs between the two routes."""
+    """The parameters that the two routes derive from their bodies in different ways."""
 
-    prefix: str  # of the id
-    prompts: list[list[int]]
-    max_tokens: int | None
-    default_max_tokens: int | None  # None: all that fits
-    logprobs: int | None
-    grammar: str | None = None
+    prefix: str  # of the response's id
+    prompts: list[list[int]]  # token ids of each prompt
+    max_tokens: int | None  # as requested
+    default_max_tokens: int | None  # if none is requested; None: all that fits the context
+    logprobs: int | None  # as in Sampling
+    grammar: str | None = None  # as in Sampling
 
 
 def build_generation(
-    parts: Services, tenant: Tenant, request: Request, target: Target, body: SamplingBody, asked: RouteOptions
+    deps: Services,
+    tenant: Tenant,
+    request: Request,
+    target: Target,
+    body: SamplingBody,
+    options: RouteOptions,
 ) -> Generation:
-    """Rows for the engine. Raises InvalidField, ContextTooLong."""
-    context, vocabulary = parts.max_context, parts.base.vocab_size
-    deadline = time.time() + _seconds(request, parts.settings.request_seconds)
-    request_id = f"{asked.prefix}-{secrets.token_hex(16)}"
+    """A row for each prompt and each of n, prompt by prompt. Raises InvalidField, ContextTooLong.
+
+    The rows of a prompt after its first wait for the first, whose KV blocks they share.
+    """
+    context, vocabulary = deps.max_context, deps.base.vocab_size
+    deadline = time.time() + _timeout(request, deps.settings.request_seconds)
+    request_id = f"{options.prefix}-{secrets.token_hex(16)}"
     seed = secrets.randbits(63) if body.seed is None else body.seed
     at_most("min_tokens", body.min_tokens, context)
     rows = []
-    for number, prompt in enumerate(asked.prompts):
-        room = fit(prompt, asked.max_tokens, asked.default_max_tokens, context)
-        if body.min_tokens > room:
+    for number, prompt in enumerate(options.prompts):
+        max_tokens = fit_max_tokens(prompt, options.max_tokens, options.default_max_tokens, context)
+        if body.min_tokens > max_tokens:
             raise InvalidField(
-                f"min_tokens must be at most max_tokens, which is {room}, not {body.min_tokens}.",
+                f"min_tokens must be at most max_tokens, which is {max_tokens}, not {body.min_tokens}.",
                 param="min_tokens",
             )
         first = number * body.n
@@ -55,7 +66,7 @@ def build_generation(
                 id=f"{request_id}-{first + i}",
                 tenant=tenant.id,
                 prompt=prompt,
-                sampling=_sampling(body, asked, room, _wrapped(seed + i), vocabulary),
+                sampling=_sampling(body, options, max_tokens, _wrap_int64(seed + i), vocabulary),
                 adapter=target.adapter,
                 adapters=target.adapters,
                 deadline=deadline,
@@ -64,13 +75,14 @@ def build_generation(
             )
             for i in range(body.n)
         ]
-    choices = [Choice(i, parts.tokenizer, body.stop, body.min_tokens) for i in range(len(rows))]
-    return Generation(parts, request_id, target, asked.prompts, rows, choices)
+    choices = [Choice(i, deps.tokenizer, body.stop, body.min_tokens) for i in range(len(rows))]
+    return Generation(deps, request_id, target, options.prompts, rows, choices)
 
 
 def _sampling(
-    body: SamplingBody, asked: RouteOptions, max_tokens: int, seed: int, vocabulary: int
+    body: SamplingBody, options: RouteOptions, max_tokens: int, seed: int, vocabulary: int
 ) -> Sampling:
+    """The sampling parameters as the engine takes them. Raises InvalidField for an unknown token id."""
     for token in body.stop_token_ids:
         _check_token("stop_token_ids", token, vocabulary)
     return Sampling(
@@ -87,19 +99,19 @@ def _sampling(
         stop_token_ids=tuple(body.stop_token_ids),
         ignore_eos=body.ignore_eos,
         min_tokens=body.min_tokens,
-        logprobs=asked.logprobs,
-        grammar=asked.grammar,
+        logprobs=options.logprobs,
+        grammar=options.grammar,
     )
 
 
 def _logit_bias(bias: dict[str, float], vocabulary: int) -> dict[int, float]:
-    found = {}
+    by_token = {}
     for key, value in bias.items():
         if not (key.isascii() and key.isdigit() and len(key) < 10):
             raise InvalidField(f"logit_bias keys are token ids, not {shown(key)}.", param="logit_bias")
         _check_token("logit_bias", int(key), vocabulary)
-        found[int(key)] = value
-    return found
+        by_token[int(key)] = value
+    return by_token
 
 
 def _check_token(field_name: str, token: int, vocabulary: int) -> None:
@@ -110,20 +122,20 @@ def _check_token(field_name: str, token: int, vocabulary: int) -> None:
         )
 
 
-def _wrapped(seed: int) -> int:
+def _wrap_int64(seed: int) -> int:
     """`seed` as a signed 64-bit integer."""
     return (seed + INT64 + 1) % (2 * INT64 + 2) - INT64 - 1
 
 
-def _seconds(request: Request, longest: float) -> float:
-    """X-Request-Timeout, in seconds, within the server's own limit."""
+def _timeout(request: Request, max_seconds: float) -> float:
+    """Seconds of X-Request-Timeout, at most `max_seconds`; without the header `max_seconds`."""
     header = request.headers.get("x-request-timeout")
     if header is None:
-        return longest
+        return max_seconds
     try:
         seconds = float(header)
     except ValueError:
         seconds = -1.0
     if not 0 < seconds < float("inf"):
         raise InvalidField(f"X-Request-Timeout must be a number of seconds above 0, not {shown(header)}.")
-    return min(seconds, longest)
+    return min(seconds, max_seconds)

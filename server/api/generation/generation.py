@@ -1,4 +1,4 @@
-"""A request under way: rows in, pieces of answer out, for completions and chat, streamed or not."""
+"""A running generation request: rows go to the engine, pieces of text come out. Both routes use it."""
 
 import time
 from collections.abc import AsyncGenerator
@@ -23,9 +23,9 @@ class Usage:
 
 @dataclass
 class Generation:
-    """One request under way: a choice for each prompt and each of n, prompt by prompt."""
+    """A running request. It has a row and a choice for each prompt and each of n, prompt by prompt."""
 
-    parts: Services
+    deps: Services
     id: str
     target: Target
     prompts: list[list[int]]
@@ -35,25 +35,25 @@ class Generation:
     _arrived: float = field(default_factory=time.monotonic)
 
     async def pieces(self) -> AsyncGenerator[Piece, None]:
-        """Pieces as they come, until every choice has finished; closing it cancels the rest.
+        """Pieces as they arrive, until every choice has finished. Closing it cancels the other rows.
 
-        Raises what ended the request early: EngineLost, DeadlineExceeded, NonFinite, ...
+        Raises the error that ended the request early: EngineLost, DeadlineExceeded, NonFinite, ...
         """
-        self.parts.admit(len(self.rows))
+        self.deps.admit(len(self.rows))
         choices = {row.id: choice for row, choice in zip(self.rows, self.choices, strict=True)}
-        clock, engine = _Clock(self, self._arrived), self.parts.engine
-        async with clock, aclosing(engine.generate(*self.rows)) as chunks:
+        metrics, engine = _RequestMetrics(self, self._arrived), self.deps.engine
+        async with metrics, aclosing(engine.generate(*self.rows)) as chunks:
             async for chunk in chunks:
                 choice = choices[chunk.id]
                 if choice.finished:
                     continue
                 if chunk.finish == "cancelled":
                     raise EngineLost("The engine gave this request up; send it again.")
-                clock.tick(choice.index, chunk)
+                metrics.record(choice.index, chunk)
                 piece = choice.feed(chunk)
                 if piece.finish is not None:
-                    clock.finish(choice, piece.finish)
-                    if chunk.finish is None:  # a stop string: the engine does not know
+                    metrics.finish(choice, piece.finish)
+                    if chunk.finish is None:  # a stop string, of which the engine does not know
                         engine.cancel(chunk.id)
                 if piece.text or piece.tokens or piece.finish:
                     yield piece
@@ -68,7 +68,7 @@ class Generation:
 
     @property
     def deadline(self) -> float | None:
-        """time.time() at which its rows end, whoever still reads."""
+        """The time.time() at which the engine ends the rows."""
         return self.rows[0].deadline
 
     @property
@@ -77,14 +77,14 @@ class Generation:
         return len(self.choices) // len(self.prompts)
 
 
-class _Clock:
-    """Latencies of one request and how it ended, into the metrics and its trace."""
+class _RequestMetrics:
+    """Counts one request's latencies and its end, in the metrics and in its trace."""
 
     def __init__(self, generation: Generation, arrived: float) -> None:
-        self._metrics = generation.parts.metrics
+        self._metrics = generation.deps.metrics
         self._arrived = arrived
-        self._left = len(generation.rows)
-        self._last: dict[int, float] = {}
+        self._unfinished = len(generation.rows)
+        self._last_token_at: dict[int, float] = {}  # time.monotonic() by choice
         self._traces = [RowTrace(row, choice) for choice, row in enumerate(generation.rows)]
         tell({"gen_ai.request.model": generation.target.model})
 
@@ -92,31 +92,31 @@ class _Clock:
         return self
 
     async def __aexit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
-        """Choices that have not finished ended with the request."""
-        if isinstance(error, QueueFull | TenantQueueFull):  # refused, whole; a 429 is counted by its status
+        """Count the choices that have not finished, and why the request ended."""
+        if isinstance(error, QueueFull | TenantQueueFull):  # a 429 is counted by its status
             if isinstance(error, QueueFull):
                 self._metrics.count("rejections", "queue_full")
             return
         failed = isinstance(error, PolypeftError)
         if isinstance(error, PolypeftError):
             self._metrics.count("failures", error.code)
-        for _ in range(self._left):
+        for _ in range(self._unfinished):
             self._metrics.count("finished", "error" if failed else "abort")
 
-    def tick(self, index: int, chunk: Chunk) -> None:
+    def record(self, index: int, chunk: Chunk) -> None:
         if chunk.timing is not None:
             self._traces[index].first_token(chunk.timing)
         if not chunk.tokens:
             return
         now = time.monotonic()
-        if index in self._last:
-            self._metrics.observe("between_tokens", (now - self._last[index]) / len(chunk.tokens))
+        if index in self._last_token_at:
+            self._metrics.observe("between_tokens", (now - self._last_token_at[index]) / len(chunk.tokens))
         else:
             self._metrics.observe("first_token", now - self._arrived)
-        self._last[index] = now
+        self._last_token_at[index] = now
 
     def finish(self, choice: Choice, reason: str) -> None:
-        self._left -= 1
+        self._unfinished -= 1
         self._metrics.observe("end_to_end", time.monotonic() - self._arrived)
         self._metrics.count("finished", reason)
         self._traces[choice.index].finish(choice.completion_tokens)

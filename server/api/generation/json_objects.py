@@ -1,4 +1,7 @@
-"""Logprobs in OpenAI's two formats: parallel lists for completions, one object a token for chat."""
+"""OpenAI's JSON objects that both routes need: usage, and logprobs in two formats.
+
+The logprobs of completions are parallel lists; those of chat are one object for each token.
+"""
 
 from typing import Any
 
@@ -6,11 +9,11 @@ from server.api.generation.choice import TokenInfo
 from server.api.generation.generation import Usage
 from server.base_model.tokenizer import Tokenizer
 
-MIN_LOGPROB = -9999.0  # OpenAI's stand-in for minus infinity, which JSON does not have
+MIN_LOGPROB = -9999.0  # stands for minus infinity, which JSON lacks, as at OpenAI
 
 
 def completion_logprobs(tokenizer: Tokenizer, tokens: list[TokenInfo], count: int) -> dict[str, list[Any]]:
-    """`top_logprobs` holds the `count` best and the chosen one, by their texts."""
+    """Parallel lists. `top_logprobs` holds the `count` best tokens and the chosen one, by their texts."""
 
     def text(token: int) -> str:
         return tokenizer.token_text(token)[0]
@@ -38,6 +41,8 @@ def add_logprobs(total: dict[str, Any] | None, new: dict[str, Any] | None) -> di
 
 
 def chat_logprobs(tokenizer: Tokenizer, tokens: list[TokenInfo], count: int) -> dict[str, Any]:
+    """An object for each token, with the `count` best in its place."""
+
     def shown(token: int, logprob: float) -> dict[str, Any]:
         text, raw = tokenizer.token_text(token)
         return {"token": text, "logprob": _number(logprob), "bytes": list(raw)}

@@ -1,4 +1,4 @@
-"""What a request's `model` means to this tenant: the base, or one version of an adapter of its own."""
+"""Resolves a request's `model` for a tenant: the base, or one version of an adapter of the tenant's own."""
 
 import hashlib
 from dataclasses import dataclass
@@ -12,93 +12,97 @@ from server.messages import AdapterRef, Use
 from server.tenancy.tenants import Tenant
 
 FINGERPRINT_CHARS = 16
-TUNED = "ft:"  # before the base's id, as OpenAI calls fine-tuned models
+FINE_TUNED_PREFIX = "ft:"  # before the base's id, as OpenAI names fine-prefix models
 
 
 @dataclass(frozen=True)
 class Target:
-    model: str  # as the caller wrote it; replies repeat it
+    """The weights that answer a request."""
+
+    model: str  # as in the request; the answer repeats it
     adapter: AdapterRef | None
-    digest: str  # of the adapter or adapters, or of the base
-    adapters: tuple[Use, ...] = ()  # several at once; `adapter` is None then
-    layout: str = "float32"  # of the base's weights
+    digest: str  # of the adapter or adapters; of the base if there is none
+    adapters: tuple[Use, ...] = ()  # several combined; then `adapter` is None
+    layout: str = "float32"  # weight format of the base
 
     @property
     def fingerprint(self) -> str:
-        """Changes whenever other weights answer."""
+        """OpenAI's system_fingerprint: differs for other weights."""
         layout = "" if self.layout == "float32" else f"_{self.layout}"
         return f"fp_{self.digest[:FINGERPRINT_CHARS]}{layout}"
 
     @property
     def headers(self) -> dict[str, str]:
-        """Which versions answer: `model` may be an alias of several."""
+        """Response headers that name the versions which answer: `model` may be an alias of several."""
         refs = [self.adapter, *(use.adapter for use in self.adapters)]
         used = [f"{ref.name}@{ref.version}" for ref in refs if ref is not None]
         return {"x-polypeft-adapter": ", ".join(used)} if used else {}
 
 
 async def resolve(
-    parts: Services,
+    deps: Services,
     tenant: Tenant,
     model: str,
-    several: list[AdapterUse] | None = None,
+    uses: list[AdapterUse] | None = None,
     sticky: str | None = None,
 ) -> Target:
-    """The base's id, alone or with `several` adapters on it, or an adapter's name, name@version, name@alias,
-    or ft:{base}:name:version. Of an alias with weights, `sticky` always gets the same version.
+    """`model` is the base's id, alone or combined with adapters `uses`; or an adapter as name, name@version,
+    name@alias or ft:{base}:name:version. An alias with weights gives the same version for the same `sticky`.
 
-    Raises NotFound, the same for what does not exist and for what is another tenant's.
+    Raises InvalidField, and ModelNotFound alike for unknown models and for those of other tenants.
     """
-    base = parts.base
+    base = deps.base
     if model == base.id:
-        if several:
-            return await _stack(parts, tenant, several, sticky)
+        if uses:
+            return await _combine(deps, tenant, uses, sticky)
         return Target(model, None, base.digest, layout=base.layout)
-    if several:
+    if uses:
         raise InvalidField(
             f"With adapters, model must be the base {shown(base.id)}, not {shown(model)}.", param="model"
         )
-    version = await find_version(parts, tenant, model, sticky=sticky)
+    version = await find_version(deps, tenant, model, sticky=sticky)
     return Target(model, adapter_ref(version), version.digest, layout=base.layout)
 
 
-async def _stack(parts: Services, tenant: Tenant, several: list[AdapterUse], sticky: str | None) -> Target:
-    versions = [await find_version(parts, tenant, use.name, "adapters", sticky) for use in several]
-    uses = tuple(
-        Use(adapter_ref(version), use.weight) for version, use in zip(versions, several, strict=True)
+async def _combine(deps: Services, tenant: Tenant, uses: list[AdapterUse], sticky: str | None) -> Target:
+    """The base with several weighted adapters."""
+    versions = [await find_version(deps, tenant, use.name, "adapters", sticky) for use in uses]
+    adapters = tuple(
+        Use(adapter_ref(version), use.weight) for version, use in zip(versions, uses, strict=True)
     )
-    content = ",".join(f"{use.adapter.digest}*{use.weight}" for use in uses)
+    content = ",".join(f"{use.adapter.digest}*{use.weight}" for use in adapters)
     digest = hashlib.sha256(content.encode()).hexdigest()
-    return Target(parts.base.id, None, digest, uses, parts.base.layout)
+    return Target(deps.base.id, None, digest, adapters, deps.base.layout)
 
 
 async def find_version(
-    parts: Services, tenant: Tenant, model: str, param: str = "model", sticky: str | None = None
+    deps: Services, tenant: Tenant, model: str, param: str = "model", sticky: str | None = None
 ) -> Version:
-    name, selector = split_model(parts, model)
+    """The version that `model` names. Raises ModelNotFound."""
+    name, selector = split_model(deps, model)
     try:
-        return await parts.registry.resolve(tenant.id, name, selector, sticky)
+        return await deps.registry.resolve(tenant.id, name, selector, sticky)
     except NotFound:
         raise unknown_model(model, param) from None
 
 
-async def exact_version(parts: Services, tenant_id: str, name: str, selector: str) -> Version:
-    """The one version that `selector` means. Raises InvalidField for an alias of several, NotFound."""
+async def exact_version(deps: Services, tenant_id: str, name: str, selector: str) -> Version:
+    """The only version that `selector` names. Raises NotFound, and InvalidField for an alias of several."""
     if version_number(selector) is None:
-        alias = await parts.registry.aliases.get(tenant_id, name, selector)
+        alias = await deps.registry.aliases.get(tenant_id, name, selector)
         if not isinstance(alias.points, int):
             raise InvalidField(
                 f"alias {shown(selector)} stands for several versions; name one by its number.",
                 param="version",
             )
-    return await parts.registry.resolve(tenant_id, name, selector)
+    return await deps.registry.resolve(tenant_id, name, selector)
 
 
-def split_model(parts: Services, model: str) -> tuple[str, str | None]:
-    """Name, and version or alias if there is one, of name, name@version and ft:{base}:name:version."""
-    tuned = f"{TUNED}{parts.base.id}:"
-    name, at, selector = model.removeprefix(tuned).partition(":" if model.startswith(tuned) else "@")
-    return name, selector if at else None
+def split_model(deps: Services, model: str) -> tuple[str, str | None]:
+    """(name, version or alias or None) of name, name@version, name@alias and ft:{base}:name:version."""
+    prefix = f"{FINE_TUNED_PREFIX}{deps.base.id}:"
+    name, separator, selector = model.removeprefix(prefix).partition(":" if model.startswith(prefix) else "@")
+    return name, selector if separator else None
 
 
 def unknown_model(model: str, param: str = "model") -> ModelNotFound:

@@ -1,4 +1,4 @@
-"""From a request's prompt or messages to token ids that fit the context."""
+"""Turns a request's prompt or messages into token ids that fit the context."""
 
 from collections.abc import Callable
 from functools import partial
@@ -6,34 +6,34 @@ from typing import Any, TypeVar
 
 from anyio.to_thread import run_sync
 
-from server.api.generation.bodies import at_most
 from server.api.generation.chat_bodies import Message
+from server.api.http.body_model import at_most
 from server.api.http.request_limits import check_chars
 from server.api.services import Services
 from server.errors import ContextTooLong, InvalidField, shown
 from server.tenancy.tenants import Tenant
 
 T = TypeVar("T")
-INLINE_CHARS = 4096  # a longer text is worth the hop to a thread: the loop must stay free
+MAX_INLINE_CHARS = 4096  # a longer text is tokenised on a thread, off the event loop
 _KINDS = "prompt must be text, a list of texts, a list of token ids, or a list of lists of token ids"
 
 
-async def completion_prompts(parts: Services, tenant: Tenant, prompt: Any) -> list[list[int]]:
-    """Each prompt's tokens. Raises InvalidField for what is no prompt, ContextTooLong."""
+async def completion_prompts(deps: Services, tenant: Tenant, prompt: Any) -> list[list[int]]:
+    """The token ids of each prompt. Raises InvalidField, ContextTooLong."""
     first = prompt[0] if isinstance(prompt, list) and prompt else None
-    given = [prompt] if isinstance(prompt, str) or type(first) is int else prompt
-    if not isinstance(given, list) or not given:
+    sent = [prompt] if isinstance(prompt, str) or type(first) is int else prompt
+    if not isinstance(sent, list) or not sent:
         raise InvalidField(f"{_KINDS}, not {shown(prompt)}.", param="prompt")
-    at_most("the number of prompts", len(given), parts.settings.max_prompts, "prompt")
+    at_most("the number of prompts", len(sent), deps.settings.max_prompts, "prompt")
     prompts = []
-    for one in given:
+    for one in sent:
         if isinstance(one, str):
-            check_chars(parts, len(one), "prompt")
-            prompts.append(await _aside(parts, tenant, len(one), partial(parts.tokenizer.encode, one)))
-        elif isinstance(one, list) and len(one) > parts.max_context:  # whatever is in it
-            fit(one, None, None, parts.max_context)
+            check_chars(deps, len(one), "prompt")
+            prompts.append(await _tokenize(deps, tenant, len(one), partial(deps.tokenizer.encode, one)))
+        elif isinstance(one, list) and len(one) > deps.max_context:  # before its entries are looked at
+            fit_max_tokens(one, None, None, deps.max_context)
         elif _is_tokens(one):
-            prompts.append(_in_vocabulary(one, parts.base.vocab_size))
+            prompts.append(_in_vocabulary(one, deps.base.vocab_size))
         else:
             raise InvalidField(f"{_KINDS}, not {shown(prompt)}.", param="prompt")
     if not all(prompts):
@@ -41,36 +41,36 @@ async def completion_prompts(parts: Services, tenant: Tenant, prompt: Any) -> li
     return prompts
 
 
-async def chat_prompt(parts: Services, tenant: Tenant, messages: list[Message]) -> list[int]:
-    """The conversation as the base's template renders it. Raises ContextTooLong."""
+async def chat_prompt(deps: Services, tenant: Tenant, messages: list[Message]) -> list[int]:
+    """The token ids of the conversation as the base's chat template renders it. Raises ContextTooLong."""
     plain = [{"role": _role(m), "content": m.text} for m in messages]
     chars = sum(len(m["content"]) for m in plain)
-    check_chars(parts, chars, "messages")
-    tokenizer = parts.tokenizer
-    return await _aside(parts, tenant, chars, lambda: tokenizer.encode_chat(tokenizer.render_chat(plain)))
+    check_chars(deps, chars, "messages")
+    tokenizer = deps.tokenizer
+    return await _tokenize(deps, tenant, chars, lambda: tokenizer.encode_chat(tokenizer.render_chat(plain)))
 
 
-def fit(prompt: list[int], asked: int | None, default: int | None, context: int) -> int:
-    """How many tokens the answer may have. None: as `default`, or all that fits.
+def fit_max_tokens(prompt: list[int], requested: int | None, default: int | None, context: int) -> int:
+    """The most tokens of the answer: as requested, else `default` or less, else all that fit the context.
 
     Raises ContextTooLong with both counts.
     """
     room = context - len(prompt)
-    wanted = asked or 1
-    if wanted > room:
+    needed = requested or 1
+    if needed > room:
         raise ContextTooLong(
             f"The model's context is {context} tokens; the prompt has {len(prompt)} and the answer may take "
-            f"{wanted}.",
+            f"{needed}.",
             param="prompt" if room < 1 else "max_tokens",
         )
-    return asked or min(default or room, room)
+    return requested or min(default or room, room)
 
 
-async def _aside(parts: Services, tenant: Tenant, chars: int, work: Callable[[], T]) -> T:
-    """`work` on a text: a long one on a thread, one at a time, each tenant in its turn."""
-    if chars <= INLINE_CHARS:
+async def _tokenize(deps: Services, tenant: Tenant, chars: int, work: Callable[[], T]) -> T:
+    """The result of `work`. For a long text it runs on a thread, one at a time, fairly between tenants."""
+    if chars <= MAX_INLINE_CHARS:
         return work()
-    async with parts.tokenizing.turn(tenant.id, parts.settings.request_seconds):
+    async with deps.tokenizer_lock.acquire(tenant.id, deps.settings.request_seconds):
         return await run_sync(work)
 
 

@@ -1,8 +1,8 @@
-"""response_format, checked: the JSON schema the answer must match, as text for the engine.
+"""Checks response_format: the JSON schema that the answer must match, as text for the engine.
 
-A schema is a caller's bytes: bounded in size, and compiled once here under a limit of work, so that the
-engine meets none that cannot be compiled. Its patterns are matched by llguidance, in linear time; those that
-need more, such as back-references, do not compile.
+A schema is untrusted: it is bounded in size, and compiled once here under a limit of work, so that the engine
+gets none that does not compile. llguidance matches patterns in linear time; those that need more, such as
+back-references, do not compile.
 """
 
 import json
@@ -13,11 +13,11 @@ from anyio import fail_after
 from anyio.to_thread import run_sync
 from llguidance import LLMatcher, LLParserLimits
 
-from server.api.generation.bodies import at_most
 from server.api.generation.chat_bodies import ResponseFormat
+from server.api.http.body_model import at_most
 from server.errors import InvalidField, shown
 
-MAX_CHARS = 65_536
+MAX_SCHEMA_CHARS = 65_536
 ANY_OBJECT = '{"type":"object"}'
 COMPILE_SECONDS = 1.0
 LIMITS = LLParserLimits(
@@ -26,10 +26,10 @@ LIMITS = LLParserLimits(
     max_grammar_size=50_000,
     verbose_errors=False,
 )
-# keys below are names
-_NAMES = frozenset({"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"})
-_VALUES = frozenset({"enum", "const", "default", "examples"})  # below is data
-_REFUSED = frozenset({"x-guidance"})  # llguidance's own: would change how the schema is read
+# keywords whose objects have names as keys, and schemas as values
+_NAMED_SCHEMAS = frozenset({"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"})
+_DATA = frozenset({"enum", "const", "default", "examples"})  # keywords whose values are data
+_UNSUPPORTED = frozenset({"x-guidance"})  # llguidance's own: would change how it reads the schema
 
 
 async def grammar_for(response_format: ResponseFormat | None) -> str | None:
@@ -44,13 +44,14 @@ async def grammar_for(response_format: ResponseFormat | None) -> str | None:
 
 
 async def _checked(schema: dict[str, Any], place: str) -> str:
+    """The schema as text. `place` names it in the sentences of InvalidField, which this raises."""
     try:
         text = json.dumps(schema, allow_nan=False, ensure_ascii=True)
     except (ValueError, RecursionError):
         raise _invalid(f"{place} holds a number that is not finite, or is nested too deeply") from None
-    at_most("the number of characters of the schema", len(text), MAX_CHARS, "response_format")
-    if found := _REFUSED & set(_keywords(schema)):
-        raise _invalid(f"{place} uses {min(found)}, which is not supported")
+    at_most("the number of characters of the schema", len(text), MAX_SCHEMA_CHARS, "response_format")
+    if unsupported := _UNSUPPORTED & set(_keywords(schema)):
+        raise _invalid(f"{place} uses {min(unsupported)}, which is not supported")
     try:
         with fail_after(COMPILE_SECONDS):
             problem = await run_sync(_compile, text, abandon_on_cancel=True)
@@ -62,7 +63,7 @@ async def _checked(schema: dict[str, Any], place: str) -> str:
 
 
 def _compile(schema: str) -> str:
-    """What is wrong with the schema; "" if nothing."""
+    """The first error of the schema; "" if there is none."""
     try:
         grammar = LLMatcher.grammar_from_json_schema(schema)
     except ValueError as error:
@@ -72,16 +73,16 @@ def _compile(schema: str) -> str:
 
 
 def _keywords(schema: Any) -> Iterator[str]:
-    """Every key that stands where JSON schema has keywords."""
+    """Every key of the schema in the place of a keyword."""
     if isinstance(schema, list):
         for item in schema:
             yield from _keywords(item)
     elif isinstance(schema, dict):
         for key, value in schema.items():
             yield key
-            if key in _NAMES and isinstance(value, dict):
+            if key in _NAMED_SCHEMAS and isinstance(value, dict):
                 yield from _keywords(list(value.values()))
-            elif key not in _VALUES:
+            elif key not in _DATA:
                 yield from _keywords(value)
 
 

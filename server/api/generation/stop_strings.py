@@ -1,40 +1,40 @@
-"""Stop strings over a stream of text: nothing that could still become a stop string is let out."""
+"""Finds stop strings in a stream of text, and withholds text that may be the beginning of one."""
 
 
 class StopScanner:
-    """Cuts a stream before the first stop string that completes, wherever the chunks are cut.
+    """Ends a stream before the first stop string that completes, however the text is cut into chunks.
 
-    One Knuth-Morris-Pratt automaton a stop string: a character costs O(1) amortised for each, and what is
-    held back is exactly the longest match in progress.
+    One Knuth-Morris-Pratt automaton for each stop string: a character costs each O(1) amortised. The withheld
+    text is exactly the longest match in progress.
     """
 
     def __init__(self, stops: list[str]) -> None:
         self._stops = [(stop, _failures(stop)) for stop in stops]
         self._matched = [0] * len(stops)  # characters of each stop string matched so far
-        self._held = ""
-        self.found = False
+        self._withheld = ""
+        self.found = False  # a stop string has completed: no more text comes out
 
     def push(self, text: str) -> str:
-        """The text that is safe to send. After `found` the stream is over and nothing more comes out."""
+        """The text that is safe to send."""
         if not self._stops or self.found:
             return "" if self.found else text
-        buffer, start = self._held + text, len(self._held)
+        buffer, start = self._withheld + text, len(self._withheld)
         for end in range(start, len(buffer)):
             complete = self._step(buffer[end])
             if complete:
-                self.found, self._held = True, ""
+                self.found, self._withheld = True, ""
                 return buffer[: end + 1 - complete]
         safe = len(buffer) - max(self._matched)
-        self._held = buffer[safe:]
+        self._withheld = buffer[safe:]
         return buffer[:safe]
 
     def flush(self) -> str:
-        """The text held back, once no more is coming."""
-        held, self._held = self._held, ""
-        return held
+        """The withheld text, at the end of the stream."""
+        withheld, self._withheld = self._withheld, ""
+        return withheld
 
     def _step(self, char: str) -> int:
-        """Advance every automaton; the length of the longest stop string that ends here, or 0."""
+        """Advance every automaton. Returns the length of the longest stop string that ends here, or 0."""
         complete = 0
         for i, (stop, failures) in enumerate(self._stops):
             matched = self._matched[i]

@@ -1,6 +1,7 @@
-"""Who is calling. A handler's signature shows it, and a router without one of these does not exist.
+"""FastAPI dependencies of the routes: the services, the calling tenant, the operator, the acting key.
 
-Only the Authorization header counts: no key in a query string, no path or host is looked at.
+Every router but health has one that authenticates. The key is taken from the Authorization header alone,
+never from the query string.
 """
 
 from typing import Annotated
@@ -17,22 +18,22 @@ __all__ = ["OPERATOR", "CurrentTenant", "Deps", "current_tenant", "operator", "s
 
 
 def services(request: Request) -> Services:
-    found: Services = request.app.state.services
-    return found
+    deps: Services = request.app.state.services
+    return deps
 
 
 Deps = Annotated[Services, Depends(services)]
 
 
-async def current_tenant(request: Request, parts: Deps) -> Tenant:
+async def current_tenant(request: Request, deps: Deps) -> Tenant:
     """The tenant whose key the request carries. Raises Unauthenticated."""
     with span("auth"):
         secret = bearer(request)
-        operator = same_secret(secret, parts.operator_secret)
-        tenant = OPERATOR if operator else await parts.tenants.authenticate(secret)
+        operator = same_secret(secret, deps.operator_secret)
+        tenant = OPERATOR if operator else await deps.tenants.authenticate(secret)
     if tenant is None:
         raise Unauthenticated("The API key is not valid.")
-    request.state.tenant = tenant  # for the Envelope's figures
+    request.state.tenant = tenant  # for the metrics of RequestMiddleware
     tell({"polypeft.tenant": tenant.id})
     return tenant
 
@@ -46,22 +47,23 @@ async def operator(tenant: Annotated[Tenant, Depends(current_tenant)]) -> None:
 CurrentTenant = Annotated[Tenant, Depends(current_tenant)]
 
 
-async def current_actor(request: Request, parts: Deps, tenant: CurrentTenant) -> str:
-    """Who makes a change, for a history: the id of the key, or "operator". Says nothing of the secret."""
+async def current_actor(request: Request, deps: Deps, tenant: CurrentTenant) -> str:
+    """The author of a change, for the audit log: the id of the key, or "operator"; never the secret."""
     if tenant is OPERATOR:
         return OPERATOR.id
-    return await parts.tenants.key_id(tenant.id, bearer(request))
+    return await deps.tenants.key_id(tenant.id, bearer(request))
 
 
 Actor = Annotated[str, Depends(current_actor)]
 
 
-def sticky(request: Request, user: str | None) -> str:
-    """What always gets the same version of an alias with weights: the caller's `user`, or else its key."""
+def sticky_key(request: Request, user: str | None) -> str:
+    """For aliases with weights: the same key always gets the same version. The `user`, else the API key."""
     return f"user:{user}" if user else f"key:{fingerprint(bearer(request))}"
 
 
 def bearer(request: Request) -> str:
+    """The secret in the Authorization header. Raises Unauthenticated."""
     headers = request.headers.getlist("authorization")
     scheme, _, secret = headers[0].partition(" ") if len(headers) == 1 else ("", "", "")
     if scheme.lower() != "bearer" or not secret.strip():

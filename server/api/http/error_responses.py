@@ -1,4 +1,4 @@
-"""Every refusal in OpenAI's shape: {"error": {"message", "type", "param", "code"}}. Knows no route."""
+"""JSON answers, and errors in OpenAI's shape: {"error": {"message", "type", "param", "code"}}."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -19,6 +19,7 @@ def error_body(error: PolypeftError) -> dict[str, Any]:
 
 
 def error_response(error: PolypeftError) -> Response:
+    """The answer to a request that raised `error`, with the headers that its status calls for."""
     headers = {}
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
@@ -28,53 +29,53 @@ def error_response(error: PolypeftError) -> Response:
 
 
 def json_response(content: object, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    """msgspec writes JSON several times faster than the standard library, and NaN never."""
+    """`content` as JSON. msgspec is several times faster than the standard library, and never writes NaN."""
     return Response(msgspec.json.encode(content), status, headers, media_type="application/json")
 
 
-def first_complaint(complaints: Sequence[Any]) -> InvalidField:
-    """pydantic's first complaint as one sentence that names the field, the value and the limit."""
-    complaint = complaints[0]
-    field = ".".join(shown(part).strip("'") for part in complaint["loc"]) or "body"  # keys may be anything
-    if complaint["type"] == "missing":
+def first_error(errors: Sequence[Any]) -> InvalidField:
+    """pydantic's first error as one sentence that names the field, the value and the limit."""
+    error = errors[0]
+    field = ".".join(shown(part).strip("'") for part in error["loc"]) or "body"  # keys may be anything
+    if error["type"] == "missing":
         return InvalidField(f"{field} is required.", param=field, code="missing_field")
-    what = complaint["msg"].removeprefix("Input ")
+    what = error["msg"].removeprefix("Input ")
     what = what[:1].lower() + what[1:]
-    return InvalidField(f"{field} {what}, not {shown(complaint['input'])}.", param=field)
+    return InvalidField(f"{field} {what}, not {shown(error['input'])}.", param=field)
 
 
 def add_handlers(app: FastAPI) -> None:
-    """What no handler catches, an unknown exception, is the Envelope's to answer."""
-    app.add_exception_handler(PolypeftError, _on_ours)
-    app.add_exception_handler(RequestValidationError, _on_parameter)
-    app.add_exception_handler(HTTPException, _on_http)
-    app.add_exception_handler(OSError, _on_disk)
+    """Register the handlers of known errors. RequestMiddleware answers all others."""
+    app.add_exception_handler(PolypeftError, _on_polypeft_error)
+    app.add_exception_handler(RequestValidationError, _on_invalid_parameter)
+    app.add_exception_handler(HTTPException, _on_http_exception)
+    app.add_exception_handler(OSError, _on_os_error)
 
 
-def _on_ours(_request: Request, error: Exception) -> Response:
+def _on_polypeft_error(_request: Request, error: Exception) -> Response:
     if not isinstance(error, PolypeftError):
         raise error
     return error_response(error)
 
 
-def _on_parameter(_request: Request, error: Exception) -> Response:
-    """A value of the query, the path or a header that is not of its kind."""
+def _on_invalid_parameter(_request: Request, error: Exception) -> Response:
+    """A value of the query, the path or a header that is not of its type."""
     if not isinstance(error, RequestValidationError):
         raise error
-    complaint = error.errors()[0]
-    return error_response(first_complaint([complaint | {"loc": complaint["loc"][1:]}]))
+    first = error.errors()[0]
+    return error_response(first_error([first | {"loc": first["loc"][1:]}]))  # without "query" or "path"
 
 
-def _on_disk(_request: Request, error: Exception) -> Response:
-    """A file of ours that could not be written for want of room; any other is not foreseen."""
+def _on_os_error(_request: Request, error: Exception) -> Response:
+    """A full or read-only disk. Raises any other error again."""
     refusal = disk_error(error)
     if refusal is None:
         raise error
     return error_response(refusal)
 
 
-def _on_http(request: Request, error: Exception) -> Response:
-    """The framework's own: no such route, or not that method."""
+def _on_http_exception(request: Request, error: Exception) -> Response:
+    """Starlette's own errors: no such route, or not that method."""
     if not isinstance(error, HTTPException):
         raise error
     refusal: PolypeftError
@@ -83,14 +84,14 @@ def _on_http(request: Request, error: Exception) -> Response:
         refusal = NotFound("There is no such route.")
     elif error.status_code == 405:
         refusal = InvalidRequest("This route does not take that method.", code="method_not_allowed")
-        headers["Allow"] = ", ".join(_methods(request))  # the framework knows of one handler's only
+        headers["Allow"] = ", ".join(_methods(request))  # Starlette names those of one handler only
     else:
         refusal = InvalidRequest("The request was refused.")
     return json_response(error_body(refusal), error.status_code, headers)
 
 
 def _methods(request: Request) -> list[str]:
-    """Those that this path takes."""
+    """The methods that the request's path takes."""
     return [
         method
         for method in ("GET", "POST", "PUT", "PATCH", "DELETE")

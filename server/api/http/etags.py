@@ -1,4 +1,4 @@
-"""If-Match and If-None-Match, strictly, and what the registry takes them as. Knows no route."""
+"""If-Match and If-None-Match, read strictly, as the condition that the registry takes. Knows no route."""
 
 from string import hexdigits
 from typing import Annotated
@@ -8,14 +8,13 @@ from fastapi import Depends, Request
 from server.errors import InvalidRequest, shown
 
 MAX_TAGS = 16
-TAG_CHARS = 32
-NOTHING = "none"  # no thing's tag
+TAG_CHARS = 32  # of an ETag that this server gives
+MATCHES_NOTHING = "none"  # a condition equal to no ETag
 
 
 def condition(request: Request) -> str:
-    """ "" without a header, "absent" for `If-None-Match: *`, "*", or the tags of If-Match joined by commas.
-
-    Raises InvalidRequest.
+    """The registry's condition: "" without a header, "absent" for `If-None-Match: *`, "*" for `If-Match: *`,
+    or the tags of If-Match joined by commas. Raises InvalidRequest.
     """
     match, none_match = (_header(request, name) for name in ("if-match", "if-none-match"))
     if none_match is None:
@@ -29,11 +28,11 @@ def condition(request: Request) -> str:
 
 
 def match_only(request: Request) -> str:
-    """The same for what must be there anyway: If-None-Match is refused."""
-    found = condition(request)
-    if found == "absent":
+    """The condition for a request that needs an existing object. Raises InvalidRequest for If-None-Match."""
+    condition_ = condition(request)
+    if condition_ == "absent":
         raise InvalidRequest("This request takes If-Match, not If-None-Match.", param="If-None-Match")
-    return found
+    return condition_
 
 
 Condition = Annotated[str, Depends(condition)]
@@ -45,14 +44,14 @@ def etag_header(etag: str) -> dict[str, str]:
 
 
 def _header(request: Request, name: str) -> str | None:
-    found = request.headers.getlist(name)
-    if len(found) > 1:
-        raise InvalidRequest(f"{name} came {len(found)} times; send it once.", param=name)
-    return found[0].strip() if found else None
+    values = request.headers.getlist(name)
+    if len(values) > 1:
+        raise InvalidRequest(f"{name} came {len(values)} times; send it once.", param=name)
+    return values[0].strip() if values else None
 
 
 def _tags(header: str) -> str:
-    """A weak tag, or one that we never gave, matches nothing."""
+    """The tags of an If-Match header. Weak tags, and tags that this server never gave, match nothing."""
     if header == "*":
         return header
     tags = [tag.strip() for tag in header.split(",")]
@@ -65,4 +64,4 @@ def _tags(header: str) -> str:
                 f'If-Match must be * or ETags in quotes, like "abc", not {shown(header)}.', param="If-Match"
             )
     ours = [tag[1:-1] for tag in tags if len(tag) == TAG_CHARS + 2 and not set(tag[1:-1]) - set(hexdigits)]
-    return ",".join(ours) or NOTHING
+    return ",".join(ours) or MATCHES_NOTHING

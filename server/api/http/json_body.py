@@ -1,7 +1,5 @@
-"""A JSON body, read strictly: bytes capped while they arrive, values counted before they are parsed, no
-duplicate keys, no lenient numbers.
-
-Knows no route; what the fields mean is the model's business.
+"""A JSON body, read strictly: its bytes are capped while they arrive, its values counted before it is parsed;
+duplicate keys are refused. Then pydantic validates it as a model (see body_model.py). Knows no route.
 """
 
 import asyncio
@@ -15,36 +13,36 @@ from fastapi import Request
 from pydantic import BaseModel, ValidationError
 
 from server.api.http.dependencies import Deps
-from server.api.http.error_responses import first_complaint
+from server.api.http.error_responses import first_error
 from server.api.http.request_limits import max_body_bytes, max_values
 from server.errors import DeadlineExceeded, InvalidField, InvalidRequest, TooLarge, UnsupportedMedia, shown
 from server.settings import Settings
 from server.tracing import span
 
 M = TypeVar("M", bound=BaseModel)
-BODY_SECONDS = 60.0
-INLINE_BYTES = 16_384  # a larger body is worth the hop to a thread: the loop must stay free
-MAX_CONTAINERS = 10_000  # lists, and objects
+BODY_SECONDS = 60.0  # for a body to arrive
+MAX_INLINE_BYTES = 16_384  # a larger body is parsed on a thread, off the event loop
+MAX_CONTAINERS = 10_000  # lists, and as many objects
 MAX_MEMBERS = 20_000  # fields of all objects together
 MAX_DEPTH = 128
-_MARKED = {b"[": "lists", b"{": "objects", b":": "fields", b",": "values"}
+_COUNTED_BY_MARK = {b"[": "lists", b"{": "objects", b":": "fields", b",": "values"}
 
 
 def json_body(model: type[M]) -> Callable[..., Awaitable[M]]:
     """A dependency that yields the request's body as `model`. Raises 400, 413, 415 or 422."""
 
-    async def read(request: Request, parts: Deps) -> M:
-        raw = await read_body(request, max_body_bytes(parts))
-        values = max_values(parts)
-        if len(raw) <= INLINE_BYTES:
-            return validate(model, parse(raw, values), parts.settings)
-        return await run_sync(lambda: validate(model, parse(raw, values), parts.settings))
+    async def read(request: Request, deps: Deps) -> M:
+        raw = await read_body(request, max_body_bytes(deps))
+        values = max_values(deps)
+        if len(raw) <= MAX_INLINE_BYTES:
+            return validate(model, parse(raw, values), deps.settings)
+        return await run_sync(lambda: validate(model, parse(raw, values), deps.settings))
 
     return read
 
 
 async def read_body(request: Request, limit: int) -> bytes:
-    """At most `limit` bytes; stops reading at the first one over."""
+    """At most `limit` bytes. Raises UnsupportedMedia, DeadlineExceeded, TooLarge at the first byte over."""
     kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise UnsupportedMedia(f"Content-Type must be application/json, not {shown(kind)}.")
@@ -64,7 +62,7 @@ async def read_body(request: Request, limit: int) -> bytes:
 
 @asynccontextmanager
 async def arriving_within(seconds: float) -> AsyncIterator[None]:
-    """A client that sends a byte now and then holds no connection for ever. Raises DeadlineExceeded."""
+    """Raise DeadlineExceeded if the body has not arrived in time, however slowly the client sends."""
     try:
         async with asyncio.timeout(seconds):
             yield
@@ -73,7 +71,7 @@ async def arriving_within(seconds: float) -> AsyncIterator[None]:
 
 
 def refuse_encoding(request: Request) -> None:
-    """A compressed body could be any size once unpacked."""
+    """Raise UnsupportedMedia for a compressed body, which could be any size once unpacked."""
     encoding = request.headers.get("content-encoding", "identity").lower()
     if encoding != "identity":
         raise UnsupportedMedia(f"Content-Encoding must be identity, not {shown(encoding)}.")
@@ -85,13 +83,13 @@ def declared_length(request: Request) -> int:
 
 
 def parse(raw: bytes, values: int = MAX_MEMBERS) -> dict[str, Any]:
-    """The JSON object in `raw`, of at most `values` values. NaN and numbers beyond a float pass as such, for
-    their field to refuse. Raises InvalidRequest, InvalidField.
+    """The JSON object in `raw`, of at most `values` values. NaN and numbers beyond a float pass: the model's
+    fields refuse them. Raises InvalidRequest, InvalidField.
     """
-    _refuse_crowded(raw, values)
+    _check_counts(raw, values)
     try:
         value = json.loads(raw.decode(), object_pairs_hook=_object)
-        if rb"\ud" in raw.lower():  # an escaped surrogate: only in pairs is it a character
+        if rb"\ud" in raw.lower():  # escaped surrogates: encoding fails unless they come in pairs
             json.dumps(value, ensure_ascii=False).encode()
     except UnicodeDecodeError as error:
         raise InvalidRequest(f"The body is not UTF-8 at byte {error.start}.", code="invalid_json") from None
@@ -107,40 +105,39 @@ def parse(raw: bytes, values: int = MAX_MEMBERS) -> dict[str, Any]:
         raise InvalidRequest("The body holds a number with too many digits.", code="invalid_json") from None
     if not isinstance(value, dict):
         raise InvalidRequest("The body must be a JSON object.", code="invalid_json")
-    _refuse_deep(value)
+    _check_depth(value)
     return value
 
 
 def validate(model: type[M], data: dict[str, Any], settings: Settings) -> M:
-    """`data` as `model`, which finds the operator's caps in its validation context."""
+    """`data` as `model`, with the operator's caps as its validation context. Raises InvalidField."""
     try:
         return model.model_validate(data, context=settings)
     except ValidationError as error:
-        complaints = error.errors(include_url=False, include_context=False)
-        raise first_complaint(complaints) from None
+        raise first_error(error.errors(include_url=False, include_context=False)) from None
 
 
-def _refuse_crowded(raw: bytes, values: int) -> None:
+def _check_counts(raw: bytes, values: int) -> None:
     """Raise InvalidField for more lists, fields or values than a request can need.
 
-    Each costs the parser far more than its two or three bytes: a megabyte of empty lists takes half a second.
+    Parsing takes far more time than two or three bytes suggest: half a second for a megabyte of empty lists.
     """
     limits = {b"[": MAX_CONTAINERS, b"{": MAX_CONTAINERS, b":": MAX_MEMBERS, b",": values}
     if all(raw.count(mark) <= limit for mark, limit in limits.items()):
         return
-    marks = _outside_texts(raw)
+    marks = _outside_strings(raw)
     for mark, limit in limits.items():
         if (count := marks.count(mark)) > limit:
-            raise InvalidField(f"The body must have at most {limit} {_MARKED[mark]}, not {count}.")
+            raise InvalidField(f"The body must have at most {limit} {_COUNTED_BY_MARK[mark]}, not {count}.")
 
 
-def _outside_texts(raw: bytes) -> bytes:
-    """`raw` without what stands in quotes."""
+def _outside_strings(raw: bytes) -> bytes:
+    """`raw` without its strings."""
     return b"".join(raw.replace(rb"\\", b"").replace(rb"\"", b"").split(b'"')[::2])
 
 
-def _refuse_deep(value: dict[str, Any]) -> None:
-    """Raise InvalidRequest for what is nested so deeply that a walk through it might not end well."""
+def _check_depth(value: dict[str, Any]) -> None:
+    """Raise InvalidRequest for a value so deep that a recursive walk might overflow the stack."""
     level: list[Any] = [value]
     for _ in range(MAX_DEPTH):
         level = [
@@ -155,9 +152,10 @@ def _refuse_deep(value: dict[str, Any]) -> None:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    """The object of these fields. Raises InvalidRequest for a key that comes twice."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
         raise InvalidRequest(f"The body has the key {shown(twice)} twice.", code="invalid_json")
-    return found
+    return fields

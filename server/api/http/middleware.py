@@ -1,4 +1,4 @@
-"""Around every request: its id, figures and trace, and an answer when a handler breaks. Knows no route."""
+"""Middleware of every request: its id, metrics and trace, and the answer to an unknown exception."""
 
 import logging
 import time
@@ -16,11 +16,11 @@ from server.tracing import Tracing, follow
 
 log = logging.getLogger(__name__)
 
-CLIENT_GONE_STATUS = 499  # the client left before an answer; only ever seen in metrics
+CLIENT_GONE_STATUS = 499  # in metrics only: the client left before it was answered
 
 
 class RequestMiddleware:
-    """ASGI middleware. The id is always ours: a client's X-Request-Id is neither used nor repeated."""
+    """ASGI middleware. It generates the request id; a client's X-Request-Id is neither used nor repeated."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics, tracing: Tracing | None = None) -> None:
         self._app = app
@@ -37,16 +37,16 @@ class RequestMiddleware:
         state["request_id"] = id_
         trace = self._tracing.begin(scope["method"], scope["headers"], id_) if self._tracing else None
         follow(trace)
-        added = [(b"x-request-id", id_.encode())]
+        extra_headers = [(b"x-request-id", id_.encode())]
         if trace is not None:
-            added.append((b"traceparent", trace.traceparent.encode()))
+            extra_headers.append((b"traceparent", trace.traceparent.encode()))
         status, start = 0, time.perf_counter()
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message["headers"], *added]
+                message["headers"] = [*message["headers"], *extra_headers]
             elif trace is not None:
                 trace.sent(more=message.get("more_body", False))
             await send(message)
@@ -62,9 +62,11 @@ class RequestMiddleware:
                 failure = PolypeftError("The server failed on this request; its id is in x-request-id.")
                 await error_response(failure)(scope, receive, send_with_id)
         finally:
-            route = getattr(scope.get("route"), "path", "other")  # the template: no caller's text is a label
+            route = getattr(
+                scope.get("route"), "path", "other"
+            )  # the template, so that no caller's text becomes a label
             self._metrics.opened(-1)
-            self._metrics.count("http_requests", route, str(status), class_of(state.get("tenant")))
+            self._metrics.count("http_requests", route, str(status), tenant_class(state.get("tenant")))
             if status == QuotaExceeded.status:
                 self._metrics.count("rejections", "quota")
             self._metrics.observe("http_seconds", time.perf_counter() - start, route)
@@ -72,8 +74,8 @@ class RequestMiddleware:
                 trace.end(scope["method"], route, status)
 
 
-def class_of(tenant: Tenant | None) -> str:
-    """What /metrics calls tenants of this kind."""
+def tenant_class(tenant: Tenant | None) -> str:
+    """The value of the metrics' tenant label: by kind and weight, never an id."""
     if tenant is None:
         return "anonymous"
     if tenant.id == OPERATOR.id:

@@ -1,4 +1,4 @@
-"""A multipart form, streamed into a folder of ours: every count and size is capped while it arrives.
+"""A multipart form, streamed into a folder: every count and size is capped while it arrives.
 
 A file's name is shown or compared with a list, and never becomes a path.
 """
@@ -20,24 +20,24 @@ from server.errors import InvalidField, InvalidRequest, TooLarge, UnsupportedMed
 if TYPE_CHECKING:
     from python_multipart.multipart import MultipartCallbacks
 
-FIELD_BYTES = 4096
-OVERHEAD_BYTES = 65_536  # boundaries and part headers, beside the files
-BATCH_BYTES = 262_144  # parsed, hashed and written at once on a thread
+MAX_FIELD_BYTES = 4096
+MAX_OVERHEAD_BYTES = 65_536  # of boundaries and part headers, beside the files
+BATCH_BYTES = 262_144  # parsed, hashed and written in one call on a thread
 
 
-def _any_name(_name: str) -> bool:
+def _keep_all(_name: str) -> bool:
     return True
 
 
 @dataclass(frozen=True)
 class Form:
-    """What may come. `keep` says of a file's name whether it is kept or read and dropped, or raises."""
+    """What a form may hold. `keep(file name)`: whether to store a file or to drop it; it may raise."""
 
     fields: tuple[str, ...]
     file: str  # the name of the parts that carry files
     max_bytes: int  # of all files together
     max_files: int = 1
-    keep: Callable[[str], bool] = _any_name
+    keep: Callable[[str], bool] = _keep_all
 
     @property
     def max_parts(self) -> int:
@@ -53,28 +53,28 @@ class StoredFile:
 
 @dataclass
 class Upload:
-    """What came: texts by field, files by the names they came with, and the names of those not kept."""
+    """What a form held: texts by field, files by their names, and the names of dropped files."""
 
     fields: dict[str, str] = field(default_factory=dict)
     files: dict[str, StoredFile] = field(default_factory=dict)
     dropped: list[str] = field(default_factory=list)
 
     def required(self, name: str) -> str:
+        """The field's text. Raises InvalidField."""
         if name not in self.fields:
             raise InvalidField(f"{name} is required.", param=name, code="missing_field")
         return self.fields[name]
 
 
 async def receive_form(request: Request, folder: Path, form: Form, seconds: float) -> Upload:
-    """Read the body into `folder`, in `seconds` at most. Raises 400, 413, 415, 422 or 504, and reads no more.
-
-    Of a body that is cut nothing is returned.
+    """Read the body into `folder`, in `seconds` at most. Raises 400 (also for a cut body), 413, 415, 422 or
+    504, and reads no further.
     """
     kind, options = parse_options_header(request.headers.get("content-type"))
     if kind != b"multipart/form-data" or not options.get(b"boundary"):
         raise UnsupportedMedia("Content-Type must be multipart/form-data with a boundary.")
     refuse_encoding(request)
-    limit = form.max_bytes + OVERHEAD_BYTES
+    limit = form.max_bytes + MAX_OVERHEAD_BYTES
     too_large = TooLarge(f"The upload is larger than {form.max_bytes} bytes.", param=form.file)
     if declared_length(request) > limit:
         raise too_large
@@ -102,7 +102,7 @@ async def receive_form(request: Request, folder: Path, form: Form, seconds: floa
 
 
 class _Receiver:
-    """The parser's callbacks: one part at a time is a field, a file, or ignored."""
+    """The parser's callbacks. The current part is a field, a file, or a file that is dropped."""
 
     def __init__(self, folder: Path, form: Form) -> None:
         self.upload = Upload()
@@ -152,7 +152,7 @@ class _Receiver:
         value.clear()
 
     def _open(self) -> None:
-        """Decide from its headers what this part is."""
+        """The part's headers are complete: open it as a field or a file. Raises InvalidField."""
         _, options = parse_options_header(self._disposition)
         field_name = options.get(b"name", b"").decode("utf-8", "replace")
         if field_name in self._form.fields and b"filename" not in options:
@@ -192,9 +192,9 @@ class _Receiver:
             stored.bytes += len(piece)
         elif self._field is not None:
             self._field[1].extend(data[start:end])
-            if len(self._field[1]) > FIELD_BYTES:
+            if len(self._field[1]) > MAX_FIELD_BYTES:
                 name = self._field[0]
-                raise InvalidField(f"{name} must have at most {FIELD_BYTES} bytes.", param=name)
+                raise InvalidField(f"{name} must have at most {MAX_FIELD_BYTES} bytes.", param=name)
 
     def _end(self) -> None:
         if self._file is not None:

@@ -1,7 +1,7 @@
-"""Answers that end when their client leaves, and streams of server-sent events.
+"""Streams of server-sent events, and work that is cancelled when its client disconnects. Knows no route.
 
-Knows no route. An event is one `data:` line of JSON, perhaps with an `id:` before it; a stream ends with
-[DONE], or with an error event.
+An event is one `data:` line of JSON, perhaps with an `id:` line before it; a stream ends with [DONE], or with
+an error event.
 """
 
 import asyncio
@@ -22,25 +22,25 @@ from server.errors import PolypeftError
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
-GRACE_SECONDS = 5.0  # to read the last events
+GRACE_SECONDS = 5.0  # after the deadline, for the client to read the last events
 DONE = b"data: [DONE]\n\n"
 
 
 class Identified(NamedTuple):
-    """An event that a client who comes back can name as the last it saw."""
+    """An event with an id, which a reconnecting client sends as Last-Event-ID."""
 
     id: str
     data: object
 
 
 class KeepAlive:
-    """No event: a comment, so that whoever is between sees the stream alive."""
+    """Sent as a comment, so that proxies do not close a silent stream."""
 
 
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """What `work` returns; it is cancelled, and ClientDisconnect raised, when the client leaves first.
+    """The result of `work`. Cancels it and raises ClientDisconnect if the client disconnects first.
 
-    The body must have been read: all that can still arrive is the disconnect.
+    The body must have been read, so that the next message is the disconnect.
     """
     task = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(_disconnected(receive))
@@ -62,10 +62,11 @@ async def open_stream(
     *,
     deadline: float | None = None,
 ) -> Response:
-    """A streamed answer, once its first event is there: an error before it still has its own status.
+    """A stream of `events`, returned once the first is there: an error before it is raised, so that it can be
+    answered with its own status.
 
-    `deadline` is the time.time() at which the events end by themselves. If the client has not read them
-    GRACE_SECONDS later, the stream ends with its connection: what makes the events waits for no reader.
+    `deadline` is the time.time() at which `events` ends by itself. GRACE_SECONDS later the connection is
+    aborted if the client has not read them all.
     """
     try:
         first = await while_connected(request.receive, anext(events))
@@ -95,9 +96,9 @@ class EventStream(Response):
         self._deadline = deadline
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        left = None if self._deadline is None else self._deadline - time.time() + GRACE_SECONDS
+        timeout = None if self._deadline is None else self._deadline - time.time() + GRACE_SECONDS
         try:
-            async with asyncio.timeout(left), contextlib.aclosing(self._events):
+            async with asyncio.timeout(timeout), contextlib.aclosing(self._events):
                 await while_connected(receive, self._run(scope, send))
         except TimeoutError:
             abort(scope)
@@ -125,7 +126,7 @@ class EventStream(Response):
 
 
 def abort(scope: Scope) -> None:
-    """Close the request's connection, whatever is still to be sent."""
+    """Close the request's connection at once, also with data unsent (see Connection)."""
     if (close := scope["state"].get(ABORT)) is not None:
         close()
 

@@ -1,4 +1,4 @@
-"""Where bodies lie while they arrive, and what is on its way out: beside the data, not in a small /tmp."""
+"""Temporary folders for uploads and downloads, in the data directory: /tmp may be small."""
 
 import shutil
 import tempfile
@@ -14,7 +14,7 @@ FOLDER = "incoming"  # in the data directory
 
 
 def temp_folder(settings: Settings) -> tempfile.TemporaryDirectory[str]:
-    """A folder of the caller's own, gone when its block ends."""
+    """A new folder, removed when its block ends."""
     folder = settings.data_dir / FOLDER
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     prefix = _prefix(settings.api_number)
@@ -22,9 +22,9 @@ def temp_folder(settings: Settings) -> tempfile.TemporaryDirectory[str]:
 
 
 def clear_temp_folders(settings: Settings) -> None:
-    """Remove the bodies that died with the process they arrived at. Before its first request only.
+    """Remove what an earlier process of this number left. Call it before the first request only.
 
-    Those of the other API processes stay: they may be on their way.
+    The folders of other API processes stay: they may be in use.
     """
     others = tuple(_prefix(n) for n in range(settings.api_processes) if n != settings.api_number)
     for path in (settings.data_dir / FOLDER).glob("*"):
@@ -37,7 +37,10 @@ def _prefix(api_number: int) -> str:
 
 
 async def stored_file(settings: Settings, objects: Objects, key: str, name: str, sha256: str) -> FileResponse:
-    """The object at `key` as a download called `name`: checked whole before its first byte is sent."""
+    """The object at `key` as a download called `name`. Its SHA-256 is verified before the first byte is sent.
+
+    Raises NotFound, CorruptObject, StoreError.
+    """
     folder = temp_folder(settings)
     try:
         path = Path(folder.name) / "blob"

@@ -34,7 +34,7 @@ from server.adapters.formats.ignored_files import ignored
 from server.api.adapters.json_objects import uploaded_object
 from server.api.adapters.publish import AdapterUpload, check_adapter_name, publish
 from server.api.adapters.upload_form import check_files, kept
-from server.api.generation.bodies import Body, at_most_entries
+from server.api.http.body_model import Body, at_most_entries
 from server.api.http.dependencies import Actor, CurrentTenant, Deps, current_tenant
 from server.api.http.error_responses import json_response
 from server.api.http.json_body import json_body
@@ -81,19 +81,19 @@ class CompleteBody(Body):
 
 @router.post("")
 async def create_upload(
-    parts: Deps, tenant: CurrentTenant, body: Annotated[CreateBody, Depends(json_body(CreateBody))]
+    deps: Deps, tenant: CurrentTenant, body: Annotated[CreateBody, Depends(json_body(CreateBody))]
 ) -> Response:
     """Files that an adapter does not need are left out of the answer: send only those that are in it."""
-    parts.refuse_if_draining()
-    if not parts.objects.remote:
+    deps.refuse_if_draining()
+    if not deps.objects.remote:
         raise InvalidRequest(
             "This server's store takes no direct uploads; send the files to POST /v1/adapters.",
             code="direct_uploads_off",
         )
-    check_adapter_name(parts, body.name)
-    files = _announced(parts, body)
+    check_adapter_name(deps, body.name)
+    files = _announced(deps, body)
     size = sum(file.bytes for file in files)
-    await parts.registry.next_version(tenant.id, body.name, size)  # who has no room is told before it sends
+    await deps.registry.next_version(tenant.id, body.name, size)  # who has no room is told before it sends
     upload = PresignedUpload(
         id=new_id(),
         tenant=tenant.id,
@@ -103,61 +103,61 @@ async def create_upload(
         allow_noop=body.allow_noop,
         created=int(time.time()),
     )
-    await parts.files.doomed.add(upload.prefix, LIFE_SECONDS + GRACE_SECONDS)
-    answer = await _object(parts, await parts.directs.create(upload))
+    await deps.files.doomed.add(upload.prefix, LIFE_SECONDS + GRACE_SECONDS)
+    answer = await _object(deps, await deps.presigned_uploads.create(upload))
     return json_response(answer | {"ignored": ignored(file.name for file in body.files)}, 201)
 
 
 @router.get("/{upload_id}")
-async def get_upload(parts: Deps, tenant: CurrentTenant, upload_id: str) -> Response:
+async def get_upload(deps: Deps, tenant: CurrentTenant, upload_id: str) -> Response:
     """With URLs signed anew while it is pending."""
-    return json_response(await _object(parts, await parts.directs.get(tenant.id, upload_id)))
+    return json_response(await _object(deps, await deps.presigned_uploads.get(tenant.id, upload_id)))
 
 
 @router.post("/{upload_id}/cancel")
-async def cancel_upload(parts: Deps, tenant: CurrentTenant, upload_id: str) -> Response:
-    upload = await parts.directs.get(tenant.id, upload_id)
-    await parts.directs.cancel(upload)
-    await _clear(parts, upload)
-    return json_response(await _object(parts, await parts.directs.get(tenant.id, upload_id)))
+async def cancel_upload(deps: Deps, tenant: CurrentTenant, upload_id: str) -> Response:
+    upload = await deps.presigned_uploads.get(tenant.id, upload_id)
+    await deps.presigned_uploads.cancel(upload)
+    await _clear(deps, upload)
+    return json_response(await _object(deps, await deps.presigned_uploads.get(tenant.id, upload_id)))
 
 
 @router.post("/{upload_id}/complete")
 async def complete_upload(
-    parts: Deps,
+    deps: Deps,
     tenant: CurrentTenant,
     actor: Actor,
     upload_id: str,
     body: Annotated[CompleteBody, Depends(json_body(CompleteBody))],
 ) -> Response:
     """The same call again gives the same version. What was refused may be PUT anew and completed again."""
-    parts.refuse_if_draining()
-    upload = await parts.directs.get(tenant.id, upload_id)
+    deps.refuse_if_draining()
+    upload = await deps.presigned_uploads.get(tenant.id, upload_id)
     digests = _digests(upload, body)
     asked = hashlib.sha256(msgspec.json.encode(digests)).hexdigest()
     if upload.status == "pending":
-        version = await _complete(parts, tenant, actor, upload, digests, asked)
+        version = await _complete(deps, tenant, actor, upload, digests, asked)
     elif upload.status == "completed" and upload.asked == asked:
-        version = await parts.registry.resolve(tenant.id, upload.name, str(upload.version))
+        version = await deps.registry.resolve(tenant.id, upload.name, str(upload.version))
     else:
         raise ended(upload.id, upload.status)
     return json_response(uploaded_object(version), 201, {"Location": f"/v1/adapters/{version.name}"})
 
 
 async def _complete(
-    parts: Services, tenant: Tenant, actor: str, upload: PresignedUpload, digests: list[str], asked: str
+    deps: Services, tenant: Tenant, actor: str, upload: PresignedUpload, digests: list[str], asked: str
 ) -> Version:
     token = new_id()
-    first = await parts.registry.next_version(tenant.id, upload.name)
-    upload = await parts.directs.claim(upload, token, first)
-    renewing = asyncio.create_task(_renewed(parts, upload, token))
+    first = await deps.registry.next_version(tenant.id, upload.name)
+    upload = await deps.presigned_uploads.claim(upload, token, first)
+    renewing = asyncio.create_task(_renewed(deps, upload, token))
     try:
-        with temp_folder(parts.settings) as folder:
-            arrived = await _fetched(parts, upload, digests, Path(folder))
-            files = await uploaded_files(parts, arrived)
-            version = await _published_before(parts, upload, files)
+        with temp_folder(deps.settings) as folder:
+            arrived = await _fetched(deps, upload, digests, Path(folder))
+            files = await uploaded_files(deps, arrived)
+            version = await _published_before(deps, upload, files)
             version = version or await publish(
-                parts,
+                deps,
                 tenant,
                 upload.name,
                 files,
@@ -165,31 +165,31 @@ async def _complete(
                 allow_noop=upload.allow_noop,
                 actor=actor,
             )
-        await parts.directs.complete(upload, version.version, asked)
+        await deps.presigned_uploads.complete(upload, version.version, asked)
     except BaseException:
-        await parts.directs.release(upload, token)
+        await deps.presigned_uploads.release(upload, token)
         raise
     finally:
         renewing.cancel()
-    await _clear(parts, upload)
+    await _clear(deps, upload)
     return version
 
 
-async def _renewed(parts: Services, upload: PresignedUpload, token: str) -> None:
+async def _renewed(deps: Services, upload: PresignedUpload, token: str) -> None:
     """Keep the claim, until cancelled. Losing it costs at most a version that is there twice."""
     while True:
         await asyncio.sleep(CLAIM_SECONDS / 3)
         try:
-            await parts.directs.claim(upload, token, upload.first)
+            await deps.presigned_uploads.claim(upload, token, upload.first)
         except PolypeftError as error:
             log.warning("The claim on %s was not renewed: %s", upload.id, error)
 
 
-async def _fetched(parts: Services, upload: PresignedUpload, digests: list[str], folder: Path) -> Upload:
+async def _fetched(deps: Services, upload: PresignedUpload, digests: list[str], folder: Path) -> Upload:
     """The files here, and what they were said to be. Raises InvalidField."""
     for number, file in enumerate(upload.files):
         try:
-            size = (await parts.objects.head(upload.key(number))).bytes
+            size = (await deps.objects.head(upload.key(number))).bytes
         except NotFound:
             raise InvalidField(f"The file {shown(file.name)} has not arrived.", param="files") from None
         if size != file.bytes:  # before a byte of it is fetched
@@ -201,7 +201,7 @@ async def _fetched(parts: Services, upload: PresignedUpload, digests: list[str],
     for number, (file, digest) in enumerate(zip(upload.files, digests, strict=True)):
         path = folder / f"{number}.part"
         try:
-            await parts.objects.download(upload.key(number), path, digest)
+            await deps.objects.download(upload.key(number), path, digest)
         except CorruptObject:
             raise InvalidField(
                 f"sha256 of {shown(file.name)} is {shown(digest)}, but its bytes have another.",
@@ -213,42 +213,42 @@ async def _fetched(parts: Services, upload: PresignedUpload, digests: list[str],
     return arrived
 
 
-async def _published_before(parts: Services, upload: PresignedUpload, files: AdapterUpload) -> Version | None:
+async def _published_before(deps: Services, upload: PresignedUpload, files: AdapterUpload) -> Version | None:
     """What somebody who claimed the upload before us published of these files, and died before he said so."""
     try:
-        adapter = await parts.registry.get(upload.tenant, upload.name)
+        adapter = await deps.registry.get(upload.tenant, upload.name)
     except NotFound:
         return None
     wanted: set[str] = set()
     for version in (version for version in adapter.versions if version.version >= upload.first):
-        manifest = await parts.registry.manifest(upload.tenant, upload.name, version.version)
+        manifest = await deps.registry.manifest(upload.tenant, upload.name, version.version)
         wanted = wanted or {await run_sync(sha256_of, path) for _, path in (files.config, files.weights)}
         if wanted == {blob.sha256 for blob in manifest.files}:
             return version
     return None
 
 
-async def _clear(parts: Services, upload: PresignedUpload) -> None:
+async def _clear(deps: Services, upload: PresignedUpload) -> None:
     """Remove its bytes, now, and what a URL that is still good may bring after that."""
     try:
-        await parts.files.doomed.remove(upload.prefix)
-        await parts.files.doomed.add(upload.prefix, max(0, upload.expires - upload.now) + GRACE_SECONDS)
+        await deps.files.doomed.remove(upload.prefix)
+        await deps.files.doomed.add(upload.prefix, max(0, upload.expires - upload.now) + GRACE_SECONDS)
     except StoreError as error:
         log.warning("The bytes of %s stay until the next sweep: %s", upload.id, error)
 
 
-def _announced(parts: Services, body: CreateBody) -> list[AnnouncedFile]:
+def _announced(deps: Services, body: CreateBody) -> list[AnnouncedFile]:
     """Raises InvalidField, InvalidAdapter, TooLarge, UnsupportedMedia."""
     files = [AnnouncedFile(file.name, file.bytes) for file in body.files if kept(file.name)]
     names = [file.name for file in files]
     if len(set(names)) < len(names):
         raise InvalidField("files names a file twice.", param="files")
-    if len(files) > parts.settings.max_upload_files:
+    if len(files) > deps.settings.max_upload_files:
         raise InvalidField(
-            f"An upload must have at most {parts.settings.max_upload_files} files.", param="files"
+            f"An upload must have at most {deps.settings.max_upload_files} files.", param="files"
         )
-    if sum(file.bytes for file in files) > parts.settings.max_upload_bytes:
-        raise TooLarge(f"The upload is larger than {parts.settings.max_upload_bytes} bytes.", param="files")
+    if sum(file.bytes for file in files) > deps.settings.max_upload_bytes:
+        raise TooLarge(f"The upload is larger than {deps.settings.max_upload_bytes} bytes.", param="files")
     check_files(names)
     return files
 
@@ -267,13 +267,13 @@ def _digests(upload: PresignedUpload, body: CompleteBody) -> list[str]:
     return digests
 
 
-async def _object(parts: Services, upload: PresignedUpload) -> dict[str, Any]:
+async def _object(deps: Services, upload: PresignedUpload) -> dict[str, Any]:
     files: list[dict[str, Any]] = []
     for number, file in enumerate(upload.files):
         one: dict[str, Any] = {"name": file.name, "bytes": file.bytes}
         if upload.status == "pending":
             seconds = upload.expires - upload.now
-            one |= {"method": "PUT", "url": await parts.objects.sign_put(upload.key(number), seconds)}
+            one |= {"method": "PUT", "url": await deps.objects.sign_put(upload.key(number), seconds)}
         files.append(one)
     return {
         "id": upload.id,

@@ -23,6 +23,7 @@ from server.api.generation.model_selection import exact_version
 from server.api.http.dependencies import Actor, CurrentTenant, Deps, current_tenant
 from server.api.http.error_responses import json_response
 from server.api.http.etags import MatchOnly, etag_header
+from server.api.http.list_page import check_limit, list_page
 from server.api.http.multipart import Upload, receive_form
 from server.api.http.temp_files import stored_file, temp_folder
 from server.api.services import Services
@@ -31,31 +32,31 @@ from server.tenancy.tenants import Tenant
 
 router = APIRouter(prefix="/v1/adapters", dependencies=[Depends(current_tenant)])
 
-PAGE = 100
+MAX_PAGE = 100
 EVALUATIONS = 20
 
 
 @router.post("")
-async def upload_adapter(request: Request, parts: Deps, tenant: CurrentTenant, actor: Actor) -> Response:
+async def upload_adapter(request: Request, deps: Deps, tenant: CurrentTenant, actor: Actor) -> Response:
     """multipart/form-data: `name`, `files` (repeated), and perhaps `sha256` of the weights file, or
     `allow_noop=true` to let in an adapter that changes nothing.
 
     `If-None-Match: *` creates and never adds a version.
     """
-    return await receive_adapter(request, parts, tenant, actor)
+    return await receive_adapter(request, deps, tenant, actor)
 
 
-async def receive_adapter(request: Request, parts: Services, tenant: Tenant, actor: str) -> Response:
+async def receive_adapter(request: Request, deps: Services, tenant: Tenant, actor: str) -> Response:
     """An upload, for `tenant` by `actor`."""
-    parts.refuse_if_draining()
-    form, seconds = adapter_form(parts.settings), parts.settings.request_seconds
-    with temp_folder(parts.settings) as folder:
+    deps.refuse_if_draining()
+    form, seconds = adapter_form(deps.settings), deps.settings.request_seconds
+    with temp_folder(deps.settings) as folder:
         upload = await receive_form(request, Path(folder), form, seconds)
         create_only = request.headers.get("if-none-match") == "*"
         noop = _flag(upload.fields.get("allow_noop", "false"), "allow_noop")
-        files = await uploaded_files(parts, upload)
+        files = await uploaded_files(deps, upload)
         version = await publish(
-            parts,
+            deps,
             tenant,
             upload.fields["name"],
             files,
@@ -69,42 +70,30 @@ async def receive_adapter(request: Request, parts: Services, tenant: Tenant, act
 
 @router.get("")
 async def list_adapters(
-    parts: Deps,
+    deps: Deps,
     tenant: CurrentTenant,
     after: str | None = None,
-    limit: Annotated[int, Query()] = PAGE,
+    limit: Annotated[int, Query()] = MAX_PAGE,
     deleted: str = "false",
 ) -> Response:
     """By name, `limit` (1 to 100) at a time; `after` is the last name of the page before.
 
     With `deleted=true` the names of which something is deleted, and those versions.
     """
-    if not 1 <= limit <= PAGE:
-        raise InvalidField(f"limit must be 1 to {PAGE}, not {shown(limit)}.", param="limit")
-    data: list[dict[str, Any]]
+    check_limit(limit, MAX_PAGE)
     if _flag(deleted, "deleted"):
-        gone = await parts.registry.deleted(tenant.id, after, limit + 1)
-        data = [deleted_object(one, parts.registry.retention) for one in gone]
-    else:
-        data = [adapter_object(adapter) for adapter in await parts.registry.list(tenant.id, after, limit + 1)]
-    page = data[:limit]
-    return json_response(
-        {
-            "object": "list",
-            "data": page,
-            "first_id": page[0]["name"] if page else None,
-            "last_id": page[-1]["name"] if page else None,
-            "has_more": len(data) > limit,
-        }
-    )
+        gone = await deps.registry.deleted(tenant.id, after, limit + 1)
+        return list_page([deleted_object(one, deps.registry.retention) for one in gone], limit)
+    adapters = await deps.registry.list(tenant.id, after, limit + 1)
+    return list_page([adapter_object(adapter) for adapter in adapters], limit)
 
 
 @router.get("/{name}")
-async def get_adapter(parts: Deps, tenant: CurrentTenant, name: str) -> Response:
+async def get_adapter(deps: Deps, tenant: CurrentTenant, name: str) -> Response:
     """Adds to the list's facts how versions that were trained here compare with the base, the newest few."""
-    adapter = await parts.registry.get(tenant.id, name)
+    adapter = await deps.registry.get(tenant.id, name)
     trained = [version for version in reversed(adapter.versions) if version.evaluated][:EVALUATIONS]
-    manifests = [parts.registry.manifest(tenant.id, name, version.version) for version in trained]
+    manifests = [deps.registry.manifest(tenant.id, name, version.version) for version in trained]
     found = {manifest.version: manifest.evaluation for manifest in await asyncio.gather(*manifests)}
     answer = adapter_object(adapter) | {"evaluation": found.get(adapter.latest.version)}
     for version in answer["versions"]:
@@ -114,7 +103,7 @@ async def get_adapter(parts: Deps, tenant: CurrentTenant, name: str) -> Response
 
 @router.delete("/{name}")
 async def delete_adapter(
-    parts: Deps,
+    deps: Deps,
     tenant: CurrentTenant,
     actor: Actor,
     name: str,
@@ -126,13 +115,13 @@ async def delete_adapter(
     It can be restored for a while; with `purge=true` it cannot, nor what was deleted before.
     """
     forever = _flag(purge, "purge")
-    await delete(parts, tenant.id, name, None, actor, condition=condition, purge=forever)
+    await delete(deps, tenant.id, name, None, actor, condition=condition, purge=forever)
     return json_response({"id": name, "object": "adapter", "deleted": True, "purged": forever})
 
 
 @router.post("/{name}/restore")
 async def restore_adapter(
-    parts: Deps, tenant: CurrentTenant, actor: Actor, name: str, version: str | None = None
+    deps: Deps, tenant: CurrentTenant, actor: Actor, name: str, version: str | None = None
 ) -> Response:
     """Bring back what is deleted of the name, all of it or one version, and aliases that went with it."""
     number = None if version is None else version_number(version)
@@ -140,30 +129,30 @@ async def restore_adapter(
         raise InvalidField(
             f"version must be a number from 1 to {MAX_VERSION}, not {shown(version)}.", param="version"
         )
-    await parts.registry.restore(tenant.id, name, number, actor=actor)
-    adapter = await parts.registry.get(tenant.id, name)
+    await deps.registry.restore(tenant.id, name, number, actor=actor)
+    adapter = await deps.registry.get(tenant.id, name)
     return json_response(adapter_object(adapter), headers=etag_header(adapter.etag))
 
 
 @router.get("/{name}/history")
-async def get_history(parts: Deps, tenant: CurrentTenant, name: str) -> Response:
+async def get_history(deps: Deps, tenant: CurrentTenant, name: str) -> Response:
     """Who changed what, newest first; also of an adapter that is deleted."""
-    entries = await parts.registry.history(tenant.id, name)
+    entries = await deps.registry.history(tenant.id, name)
     return json_response({"object": "list", "data": [change_object(entry) for entry in entries]})
 
 
 @router.get("/{name}/versions/{version}")
-async def get_version(parts: Deps, tenant: CurrentTenant, name: str, version: str) -> Response:
+async def get_version(deps: Deps, tenant: CurrentTenant, name: str, version: str) -> Response:
     """Adds to the list's facts what the engine found: parameters, bytes on the device, ..."""
-    found = await parts.registry.resolve(tenant.id, name, version)
-    manifest = await parts.registry.manifest(tenant.id, name, found.version)
+    found = await deps.registry.resolve(tenant.id, name, version)
+    manifest = await deps.registry.manifest(tenant.id, name, found.version)
     more = {"facts": manifest.facts, "config": manifest.config, "evaluation": manifest.evaluation}
     return json_response(version_object(found) | more)
 
 
 @router.delete("/{name}/versions/{version}")
 async def delete_version(
-    parts: Deps,
+    deps: Deps,
     tenant: CurrentTenant,
     actor: Actor,
     name: str,
@@ -174,25 +163,25 @@ async def delete_version(
     """One version, also one that is deleted already if it is to be purged; `purge` as for an adapter."""
     forever, number = _flag(purge, "purge"), version_number(version)
     if number is None:
-        number = (await exact_version(parts, tenant.id, name, version)).version
-    await delete(parts, tenant.id, name, number, actor, condition=condition, purge=forever)
+        number = (await exact_version(deps, tenant.id, name, version)).version
+    await delete(deps, tenant.id, name, number, actor, condition=condition, purge=forever)
     answer = {"id": f"{name}@{number}", "object": "adapter.version", "deleted": True, "purged": forever}
     return json_response(answer)
 
 
 @router.get("/{name}/versions/{version}/download")
 async def download(
-    parts: Deps, tenant: CurrentTenant, name: str, version: str, file: str | None = None
+    deps: Deps, tenant: CurrentTenant, name: str, version: str, file: str | None = None
 ) -> Response:
     """One file as it was uploaded: the weights, or the one `file` names."""
-    found = await parts.registry.resolve(tenant.id, name, version)
-    manifest = await parts.registry.manifest(tenant.id, name, found.version)
+    found = await deps.registry.resolve(tenant.id, name, version)
+    manifest = await deps.registry.manifest(tenant.id, name, found.version)
     blob = manifest.weights if file is None else _blob(manifest, file)
-    return await stored_file(parts.settings, parts.objects, blob.key, blob.name, blob.sha256)
+    return await stored_file(deps.settings, deps.objects, blob.key, blob.name, blob.sha256)
 
 
 async def delete(
-    parts: Services,
+    deps: Services,
     tenant_id: str,
     name: str,
     version: int | None,
@@ -202,14 +191,14 @@ async def delete(
     purge: bool = False,
 ) -> None:
     """Forget it here and in the engine. Raises NotFound, PreconditionFailed."""
-    digests = await parts.registry.delete(
+    digests = await deps.registry.delete(
         tenant_id, name, version, actor=actor, condition=condition, purge=purge
     )
     for digest in digests:
-        parts.engine.forget(digest)
+        deps.engine.forget(digest)
 
 
-async def uploaded_files(parts: Services, upload: Upload) -> AdapterUpload:
+async def uploaded_files(deps: Services, upload: Upload) -> AdapterUpload:
     """The upload's files, if it holds them and they are what the client meant to send."""
     upload.required("name")
     name = check_files(upload.files)
@@ -223,7 +212,7 @@ async def uploaded_files(parts: Services, upload: Upload) -> AdapterUpload:
     path = file.path
     if name in PICKLES:
         name, path = PICKLES[name], path.with_suffix(".safetensors")
-        await run_sync(convert_pickle, file.path, path, limiter=parts.converting)
+        await run_sync(convert_pickle, file.path, path, limiter=deps.pickle_limiter)
     return AdapterUpload((CONFIG, upload.files[CONFIG].path), (name, path), interface)
 
 

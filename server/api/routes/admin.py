@@ -5,7 +5,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Response
 from pydantic import Field
 
-from server.api.generation.bodies import Body
+from server.api.http.body_model import Body
 from server.api.http.dependencies import Deps, operator
 from server.api.http.error_responses import json_response
 from server.api.http.json_body import json_body
@@ -20,37 +20,37 @@ class TenantBody(Body):
 
 
 @router.post("/tenants")
-async def create_tenant(parts: Deps, body: Annotated[TenantBody, Depends(json_body(TenantBody))]) -> Response:
-    tenant, secret = await parts.tenants.create(body.name, body.weight)
+async def create_tenant(deps: Deps, body: Annotated[TenantBody, Depends(json_body(TenantBody))]) -> Response:
+    tenant, secret = await deps.tenants.create(body.name, body.weight)
     return json_response(_tenant_object(tenant) | {"key": secret}, 201)
 
 
 @router.get("/tenants")
-async def list_tenants(parts: Deps) -> Response:
-    return json_response({"object": "list", "data": [_tenant_object(t) for t in await parts.tenants.list()]})
+async def list_tenants(deps: Deps) -> Response:
+    return json_response({"object": "list", "data": [_tenant_object(t) for t in await deps.tenants.list()]})
 
 
 @router.get("/tenants/{tenant_id}")
-async def get_tenant(parts: Deps, tenant_id: str) -> Response:
-    return json_response(_tenant_object(await parts.tenants.get(tenant_id)))
+async def get_tenant(deps: Deps, tenant_id: str) -> Response:
+    return json_response(_tenant_object(await deps.tenants.get(tenant_id)))
 
 
 @router.post("/tenants/{tenant_id}/keys")
-async def create_key(parts: Deps, tenant_id: str) -> Response:
-    info, secret = await parts.tenants.add_key(tenant_id)
+async def create_key(deps: Deps, tenant_id: str) -> Response:
+    info, secret = await deps.tenants.add_key(tenant_id)
     return json_response(_key_object(info) | {"secret": secret}, 201)
 
 
 @router.get("/tenants/{tenant_id}/keys")
-async def list_keys(parts: Deps, tenant_id: str) -> Response:
-    keys = await parts.tenants.keys(tenant_id)
+async def list_keys(deps: Deps, tenant_id: str) -> Response:
+    keys = await deps.tenants.keys(tenant_id)
     return json_response({"object": "list", "data": [_key_object(key) for key in keys]})
 
 
 @router.delete("/tenants/{tenant_id}/keys/{key_id}")
-async def revoke_key(parts: Deps, tenant_id: str, key_id: str) -> Response:
+async def revoke_key(deps: Deps, tenant_id: str, key_id: str) -> Response:
     """The key fails from the next request on, in every process."""
-    await parts.tenants.revoke(tenant_id, key_id)
+    await deps.tenants.revoke(tenant_id, key_id)
     return json_response({"id": key_id, "object": "key", "deleted": True})
 
 

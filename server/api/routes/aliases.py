@@ -11,8 +11,8 @@ from pydantic import BeforeValidator, Field, model_validator
 from adapters_store.alias_target import MAX_WEIGHTS, AliasTarget, check_weights
 from adapters_store.index.records import Alias
 from server.api.adapters.json_objects import adapter_object, alias_object
-from server.api.generation.bodies import Body, at_most_entries
 from server.api.generation.model_selection import adapter_ref
+from server.api.http.body_model import Body, at_most_entries
 from server.api.http.dependencies import Actor, CurrentTenant, Deps, current_tenant
 from server.api.http.error_responses import json_response
 from server.api.http.etags import Condition, MatchOnly, etag_header
@@ -48,7 +48,7 @@ class AliasBody(Body):
 
 @router.post("/{name}/aliases")
 async def set_alias(
-    parts: Deps,
+    deps: Deps,
     tenant: CurrentTenant,
     actor: Actor,
     name: str,
@@ -59,43 +59,43 @@ async def set_alias(
 
     `If-None-Match: *` makes a new one only. `latest` is pinned to the version.
     """
-    await parts.registry.aliases.set(
+    await deps.registry.aliases.set(
         tenant.id, name, body.alias, body.points, actor=actor, condition=condition
     )
-    adapter = await parts.registry.get(tenant.id, name)
-    await _prefetch(parts, tenant.id, name, adapter.alias(body.alias))
+    adapter = await deps.registry.get(tenant.id, name)
+    await _prefetch(deps, tenant.id, name, adapter.alias(body.alias))
     return json_response(adapter_object(adapter), headers=etag_header(adapter.etag))
 
 
 @router.get("/{name}/aliases/{alias}")
-async def get_alias(parts: Deps, tenant: CurrentTenant, name: str, alias: str) -> Response:
-    found = await parts.registry.aliases.get(tenant.id, name, alias)
+async def get_alias(deps: Deps, tenant: CurrentTenant, name: str, alias: str) -> Response:
+    found = await deps.registry.aliases.get(tenant.id, name, alias)
     return json_response(alias_object(name, alias, found), headers=etag_header(found.etag))
 
 
 @router.delete("/{name}/aliases/{alias}")
 async def delete_alias(
-    parts: Deps, tenant: CurrentTenant, actor: Actor, name: str, alias: str, condition: MatchOnly
+    deps: Deps, tenant: CurrentTenant, actor: Actor, name: str, alias: str, condition: MatchOnly
 ) -> Response:
     """Of `latest`: it is pinned no longer, and points at the newest promoted version again."""
-    await parts.registry.aliases.unset(tenant.id, name, alias, actor=actor, condition=condition)
+    await deps.registry.aliases.unset(tenant.id, name, alias, actor=actor, condition=condition)
     return json_response({"id": f"{name}@{alias}", "object": "adapter.alias", "deleted": True})
 
 
 @router.post("/{name}/aliases/{alias}/rollback")
 async def roll_back(
-    parts: Deps, tenant: CurrentTenant, actor: Actor, name: str, alias: str, condition: MatchOnly
+    deps: Deps, tenant: CurrentTenant, actor: Actor, name: str, alias: str, condition: MatchOnly
 ) -> Response:
     """Point the alias where it pointed before it was last moved; each call goes one step further back."""
-    await parts.registry.aliases.rollback(tenant.id, name, alias, actor=actor, condition=condition)
-    found = await parts.registry.aliases.get(tenant.id, name, alias)
-    await _prefetch(parts, tenant.id, name, found)
+    await deps.registry.aliases.rollback(tenant.id, name, alias, actor=actor, condition=condition)
+    found = await deps.registry.aliases.get(tenant.id, name, alias)
+    await _prefetch(deps, tenant.id, name, found)
     return json_response(alias_object(name, alias, found), headers=etag_header(found.etag))
 
 
-async def _prefetch(parts: Services, tenant_id: str, name: str, found: Alias | None) -> None:
+async def _prefetch(deps: Services, tenant_id: str, name: str, found: Alias | None) -> None:
     """Requests for these versions come next."""
     points = found.points if found else {}
     for number in [points] if isinstance(points, int) else points:
-        version = await parts.registry.resolve(tenant_id, name, str(number))
-        parts.engine.prefetch(adapter_ref(version))
+        version = await deps.registry.resolve(tenant_id, name, str(number))
+        deps.engine.prefetch(adapter_ref(version))

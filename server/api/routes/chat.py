@@ -14,7 +14,7 @@ from server.api.generation.json_objects import add_logprobs, chat_logprobs, usag
 from server.api.generation.model_selection import resolve
 from server.api.generation.prompts import chat_prompt
 from server.api.generation.response_format import grammar_for
-from server.api.http.dependencies import CurrentTenant, Deps, current_tenant, sticky
+from server.api.http.dependencies import CurrentTenant, Deps, current_tenant, sticky_key
 from server.api.http.error_responses import json_response
 from server.api.http.json_body import json_body
 from server.api.http.streaming import open_stream, while_connected
@@ -25,20 +25,20 @@ router = APIRouter(dependencies=[Depends(current_tenant)])
 @router.post("/v1/chat/completions")
 async def create_chat_completion(
     request: Request,
-    parts: Deps,
+    deps: Deps,
     tenant: CurrentTenant,
     body: Annotated[ChatBody, Depends(json_body(ChatBody))],
 ) -> Response:
-    target = await resolve(parts, tenant, body.model, body.adapters, sticky(request, body.user))
+    target = await resolve(deps, tenant, body.model, body.adapters, sticky_key(request, body.user))
     asked = RouteOptions(
         prefix="chatcmpl",
-        prompts=[await chat_prompt(parts, tenant, body.messages)],
+        prompts=[await chat_prompt(deps, tenant, body.messages)],
         max_tokens=body.max_completion_tokens or body.max_tokens,
         default_max_tokens=None,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         grammar=await grammar_for(body.response_format),
     )
-    generation = build_generation(parts, tenant, request, target, body, asked)
+    generation = build_generation(deps, tenant, request, target, body, asked)
     answer = _Chat(generation, body)
     if body.stream:
         return await open_stream(request, answer.events(), target.headers, deadline=generation.deadline)
@@ -104,4 +104,4 @@ class _Chat:
     def _logprobs(self, piece: Piece) -> dict[str, Any] | None:
         if not self._body.logprobs:
             return None
-        return chat_logprobs(self._generation.parts.tokenizer, piece.tokens, self._body.top_logprobs or 0)
+        return chat_logprobs(self._generation.deps.tokenizer, piece.tokens, self._body.top_logprobs or 0)

@@ -13,7 +13,7 @@ from server.api.generation.generation import Generation
 from server.api.generation.json_objects import add_logprobs, completion_logprobs, usage_object
 from server.api.generation.model_selection import resolve
 from server.api.generation.prompts import completion_prompts
-from server.api.http.dependencies import CurrentTenant, Deps, current_tenant, sticky
+from server.api.http.dependencies import CurrentTenant, Deps, current_tenant, sticky_key
 from server.api.http.error_responses import json_response
 from server.api.http.json_body import json_body
 from server.api.http.streaming import open_stream, while_connected
@@ -26,14 +26,14 @@ router = APIRouter(dependencies=[Depends(current_tenant)])
 @router.post("/v1/completions")
 async def create_completion(
     request: Request,
-    parts: Deps,
+    deps: Deps,
     tenant: CurrentTenant,
     body: Annotated[CompletionBody, Depends(json_body(CompletionBody))],
 ) -> Response:
-    target = await resolve(parts, tenant, body.model, body.adapters, sticky(request, body.user))
-    prompts = await completion_prompts(parts, tenant, body.prompt)
+    target = await resolve(deps, tenant, body.model, body.adapters, sticky_key(request, body.user))
+    prompts = await completion_prompts(deps, tenant, body.prompt)
     asked = RouteOptions("cmpl", prompts, body.max_tokens, DEFAULT_MAX_TOKENS, body.logprobs)
-    generation = build_generation(parts, tenant, request, target, body, asked)
+    generation = build_generation(deps, tenant, request, target, body, asked)
     answer = _Completion(generation, body)
     if body.stream:
         return await open_stream(request, answer.events(), target.headers, deadline=generation.deadline)
@@ -93,12 +93,12 @@ class _Completion:
     def _logprobs(self, piece: Piece) -> dict[str, list[Any]] | None:
         if self._body.logprobs is None:
             return None
-        return completion_logprobs(self._generation.parts.tokenizer, piece.tokens, self._body.logprobs)
+        return completion_logprobs(self._generation.deps.tokenizer, piece.tokens, self._body.logprobs)
 
     def _echo(self, number: int) -> str:
         """The prompt's text: as it was sent, or decoded when it came as tokens."""
         prompt = self._body.prompt
         sent = [prompt] if isinstance(prompt, str) else prompt
         if isinstance(sent[0], int) or isinstance(sent[number], list):
-            return self._generation.parts.tokenizer.decode(self._generation.prompts[number])
+            return self._generation.deps.tokenizer.decode(self._generation.prompts[number])
         return str(sent[number])

@@ -7,6 +7,7 @@ from fastapi import APIRouter, Depends, Query, Request, Response
 
 from server.api.http.dependencies import CurrentTenant, Deps, current_tenant
 from server.api.http.error_responses import json_response
+from server.api.http.list_page import check_limit, list_page
 from server.api.http.multipart import Form, receive_form
 from server.api.http.temp_files import stored_file, temp_folder
 from server.errors import Conflict, InvalidField, shown
@@ -14,24 +15,24 @@ from server.files.files import File, Purpose
 
 router = APIRouter(prefix="/v1/files", dependencies=[Depends(current_tenant)])
 
-PAGE = 10_000
+MAX_PAGE = 10_000
 
 
 @router.post("")
-async def upload_file(request: Request, parts: Deps, tenant: CurrentTenant) -> Response:
+async def upload_file(request: Request, deps: Deps, tenant: CurrentTenant) -> Response:
     """multipart/form-data: `file` and `purpose`, which is fine-tune."""
-    parts.refuse_if_draining()
-    await parts.files.room(tenant.id, 0)
-    form = Form(fields=("purpose",), file="file", max_bytes=parts.settings.max_file_bytes)
-    with temp_folder(parts.settings) as folder:
-        upload = await receive_form(request, Path(folder), form, parts.settings.request_seconds)
+    deps.refuse_if_draining()
+    await deps.files.room(tenant.id, 0)
+    form = Form(fields=("purpose",), file="file", max_bytes=deps.settings.max_file_bytes)
+    with temp_folder(deps.settings) as folder:
+        upload = await receive_form(request, Path(folder), form, deps.settings.request_seconds)
         purpose = check_purpose(upload.required("purpose"))
         if not upload.files:
             raise InvalidField("file is required.", param="file", code="missing_field")
         ((name, stored),) = upload.files.items()
         if not stored.bytes:
             raise InvalidField(f"The file {shown(name)} is empty.", param="file")
-        file = await parts.files.add(
+        file = await deps.files.add(
             tenant.id, stored.path, name, stored.sha256, size=stored.bytes, purpose=purpose
         )
     return json_response(file_object(file))
@@ -39,61 +40,50 @@ async def upload_file(request: Request, parts: Deps, tenant: CurrentTenant) -> R
 
 @router.get("")
 async def list_files(
-    parts: Deps,
+    deps: Deps,
     tenant: CurrentTenant,
     after: str | None = None,
-    limit: Annotated[int, Query()] = PAGE,
+    limit: Annotated[int, Query()] = MAX_PAGE,
     order: Annotated[str, Query()] = "desc",
     purpose: str | None = None,
 ) -> Response:
     """By creation, the newest first unless `order` is asc; `after` is the last id of the page before."""
-    if not 1 <= limit <= PAGE:
-        raise InvalidField(f"limit must be 1 to {PAGE}, not {shown(limit)}.", param="limit")
+    check_limit(limit, MAX_PAGE)
     if order not in ("asc", "desc"):
         raise InvalidField(f"order must be asc or desc, not {shown(order)}.", param="order")
-    found = await parts.files.list(tenant.id)
-    found = [file for file in found if purpose in (None, file.purpose)]
+    files = [file for file in await deps.files.list(tenant.id) if purpose in (None, file.purpose)]
     if order == "asc":
-        found.reverse()
+        files.reverse()
     if after is not None:
-        ids = [file.id for file in found]
+        ids = [file.id for file in files]
         if after not in ids:
             raise InvalidField(f"after is {shown(after)}, which is no file of this list.", param="after")
-        found = found[ids.index(after) + 1 :]
-    page = found[:limit]
-    return json_response(
-        {
-            "object": "list",
-            "data": [file_object(file) for file in page],
-            "first_id": page[0].id if page else None,
-            "last_id": page[-1].id if page else None,
-            "has_more": len(found) > limit,
-        }
-    )
+        files = files[ids.index(after) + 1 :]
+    return list_page([file_object(file) for file in files[: limit + 1]], limit)
 
 
 @router.get("/{file_id}")
-async def get_file(parts: Deps, tenant: CurrentTenant, file_id: str) -> Response:
-    return json_response(file_object(await parts.files.get(tenant.id, file_id)))
+async def get_file(deps: Deps, tenant: CurrentTenant, file_id: str) -> Response:
+    return json_response(file_object(await deps.files.get(tenant.id, file_id)))
 
 
 @router.delete("/{file_id}")
-async def delete_file(parts: Deps, tenant: CurrentTenant, file_id: str) -> Response:
+async def delete_file(deps: Deps, tenant: CurrentTenant, file_id: str) -> Response:
     """Not while an unfinished job needs it."""
-    await parts.files.get(tenant.id, file_id)
-    for job in await parts.jobs.unfinished(tenant.id):
+    await deps.files.get(tenant.id, file_id)
+    for job in await deps.jobs.unfinished(tenant.id):
         if file_id in (job.training_file, job.validation_file):
             raise Conflict(
                 f"The job {job.id} needs the file {shown(file_id)}; cancel it first.", param="file_id"
             )
-    await parts.files.delete(tenant.id, file_id)
+    await deps.files.delete(tenant.id, file_id)
     return json_response({"id": file_id, "object": "file", "deleted": True})
 
 
 @router.get("/{file_id}/content")
-async def get_content(parts: Deps, tenant: CurrentTenant, file_id: str) -> Response:
-    file = await parts.files.get(tenant.id, file_id)
-    return await stored_file(parts.settings, parts.objects, file.key, file.name, file.sha256)
+async def get_content(deps: Deps, tenant: CurrentTenant, file_id: str) -> Response:
+    file = await deps.files.get(tenant.id, file_id)
+    return await stored_file(deps.settings, deps.objects, file.key, file.name, file.sha256)
 
 
 def check_purpose(purpose: str) -> Purpose:

@@ -19,10 +19,11 @@ from server.api.fine_tuning.json_objects import (
     job_object,
     number_in,
 )
-from server.api.generation.bodies import Body, Metadata
+from server.api.http.body_model import Body, Metadata
 from server.api.http.dependencies import CurrentTenant, Deps, current_tenant
 from server.api.http.error_responses import json_response
 from server.api.http.json_body import json_body
+from server.api.http.list_page import check_limit, list_page
 from server.api.http.streaming import open_stream
 from server.api.services import Services
 from server.errors import InvalidField, shown
@@ -33,7 +34,7 @@ from server.tenancy.tenants import Tenant
 
 router = APIRouter(prefix="/v1/fine_tuning/jobs", dependencies=[Depends(current_tenant)])
 
-PAGE = 100
+MAX_PAGE = 100
 MAX_IDEMPOTENCY_KEY = 255
 
 FileId = Annotated[str, Field(min_length=1, max_length=64)]
@@ -56,7 +57,7 @@ class JobBody(Body):
 @router.post("")
 async def create_job(
     request: Request,
-    parts: Deps,
+    deps: Deps,
     tenant: CurrentTenant,
     body: Annotated[JobBody, Depends(json_body(JobBody))],
 ) -> Response:
@@ -64,73 +65,73 @@ async def create_job(
 
     With an `Idempotency-Key` known from the last 24 hours, the job that it made then.
     """
-    parts.refuse_if_draining()
+    deps.refuse_if_draining()
     same = _same(request, body)
-    if same and (job := await parts.jobs.same(tenant.id, same)):
+    if same and (job := await deps.jobs.same(tenant.id, same)):
         return _created(job)
-    if body.model != parts.base.id:
+    if body.model != deps.base.id:
         raise InvalidField(
-            f"model must be the base {shown(parts.base.id)}, not {shown(body.model)}.", param="model"
+            f"model must be the base {shown(deps.base.id)}, not {shown(body.model)}.", param="model"
         )
     if body.suffix is not None:
-        check_adapter_name(parts, body.suffix, "suffix")
-    recipe = _recipe(parts, body, body.seed, examples=1)  # what is wrong with the fields needs no file
-    data = await job_data.find(parts, tenant.id, body.training_file, body.validation_file)
-    async with parts.checking.turn(tenant.id, parts.settings.request_seconds):
-        if same and (job := await parts.jobs.same(tenant.id, same)):  # it came twice at a time
+        check_adapter_name(deps, body.suffix, "suffix")
+    recipe = _recipe(deps, body, body.seed, examples=1)  # what is wrong with the fields needs no file
+    data = await job_data.find(deps, tenant.id, body.training_file, body.validation_file)
+    async with deps.dataset_check_lock.acquire(tenant.id, deps.settings.request_seconds):
+        if same and (job := await deps.jobs.same(tenant.id, same)):  # it came twice at a time
             return _created(job)
-        reports = await job_data.check(parts, data, recipe.max_tokens)
-    recipe = _recipe(parts, body, recipe.seed, reports["training_file"].examples)
+        reports = await job_data.check(deps, data, recipe.max_tokens)
+    recipe = _recipe(deps, body, recipe.seed, reports["training_file"].examples)
     figures = {param: job_data.dataset_stats(report) for param, report in reports.items()}
     events = [_data_event(param, found) for param, found in figures.items()]
-    fixed = _fixed(parts, tenant, body, recipe, figures)
-    return _created(await parts.jobs.create(fixed, same, *events))
+    fixed = _fixed(deps, tenant, body, recipe, figures)
+    return _created(await deps.jobs.create(fixed, same, *events))
 
 
 @router.get("")
 async def list_jobs(
     request: Request,
-    parts: Deps,
+    deps: Deps,
     tenant: CurrentTenant,
     after: str | None = None,
     limit: Annotated[int, Query()] = 20,
 ) -> Response:
     """The newest first; `metadata[k]=v`, repeated, leaves those out that have it otherwise."""
-    _check_limit(limit)
+    check_limit(limit, MAX_PAGE)
     wanted = _metadata_filter(request)
     found: list[Job] = []
-    while len(found) <= limit and (page := await parts.jobs.page(tenant.id, after, PAGE)):
+    while len(found) <= limit and (page := await deps.jobs.page(tenant.id, after, MAX_PAGE)):
         found += [job for job in page if wanted is None or _matches(job, wanted)]
         after = page[-1].id
-    return _page([job_object(job) for job in found], limit)
+    return list_page([job_object(job) for job in found], limit)
 
 
 @router.get("/{job_id}")
-async def get_job(parts: Deps, tenant: CurrentTenant, job_id: str) -> Response:
-    return json_response(job_object(await parts.jobs.get(tenant.id, job_id)))
+async def get_job(deps: Deps, tenant: CurrentTenant, job_id: str) -> Response:
+    return json_response(job_object(await deps.jobs.get(tenant.id, job_id)))
 
 
 @router.post("/{job_id}/cancel")
-async def cancel_job(parts: Deps, tenant: CurrentTenant, job_id: str) -> Response:
+async def cancel_job(deps: Deps, tenant: CurrentTenant, job_id: str) -> Response:
     """The job is cancelled when the answer comes, and nothing of it will be published."""
-    return json_response(job_object(await parts.jobs.cancel(tenant.id, job_id)))
+    return json_response(job_object(await deps.jobs.cancel(tenant.id, job_id)))
 
 
 @router.post("/{job_id}/pause")
-async def pause_job(parts: Deps, tenant: CurrentTenant, job_id: str) -> Response:
+async def pause_job(deps: Deps, tenant: CurrentTenant, job_id: str) -> Response:
     """A running job pauses within seconds, once its worker has saved; `paused` says when."""
-    return json_response(job_object(await parts.jobs.pause(tenant.id, job_id)))
+    return json_response(job_object(await deps.jobs.pause(tenant.id, job_id)))
 
 
 @router.post("/{job_id}/resume")
-async def resume_job(parts: Deps, tenant: CurrentTenant, job_id: str) -> Response:
-    return json_response(job_object(await parts.jobs.resume(tenant.id, job_id)))
+async def resume_job(deps: Deps, tenant: CurrentTenant, job_id: str) -> Response:
+    return json_response(job_object(await deps.jobs.resume(tenant.id, job_id)))
 
 
 @router.get("/{job_id}/events")
 async def list_events(
     request: Request,
-    parts: Deps,
+    deps: Deps,
     tenant: CurrentTenant,
     job_id: str,
     after: str | None = None,
@@ -140,33 +141,33 @@ async def list_events(
     """The newest first. With `stream=true` all of them, the oldest first, and those to come, until the job is
     over; `Last-Event-ID` goes on after the event it names.
     """
-    job = await parts.jobs.get(tenant.id, job_id)
+    job = await deps.jobs.get(tenant.id, job_id)
     if stream:
         last = request.headers.get("last-event-id", "")
         seen = number_in(last, EVENT, job.id, "Last-Event-ID") if last else 0
-        return await open_stream(request, follow(parts, job.id, seen))
-    _check_limit(limit)
+        return await open_stream(request, follow(deps, job.id, seen))
+    check_limit(limit, MAX_PAGE)
     before = None if after is None else number_in(after, EVENT, job.id, "after")
-    found = await parts.jobs.events(job.id, before=before, limit=limit + 1, newest=True)
-    return _page([event_object(job.id, event) for event in found], limit)
+    found = await deps.jobs.events(job.id, before=before, limit=limit + 1, newest=True)
+    return list_page([event_object(job.id, event) for event in found], limit)
 
 
 @router.get("/{job_id}/checkpoints")
 async def list_checkpoints(
-    parts: Deps,
+    deps: Deps,
     tenant: CurrentTenant,
     job_id: str,
     after: str | None = None,
     limit: Annotated[int, Query()] = 10,
 ) -> Response:
     """The newest first."""
-    _check_limit(limit)
-    job = await parts.jobs.get(tenant.id, job_id)
-    found = await parts.jobs.checkpoints(job.id)
+    check_limit(limit, MAX_PAGE)
+    job = await deps.jobs.get(tenant.id, job_id)
+    found = await deps.jobs.checkpoints(job.id)
     if after is not None:
         step = number_in(after, CHECKPOINT, job.id, "after")
         found = [checkpoint for checkpoint in found if checkpoint.step < step]
-    return _page([checkpoint_object(job, checkpoint) for checkpoint in found], limit)
+    return list_page([checkpoint_object(job, checkpoint) for checkpoint in found], limit)
 
 
 def _created(job: Job) -> Response:
@@ -185,8 +186,8 @@ def _same(request: Request, body: JobBody) -> Same | None:
     return Same(key, hashlib.sha256(content).hexdigest())
 
 
-def _recipe(parts: Services, body: JobBody, seed: int | None, examples: int) -> Recipe:
-    settings = parts.settings
+def _recipe(deps: Services, body: JobBody, seed: int | None, examples: int) -> Recipe:
+    settings = deps.settings
     limits = Limits(
         lora_rank=settings.max_lora_rank,
         steps=settings.max_training_steps,
@@ -194,20 +195,20 @@ def _recipe(parts: Services, body: JobBody, seed: int | None, examples: int) -> 
         seconds=settings.max_training_seconds,
     )
     return parse_recipe(
-        body.method, body.hyperparameters, seed, parts.base, examples, peft=body.peft, limits=limits
+        body.method, body.hyperparameters, seed, deps.base, examples, peft=body.peft, limits=limits
     )
 
 
 def _fixed(
-    parts: Services, tenant: Tenant, body: JobBody, recipe: Recipe, figures: dict[str, dict[str, int]]
+    deps: Services, tenant: Tenant, body: JobBody, recipe: Recipe, figures: dict[str, dict[str, int]]
 ) -> FixedPart:
     id_ = new_job_id()
     return FixedPart(
         id=id_,
         tenant=tenant.id,
         created=time.time(),
-        model=parts.base.id,
-        base_digest=parts.base.digest,
+        model=deps.base.id,
+        base_digest=deps.base.digest,
         name=body.suffix or f"ft-{id_[-8:]}",
         training_file=body.training_file,
         validation_file=body.validation_file,
@@ -226,25 +227,6 @@ def _data_event(param: str, found: dict[str, int]) -> bytes:
         f"{param} has {found['examples']} examples of {found['tokens']} tokens, {found['trained_tokens']} of "
         f"which are learned{cut if found['truncated'] else ''}.",
         data=dict(found),
-    )
-
-
-def _check_limit(limit: int) -> None:
-    if not 1 <= limit <= PAGE:
-        raise InvalidField(f"limit must be 1 to {PAGE}, not {shown(limit)}.", param="limit")
-
-
-def _page(data: list[dict[str, Any]], limit: int) -> Response:
-    """`data` may hold more than the page."""
-    page = data[:limit]
-    return json_response(
-        {
-            "object": "list",
-            "data": page,
-            "first_id": page[0]["id"] if page else None,
-            "last_id": page[-1]["id"] if page else None,
-            "has_more": len(data) > limit,
-        }
     )
 
 

@@ -20,63 +20,63 @@ HUNG = 2.0
 
 
 @router.get("/healthz")
-async def healthz(parts: Deps) -> Response:
+async def healthz(deps: Deps) -> Response:
     """200 while this process answers, whatever the others do: a restart of all is no cure for one of them.
 
     503 when the engine has said nothing for so long that `serve` must have failed to end it: for HUNG times
     the longest that a request may take, so that no row waits for it.
     """
-    silence = parts.engine.silence
-    if silence > HUNG * parts.settings.request_seconds:
+    silence = deps.engine.silence
+    if silence > HUNG * deps.settings.request_seconds:
         return json_response({"status": "hangs", "engine": {"silent_seconds": round(silence, 1)}}, 503)
     return json_response({"status": "ok"})
 
 
 @router.get("/readyz")
-async def readyz(parts: Deps) -> Response:
+async def readyz(deps: Deps) -> Response:
     """200 when a request would be served now; 503 and what is missing otherwise.
 
     A silent engine is none that serves now, so others may get what is new. What comes all the same is taken,
     and waits for the engine until its deadline.
     """
     checks = {
-        "accepting": not parts.draining,
-        "engine": parts.engine.answers,
-        "control_store": await _store_answers(parts),
+        "accepting": not deps.draining,
+        "engine": deps.engine.answers,
+        "control_store": await _store_answers(deps),
     }
     ready = all(checks.values())
     # for information: adapters on the device, in RAM and on disk are served without the store
     body = {
         "status": "ready" if ready else "not ready",
         "checks": checks,
-        "object_store": {"breaker": parts.objects.breaker.state},
-        "engine": {"silent_seconds": round(parts.engine.silence, 1)},  # what it is sent now waits that long
+        "object_store": {"breaker": deps.objects.breaker.state},
+        "engine": {"silent_seconds": round(deps.engine.silence, 1)},  # what it is sent now waits that long
     }
     return json_response(body, 200 if ready else 503, {} if ready else {"Retry-After": "1"})
 
 
 @router.get("/metrics")
-async def metrics(request: Request, parts: Deps) -> Response:
+async def metrics(request: Request, deps: Deps) -> Response:
     """Open, unless it names somebody or the operator has closed it."""
-    if parts.settings.metrics_closed:
-        _check_reader(bearer(request), parts)
-    await parts.system_figures.refresh()
-    page = await run_sync(parts.metrics.render)  # some milliseconds, which no stream shall wait
+    if deps.settings.metrics_closed:
+        _check_reader(bearer(request), deps)
+    await deps.cluster_metrics.refresh()
+    page = await run_sync(deps.metrics.render)  # some milliseconds, which no stream shall wait
     return Response(page, media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
 
-def _check_reader(secret: str, parts: Services) -> None:
+def _check_reader(secret: str, deps: Services) -> None:
     """Raises Unauthenticated."""
-    token = parts.settings.metrics_token
-    known = [parts.operator_secret] + ([token] if token else [])
+    token = deps.settings.metrics_token
+    known = [deps.operator_secret] + ([token] if token else [])
     if not any(same_secret(secret, each) for each in known):
         raise Unauthenticated("Metrics take the operator's key or the metrics token.")
 
 
-async def _store_answers(parts: Services) -> bool:
+async def _store_answers(deps: Services) -> bool:
     try:
         async with asyncio.timeout(STORE_SECONDS):
-            await parts.redis.ping()
+            await deps.redis.ping()
     except (RedisError, TimeoutError):
         return False
     return True

@@ -2,10 +2,10 @@
 
 from fastapi import APIRouter, Depends, Response
 
-from adapters_store.registry import presigned_uploads as direct
-from server.api.generation import response_format as grammar
-from server.api.generation.bodies import MAX_METADATA
+from adapters_store.registry import presigned_uploads
+from server.api.generation import response_format
 from server.api.http import connection
+from server.api.http.body_model import MAX_METADATA
 from server.api.http.dependencies import Deps, current_tenant
 from server.api.http.error_responses import json_response
 from server.api.http.request_limits import max_body_bytes, max_prompt_chars
@@ -53,27 +53,27 @@ FROM_SETTINGS = (
 
 
 @router.get("/v1/limits")
-async def get_limits(parts: Deps) -> Response:
+async def get_limits(deps: Deps) -> Response:
     return json_response(
-        {"object": "limits", "model": parts.base.id, "max_context_tokens": parts.max_context}
-        | {name: getattr(parts.settings, name) for name in FROM_SETTINGS}
+        {"object": "limits", "model": deps.base.id, "max_context_tokens": deps.max_context}
+        | {name: getattr(deps.settings, name) for name in FROM_SETTINGS}
         | {
-            "max_rows_per_tenant": parts.max_rows // 2,  # running and waiting, while it is alone
+            "max_rows_per_tenant": deps.max_rows // 2,  # running and waiting, while it is alone
             "default_max_tokens_completions": completions.DEFAULT_MAX_TOKENS,
             "default_max_tokens_chat": None,  # all that fits
-            "max_body_bytes": max_body_bytes(parts),
-            "max_prompt_chars": max_prompt_chars(parts),
+            "max_body_bytes": max_body_bytes(deps),
+            "max_prompt_chars": max_prompt_chars(deps),
             "max_head_bytes": connection.MAX_HEAD_BYTES,
             "max_head_fields": connection.MAX_HEADERS,
             "max_url_bytes": connection.MAX_URL_BYTES,
             "head_seconds": connection.HEAD_SECONDS,
             "send_seconds": connection.SEND_SECONDS,
             "max_metadata": MAX_METADATA,
-            "max_schema_chars": grammar.MAX_CHARS,
-            "page": adapters.PAGE,
+            "max_schema_chars": response_format.MAX_SCHEMA_CHARS,
+            "page": adapters.MAX_PAGE,
             "max_part_bytes": uploads.MAX_PART_BYTES,
             "upload_seconds": LIFE_SECONDS,
-            "adapter_upload_seconds": direct.LIFE_SECONDS,
+            "adapter_upload_seconds": presigned_uploads.LIFE_SECONDS,
             "idempotency_seconds": SAME_SECONDS,
         }
     )

@@ -25,52 +25,52 @@ log = logging.getLogger(__name__)
 
 
 @router.post("/{name}/pin")
-async def pin(parts: Deps, tenant: CurrentTenant, name: str) -> Response:
+async def pin(deps: Deps, tenant: CurrentTenant, name: str) -> Response:
     """Raises ModelNotFound, and QuotaExceeded past `max_pins_per_tenant`."""
-    version = await find_version(parts, tenant, name)
-    await parts.pins.add(tenant.id, name)
-    parts.engine.prefetch(adapter_ref(version))
+    version = await find_version(deps, tenant, name)
+    await deps.pins.add(tenant.id, name)
+    deps.engine.prefetch(adapter_ref(version))
     return json_response({"object": "adapter.pin", "id": name, "pinned": True, "version": version.version})
 
 
 @router.get("/{name}/pin")
-async def get_pin(parts: Deps, tenant: CurrentTenant, name: str) -> Response:
-    version = await find_version(parts, tenant, name)
-    pinned = name in await parts.pins.of(tenant.id)
+async def get_pin(deps: Deps, tenant: CurrentTenant, name: str) -> Response:
+    version = await find_version(deps, tenant, name)
+    pinned = name in await deps.pins.of(tenant.id)
     return json_response({"object": "adapter.pin", "id": name, "pinned": pinned, "version": version.version})
 
 
 @router.delete("/{name}/pin")
-async def unpin(parts: Deps, tenant: CurrentTenant, name: str) -> Response:
+async def unpin(deps: Deps, tenant: CurrentTenant, name: str) -> Response:
     """Also of what there is no more; its adapter stays where it is until its room is needed."""
-    await parts.pins.remove(tenant.id, name)
+    await deps.pins.remove(tenant.id, name)
     return json_response({"object": "adapter.pin", "id": name, "pinned": False})
 
 
-async def keep_pins(parts: Services, sleep: Callable[[float], Awaitable[None]] = asyncio.sleep) -> None:
+async def keep_pins(deps: Services, sleep: Callable[[float], Awaitable[None]] = asyncio.sleep) -> None:
     """Tell the engine what is pinned: when it starts, and within seconds of any change, be it a pin, an alias
     that moved, a new version or another process's doing.
     """
     told: tuple[str | None, tuple[AdapterRef, ...]] = (None, ())
     while True:
         try:
-            boot, pinned = parts.engine.boot, await _pinned(parts)
+            boot, pinned = deps.engine.boot, await _pinned(deps)
         except Unavailable as error:
             log.warning("What is pinned could not be read: %s", error)
         else:
-            if boot is not None and (boot, pinned) != told and parts.engine.pin(pinned):
+            if boot is not None and (boot, pinned) != told and deps.engine.pin(pinned):
                 told = (boot, pinned)
         await sleep(LOOK_SECONDS)
 
 
-async def _pinned(parts: Services) -> tuple[AdapterRef, ...]:
+async def _pinned(deps: Services) -> tuple[AdapterRef, ...]:
     """The versions that are pinned now; what does not exist is left out until it does."""
     found: dict[str, AdapterRef] = {}
-    if parts.engine.base is None:
+    if deps.engine.base is None:
         return ()
-    for tenant, model in await parts.pins.all():
+    for tenant, model in await deps.pins.all():
         try:
-            version = await parts.registry.resolve(tenant, *split_model(parts, model))
+            version = await deps.registry.resolve(tenant, *split_model(deps, model))
         except NotFound:
             continue
         found.setdefault(version.digest, adapter_ref(version))

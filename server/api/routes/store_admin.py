@@ -9,7 +9,7 @@ from anyio.to_thread import run_sync
 from fastapi import APIRouter, Depends, Request, Response
 
 from adapters_store.maintenance.stale_temp_files import remove_stale_temp_files
-from server.api.generation.bodies import Body
+from server.api.http.body_model import Body
 from server.api.http.dependencies import OPERATOR, Deps, operator
 from server.api.http.error_responses import json_response
 from server.api.http.json_body import json_body
@@ -28,25 +28,25 @@ class CollectBody(Body):
 
 
 @router.post("/tenants/{tenant_id}/adapters")
-async def upload_for_tenant(request: Request, parts: Deps, tenant_id: str) -> Response:
+async def upload_for_tenant(request: Request, deps: Deps, tenant_id: str) -> Response:
     """The form of POST /v1/adapters; what comes belongs to the tenant."""
-    tenant = await parts.tenants.get(tenant_id)
-    return await receive_adapter(request, parts, tenant, OPERATOR.id)
+    tenant = await deps.tenants.get(tenant_id)
+    return await receive_adapter(request, deps, tenant, OPERATOR.id)
 
 
 @router.post("/rebuild-index")
-async def rebuild_index(parts: Deps) -> Response:
+async def rebuild_index(deps: Deps) -> Response:
     """For a lost or damaged index: it learns of every manifest in the store. Aliases are in none."""
-    return json_response({"object": "index", "versions": await parts.registry.rebuild_index()})
+    return json_response({"object": "index", "versions": await deps.registry.rebuild_index()})
 
 
 @router.post("/gc")
-async def collect(parts: Deps, body: Annotated[CollectBody, Depends(json_body(CollectBody))]) -> Response:
+async def collect(deps: Deps, body: Annotated[CollectBody, Depends(json_body(CollectBody))]) -> Response:
     """Remove, or only name, what no version and no upload under way needs; purge what is due."""
-    settings = parts.settings
+    settings = deps.settings
     if not body.dry_run:
-        await parts.registry.finish_deletes()
-    found = await parts.registry.collector.collect(dry_run=body.dry_run)
+        await deps.registry.finish_deletes()
+    found = await deps.registry.collector.collect(dry_run=body.dry_run)
     drafts = await run_sync(
         lambda: remove_stale_temp_files(settings.store_url, settings.grace_seconds, dry_run=body.dry_run)
     )
@@ -64,15 +64,15 @@ async def collect(parts: Deps, body: Annotated[CollectBody, Depends(json_body(Co
 
 
 @router.post("/verify")
-async def verify(request: Request, parts: Deps) -> Response:
+async def verify(request: Request, deps: Deps) -> Response:
     """Server-sent events: how far it is and what it finds, for each object."""
-    return await open_stream(request, _steps(parts))
+    return await open_stream(request, _steps(deps))
 
 
-async def _steps(parts: Services) -> AsyncGenerator[dict[str, Any], None]:
-    with temp_folder(parts.settings) as folder:
+async def _steps(deps: Services) -> AsyncGenerator[dict[str, Any], None]:
+    with temp_folder(deps.settings) as folder:
         yield {"object": "verify.step", "done": 0, "total": None, "findings": []}
-        async with aclosing(parts.registry.verifier.run(Path(folder))) as steps:
+        async with aclosing(deps.registry.verifier.run(Path(folder))) as steps:
             async for step in steps:
                 findings = [
                     {"kind": f.kind, "key": f.key, "version": f.version or None, "fault": f.fault}

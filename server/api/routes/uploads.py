@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar
 from fastapi import APIRouter, Depends, Request, Response
 from pydantic import BeforeValidator, Field
 
-from server.api.generation.bodies import Body, at_most_entries
+from server.api.http.body_model import Body, at_most_entries
 from server.api.http.dependencies import CurrentTenant, Deps, current_tenant
 from server.api.http.error_responses import json_response
 from server.api.http.json_body import json_body
@@ -38,27 +38,27 @@ class CompleteBody(Body):
 
 @router.post("")
 async def create_upload(
-    parts: Deps, tenant: CurrentTenant, body: Annotated[CreateBody, Depends(json_body(CreateBody))]
+    deps: Deps, tenant: CurrentTenant, body: Annotated[CreateBody, Depends(json_body(CreateBody))]
 ) -> Response:
-    parts.refuse_if_draining()
+    deps.refuse_if_draining()
     purpose = check_purpose(body.purpose)
     return json_response(
-        upload_object(await parts.uploads.create(tenant.id, body.filename, body.bytes, purpose))
+        upload_object(await deps.uploads.create(tenant.id, body.filename, body.bytes, purpose))
     )
 
 
 @router.post("/{upload_id}/parts")
-async def add_part(request: Request, parts: Deps, tenant: CurrentTenant, upload_id: str) -> Response:
+async def add_part(request: Request, deps: Deps, tenant: CurrentTenant, upload_id: str) -> Response:
     """multipart/form-data: `data`."""
-    parts.refuse_if_draining()
-    await parts.uploads.get(tenant.id, upload_id)  # before its bytes are read
-    form = Form(fields=(), file="data", max_bytes=min(MAX_PART_BYTES, parts.settings.max_file_bytes))
-    with temp_folder(parts.settings) as folder:
-        upload = await receive_form(request, Path(folder), form, parts.settings.request_seconds)
+    deps.refuse_if_draining()
+    await deps.uploads.get(tenant.id, upload_id)  # before its bytes are read
+    form = Form(fields=(), file="data", max_bytes=min(MAX_PART_BYTES, deps.settings.max_file_bytes))
+    with temp_folder(deps.settings) as folder:
+        upload = await receive_form(request, Path(folder), form, deps.settings.request_seconds)
         data = next(iter(upload.files.values()), None)
         if data is None or not data.bytes:
             raise InvalidField("data is required, and holds at least one byte.", param="data")
-        part = await parts.uploads.add_part(tenant.id, upload_id, data.path, data.bytes, data.sha256)
+        part = await deps.uploads.add_part(tenant.id, upload_id, data.path, data.bytes, data.sha256)
     return json_response(
         {"id": part.id, "object": "upload.part", "created_at": part.created, "upload_id": upload_id}
     )
@@ -66,22 +66,22 @@ async def add_part(request: Request, parts: Deps, tenant: CurrentTenant, upload_
 
 @router.post("/{upload_id}/complete")
 async def complete_upload(
-    parts: Deps,
+    deps: Deps,
     tenant: CurrentTenant,
     upload_id: str,
     body: Annotated[CompleteBody, Depends(json_body(CompleteBody))],
 ) -> Response:
     """`part_ids` in the order of the file. The same call again gives the same answer."""
-    with temp_folder(parts.settings) as folder:
-        upload, file = await parts.uploads.complete(
+    with temp_folder(deps.settings) as folder:
+        upload, file = await deps.uploads.complete(
             tenant.id, upload_id, body.part_ids, body.md5, Path(folder)
         )
     return json_response(upload_object(upload, file))
 
 
 @router.post("/{upload_id}/cancel")
-async def cancel_upload(parts: Deps, tenant: CurrentTenant, upload_id: str) -> Response:
-    return json_response(upload_object(await parts.uploads.cancel(tenant.id, upload_id)))
+async def cancel_upload(deps: Deps, tenant: CurrentTenant, upload_id: str) -> Response:
+    return json_response(upload_object(await deps.uploads.cancel(tenant.id, upload_id)))
 
 
 def upload_object(upload: Upload, file: File | None = None) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from fastapi.responses import PlainTextResponse
 
 from server.api.adapters.publish import AdapterUpload, publish
 from server.api.adapters.upload_form import CONFIG, WEIGHTS
-from server.api.generation.bodies import Body
+from server.api.http.body_model import Body
 from server.api.http.dependencies import OPERATOR, Deps, operator
 from server.api.http.json_body import json_body
 from server.api.routes.adapters import delete
@@ -34,24 +34,22 @@ class UnloadBody(Body):
 
 
 @router.post("/load_lora_adapter")
-async def load(parts: Deps, body: Annotated[LoadBody, Depends(json_body(LoadBody))]) -> Response:
+async def load(deps: Deps, body: Annotated[LoadBody, Depends(json_body(LoadBody))]) -> Response:
     """`load_inplace` adds a version to an adapter that exists; without it that is a conflict."""
-    if parts.settings.lora_folder is None:
+    if deps.settings.lora_folder is None:
         raise NotFound("Loading from paths is off: the operator has set no lora_folder.")
-    folder = _inside(parts.settings.lora_folder, body.lora_path)
+    folder = _inside(deps.settings.lora_folder, body.lora_path)
     weights = [name for name in WEIGHTS if (folder / name).is_file()]
     if not weights or not (folder / CONFIG).is_file():
         raise InvalidAdapter(f"lora_path must hold {CONFIG} and {' or '.join(WEIGHTS)}.", param="lora_path")
     files = AdapterUpload((CONFIG, folder / CONFIG), (weights[0], folder / weights[0]))
-    await publish(
-        parts, OPERATOR, body.lora_name, files, create_only=not body.load_inplace, actor=OPERATOR.id
-    )
+    await publish(deps, OPERATOR, body.lora_name, files, create_only=not body.load_inplace, actor=OPERATOR.id)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
 
 @router.post("/unload_lora_adapter")
-async def unload(parts: Deps, body: Annotated[UnloadBody, Depends(json_body(UnloadBody))]) -> Response:
-    await delete(parts, OPERATOR.id, body.lora_name, None, OPERATOR.id)
+async def unload(deps: Deps, body: Annotated[UnloadBody, Depends(json_body(UnloadBody))]) -> Response:
+    await delete(deps, OPERATOR.id, body.lora_name, None, OPERATOR.id)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
 

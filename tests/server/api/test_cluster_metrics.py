@@ -6,7 +6,7 @@ import pytest
 from redis.asyncio import Redis
 
 from adapters_store.valkey import connect
-from server.api import cluster_metrics as system_figures
+from server.api import cluster_metrics
 from server.api.cluster_metrics import ClusterMetrics
 from server.finetune.jobs.jobs import Jobs
 from server.finetune.jobs.stats import report
@@ -60,7 +60,7 @@ async def test_what_was_just_read_is_not_read_again(redis: Redis, monkeypatch: p
     await report(redis, "w1", False, None, {"training_tokens": 7})
     await figures.refresh()
     assert value(metrics, "polypeft_training_tokens_total") == 0
-    monkeypatch.setattr(system_figures, "FRESH_SECONDS", 0.0)
+    monkeypatch.setattr(cluster_metrics, "FRESH_SECONDS", 0.0)
     await figures.refresh()
     assert value(metrics, "polypeft_training_tokens_total") == 7
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from server import __version__
 from server.cli.commands.serve import INTERNAL
 from server.cli.http_client import pages
+from server.cli.main import SUMMARIES, load_command
 from server.cli.options import read_settings
 from server.engine.fake import Behaviour
 from server.errors import StartupError
@@ -328,8 +329,34 @@ def test_options_win_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_the_command_line_starts_without_torch() -> None:
     heavy = {"torch", "transformers", "fastapi"}
-    code = f"import sys, server.cli.main; sys.exit(bool({heavy} & sys.modules.keys()))"
+    load_all = "[server.cli.main.load_command(name) for name in server.cli.main.SUMMARIES]"
+    code = f"import sys, server.cli.main; {load_all}; sys.exit(bool({heavy} & sys.modules.keys()))"
     subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": str(Path.cwd())})
+
+
+def test_help_lists_the_commands_without_loading_one() -> None:
+    code = """
+import json, sys
+from server.cli.main import app
+sys.argv = ["polypeft", "--help"]
+app(standalone_mode=False)
+print(json.dumps(list(sys.modules)), file=sys.stderr)
+"""
+    environment = os.environ | {"PYTHONPATH": str(Path.cwd())}
+    done = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True, env=environment
+    )
+    loaded = set(json.loads(done.stderr))
+    assert not loaded & {"httpx", "huggingface_hub", "msgspec", "pydantic", "server.settings"}
+    assert not loaded & {f"server.cli.commands.{name}" for name in SUMMARIES}
+    for name in SUMMARIES:
+        assert f" {name} " in done.stdout
+
+
+@pytest.mark.parametrize("name", SUMMARIES)
+def test_a_command_is_listed_by_the_first_paragraph_of_its_help(name: str) -> None:
+    help_text = load_command(name).help or ""
+    assert SUMMARIES[name] == help_text.partition("\n\n")[0].replace("\n", " ")
 
 
 def test_a_text_is_completed_as_it_stands(run: Run, system: System) -> None:

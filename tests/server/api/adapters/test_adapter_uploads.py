@@ -274,7 +274,7 @@ def test_who_died_after_publishing_is_followed_by_one_who_finds_it(
 ) -> None:
     files = contents(lora_files())
     upload = sent(http, "mine", files)
-    directs = system.app.state.services.directs
+    directs = system.app.state.services.presigned_uploads
     real = directs.complete
 
     async def dies(*_args: object) -> None:
@@ -299,7 +299,7 @@ def test_what_a_dead_one_held_can_be_cancelled(
     http: httpx.Client, system: System, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     upload = start(http, "mine", contents(lora_files())).json()
-    directs = system.app.state.services.directs
+    directs = system.app.state.services.presigned_uploads
     held = system.call(directs.get(upload_tenant(system, upload), upload["id"]))
     system.call(directs.claim(held, "somebody", 1))
     cancel = f"{URL}/{upload['id']}/cancel"

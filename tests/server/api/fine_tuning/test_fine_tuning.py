@@ -504,7 +504,7 @@ def test_events_stream_until_the_job_is_over_and_go_on_where_they_were_cut(
 
     thread = threading.Thread(target=follow)
     thread.start()
-    until(lambda: bool(system.app.state.services.following.borrowed_tokens))
+    until(lambda: bool(system.app.state.services.event_streams.borrowed_tokens))
     worker.event("Step 1", step=1)
     http.post(f"/v1/fine_tuning/jobs/{job}/cancel")
     thread.join(15)
@@ -512,7 +512,7 @@ def test_events_stream_until_the_job_is_over_and_go_on_where_they_were_cut(
     assert seen[-1] == "data: [DONE]"
     told = [json.loads(line[6:])["message"] for line in seen if line.startswith("data: {")]
     assert told == ["Fine-tuning job started.", "Step 1", "The job has been cancelled."]
-    until(lambda: system.app.state.services.following.borrowed_tokens == 0)
+    until(lambda: system.app.state.services.event_streams.borrowed_tokens == 0)
 
 
 def test_streams_that_are_left_end(http: httpx.Client, system: System) -> None:
@@ -520,7 +520,7 @@ def test_streams_that_are_left_end(http: httpx.Client, system: System) -> None:
     for _ in range(40):
         with http.stream("GET", f"/v1/fine_tuning/jobs/{job}/events", params={"stream": "true"}) as answer:
             read(answer, 1)
-    until(lambda: system.app.state.services.following.borrowed_tokens == 0)
+    until(lambda: system.app.state.services.event_streams.borrowed_tokens == 0)
 
 
 def test_streams_are_capped_and_ids_checked(http: httpx.Client, system: System) -> None:
@@ -530,7 +530,7 @@ def test_streams_are_capped_and_ids_checked(http: httpx.Client, system: System) 
         answer = http.get(path, params={"stream": "true"}, headers={"last-event-id": last})
         assert (answer.status_code, answer.json()["error"]["param"]) == (422, "Last-Event-ID")
         assert http.get(path, params={"after": last}).json()["error"]["param"] == "after"
-    following = system.app.state.services.following
+    following = system.app.state.services.event_streams
     most, following.total_tokens = following.total_tokens, 1
     try:
         with http.stream("GET", path, params={"stream": "true"}) as answer:
