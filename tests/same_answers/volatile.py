@@ -16,16 +16,18 @@ PATTERNS = {
     "job": r"ftjob-[0-9a-f]{24}",
     "event": r"ftevent-[0-9a-f]{24}",
     "checkpoint": r"ftckpt-[0-9a-f]{24}",
-    "change": r'(?<=")[0-9a-f]{32}(?=")',
+    "change": r'(?<=")[0-9a-f]{32}(?=\\?")',
     "name": r"\bft-[0-9a-f]{8}\b",
     "etag": r'(?<=etag: ")[0-9a-f]{8,}(?=")',
     "time": r"(?<![\w.-])1[789]\d{8}(?:\d{3})?(?:\.\d+)?(?![\w.])",
-    "date": r"\d{4}-\d{2}-\d{2}[T ]\d{2}:\d{2}(?::\d{2})?Z?",
+    "date": r"\d{4}-\d{2}-\d{2}[T ]\d{2}:\d{2}(?::\d{2})?Z?|\w{3}, \d{2} \w{3} \d{4} [\d:]{8} GMT",
     "server": r"(?<=://)127\.0\.0\.1:\d+",
-    "silence": r'(?<="silent_seconds": )[\d.]+',
+    "duration": r'(?<=silent_seconds": )\d+\.\d+|(?<="seconds": )\d+\.\d+',
+    "worker": r'(?<=worker=")[0-9a-f]{8}(?=")',
 }
 _ANY = re.compile("|".join(f"(?P<{name}>{pattern})" for name, pattern in PATTERNS.items()))
-UNNUMBERED = {"request", "answer", "time", "date", "server", "silence"}  # nothing else refers to them
+# nothing else refers to them
+UNNUMBERED = {"request", "answer", "time", "date", "server", "duration", "worker"}
 
 
 class Placeholders:
