@@ -43,7 +43,7 @@ CPU = torch.device("cpu")
 EXACT = "float32"
 ARMS = {
     EXACT: Placement(CPU, torch.float32),
-    "lora-bf16": Placement(CPU, torch.float32, rounded=True),
+    "lora-bf16": Placement(CPU, torch.float32, lora_bfloat16=True),
     "int8": Placement(CPU, torch.float32, "int8"),
 }
 BARE = (EXACT, "int8")  # those that tell the base apart

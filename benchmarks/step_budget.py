@@ -3,9 +3,9 @@
     python -m benchmarks.step_budget                     # base and LoRA at 16 rows; two minutes
     python -m benchmarks.step_budget --rows 1 --kind base --int8
 
-A step runs as one launch (engine/programs.py), which nobody can look into; so each kernel is timed with the
-layers run one by one, and what that costs beside the kernels is the line `Python and launches`. 64 prompt
-tokens, greedy; medians.
+A step runs as one launch (engine/cpu/recorded_steps.py), which no timer can look into; so each kernel is
+timed with the layers run one by one, and what that costs beside the kernels is the line `Python and
+launches`. 64 prompt tokens, greedy; medians.
 """
 
 import statistics
@@ -143,14 +143,14 @@ def timed(engine: Engine) -> Iterator[Seconds]:
         return timed_launch
 
     own = {label: getattr(module, name) for label, (module, name) in KERNELS.items()}
-    programs, run = engine.model.decoder.programs, engine.model.decoder.programs.run
-    programs.run = lambda *_: None  # type: ignore[method-assign]
+    recorded_steps, run = engine.model.decoder.recorded_steps, engine.model.decoder.recorded_steps.run
+    recorded_steps.run = lambda *_: None  # type: ignore[method-assign]
     try:
         for label, (module, name) in KERNELS.items():
             setattr(module, name, timing(label, own[label]))
         yield now
     finally:
-        programs.run = run  # type: ignore[method-assign]
+        recorded_steps.run = run  # type: ignore[method-assign]
         for label, (module, name) in KERNELS.items():
             setattr(module, name, own[label])
 

@@ -18,7 +18,13 @@ from server.engine.cuda.fused_modules import fuse_norms, fuse_rotary, fuse_sibli
 from server.engine.cuda.lookahead import Lookahead
 from server.engine.model.base_model import FrozenModel, Placement
 from server.engine.model.exactness_check import ExactnessCheck
-from server.engine.model.forward_context import PAIRS, ForwardContext, KvPages, attend, places_of
+from server.engine.model.forward_context import (
+    MAX_IN_PLACE_PAIRS,
+    ForwardContext,
+    KvPages,
+    attend,
+    kv_positions,
+)
 from server.engine.scheduling.row import Row
 from server.engine.scheduling.step_cost import StepCost
 from server.kernels import token_blocks as gpu
@@ -96,9 +102,9 @@ class ServedModel(FrozenModel):
         if self.rope_switches:
             lengths = [row.length for row in ordered for _ in range(row.scheduled)]
             self.step.row_lengths = torch.tensor(lengths, device=device)
-        last = [(self.step.last[row.id], n) for row, n in wanted]
+        last = [(self.step.last_token[row.id], n) for row, n in wanted]
         kept = [at for end, n in last for at in range(end - n, end + 1)]
-        self.step.keep(rows)
+        self.step.select_logit_rows(rows)
         self.watch(self.step)
         return self.run(*upload([ids, positions, kept], device))
 
@@ -111,20 +117,20 @@ class ServedModel(FrozenModel):
 
         step, blocks = self.step, min(self.step.pages.count, 8)
         if self.decoder:  # programs round what the check of a rounded base wants unrounded
-            self.decoder.programs.off = self.base.layout != "float32"
+            self.decoder.recorded_steps.off = self.base.layout != "float32"
         for pairs, what in (
-            (PAIRS, "packed beside another row"),
+            (MAX_IN_PLACE_PAIRS, "packed beside another row"),
             (0, "packed, with a past that is gathered"),
         ):
-            step.most_pairs = pairs
+            step.max_in_place_pairs = pairs
             check.compare(self.model, compute, blocks, what, self.decoder.layers if self.decoder else ())
-        step.most_pairs = PAIRS
+        step.max_in_place_pairs = MAX_IN_PLACE_PAIRS
         if self.decoder:
-            self.decoder.programs.off = False
-            self.decoder.programs.clear()
+            self.decoder.recorded_steps.off = False
+            self.decoder.recorded_steps.clear()
         for pages in (*step.pages.keys, *step.pages.values):
             pages[:blocks].zero_()
-        check.keep()
+        check.record_success()
 
     def run(
         self, ids: torch.Tensor, positions: torch.Tensor, kept: torch.Tensor | None = None
@@ -150,7 +156,7 @@ class ServedModel(FrozenModel):
         runs: it writes to the first page, reads nothing else, and leaves that zeroed.
         """
         step, zeros = self.step, torch.zeros(tokens, dtype=torch.int64)
-        step.in_place, step.chunks, step.ahead, step.row_lengths = tokens, [], None, None
+        step.in_place, step.chunks, step.kv_positions, step.row_lengths = tokens, [], None, None
         seen = min(SEEN, -(-self.base.max_context // BLOCK))
         step.tables, step.lengths = zeros[:, None].expand(-1, seen).contiguous(), zeros + seen * BLOCK
         times = []
@@ -173,10 +179,10 @@ class ServedModel(FrozenModel):
     def write(self, row: Row, start: Start, first: int) -> None:
         """Put the given K/V of a row's virtual tokens, from `first` on, into its pages."""
         count = start.keys.shape[1]
-        places = places_of(row.blocks, first, count, self.placement.device)
+        positions = kv_positions(row.blocks, first, count, self.placement.device)
         for layer in range(self.base.layers):
             pages = (self.step.pages.keys[layer], self.step.pages.values[layer])
-            write_pages(*pages, start.keys[layer, first:], start.values[layer, first:], places)
+            write_pages(*pages, start.keys[layer, first:], start.values[layer, first:], positions)
 
     def end_tokens(self) -> frozenset[int]:
         """Ids after which a text is over, as the model's own generation config says."""

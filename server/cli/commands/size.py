@@ -17,7 +17,7 @@ from server.engine.model.memory_estimate import (
     MemoryItem,
     Shapes,
     adapter_bytes,
-    footprint,
+    estimate_memory,
 )
 from server.errors import InvalidField, StartupError
 from server.settings import OFFLINE, Settings, inherited_environment
@@ -46,7 +46,7 @@ def size(
     on_cpu = device == "cpu"
     chosen = dtype if dtype != "auto" else ("float32" if on_cpu else "bfloat16")
     plan = Deployment(chosen, on_cpu, seqs, context, BATCH_TOKENS[device], adapters, slots, rank)
-    parts = footprint(shapes, plan)
+    parts = estimate_memory(shapes, plan)
     rows = [(part.what, part.bytes, readable(part.bytes), part.where, part.how) for part in parts]
     print_table(("part", "bytes", "", "where", "how"), [*rows, *_totals(parts, on_cpu=on_cpu)])
     typer.echo(f"\npolypeft serve {' '.join(options(shapes, plan, parts))}", err=True)

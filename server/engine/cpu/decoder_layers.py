@@ -1,14 +1,14 @@
-"""Llama-like decoder layers, step by step in kernels of ours: the same sites, the same sums, fewer calls.
+"""Llama-like decoder layers run by our own CPU kernels: the same sites and the same sums in fewer calls.
 
-transformers' own classes say what a model computes. A layer that is built as Llama's is (told by its modules)
-is run here instead, once a prompt has come out of the whole model as it does by its classes: a model that
-scales, caps or orders things in its own way stays with them. At 16 rows half of a step's time was between
-the linears.
+transformers' classes define what a model computes. Layers that have the modules of a Llama layer are run here
+instead, if the whole model's hidden states of a probe stay the same: a model that scales, caps or orders
+things in its own way keeps its classes. At 16 rows half of a step's time was spent between the linears.
 
     r = x;  n = norm(r);  q, k, v = W n;  h = W attention(rotate(q), rotate(k), v)
     r = r + h;  n = norm(r);  x = r + W (silu(W n) * W n)
 
-Steps of few tokens are one launch from the first layer to the last (recorded_steps.py).
+Steps of few tokens are one launch from the first layer to the last (recorded_steps.py): then the call of
+layer 0 runs all layers, and the calls of the others return their input.
 """
 
 from collections.abc import Iterator
@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from server.engine.cpu.recorded_steps import RecordedSteps
-from server.engine.cpu.verified_swap import PROBE, probe, swap_forward_if_equal
-from server.engine.model.forward_context import ForwardContext, PrefillChunk, places_of
+from server.engine.cpu.verified_swap import PROBE_TOKENS, probe_states, swap_forward_if_equal
+from server.engine.model.forward_context import ForwardContext, PrefillChunk, kv_positions
 from server.engine.model.linear_sites import FusedLinears, LinearSite, biases_of
 from server.engine.model.module_hooks import decoder_layers
 from server.kernels.cpu.decode_attention import takes
@@ -29,13 +29,14 @@ from server.kernels.cpu.int8.linear import without_rounding
 from server.kernels.cpu.llama_ops import RmsNorm, add_, rotate_, silu_times
 from server.kernels.cpu.paged_attention import BLOCK
 
-LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
-ATTENTION, HEAD_NORMS = {"q_proj", "k_proj", "v_proj", "o_proj"}, {"q_norm", "k_norm"}
-MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
+# Names of the modules that a Llama-like layer consists of
+LAYER_MODULES = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
+ATTENTION_MODULES, HEAD_NORMS = {"q_proj", "k_proj", "v_proj", "o_proj"}, {"q_norm", "k_norm"}
+MLP_MODULES = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 
 
 class LayerParts:
-    """What a Llama-like layer is made of, which its class has run before."""
+    """The modules of a Llama-like layer. Its own class ran before, which recorded its attention options."""
 
     def __init__(self, layer: Any, step: ForwardContext) -> None:
         attention, mlp = layer.self_attn, layer.mlp
@@ -49,11 +50,11 @@ class LayerParts:
             for norm in (getattr(attention, name, None) for name in ("q_norm", "k_norm"))
         ]
         self.dim: int = attention.head_dim
-        self.scores = step.heard[self.index]
+        self.options = step.attention_options[self.index]
 
 
 class Layer(LayerParts):
-    """One decoder layer."""
+    """One decoder layer, run by kernels that can be recorded."""
 
     def __init__(self, layer: Any, step: ForwardContext) -> None:
         super().__init__(layer, step)
@@ -61,27 +62,28 @@ class Layer(LayerParts):
         self.gate_up = [self.mlp.gate_proj, self.mlp.up_proj]
 
     def __call__(self, stream: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        """stream [T, hidden] after this layer; cos and sin [T, head_dim]. All contiguous, none changed.
+        """The residual stream [T, hidden] after this layer, of the one before it; cos and sin [T, head_dim].
 
-        What is computed here is computed by kernels that can be recorded: torch only makes views.
+        All are contiguous, and none is changed. Only our kernels compute, so that the layer can be recorded:
+        torch makes nothing but views.
         """
         step, (first, second) = self.step, self.norms
         step.residual = stream
         normed = self.fast_norms[0](stream, self._biases(first, stream))
-        first.polypeft_after(first, (stream,), normed)
-        q, k, v = (by_head(y, self.dim) for y in siblings(self.qkv, normed))
+        first.polypeft_hook(first, (stream,), normed)
+        q, k, v = (by_head(y, self.dim) for y in fused_outputs(self.qkv, normed))
         for x, norm in ((q, self.head_norms[0]), (k, self.head_norms[1])):
             rotate_(x, cos, sin, norm)
-        seen = step.attention(self.index, q, k, v, self.scores)
-        added = self.attention.o_proj(seen.flatten(1))
-        self.attention.polypeft_after(self.attention, None, added)
+        attended = step.attention(self.index, q, k, v, self.options)
+        added = self.attention.o_proj(attended.flatten(1))
+        self.attention.polypeft_hook(self.attention, None, added)
 
         stream, normed = self.fast_norms[1].of_sum(stream, added, self._biases(second, stream))
         step.residual = stream
-        second.polypeft_after(second, (stream,), normed)
-        gate, up = siblings(self.gate_up, normed)
+        second.polypeft_hook(second, (stream,), normed)
+        gate, up = fused_outputs(self.gate_up, normed)
         added = self.mlp.down_proj(silu_times(gate, up))
-        self.mlp.polypeft_after(self.mlp, None, added)
+        self.mlp.polypeft_hook(self.mlp, None, added)
         return add_(added, stream)
 
     def _biases(self, norm: Any, stream: torch.Tensor) -> Biases | None:
@@ -90,12 +92,12 @@ class Layer(LayerParts):
 
 
 class Decoder:
-    """All layers of a model; `forward` stands in the place of each one's own."""
+    """All layers of a model; `forward` replaces each layer's own."""
 
     def __init__(self, layers: list[Any], step: ForwardContext, max_context: int) -> None:
         self.layers = [Layer(layer, step) for layer in layers]
-        self.programs = RecordedSteps(self.layers, step, max_context)
-        self.whole = False  # the first layer's call has run them all
+        self.recorded_steps = RecordedSteps(self.layers, step, max_context)
+        self.ran_all_layers = False  # in this step, at the call of layer 0
 
     def forward(
         self,
@@ -105,15 +107,15 @@ class Decoder:
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         **_kwargs: Any,
     ) -> torch.Tensor:
-        """[1, T, hidden], as the class gives it."""
+        """Layer `index`'s output [1, T, hidden], as its class returns it."""
         stream = hidden_states[0]
         cos, sin = (part[0].contiguous() for part in position_embeddings)
         if index == 0:
-            result = self.programs.run(stream, cos, sin)
-            self.whole = result is not None
+            result = self.recorded_steps.run(stream, cos, sin)
+            self.ran_all_layers = result is not None
             if result is not None:
                 return result[None]
-        elif self.whole:
+        elif self.ran_all_layers:
             return hidden_states
         return self.layers[index](stream, cos, sin)[None]
 
@@ -123,55 +125,57 @@ def by_head(x: torch.Tensor, dim: int) -> torch.Tensor:
     return x.view(x.shape[0], x.shape[1] // dim, dim)
 
 
-def siblings(members: list[LinearSite], x: torch.Tensor) -> list[torch.Tensor]:
-    """What linears that see the same x [T, in] give, each [T, out]: columns of one tensor where they can."""
-    family = members[0].family
-    assert family is not None
-    if members[0].step.inputs:  # adapters that change the input, of each in their own way
+def fused_outputs(members: list[LinearSite], x: torch.Tensor) -> list[torch.Tensor]:
+    """The outputs [T, out] of linears that see the same x [T, in]: columns of one tensor where possible."""
+    fused = members[0].fused
+    assert fused is not None
+    if members[0].step.inputs:  # adapters that change the input, of each linear in another way
         return [member(x) for member in members]
-    outputs = family.outputs(x)
+    outputs = fused.outputs(x)
     for member, y in zip(members, outputs, strict=True):
-        member.adapt(x, y)
+        member.add_adapters(x, y)
     return outputs
 
 
 def is_llama_like(layer: Any) -> bool:
-    """Whether it is built as a Llama's layer, and every linear is laid out for our kernels."""
+    """Whether the layer has the modules of a Llama layer, and every linear is packed for our kernels."""
     if not is_built_as_llama(layer):
         return False
     sites = [m for m in layer.modules() if isinstance(m, LinearSite)]
-    family = [layer.self_attn.q_proj, layer.mlp.gate_proj]
+    first_siblings = [layer.self_attn.q_proj, layer.mlp.gate_proj]
     return (
         len(sites) == 7
-        and all(site.fast for site in sites)
-        and all(isinstance(site.family, FusedLinears) for site in family)
+        and all(site.packed for site in sites)
+        and all(isinstance(site.fused, FusedLinears) for site in first_siblings)
     )
 
 
 def is_built_as_llama(layer: Any) -> bool:
-    """Whether it has just the modules of a Llama's layer."""
-    if {name for name, _ in layer.named_children()} != LAYER:
+    """Whether the layer has exactly the modules of a Llama layer, and SiLU as its activation."""
+    if {name for name, _ in layer.named_children()} != LAYER_MODULES:
         return False
     attention = {name for name, _ in layer.self_attn.named_children()}
-    if attention not in (ATTENTION, ATTENTION | HEAD_NORMS):
+    if attention not in (ATTENTION_MODULES, ATTENTION_MODULES | HEAD_NORMS):
         return False
     x = torch.linspace(-8, 8, 33)
     return (
-        {name for name, _ in layer.mlp.named_children()} == MLP
+        {name for name, _ in layer.mlp.named_children()} == MLP_MODULES
         and all(hasattr(norm, "variance_epsilon") for norm in norms_of(layer))
         and torch.allclose(layer.mlp.act_fn(x), F.silu(x))
     )
 
 
 def norms_of(layer: Any) -> Iterator[nn.Module]:
+    """The layer's norms, those of heads included."""
     yield from (module for name, module in layer.named_modules() if name.endswith("norm"))
 
 
 @torch.inference_mode()
 def install_cpu_layers(model: Any, step: ForwardContext) -> Decoder | None:
-    """Give each layer of `model` the forward above, if all can have it and the states stay the same.
+    """Replace the forward of each layer of `model`, if all are Llama-like and the hidden states stay the
+    same.
 
-    None if not. Takes the first pages meanwhile, and leaves them zeroed.
+    None if not. Writes to the first pages, and leaves them zeroed.
     """
     layers = [layer for _, layer in decoder_layers(model, model.config.num_hidden_layers)]
     if not layers or not all(map(is_llama_like, layers)) or not takes(step.pages.keys[0]):
@@ -186,11 +190,12 @@ def install_cpu_layers(model: Any, step: ForwardContext) -> Decoder | None:
 
 
 def _states(model: Any, step: ForwardContext) -> torch.Tensor:
-    """Of a prompt in the first block."""
-    places = places_of([0], 0, PROBE, torch.device("cpu"))
-    step.in_place, step.chunks = 0, [PrefillChunk(0, PROBE, PROBE, torch.tensor([0]), places)]
-    assert PROBE <= BLOCK
-    states = probe(model)
+    """Hidden states [1, PROBE_TOKENS, hidden] of the probe, as a prompt in the first block."""
+    assert PROBE_TOKENS <= BLOCK
+    positions = kv_positions([0], 0, PROBE_TOKENS, torch.device("cpu"))
+    chunk = PrefillChunk(0, PROBE_TOKENS, PROBE_TOKENS, torch.tensor([0]), positions)
+    step.in_place, step.chunks = 0, [chunk]
+    states = probe_states(model)
     for pages in (*step.pages.keys, *step.pages.values):
         pages[0].zero_()
     return states

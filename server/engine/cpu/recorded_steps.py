@@ -1,13 +1,14 @@
-"""Steps on a CPU as one launch: layers recorded once for so many tokens and what their adapters touch.
+"""Steps on a CPU as one launch: the kernels of all layers are recorded once for each kind of step, then
+replayed.
 
-Between the kernels of a step stood a quarter of its time: thirty layers of Python, each a dozen launches. A
-program runs them all in one parallel region. What differs from step to step lies in tensors at fixed
-addresses, filled before it runs; kernels read from them what a launch's arguments cannot say.
+Between kernels, Python took 25 % of a step: thirty layers of a dozen launches each. A recorded step runs them
+all in one parallel region. Whatever differs from step to step lies in tensors at fixed addresses, which are
+filled before the launch and read by the kernels.
 
-Recorded are steps in which all tokens read their past in place (rows that decode, chunks of prompts) and
-every adapter is a bank's that can be (`Bank.trace`); others run layer by layer. Results are the same bit for
-bit: it is the same kernels in the same order. To record a step takes no longer than what else stands between
-its kernels, so each is recorded when it first comes.
+A step can be recorded if all its tokens read their past in place (rows that decode, chunks of prompts) and
+all its adapters belong to banks that support it (`Bank.trace`); other steps run layer by layer. Results are
+the same bit for bit, for the same kernels run in the same order. Recording takes no longer than launching the
+kernels one by one, so a step is recorded the first time its signature occurs.
 """
 
 from collections import OrderedDict
@@ -23,129 +24,137 @@ from server.kernels.cpu.openmp import Arena, Recorder
 from server.kernels.cpu.paged_attention import BLOCK
 from server.kernels.cpu.recorded_launches import RecordedLaunches
 
-MOST = 128  # programs that are kept, of some hundred KiB each; the one longest unused goes
-MOST_TOKENS = 512  # of a recorded step: beyond that, what stands between its kernels is little
+MAX_RECORDED = 128  # recorded steps, of some hundred KiB each; the least recently used goes first
+MAX_RECORDED_TOKENS = 512  # of a recorded step: beyond that, launches are a small part of its time
 
 Layer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]  # (stream, cos, sin) -> stream
-Acting = tuple[Bank, TokenSpans]
+ActingBanks = list[tuple[Bank, TokenSpans]]
 
 
 class StepSignature(NamedTuple):
-    """What a program must hold: so many tokens, several of one row or not, and of each bank these sites."""
+    """What tells recorded steps apart: the number of tokens, and the sites each bank's adapters touch."""
 
     tokens: int
-    ahead: bool
+    multi_token_rows: bool  # some row has several tokens, whose K/V are written before they attend
     affine: tuple[tuple[Bank, RecordedSites], ...]
     sublayer: tuple[tuple[Bank, RecordedSites], ...]
 
 
 class StepBuffers:
-    """What a recorded step of `need` reads, at fixed addresses; and what it gives."""
+    """Inputs of a recorded step at fixed addresses, and its output."""
 
     def __init__(
-        self, need: StepSignature, x: torch.Tensor, cos: torch.Tensor, blocks: int, arena: Arena
+        self, signature: StepSignature, x: torch.Tensor, cos: torch.Tensor, blocks: int, arena: Arena
     ) -> None:
-        count = need.tokens
+        """x [T, hidden] and cos [T, head_dim] give shapes and types; `blocks`: of the longest row."""
+        count = signature.tokens
         self.x = arena.take("x", x, tuple(x.shape))
         self.cos, self.sin = (arena.take(name, cos, tuple(cos.shape)) for name in ("cos", "sin"))
-        none = torch.zeros(count, dtype=torch.int64)
-        self.tables = arena.take("tables", none, (count, blocks))  # no more of a row than its length is read
-        self.lengths, self.ahead = none.clone(), none.clone()
+        zeros = torch.zeros(count, dtype=torch.int64)
+        self.tables = arena.take("tables", zeros, (count, blocks))  # read up to the row's length only
+        self.lengths, self.kv_positions = zeros.clone(), zeros.clone()
         self.affine, self.sublayer = (
             [(bank, TokenSpans.held(count, bank.touched(trace))) for bank, trace in traces]
-            for traces in (need.affine, need.sublayer)
+            for traces in (signature.affine, signature.sublayer)
         )
-        self.output = torch.empty(0)
+        self.output = torch.empty(0)  # [T, hidden]
 
     def fill(self, step: ForwardContext, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
+        """Copy the current step's inputs: x [T, hidden], cos and sin [T, head_dim], and its metadata."""
         self.x.copy_(x)
         self.cos.copy_(cos)
         self.sin.copy_(sin)
         self.tables[:, : step.tables.shape[1]] = step.tables
         self.lengths.copy_(step.lengths)
-        if step.ahead is not None:
-            self.ahead.copy_(step.ahead)
-        for held, acting in ((self.affine, step.affine), (self.sublayer, step.sublayer)):
-            own = dict(acting)
-            for bank, rows in held:
-                rows.fill(own[bank])
+        if step.kv_positions is not None:
+            self.kv_positions.copy_(step.kv_positions)
+        for recorded, acting in ((self.affine, step.affine), (self.sublayer, step.sublayer)):
+            by_bank = dict(acting)
+            for bank, rows in recorded:
+                rows.fill(by_bank[bank])
 
 
 class RecordedSteps:
-    """Recorded steps of these layers."""
+    """The recorded steps of a model's layers."""
 
     def __init__(self, layers: Sequence[Layer], step: ForwardContext, max_context: int) -> None:
         self.layers, self.step = layers, step
-        self.blocks = min(-(-max_context // BLOCK), step.pages.count)  # of one row, at most
+        self.max_blocks = min(-(-max_context // BLOCK), step.pages.count)  # of one row
         self.arena = Arena()
         self.recorded: OrderedDict[StepSignature, tuple[RecordedLaunches, StepBuffers]] = OrderedDict()
         self.runs = 0
         self.off = False
 
     def run(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor | None:
-        """x [T, hidden] after all layers, good until the next step; None if this step is not recorded."""
-        need = self._need(len(x))
-        if need is None:
+        """x [T, hidden] after all layers, valid until the next step; None if this step cannot be recorded."""
+        signature = self._signature(len(x))
+        if signature is None:
             return None
-        if need not in self.recorded:
-            self._record(need, x, cos)
-        self.recorded.move_to_end(need)
-        program, held = self.recorded[need]
-        held.fill(self.step, x, cos, sin)
-        program()
+        if signature not in self.recorded:
+            self._record(signature, x, cos)
+        self.recorded.move_to_end(signature)
+        launches, buffers = self.recorded[signature]
+        buffers.fill(self.step, x, cos, sin)
+        launches()
         self.runs += 1
-        return held.output
+        return buffers.output
 
     def clear(self) -> None:
-        """Keep no program."""
+        """Drop all recorded steps."""
         self.recorded.clear()
         self.runs = 0
 
-    def _need(self, tokens: int) -> StepSignature | None:
-        """What the step that is set needs; None if a row has a long chunk, or adapters that take Python."""
+    def _signature(self, tokens: int) -> StepSignature | None:
+        """The current step's; None if a row has a long chunk, or adapters that cannot be recorded."""
         step = self.step
-        if self.off or step.in_place != tokens or tokens > MOST_TOKENS or step.inputs or step.norm:
+        if self.off or step.in_place != tokens or tokens > MAX_RECORDED_TOKENS or step.inputs or step.norm:
             return None
-        if step.watched and (step.affine or step.sublayer):  # their time is asked for, not the launches'
+        if step.watched and (step.affine or step.sublayer):  # timing needs a Python call for each bank
             return None
-        traces = []
-        for acting in (step.affine, step.sublayer):
-            own = []
-            for bank, rows in acting:
-                mask = biased = 0
-                for slot in {span.slot for span in rows.few}:
-                    trace = bank.trace(slot)
-                    if trace is None:
-                        return None
-                    mask |= trace.mask
-                    biased |= trace.biased
-                if rows.many:
-                    return None
-                own.append((bank, RecordedSites(mask, biased=biased)))
-            traces.append(tuple(own))
-        return StepSignature(tokens, step.ahead is not None, traces[0], traces[1])
+        affine = _traces(step.affine)
+        sublayer = _traces(step.sublayer)
+        if affine is None or sublayer is None:
+            return None
+        return StepSignature(tokens, step.kv_positions is not None, affine, sublayer)
 
-    def _record(self, need: StepSignature, x: torch.Tensor, cos: torch.Tensor) -> None:
-        """As the step under way, but of what is held; that is set again afterwards."""
+    def _record(self, signature: StepSignature, x: torch.Tensor, cos: torch.Tensor) -> None:
+        """Run the layers on new buffers, noting their launches; the context is restored afterwards."""
         step = self.step
-        held = StepBuffers(need, x, cos, self.blocks, self.arena)
-        own = (step.tables, step.lengths, step.ahead, step.affine, step.sublayer)
+        buffers = StepBuffers(signature, x, cos, self.max_blocks, self.arena)
+        before = (step.tables, step.lengths, step.kv_positions, step.affine, step.sublayer)
         step.tables, step.lengths, step.affine, step.sublayer = (
-            held.tables,
-            held.lengths,
-            held.affine,
-            held.sublayer,
+            buffers.tables,
+            buffers.lengths,
+            buffers.affine,
+            buffers.sublayer,
         )
-        step.ahead = held.ahead if need.ahead else None
+        step.kv_positions = buffers.kv_positions if signature.multi_token_rows else None
         try:
             with Recorder(self.arena) as recorder:
-                stream = held.x
+                stream = buffers.x
                 for layer in self.layers:
-                    recorder.turn()
-                    stream = layer(stream, held.cos, held.sin)
+                    recorder.next_layer()
+                    stream = layer(stream, buffers.cos, buffers.sin)
         finally:
-            step.tables, step.lengths, step.ahead, step.affine, step.sublayer = own
-        held.output = stream
-        if len(self.recorded) >= MOST:
+            step.tables, step.lengths, step.kv_positions, step.affine, step.sublayer = before
+        buffers.output = stream
+        if len(self.recorded) >= MAX_RECORDED:
             self.recorded.popitem(last=False)
-        self.recorded[need] = (RecordedLaunches(recorder), held)
+        self.recorded[signature] = (RecordedLaunches(recorder), buffers)
+
+
+def _traces(acting: ActingBanks) -> tuple[tuple[Bank, RecordedSites], ...] | None:
+    """Of each bank the sites that the batch's adapters touch; None if one of them cannot be recorded."""
+    traces = []
+    for bank, rows in acting:
+        mask = biased = 0
+        for slot in {span.slot for span in rows.few}:
+            trace = bank.trace(slot)
+            if trace is None:
+                return None
+            mask |= trace.mask
+            biased |= trace.biased
+        if rows.many:
+            return None
+        traces.append((bank, RecordedSites(mask, biased=biased)))
+    return tuple(traces)

@@ -1,10 +1,10 @@
-"""The step after the one under way, begun on a GPU before the host has read the tokens it goes on from.
+"""Lookahead: on a GPU, launch the next decode step before the host has read the tokens of the current one.
 
-A step's tokens are on the device as soon as they are sampled: the next replay takes them from there and runs
-while the host deals with these ones. Nothing is decided by it. The scheduler chooses the next step's rows as
-ever; those of them that were computed ahead just as they stand have their logits already, the others are
-computed then. A row that ended meanwhile was computed for nothing: what it wrote lies where nobody looks,
-and the next owner of those blocks writes over it, behind it in the same stream.
+A step's tokens are on the device as soon as they are sampled. The next replay reads them there and runs while
+the host handles the current ones. Lookahead is speculative: the scheduler decides as usual, rows whose state
+matches their precomputed logits reuse them, and all others are computed then. The logits of a row that has
+ended meanwhile are dropped; the K/V written for it are harmless, because the next owner of its blocks
+overwrites them later in the same stream.
 """
 
 from collections.abc import Callable
@@ -21,30 +21,33 @@ Compute = Callable[[list[Row]], torch.Tensor]
 
 @dataclass(frozen=True)
 class PrecomputedRow:
-    """As a row stood when its next token was computed, and where its logits are."""
+    """The state of a row when its next token was computed, and the index of its logits."""
 
-    at: int  # among the logits
+    index: int
     computed: int
-    blocks: list[int]  # the very list: a row that loses its blocks gets another
+    blocks: list[int]  # compared by identity: a row that loses its blocks gets another list
 
-    def fits(self, row: Row) -> bool:
+    def matches(self, row: Row) -> bool:
+        """Whether the row still is in this state and scheduled for just this token."""
         return row.scheduled == 1 and row.computed == self.computed and row.blocks is self.blocks
 
 
 class Lookahead:
+    """`begin` launches the next step, `logits` hands out what it computed."""
+
     def __init__(self, graphs: DecodeGraphs, max_context: int) -> None:
         self._graphs = graphs
         self._max_context = max_context
-        self._places: dict[str, PrecomputedRow] = {}  # by row's id
-        self._logits = torch.empty(0)
+        self._precomputed: dict[str, PrecomputedRow] = {}  # by row id
+        self._logits = torch.empty(0)  # [precomputed rows, vocabulary]
         self.off = False  # each step waits for the one before it
-        self.taken = self.wasted = 0  # rows
+        self.taken = self.wasted = 0  # precomputed rows: reused, and dropped
 
     def begin(self, rows: list[Row], tokens: torch.Tensor, room: Callable[[Row, int], bool]) -> None:
-        """Start the step after that of `rows`, which are to have these tokens, int64 [rows] on the device.
+        """Launch the step after that of `rows`, which will have these tokens, int64 [rows] on the device.
 
-        For those that have not reached their length, and that there is `room` for, in blocks for so many
-        tokens. Not at all while a row is in prefill, or if there is no recorded step that serves them.
+        It computes the rows that have tokens left and for which `room(row, tokens)` reserves the blocks of so
+        many tokens. Nothing is launched while a row is in prefill, or if no recorded step serves the rows.
         """
         if self.off or not all(row.completes and not row.guess for row in rows):
             return
@@ -55,40 +58,41 @@ class Lookahead:
         ]
         if not going:
             return
-        own = [row for _, row in going]
-        at = [len(row.tokens) for row in own]
-        if len(own) < len(rows):
+        continuing = [row for _, row in going]
+        positions = [len(row.tokens) for row in continuing]
+        if len(continuing) < len(rows):
             tokens = tokens[send([i for i, _ in going], tokens.device)]
-        logits = self._graphs.go_on(own, at, tokens)
+        logits = self._graphs.replay_with(continuing, positions, tokens)
         if logits is not None:
             self._logits = logits
-            self._places = {
-                row.id: PrecomputedRow(i, n, row.blocks)
-                for i, (row, n) in enumerate(zip(own, at, strict=True))
+            self._precomputed = {
+                row.id: PrecomputedRow(i, position, row.blocks)
+                for i, (row, position) in enumerate(zip(continuing, positions, strict=True))
             }
 
     def logits(self, rows: list[Row], compute: Compute) -> torch.Tensor | None:
-        """Of the step of `rows`, as `compute` gives them for those that were not computed ahead.
+        """float32 logits [rows, vocabulary] of the step of `rows`; `compute` gives those of rows that were
+        not precomputed.
 
-        None: that is all of them. Good until the next step is begun.
+        None: no row was. Valid until the next `begin`.
         """
-        places, logits = self._places, self._logits
-        fitting = [row for row in rows if (place := places.get(row.id)) and place.fits(row)]
-        self.taken += len(fitting)
-        self.wasted += len(places) - len(fitting)
-        self._places, self._logits = {}, torch.empty(0)
-        if not fitting:
+        precomputed, logits = self._precomputed, self._logits
+        matching = [row for row in rows if (before := precomputed.get(row.id)) and before.matches(row)]
+        self.taken += len(matching)
+        self.wasted += len(precomputed) - len(matching)
+        self._precomputed, self._logits = {}, torch.empty(0)
+        if not matching:
             return None
-        at = [places[row.id].at for row in fitting]
-        if at == list(range(len(at))):
-            logits = logits[: len(at)]
+        indices = [precomputed[row.id].index for row in matching]
+        if indices == list(range(len(indices))):
+            logits = logits[: len(indices)]
         else:
-            logits = logits[send(at, logits.device)]
-        if len(fitting) == len(rows):
+            logits = logits[send(indices, logits.device)]
+        if len(matching) == len(rows):
             return logits
-        known = {row.id for row in fitting}
+        known = {row.id for row in matching}
         others = [row for row in rows if row.id not in known]
-        # a copy comes first: what is computed now may be the same recorded step, which has one place for both
+        # clone first: `compute` may replay the same recorded step, which writes to the same output
         both = torch.cat([logits.clone(), compute(others)])
-        order = {row.id: i for i, row in enumerate([*fitting, *(row for row in others if row.completes)])}
+        order = {row.id: i for i, row in enumerate([*matching, *(row for row in others if row.completes)])}
         return both[send([order[row.id] for row in rows if row.completes], both.device)]

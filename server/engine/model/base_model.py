@@ -1,7 +1,8 @@
-"""The base model, frozen: a transformers class as it is, with its linears and its attention ours.
+"""The frozen base model: an unmodified transformers class with our linears, attention and hooks in it.
 
-Linear and embedding modules are replaced by sites, norms and sub-blocks are watched: at each, the banks of
-the step under way add what each token's adapter adds. What serves and what trains are made of this.
+Linear and embedding modules are replaced by sites, norms and sub-blocks are hooked: at each, the banks of the
+current step add what each token's adapter adds. The engine's ServedModel and training's AdapterModel build
+on it. All patches are made on module objects of one model; no class of transformers is changed.
 """
 
 import hashlib
@@ -24,50 +25,54 @@ from server.engine.model.linear_sites import (
     EmbeddingSite,
     LinearSite,
     WeightFormat,
-    join_siblings,
+    fuse_packed_siblings,
     put_modules,
 )
-from server.engine.model.module_hooks import norm_gains, watch_norms, watch_sublayers
-from server.engine.model.module_tokens import Seen, module_tokens
+from server.engine.model.module_hooks import hook_norms, hook_sublayers, norm_gains
+from server.engine.model.module_tokens import SeenTokens, module_tokens
 from server.engine.model.rotary import longest_context, scale_by_row
 from server.errors import UnsupportedModel
 
 
 @dataclass(frozen=True)
 class Placement:
+    """Where the model runs, and in which number formats."""
+
     device: torch.device
-    dtype: torch.dtype  # of what is computed, and of weights but for linears' that have another layout
-    layout: WeightFormat = "float32"  # of linears' weights, on a CPU
-    rounded: bool = False  # LoRA's matrices on a CPU, to bfloat16
+    dtype: torch.dtype  # of activations, and of all weights but packed linears'
+    weight_format: WeightFormat = "float32"  # of linears' weights, on a CPU
+    lora_bfloat16: bool = False  # round LoRA's matrices to bfloat16, on a CPU
 
     @property
     def narrow(self) -> Narrow:
-        """Which matrices of adapters are held in bfloat16, on a CPU: a base in int8 has been rounded more."""
+        """Which matrices of adapters are kept in bfloat16 on a CPU: all of them beside a base in int8, whose
+        own rounding is coarser.
+        """
         if self.device.type != "cpu" or self.dtype != torch.float32:
             return "never"
-        return "rounded" if self.rounded or self.layout == "int8" else "exact"
+        return "rounded" if self.lora_bfloat16 or self.weight_format == "int8" else "exact"
 
 
 def load_base(folder: Path, placement: Placement) -> Any:
-    """A transformers causal LM with its weights, in this dtype.
+    """A transformers causal LM with its weights, in the placement's dtype.
 
-    Raises UnsupportedModel if the folder lacks some: transformers would draw them at random.
+    Raises UnsupportedModel if the folder lacks weights: transformers would draw them at random.
     """
-    model, found = AutoModelForCausalLM.from_pretrained(
+    model, loading = AutoModelForCausalLM.from_pretrained(
         folder, dtype=placement.dtype, local_files_only=True, output_loading_info=True
     )
-    lacking = sorted({*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])})
-    if lacking:
-        raise UnsupportedModel(f"its folder has no weights for {len(lacking)} tensors, such as {lacking[0]}")
+    missing = sorted({*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])})
+    if missing:
+        raise UnsupportedModel(f"its folder has no weights for {len(missing)} tensors, such as {missing[0]}")
     return model
 
 
 class FrozenModel:
-    """Weights and sites, and the step that all of them look at.
+    """Weights and sites, and the forward context that all of them read.
 
-    `attention` is registered under its own name, which must hold no "flash", "sdpa" or "flex": transformers
-    treats those specially. It finds its step as `module.polypeft_step`. `packed=False` keeps linears'
-    weights as they are, so that gradients flow through them.
+    `model` is the transformers model; `sites` are the linears and embeddings by path; `base` describes it to
+    the adapters' methods; `weights` gives them its weights by site; `rope_switches` are the row lengths past
+    which a row has other rotary frequencies.
     """
 
     def __init__(
@@ -82,6 +87,13 @@ class FrozenModel:
         packed: bool = True,
         check: ExactnessCheck | None = None,
     ) -> None:
+        """`attention`: the attention function of all layers, which finds `step` as `module.polypeft_step`.
+        Its name must not contain "flash", "sdpa" or "flex", which transformers treats specially.
+
+        `max_context`: tokens of a row at most; 0: what the model allows. `packed=False` keeps linears'
+        weights plain, so that gradients flow through them. `check` takes the reference logits of the model
+        before and after its weights are rounded. Raises UnsupportedModel.
+        """
         self.placement = placement
         name = f"polypeft_{attention.__name__}"
         AttentionInterface.register(name, attention)
@@ -91,34 +103,35 @@ class FrozenModel:
         self.model: Any = model.to(placement.device)
         seen = module_tokens(self.model)
         self.sites, originals = replace_modules(self.model, seen, step)
-        identity = self.digest()  # of the weights as they came: adapters name it, whatever the layout
+        identity = self.digest()  # of the weights as loaded: adapters name it, whatever the weight format
         context = longest_context(self.model, max_context)
         if check:
-            check.reference(self.model, originals, identity, placement.layout, context)
+            check.take_reference(self.model, originals, identity, placement.weight_format, context)
         del originals
         if packed:
             for site in self.sites.values():
                 if isinstance(site, LinearSite):
-                    site.lay_out(placement.layout)
-            join_siblings(self.model)
-        if check and placement.layout != "float32":
-            check.rounded_reference(self.model)
+                    site.pack_weight(placement.weight_format)
+            fuse_packed_siblings(self.model)
+        if check and placement.weight_format != "float32":
+            check.take_rounded_reference(self.model)
         self.model.set_attn_implementation(name)
         self.rope_switches = scale_by_row(self.model, step)
         biases = {name: p for name, p in self.model.named_parameters() if name.endswith(".bias")}
         self.weights = BaseWeights(self.sites, biases | norm_gains(self.model, seen))
         config = self.model.config
-        found = {name: module.site for name, module in self.sites.items()}
-        found |= watch_norms(self.model, step, seen)
-        found |= watch_sublayers(self.model, config.num_hidden_layers, config.hidden_size, step)
-        self.base = describe(config, base_id, found, identity, context)
-        self.base = msgspec.structs.replace(self.base, layout=placement.layout if packed else "float32")
+        sites = {name: module.site for name, module in self.sites.items()}
+        sites |= hook_norms(self.model, step, seen)
+        sites |= hook_sublayers(self.model, config.num_hidden_layers, config.hidden_size, step)
+        self.base = describe_base(config, base_id, sites, identity, context)
+        weight_format = placement.weight_format if packed else "float32"
+        self.base = msgspec.structs.replace(self.base, layout=weight_format)
         for module in self.model.modules():
             if hasattr(module, "layer_idx"):
                 module.polypeft_step = step  # how attention, a plain function, finds its step
 
     def digest(self) -> str:
-        """SHA-256 over every weight as it is held now, by name: the same before and after any workload.
+        """SHA-256 over every weight, by name, in its present format: no workload changes it.
 
         In float32 it is the base's identity.
         """
@@ -136,8 +149,8 @@ class FrozenModel:
 
 
 class BaseWeights(Mapping[str, torch.Tensor]):
-    """The base's weights by site: [out, in] of a linear, [vocabulary, hidden] of an embedding; and the
-    biases [out] of linears and norms as "SITE.bias". Of a norm, what it multiplies by [width].
+    """The base's weights by site: [out, in] of a linear, [vocabulary, hidden] of an embedding, the factors
+    [width] of a norm (`norm_gains`); and the biases [out] of linears and norms as "SITE.bias".
     """
 
     def __init__(
@@ -162,16 +175,16 @@ Sites = dict[str, LinearSite | EmbeddingSite]
 
 
 def replace_modules(
-    model: nn.Module, seen: Mapping[str, Seen], step: ForwardContext
+    model: nn.Module, seen: Mapping[str, SeenTokens], step: ForwardContext
 ) -> tuple[Sites, dict[str, nn.Module]]:
-    """Put a site in the place of every Linear, Conv1D and Embedding that an adapter can act at.
+    """Replace every Linear, Conv1D and Embedding that an adapter can act at by a site.
 
-    Gives the sites and the modules whose places they took, both by module path.
+    Returns the sites and the modules that they replaced, both by module path.
     """
     sites: Sites = {}
     for name, module in list(model.named_modules()):
         if name in seen and isinstance(module, nn.Linear | Conv1D):
-            sites[name] = LinearSite.of(name, module, step, is_head=seen[name] == "kept")
+            sites[name] = LinearSite.of(name, module, step, is_head=seen[name] == "logits")
         elif name in seen and isinstance(module, nn.Embedding):
             sites[name] = EmbeddingSite.of(name, module, step)
     originals = {name: model.get_submodule(name) for name in sites}
@@ -179,7 +192,8 @@ def replace_modules(
     return sites, originals
 
 
-def describe(config: Any, base_id: str, sites: dict[str, Site], digest: str, max_context: int) -> Base:
+def describe_base(config: Any, base_id: str, sites: dict[str, Site], digest: str, max_context: int) -> Base:
+    """The base as the adapters' methods see it, of a transformers `config`."""
     heads = config.num_attention_heads
     return Base(
         id=base_id,

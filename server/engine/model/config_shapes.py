@@ -1,7 +1,7 @@
-"""`python -m server.engine.model.config_shapes FOLDER`: a model's Shapes as JSON, from its config alone.
+"""`python -m server.engine.model.config_shapes FOLDER`: a model's Shapes as JSON, from its config.json alone.
 
-A program of its own: it needs torch and transformers, the command that asks does not. The model
-is built as the engine builds it, but its weights take no memory.
+A program of its own, because it needs torch and transformers and the CLI that calls it (`size`) does not. The
+model is built as the engine builds it, but its weights take no memory.
 """
 
 import sys
@@ -14,39 +14,42 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from server.engine.model.base_model import describe, replace_modules
+from server.engine.model.base_model import describe_base, replace_modules
 from server.engine.model.forward_context import ForwardContext
 from server.engine.model.memory_estimate import Shapes
-from server.engine.model.module_tokens import Seen
+from server.engine.model.module_tokens import SeenTokens
 from server.engine.model.rotary import longest_context
 from server.kernels.cpu.openmp import AVAILABLE
 from server.kernels.cpu.packed_linear import padded
 
 
 def read_shapes(folder: Path) -> Shapes:
-    """Raises what transformers raises for a config.json that it cannot build a model of."""
+    """The Shapes of the model in `folder`.
+
+    Raises what transformers raises for a config.json that it cannot build a model from.
+    """
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    with init_empty_weights():  # buffers are real: Gemma's sites read one
+    with init_empty_weights():  # buffers take memory: Gemma's sites read one
         model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     model.tie_weights()
-    weights = sum(parameter.numel() for parameter in model.parameters())  # shared ones come once
+    weights = sum(parameter.numel() for parameter in model.parameters())  # each shared one once
     head = model.get_output_embeddings()
     tied = head is not None and head.weight is model.get_input_embeddings().weight
     names = {module: name for name, module in model.named_modules()}
     head_name = names.get(head, "")
     kinds = (nn.Linear, Conv1D, nn.Embedding)
-    seen: dict[str, Seen] = {
+    seen: dict[str, SeenTokens] = {
         name: "all" for name, module in model.named_modules() if isinstance(module, kinds)
     }
-    found, _ = replace_modules(model, seen, ForwardContext())
-    sites = {name: module.site for name, module in found.items()}
+    modules, _ = replace_modules(model, seen, ForwardContext())
+    sites = {name: module.site for name, module in modules.items()}
     packed = weights
     for site in sites.values():
         if site.kind == "linear" and AVAILABLE:
-            own = 0 if tied and site.name == head_name else site.outputs * site.inputs
-            packed += padded(site.outputs) * site.inputs - own
+            replaced = 0 if tied and site.name == head_name else site.outputs * site.inputs
+            packed += padded(site.outputs) * site.inputs - replaced
     return Shapes(
-        describe(config, folder.name, sites, "", longest_context(model)), head_name, weights, packed
+        describe_base(config, folder.name, sites, "", longest_context(model)), head_name, weights, packed
     )
 
 

@@ -1,9 +1,9 @@
-"""Sites in the model's tree: a linear layer or an embedding, then whatever each token's adapter adds.
+"""Sites in the model's tree: a linear layer or an embedding, then what each token's adapter adds.
 
-On a CPU the weight is laid out once at load for a kernel of ours, in float32 (kernels/linear.py: `weight()`
-gives it back bit for bit) or in int8 (kernels/int8.py: `weight()` is what the int8 stand for); the plain copy
-is dropped. Linears that see the same input (q, k and v; gate and up) lie one behind the other and are
-computed in one launch, when the first of them is called.
+On a CPU the weight is packed once at load for a kernel of ours, in one of WEIGHT_FORMATS: float32
+(kernels/cpu/packed_linear.py, `weight()` restores it bit for bit) or int8 (kernels/cpu/int8/, `weight()` is
+the dequantised weight); the plain copy is dropped. Linears that see the same input (q, k and v; gate and up)
+are concatenated and computed in one launch, when the first of them is called.
 """
 
 from collections.abc import Mapping, Sequence
@@ -45,15 +45,16 @@ class LinearSite(nn.Module):
         super().__init__()
         self.site = site
         self.step = step
-        self.is_head = is_head  # sees the tokens that are sampled from, not all
+        self.is_head = is_head  # sees the tokens that get logits, not all
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-        self.held: torch.Tensor
-        self.register_buffer("held", weight, persistent=False)  # until it is laid out
-        self.fast: PackedLinear | Int8Linear | None = None
-        self.family: FusedLinears | None = None
+        self.plain_weight: torch.Tensor
+        self.register_buffer("plain_weight", weight, persistent=False)  # [out, in]; empty once packed
+        self.packed: PackedLinear | Int8Linear | None = None
+        self.fused: FusedLinears | None = None  # the product it is a part of
 
     @classmethod
     def of(cls, name: str, module: Any, step: ForwardContext, *, is_head: bool) -> "LinearSite":
+        """The site that takes the place of a Linear or Conv1D of this path."""
         conv1d = isinstance(module, Conv1D)
         weight = module.weight.detach()
         weight = weight.T.contiguous() if conv1d else weight
@@ -61,36 +62,38 @@ class LinearSite(nn.Module):
         site = Site(name, "linear", weight.shape[1], weight.shape[0], bias is not None, conv1d)
         return cls(site, weight, bias, step, is_head=is_head)
 
-    def lay_out(self, layout: WeightFormat) -> None:
-        """Hold the weight as a kernel wants it, where one can: faster, but no gradient flows through."""
-        if AVAILABLE and self.held.device.type == "cpu" and self.held.dtype == torch.float32:
-            self.fast = WEIGHT_FORMATS[layout].of(self.held, self.bias)
-            self.held = self.held.new_empty(0)
+    def pack_weight(self, weight_format: WeightFormat) -> None:
+        """Keep the weight as a CPU kernel reads it, where there is one: faster, but without gradients."""
+        weight = self.plain_weight
+        if AVAILABLE and weight.device.type == "cpu" and weight.dtype == torch.float32:
+            self.packed = WEIGHT_FORMATS[weight_format].of(weight, self.bias)
+            self.plain_weight = weight.new_empty(0)
 
     @property
     def weight(self) -> torch.Tensor:
-        """W [out, in]; a copy where it is laid out."""
-        return self.fast.weight() if self.fast else self.held
+        """W [out, in]; a copy where it is packed."""
+        return self.packed.weight() if self.packed else self.plain_weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """y [..., out] of x [..., in], adapters included."""
         flat = x.reshape(-1, self.site.inputs)
-        changed = self.step.head_inputs if self.is_head else self.step.inputs
-        for bank, rows in changed:
+        input_banks = self.step.head_inputs if self.is_head else self.step.inputs
+        for bank, rows in input_banks:
             flat = bank.inputs(self.site, flat, rows)
-        if not flat.shape[0]:  # all rows are in mid-prefill: the head is asked nothing
+        if not flat.shape[0]:  # no row completes in this step: the head has no tokens
             y = flat.new_empty(0, self.site.outputs)
-        elif self.family and not changed:
-            y = self.family.output(self, x, flat)
-        elif self.fast:
+        elif self.fused and not input_banks:
+            y = self.fused.output(self, x, flat)
+        elif self.packed:
             acting = self.step.head if self.is_head else self.step.affine
-            y = self.fast(flat, biases_of(acting, [self.site], [slice(0, self.site.outputs)], len(flat)))
+            y = self.packed(flat, biases_of(acting, [self.site], [slice(0, self.site.outputs)], len(flat)))
         else:
-            y = F.linear(flat, self.held, self.bias)
-        self.adapt(flat, y)
+            y = F.linear(flat, self.plain_weight, self.bias)
+        self.add_adapters(flat, y)
         result: torch.Tensor = y.view(*x.shape[:-1], self.site.outputs)
         return result
 
-    def adapt(self, x: torch.Tensor, y: torch.Tensor) -> None:
+    def add_adapters(self, x: torch.Tensor, y: torch.Tensor) -> None:
         """Add to y [T, out], in place, what each token's adapter makes of x [T, in]."""
         for bank, rows in self.step.head if self.is_head else self.step.affine:
             bank.affine(self.site, x, y, rows, self.bias)
@@ -99,83 +102,93 @@ class LinearSite(nn.Module):
 def biases_of(
     acting: list[tuple[Bank, TokenSpans]], sites: Sequence[Site], columns: Sequence[slice], count: int
 ) -> Biases | None:
-    """What comes with these sites as they are computed for `count` tokens; of the first bank that has any."""
-    return next((own for bank, rows in acting if (own := bank.biases(sites, columns, rows, count))), None)
+    """Biases for the kernel of these sites to add to its `count` tokens: those of the first bank that has
+    any.
+    """
+    return next(
+        (biases for bank, rows in acting if (biases := bank.biases(sites, columns, rows, count))), None
+    )
 
 
 class FusedLinears:
-    """Linears of one module that are called with the same input, one after the other, as one."""
+    """Linears of one module that are called with the same input, computed as one product."""
 
     def __init__(self, members: list[LinearSite]) -> None:
-        self.fast, columns = join([member.fast for member in members if member.fast])
-        self.bias = self.fast.bias
-        self.adopt(members, columns)
+        """Of packed linears; their weights become views of one."""
+        self.packed, columns = join([member.packed for member in members if member.packed])
+        self.bias = self.packed.bias
+        self.attach(members, columns)
 
-    def adopt(self, members: Sequence[LinearSite], columns: Sequence[slice]) -> None:
+    def attach(self, members: Sequence[LinearSite], columns: Sequence[slice]) -> None:
+        """Let `members` read their outputs from these columns of the product."""
         self.step = members[0].step
         self.sites = [member.site for member in members]
         self.columns = dict(zip(members, columns, strict=True))
-        self.beside = all(one.stop == other.start for one, other in pairwise(columns))
+        self.contiguous = all(one.stop == other.start for one, other in pairwise(columns))
         for member in members:
-            member.family = self
-        self.x = self.y = torch.empty(0)
-        self.left = 0  # members that have not yet taken their columns of y
+            member.fused = self
+        self.last_x = self.last_y = torch.empty(0)
+        self.unread = 0  # members that have not yet read their columns of `last_y`
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         """[T, all outputs] of x [T, in]."""
-        return self.fast(x, biases_of(self.step.affine, self.sites, [*self.columns.values()], len(x)))
+        return self.packed(x, biases_of(self.step.affine, self.sites, [*self.columns.values()], len(x)))
 
     def outputs(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """What x [T, in] gives to each member, in their order: columns [T, out] of one tensor."""
-        y = self._joint(x)
+        """The output [T, out] of each member, in their order, of x [T, in]: columns of one tensor."""
+        y = self._adapted_product(x)
         return [y[:, columns] for columns in self.columns.values()]
 
     def output(self, member: LinearSite, x: torch.Tensor, flat: torch.Tensor) -> torch.Tensor:
-        """The member's columns [T, out] of what x, which is `flat` once it is flat, gives to all."""
-        if self.x is not x:
-            self.x, self.y, self.left = x, self._joint(flat), len(self.columns)
-        y = self.y[:, self.columns[member]]
-        self.left -= 1
-        if not self.left:  # the tensor may be written to, or another take its place
-            self.x = self.y = torch.empty(0)
+        """The member's output [T, out] of x [..., in], which is `flat` [T, in] once flattened.
+
+        The first member called with x computes the outputs of all; the others find theirs.
+        """
+        if self.last_x is not x:
+            self.last_x, self.last_y, self.unread = x, self._adapted_product(flat), len(self.columns)
+        y = self.last_y[:, self.columns[member]]
+        self.unread -= 1
+        if not self.unread:  # x may be written to from now on, or another tensor take its place
+            self.last_x = self.last_y = torch.empty(0)
         return y
 
-    def _joint(self, x: torch.Tensor) -> torch.Tensor:
+    def _adapted_product(self, x: torch.Tensor) -> torch.Tensor:
         y = self.product(x)
-        if self.beside:
+        if self.contiguous:
             for bank, rows in self.step.affine:
                 bank.joint(self.sites, x, y, rows, self.bias)
         return y
 
 
-def join_siblings(model: nn.Module) -> None:
-    """Let linears that see the same input be computed together, where they are laid out."""
+def fuse_packed_siblings(model: nn.Module) -> None:
+    """Compute linears that see the same input together, where they are packed."""
     for module in model.modules():
         for names in SIBLINGS:
-            found = [getattr(module, name, None) for name in names]
-            members = [member for member in found if isinstance(member, LinearSite) and member.fast]
+            siblings = [getattr(module, name, None) for name in names]
+            members = [member for member in siblings if isinstance(member, LinearSite) and member.packed]
             if len(members) == len(names):
                 FusedLinears(members)
 
 
 def put_modules(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
-    """Each at its path."""
+    """Set each module at its path in the model's tree."""
     for name, module in modules.items():
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, module)
 
 
 class EmbeddingSite(nn.Module):
-    """The embedding as it is, then the banks, which see token ids."""
+    """The model's own embedding, then the banks, which see token ids."""
 
     def __init__(self, site: Site, embedding: nn.Embedding, step: ForwardContext) -> None:
         super().__init__()
         self.site = site
-        self.embedding = embedding  # kept whole: Gemma's scales its output
+        self.embedding = embedding  # the module itself and not its table: Gemma's scales its output
         self.step = step
 
     @classmethod
     def of(cls, name: str, module: nn.Embedding, step: ForwardContext) -> "EmbeddingSite":
+        """The site that takes the place of an embedding of this path."""
         scale = float(getattr(module, "embed_scale", 1.0))
         return cls(
             Site(name, "embedding", module.num_embeddings, module.embedding_dim, False, scale=scale),
@@ -185,11 +198,12 @@ class EmbeddingSite(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The table [vocabulary, hidden]: classes ask for its device and type."""
+        """The table [vocabulary, hidden]: transformers' classes ask for its device and type."""
         return self.embedding.weight
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = self.embedding(ids.clamp(min=0))  # virtual tokens are negative, and their bank's
+        """[..., hidden] of int64 ids [...]. Virtual tokens have negative ids; their bank fills their rows."""
+        y: torch.Tensor = self.embedding(ids.clamp(min=0))
         for bank, rows in self.step.affine:
             bank.affine(self.site, ids.reshape(-1), y.view(-1, y.shape[-1]), rows, None)
         return y

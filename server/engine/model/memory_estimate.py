@@ -1,7 +1,7 @@
-"""How much memory a base, its KV cache and its adapters take: arithmetic on shapes. No torch, no weights.
+"""Memory of a base, its KV cache and its adapters: arithmetic on shapes, without torch and without weights.
 
-The engine allocates exactly this (tests compare the two). What a process takes beside it, and what a step
-takes while it runs, are estimates and named so.
+The engine allocates exactly these amounts (tests compare the two). The rest of the process and the
+activations of a step are estimates, and named so.
 """
 
 import math
@@ -13,49 +13,51 @@ from server.adapters.sites import Base, Site
 from server.engine.scheduling.kv_blocks import BLOCK, blocks_for
 
 PROCESS_BYTES = 600 << 20  # estimate: Python, torch and our kernels, before any weight; measured with SmolLM2
-# A step's tokens bound how long a prompt may hold up the rows that decode: half a second on two cores.
+# Tokens of a step. They bound how long a prompt delays the rows that decode: half a second on two cores.
 BATCH_TOKENS = {"cpu": 256, "cuda": 2048}
 FLOAT32 = 4
 ITEM_BYTES = {"float32": FLOAT32, "bfloat16": 2, "float16": 2}
 
 
 class Shapes(msgspec.Struct, frozen=True):
-    """A model as its config.json describes it. Numbers of elements: the dtype is chosen later."""
+    """A model as its config.json describes it. Sizes in elements, for the dtype is chosen later."""
 
     base: Base  # its digest is empty: no weight was read
     head: str  # the site of the output layer, which LoRA's "all-linear" leaves out
     weights: int  # every parameter, shared ones once
-    packed: int  # the same as a CPU in float32 holds them: linears padded, a tied output layer apart
+    packed: int  # the same packed for a CPU in float32: linears padded, a tied output layer with its own copy
 
     @property
     def linears(self) -> list[Site]:
-        """What LoRA's "all-linear" acts on."""
+        """The sites that LoRA's "all-linear" acts on."""
         return [s for s in self.base.sites.values() if s.kind == "linear" and s.name != self.head]
 
 
 @dataclass(frozen=True)
 class Deployment:
-    """How a server is to be used."""
+    """The planned use of a server."""
 
     dtype: str
     on_cpu: bool
     seqs: int  # rows in a batch
-    context: int  # tokens of prompt and answer of each
+    context: int  # tokens of a row, prompt and answer
     batch_tokens: int  # tokens of a step
-    adapters: int  # that tenants keep
-    slots: int  # of them on the device at once
-    rank: int
+    adapters: int  # published by all tenants
+    slots: int  # adapters on the device at once
+    rank: int  # of every adapter, a LoRA on all linears
 
 
 class MemoryItem(msgspec.Struct, frozen=True):
+    """One line of the estimate."""
+
     what: str
     bytes: int
-    how: str
+    how: str  # it is counted, in words
     where: str  # device, host, disk, or store
 
 
-def footprint(shapes: Shapes, plan: Deployment) -> list[MemoryItem]:
-    """What must fit, and where; on a CPU, device and host are one memory."""
+def estimate_memory(shapes: Shapes, plan: Deployment) -> list[MemoryItem]:
+    """Everything that takes memory, and where; on a CPU, device and host are the same memory."""
     item, one = ITEM_BYTES[plan.dtype], adapter_bytes(shapes, plan.rank, plan.dtype)
     padded = plan.on_cpu and plan.dtype == "float32"
     slots = min(plan.slots, plan.adapters)
@@ -81,20 +83,21 @@ def footprint(shapes: Shapes, plan: Deployment) -> list[MemoryItem]:
 
 
 def token_bytes(base: Base, dtype: str) -> int:
-    """Keys and values of one token, all layers."""
+    """Bytes of one token's keys and values, all layers."""
     return 2 * base.layers * base.kv_heads * base.head_dim * ITEM_BYTES[dtype]
 
 
 def block_bytes(base: Base, dtype: str) -> int:
+    """Bytes of one KV block, all layers."""
     return BLOCK * token_bytes(base, dtype)
 
 
 def adapter_bytes(shapes: Shapes, rank: int, dtype: str) -> int:
-    """A LoRA of this rank on every linear, in a slot or in RAM."""
+    """Bytes of a LoRA of this rank on every linear, in a slot or in RAM."""
     return rank * sum(site.inputs + site.outputs for site in shapes.linears) * ITEM_BYTES[dtype]
 
 
 def _step_bytes(shapes: Shapes, plan: Deployment, item: int) -> int:
-    """Estimate: what one layer's linears give for all tokens, and the logits twice: model's, sampler's."""
+    """Estimate: the outputs of one layer's linears for all tokens, and the logits of model and of sampler."""
     layer = sum(site.outputs for site in shapes.linears) / shapes.base.layers
     return math.ceil(plan.batch_tokens * layer) * item + 2 * plan.seqs * shapes.base.vocab_size * FLOAT32

@@ -1,8 +1,11 @@
-"""Sites that are no linear: norms, and the outputs of a decoder layer's attention and MLP.
+"""Sites that are not linears: norms, and the outputs of a decoder layer's attention and MLP.
 
-Hooks on transformers' own modules. A norm's output is handed to the banks as a linear's is. The norm before
-a sub-block shows the residual stream r; the sub-block's output h is handed to the banks together with it.
-Sub-block sites are named by their path, e.g. "model.layers.0.mlp".
+Both are forward hooks on transformers' own modules. A norm's output goes to the banks as a linear's does. The
+norm before a sub-block receives the residual stream r; the sub-block's output h goes to the banks together
+with it. Sub-block sites are named by their path, e.g. "model.layers.0.mlp".
+
+A hooked module keeps its hook as `polypeft_hook`, for code that runs layers without calling their modules
+(cpu/decoder_layers.py), and a norm its site as `polypeft_site`.
 """
 
 from collections.abc import Iterator, Mapping
@@ -15,12 +18,12 @@ from torch import nn
 from server.adapters.methods.interface import NormParts
 from server.adapters.sites import INNER_NORMS, Site, SiteKind
 from server.engine.model.forward_context import ForwardContext
-from server.engine.model.module_tokens import Seen, norm_width
+from server.engine.model.module_tokens import SeenTokens, norm_width
 
-Blocks = tuple[tuple[str, SiteKind, str], ...]  # (sub-block, kind, the norm before it)
+Sublayers = tuple[tuple[str, SiteKind, str], ...]  # (sub-block, kind, the norm before it)
 
-# How a layer is built, told by the norms it has.
-LAYERS: dict[frozenset[str], Blocks] = {
+# The sub-blocks of a decoder layer, by the names of the norms it has.
+SUBLAYERS_BY_NORMS: dict[frozenset[str], Sublayers] = {
     frozenset({"ln_1", "ln_2"}): (
         ("attn", "attention", "ln_1"),
         ("mlp", "mlp", "ln_2"),
@@ -43,8 +46,8 @@ LAYERS: dict[frozenset[str], Blocks] = {
 }
 
 
-def watch_norms(model: nn.Module, step: ForwardContext, seen: Mapping[str, Seen]) -> dict[str, Site]:
-    """Hook every norm that sees tokens; {site name: site}. Those that see single heads get no hook."""
+def hook_norms(model: nn.Module, step: ForwardContext, seen: Mapping[str, SeenTokens]) -> dict[str, Site]:
+    """Hook every norm that sees tokens: {site name: site}. Norms of single heads get no hook."""
     sites = {}
     for name, norm in norms_of(model):
         bias, width = getattr(norm, "bias", None), norm_width(norm)
@@ -54,8 +57,8 @@ def watch_norms(model: nn.Module, step: ForwardContext, seen: Mapping[str, Seen]
         if inner or name in seen:
             sites[name] = site
         if name in seen and not inner:
-            kept = seen[name] == "kept"
-            hook = norm.polypeft_after = apply_to_norm(site, bias, norm_parts(norm), step, kept=kept)
+            at_head = seen[name] == "logits"
+            hook = norm.polypeft_hook = norm_hook(site, bias, norm_parts(norm), step, at_head=at_head)
             norm.register_forward_hook(hook)
             norm.polypeft_site = site
     return sites
@@ -67,42 +70,43 @@ def norms_of(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 @torch.no_grad()
-def norm_gains(model: nn.Module, seen: Mapping[str, Seen]) -> dict[str, torch.Tensor]:
-    """What each norm multiplies by, [width], by site name: its weight, or as Gemma has it, one more."""
+def norm_gains(model: nn.Module, seen: Mapping[str, SeenTokens]) -> dict[str, torch.Tensor]:
+    """The factors [width] each norm multiplies by, by site name: its weight, or weight + 1 as in Gemma."""
     gains = {}
     for name, norm in norms_of(model):
         if name not in seen:
             continue
         weight, bias = norm.weight, getattr(norm, "bias", None)
         signs = torch.ones_like(weight)
-        signs[1::2] = -1  # mean 0 and mean square 1: every kind of norm leaves it as it is
+        signs[1::2] = -1  # mean 0, mean square 1: every kind of norm keeps its value
         gain = (norm(signs) - (0 if bias is None else bias)) * signs
         gains[name] = weight + 1 if (gain - weight).mean() > 0.5 else weight
     return gains
 
 
-def watch_sublayers(model: nn.Module, layers: int, hidden_size: int, step: ForwardContext) -> dict[str, Site]:
-    """Hook every decoder layer's sub-blocks; {site name: site}.
+def hook_sublayers(model: nn.Module, layers: int, hidden_size: int, step: ForwardContext) -> dict[str, Site]:
+    """Hook the sub-blocks of all `layers` decoder layers: {site name: site}.
 
-    A layer whose norms stand elsewhere than before its sub-blocks, or whose sub-blocks share one, gets none.
+    A layer gets no hooks if its norms are not before its sub-blocks, or if its sub-blocks share one norm.
     """
     sites = {}
     for path, layer in decoder_layers(model, layers):
         norms = frozenset(name for name, _ in layer.named_children() if "norm" in name or "ln_" in name)
-        blocks = LAYERS.get(norms, ())
+        blocks = SUBLAYERS_BY_NORMS.get(norms, ())
         if not all(hasattr(layer, leaf) for leaf, _, _ in blocks):
             continue
         for leaf, kind, norm in blocks:
             site = Site(f"{path}.{leaf}", kind, hidden_size, hidden_size, False)
             sites[site.name] = site
-            getattr(layer, norm).register_forward_pre_hook(keep_residual(step))
+            getattr(layer, norm).register_forward_pre_hook(residual_hook(step))
             block = getattr(layer, leaf)
-            hook = block.polypeft_after = apply_banks(site, step)
+            hook = block.polypeft_hook = sublayer_hook(site, step)
             block.register_forward_hook(hook)
     return sites
 
 
 def decoder_layers(model: nn.Module, count: int) -> Iterator[tuple[str, nn.Module]]:
+    """(path, layer) of the model's `count` decoder layers: the first ModuleList of that length."""
     for path, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:
             yield from ((f"{path}.{i}", layer) for i, layer in enumerate(module))
@@ -111,12 +115,15 @@ def decoder_layers(model: nn.Module, count: int) -> Iterator[tuple[str, nn.Modul
 
 @torch.no_grad()
 def norm_parts(norm: Any) -> NormParts:
-    """How the norm depends on its weight, asked of twins of it: whatever its class, it is linear in that."""
+    """A function of x that splits the norm into (part without the weight, part the weight multiplies).
+
+    Computed by two copies of the norm, with weights 0 and 1: a norm of any class is linear in its weight.
+    """
     zero, one = deepcopy(norm), deepcopy(norm)
-    for twin, weight in ((zero, 0.0), (one, 1.0)):
-        for parameter in twin.parameters():
+    for copy, weight in ((zero, 0.0), (one, 1.0)):
+        for parameter in copy.parameters():
             parameter.zero_()
-        twin.weight.fill_(weight)
+        copy.weight.fill_(weight)
 
     def parts(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         fixed = zero(x)
@@ -125,13 +132,16 @@ def norm_parts(norm: Any) -> NormParts:
     return parts
 
 
-def apply_to_norm(
-    site: Site, bias: torch.Tensor | None, parts: NormParts, step: ForwardContext, *, kept: bool
+def norm_hook(
+    site: Site, bias: torch.Tensor | None, parts: NormParts, step: ForwardContext, *, at_head: bool
 ) -> Any:
-    """`kept`: it sees the tokens that are sampled from."""
+    """A forward hook that lets the banks change a norm's output [..., width].
+
+    `at_head`: the norm sees the tokens that get logits, not all.
+    """
 
     def after_norm(_norm: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        affine, norm = (step.head, step.head_norm) if kept else (step.affine, step.norm)
+        affine, norm = (step.head, step.head_norm) if at_head else (step.affine, step.norm)
         if not affine and not norm:
             return
         x, y = args[0].view(-1, site.outputs), output.view(-1, site.outputs)
@@ -143,14 +153,18 @@ def apply_to_norm(
     return after_norm
 
 
-def keep_residual(step: ForwardContext) -> Any:
+def residual_hook(step: ForwardContext) -> Any:
+    """A forward pre-hook that notes the norm's input, the residual stream, in the context."""
+
     def before_norm(_norm: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         step.residual = args[0]
 
     return before_norm
 
 
-def apply_banks(site: Site, step: ForwardContext) -> Any:
+def sublayer_hook(site: Site, step: ForwardContext) -> Any:
+    """A forward hook that lets the banks change a sub-block's output [..., hidden]."""
+
     def after_block(_block: nn.Module, _args: Any, output: Any) -> None:
         if not step.sublayer:
             return

@@ -1,8 +1,8 @@
-"""Which of a step's tokens each module of the base sees, asked of the model: a small prompt goes through it.
+"""Which of a step's tokens each module of the base sees, found by a probe: a short prompt runs through it.
 
-An adapter can act at a module that sees every token once, or every token that is sampled from. Norms of
-single heads, experts that see some tokens, tables of positions see others: they stay as transformers has
-them, and no adapter may name them.
+An adapter can act at a module that sees every token once, or every token that gets logits. Norms of single
+heads, experts that see some tokens and tables of positions see others: they stay as transformers has them,
+and no adapter may name them.
 """
 
 import logging
@@ -16,17 +16,17 @@ from transformers.pytorch_utils import Conv1D
 
 from server.errors import UnsupportedModel
 
-Seen = Literal["all", "kept"]
+SeenTokens = Literal["all", "logits"]  # every token of the step, or those that get logits
 
-PROMPT = 7  # tokens; a prime, so that no number of heads makes other tokens look like these
-KEPT = 3  # of them have logits
+PROBE_TOKENS = 7  # a prime, so that no number of heads makes another count look like this one
+PROBE_LOGITS = 3  # of these tokens, how many get logits
 
 log = logging.getLogger(__name__)
 
 
 @contextmanager
-def refusing(what: str) -> Iterator[None]:
-    """What a class of transformers raises when it is called as a step calls it becomes UnsupportedModel."""
+def as_unsupported(what: str) -> Iterator[None]:
+    """Turn what a transformers class raises, when it is called as a step calls it, into UnsupportedModel."""
     try:
         yield
     except (TypeError, AttributeError, LookupError, ValueError, RuntimeError, NotImplementedError) as error:
@@ -35,8 +35,8 @@ def refusing(what: str) -> Iterator[None]:
 
 
 @contextmanager
-def own_attention(model: Any) -> Iterator[None]:
-    """The model attends by transformers' own plain code meanwhile."""
+def eager_attention(model: Any) -> Iterator[None]:
+    """Inside, the model attends by transformers' own plain code."""
     before = model.config._attn_implementation  # noqa: SLF001 - has no public name
     model.set_attn_implementation("eager")
     try:
@@ -46,55 +46,59 @@ def own_attention(model: Any) -> Iterator[None]:
 
 
 @torch.inference_mode()
-def module_tokens(model: Any) -> Mapping[str, Seen]:
-    """By name, of linears, embeddings and norms that an adapter can act at.
+def module_tokens(model: Any) -> Mapping[str, SeenTokens]:
+    """Which tokens they see, by module name, of the linears, embeddings and norms that an adapter can act at.
 
     Raises UnsupportedModel if the model's class cannot be called as a step calls it.
     """
     device = next(model.parameters()).device
-    ids = torch.arange(1, PROMPT + 1, device=device) % model.config.vocab_size
+    ids = torch.arange(1, PROBE_TOKENS + 1, device=device) % model.config.vocab_size
     counts: dict[str, set[int]] = {}
     hooks = [
-        module.register_forward_pre_hook(_note(counts.setdefault(name, set()), module, ids))
+        module.register_forward_pre_hook(_count_tokens(counts.setdefault(name, set()), module, ids))
         for name, module in model.named_modules()
-        if _width(module)
+        if _input_width(module)
     ]
     try:
-        with own_attention(model), refusing("its class cannot be called for packed tokens"):
-            kept = torch.arange(PROMPT - KEPT, PROMPT, device=device)
-            logits = logits_of(model, ids, torch.arange(PROMPT, device=device), kept)
+        with eager_attention(model), as_unsupported("its class cannot be called for packed tokens"):
+            last = torch.arange(PROBE_TOKENS - PROBE_LOGITS, PROBE_TOKENS, device=device)
+            logits = logits_of(model, ids, torch.arange(PROBE_TOKENS, device=device), last)
     finally:
         for hook in hooks:
             hook.remove()
-    if logits.shape != (KEPT, model.config.vocab_size):
+    if logits.shape != (PROBE_LOGITS, model.config.vocab_size):
         raise UnsupportedModel(
-            f"asked for logits of {KEPT} tokens over {model.config.vocab_size} words, "
+            f"asked for logits of {PROBE_LOGITS} tokens over {model.config.vocab_size} words, "
             f"it gives {' x '.join(map(str, logits.shape))}"
         )
-    kinds: dict[frozenset[int], Seen] = {frozenset({PROMPT}): "all", frozenset({KEPT}): "kept"}
-    return {name: kinds[own] for name, found in counts.items() if (own := frozenset(found)) in kinds}
+    kinds: dict[frozenset[int], SeenTokens] = {
+        frozenset({PROBE_TOKENS}): "all",
+        frozenset({PROBE_LOGITS}): "logits",
+    }
+    return {name: kinds[frozenset(seen)] for name, seen in counts.items() if frozenset(seen) in kinds}
 
 
 def logits_of(
-    model: Any, ids: torch.Tensor, positions: torch.Tensor | None, kept: torch.Tensor | None = None
+    model: Any, ids: torch.Tensor, positions: torch.Tensor | None, logit_tokens: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """float32 [tokens, vocabulary] of one sequence, by the model's own classes; `kept`: of these tokens.
+    """float32 [tokens, vocabulary] of one sequence `ids` int64 [T], by the model's own classes.
 
-    `positions`: None leaves it to the class to count them.
+    `positions` int64 [T]; None: the class counts them itself. `logit_tokens`: indices of the tokens whose
+    logits are computed; None: all.
     """
-    given = {}
+    arguments = {}
     if positions is not None:
-        given["position_ids"] = positions[None]
+        arguments["position_ids"] = positions[None]
         # without a mask transformers takes a jump of positions for the start of another sequence
-        given["attention_mask"] = torch.ones_like(ids)[None]
-    keep = 0 if kept is None else kept
-    output = model(input_ids=ids[None], use_cache=False, logits_to_keep=keep, **given)
+        arguments["attention_mask"] = torch.ones_like(ids)[None]
+    logits_to_keep = 0 if logit_tokens is None else logit_tokens
+    output = model(input_ids=ids[None], use_cache=False, logits_to_keep=logits_to_keep, **arguments)
     logits: torch.Tensor = output.logits[0].float()
     return logits
 
 
-def _width(module: Any) -> int:
-    """Numbers that a module sees of each token; 0 if no adapter acts at its kind."""
+def _input_width(module: Any) -> int:
+    """Numbers a module sees of each token; 0 for kinds of modules at which no adapter acts."""
     if isinstance(module, nn.Linear):
         return module.in_features
     if isinstance(module, Conv1D):
@@ -105,19 +109,19 @@ def _width(module: Any) -> int:
 
 
 def norm_width(module: Any) -> int:
-    """Numbers that a norm sees of each token; 0 if the module is none: it has no weight for each of them."""
+    """Numbers a norm sees of each token; 0 if the module is no norm: it has no 1-D weight."""
     weight = getattr(module, "weight", None)
     return len(weight) if isinstance(weight, nn.Parameter) and weight.dim() == 1 else 0
 
 
-def _note(counts: set[int], module: nn.Module, ids: torch.Tensor) -> Any:
-    """A hook that adds how many tokens the module sees: 0 if an embedding sees anything but their ids."""
+def _count_tokens(counts: set[int], module: nn.Module, ids: torch.Tensor) -> Any:
+    """A hook that adds to `counts` the number of tokens it sees; 0 if an embedding sees others than `ids`."""
 
     def before(_module: nn.Module, args: tuple[Any, ...]) -> None:
         x = args[0] if args and isinstance(args[0], torch.Tensor) else None
         if x is None or (isinstance(module, nn.Embedding) and not torch.equal(x.flatten(), ids)):
             counts.add(0)
         else:
-            counts.add(x.numel() // _width(module))
+            counts.add(x.numel() // _input_width(module))
 
     return before

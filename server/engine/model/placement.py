@@ -1,4 +1,4 @@
-"""Where the model runs, and in which dtype."""
+"""Choose where the model runs and in which number formats, from the settings and the machine."""
 
 import os
 import tempfile
@@ -15,9 +15,11 @@ from server.settings import Settings
 
 
 def choose_placement(settings: Settings) -> Placement:
-    """CPU in float32 (AVX2 has no fast bfloat16), CUDA in bfloat16, unless told otherwise.
+    """CUDA in bfloat16 if there is a device, else a CPU in float32 (AVX2 has no fast bfloat16), unless the
+    settings say otherwise.
 
-    Also sets how many threads torch's operators and our kernels use.
+    Also sets how many threads torch's operators and our kernels use. Raises StartupError for settings that
+    this machine cannot meet.
     """
     cuda = torch.cuda.is_available()
     if settings.device == "cuda" and not cuda:
@@ -25,23 +27,23 @@ def choose_placement(settings: Settings) -> Placement:
     device = torch.device("cuda" if cuda and settings.device != "cpu" else "cpu")
     if gpu.chosen(device):
         check_compiler()
-    wanted = (
+    dtype = (
         settings.dtype if settings.dtype != "auto" else ("bfloat16" if device.type == "cuda" else "float32")
     )
-    if settings.quantize == "int8" and (device.type != "cpu" or wanted != "float32" or not AVAILABLE):
+    if settings.quantize == "int8" and (device.type != "cpu" or dtype != "float32" or not AVAILABLE):
         rule = "needs a CPU, float32, and numba with torch's own libgomp"
-        raise StartupError(f"--quantize int8 {rule}; here is {device.type}, {wanted}.", param="quantize")
+        raise StartupError(f"--quantize int8 {rule}; here is {device.type}, {dtype}.", param="quantize")
     torch.set_num_threads(settings.threads or len(os.sched_getaffinity(0)))
     return Placement(
         device,
-        getattr(torch, wanted),
+        getattr(torch, dtype),
         "int8" if settings.quantize == "int8" else "float32",
-        rounded=settings.lora_dtype == "bfloat16",
+        lora_bfloat16=settings.lora_dtype == "bfloat16",
     )
 
 
 def check_compiler() -> None:
-    """Compile the C part of Triton's driver now, as Triton does at its first launch, and keep nothing of it.
+    """Compile the C part of Triton's driver, as Triton does at its first launch, and discard the result.
 
     Raises StartupError where there is no C compiler (CC, else gcc or clang on the PATH) or no Python.h.
     """

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from server.adapters.methods.interface import Start
-from server.engine.model.forward_context import ForwardContext, scores_of
+from server.engine.model.forward_context import ForwardContext, read_attention_options
 from server.kernels.cpu.paged_attention import AttentionOptions, prefill_attention
 
 Pair = tuple[torch.Tensor, torch.Tensor]  # K and V [kv_heads, n, head_dim]
@@ -76,7 +76,7 @@ def attend_within(
 ) -> tuple[torch.Tensor, None]:
     """What transformers calls for each layer: [1, T, heads, head_dim]. Raises UnsupportedModel."""
     step: TrainingStep = module.polypeft_step
-    scores = scores_of(module, step, query, attention_mask, options)
+    scores = read_attention_options(module, step, query, attention_mask, options)
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     return step.attend(module.layer_idx, q, k, v, scores)[None], None
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from server.engine.cpu.decoder_layers import LayerParts, by_head, is_built_as_llama
-from server.engine.cpu.verified_swap import PROBE, probe, swap_forward_if_equal
+from server.engine.cpu.verified_swap import PROBE_TOKENS, probe_states, swap_forward_if_equal
 from server.engine.model.module_hooks import decoder_layers
 from server.finetune.modeling.attention import TrainingStep
 from server.finetune.modeling.autograd_functions import gated, norm, norm_of_sum, turned
@@ -33,22 +33,22 @@ class TrainedLayer(LayerParts):
         step, attention, (first, second) = self.step, self.attention, self.norms
         step.residual = stream
         normed = norm(stream, self.fast_norms[0])
-        first.polypeft_after(first, (stream,), normed)
+        first.polypeft_hook(first, (stream,), normed)
         k = self._turned(attention.k_proj(normed), cos, sin, self.head_norms[1])
         v = by_head(attention.v_proj(normed), self.dim)
         if places is not None:
             stream, normed, cos, sin = (x.index_select(0, places) for x in (stream, normed, cos, sin))
         q = self._turned(attention.q_proj(normed), cos, sin, self.head_norms[0])
-        seen = step.attend(self.index, q, k, v, self.scores, kept=places is not None)
+        seen = step.attend(self.index, q, k, v, self.options, kept=places is not None)
         added = attention.o_proj(seen.flatten(1))
         step.residual = stream
-        attention.polypeft_after(attention, None, added)
+        attention.polypeft_hook(attention, None, added)
 
         stream, normed = norm_of_sum(stream, added, self.fast_norms[1])
         step.residual = stream
-        second.polypeft_after(second, (stream,), normed)
+        second.polypeft_hook(second, (stream,), normed)
         added = self.mlp.down_proj(gated(self.mlp.gate_proj(normed), self.mlp.up_proj(normed)))
-        self.mlp.polypeft_after(self.mlp, None, added)
+        self.mlp.polypeft_hook(self.mlp, None, added)
         result: torch.Tensor = stream + added
         return result
 
@@ -98,5 +98,5 @@ def install_training_layers(model: Any, step: TrainingStep) -> TrainedDecoder | 
 
 
 def _states(model: Any, step: TrainingStep) -> torch.Tensor:
-    step.lengths = [PROBE]
-    return probe(model)
+    step.lengths = [PROBE_TOKENS]
+    return probe_states(model)

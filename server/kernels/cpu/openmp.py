@@ -156,7 +156,7 @@ class Recorder:
         global _recorder
         _recorder = None
 
-    def turn(self) -> None:
+    def next_layer(self) -> None:
         """What was taken before the last turn may be written over: nobody reads it any more."""
         self._turn, self._taken = 1 - self._turn, 0
 

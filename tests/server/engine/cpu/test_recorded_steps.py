@@ -19,7 +19,7 @@ RECORDABLE = ("lora", "dora", "bottleneck", "prefix", "prompt", "bitfit")
 def programs(s: Stand) -> RecordedSteps:
     decoder = s.engine.model.decoder
     assert decoder is not None, "this family runs by kernels"
-    return decoder.programs
+    return decoder.recorded_steps
 
 
 def commands(s: Stand, refs: list[AdapterRef | None], new: int = 12) -> list[Generate]:
@@ -80,7 +80,7 @@ def test_a_program_serves_whoever_has_the_slots_now(
     plain = [logits_of(s, asked, monkeypatch, recorded=False) for asked in batches]
     recorded = [logits_of(s, asked, monkeypatch, recorded=True) for asked in batches]
     assert programs(s).runs > 20
-    whole = [need for need in programs(s).recorded if need.tokens == 3 and not need.ahead]
+    whole = [need for need in programs(s).recorded if need.tokens == 3 and not need.multi_token_rows]
     assert 0 < len(whole) < len(batches), "several batches shared a program"
     banks = {bank for need in programs(s).recorded for bank, _ in need.affine}
     assert banks <= set(s.engine.model.step.banks.values()), "steps that are timed are not recorded"
@@ -100,7 +100,7 @@ def test_guesses_are_in_programs_too(stand: Callable[..., Stand], monkeypatch: p
     for _ in range(2):
         for done, before in zip(run(s.engine, asked), expected, strict=True):
             same(done, before)
-    assert any(need.ahead for need in programs(s).recorded)
+    assert any(need.multi_token_rows for need in programs(s).recorded)
 
 
 def test_prompts_come_in_programs_beside_rows_that_decode(
@@ -110,7 +110,7 @@ def test_prompts_come_in_programs_beside_rows_that_decode(
         "server.engine.metrics.step_timer.EVERY", 1 << 30
     )  # steps that are timed are not recorded
     s = stand("llama", 2, lookup_tokens=0, prefix_cache=False)
-    s.engine.model.step.most_pairs = 64 * 64
+    s.engine.model.step.max_in_place_pairs = 64 * 64
     sampling = Sampling(max_tokens=12, temperature=0.0, ignore_eos=True)
     lengths = (5, 40, 150, 20)  # the third is long: while its chunk is computed, all goes layer by layer
     asked = [Generate(f"{i}", "t", s.prompt(i, n), sampling, s.refs[i % 2]) for i, n in enumerate(lengths)]
@@ -133,7 +133,7 @@ def test_prompts_come_in_programs_beside_rows_that_decode(
     plain = in_turn(recorded=False)
     assert programs(s).runs == 0
     recorded = in_turn(recorded=True)
-    assert {need.tokens for need in programs(s).recorded if need.ahead} == {5, 41, 23}
+    assert {need.tokens for need in programs(s).recorded if need.multi_token_rows} == {5, 41, 23}
     assert all(torch.equal(plain[row], recorded[row]) for row in plain)
 
 
@@ -164,7 +164,7 @@ def test_biases_alone_need_no_launch_of_their_own(stand: Callable[..., Stand]) -
 
 
 def test_few_programs_are_kept(stand: Callable[..., Stand], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server.engine.cpu.recorded_steps.MOST", 2)
+    monkeypatch.setattr("server.engine.cpu.recorded_steps.MAX_RECORDED", 2)
     s = stand("llama", 2, lookup_tokens=0)
     for count in (1, 2, 3, 4):
         run(s.engine, commands(s, [*s.refs, None, None][:count]))

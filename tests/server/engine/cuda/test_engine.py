@@ -131,7 +131,7 @@ def test_steps_begun_ahead_serve_those_that_stay(on_gpu: Pair, monkeypatch: pyte
     """Rows that a token ends, that come later, that are drawn with penalties and tell logprobs: as if no step
     began before the tokens of the one before it were known.
     """
-    monkeypatch.setattr("server.engine.cuda.cuda_graphs.AFTER", 1)
+    monkeypatch.setattr("server.engine.cuda.cuda_graphs.RECORD_AFTER", 1)
     ours, plain = on_gpu("llama")
 
     def commands(s: Stand, stop: int | None) -> list[Generate]:
@@ -178,7 +178,7 @@ def test_steps_begun_ahead_serve_those_that_stay(on_gpu: Pair, monkeypatch: pyte
 
 def test_steps_ahead_where_memory_is_short(on_gpu: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows that lose their blocks, or get none for the token to come, say what they would have said."""
-    monkeypatch.setattr("server.engine.cuda.cuda_graphs.AFTER", 1)
+    monkeypatch.setattr("server.engine.cuda.cuda_graphs.RECORD_AFTER", 1)
     ours, plain = on_gpu("llama")
 
     def commands(s: Stand) -> list[Generate]:

@@ -48,7 +48,7 @@ def test_each_token_sees_its_own_row(shape: list[tuple[int, int]], scores: Atten
     twins = (keys.clone(), values.clone())
     batch = GpuBatch.of(rows, DEVICE)
     found = batch.attend(q, k, v, keys, values, scores)
-    write_pages(*twins, k, v, batch.places)
+    write_pages(*twins, k, v, batch.kv_positions)
     assert torch.equal(keys, twins[0])
     start = 0
     for row in rows:

@@ -15,7 +15,7 @@ from server.engine.model.memory_estimate import (
     Shapes,
     adapter_bytes,
     block_bytes,
-    footprint,
+    estimate_memory,
     token_bytes,
 )
 from server.messages import Generate, Sampling
@@ -27,7 +27,7 @@ SEQS, CONTEXT, SLOTS = 3, 100, 2
 
 
 def held_by(site: LinearSite) -> tuple[torch.Tensor, ...]:
-    return site.fast.parts if site.fast else (site.held,)
+    return site.packed.parts if site.packed else (site.plain_weight,)
 
 
 def held_bytes(engine: Engine) -> int:
@@ -53,7 +53,7 @@ def plan(dtype: str = "float32", rank: int = 4) -> Deployment:
 
 
 def said(shapes: Shapes, what: str, dtype: str = "float32") -> int:
-    return next(part.bytes for part in footprint(shapes, plan(dtype)) if part.what == what)
+    return next(part.bytes for part in estimate_memory(shapes, plan(dtype)) if part.what == what)
 
 
 def engine_of(model: Path, folder: Path, dtype: str, kv: int) -> Engine:

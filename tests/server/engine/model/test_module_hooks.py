@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from server.engine.model.forward_context import ForwardContext
-from server.engine.model.module_hooks import watch_sublayers
+from server.engine.model.module_hooks import hook_sublayers
 from server.errors import InvalidAdapter
 from tests.fixtures.adapters import make_bottleneck
 from tests.fixtures.engine import Stand, publish, run, same
@@ -56,7 +56,7 @@ SITES = [
 def test_a_layer_of_another_shape_has_no_place_for_adapters(config: Any, expected: list[str]) -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    assert list(watch_sublayers(model, 2, 16, ForwardContext())) == expected
+    assert list(hook_sublayers(model, 2, 16, ForwardContext())) == expected
 
 
 def test_bottleneck_adapters_are_refused_there_in_a_sentence(
