@@ -103,7 +103,7 @@ def build_app(settings: Settings, tracing: Tracing | None = None) -> FastAPI:
         work = asyncio.create_task(_work(services, loops))
         app.state.services = services
         if settings.api_processes > 1:  # take no connection that another serves better, a scrape included
-            await services.engine.told(TOLD_SECONDS)
+            await services.engine.wait_for_stats(TOLD_SECONDS)
         try:
             yield
         finally:
@@ -150,7 +150,7 @@ def build_services(settings: Settings) -> Services:
     redis = connect(settings.redis_url)
     redis.on_call = metrics.on_valkey_call
     engine = EngineClient(settings.engine_socket, on_stats=metrics.absorb)
-    metrics.engine_up = lambda: engine.answers
+    metrics.engine_up = lambda: engine.responsive
     queue = WorkerQueue(settings.redis_url)
     objects = Objects.open(settings.store_url, settings.store_config)
     objects.on_call = metrics.on_store_call

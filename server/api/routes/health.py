@@ -26,7 +26,7 @@ async def healthz(parts: Deps) -> Response:
     503 when the engine has said nothing for so long that `serve` must have failed to end it: for HUNG times
     the longest that a request may take, so that no row waits for it.
     """
-    silence = parts.engine.silence
+    silence = parts.engine.silent_seconds
     if silence > HUNG * parts.settings.request_seconds:
         return json_response({"status": "hangs", "engine": {"silent_seconds": round(silence, 1)}}, 503)
     return json_response({"status": "ok"})
@@ -41,7 +41,7 @@ async def readyz(parts: Deps) -> Response:
     """
     checks = {
         "accepting": not parts.draining,
-        "engine": parts.engine.answers,
+        "engine": parts.engine.responsive,
         "control_store": await _store_answers(parts),
     }
     ready = all(checks.values())
@@ -50,7 +50,9 @@ async def readyz(parts: Deps) -> Response:
         "status": "ready" if ready else "not ready",
         "checks": checks,
         "object_store": {"breaker": parts.objects.breaker.state},
-        "engine": {"silent_seconds": round(parts.engine.silence, 1)},  # what it is sent now waits that long
+        "engine": {
+            "silent_seconds": round(parts.engine.silent_seconds, 1)
+        },  # what it is sent now waits that long
     }
     return json_response(body, 200 if ready else 503, {} if ready else {"Retry-After": "1"})
 

@@ -184,7 +184,9 @@ class DecodeGraphs:
 
     def forward(self, rows: list[Row]) -> torch.Tensor | None:
         """Logits [rows, vocabulary], good until the next replay; None if this step is not recorded."""
-        if not all(row.scheduled == 1 and row.completes and row.computed >= row.virtual for row in rows):
+        if not all(
+            row.scheduled == 1 and row.completes and row.computed >= row.num_virtual_tokens for row in rows
+        ):
             return None  # some are in prefill
         need = None if self.off else self.variant(rows)
         if need is None:

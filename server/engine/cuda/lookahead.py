@@ -46,12 +46,12 @@ class Lookahead:
         For those that have not reached their length, and that there is `room` for, in blocks for so many
         tokens. Not at all while a row is in prefill, or if there is no recorded step that serves them.
         """
-        if self.off or not all(row.completes and not row.guess for row in rows):
+        if self.off or not all(row.completes and not row.draft for row in rows):
             return
         going = [
             (i, row)
             for i, row in enumerate(rows)
-            if row.left(self._max_context) > 1 and room(row, len(row.tokens) + 1)
+            if row.remaining_output(self._max_context) > 1 and room(row, len(row.tokens) + 1)
         ]
         if not going:
             return
