@@ -203,7 +203,7 @@ def decode(figures: Figures, engine: Engine, clock: Clock, refs: list[AdapterRef
     for repeat in range(-1, job.repeats):  # the first round compiles, records, loads
         before = model.graphs.replays
         for name, off in arms:
-            model.ahead.off = off
+            model.lookahead.off = off
             seconds = seconds_of_steps(engine, uses[name], job.prompt, job.steps)
             if repeat >= 0:
                 found[name, off] += seconds
@@ -211,9 +211,9 @@ def decode(figures: Figures, engine: Engine, clock: Clock, refs: list[AdapterRef
     rates: dict[bool, list[float]] = {False: [], True: []}
     for _ in range(1 + job.repeats):
         for off, own in rates.items():
-            model.ahead.off = off
+            model.lookahead.off = off
             own.append(rate_of_churn(engine, uses["LoRA"], job.prompt, job.steps))
-    model.ahead.off = False
+    model.lookahead.off = False
     figures.churn = {
         "none begun ahead" if off else "begun ahead": median(own[1:]) for off, own in rates.items()
     }

@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 
 from server.engine.metrics.counters import EngineMetrics
-from server.engine.metrics.step_timer import EVERY, StepTimer, Timed
+from server.engine.metrics.step_timer import SAMPLE_EVERY, StepTimer, TimedBank
 from server.engine.scheduling.row import Row
 from server.messages import AdapterRef, Generate, Sampling, Stats, decode_event, encode
 from server.metrics import Metrics
@@ -70,14 +70,14 @@ def of_engine(console: Console) -> None:
             figures.observe("batch_tokens", ROWS)
 
         def end() -> None:
-            figures.ended(rows[int(time.perf_counter() * 1e6) % 200], 2.0)
+            figures.record_end(rows[int(time.perf_counter() * 1e6) % 200], 2.0)
 
         def report() -> None:
             figures.review(time.monotonic())
             encode(figures.report("boot", {}, []))
 
         bank = Nothing()
-        timed = Timed(bank, clock.spent)  # type: ignore[arg-type]
+        timed = TimedBank(bank, clock.time_call)  # type: ignore[arg-type]
         parts = {
             "phases and batch": seconds(step, 2000),
             "rows that end": seconds(end, 2000) * ROWS / TOKENS,
@@ -85,7 +85,7 @@ def of_engine(console: Console) -> None:
                 seconds(lambda: timed.affine(1, 2, 3), 20_000) - seconds(lambda: bank.affine(1, 2, 3), 20_000)
             )
             * SITES
-            / EVERY,
+            / SAMPLE_EVERY,
             "report, once a second": seconds(report, 50) * STEP_SECONDS,
         }
         for name, cost in parts.items():
@@ -98,7 +98,7 @@ def of_api(console: Console) -> None:
     metrics = Metrics("model", multiprocess_dir())
     figures = EngineMetrics(None, "ids", TOP)
     for number in range(200):
-        figures.ended(row(number), 2.0)
+        figures.record_end(row(number), 2.0)
     message = encode(figures.report("boot", {}, []))
 
     def token() -> None:

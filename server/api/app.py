@@ -101,7 +101,7 @@ def build_app(settings: Settings, tracing: Tracing | None = None) -> FastAPI:
         background = asyncio.create_task(_run_loops(services, loops))
         app.state.services = services
         if settings.api_processes > 1:  # accept no connection, a scrape included, that another serves better
-            await services.engine.told(FIRST_REPORT_SECONDS)
+            await services.engine.wait_for_stats(FIRST_REPORT_SECONDS)
         try:
             yield
         finally:
@@ -150,7 +150,7 @@ def build_services(settings: Settings) -> Services:
     redis = connect(settings.redis_url)
     redis.on_call = metrics.on_valkey_call
     engine = EngineClient(settings.engine_socket, on_stats=metrics.absorb)
-    metrics.engine_up = lambda: engine.answers
+    metrics.engine_up = lambda: engine.responsive
     objects = Objects.open(settings.store_url, settings.store_config)
     objects.on_call = metrics.on_store_call
     metrics.breaker = lambda: objects.breaker.state

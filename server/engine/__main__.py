@@ -62,13 +62,13 @@ class EngineServer:
     def run(self) -> None:
         self.watchdog.start()
         while not self.stopping:
-            self.engine.clock.next_turn()
+            self.engine.clock.next_iteration()
             self.drain()
             if self.engine.busy:
                 self.deliver(self.engine.step())
             for checked in self.engine.checked():
-                self.tell(checked)
-            self.report()
+                self.send_result(checked)
+            self.send_stats()
 
     def stop(self, *_signal: object) -> None:
         self.stopping = True
@@ -92,7 +92,7 @@ class EngineServer:
             log.exception("A command of %d bytes could not be read", len(frame))
             return
         try:
-            self.obey(peer, command)
+            self.execute(peer, command)
         except Exception as error:  # noqa: BLE001 - whatever it is, and `as_polypeft_error` logs it
             self.engine.counts["internal_errors"] += 1
             fault = as_polypeft_error(error, f"this {type(command).__name__}")
@@ -102,9 +102,9 @@ class EngineServer:
                         self.engine.submit(Cancel(row.id))
                     self.deliver([Chunk.failure(row.id, fault) for row in rows])
                 case Check(id=id_):
-                    self.tell(Checked(id_, (fault.code, fault.message, fault.param)))
+                    self.send_result(Checked(id_, (fault.code, fault.message, fault.param)))
 
-    def obey(self, peer: bytes, command: Command) -> None:
+    def execute(self, peer: bytes, command: Command) -> None:
         match command:
             case Hello():
                 self.peers.add(peer)
@@ -129,12 +129,12 @@ class EngineServer:
         for peer, own in by_peer.items():
             self.send(peer, Chunks(own))
 
-    def tell(self, checked: Checked) -> None:
+    def send_result(self, checked: Checked) -> None:
         """Whoever asked for it."""
         if peer := self.owner.pop(checked.id, None):
             self.send(peer, checked)
 
-    def report(self) -> None:
+    def send_stats(self) -> None:
         """Figures for /metrics, about once a second, between two steps."""
         now = time.monotonic()
         if now < self.next_stats:

@@ -1,4 +1,4 @@
-"""An engine's adapters: the loader that fetches them, and the cache of those on the device."""
+"""Builds the adapter loader, the device cache and the banks of an engine."""
 
 from adapters_store.object_store.store import Objects
 from server.adapters.cache.device_cache import AdapterCache
@@ -18,11 +18,11 @@ from server.settings import Settings
 def build_adapters(
     settings: Settings, model: ServedModel, placement: Placement
 ) -> tuple[Loader, AdapterCache]:
-    """Both over one set of tenants' shares; their banks are the model's from here on."""
+    """The loader and the device cache, with common fair shares. Installs the banks in `model`."""
     methods = build_methods(settings.max_lora_rank, placement.narrow)
-    size = (model.base, settings.adapter_slots, placement.device, placement.dtype)
-    made: dict[type[Bank], Bank] = {kind: kind(*size) for kind in {m.bank for m in methods.values()}}
-    banks = {name: made[method.bank] for name, method in methods.items()}
+    bank_size = (model.base, settings.adapter_slots, placement.device, placement.dtype)
+    by_type: dict[type[Bank], Bank] = {kind: kind(*bank_size) for kind in {m.bank for m in methods.values()}}
+    banks = {name: by_type[method.bank] for name, method in methods.items()}
     model.install(banks)
     shares = FairShares()
     loader = Loader(

@@ -1,4 +1,4 @@
-"""A request's way into the queue: checked, admitted whole or refused whole, its schemas compiled."""
+"""Admission of requests to the queue: checks limits, compiles schemas. All rows are admitted, or none."""
 
 import time
 from collections import Counter
@@ -15,21 +15,23 @@ from server.messages import Chunk, Generate
 
 
 class Admission:
+    """Between `Engine.submit` and the queue of the scheduler."""
+
     def __init__(self, scheduler: Scheduler, grammars: Grammars, max_queue: int) -> None:
         self.scheduler = scheduler
         self.cache = scheduler.cache
         self.grammars = grammars
         self.max_context = scheduler.max_context
         self.capacity = scheduler.max_seqs + max_queue
-        self.refused: list[Chunk] = []  # the loop takes them
-        self.compiling: dict[str, tuple[Row, Future[Any]]] = {}
+        self.refused: list[Chunk] = []  # until the engine reports them
+        self.compiling: dict[str, tuple[Row, Future[Any]]] = {}  # rows whose schema is being compiled
 
     def close(self) -> None:
         self.grammars.close()
 
     def accept(self, rows: tuple[Generate, ...]) -> None:
-        """The rows of one request, all of them or none."""
-        error = next(filter(None, map(self._misfit, rows)), None) or self._full(rows)
+        """Admit the rows of one request: all of them or none."""
+        error = next(filter(None, map(self._error_of, rows)), None) or self._over_limit(rows)
         if error:
             self.refused += [Chunk.failure(row.id, error) for row in rows]
             return
@@ -37,11 +39,11 @@ class Admission:
             self._enqueue(command)
 
     def cancel(self, id_: str) -> None:
-        """A row whose schema is being compiled is wanted no more."""
+        """Drop a row whose schema is being compiled."""
         self.compiling.pop(id_, None)
 
-    def take_compiled(self) -> None:
-        """Rows whose grammar has been compiled join the queue."""
+    def enqueue_compiled(self) -> None:
+        """Queue the rows whose schema has been compiled; refuse those whose schema failed."""
         for id_, (row, future) in [*self.compiling.items()]:
             if future.done():
                 del self.compiling[id_]
@@ -56,10 +58,12 @@ class Admission:
                     )
 
     def take_refused(self) -> list[Chunk]:
-        taken, self.refused = self.refused, []
-        return taken
+        """Chunks of the rows refused since the last call."""
+        refused, self.refused = self.refused, []
+        return refused
 
-    def _misfit(self, command: Generate) -> PolypeftError | None:
+    def _error_of(self, command: Generate) -> PolypeftError | None:
+        """The error of a row that can never run here."""
         length = len(command.prompt)
         if not 0 < length < self.max_context:
             return ContextTooLong(
@@ -72,13 +76,14 @@ class Admission:
             )
         return None
 
-    def _full(self, rows: tuple[Generate, ...]) -> PolypeftError | None:
+    def _over_limit(self, rows: tuple[Generate, ...]) -> PolypeftError | None:
+        """The error of a request that exceeds the limits of capacity.py."""
         compiling = Counter(row.command.tenant for row, _ in self.compiling.values())
         weights = {row.command.tenant: row.command.weight for row, _ in self.compiling.values()}
-        held = {tenant: TenantLoad(count, weights[tenant]) for tenant, count in compiling.items()}
+        loads = {tenant: TenantLoad(count, weights[tenant]) for tenant, count in compiling.items()}
         for tenant, queue in self.scheduler.queues.by_tenant.items():
-            held[tenant] = TenantLoad(queue.held + compiling[tenant], queue.weight)
-        return refusal(rows[0].tenant, len(rows), rows[0].weight, held, self.capacity)
+            loads[tenant] = TenantLoad(queue.num_rows + compiling[tenant], queue.weight)
+        return refusal(rows[0].tenant, len(rows), rows[0].weight, loads, self.capacity)
 
     def _enqueue(self, command: Generate) -> None:
         row = Row(
@@ -87,10 +92,10 @@ class Admission:
             tokens=list(command.prompt),
             prompt_length=len(command.prompt),
         )
-        for use in row.uses:  # while the row is in line
-            row.cold |= not self.cache.has(use.adapter)
+        for use in row.uses:  # they load while the row waits
+            row.cold_start |= not self.cache.has(use.adapter)
             self.cache.prefetch(use.adapter)
-        row.timing.arrived = row.since = time.time()
+        row.timing.arrived = row.waits_since = time.time()
         if command.sampling.grammar is None:
             self.scheduler.add(row)
         else:

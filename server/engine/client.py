@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 SILENCE_SECONDS = 10.0  # without a word from the engine (it beats each second) it does not answer
 HELLO_SECONDS = 0.5
 DEADLINE_GRACE_SECONDS = 0.5  # the engine ends a late row itself; past this we do
-OUTBOX = 10_000  # commands queued for an engine that does not read
+MAX_QUEUED_COMMANDS = 10_000  # commands queued for an engine that does not read
 
 _Inbox = asyncio.Queue[m.Chunk]
 _LOST = "The engine stopped while it worked on this request; send it again."
@@ -43,8 +43,8 @@ class EngineClient:
         self._address = address
         self._on_stats = on_stats
         self._boot: str | None = None
-        self._told = asyncio.Event()  # set while there is a boot whose figures we have
-        self._heard = 0.0
+        self._stats_received = asyncio.Event()  # set while there is a boot whose figures we have
+        self._last_received = 0.0
         self._rows: dict[str, _Inbox] = {}
         self._checks: dict[str, asyncio.Future[m.Checked]] = {}
         self._tasks: list[asyncio.Task[None]] = []
@@ -59,14 +59,14 @@ class EngineClient:
         return self._boot is not None
 
     @property
-    def answers(self) -> bool:
+    def responsive(self) -> bool:
         """It is ready, and spoke within the last SILENCE_SECONDS: what it is sent, it does now."""
-        return self.ready and self.silence < SILENCE_SECONDS
+        return self.ready and self.silent_seconds < SILENCE_SECONDS
 
     @property
-    def silence(self) -> float:
+    def silent_seconds(self) -> float:
         """Seconds since the last word of an engine that is there; 0 while there is none."""
-        return time.monotonic() - self._heard if self.ready else 0.0
+        return time.monotonic() - self._last_received if self.ready else 0.0
 
     @property
     def rows(self) -> int:
@@ -78,27 +78,32 @@ class EngineClient:
         self._context = zmq.asyncio.Context()
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.setsockopt(zmq.LINGER, 0)
-        self._socket.setsockopt(zmq.SNDHWM, OUTBOX)
+        self._socket.setsockopt(zmq.SNDHWM, MAX_QUEUED_COMMANDS)
         self._socket.setsockopt(zmq.RCVHWM, 0)  # rows are capped: dropping a chunk would hang one
         self._socket.connect(self._address)
         self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         self._beats = self._context.socket(zmq.SUB)
         self._beats.connect(m.beat_address(self._address))
         self._beats.subscribe(b"")
-        loops = (self._receive(self._socket), self._receive(self._beats), self._watch(), self._hang_up())
+        loops = (
+            self._receive(self._socket),
+            self._receive(self._beats),
+            self._watch_silence(),
+            self._watch_disconnects(),
+        )
         self._tasks = [asyncio.create_task(loop) for loop in loops]
 
-    async def told(self, seconds: float) -> None:
+    async def wait_for_stats(self, seconds: float) -> None:
         """Returns when the engine has answered and told its figures, or after so long without that."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
-                await self._told.wait()
+                await self._stats_received.wait()
 
     async def close(self) -> None:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._lose()
+        self._mark_lost()
         if self._socket is not None and self._context is not None:
             self._socket.disable_monitor()
             self._context.destroy(linger=0)
@@ -186,7 +191,7 @@ class EngineClient:
             self._handle(m.decode_event(await socket.recv()))
 
     def _handle(self, event: m.Event) -> None:
-        self._heard = time.monotonic()
+        self._last_received = time.monotonic()
         match event:
             case m.Chunks(chunks):
                 for chunk in chunks:
@@ -197,48 +202,48 @@ class EngineClient:
             case m.Beat(boot, seconds, bound):
                 if boot == self._boot and seconds > bound:
                     log.error("A step of the engine hangs: %.0f s, its bound is %.0f s", seconds, bound)
-                    self._lose(_HUNG.format(seconds, bound))
+                    self._mark_lost(_HUNG.format(seconds, bound))
             case m.Checked():
                 answer = self._checks.get(event.id)
                 if answer is not None and not answer.done():
                     answer.set_result(event)
             case m.Ready():
                 if event.boot != self._boot:
-                    self._lose()
+                    self._mark_lost()
                 self.base, self.limits, self._boot = decode_base(event.base), event.limits, event.boot
 
     def _handle_stats(self, stats: m.Stats) -> None:
         if self._boot is not None and stats.boot != self._boot:
-            self._lose()  # a restarted engine: _watch says Hello and its Ready follows
+            self._mark_lost()  # a restarted engine: _watch says Hello and its Ready follows
             return
         self.stats = stats
         if self._boot is not None:
-            self._told.set()
+            self._stats_received.set()
         if self._on_stats is not None:
             self._on_stats(stats)
 
-    async def _watch(self) -> None:
+    async def _watch_silence(self) -> None:
         """Say Hello until Ready; note when the engine falls silent, and when it is heard again."""
         silent = False
         while True:
             if not self.ready:
                 self._post(m.Hello())
                 silent = False
-            elif silent == self.answers:
+            elif silent == self.responsive:
                 silent = not silent
                 log.warning("The engine is %s", "silent; its rows wait for it" if silent else "heard again")
             await asyncio.sleep(HELLO_SECONDS)
 
-    async def _hang_up(self) -> None:
+    async def _watch_disconnects(self) -> None:
         """An engine that dies closes its end, and its rows end at once."""
         while self._monitor is not None:
             await self._monitor.recv_multipart()
-            self._lose()
+            self._mark_lost()
 
-    def _lose(self, why: str = _LOST) -> None:
+    def _mark_lost(self, why: str = _LOST) -> None:
         """The engine is gone, and all it worked on; the next Ready starts afresh."""
         self._boot = None
-        self._told.clear()
+        self._stats_received.clear()
         self.drop_rows(why)
         for answer in self._checks.values():
             if not answer.done():

@@ -1,7 +1,7 @@
-"""The engine: one thread, one loop. Each step: schedule, forward, sample, deliver.
+"""The engine: one thread that runs one step after another: schedule, forward, sample, deliver.
 
-Wires scheduler, cache, model and sampler, and knows when a row is done. Knows no sockets: `__main__` feeds
-it commands and takes its chunks.
+Wires scheduler, adapter cache, model and sampler, and decides when a row is done. Knows no sockets:
+`__main__` passes commands in (`submit`) and sends the chunks that `step` returns.
 """
 
 import time
@@ -32,9 +32,10 @@ from server.settings import Settings
 
 
 class Engine:
-    """Owns the device. Not thread-safe: everything happens on the thread that calls `step`."""
+    """Owns the device. Not thread-safe: `submit` and `step` are called from one thread."""
 
     def __init__(self, settings: Settings, model_dir: Path) -> None:
+        """Load the base model. Raises StartupError if it cannot be served."""
         placement, self.settings = choose_placement(settings), settings
         try:
             self.model = ServedModel(
@@ -57,32 +58,32 @@ class Engine:
             max_seqs=settings.max_seqs,
             max_batch_tokens=settings.max_batch_tokens or BATCH_TOKENS[placement.device.type],
             max_context=self.base.max_context,
-            lookup=settings.lookup_tokens,
-            costs=self.model.costs() if settings.lookup_tokens else None,
+            lookup_tokens=settings.lookup_tokens,
+            step_cost=self.model.step_cost() if settings.lookup_tokens else None,
             rope_switches=self.model.rope_switches,
         )
-        self.ends = self.model.end_tokens()
+        self.end_token_ids = self.model.end_tokens()
         self.counts: Counter[str] = Counter()
         self.clock = StepClock()
-        self.figures = EngineMetrics(
+        self.metrics = EngineMetrics(
             settings.figures_dir / "engine", settings.metrics_adapter_labels, settings.metrics_top
         )
-        self.loader.objects.on_call = self.figures.on_store_call
-        self.stopwatch = StepTimer(self.figures, placement.device)
-        self.model.watch = self.stopwatch.watch
-        self.gate = AdapterCheck(self.scheduler, self.cache, self.loader, self.base.vocab_size)
-        grammars = Grammars(model_dir, self.base.vocab_size, self.ends)
+        self.loader.objects.on_call = self.metrics.on_store_call
+        self.step_timer = StepTimer(self.metrics, placement.device)
+        self.model.watch = self.step_timer.time_banks
+        self.adapter_check = AdapterCheck(self.scheduler, self.cache, self.loader, self.base.vocab_size)
+        grammars = Grammars(model_dir, self.base.vocab_size, self.end_token_ids)
         self.admission = Admission(self.scheduler, grammars, settings.max_queue)
 
     @property
     def busy(self) -> bool:
-        """A step would find something to do, now or when an adapter arrives."""
+        """A step has something to do, now or when an adapter has loaded."""
         entering = self.admission.refused or self.admission.compiling
         return bool(
             self.scheduler.running
             or self.scheduler.waiting
             or entering
-            or self.gate.trials
+            or self.adapter_check.dry_runs
             or self.cache.busy
         )
 
@@ -101,7 +102,7 @@ class Engine:
                 if row := self.scheduler.find(id_):
                     self._end(row)
             case Check():
-                self.gate.open(command)
+                self.adapter_check.start(command)
             case Prefetch(adapter=adapter):
                 self.cache.prefetch(adapter)
             case Forget(digest=digest):
@@ -110,150 +111,171 @@ class Engine:
                 self.cache.pin(adapters)
 
     def step(self) -> list[Chunk]:
-        """Run one step for every row that can run; what it gave to whom."""
-        self.admission.take_compiled()
+        """Run one step for every row that can run; the chunks of all rows that got tokens or ended."""
+        self.admission.enqueue_compiled()
         self.cache.tend()
-        self.gate.step()
+        self.adapter_check.run_loaded()
         start = time.perf_counter()
         rows = self.scheduler.schedule(time.time())
         self.cache.hasten(self.scheduler.max_seqs - len(self.scheduler.running))
         if rows:
-            self.stopwatch.begin(start)
-        chunks = self._ended() + (self._run(rows) if rows else [])
-        return [chunk for chunk in chunks if not self.gate.take(chunk)]
+            self.step_timer.begin(start)
+        chunks = self._report_unscheduled()
+        if rows:
+            chunks += self._run(rows)
+        return [chunk for chunk in chunks if not self.adapter_check.consume(chunk)]
+
+    def checked(self) -> list[Checked]:
+        """Results of the checks that have ended since the last call."""
+        return self.adapter_check.take_results()
+
+    def take_observations(self) -> list[tuple[str, str, float]]:
+        """(metric key, label, value) of the loads since the last call."""
+        return self.loader.take_observations()
 
     def _run(self, rows: list[Row]) -> list[Chunk]:
-        """Compute and deliver. A step that fails is taken again row by row: those that fail alone end.
-
-        Taking it again is as good as taking it once: what a row has moves on when it is delivered only.
-        """
+        """Compute the scheduled tokens of `rows` and deliver the sampled ones."""
         start, tokens = time.perf_counter(), sum(row.scheduled for row in rows)
-        decoding = all(row.decodes for row in rows)
+        decoding = all(row.decodes for row in rows)  # read here: delivery resets it
         self.clock.begin(tokens)
         try:
-            outcome = self._compute(rows)
+            sampled = self._compute(rows, tokens)
         except torch.OutOfMemoryError:
-            return self._shed(rows)
-        except Exception as error:  # noqa: BLE001 - whatever it is, and `as_polypeft_error` logs it
-            raise_if_device_lost(error, self.model.placement.device)
-            if len(rows) == 1:
-                return [self._fail(rows[0], error)]
-            as_polypeft_error(error, f"a step of {len(rows)} rows, which is taken again row by row")
-            return [chunk for row in rows for chunk in self._run([row])]
-        chunks: list[Chunk] = []
-        for row in rows:
-            try:
-                chunk = self._deliver(row, outcome[row.id])
-            except Exception as error:  # noqa: BLE001 - the same
-                chunk = self._fail(row, error)
-            chunks += [chunk] if chunk else []
-        self.stopwatch.lap("deliver")
+            return self._end_largest(rows)
+        except Exception as error:  # noqa: BLE001 - any error: `as_polypeft_error` logs it
+            return self._run_one_by_one(rows, error)
+        chunks = self._deliver(rows, sampled)
+        self.step_timer.lap("deliver")
         seconds = time.perf_counter() - start
         self.clock.end(tokens, seconds)
         if decoding:
-            self.scheduler.costs.saw(tokens, seconds)
+            self.scheduler.step_cost.record(tokens, seconds)
         return chunks
 
     @torch.inference_mode()
-    def _compute(self, rows: list[Row]) -> dict[str, list[Sampled]]:
-        """Forward and sample: each row's tokens, none while it is in prefill."""
-        tokens = sum(row.scheduled for row in rows)
+    def _compute(self, rows: list[Row], tokens: int) -> dict[str, list[Sampled]]:
+        """Forward and sample. By row id, the results of its token and draft tokens; none in prefill."""
         for row in rows:
-            self.model.fill(row)
+            self.model.write_virtual_kv(row)
         logits = self.model.forward(rows)
-        self.stopwatch.lap("forward")
-        completing = [(row, i) for row in rows if row.completes for i in range(1 + len(row.guess))]
-        self.gate.observe([row for row, _ in completing], logits)
-        if matchers := [(i, row.grammar) for i, (row, _) in enumerate(completing) if row.grammar]:
-            mask_logits(logits, matchers)
-        drawn = draw(logits, [sample_row(row, guessed, self.ends) for row, guessed in completing])
-        if self.model.step.gpu and not self.stopwatch.looks:
-            self.model.ahead.begin(rows, drawn.tokens, self.scheduler.room)
-        sampled = drawn.read()
-        self.stopwatch.lap("sample")
+        self.step_timer.lap("forward")
+        results = self._sample(rows, logits)
+        self.step_timer.lap("sample")
         self.counts["steps"] += 1
         self.counts["prompt_tokens"] += sum(row.scheduled for row in rows if not row.sampled)
-        self.figures.observe("batch_rows", len(rows))
-        self.figures.observe("batch_tokens", tokens)
-        outcome: dict[str, list[Sampled]] = {row.id: [] for row in rows}
-        for (row, _), result in zip(completing, sampled, strict=True):
-            outcome[row.id].append(result)
-        return outcome
+        self.metrics.observe("batch_rows", len(rows))
+        self.metrics.observe("batch_tokens", tokens)
+        return results
 
-    def checked(self) -> list[Checked]:
-        """Checks that have ended since the last call."""
-        return self.gate.take_verdicts()
+    def _sample(self, rows: list[Row], logits: torch.Tensor) -> dict[str, list[Sampled]]:
+        """Draw a token from each row of logits [R, V]; on a GPU, start the next step before reading them."""
+        positions = [(row, i) for row in rows if row.completes for i in range(1 + len(row.draft))]
+        self.adapter_check.record_logits([row for row, _ in positions], logits)
+        if matchers := [(i, row.grammar) for i, (row, _) in enumerate(positions) if row.grammar]:
+            mask_logits(logits, matchers)
+        pending = draw(
+            logits, [sample_row(row, num_draft, self.end_token_ids) for row, num_draft in positions]
+        )
+        if self.model.step.gpu and not self.step_timer.samples_soon:
+            self.model.lookahead.begin(rows, pending.tokens, self.scheduler.reserve_blocks)
+        results: dict[str, list[Sampled]] = {row.id: [] for row in rows}
+        for (row, _), result in zip(positions, pending.read(), strict=True):
+            results[row.id].append(result)
+        return results
 
-    def take_observations(self) -> list[tuple[str, str, float]]:
-        """Of loads, since the last call."""
-        return self.loader.take_observations()
+    def _run_one_by_one(self, rows: list[Row], error: Exception) -> list[Chunk]:
+        """Repeat a step that failed, row by row, so that only the rows that fail alone end.
 
-    def _deliver(self, row: Row, sampled: list[Sampled]) -> Chunk | None:
-        """Record what the step gave a row; what to tell its caller, if anything."""
-        if not sampled:  # still in prefill
+        A step can be repeated because the state of a row changes on delivery only. Raises `error` if the GPU
+        is lost to this process.
+        """
+        raise_if_device_lost(error, self.model.placement.device)
+        if len(rows) == 1:
+            return [self._fail(rows[0], error)]
+        as_polypeft_error(error, f"a step of {len(rows)} rows, which is taken again row by row")
+        return [chunk for row in rows for chunk in self._run([row])]
+
+    def _end_largest(self, rows: list[Row]) -> list[Chunk]:
+        """The device ran out of memory: end the row with the most scheduled tokens; the others run again."""
+        torch.cuda.empty_cache()
+        largest = max(rows, key=lambda row: row.scheduled)
+        for row in rows:
+            row.scheduled, row.draft = 0, []
+        self._end(largest, Unavailable.code)
+        return [Chunk.failure(largest.id, Unavailable("The device ran out of memory for this request."))]
+
+    def _deliver(self, rows: list[Row], sampled: dict[str, list[Sampled]]) -> list[Chunk]:
+        """Give each row its results; a row that fails at that ends alone."""
+        chunks: list[Chunk] = []
+        for row in rows:
+            try:
+                chunk = self._deliver_row(row, sampled[row.id])
+            except Exception as error:  # noqa: BLE001 - the same
+                chunk = self._fail(row, error)
+            chunks += [chunk] if chunk else []
+        return chunks
+
+    def _deliver_row(self, row: Row, sampled: list[Sampled]) -> Chunk | None:
+        """Append the accepted tokens to the row and end it where it stops. None while it is in prefill."""
+        if not sampled:
             self.scheduler.commit(row, [])
             return None
         if not sampled[0].finite:
             self.counts["non_finite_rows"] += 1
-            self._end(row, NonFinite.code)  # before its blocks were offered to anyone
+            self._end(row, NonFinite.code)  # before its blocks enter the prefix cache
             return Chunk.failure(row.id, NonFinite("The model produced NaN or Inf for this request."))
-        first, guessed = row.output_length == 0, len(row.guess)
-        ends = [self._stops(row, result.token) for result in sampled]
-        kept = sampled[: num_accepted(row.guess, sampled, ends)]
-        self.scheduler.commit(row, [result.token for result in kept])
-        if row.grammar and not consume(row.grammar, kept[-1].token):
+        first, num_draft = row.output_length == 0, len(row.draft)
+        ends = [self._ends_row(row, result.token) for result in sampled]
+        accepted = sampled[: num_accepted(row.draft, sampled, ends)]
+        self.scheduler.commit(row, [result.token for result in accepted])
+        if row.grammar and not consume(row.grammar, accepted[-1].token):
             self._end(row, InvalidField.code)
             return Chunk.failure(row.id, InvalidField("The answer left its schema.", param="response_format"))
-        self.counts["generation_tokens"] += len(kept)
-        self.counts["guessed_tokens"] += guessed
-        self.counts["guessed_right"] += len(kept) - 1
-        stop = kept[-1].token if ends[len(kept) - 1] else None
-        full = row.left(self.base.max_context) <= 0
+        self.counts["generation_tokens"] += len(accepted)
+        self.counts["guessed_tokens"] += num_draft
+        self.counts["guessed_right"] += len(accepted) - 1
         if first:
             row.timing.first_token = time.time()
             row.timing.source = source_of(row, self.loader.sources)
-        if stop is not None or full:
+        return self._chunk(row, accepted, first=first, stopped=ends[len(accepted) - 1])
+
+    def _chunk(self, row: Row, accepted: list[Sampled], *, first: bool, stopped: bool) -> Chunk:
+        """The chunk of the accepted tokens, without an end token. Ends the row if it is the last chunk."""
+        stop_token = accepted[-1].token if stopped else None
+        full = row.remaining_output(self.base.max_context) <= 0
+        if stopped or full:
             self._end(row)
-        said = kept if stop is None else kept[:-1]
+        sent = accepted[:-1] if stopped else accepted
         return Chunk(
             id=row.id,
-            tokens=[result.token for result in said],
-            logprobs=[result.logprobs for result in said if result.logprobs],
-            cached_tokens=max(row.cached - row.virtual, 0) if first else 0,
-            finish="stop" if stop is not None else "length" if full else None,
-            stop_token=stop,
+            tokens=[result.token for result in sent],
+            logprobs=[result.logprobs for result in sent if result.logprobs],
+            cached_tokens=max(row.cached_tokens - row.num_virtual_tokens, 0) if first else 0,
+            finish="stop" if stopped else "length" if full else None,
+            stop_token=stop_token,
             timing=row.timing if first else None,
         )
 
-    def _stops(self, row: Row, token: int) -> bool:
-        s = row.command.sampling
-        return token in s.stop_token_ids or (token in self.ends and not s.ignore_eos)
+    def _ends_row(self, row: Row, token: int) -> bool:
+        sampling = row.command.sampling
+        return token in sampling.stop_token_ids or (token in self.end_token_ids and not sampling.ignore_eos)
 
-    def _end(self, row: Row, error: str = "") -> None:
-        """It is over, with this error's code if with one."""
-        self.figures.ended(row, time.time(), error)
+    def _end(self, row: Row, error_code: str = "") -> None:
+        """Count a row that is done, or failed with `error_code`, and release what it holds."""
+        self.metrics.record_end(row, time.time(), error_code)
         self.scheduler.remove(row)
 
-    def _ended(self) -> list[Chunk]:
-        """Rows that ended without a step: refused, expired, or their adapter failed to load."""
-        for row, error in self.scheduler.ended:
-            self.figures.ended(row, time.time(), error.code)
-        ended, self.scheduler.ended = self.scheduler.ended, []
+    def _report_unscheduled(self) -> list[Chunk]:
+        """Chunks of rows that ended without a step: refused, past the deadline, or their load failed."""
+        ended, self.scheduler.ended_unscheduled = self.scheduler.ended_unscheduled, []
+        for row, error in ended:
+            self.metrics.record_end(row, time.time(), error.code)
         return self.admission.take_refused() + [Chunk.failure(row.id, error) for row, error in ended]
 
     def _fail(self, row: Row, error: Exception) -> Chunk:
-        """End the row that an error came with."""
+        """End a row by an unexpected error."""
         self.counts["internal_errors"] += 1
         fault = as_polypeft_error(error, "this request")
         if self.scheduler.find(row.id) is row:
             self._end(row, fault.code)
         return Chunk.failure(row.id, fault)
-
-    def _shed(self, rows: list[Row]) -> list[Chunk]:
-        """The device ran out of memory: the largest row ends, the others take the step again."""
-        torch.cuda.empty_cache()
-        largest = max(rows, key=lambda row: row.scheduled)
-        for row in rows:
-            row.scheduled, row.guess = 0, []
-        self._end(largest, Unavailable.code)
-        return [Chunk.failure(largest.id, Unavailable("The device ran out of memory for this request."))]

@@ -37,7 +37,10 @@ class Behaviour:
     refuse: tuple[str, str, str | None] | None = None  # the answer to every Check
     facts: dict[str, float | int | str] = field(default_factory=lambda: {"parameters": 1})
     mute: bool = False  # receive, and say nothing
-    turn: tuple[float, float] = (0.0, 300.0)  # seconds that the turn under way has run, and its bound
+    step_age_and_bound: tuple[float, float] = (
+        0.0,
+        300.0,
+    )  # seconds that the turn under way has run, and its bound
 
 
 class FakeEngine:
@@ -61,7 +64,7 @@ class FakeEngine:
         self._prefilled: dict[str, asyncio.Event] = {}
         self._peers: set[bytes] = set()
         self._tasks: list[asyncio.Task[None]] = []
-        self._untold: defaultdict[bytes, list[m.Chunk]] = defaultdict(list)
+        self._undelivered: defaultdict[bytes, list[m.Chunk]] = defaultdict(list)
         self._generated = 0
 
     @property
@@ -87,7 +90,7 @@ class FakeEngine:
         await asyncio.gather(*tasks, return_exceptions=True)
         self._rows.clear()
         self._commands.clear()
-        self._untold.clear()
+        self._undelivered.clear()
         self._peers.clear()
         self._socket.close()
         self._beats.close()
@@ -122,11 +125,11 @@ class FakeEngine:
     def _accept(self, peer: bytes, rows: tuple[m.Generate, ...]) -> None:
         """By the real one's rule."""
         counts = Counter((row.tenant, row.weight) for row in self._commands.values())
-        held = {tenant: TenantLoad(count, weight) for (tenant, weight), count in counts.items()}
+        loads = {tenant: TenantLoad(count, weight) for (tenant, weight), count in counts.items()}
         capacity = self.limits["max_seqs"] + self.limits["max_queue"]
-        if error := refusal(rows[0].tenant, len(rows), rows[0].weight, held, capacity):
+        if error := refusal(rows[0].tenant, len(rows), rows[0].weight, loads, capacity):
             for row in rows:
-                self._tell(peer, m.Chunk.failure(row.id, error))
+                self._queue(peer, m.Chunk.failure(row.id, error))
             return
         for row in rows:
             self.seen.append(row)
@@ -139,7 +142,7 @@ class FakeEngine:
         try:
             if row.after is not None and (sibling := self._prefilled.get(row.after)):
                 await sibling.wait()
-            self._tell(peer, await self._generate(peer, row))
+            self._queue(peer, await self._generate(peer, row))
         finally:
             self._prefilled.pop(row.id).set()
             self._rows.pop(row.id, None)
@@ -165,7 +168,7 @@ class FakeEngine:
                 chunk = msgspec.structs.replace(chunk, timing=timing)
             if chunk.finish is not None:
                 return chunk
-            self._tell(peer, chunk)
+            self._queue(peer, chunk)
 
     def _step(self, row: m.Generate, tokens: list[int]) -> m.Chunk:
         """Up to `chunk_tokens` more, or fewer and the finish."""
@@ -216,22 +219,22 @@ class FakeEngine:
             for peer in list(self._peers):
                 await self._send(peer, m.Stats(self.boot, gauges, counters))
             if not self.behaviour.mute:
-                await self._beats.send(m.encode(m.Beat(self.boot, *self.behaviour.turn)))
+                await self._beats.send(m.encode(m.Beat(self.boot, *self.behaviour.step_age_and_bound)))
             await asyncio.sleep(STATS_SECONDS)
 
     async def _step_ends(self) -> None:
         seconds = self.behaviour.step_seconds
         await asyncio.sleep(seconds and seconds - time.monotonic() % seconds)
 
-    def _tell(self, peer: bytes, chunk: m.Chunk) -> None:
+    def _queue(self, peer: bytes, chunk: m.Chunk) -> None:
         """With what the step gives the peer's other rows, in one message."""
-        if not self._untold:
+        if not self._undelivered:
             asyncio.get_running_loop().call_soon(self._deliver)
-        self._untold[peer].append(chunk)
+        self._undelivered[peer].append(chunk)
 
     def _deliver(self) -> None:
-        untold, self._untold = self._untold, defaultdict(list)
-        for peer, chunks in untold.items():
+        undelivered, self._undelivered = self._undelivered, defaultdict(list)
+        for peer, chunks in undelivered.items():
             if not self.behaviour.mute and not self._socket.closed:
                 self._socket.send_multipart([peer, m.encode(m.Chunks(chunks))])
 

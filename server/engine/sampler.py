@@ -22,7 +22,7 @@ from server.messages import Sampling, TokenLogprobs
 
 GREEDY_BELOW = 1e-5  # dividing by less overflows float32
 SMALL_K = 256  # up to here one partial sort of all rows beats selecting row by row
-STRETCH = 256  # of a row of logits, whose maximum is found first
+STRETCH_COLUMNS = 256  # of a row of logits, whose maximum is found first
 MASK64 = (1 << 64) - 1
 
 
@@ -58,8 +58,8 @@ def sample_row(row: Row, guessed: int, ends: Iterable[int]) -> SampleRow:
     return SampleRow(
         sampling=s,
         seed=row.seed,
-        prompt=row.tokens[row.virtual : row.prompt_length],
-        output=row.tokens[row.prompt_length :] + row.guess[:guessed],
+        prompt=row.tokens[row.num_virtual_tokens : row.prompt_length],
+        output=row.tokens[row.prompt_length :] + row.draft[:guessed],
         banned=[*ends, *s.stop_token_ids] if barred else (),
     )
 
@@ -84,19 +84,19 @@ class PendingTokens:
     ) -> None:
         """`asked`: rows that want logprobs, and of how many tokens; `raw`: all of theirs."""
         self.tokens = tokens
-        self._asked = asked
+        self._logprob_rows = asked
         parts = [torch.stack([tokens, finite.to(tokens.dtype)])]
         if raw is not None:
-            chosen = tokens[_sent([i for i, _ in asked], tokens)].unsqueeze(-1)
+            chosen = tokens[_on_device([i for i, _ in asked], tokens)].unsqueeze(-1)
             best = raw.topk(min(max(most for _, most in asked), raw.shape[-1]))
             parts += [raw.gather(-1, chosen).squeeze(-1), best.indices, best.values]
-        self._coming = Download(parts)
+        self._download = Download(parts)
 
     def read(self) -> list[Sampled]:
         """Waits for them."""
-        both, *of_asked = (part.tolist() for part in self._coming.wait())
+        both, *of_asked = (part.tolist() for part in self._download.wait())
         logprobs: dict[int, TokenLogprobs] = {}
-        for (i, most), chosen, ids, values in zip(self._asked, *of_asked, strict=True):
+        for (i, most), chosen, ids, values in zip(self._logprob_rows, *of_asked, strict=True):
             # masked tokens are no news
             best = [pair for pair in zip(ids, values, strict=True) if pair[1] > -torch.inf]
             logprobs[i] = TokenLogprobs(chosen, best[:most])
@@ -113,18 +113,18 @@ def draw(logits: Tensor, rows: Sequence[SampleRow]) -> PendingTokens:
     asked = [(i, n) for i, row in enumerate(rows) if (n := row.sampling.logprobs) is not None]
     raw = None  # a copy, before the edits
     if asked:
-        raw = logits[_sent([i for i, _ in asked], tokens)].log_softmax(dim=-1)
+        raw = logits[_on_device([i for i, _ in asked], tokens)].log_softmax(dim=-1)
 
-    edited = _where(rows, lambda row: row.edited)
+    edited = _indices(rows, lambda row: row.edited)
     if edited:
         _edit(logits, [(i, rows[i]) for i in edited])
-        at = _sent(edited, tokens)
+        at = _on_device(edited, tokens)
         tokens[at] = logits[at].argmax(dim=-1)
-    random = _where(rows, lambda row: not row.greedy)
+    random = _indices(rows, lambda row: not row.greedy)
     if random and len(random) == len(rows):
         tokens = _draw(logits, list(rows))
     elif random:
-        at = _sent(random, tokens)
+        at = _on_device(random, tokens)
         tokens[at] = _draw(logits[at], [rows[i] for i in random])
     return PendingTokens(tokens, finite, asked, raw)
 
@@ -142,12 +142,12 @@ def _splitmix64(x: int) -> int:
     return x ^ (x >> 31)
 
 
-def _sent(values: Sequence[float], like: Tensor) -> Tensor:
+def _on_device(values: Sequence[float], like: Tensor) -> Tensor:
     """On the device and of the dtype of `like`; the copy is not waited for."""
     return send(values, like.device, like.dtype)
 
 
-def _where(rows: Sequence[SampleRow], test: Callable[[SampleRow], bool]) -> list[int]:
+def _indices(rows: Sequence[SampleRow], test: Callable[[SampleRow], bool]) -> list[int]:
     return [i for i, row in enumerate(rows) if test(row)]
 
 
@@ -155,13 +155,13 @@ def _highest(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Each row's highest value, and the first place of it: what `max` over all columns finds, in a quarter of
     the time on a CPU, where only maxima without places are computed by whole vectors.
     """
-    whole = logits.shape[-1] // STRETCH * STRETCH
+    whole = logits.shape[-1] // STRETCH_COLUMNS * STRETCH_COLUMNS
     if logits.is_cuda or not whole:
         found = logits.max(dim=-1)
         return found.values, found.indices
-    stretches = logits[:, :whole].reshape(len(logits), whole // STRETCH, STRETCH)
+    stretches = logits[:, :whole].reshape(len(logits), whole // STRETCH_COLUMNS, STRETCH_COLUMNS)
     best, at = stretches.amax(dim=-1).max(dim=-1)
-    tokens = at * STRETCH + stretches[torch.arange(len(at)), at].argmax(dim=-1)
+    tokens = at * STRETCH_COLUMNS + stretches[torch.arange(len(at)), at].argmax(dim=-1)
     if whole == logits.shape[-1]:
         return best, tokens
     rest, places = logits[:, whole:].max(dim=-1)
@@ -173,7 +173,7 @@ def _edit(logits: Tensor, rows: list[tuple[int, SampleRow]]) -> None:
     bias = [(i, t, value) for i, row in rows for t, value in row.sampling.logit_bias.items()]
     if bias:
         i, t, values = zip(*bias, strict=True)
-        logits[tuple(upload([i, t], logits.device))] += _sent(values, logits)
+        logits[tuple(upload([i, t], logits.device))] += _on_device(values, logits)
     bans = [(i, t) for i, row in rows for t in row.banned]
     if bans:
         logits[tuple(upload([*zip(*bans, strict=True)], logits.device))] = -torch.inf
@@ -186,34 +186,34 @@ def _penalise(logits: Tensor, rows: list[tuple[int, SampleRow]]) -> None:
     """Repetition over prompt and output, presence and frequency over the output."""
     repeated = [(i, row) for i, row in rows if row.sampling.repetition_penalty != 1.0]
     if repeated:
-        at = _places(logits, [(i, [*row.prompt, *row.output]) for i, row in repeated])
+        at = _token_indices(logits, [(i, [*row.prompt, *row.output]) for i, row in repeated])
         lengths = [len(row.prompt) + len(row.output) for _, row in repeated]
-        factor = _spread(logits, [row.sampling.repetition_penalty for _, row in repeated], lengths)
+        factor = _repeat(logits, [row.sampling.repetition_penalty for _, row in repeated], lengths)
         value = logits[at]
         logits[at] = torch.where(value > 0, value / factor, value * factor)
-    at = _places(logits, [(i, row.output) for i, row in rows])
+    at = _token_indices(logits, [(i, row.output) for i, row in rows])
     lengths = [len(row.output) for _, row in rows]
-    logits[at] -= _spread(logits, [row.sampling.presence_penalty for _, row in rows], lengths)
-    frequency = _spread(logits, [row.sampling.frequency_penalty for _, row in rows], lengths)
+    logits[at] -= _repeat(logits, [row.sampling.presence_penalty for _, row in rows], lengths)
+    frequency = _repeat(logits, [row.sampling.frequency_penalty for _, row in rows], lengths)
     logits.index_put_(at, -frequency, accumulate=True)  # once for every time the token came
 
 
-def _places(logits: Tensor, tokens: list[tuple[int, Sequence[int]]]) -> tuple[Tensor, Tensor]:
+def _token_indices(logits: Tensor, tokens: list[tuple[int, Sequence[int]]]) -> tuple[Tensor, Tensor]:
     """(row, token) indices of all these tokens; out of range raises instead of touching another row."""
     rows = [i for i, ids in tokens for _ in ids]
     at, ids = upload([rows, [*chain.from_iterable(ids for _, ids in tokens)]], logits.device)
     return at, ids
 
 
-def _spread(logits: Tensor, values: list[float], lengths: list[int]) -> Tensor:
-    return _sent([v for v, n in zip(values, lengths, strict=True) for _ in range(n)], logits)
+def _repeat(logits: Tensor, values: list[float], lengths: list[int]) -> Tensor:
+    return _on_device([v for v, n in zip(values, lengths, strict=True) for _ in range(n)], logits)
 
 
 def _draw(logits: Tensor, rows: list[SampleRow]) -> Tensor:
     """A token for each row of logits [R, V], which are used up."""
-    temperature = _sent([row.sampling.temperature for row in rows], logits)
+    temperature = _on_device([row.sampling.temperature for row in rows], logits)
     probs = logits.div_(temperature.unsqueeze(-1)).softmax(dim=-1)
-    limited = _where(rows, lambda row: row.sampling.top_k > 0 or row.sampling.min_p > 0.0)
+    limited = _indices(rows, lambda row: row.sampling.top_k > 0 or row.sampling.min_p > 0.0)
     if limited:
         allowed = torch.empty_like(probs)  # comparing into floats spares the conversion
         probs.mul_(torch.ge(probs, _floor(probs, rows, limited), out=allowed))
@@ -225,7 +225,7 @@ def _floor(probs: Tensor, rows: list[SampleRow], limited: list[int]) -> Tensor:
     vocabulary = probs.shape[-1]
     floor = probs.new_zeros(len(rows))
     at = send(limited, probs.device)
-    floor[at] = _sent([rows[i].sampling.min_p for i in limited], probs) * probs[at].amax(dim=-1)
+    floor[at] = _on_device([rows[i].sampling.min_p for i in limited], probs) * probs[at].amax(dim=-1)
     small = [i for i in limited if 0 < rows[i].sampling.top_k <= min(SMALL_K, vocabulary)]
     if small:
         ks = [rows[i].sampling.top_k for i in small]
@@ -254,10 +254,10 @@ def _draw_nucleus(weights: Tensor, rows: list[SampleRow]) -> Tensor:
         scratch = weights.cumsum(dim=-1)  # torch sums in float64 and rounds once
         if attempt == 0:
             limit = top_p * scratch[:, -1]
-        u = _sent([uniform(rows[i].seed, len(rows[i].output), attempt) for i in todo], weights)
+        u = _on_device([uniform(rows[i].seed, len(rows[i].output), attempt) for i in todo], weights)
         drawn = torch.searchsorted(scratch, u.unsqueeze(-1) * scratch[:, -1:], right=True)
         drawn.clamp_(max=weights.shape[-1] - 1)  # a NaN row finds nothing
-        tokens[_sent(todo, tokens)] = drawn.squeeze(-1)
+        tokens[_on_device(todo, tokens)] = drawn.squeeze(-1)
         if min(shares) == math.inf:
             break
         likelier = torch.gt(weights, weights.gather(-1, drawn), out=scratch).mul_(weights)

@@ -31,7 +31,7 @@ from server.kernels import token_blocks as gpu
 from server.kernels.cpu.paged_attention import BLOCK, write_pages
 from server.kernels.transfers import upload
 
-SEEN = 8  # blocks of a row whose step is timed, at most
+TIMED_CONTEXT_BLOCKS = 8  # blocks of a row whose step is timed, at most
 
 
 class ServedModel(FrozenModel):
@@ -69,7 +69,7 @@ class ServedModel(FrozenModel):
         holds = self.step.pages.count * BLOCK  # one row may fill the whole cache, and no more
         self.base = msgspec.structs.replace(self.base, max_context=min(self.base.max_context, holds))
         self.graphs = DecodeGraphs(self.step, self.run, placement.device, self.base.max_context)
-        self.ahead = Lookahead(self.graphs, self.base.max_context)
+        self.lookahead = Lookahead(self.graphs, self.base.max_context)
         if check.pending:
             self._check(check)
 
@@ -84,15 +84,15 @@ class ServedModel(FrozenModel):
         The logits' order is that of `rows`, less those still in prefill after this step; a row's own come
         before those of its guesses.
         """
-        ahead = self.ahead.logits(rows, self._compute)
+        ahead = self.lookahead.logits(rows, self._compute)
         return self._compute(rows) if ahead is None else ahead
 
     def _compute(self, rows: list[Row]) -> torch.Tensor:
         if self.step.gpu and (replayed := self.graphs.forward(rows)) is not None:
             return replayed
-        return self._packed(rows, [(row, len(row.guess)) for row in rows if row.completes])
+        return self._forward_packed(rows, [(row, len(row.draft)) for row in rows if row.completes])
 
-    def _packed(self, rows: list[Row], wanted: list[tuple[Row, int]]) -> torch.Tensor:
+    def _forward_packed(self, rows: list[Row], wanted: list[tuple[Row, int]]) -> torch.Tensor:
         """Logits of these rows' last tokens, and of so many before."""
         device = self.placement.device
         ordered = self.step.order(rows)
@@ -113,7 +113,7 @@ class ServedModel(FrozenModel):
         """Raises UnsupportedModel. Before any row runs: leaves the first pages zeroed."""
 
         def compute(rows: list[Row]) -> torch.Tensor:
-            return self._packed(rows, [(row, row.scheduled - 1) for row in rows])
+            return self._forward_packed(rows, [(row, row.scheduled - 1) for row in rows])
 
         step, blocks = self.step, min(self.step.pages.count, 8)
         if self.decoder:  # programs round what the check of a rounded base wants unrounded
@@ -146,18 +146,20 @@ class ServedModel(FrozenModel):
         logits: torch.Tensor = output.logits[0].float()
         return logits
 
-    def costs(self) -> StepCost | None:
+    def step_cost(self) -> StepCost | None:
         """What steps take, where guessed tokens may save some; on a GPU nothing is guessed."""
-        return None if self.step.gpu or self.placement.device.type != "cpu" else StepCost.timed(self.seconds)
+        return (
+            None if self.step.gpu or self.placement.device.type != "cpu" else StepCost.timed(self.time_step)
+        )
 
     @torch.inference_mode()
-    def seconds(self, tokens: int) -> float:
+    def time_step(self, tokens: int) -> float:
         """What a step of so many tokens takes, the better of two, if each sees some others. Before any row
         runs: it writes to the first page, reads nothing else, and leaves that zeroed.
         """
         step, zeros = self.step, torch.zeros(tokens, dtype=torch.int64)
         step.in_place, step.chunks, step.kv_positions, step.row_lengths = tokens, [], None, None
-        seen = min(SEEN, -(-self.base.max_context // BLOCK))
+        seen = min(TIMED_CONTEXT_BLOCKS, -(-self.base.max_context // BLOCK))
         step.tables, step.lengths = zeros[:, None].expand(-1, seen).contiguous(), zeros + seen * BLOCK
         times = []
         for _ in range(3):  # the first records it
@@ -168,13 +170,13 @@ class ServedModel(FrozenModel):
             pages[0].zero_()
         return min(times[1:])
 
-    def fill(self, row: Row) -> None:
+    def write_virtual_kv(self, row: Row) -> None:
         """Write the given K/V of a row's virtual tokens that no cached block held, if there are any."""
-        if row.fill is not None:
+        if row.write_virtual_from is not None:
             for use, slot in zip(row.uses, row.slots, strict=True):
                 if start := self.step.banks[use.adapter.method].start(slot):
-                    self.write(row, start, row.fill)
-            row.fill = None
+                    self.write(row, start, row.write_virtual_from)
+            row.write_virtual_from = None
 
     def write(self, row: Row, start: Start, first: int) -> None:
         """Put the given K/V of a row's virtual tokens, from `first` on, into its pages."""

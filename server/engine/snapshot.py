@@ -1,4 +1,4 @@
-"""The engine's state at one moment, and its parts' own counts, as figures."""
+"""Gauges and counts of the engine's components at one moment, as a Stats message."""
 
 import time
 
@@ -10,14 +10,14 @@ from server.messages import Stats
 from server.metrics.names import GATE_REFUSALS, OTHER, WAITS
 
 # PolypeftError's code -> the reason in metrics
-GATE_REASONS = {"invalid_adapter": "invalid", "store_unavailable": "store"}
+REFUSAL_REASONS = {"invalid_adapter": "invalid", "store_unavailable": "store"}
 
 
 def stats(engine: Engine, boot: str) -> Stats:
-    """Everything for /metrics; also keeps it for the next engine."""
-    engine.figures.review(time.monotonic())
+    """All metrics of the engine; also written to disk for the next process."""
+    engine.metrics.review(time.monotonic())
     engine.loader.keeper.give_way()
-    _count(engine)
+    _copy_counts(engine)
     gauges = {
         "running": len(engine.scheduler.running),
         "waiting": engine.scheduler.waiting,
@@ -25,17 +25,17 @@ def stats(engine: Engine, boot: str) -> Stats:
         "slots_used": len(engine.cache.by_digest),
         "slots_total": engine.cache.slots,
     }
-    return engine.figures.report(boot, gauges, _labelled(engine))
+    return engine.metrics.report(boot, gauges, _labelled_gauges(engine))
 
 
-def _labelled(engine: Engine) -> list[tuple[str, tuple[str, ...], float]]:
-    cache, loader, figures = engine.cache, engine.loader, engine.figures
+def _labelled_gauges(engine: Engine) -> list[tuple[str, tuple[str, ...], float]]:
+    cache, loader, metrics = engine.cache, engine.loader, engine.metrics
     waiting = [*engine.scheduler.queues]
     reasons = dict.fromkeys(WAITS, 0) | {"grammar": len(engine.admission.compiling)}
     for row in waiting:
         reasons[row.waits_for] += 1
-    running = figures.listed([*engine.scheduler.running.values()])
-    info = (str(cache.slots), running, figures.listed(waiting))
+    running = metrics.adapter_list([*engine.scheduler.running.values()])
+    info = (str(cache.slots), running, metrics.adapter_list(waiting))
     return [
         *(("waiting_by_reason", (reason,), count) for reason, count in reasons.items()),
         ("adapter_bytes", ("device",), cache.nbytes),
@@ -50,36 +50,36 @@ def _labelled(engine: Engine) -> list[tuple[str, tuple[str, ...], float]]:
         ("memory", ("engine",), resident_bytes()),
         ("store_breaker", ("engine",), float(loader.objects.breaker.state != "closed")),
         ("lora_info", info, time.time()),
-        *_gpu(),
+        *_gpu_memory(),
     ]
 
 
-def _count(engine: Engine) -> None:
-    """What the parts have counted since the process began."""
-    figures, cache, loader = engine.figures, engine.cache, engine.loader
+def _copy_counts(engine: Engine) -> None:
+    """Copy the counts that the components have kept since the process began."""
+    metrics, cache, loader = engine.metrics, engine.cache, engine.loader
     for key, value in engine.counts.items():
-        figures.set_count(key, value)
-    figures.set_count("prefix_queries", engine.blocks.queries)
-    figures.set_count("prefix_hits", engine.blocks.hits)
-    figures.set_count("preemptions", engine.scheduler.preemptions)
-    figures.set_count("adapter_evictions", cache.evictions, "device")
-    figures.set_count("adapter_evictions", loader.ram.evictions, "ram")
-    figures.set_count("adapter_evictions", loader.disk.evictions, "disk")
+        metrics.set_count(key, value)
+    metrics.set_count("prefix_queries", engine.blocks.queries)
+    metrics.set_count("prefix_hits", engine.blocks.hits)
+    metrics.set_count("preemptions", engine.scheduler.preemptions)
+    metrics.set_count("adapter_evictions", cache.evictions, "device")
+    metrics.set_count("adapter_evictions", loader.ram.evictions, "ram")
+    metrics.set_count("adapter_evictions", loader.disk.evictions, "disk")
     for tier, copies in loader.corrupt_copies.items():
-        figures.set_count("adapter_corrupt_copies", copies, tier)
-    figures.set_count("gate_accepted", engine.gate.accepted)
+        metrics.set_count("adapter_corrupt_copies", copies, tier)
+    metrics.set_count("gate_accepted", engine.adapter_check.accepted)
     for reason in GATE_REFUSALS:
-        codes = [code for code in engine.gate.refusals if _gate_reason(code) == reason]
-        figures.set_count("gate_refusals", sum(engine.gate.refusals[code] for code in codes), reason)
-    figures.take(engine.take_observations())
+        codes = [code for code in engine.adapter_check.refusals if _refusal_reason(code) == reason]
+        metrics.set_count("gate_refusals", sum(engine.adapter_check.refusals[code] for code in codes), reason)
+    metrics.add_observations(engine.take_observations())
 
 
-def _gate_reason(code: str) -> str:
-    reason = GATE_REASONS.get(code, code)
+def _refusal_reason(code: str) -> str:
+    reason = REFUSAL_REASONS.get(code, code)
     return reason if reason in GATE_REFUSALS else OTHER
 
 
-def _gpu() -> list[tuple[str, tuple[str, ...], float]]:
+def _gpu_memory() -> list[tuple[str, tuple[str, ...], float]]:
     if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         return []
     kinds = {

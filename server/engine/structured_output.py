@@ -1,7 +1,7 @@
-"""Structured output: which tokens a row's JSON schema allows next, by llguidance.
+"""Structured output: the tokens that a row's JSON schema allows next, by llguidance.
 
-Schemas are compiled on a thread of their own, so that a large one delays its own row alone. The API has
-already refused what is too large or cannot be compiled; a matcher that fails here ends its row.
+A separate thread compiles the schemas, so that a large one delays its own row only. The API has already
+refused schemas that are too large or cannot be compiled; a matcher that fails here ends its row.
 """
 
 from collections import OrderedDict
@@ -16,28 +16,28 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from server.errors import InvalidField
 from server.kernels.transfers import send
 
-KEPT = 64  # compiled schemas, least recently used first to go
-WHITESPACE = r"[ \n\r\t]{0,40}"  # between tokens of JSON: a model that loves blanks must get on some time
-LIMITS = LLParserLimits(
+MAX_COMPILED = 64  # schemas in the LRU cache
+WHITESPACE = r"[ \n\r\t]{0,40}"  # between JSON tokens; bounded, so that a model cannot emit blanks for ever
+PARSER_LIMITS = LLParserLimits(
     initial_lexer_fuel=1_000_000,
-    step_lexer_fuel=100_000,  # of one row in one step: 7 ms, which all rows of the step wait for
+    step_lexer_fuel=100_000,  # for one row and step: 7 ms, during which all rows wait
     max_grammar_size=50_000,
     verbose_errors=False,
 )
 
 
 class Grammars:
-    """Compiled schemas over one model's vocabulary. Built on first use: most servers never need it."""
+    """Compiled schemas for one vocabulary. Reads the tokenizer on first use: most servers never need it."""
 
-    def __init__(self, model_dir: Path, vocab_size: int, ends: frozenset[int]) -> None:
+    def __init__(self, model_dir: Path, vocab_size: int, end_token_ids: frozenset[int]) -> None:
         self.model_dir = model_dir
         self.vocab_size = vocab_size
-        self.ends = ends
+        self.end_token_ids = end_token_ids
         self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
         self._pool = ThreadPoolExecutor(1, "grammar")
 
     def compile(self, schema: str) -> "Future[LLMatcher]":
-        """A fresh matcher for a JSON schema; InvalidField if it cannot be compiled."""
+        """A new matcher for a JSON schema; the future raises InvalidField if it cannot be compiled."""
         return self._pool.submit(self._compile, schema)
 
     def close(self) -> None:
@@ -46,13 +46,13 @@ class Grammars:
     @cached_property
     def _tokenizer(self) -> LLTokenizer:
         text = (self.model_dir / "tokenizer.json").read_text()
-        return LLTokenizer(text, n_vocab=self.vocab_size, eos_token=sorted(self.ends))
+        return LLTokenizer(text, n_vocab=self.vocab_size, eos_token=sorted(self.end_token_ids))
 
     def _compile(self, schema: str) -> LLMatcher:
         if schema not in self._compiled:
             grammar = LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_pattern": WHITESPACE})
-            self._compiled[schema] = LLMatcher(self._tokenizer, grammar, log_level=0, limits=LIMITS)
-            while len(self._compiled) > KEPT:
+            self._compiled[schema] = LLMatcher(self._tokenizer, grammar, log_level=0, limits=PARSER_LIMITS)
+            while len(self._compiled) > MAX_COMPILED:
                 self._compiled.popitem(last=False)
         self._compiled.move_to_end(schema)
         matcher = self._compiled[schema].deep_copy()
@@ -62,21 +62,21 @@ class Grammars:
 
 
 def consume(matcher: Any, token: int) -> bool:
-    """Tell `matcher` what was drawn; False if it does not fit, or the matcher ran out of fuel on the way.
+    """Advance `matcher` by a sampled token; False if the schema forbids it or the matcher ran out of fuel.
 
-    A matcher without fuel lets a row end at once: without this its cut answer would pass for a whole one.
+    A matcher without fuel allows the end token at once, so a truncated answer would look complete.
     """
     return bool(matcher.consume_token(token)) and not matcher.is_error()
 
 
 def mask_logits(logits: torch.Tensor, matchers: list[tuple[int, Any]]) -> None:
-    """Set what each (row, matcher) forbids to -inf, in place; logits [R, V]. A GPU is not waited for."""
+    """Set the tokens that each (row, matcher) forbids to -inf, in place; logits [R, V]. No GPU sync."""
     words, device = -(-logits.shape[1] // 32), logits.device
     bits = torch.zeros(len(matchers), words, dtype=torch.int32, pin_memory=device.type == "cuda")
-    for i, (_row, matcher) in enumerate(matchers):
+    for i, (_, matcher) in enumerate(matchers):
         matcher.unsafe_compute_mask_ptr(bits[i].data_ptr(), words * 4)
-    sent = bits.to(device, non_blocking=True)
-    allowed = (sent[:, :, None] >> torch.arange(32, dtype=torch.int32, device=device)) & 1
+    device_bits = bits.to(device, non_blocking=True)
+    allowed = (device_bits[:, :, None] >> torch.arange(32, dtype=torch.int32, device=device)) & 1
     forbidden = allowed.flatten(1)[:, : logits.shape[1]] == 0
-    rows = send([row for row, _matcher in matchers], device)
+    rows = send([row for row, _ in matchers], device)
     logits[rows] = logits[rows].masked_fill(forbidden, float("-inf"))

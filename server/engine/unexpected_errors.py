@@ -1,4 +1,4 @@
-"""What an error that nobody foresaw ends: the row, the trial or the command that it came with."""
+"""Unexpected errors end the row, the dry run or the command that they occurred in, and nothing else."""
 
 import logging
 
@@ -10,9 +10,10 @@ log = logging.getLogger(__name__)
 
 
 def as_polypeft_error(error: BaseException, what: str) -> PolypeftError:
-    """What a caller hears of `error`, which ended `what`: its own words if it was raised for a caller.
+    """The error to report to the caller for `error`, which ended `what`; a PolypeftError is its own report.
 
-    Any other is a bug of ours: the log has it whole, the caller that there was one.
+    Any other one is a bug of ours: it is logged with its traceback, and the caller only learns that there was
+    one.
     """
     if isinstance(error, PolypeftError):
         return error
@@ -21,12 +22,12 @@ def as_polypeft_error(error: BaseException, what: str) -> PolypeftError:
 
 
 def raise_if_device_lost(error: Exception, device: torch.device) -> None:
-    """Raise what leaves a GPU of no use to this process: after most of CUDA's errors every later call fails.
+    """Raise an error that makes the GPU unusable to this process: after most CUDA errors all calls fail.
 
-    The process ends by it, and the next one has a device again.
+    It ends the process; the next one can use the device again.
     """
     if device.type != "cuda":
         return
     if isinstance(error, torch.AcceleratorError):
         raise error
-    torch.cuda.synchronize(device)  # raises such an error that has not been heard of yet
+    torch.cuda.synchronize(device)  # raises such an error if it has not been reported yet

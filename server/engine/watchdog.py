@@ -36,12 +36,12 @@ class StepClock:
     """What the thread that computes says of itself; any thread may read it."""
 
     def __init__(self) -> None:
-        self.turn = 0  # of the engine's loop
+        self.iteration = 0  # of the engine's loop
         self.bound = FLOOR_SECONDS  # of the turn under way
         self._means: dict[int, float] = {}  # seconds of a step, by the bits of its number of tokens
 
-    def next_turn(self) -> None:
-        self.turn += 1
+    def next_iteration(self) -> None:
+        self.iteration += 1
         self.bound = FLOOR_SECONDS
 
     def begin(self, tokens: int) -> None:
@@ -81,14 +81,14 @@ class Watchdog:
         socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PUB)
         socket.setsockopt(zmq.LINGER, 0)
         socket.bind(beat_address(self._address))
-        turn, age, before = self._clock.turn, 0.0, time.monotonic()
+        iteration, age, before = self._clock.iteration, 0.0, time.monotonic()
         while True:
             time.sleep(BEAT_SECONDS)
             now = time.monotonic()
             age += min(now - before, 2 * BEAT_SECONDS)
             before = now
-            if self._clock.turn != turn:
-                turn, age = self._clock.turn, 0.0
+            if self._clock.iteration != iteration:
+                iteration, age = self._clock.iteration, 0.0
             bound = self._clock.bound
             socket.send(encode(Beat(self._boot, age, bound)))
             if age > bound:

@@ -26,7 +26,7 @@ async def healthz(deps: Deps) -> Response:
     503 when the engine has said nothing for so long that `serve` must have failed to end it: for HUNG times
     the longest that a request may take, so that no row waits for it.
     """
-    silence = deps.engine.silence
+    silence = deps.engine.silent_seconds
     if silence > HUNG * deps.settings.request_seconds:
         return json_response({"status": "hangs", "engine": {"silent_seconds": round(silence, 1)}}, 503)
     return json_response({"status": "ok"})
@@ -41,7 +41,7 @@ async def readyz(deps: Deps) -> Response:
     """
     checks = {
         "accepting": not deps.draining,
-        "engine": deps.engine.answers,
+        "engine": deps.engine.responsive,
         "control_store": await _store_answers(deps),
     }
     ready = all(checks.values())
@@ -50,7 +50,8 @@ async def readyz(deps: Deps) -> Response:
         "status": "ready" if ready else "not ready",
         "checks": checks,
         "object_store": {"breaker": deps.objects.breaker.state},
-        "engine": {"silent_seconds": round(deps.engine.silence, 1)},  # what it is sent now waits that long
+        # a request sent now waits at least so long
+        "engine": {"silent_seconds": round(deps.engine.silent_seconds, 1)},
     }
     return json_response(body, 200 if ready else 503, {} if ready else {"Retry-After": "1"})
 

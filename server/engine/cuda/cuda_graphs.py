@@ -115,7 +115,8 @@ class DecodeGraphs:
 
     def forward(self, rows: list[Row]) -> torch.Tensor | None:
         """float32 logits [rows, vocabulary], valid until the next replay; None if no graph is recorded."""
-        if not all(row.scheduled == 1 and row.completes and row.computed >= row.virtual for row in rows):
+        decoding = (row.completes and row.computed >= row.num_virtual_tokens for row in rows)
+        if not all(row.scheduled == 1 for row in rows) or not all(decoding):
             return None  # some are in prefill
         signature = None if self.off else self.signature(rows)
         if signature is None:

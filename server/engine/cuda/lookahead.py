@@ -49,12 +49,12 @@ class Lookahead:
         It computes the rows that have tokens left and for which `room(row, tokens)` reserves the blocks of so
         many tokens. Nothing is launched while a row is in prefill, or if no recorded step serves the rows.
         """
-        if self.off or not all(row.completes and not row.guess for row in rows):
+        if self.off or not all(row.completes and not row.draft for row in rows):
             return
         going = [
             (i, row)
             for i, row in enumerate(rows)
-            if row.left(self._max_context) > 1 and room(row, len(row.tokens) + 1)
+            if row.remaining_output(self._max_context) > 1 and room(row, len(row.tokens) + 1)
         ]
         if not going:
             return

@@ -1,7 +1,7 @@
-"""What the engine counts for /metrics: a few dictionaries, no Prometheus.
+"""The engine's counters and histograms for /metrics, in dictionaries; no Prometheus.
 
-Counters and histograms are absolute and survive the process: each report is on disk before it is sent, if
-there is room, and the next engine goes on from there. Keys are those of server/metrics/names.py.
+Values are absolute and survive the process: each report is written to disk before it is sent, if the disk has
+space, and the next engine process continues from there. Keys are those of server/metrics/names.py.
 """
 
 import logging
@@ -23,10 +23,10 @@ Mode = Literal["off", "ids", "names"]
 
 FAMILIES = {**ENGINE, **SHARED}
 DIGEST_CHARS = 16  # of a content hash, as in system_fingerprint
-LISTED = 64  # adapters in one list of lora_requests_info
+MAX_LISTED_ADAPTERS = 64  # in one list of lora_requests_info
 PROCESS = "engine"
 TENANT_KEYS = tuple(key for key in ENGINE if key.startswith("tenant_"))
-# what only a load can end a row with -> the reason in metrics
+# code of an error that only a load raises -> the reason in metrics
 LOAD_REASONS = {"model_not_found": "missing", "invalid_adapter": "invalid", "store_unavailable": "store"}
 ADAPTER_KEYS = tuple(key for key, family in ENGINE.items() if "adapter" in family.labels)
 
@@ -34,14 +34,14 @@ log = logging.getLogger(__name__)
 
 
 def source_of(row: Row, sources: Mapping[str, str]) -> str:
-    """Where its adapter was found; of several, the last one's. `sources` says it of what was loaded."""
-    if row.cold:
+    """Where the row's last adapter was found. `sources`: digest of a loaded adapter -> its source."""
+    if row.cold_start:
         return sources.get(row.uses[-1].adapter.digest, "store")
     return "device" if row.uses else ""
 
 
 class Histogram:
-    """How many observations fell in each bucket, [len(buckets) + 1], and their sum."""
+    """Observations by bucket, [len(buckets) + 1], and their sum."""
 
     __slots__ = ("buckets", "counts", "total")
 
@@ -55,8 +55,8 @@ class Histogram:
         self.total += value
 
 
-class Kept(msgspec.Struct, array_like=True):
-    """What one engine leaves to the next."""
+class SavedMetrics(msgspec.Struct, array_like=True):
+    """The file that one engine process leaves to the next."""
 
     starts: int
     counters: list[tuple[str, Labels, float]]
@@ -67,16 +67,16 @@ class Kept(msgspec.Struct, array_like=True):
 
 class EngineMetrics:
     def __init__(self, path: Path | None = None, mode: Mode = "off", top: int = 0) -> None:
-        """`path` is where they outlive the process; None: they do not."""
+        """`path`: the file that keeps the values, if any. `top`: tenants and adapters with own series."""
         self.counters: defaultdict[tuple[str, Labels], float] = defaultdict(float)
         self.histograms: dict[tuple[str, Labels], Histogram] = {}
-        self.threads: deque[tuple[str, Labels, float]] = deque()  # what other threads observed
+        self.from_threads: deque[tuple[str, Labels, float]] = deque()  # observations of other threads
         self.tenants = TopLabels(TENANT_KEYS, 1, top)
         self.adapters = TopLabels(ADAPTER_KEYS, 2, top)
         self._mode = mode
         self._path = path
         self._starts = 1
-        self._unwritten = False  # the last report is not on disk
+        self._save_failed = False  # the last report is not on disk
         if path is not None and path.exists():
             self._restore(path)
         self._base = dict(self.counters)
@@ -86,37 +86,37 @@ class EngineMetrics:
         self.counters[key, labels] += amount
 
     def set_count(self, key: str, value: float, *labels: str) -> None:
-        """What somebody else has counted since this process began."""
+        """Set a count that another component has kept since this process began."""
         self.counters[key, labels] = self._base.get((key, labels), 0.0) + value
 
     def observe(self, key: str, value: float, *labels: str) -> None:
-        found = self.histograms.get((key, labels))
-        if found is None:
-            found = self.histograms[key, labels] = Histogram(FAMILIES[key].buckets)
-        found.observe(value)
+        histogram = self.histograms.get((key, labels))
+        if histogram is None:
+            histogram = self.histograms[key, labels] = Histogram(FAMILIES[key].buckets)
+        histogram.observe(value)
 
     def on_store_call(self, operation: str, seconds: float, outcome: str) -> None:
-        """What `Objects.on_call` wants; from any thread."""
+        """Observe a call of the object store (`Objects.on_call`). Called from any thread."""
         operation = operation if operation in OPERATIONS else OTHER
-        self.threads.append(("store_seconds", (PROCESS, operation), seconds))
+        self.from_threads.append(("store_seconds", (PROCESS, operation), seconds))
         if outcome in ("failed", "refused"):
-            self.threads.append(("store_errors", (PROCESS, operation, outcome), 1))
+            self.from_threads.append(("store_errors", (PROCESS, operation, outcome), 1))
 
-    def take(self, observations: list[tuple[str, str, float]]) -> None:
-        """(key, label, value) as the loader notes them; what is in no table is left out."""
+    def add_observations(self, observations: list[tuple[str, str, float]]) -> None:
+        """Add the loader's (key, label, value); unknown keys and labels are ignored."""
         for key, label, value in observations:
             family = FAMILIES.get(key)
             if family and (not label or label in next(iter(family.labels.values()), ())):
                 self._add(key, (label,) if label else (), value)
 
-    def ended(self, row: Row, now: float, error: str = "") -> None:
-        """A row is over, with this error's code if with one: its latencies, and its owners' counts."""
+    def record_end(self, row: Row, now: float, error: str = "") -> None:
+        """Observe a row that has ended, perhaps with an error code: its latencies and its tenant's counts."""
         if row.command.tenant.startswith("\0"):
-            return  # the gate's own
-        row.wait_ends(now)
+            return  # a dry run of adapter_check.py
+        row.end_wait(now)
         tokens, timing = row.output_length, row.timing
         if row.uses and timing.started:
-            self.count("adapter_misses" if row.cold else "adapter_hits")
+            self.count("adapter_misses" if row.cold_start else "adapter_hits")
         for reason, seconds in timing.waited.items():
             self.observe("wait_seconds", seconds, reason)
         if error in LOAD_REASONS:
@@ -126,39 +126,40 @@ class EngineMetrics:
             self.observe("prefill_seconds", timing.first_token - timing.started)
             self.observe("decode_seconds", now - timing.first_token)
             self.observe("inference_seconds", now - timing.started)
-            self.observe("request_prompt_tokens", row.prompt_length - row.virtual)
+            self.observe("request_prompt_tokens", row.prompt_length - row.num_virtual_tokens)
             self.observe("request_generation_tokens", tokens)
             if tokens > 1:
                 self.observe("per_token_seconds", (now - timing.first_token) / (tokens - 1))
         if self._mode != "off":
             self._attribute(row, tokens, failed=bool(error))
 
-    def adapter(self, ref: AdapterRef) -> str:
-        """How an adapter is called in labels."""
+    def adapter_label(self, ref: AdapterRef) -> str:
+        """The value of `adapter` labels."""
         return ref.name if self._mode == "names" else ref.digest[:DIGEST_CHARS]
 
-    def listed(self, rows: list[Row]) -> str:
-        """The adapters of `rows` for lora_requests_info."""
+    def adapter_list(self, rows: list[Row]) -> str:
+        """The adapters of `rows`, by commas, for lora_requests_info."""
         if self._mode == "off":
             return ""
-        names = dict.fromkeys(self.adapter(use.adapter) for row in rows for use in row.uses)
-        return ",".join(list(names)[:LISTED])
+        names = dict.fromkeys(self.adapter_label(use.adapter) for row in rows for use in row.uses)
+        return ",".join(list(names)[:MAX_LISTED_ADAPTERS])
 
     def report(self, boot: str, gauges: dict[str, float], labelled: list[tuple[str, Labels, float]]) -> Stats:
-        """All of it, as a message, and on disk. `gauges` and `labelled` are what stands at this moment."""
-        while self.threads:
-            self._add(*self.threads.popleft())
+        """Write all values to disk; return them with the current gauges, without labels and `labelled`."""
+        while self.from_threads:
+            self._add(*self.from_threads.popleft())
         plain = {key: value for (key, labels), value in self.counters.items() if not labels}
         series = [(key, labels, value) for (key, labels), value in self.counters.items() if labels]
-        histograms = [(*at, found.counts, found.total) for at, found in self.histograms.items()]
-        self._keep(histograms)
-        return Stats(boot, gauges, plain, [*labelled, *series, *self._busiest()], histograms)
+        histograms = [(*key, histogram.counts, histogram.total) for key, histogram in self.histograms.items()]
+        self._save(histograms)
+        return Stats(boot, gauges, plain, [*labelled, *series, *self._top_series()], histograms)
 
     def review(self, now: float) -> None:
+        """Choose the tenants and adapters with series of their own again; call it often."""
         self.tenants.review(now)
         self.adapters.review(now)
 
-    def _busiest(self) -> Iterator[tuple[str, Labels, float]]:
+    def _top_series(self) -> Iterator[tuple[str, Labels, float]]:
         if self._mode != "off":
             yield from self.tenants.series()
             yield from self.adapters.series()
@@ -170,7 +171,7 @@ class EngineMetrics:
             self.count(key, value, *labels)
 
     def _attribute(self, row: Row, tokens: int, *, failed: bool) -> None:
-        waited, prompt = row.timing.waited, row.prompt_length - row.virtual
+        waited, prompt = row.timing.waited, row.prompt_length - row.num_virtual_tokens
         amounts = {
             "tenant_requests": 1,
             "tenant_prompt_tokens": prompt,
@@ -183,19 +184,19 @@ class EngineMetrics:
         amounts = {
             "adapter_requests": 1,
             "adapter_generation_tokens": tokens,
-            "adapter_cold_starts": row.cold,
+            "adapter_cold_starts": row.cold_start,
             "adapter_wait_seconds": cold,
             "adapter_failures": failed,
         }
         for use in row.uses:
-            label = (row.command.tenant, self.adapter(use.adapter))
+            label = (row.command.tenant, self.adapter_label(use.adapter))
             self.adapters.add(label, 1 + prompt + tokens, amounts)
 
-    def _keep(self, histograms: list[tuple[str, Labels, list[int], float]]) -> None:
+    def _save(self, histograms: list[tuple[str, Labels, list[int], float]]) -> None:
         if self._path is None:
             return
-        counters = [(*at, value) for at, value in self.counters.items()]
-        kept = Kept(
+        counters = [(*key, value) for key, value in self.counters.items()]
+        saved = SavedMetrics(
             self._starts,
             counters,
             histograms,
@@ -205,29 +206,29 @@ class EngineMetrics:
         draft = self._path.with_suffix(".new")
         try:
             self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            draft.write_bytes(msgspec.msgpack.encode(kept))  # no fsync: for the next process, not machine
+            draft.write_bytes(msgspec.msgpack.encode(saved))  # no fsync: it need not survive the machine
             draft.replace(self._path)
-        except OSError as error:  # they go on here, and are written when there is room again
-            if not self._unwritten:
+        except OSError as error:  # counting goes on; the next report writes them
+            if not self._save_failed:
                 log.warning("The engine's figures cannot be kept for its next start: %s", error.strerror)
-            self._unwritten = True
+            self._save_failed = True
         else:
-            self._unwritten = False
+            self._save_failed = False
 
     def _restore(self, path: Path) -> None:
-        """Of another version's file, what still has a meaning."""
+        """Continue from a saved file; of another version's, the keys that still exist."""
         try:
-            kept = msgspec.msgpack.decode(path.read_bytes(), type=Kept)
+            saved = msgspec.msgpack.decode(path.read_bytes(), type=SavedMetrics)
         except (OSError, msgspec.DecodeError):
             log.warning("The figures of the engine before cannot be read; counters begin at 0")
             return
-        self._starts = kept.starts + 1
+        self._starts = saved.starts + 1
         self.counters.update(
-            {(key, labels): value for key, labels, value in kept.counters if key in FAMILIES}
+            {(key, labels): value for key, labels, value in saved.counters if key in FAMILIES}
         )
-        for key, labels, counts, total in kept.histograms:
+        for key, labels, counts, total in saved.histograms:
             if key in FAMILIES and len(counts) == len(FAMILIES[key].buckets) + 1:
-                found = self.histograms[key, labels] = Histogram(FAMILIES[key].buckets)
-                found.counts, found.total = counts, total
-        self.tenants.restore(dict(kept.tenants))
-        self.adapters.restore(dict(kept.adapters))
+                histogram = self.histograms[key, labels] = Histogram(FAMILIES[key].buckets)
+                histogram.counts, histogram.total = counts, total
+        self.tenants.restore(dict(saved.tenants))
+        self.adapters.restore(dict(saved.adapters))

@@ -1,7 +1,7 @@
-"""Where a step's time goes, by phase. On a CPU every step; what adapters take, in one step of EVERY.
+"""Time of a step by phase. On a CPU every step is timed, and calls of adapter banks in one of SAMPLE_EVERY.
 
-On CUDA launching is not computing, so the clock waits for the device, and does so in one step of EVERY_CUDA
-only, which runs beside no other.
+CUDA kernels run asynchronously, so a timed step waits for the device after each phase. On CUDA only one step
+of SAMPLE_EVERY_CUDA is timed, and no lookahead step runs beside it.
 """
 
 import time
@@ -15,26 +15,28 @@ from server.adapters.methods.token_spans import TokenSpans
 from server.engine.metrics.counters import EngineMetrics
 from server.engine.model.forward_context import ForwardContext
 
-EVERY, EVERY_CUDA = 16, 64
+SAMPLE_EVERY, SAMPLE_EVERY_CUDA = 16, 64
 
 
 class StepTimer:
-    def __init__(self, figures: EngineMetrics, device: torch.device) -> None:
-        self._figures = figures
-        self._cuda = device.type == "cuda"
-        self._every = EVERY_CUDA if self._cuda else EVERY
-        self._steps = 0
-        self._at = 0.0
-        self._in_banks = 0.0
+    """Observes `step_seconds` by phase."""
 
-    def begin(self, at: float) -> None:
-        """A step began at `at`, time.perf_counter(), and has been scheduled."""
+    def __init__(self, metrics: EngineMetrics, device: torch.device) -> None:
+        self._metrics = metrics
+        self._cuda = device.type == "cuda"
+        self._every = SAMPLE_EVERY_CUDA if self._cuda else SAMPLE_EVERY
+        self._steps = 0
+        self._phase_start = 0.0
+        self._bank_seconds = 0.0
+
+    def begin(self, start: float) -> None:
+        """A step that began at `start`, by time.perf_counter(), has been scheduled."""
         self._steps += 1
-        self._at, self._in_banks = at, 0.0
+        self._phase_start, self._bank_seconds = start, 0.0
         self.lap("schedule")
 
     def lap(self, phase: str) -> None:
-        """This phase has ended."""
+        """Observe the time since the end of the previous phase."""
         if not self._cuda:
             now = time.perf_counter()
         elif self._sampled:
@@ -42,46 +44,51 @@ class StepTimer:
             now = time.perf_counter()
         else:
             return
-        self._figures.observe("step_seconds", now - self._at, phase)
-        self._at = now
-        if phase == "forward" and self._in_banks:
-            self._figures.observe("step_seconds", self._in_banks, "adapter")
+        self._metrics.observe("step_seconds", now - self._phase_start, phase)
+        self._phase_start = now
+        if phase == "forward" and self._bank_seconds:
+            self._metrics.observe("step_seconds", self._bank_seconds, "adapter")
 
-    def watch(self, step: ForwardContext) -> None:
-        """Time the banks of the step under way, if it is its turn."""
+    def time_banks(self, step: ForwardContext) -> None:
+        """In a sampled step, replace the acting banks by ones that time their calls."""
         step.watched = self._sampled
         if self._sampled:
             for hook in ("affine", "inputs", "norm", "sublayer", "head", "head_inputs"):
                 acting: list[tuple[Bank, TokenSpans]] = getattr(step, hook)
-                setattr(step, hook, [(cast("Bank", Timed(bank, self.spent)), rows) for bank, rows in acting])
+                setattr(
+                    step,
+                    hook,
+                    [(cast("Bank", TimedBank(bank, self.time_call)), rows) for bank, rows in acting],
+                )
 
     @property
-    def looks(self) -> bool:
-        """At this step or the next: then nothing may run beside them."""
+    def samples_soon(self) -> bool:
+        """This step or the next one is sampled, so no lookahead may run beside it."""
         return self._sampled or (self._steps + 1) % self._every == 0
 
     @property
     def _sampled(self) -> bool:
         return self._steps % self._every == 0
 
-    def spent(self, call: Callable[[], Any]) -> Any:
+    def time_call(self, call: Callable[[], Any]) -> Any:
+        """Run `call` and add its seconds to those of the banks."""
         if self._cuda:
             torch.cuda.synchronize()
         start = time.perf_counter()
         result = call()
         if self._cuda:
             torch.cuda.synchronize()
-        self._in_banks += time.perf_counter() - start
+        self._bank_seconds += time.perf_counter() - start
         return result
 
 
-class Timed:
-    """A bank, each of whose calls is timed."""
+class TimedBank:
+    """A bank that times each of its calls."""
 
-    def __init__(self, bank: Bank, spent: Callable[[Callable[[], Any]], Any]) -> None:
+    def __init__(self, bank: Bank, time_call: Callable[[Callable[[], Any]], Any]) -> None:
         self._bank = bank
-        self._spent = spent
+        self._time_call = time_call
 
     def __getattr__(self, name: str) -> Any:
         method = getattr(self._bank, name)
-        return lambda *args: self._spent(lambda: method(*args))
+        return lambda *args: self._time_call(lambda: method(*args))

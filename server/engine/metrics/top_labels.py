@@ -1,7 +1,7 @@
-"""Counters by a label of which there may be any number: the busiest have series, all others share one.
+"""Counters by a label with any number of values: the top N have series of their own, all others share one.
 
-Who is busy is judged by what was counted lately, once a minute. A newcomer takes a free place at once, and
-somebody's place when it is twice as busy. Memory is bounded however many labels come.
+Labels are ranked once a minute by their recent activity. A new label takes a free series at once, and that of
+another label when it is twice as active. Memory is bounded whatever the number of labels.
 """
 
 from collections.abc import Iterator, Mapping
@@ -11,13 +11,15 @@ from server.metrics.names import OTHER
 
 Label = tuple[str, ...]
 REVIEW_SECONDS = 60.0
-CANDIDATES = 8  # labels watched for each place
-PREFERENCE = 2.0
+CANDIDATES_PER_SERIES = 8  # labels whose activity is tracked, for each series
+REPLACE_FACTOR = 2.0  # a label takes the series of another when it is so many times as active
 
 
 class TopLabels:
+    """The counters `keys` of the `top` most active labels and of the rest."""
+
     def __init__(self, keys: tuple[str, ...], labels: int, top: int) -> None:
-        """Of each label, `labels` values long, the counters `keys`; at most `top` of them have series."""
+        """`labels`: how many values a label has."""
         self.keys = keys
         self.top = top
         self.rest: Label = (OTHER,) * labels
@@ -25,35 +27,35 @@ class TopLabels:
         self._scores: dict[Label, float] = {}
         self._review_at = 0.0
 
-    def add(self, label: Label, busy: float, amounts: Mapping[str, float]) -> None:
-        """`busy` is how much this says for a series of its own."""
-        self._scores[label] = self._scores.get(label, 0.0) + busy
+    def add(self, label: Label, activity: float, amounts: Mapping[str, float]) -> None:
+        """Add `amounts` to the counters of `label`; `activity` counts towards its rank."""
+        self._scores[label] = self._scores.get(label, 0.0) + activity
         counts = self.counts.get(label)
         if counts is None and len(self.counts) <= self.top:
             counts = self.counts[label] = dict.fromkeys(self.keys, 0.0)
         if counts is None:
             counts = self.counts[self.rest]
-            if len(self._scores) > CANDIDATES * self.top + self.top:
+            if len(self._scores) > CANDIDATES_PER_SERIES * self.top + self.top:
                 self._forget_idle()
         for key, amount in amounts.items():
             counts[key] += amount
 
     def review(self, now: float) -> None:
-        """Call it often; once a minute places change hands."""
+        """Rank the labels again if a minute has passed since the last time; call it often."""
         if now < self._review_at:
             return
         first, self._review_at = self._review_at == 0.0, now + REVIEW_SECONDS
-        if first:  # nobody is known long enough to be judged
+        if first:  # activity has not been counted for long enough
             return
-        seated = sorted((self._scores.get(label, 0.0), label) for label in self.counts if label != self.rest)
-        free = self.top - len(seated)
+        ranked = sorted((self._scores.get(label, 0.0), label) for label in self.counts if label != self.rest)
+        free = self.top - len(ranked)
         for label in nlargest(self.top, self._scores, key=self._scores.__getitem__):
             if label in self.counts:
                 continue
             if free:
                 free -= 1
-            elif seated and self._scores[label] > PREFERENCE * seated[0][0]:
-                del self.counts[seated.pop(0)[1]]
+            elif ranked and self._scores[label] > REPLACE_FACTOR * ranked[0][0]:
+                del self.counts[ranked.pop(0)[1]]
             else:
                 break
             self.counts[label] = dict.fromkeys(self.keys, 0.0)
@@ -66,12 +68,12 @@ class TopLabels:
                 yield key, label, value
 
     def restore(self, series: Mapping[Label, Mapping[str, float]]) -> None:
-        """Go on from what `counts` was; more than fit now are left out."""
+        """Continue from the `counts` of a previous process; labels beyond `top` are dropped."""
         for label, counts in series.items():
             if label == self.rest or (len(label) == len(self.rest) and len(self.counts) <= self.top):
                 self.counts[label] = {key: counts.get(key, 0.0) for key in self.keys}
 
     def _forget_idle(self) -> None:
-        """The idler half of the watched: what is worth a place comes again."""
-        kept = nlargest(len(self._scores) // 2, self._scores, key=self._scores.__getitem__)
-        self._scores = {label: self._scores[label] for label in kept}
+        """Stop tracking the less active half of the labels; an active one comes back."""
+        most_active = nlargest(len(self._scores) // 2, self._scores, key=self._scores.__getitem__)
+        self._scores = {label: self._scores[label] for label in most_active}

@@ -40,7 +40,7 @@ class SpansByBank:
         """Assign packed tokens [start, end) to the adapters of `row`."""
         for use, slot in zip(row.uses, row.slots, strict=True):
             bank = banks[use.adapter.method]
-            if bank.leads and row.computed >= row.virtual:
+            if bank.leads and row.computed >= row.num_virtual_tokens:
                 continue
             self.by_bank.setdefault(bank, []).append(Span(slot, start, end, use.weight))
 
@@ -202,7 +202,7 @@ class ForwardContext:
         spans = SpansByBank()
         start = 0
         for row in (row for row in rows if row.completes):
-            end = start + 1 + len(row.guess)
+            end = start + 1 + len(row.draft)
             spans.add(self.banks, row, start, end)
             start = end
         self.head, self.head_inputs, self.head_norm = (

@@ -1,8 +1,8 @@
-"""Who owns which block of the KV cache. Counts and lists only; the pages themselves are the model's.
+"""The blocks of the KV cache: reference counts, free list and prefix cache. The pages belong to the model.
 
-A block holds the K/V of BLOCK tokens of one row, or of several rows that share a prefix. Full blocks are
-named by a hash over everything before them, salted by tenant and adapter content; a freed block keeps its
-name, and its contents, until somebody needs the space (least recently freed first).
+A block holds the K/V of BLOCK tokens of one row, or of several rows that share a prefix. The name of a full
+block is a hash over its tokens and all before them, salted by tenant and adapter content. A freed block keeps
+its name and its contents until it is allocated again, least recently freed first.
 
     free, unnamed  ->  owned (refs >= 1)  ->  free, named  ->  owned again by a hit, or reused
 """
@@ -19,13 +19,15 @@ _encode = msgspec.msgpack.Encoder().encode
 
 
 class BlockPool:
+    """`count` blocks. `share_prefixes` enables the prefix cache."""
+
     def __init__(self, count: int, *, share_prefixes: bool = True) -> None:
         self.count = count
         self.share_prefixes = share_prefixes
-        self.refs = [0] * count
+        self.refs = [0] * count  # rows that own each block
         self.names: dict[int, bytes] = {}  # block -> hash
         self.named: dict[bytes, int] = {}  # hash -> block
-        self.free: OrderedDict[int, None] = OrderedDict.fromkeys(range(count))  # next to reuse first
+        self.free: OrderedDict[int, None] = OrderedDict.fromkeys(range(count))  # in order of reuse
         self.queries = 0  # prompt tokens looked up
         self.hits = 0  # prompt tokens found
 
@@ -38,20 +40,20 @@ class BlockPool:
         return 1 - len(self.free) / self.count
 
     def allocate(self, count: int) -> list[int] | None:
-        """`count` blocks of one's own, or None and nothing changed."""
+        """`count` blocks with one owner; None, and nothing has changed, if fewer are free."""
         if count > len(self.free):
             return None
         taken = []
         for _ in range(count):
-            block, _nothing = self.free.popitem(last=False)
+            block, _ = self.free.popitem(last=False)
             self._forget(block)
             self.refs[block] = 1
             taken.append(block)
         return taken
 
     def match(self, hashes: Sequence[bytes]) -> list[int]:
-        """The longest known prefix, each block now owned once more."""
-        found: list[int] = []
+        """The blocks of the longest cached prefix of `hashes`; each gets one more owner."""
+        matched: list[int] = []
         for name in hashes:
             block = self.named.get(name)
             if block is None:
@@ -59,17 +61,17 @@ class BlockPool:
             if self.refs[block] == 0:
                 del self.free[block]
             self.refs[block] += 1
-            found.append(block)
-        return found
+            matched.append(block)
+        return matched
 
     def name(self, block: int, name: bytes) -> None:
-        """Offer a full block to later rows. The first of two equal blocks keeps the name."""
+        """Put a full block into the prefix cache. Of two equal blocks the first one stays in it."""
         if self.share_prefixes and name not in self.named and block not in self.names:
             self.names[block] = name
             self.named[name] = block
 
     def release(self, blocks: Sequence[int]) -> None:
-        """Give blocks back; the end of a prefix is reused before its beginning."""
+        """Remove one owner of each block. The end of a prefix is reused before its beginning."""
         for block in reversed(blocks):
             self.refs[block] -= 1
             assert self.refs[block] >= 0, f"block {block} was released twice"
@@ -84,7 +86,7 @@ class BlockPool:
 
 
 def block_hashes(salt: bytes, tokens: Sequence[int], known: list[bytes]) -> list[bytes]:
-    """Extend `known` to the names of all full blocks of `tokens`; each covers all tokens before it."""
+    """Extend `known` to the names of all full blocks of `tokens`, and return it."""
     for i in range(len(known), len(tokens) // BLOCK):
         previous = known[-1] if known else salt
         content = _encode(tokens[i * BLOCK : (i + 1) * BLOCK])

@@ -1,10 +1,9 @@
-"""What may come next in a row: what came after the same few tokens the last time they stood there.
+"""Draft tokens for speculative decoding by prompt lookup: what followed the same n-gram the last time.
 
-Texts repeat themselves and quote their prompts. A row that decodes computes its guesses along with its token,
-and as many are kept as turn out to be what sampling, token by token, would have given: the answer is the same
-whether anything is guessed or not. A few more tokens cost a small batch hardly anything and a large one
-nearly their full price, so a row guesses only as far ahead as it is right often enough; how often, it learns
-for nothing from tokens that it has not guessed.
+Texts repeat themselves and quote their prompts. A decoding row computes draft tokens along with its token and
+accepts as many as equal what sampling, token by token, would have given, so drafts never change the answer.
+A few more tokens cost a small batch hardly anything and a large one nearly their full price, so the length of
+a draft follows the row's hit rate. That is measured for free on tokens that no draft contained.
 
 Prompt lookup decoding: arXiv 2304.04487 (inference with reference).
 """
@@ -14,50 +13,53 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-NGRAM = 3  # tokens that must have stood there before
-MEMORY = 8  # about how many past guesses the share remembers
+NGRAM = 3  # tokens that must match
+AVERAGED_DRAFTS = 8  # the hit rate is a moving average over about so many predictions
 
 
 @dataclass
 class PromptLookup:
-    """Of one row. Knows its tokens up to `read`."""
+    """Index of the n-grams of one row, up to token `num_indexed`."""
 
-    after: dict[tuple[int, ...], int] = field(default_factory=dict)  # tokens -> what followed, the last time
-    read: int = 0
-    share: float = 0.5  # of what it would have guessed lately, how much was right
+    followers: dict[tuple[int, ...], int] = field(
+        default_factory=dict
+    )  # n-gram -> index of the token after it
+    num_indexed: int = 0
+    hit_rate: float = 0.5  # how often the index has predicted the next token lately
 
-    def guess(self, tokens: list[int], most: int, worth: float) -> list[int]:
-        """Up to `most` tokens that may follow, as long as they are right with a likelihood of `worth`."""
-        self._read(tokens)
-        start = self.after.get(tuple(tokens[-NGRAM:])) if len(tokens) > NGRAM else None
-        count = self._reach(most, worth)
+    def draft(self, tokens: list[int], limit: int, min_acceptance: float) -> list[int]:
+        """Up to `limit` draft tokens, as many as are all right with a probability of `min_acceptance`."""
+        self._index(tokens)
+        start = self.followers.get(tuple(tokens[-NGRAM:])) if len(tokens) > NGRAM else None
+        count = self._draft_length(limit, min_acceptance)
         if start is None or count < 1:
             return []
-        found = tokens[start : start + count]
-        while len(found) < count:  # they repeat themselves up to here: so may what comes
-            found.append(found[start + len(found) - len(tokens)])
-        return found
+        draft = tokens[start : start + count]
+        while len(draft) < count:  # the match reaches the end of `tokens`: go on with the draft itself
+            draft.append(draft[start + len(draft) - len(tokens)])
+        return draft
 
-    def _read(self, tokens: list[int]) -> None:
-        for i in range(max(self.read, NGRAM), len(tokens)):
+    def _index(self, tokens: list[int]) -> None:
+        """Index the tokens that are new and update the hit rate by them."""
+        for i in range(max(self.num_indexed, NGRAM), len(tokens)):
             gram = tuple(tokens[i - NGRAM : i])
-            seen = self.after.get(gram)
-            if seen is not None:
-                self.share += ((tokens[seen] == tokens[i]) - self.share) / MEMORY
-            self.after[gram] = i
-        self.read = len(tokens)
+            predicted = self.followers.get(gram)
+            if predicted is not None:
+                self.hit_rate += ((tokens[predicted] == tokens[i]) - self.hit_rate) / AVERAGED_DRAFTS
+            self.followers[gram] = i
+        self.num_indexed = len(tokens)
 
-    def _reach(self, most: int, worth: float) -> int:
-        """How many guesses one after the other are all right with this likelihood."""
-        if worth >= 1 or self.share <= 0:
+    def _draft_length(self, limit: int, min_acceptance: float) -> int:
+        """The largest n with hit_rate ** n >= min_acceptance, at most `limit`."""
+        if min_acceptance >= 1 or self.hit_rate <= 0:
             return 0
-        if self.share >= 1:
-            return most
-        return min(most, math.floor(math.log(worth) / math.log(self.share)))
+        if self.hit_rate >= 1:
+            return limit
+        return min(limit, math.floor(math.log(min_acceptance) / math.log(self.hit_rate)))
 
 
 class Result(Protocol):
-    """What sampling gave at one place."""
+    """The sampled token at one position."""
 
     @property
     def token(self) -> int: ...
@@ -65,11 +67,12 @@ class Result(Protocol):
     def finite(self) -> bool: ...
 
 
-def num_accepted(guess: Sequence[int], results: Sequence[Result], ends: Sequence[bool]) -> int:
-    """How many results stand, of one more than guesses: up to the first token that was not guessed, or that
-    ends its row. One that is not finite will be asked for again, by itself.
+def num_accepted(draft: Sequence[int], results: Sequence[Result], ends: Sequence[bool]) -> int:
+    """How many of len(draft) + 1 results count: up to the first that differs from the draft or ends the row.
+
+    A result with logits that are not finite is not accepted after others: the next step computes it again.
     """
-    for i, guessed in enumerate(guess):
-        if results[i].token != guessed or ends[i] or not results[i + 1].finite:
+    for i, token in enumerate(draft):
+        if results[i].token != token or ends[i] or not results[i + 1].finite:
             return i + 1
-    return len(guess) + 1
+    return len(draft) + 1

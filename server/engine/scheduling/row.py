@@ -16,73 +16,75 @@ class Row:
     tokens:  | virtual | prompt ...... | output ........ |
              | computed: K/V in blocks | scheduled | ... |
 
-    A row that decodes has one token to compute, and what it guesses to come after that one.
+    A decoding row computes its last token and the draft tokens after it, if there are any.
 
-    Virtual tokens are what prefix and prompt tuning put before the text: ids -1, -2, ... that stand in no
-    vocabulary. They take positions and blocks like any other and are shared like any other.
+    Virtual tokens are the ones that prefix and prompt tuning put before the prompt. They have the ids -1, -2,
+    ..., which are in no vocabulary, and take positions and blocks as other tokens do. Blocks of virtual
+    tokens are shared as other blocks are.
 
-    A preempted row keeps its tokens and loses its blocks: `computed` falls to 0 and prompt and output
-    are prefilled again.
+    A preempted row keeps its tokens and loses its blocks: `computed` falls to 0, and prompt and output are
+    prefilled again.
     """
 
     command: Generate
     seed: int
     tokens: list[int]
     prompt_length: int  # virtual tokens included
-    virtual: int = 0
-    fill: int | None = None  # K/V of the virtual tokens from this one on are to be written, not computed
+    num_virtual_tokens: int = 0
+    write_virtual_from: int | None = None  # the virtual tokens whose precomputed K/V are to be written
     computed: int = 0
-    scheduled: int = 0  # tokens of the step under way
-    cached: int = 0  # prompt tokens the prefix cache spared at first admission
-    charged: int = 0  # prompt tokens, from the first on, that its tenant does not pay for again
-    begun_at: int = 0  # tokens that it had when it was admitted last
-    admitted: bool = False  # has run before, perhaps preempted since
+    scheduled: int = 0  # tokens to compute in this step
+    cached_tokens: int = 0  # prompt tokens found in the prefix cache when the row first ran
+    charged_tokens: int = 0  # leading prompt tokens that its tenant has been charged for
+    length_at_start: int = 0  # len(tokens) when the row last entered the batch
+    admitted: bool = False  # has run before; it may have been preempted since
     sampled: bool = False  # has had finite logits: its blocks may be shared
-    asked: bool = False  # for its adapters, which count that once
-    passed_over: int = 0  # steps in which it could have started but for memory
+    use_counted: bool = False  # the adapter cache has counted this request for its adapters
+    steps_without_memory: int = 0  # steps in which only memory kept it from starting
     slots: tuple[int, ...] = ()  # one for each of `uses`, while the row runs
-    grammar: Any = None  # what its schema allows next (engine/grammar.py), if it has one
-    guess: list[int] = field(default_factory=list)  # tokens that may come next; computed, and kept if they do
+    grammar: Any = None  # llguidance matcher of its JSON schema (structured_output.py), if it has one
+    draft: list[int] = field(default_factory=list)  # draft tokens of this step, computed after the last token
     lookup: PromptLookup = field(default_factory=PromptLookup)
     blocks: list[int] = field(default_factory=list)
-    hashes: list[bytes] = field(default_factory=list)  # of the full blocks of `tokens`, as far as known
-    frequencies: int = 0  # which set of rotary frequencies its keys have (engine/rotary.py)
+    hashes: list[bytes] = field(default_factory=list)  # of the full blocks of `tokens`, those known so far
+    rope_variant: int = 0  # the set of rotary frequencies that its keys were computed with
     timing: Timing = field(default_factory=Timing)
-    waits_for: str = "capacity"  # while it waits
-    since: float = 0.0  # when it began to wait for that, Unix seconds; 0: it does not wait
-    cold: bool = False  # has waited for an adapter's load
+    waits_for: str = "capacity"  # the reason it waits, a key of metrics.names.WAITS
+    waits_since: float = 0.0  # when that wait began, Unix seconds; 0: it does not wait
+    cold_start: bool = False  # has waited for the load of an adapter
 
     def __post_init__(self) -> None:
         single = self.command.adapter
         self.uses = (Use(single),) if single else self.command.adapters
 
-    def lead_with(self, virtual: int) -> None:
-        """Put an adapter's virtual tokens before the text, once known."""
-        if virtual and not self.virtual:
-            self.tokens[:0] = range(-1, -virtual - 1, -1)
-            self.prompt_length += virtual
-            self.virtual = virtual
+    def prepend_virtual_tokens(self, count: int) -> None:
+        """Put the virtual tokens of an adapter before the prompt. A second call changes nothing."""
+        if count and not self.num_virtual_tokens:
+            self.tokens[:0] = range(-1, -count - 1, -1)
+            self.prompt_length += count
+            self.num_virtual_tokens = count
 
     def wait(self, reason: str, now: float) -> None:
-        """From here on it waits for this; what it waited for until now is told in `timing`."""
+        """Wait for `reason` from `now` on. The previous wait, for another reason, is added to `timing`."""
         if reason != self.waits_for:
-            self.wait_ends(now)
-            self.waits_for, self.since = reason, now
-            self.cold |= reason == "adapter"
+            self.end_wait(now)
+            self.waits_for, self.waits_since = reason, now
+            self.cold_start |= reason == "adapter"
 
-    def wait_ends(self, now: float) -> None:
-        if not self.since:
+    def end_wait(self, now: float) -> None:
+        """Add the seconds of the current wait, if there is one, to `timing`."""
+        if not self.waits_since:
             return
-        waited, seconds = self.timing.waited, max(0.0, now - self.since)  # clocks are set back at times
+        waited, seconds = self.timing.waited, max(0.0, now - self.waits_since)  # a clock may be set back
         waited[self.waits_for] = waited.get(self.waits_for, 0.0) + seconds
         if self.waits_for == "adapter":
-            self.timing.load = (self.since, now)
-        self.since = 0.0
+            self.timing.load = (self.waits_since, now)
+        self.waits_since = 0.0
 
     def start(self, now: float) -> None:
-        """It is in the batch."""
-        self.wait_ends(now)
-        self.begun_at = len(self.tokens)
+        """Record that the row has entered the batch."""
+        self.end_wait(now)
+        self.length_at_start = len(self.tokens)
         if not self.timing.started:
             self.timing.started = now
             self.timing.queued = max(0.0, now - self.timing.arrived)
@@ -101,54 +103,54 @@ class Row:
 
     @property
     def remaining(self) -> int:
-        """Tokens whose K/V are still to be computed; 1 while decoding."""
+        """Tokens whose K/V have not been computed; 1 while decoding."""
         return len(self.tokens) - self.computed
 
     @property
     def recompute_cost(self) -> int:
-        """What preempting it costs, in tokens of decode: tokens of a prompt are some BLOCK times cheaper."""
+        """Cost of preempting the row, in decoded tokens: a prefilled token costs about 1 / BLOCK of one."""
         return BLOCK + len(self.blocks)
 
     @property
     def recovered(self) -> bool:
-        """It has got as many tokens since it was admitted as its next recompute costs."""
-        return len(self.tokens) - self.begun_at >= self.recompute_cost
+        """The row has decoded as many tokens since it started as preempting it would cost."""
+        return len(self.tokens) - self.length_at_start >= self.recompute_cost
 
-    def left(self, max_context: int) -> int:
-        """Tokens that it may still get."""
+    def remaining_output(self, max_context: int) -> int:
+        """Tokens that the row may still generate."""
         longest = self.prompt_length + self.command.sampling.max_tokens
         return min(longest, max_context) - len(self.tokens)
 
     @property
     def completes(self) -> bool:
-        """After the step under way this row has logits to sample from."""
+        """This step computes the last of its tokens, so it has logits to sample from."""
         return self.computed + self.scheduled >= len(self.tokens)
 
     @property
     def decodes(self) -> bool:
-        """In the step under way it has one token to compute, and guesses."""
-        return self.scheduled == 1 + len(self.guess)
+        """This step computes one token and its draft tokens."""
+        return self.scheduled == 1 + len(self.draft)
 
     @property
     def length(self) -> int:
-        """Of all its tokens, as rotary scaling counts them."""
+        """Number of tokens, as rotary scaling counts them."""
         return len(self.tokens)
 
     def positions(self) -> Sequence[int]:
-        """Of the tokens of the step under way."""
+        """Positions of the tokens of this step."""
         return range(self.computed, self.computed + self.scheduled)
 
     def to_compute(self) -> list[int]:
-        """The tokens of the step under way."""
-        return self.tokens[self.computed : self.computed + self.scheduled] + self.guess
+        """Ids of the tokens of this step, draft tokens last."""
+        return self.tokens[self.computed : self.computed + self.scheduled] + self.draft
 
     @property
     def slot(self) -> int:
-        """The slot of a row with one adapter; 0 is the base."""
+        """The slot of a row with one adapter; 0 is the base model alone."""
         return self.slots[0] if self.slots else 0
 
     @property
     def salt(self) -> bytes:
-        """Rows share cached blocks within one tenant, one adapter's content and one set of frequencies."""
+        """Start of the block hashes: rows share blocks of one tenant, adapter content and RoPE variant."""
         content = ",".join(f"{use.adapter.digest}*{use.weight}" for use in self.uses)
-        return f"{self.command.tenant}\0{content}\0{self.frequencies}".encode()
+        return f"{self.command.tenant}\0{content}\0{self.rope_variant}".encode()

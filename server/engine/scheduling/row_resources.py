@@ -1,4 +1,7 @@
-"""What a row holds while it runs: a slot for each of its adapters, and KV blocks; all of it or nothing."""
+"""What a row holds while it runs: an adapter slot for each of its adapters, and KV blocks.
+
+A row gets all slots and all blocks that it needs, or none.
+"""
 
 from collections.abc import Sequence
 
@@ -10,22 +13,24 @@ from server.errors import ContextTooLong, InvalidField, PolypeftError
 
 
 class RowResources:
+    """Acquires and releases the slots and blocks of rows."""
+
     def __init__(
         self, cache: AdapterCache, blocks: BlockPool, max_context: int, rope_switches: Sequence[int] = ()
     ) -> None:
-        """`rope_switches`: lengths past which a row's keys have other rotary frequencies (rotary.py)."""
+        """`rope_switches`: row lengths above which keys are computed with other rotary frequencies."""
         self.cache = cache
         self.blocks = blocks
         self.max_context = max_context
         self.rope_switches = rope_switches
 
     def acquire(self, row: Row) -> tuple[int, ...] | None:
-        """A pinned slot for each adapter of a row; None if one is missing. Starts what loads are needed.
+        """A pinned slot for each adapter of a row; None if one is missing. Starts the loads that are needed.
 
-        Raises what ended a load.
+        Raises the error of a load that has failed.
         """
         slots: list[int] = []
-        missing, again, row.asked = False, row.asked, True
+        missing, again, row.use_counted = False, row.use_counted, True
         try:
             for use in row.uses:
                 slot = self.cache.acquire(
@@ -34,44 +39,44 @@ class RowResources:
                 missing |= slot is None
                 slots += [] if slot is None else [slot]
         except PolypeftError:
-            self.let_go(slots)
+            self.release_slots(slots)
             raise
         if missing:
-            self.let_go(slots)
+            self.release_slots(slots)
             return None
         return tuple(slots)
 
-    def let_go(self, slots: Sequence[int]) -> None:
+    def release_slots(self, slots: Sequence[int]) -> None:
         for slot in slots:
             self.cache.release(slot)
 
     def loading(self, row: Row) -> bool:
         return any(self.cache.loading(use.adapter) for use in row.uses)
 
-    def lead(self, row: Row, slots: tuple[int, ...]) -> PolypeftError | None:
-        """Put the adapter's virtual tokens before the text; why the row cannot run, if it cannot."""
-        used = [self.cache.by_slot[slot] for slot in slots]
-        row.lead_with(sum(resident.virtual for resident in used))
-        text, virtual = row.prompt_length - row.virtual, row.virtual
+    def prepend_virtual_tokens(self, row: Row, slots: tuple[int, ...]) -> PolypeftError | None:
+        """Put the virtual tokens of the row's adapters before its prompt; the error if it cannot run then."""
+        residents = [self.cache.by_slot[slot] for slot in slots]
+        row.prepend_virtual_tokens(sum(resident.virtual for resident in residents))
+        text, virtual = row.prompt_length - row.num_virtual_tokens, row.num_virtual_tokens
         if row.prompt_length >= self.max_context:
             return ContextTooLong(
                 f"The prompt has {text} tokens and the adapter puts {virtual} before them; "
                 f"the context of {self.max_context} must hold one more.",
                 param="prompt",
             )
-        if row.command.adapters and (sentence := why_not_combinable(row.command.adapters, used)):
+        if row.command.adapters and (sentence := why_not_combinable(row.command.adapters, residents)):
             return InvalidField(sentence, param="adapters")
         return None
 
-    def lacking(self, row: Row) -> int:
-        """Blocks that must come free, at most, before a waiting row can start."""
+    def missing_blocks(self, row: Row) -> int:
+        """Blocks that must be freed before a waiting row can start, without hits in the prefix cache."""
         return max(0, blocks_for(len(row.tokens)) - self.blocks.available)
 
-    def take_blocks(self, row: Row, slots: tuple[int, ...]) -> bool:
-        """Blocks for all of a row's tokens, cached ones first; all or none."""
+    def allocate_blocks(self, row: Row, slots: tuple[int, ...]) -> bool:
+        """Give a row blocks for all its tokens, cached ones first. False, and none, if too few are free."""
         names: list[bytes] = []
-        if (frequencies := self.frequencies(row)) != row.frequencies:
-            row.hashes, row.frequencies = [], frequencies
+        if (variant := self.rope_variant(row)) != row.rope_variant:
+            row.hashes, row.rope_variant = [], variant
         if self.blocks.share_prefixes:
             # At least one token is computed, so that there are logits to sample from.
             names = block_hashes(row.salt, row.tokens, row.hashes)[: (len(row.tokens) - 1) // BLOCK]
@@ -85,39 +90,43 @@ class RowResources:
             self.blocks.hits += len(shared) * BLOCK
         row.blocks = shared + fresh
         row.computed = len(shared) * BLOCK
-        if any(self.cache.by_slot[slot].given for slot in slots) and row.computed < row.virtual:
-            row.fill = row.computed
-            row.computed = row.virtual
+        if self._has_precomputed_kv(slots) and row.computed < row.num_virtual_tokens:
+            row.write_virtual_from = row.computed
+            row.computed = row.num_virtual_tokens
         return True
 
-    def room(self, row: Row, tokens: int) -> bool:
-        """Blocks for so many tokens of a running row, if they lie free."""
+    def reserve_blocks(self, row: Row, tokens: int) -> bool:
+        """Extend the blocks of a running row to `tokens` tokens. False if too few are free."""
         fresh = self.blocks.allocate(max(0, blocks_for(tokens) - len(row.blocks)))
         if fresh is None:
             return False
         row.blocks += fresh
         return True
 
-    def frequencies(self, row: Row) -> int:
-        """Which set of rotary frequencies a row of its length has."""
+    def rope_variant(self, row: Row) -> int:
+        """Index of the set of rotary frequencies that applies to a row of this length."""
         return sum(row.length > switch for switch in self.rope_switches)
 
-    def until_switch(self, row: Row) -> int:
-        """Tokens by which it may grow before its frequencies change."""
+    def tokens_until_rope_switch(self, row: Row) -> int:
+        """Tokens that the row may grow by before other rotary frequencies apply to it."""
         return min((s - row.length for s in self.rope_switches if s >= row.length), default=self.max_context)
 
-    def start_over(self, row: Row) -> None:
-        """A running row has grown past a switch: all its keys are computed anew."""
+    def discard_kv(self, row: Row) -> None:
+        """Drop the K/V of a running row that has grown past a RoPE switch: all are computed again."""
         self.blocks.release(row.blocks)
         row.blocks, row.hashes, row.computed = [], [], 0
-        row.frequencies = self.frequencies(row)
-        if any(self.cache.by_slot[slot].given for slot in row.slots):
-            row.fill, row.computed = 0, row.virtual
+        row.rope_variant = self.rope_variant(row)
+        if self._has_precomputed_kv(row.slots):
+            row.write_virtual_from, row.computed = 0, row.num_virtual_tokens
 
     def release(self, row: Row) -> None:
-        """Everything; what it had computed is lost, but for what the prefix cache keeps."""
+        """Give back all slots and blocks. Computed K/V survive in the prefix cache only."""
         self.blocks.release(row.blocks)
-        self.let_go(row.slots)
+        self.release_slots(row.slots)
         row.blocks, row.slots = [], ()
         row.computed = 0
-        row.fill = None
+        row.write_virtual_from = None
+
+    def _has_precomputed_kv(self, slots: Sequence[int]) -> bool:
+        """An adapter in these slots brings the K/V of its virtual tokens (prefix tuning)."""
+        return any(self.cache.by_slot[slot].given for slot in slots)

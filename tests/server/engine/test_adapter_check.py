@@ -97,7 +97,7 @@ def test_one_that_no_device_memory_could_hold_is_too_large(
     verdict = ask(engine, changed(good, tmp_path / "large", lambda t: t * 0.5))
     assert verdict.error is not None
     assert verdict.error[0] == "too_large"
-    assert not engine.gate.trials
+    assert not engine.adapter_check.dry_runs
 
 
 def test_other_rows_go_on_beside_a_trial(engine: Engine, good: Path, tmp_path: Path) -> None:

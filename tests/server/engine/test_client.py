@@ -294,33 +294,33 @@ async def test_a_silent_engine_loses_no_row_and_takes_new_ones(process: Real) ->
             check = asyncio.create_task(client.check(b"{}"))
             await asyncio.sleep(7)
             assert client.ready
-            assert client.silence > 5
+            assert client.silent_seconds > 5
             assert not any(task.done() for task in (running, during, check))
         assert (await running)["running"] == expected["alone"]
         assert (await during)["during"] == expected["alone"]
         assert (await check).error is not None
-        await until(lambda: client.silence < 2)
+        await until(lambda: client.silent_seconds < 2)
 
 
 async def test_a_silent_engine_does_not_answer(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("server.engine.client.SILENCE_SECONDS", 0.6)
     async with running(address) as (engine, client):
-        assert client.answers
+        assert client.responsive
         engine.behaviour.mute = True
-        await until(lambda: not client.answers)
+        await until(lambda: not client.responsive)
         assert client.ready
         engine.behaviour.mute = False
-        await until(lambda: client.answers)
+        await until(lambda: client.responsive)
 
 
 async def test_rows_of_a_step_beyond_its_bound_end_and_say_so(address: str) -> None:
     async with running(address) as (engine, client):
         engine.behaviour.step_seconds = 3600.0
-        engine.behaviour.turn = (299.0, 300.0)
+        engine.behaviour.step_age_and_bound = (299.0, 300.0)
         task = asyncio.create_task(collect(client, row()))
         await asyncio.sleep(0.5)
         assert not task.done()
-        engine.behaviour.turn = (301.0, 300.0)
+        engine.behaviour.step_age_and_bound = (301.0, 300.0)
         with pytest.raises(EngineLost, match=r"has run for 301 s and its bound is 300 s"):
             await task
         engine.behaviour = Behaviour()

@@ -205,11 +205,11 @@ def test_whatever_fails_in_a_trial_ends_that_trial(
         raise ZeroDivisionError
 
     with monkeypatch.context() as broken:
-        broken.setattr(s.engine.cache if step == "offer" else s.engine.gate, step, failing)
+        broken.setattr(s.engine.cache if step == "offer" else s.engine.adapter_check, step, failing)
         verdict = trial(s, s.refs[0])
         assert verdict.error is not None
         assert verdict.error[0] == "internal_error"
-    assert not s.engine.gate.trials
+    assert not s.engine.adapter_check.dry_runs
     assert trial(s, s.refs[0]).error is None
 
 

@@ -73,7 +73,7 @@ async def test_a_step_that_hangs_ends_the_engine_and_its_rows_hear_why(engine: E
     process = engine.start()
     client = EngineClient(engine.address)
     await client.start()
-    await client.told(90)
+    await client.wait_for_stats(90)
     assert len(await answer(client, row(IS_SLOW))) == 2  # slow, and no more than that
     with pytest.raises(EngineLost, match=r"A step of the engine has run for 3 s and its bound is 3 s"):
         await answer(client, row(HANGS))
@@ -99,7 +99,7 @@ def test_a_bound_follows_what_such_steps_take() -> None:
     for tokens, seconds in ((1, 2.0), (256, 60.0), (300, 60.0), (512, 120.0), (2, 4.0)):
         clock.begin(tokens)
         assert clock.bound == pytest.approx(max(FLOOR_SECONDS, MULTIPLE * seconds))
-    clock.next_turn()
+    clock.next_iteration()
     assert clock.bound == FLOOR_SECONDS
 
 

@@ -218,7 +218,7 @@ class Door:
         cache = self.engine.cache
         assert all(resident.references == 0 for resident in cache.by_slot.values()), seeds
         assert len(cache.free) + len(cache.by_slot) == cache.slots, seeds
-        assert not self.engine.gate.trials, seeds
+        assert not self.engine.adapter_check.dry_runs, seeds
         yield from ((checked.id, checked) for checked in found)
 
     def _row(self, i: int, ref: AdapterRef | None) -> Generate:

@@ -107,7 +107,7 @@ def test_prompts_come_in_programs_beside_rows_that_decode(
     stand: Callable[..., Stand], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "server.engine.metrics.step_timer.EVERY", 1 << 30
+        "server.engine.metrics.step_timer.SAMPLE_EVERY", 1 << 30
     )  # steps that are timed are not recorded
     s = stand("llama", 2, lookup_tokens=0, prefix_cache=False)
     s.engine.model.step.max_in_place_pairs = 64 * 64

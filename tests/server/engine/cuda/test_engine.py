@@ -169,10 +169,10 @@ def test_steps_begun_ahead_serve_those_that_stay(on_gpu: Pair, monkeypatch: pyte
         assert [p.logprob for p in done.logprobs] == pytest.approx(
             [p.logprob for p in other.logprobs], abs=1e-4
         )
-    ahead = ours.engine.model.ahead
+    ahead = ours.engine.model.lookahead
     assert ahead.taken >= 15, "steps wait for each other"
     assert ahead.wasted == 2, "who ends by a token or is cancelled is computed once more, and nobody else"
-    assert plain.engine.model.ahead.taken == 0
+    assert plain.engine.model.lookahead.taken == 0
     assert ours.engine.blocks.refs == [0] * len(ours.engine.blocks.refs)
 
 
@@ -192,7 +192,7 @@ def test_steps_ahead_where_memory_is_short(on_gpu: Pair, monkeypatch: pytest.Mon
     found = run(ours.engine, commands(ours))
     assert [done.tokens for done in found] == [done.tokens for done in expected]
     assert ours.engine.scheduler.preemptions > 0
-    assert ours.engine.model.ahead.taken >= 8
+    assert ours.engine.model.lookahead.taken >= 8
     blocks.release(held)
 
 

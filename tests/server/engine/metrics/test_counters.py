@@ -206,7 +206,7 @@ def test_what_other_threads_and_the_loader_say_is_taken_if_it_is_known() -> None
     figures = EngineMetrics()
     figures.on_store_call("get", 0.1, "done")
     figures.on_store_call("sing", 0.1, "failed")
-    figures.take(
+    figures.add_observations(
         [
             ("adapter_load_seconds", "disk", 0.02),
             ("adapter_load_seconds", "a tenant's name", 1.0),
@@ -232,7 +232,7 @@ def test_10000_tenants_and_adapters_add_a_known_number_of_series(mode: Mode, add
         command = Generate(str(i), f"ten_{i}", [1, 2], sampling, adapter)
         row = Row(command, 0, tokens=[1, 2, 3], prompt_length=2)
         row.timing.started = row.timing.first_token = 1.0
-        figures.ended(row, 2.0, error="non_finite_logits" if i % 7 == 0 else "")
+        figures.record_end(row, 2.0, error="non_finite_logits" if i % 7 == 0 else "")
         figures.review(float(i))
     found = figures.report("boot", {}, [])
     metrics.absorb(found)
@@ -278,6 +278,6 @@ def test_the_stopwatch_changes_no_token(stand: Stand) -> None:
     """The timed step sees banks through a wrapper: the same rows give the same tokens in every step."""
     rows = [stand.generate(i, stand.refs[i % 3]) for i in range(6)]
     first = run(stand.engine, rows)
-    stand.engine.stopwatch._steps += 7  # so that other steps are the timed ones
+    stand.engine.step_timer._steps += 7  # so that other steps are the timed ones
     again = run(stand.engine, rows)
     assert [each.tokens for each in first] == [each.tokens for each in again]

@@ -175,11 +175,15 @@ def test_leaving_and_coming_back_earns_nothing() -> None:
     heavy = world.add(200, tenant="A")
     for _ in range(5):
         world.step()
-    served = queues.of(heavy).served
+    served = queues.tenant_queue(heavy).virtual_counter
     assert served > 200
     world.scheduler.remove(heavy)
-    assert queues.of(world.add(tenant="A")).served == served
-    assert queues.of(world.add(tenant="C")).served == queues.by_tenant["B"].served < 20
+    assert queues.tenant_queue(world.add(tenant="A")).virtual_counter == served
+    assert (
+        queues.tenant_queue(world.add(tenant="C")).virtual_counter
+        == queues.by_tenant["B"].virtual_counter
+        < 20
+    )
 
 
 def test_counters_never_fall_when_all_have_left() -> None:
@@ -187,10 +191,10 @@ def test_counters_never_fall_when_all_have_left() -> None:
     row = world.add(100)
     for _ in range(4):
         world.step()
-    served = world.scheduler.queues.of(row).served
+    served = world.scheduler.queues.tenant_queue(row).virtual_counter
     world.scheduler.remove(row)
     assert not world.scheduler.queues.by_tenant
-    assert world.scheduler.queues.of(world.add(tenant="new")).served == served > 100
+    assert world.scheduler.queues.tenant_queue(world.add(tenant="new")).virtual_counter == served > 100
 
 
 def test_a_tenant_that_always_runs_one_row_cannot_save_up_turns() -> None:
@@ -206,22 +210,24 @@ def test_a_tenant_pays_for_what_is_computed_once_and_for_what_the_cache_has_noth
     queues = world.scheduler.queues
     row = world.add(prompt=list(range(60)))
     world.step()
-    assert queues.of(row).served == 32  # not for a prompt that may yet be cancelled
+    assert queues.tenant_queue(row).virtual_counter == 32  # not for a prompt that may yet be cancelled
     world.step()
-    assert queues.of(row).served == 61
+    assert queues.tenant_queue(row).virtual_counter == 61
     world.scheduler._preempt(row, 0)
     world.pool.named.clear()
     world.step()
     world.step()
     assert row.output_length == 2
-    assert queues.of(row).served == 62
+    assert queues.tenant_queue(row).virtual_counter == 62
     world.pool.named.clear()
     again = world.add(prompt=list(range(60)))
     other = world.add(prompt=list(range(60)), after=again.id)
     for _ in range(5):
         world.step()
-    assert other.cached == 48
-    assert queues.of(row).served == 62 + 5 + (60 + again.output_length) + (12 + other.output_length)
+    assert other.cached_tokens == 48
+    assert queues.tenant_queue(row).virtual_counter == 62 + 5 + (60 + again.output_length) + (
+        12 + other.output_length
+    )
 
 
 CLIENTS = st.lists(
@@ -275,5 +281,5 @@ def test_two_tenants_that_always_wait_are_served_alike(data: st.DataObject, max_
     bound = 2 * max_seqs * max(map(sum, zip(outputs, prompts, strict=True)))
     for _ in range(400):
         town.run(1)
-        served = [queue.served for queue in town.scheduler.queues.by_tenant.values()]
+        served = [queue.virtual_counter for queue in town.scheduler.queues.by_tenant.values()]
         assert abs(served[0] - served[1]) <= bound

@@ -16,17 +16,17 @@ REPEATED = [5, 6, 7, 8, 9, 10, 11, 12] * 5
 
 def test_what_followed_the_last_time_is_guessed() -> None:
     tokens = [1, 2, 3, 50, 51, 52, 9, 1, 2, 3, 60, 61, 62, 9, 1, 2, 3]
-    assert PromptLookup(share=0.9).guess(tokens, 3, 0.1) == [60, 61, 62]
-    assert PromptLookup(share=0.9).guess(tokens, 2, 0.1) == [60, 61]
-    assert PromptLookup().guess([1, 2, 3, 4, 5, 6], 7, 0.1) == []
-    assert PromptLookup().guess([1, 1], 7, 0.1) == []
+    assert PromptLookup(hit_rate=0.9).draft(tokens, 3, 0.1) == [60, 61, 62]
+    assert PromptLookup(hit_rate=0.9).draft(tokens, 2, 0.1) == [60, 61]
+    assert PromptLookup().draft([1, 2, 3, 4, 5, 6], 7, 0.1) == []
+    assert PromptLookup().draft([1, 1], 7, 0.1) == []
 
 
 def test_what_repeats_itself_goes_on_for_as_long_as_it_may() -> None:
     again = [9, 8, 7] * 9
-    assert PromptLookup().guess([1, 2, *again], 7, 0.1) == [9, 8, 7, 9, 8, 7, 9]
-    assert PromptLookup().guess([4] * 40, 5, 0.1) == [4] * 5
-    assert PromptLookup(share=1.0).guess([4] * 40, 5, 0.99) == [4] * 5
+    assert PromptLookup().draft([1, 2, *again], 7, 0.1) == [9, 8, 7, 9, 8, 7, 9]
+    assert PromptLookup().draft([4] * 40, 5, 0.1) == [4] * 5
+    assert PromptLookup(hit_rate=1.0).draft([4] * 40, 5, 0.99) == [4] * 5
 
 
 @pytest.fixture(autouse=True)
@@ -37,25 +37,25 @@ def guesses_pay(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_new_tokens_are_read_once() -> None:
     lookup, tokens = PromptLookup(), list(REPEATED)
-    lookup.guess(tokens, 7, 0.1)
+    lookup.draft(tokens, 7, 0.1)
     tokens += [99, 98, 97, 96, 95, 99, 98, 97]
-    assert lookup.guess(tokens, 2, 0.1) == [96, 95]
-    assert lookup.read == len(tokens)
+    assert lookup.draft(tokens, 2, 0.1) == [96, 95]
+    assert lookup.num_indexed == len(tokens)
 
 
 def test_it_learns_how_far_it_is_worth_to_guess_without_guessing() -> None:
     lookup = PromptLookup()
-    lookup.guess(REPEATED, 7, 0.9)
-    assert lookup.share > 0.9
-    assert len(lookup.guess(REPEATED, 7, 0.1)) == 7
-    assert 0 < len(lookup.guess(REPEATED, 7, 0.97)) < 7, "a large batch asks for more"
+    lookup.draft(REPEATED, 7, 0.9)
+    assert lookup.hit_rate > 0.9
+    assert len(lookup.draft(REPEATED, 7, 0.1)) == 7
+    assert 0 < len(lookup.draft(REPEATED, 7, 0.97)) < 7, "a large batch asks for more"
     tokens = list(REPEATED)
     for i in range(40):  # after what has stood there comes something else each time
         tokens += [5, 6, 7, 100 + i]
-    lookup.guess(tokens, 7, 0.9)
-    assert lookup.guess([*tokens, 5, 6, 7], 7, 0.9) == []
-    assert PromptLookup(share=0.0).guess(REPEATED[:12], 7, 0.5) == []
-    assert PromptLookup(share=1.0).guess(REPEATED, 7, 1.0) == [], "where not even a sure one pays"
+    lookup.draft(tokens, 7, 0.9)
+    assert lookup.draft([*tokens, 5, 6, 7], 7, 0.9) == []
+    assert PromptLookup(hit_rate=0.0).draft(REPEATED[:12], 7, 0.5) == []
+    assert PromptLookup(hit_rate=1.0).draft(REPEATED, 7, 1.0) == [], "where not even a sure one pays"
 
 
 def asked(refs: Iterable[AdapterRef | None], **sampling: Any) -> list[Generate]:

@@ -5,7 +5,7 @@ import pytest
 
 from server.engine.scheduling.kv_blocks import BLOCK, BlockPool
 from server.engine.scheduling.row import Row
-from server.engine.scheduling.scheduler import MAX_ADAPTER_WAIT_STEPS, Scheduler
+from server.engine.scheduling.scheduler import MAX_OVERTAKEN_STEPS, Scheduler
 from server.errors import DeadlineExceeded, InvalidAdapter
 from server.messages import AdapterRef, Generate, Sampling
 from tests.fixtures.slots import Loader, make_cache
@@ -95,7 +95,7 @@ def test_a_failed_load_ends_its_row_alone() -> None:
     world.step()
     world.loader.futures["a"].set_exception(InvalidAdapter("broken"))
     assert world.step() == [base]
-    assert [(row, type(error)) for row, error in world.scheduler.ended] == [(bad, InvalidAdapter)]
+    assert [(row, type(error)) for row, error in world.scheduler.ended_unscheduled] == [(bad, InvalidAdapter)]
 
 
 def test_out_of_blocks_the_last_admitted_goes_back_and_returns() -> None:
@@ -138,7 +138,12 @@ def test_rows_of_one_tenant_and_adapter_share_a_prefix() -> None:
     world.loader.arrive("a")
     adapted = world.add(prompt=prompt, adapter="a")
     world.step()
-    assert (first.cached, again.cached, foreign.cached, adapted.cached) == (0, 32, 0, 0)
+    assert (first.cached_tokens, again.cached_tokens, foreign.cached_tokens, adapted.cached_tokens) == (
+        0,
+        32,
+        0,
+        0,
+    )
     assert again.blocks[:2] == first.blocks[:2]
 
 
@@ -149,7 +154,7 @@ def test_siblings_wait_for_the_first_and_share_its_prompt() -> None:
     sibling = world.add(prompt=prompt, after=leader.id)
     assert world.step() == [leader]
     world.step()
-    assert sibling.cached == 32
+    assert sibling.cached_tokens == 32
 
 
 def test_a_sibling_of_a_gone_leader_runs() -> None:
@@ -166,7 +171,7 @@ def test_deadlines_end_rows_wherever_they_are() -> None:
     world.step(now=1.0)
     world.step(now=6.0)
     world.step(now=11.0)
-    assert [(r, type(e)) for r, e in world.scheduler.ended] == [
+    assert [(r, type(e)) for r, e in world.scheduler.ended_unscheduled] == [
         (waiting, DeadlineExceeded),
         (running, DeadlineExceeded),
     ]
@@ -196,12 +201,12 @@ def test_virtual_tokens_come_first_are_shared_and_cost_context(given: bool) -> N
     first = world.add(length=13, adapter="a")
     world.step()
     assert first.tokens[:20] == list(range(-1, -21, -1))
-    assert first.fill == (0 if given else None)
-    assert (first.virtual, first.prompt_length, first.output_length) == (20, 33, 1)
+    assert first.write_virtual_from == (0 if given else None)
+    assert (first.num_virtual_tokens, first.prompt_length, first.output_length) == (20, 33, 1)
     again = world.add(length=5, adapter="a")
     world.step()
     assert again.blocks[0] == first.blocks[0]  # the full block of virtual tokens
-    assert again.fill == (16 if given else None)
+    assert again.write_virtual_from == (16 if given else None)
     assert again.output_length == 1
 
 
@@ -210,8 +215,8 @@ def test_virtual_tokens_may_leave_no_room() -> None:
     world.loader.arrive("a", virtual=20)
     row = world.add(length=492, adapter="a")
     world.step()
-    assert [r for r, _ in world.scheduler.ended] == [row]
-    assert "492 tokens and the adapter puts 20" in world.scheduler.ended[0][1].message
+    assert [r for r, _ in world.scheduler.ended_unscheduled] == [row]
+    assert "492 tokens and the adapter puts 20" in world.scheduler.ended_unscheduled[0][1].message
     assert world.cache.by_digest["a"].references == 0
 
 
@@ -230,7 +235,7 @@ def test_a_tenant_over_its_share_waits_without_holding_up_others() -> None:
         world.step()
     world.loader.arrive("c")
     late = world.add(tenant="A", adapter="c")
-    for _ in range(2 * MAX_ADAPTER_WAIT_STEPS):
+    for _ in range(2 * MAX_OVERTAKEN_STEPS):
         world.step()
     assert late.id not in world.scheduler.running
     other, second = world.add(tenant="B", adapter="x"), world.add(tenant="A", adapter="a")

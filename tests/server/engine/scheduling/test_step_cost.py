@@ -5,47 +5,49 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from server.engine.scheduling.step_cost import LEAST, MARGIN, USUAL, StepCost
+from server.engine.scheduling.step_cost import ACCEPTANCE_MARGIN, DEFAULT_COSTS, MIN_ACCEPTANCE, StepCost
 from tests.fixtures.engine import Stand
 
 
 def test_between_and_beyond_what_is_known_it_goes_straight() -> None:
     costs = StepCost({1: 10.0, 8: 17.0, 64: 73.0})
-    assert [costs.of(n) for n in (1, 4, 8, 36, 64, 100)] == [10.0, 13.0, 17.0, 45.0, 73.0, 109.0]
+    assert [costs.seconds(n) for n in (1, 4, 8, 36, 64, 100)] == [10.0, 13.0, 17.0, 45.0, 73.0, 109.0]
 
 
 @pytest.mark.parametrize(("rows", "expected"), [(1, 1 / 3), (2, 2 / 4), (16, 16 / 18)])
 def test_a_guess_is_worth_its_part_of_a_step(rows: int, expected: float) -> None:
-    assert StepCost(USUAL).worth(rows, 7) == pytest.approx(min(MARGIN * expected, 1.0))
+    assert StepCost(DEFAULT_COSTS).min_acceptance(rows, 7) == pytest.approx(
+        min(ACCEPTANCE_MARGIN * expected, 1.0)
+    )
 
 
 def test_what_costs_nothing_pays_nearly_always() -> None:
     flat = StepCost({1: 5.0, 16: 5.0, 64: 4.9})
-    assert flat.worth(4, 7) == LEAST
-    assert StepCost({1: 1.0, 64: 640.0}).worth(16, 48) == 1.0
-    assert flat.worth(4, 0) == 1.0
+    assert flat.min_acceptance(4, 7) == MIN_ACCEPTANCE
+    assert StepCost({1: 1.0, 64: 640.0}).min_acceptance(16, 48) == 1.0
+    assert flat.min_acceptance(4, 0) == 1.0
 
 
 def test_fewer_guesses_than_there_is_room_for_must_pay_too() -> None:
     """Some of the rows find something to guess: where a tile of rows ends, a few cost more than many."""
     stepped = StepCost({1: 10.0, 16: 10.0, 24: 18.0, 64: 22.0})
-    assert stepped.worth(16, 48) == 1.0
-    assert stepped.worth(16, 4) == 1.0
-    assert stepped.worth(8, 8) == LEAST
+    assert stepped.min_acceptance(16, 48) == 1.0
+    assert stepped.min_acceptance(16, 4) == 1.0
+    assert stepped.min_acceptance(8, 8) == MIN_ACCEPTANCE
 
 
 def test_what_steps_take_beside_is_learnt_from_those_that_run() -> None:
     costs = StepCost({1: 10.0, 64: 73.0})
-    before = costs.worth(16, 16)
+    before = costs.min_acceptance(16, 16)
     for _ in range(200):
-        costs.saw(16, costs.of(16) + 25.0)
-    assert costs.worth(16, 16) == pytest.approx(before / 2, rel=1e-3)
+        costs.record(16, costs.seconds(16) + 25.0)
+    assert costs.min_acceptance(16, 16) == pytest.approx(before / 2, rel=1e-3)
     for _ in range(200):
-        costs.saw(16, 0.0)
-    assert costs.worth(16, 16) == pytest.approx(before, rel=1e-3), "never less than nothing"
-    usual = StepCost(USUAL)
-    usual.saw(16, 1e9)
-    assert usual.beside == 0, "its figures are no seconds"
+        costs.record(16, 0.0)
+    assert costs.min_acceptance(16, 16) == pytest.approx(before, rel=1e-3), "never less than nothing"
+    usual = StepCost(DEFAULT_COSTS)
+    usual.record(16, 1e9)
+    assert usual.overhead == 0, "its figures are no seconds"
 
 
 def test_a_large_model_is_not_kept_waiting() -> None:
@@ -55,13 +57,13 @@ def test_a_large_model_is_not_kept_waiting() -> None:
         asked.append(tokens)
         return 1.5
 
-    assert StepCost.timed(seconds).known == sorted(USUAL.items())
+    assert StepCost.timed(seconds).measured == sorted(DEFAULT_COSTS.items())
     assert asked == [1]
 
 
 def test_timing_leaves_no_trace(stand: Callable[..., Stand]) -> None:
     for family in ("llama", "gpt2"):
         s = stand(family, 0)
-        assert len(s.engine.scheduler.costs.known) > 2
+        assert len(s.engine.scheduler.step_cost.measured) > 2
         step = s.engine.model.step
         assert not any(torch.any(pages != 0) for pages in (*step.pages.keys, *step.pages.values))
