@@ -6,13 +6,13 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
 
-POLYPEFT = (sys.executable, "-c", "from server.cli import main; main()")
 READY = re.compile(r"is ready at (\S+)/v1$", re.MULTILINE)
 START_SECONDS, STOP_SECONDS, CALL_SECONDS = 300.0, 60.0, 120.0
 OPTIONS = ("--threads", "1", "--kv-bytes", str(64 << 20))
@@ -24,11 +24,14 @@ class Checkout:
     def __init__(self, folder: Path, model: Path) -> None:
         self.folder = folder.resolve()
         self.model = model.resolve()
+        project = tomllib.loads((self.folder / "pyproject.toml").read_text())["project"]
+        module, _, name = project["scripts"]["polypeft"].partition(":")
+        self.command = (sys.executable, "-c", f"from {module} import {name}; {name}()")
 
     def run(self, *arguments: str, stdin: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
         """One command to its end."""
         return subprocess.run(
-            [*POLYPEFT, *arguments],
+            [*self.command, *arguments],
             cwd=self.folder,
             env=self._environment() | environment,
             input=stdin,
@@ -41,7 +44,7 @@ class Checkout:
     @contextmanager
     def serve(self, folder: Path, *options: str) -> Iterator[str]:
         """The server's URL, while one runs on `folder`/data; its words are in `folder`/out and /log."""
-        command = [*POLYPEFT, "serve", "--model", str(self.model), "--port", "0"]
+        command = [*self.command, "serve", "--model", str(self.model), "--port", "0"]
         with (folder / "out").open("wb") as out, (folder / "log").open("wb") as log:
             process = subprocess.Popen(
                 [*command, "--data-dir", str(folder / "data"), *OPTIONS, *options],
