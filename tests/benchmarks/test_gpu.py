@@ -1,4 +1,4 @@
-"""benchmarks/gpu.py from end to end, on a model of two small layers: that it runs, not how fast."""
+"""benchmarks/gpu from end to end, on a model of two small layers: that it runs, not how fast."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 def test_the_script_runs_and_says_what_it_measured(tmp_path: Path) -> None:
     import typer
 
-    from benchmarks.gpu import main
+    from benchmarks.gpu.__main__ import main
 
     app = typer.Typer()
     app.command()(main)

@@ -1,4 +1,4 @@
-"""What benchmarks/gpu.py is made of: a random model, random adapters, an engine that steps, a clock."""
+"""What __main__.py is made of: a random model, random adapters, an engine that steps, a clock."""
 
 import subprocess
 import sys

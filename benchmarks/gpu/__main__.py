@@ -22,8 +22,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.support.arms import quiet
-from benchmarks.support.gpu_parts import (
+from benchmarks.gpu.parts import (
     Clock,
     make_engine,
     make_packed,
@@ -34,6 +33,7 @@ from benchmarks.support.gpu_parts import (
     try_peft,
     write_config,
 )
+from benchmarks.support.arms import quiet
 from benchmarks.support.inputs import LINEARS, RANK
 from server.adapters.methods.interface import Packed
 from server.engine.engine import Engine
@@ -252,7 +252,7 @@ def swap(figures: Figures, engine: Engine, clock: Clock, packed: Packed) -> None
 
 def compare(figures: Figures, folder: Path, clock: Clock, *, with_peft: bool) -> None:
     """transformers' own forward of the same prompts; PEFT's mixed batch, if the device has room for it."""
-    from benchmarks.support.gpu_parts import random_model
+    from benchmarks.gpu.parts import random_model
 
     job = figures.job
     model = random_model(folder, clock.device)
