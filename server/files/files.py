@@ -23,7 +23,7 @@ from adapters_store.valkey import store_errors
 from server.errors import InvalidField, NotFound, QuotaExceeded, StoreError, shown
 
 Purpose = Literal["fine-tune", "fine-tune-results"]
-MAX_NAME = 255
+MAX_NAME_LENGTH = 255
 WRITE_SECONDS = 3600  # the longest that writing a file may take
 NO_LIMIT = 2**53
 log = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ class FileStore:
     def __init__(
         self, redis: Redis, objects: Objects, *, max_files: int = NO_LIMIT, max_bytes: int = NO_LIMIT
     ) -> None:
-        self.doomed = ScheduledDeletes(redis, objects)
+        self.scheduled_deletes = ScheduledDeletes(redis, objects)
         self._redis = redis
         self._objects = objects
         self._max_files = max_files
@@ -97,7 +97,7 @@ class FileStore:
         id_, now = id_ or new_id(), int(time.time())
         check_file_name(name)
         file = File(id=id_, tenant=tenant, name=name, purpose=purpose, bytes=size, sha256=sha256, created=now)
-        await self.doomed.add(file.key, WRITE_SECONDS)
+        await self.scheduled_deletes.add(file.key, WRITE_SECONDS)
         await self._objects.put(file.key, path, sha256)
         caps = (self._max_files, self._max_bytes) if purpose == "fine-tune" else (NO_LIMIT, NO_LIMIT)
         with store_errors():
@@ -125,7 +125,7 @@ class FileStore:
         files = [msgspec.json.decode(record, type=File) for record in records]
         return sorted(files, key=lambda file: (-file.created, file.id))
 
-    async def room(self, tenant: str, size: int) -> None:
+    async def check_quota(self, tenant: str, size: int) -> None:
         """Raise QuotaExceeded if a file of `size` bytes would not fit now: before its bytes are sent."""
         files, total = _keys(tenant)
         with store_errors():
@@ -151,7 +151,7 @@ class FileStore:
 
     async def _discard(self, key: str) -> None:
         try:
-            await self.doomed.remove(key)
+            await self.scheduled_deletes.remove(key)
         except StoreError as error:
             log.warning("The bytes of a deleted file stay until the next sweep: %s", error)
 
@@ -170,9 +170,10 @@ def file_key(tenant: str, id_: str) -> str:
 
 def check_file_name(name: str) -> str:
     """A file's name is only ever shown, and offered again at download."""
-    if not 0 < len(name) <= MAX_NAME or not name.isprintable() or set(name) & set("/\\"):
+    if not 0 < len(name) <= MAX_NAME_LENGTH or not name.isprintable() or set(name) & set("/\\"):
         raise InvalidField(
-            f"filename {shown(name)} must be 1 to {MAX_NAME} characters without a path.", param="filename"
+            f"filename {shown(name)} must be 1 to {MAX_NAME_LENGTH} characters without a path.",
+            param="filename",
         )
     return name
 

@@ -19,8 +19,8 @@ from server.errors import Conflict, InvalidField, NotFound, QuotaExceeded, Store
 from server.files import uploads_lua as lua
 from server.files.files import File, FileStore, Purpose, check_file_name
 
-LIFE_SECONDS = 3600
-KEPT_SECONDS = 24 * 3600  # after that, so that a late caller is told what became of it
+PENDING_SECONDS = 3600
+RECORD_SECONDS = 24 * 3600  # after that, so that a late caller is told what became of it
 GRACE_SECONDS = 600  # for a part that was on its way when the upload ended
 MAX_PARTS = 1000
 PART_PREFIX = "part-"
@@ -71,21 +71,21 @@ class Uploads:
         check_file_name(name)
         if not 1 <= size <= self._max_bytes:
             raise InvalidField(f"bytes is {size}; a file may have 1 to {self._max_bytes}.", param="bytes")
-        await self._files.room(tenant, size)
+        await self._files.check_quota(tenant, size)
         id_, now = f"upload_{secrets.token_hex(12)}", int(time.time())
         upload = Upload(id=id_, tenant=tenant, name=name, purpose=purpose, bytes=size, created=now)
         args: list[bytes | str | int] = [
             id_,
             msgspec.json.encode(upload),
             self._max_pending,
-            LIFE_SECONDS,
-            KEPT_SECONDS,
+            PENDING_SECONDS,
+            RECORD_SECONDS,
         ]
         with store_errors():
             expires = int(await self._create(keys=_keys(tenant, id_), args=args))
         if not expires:
             raise QuotaExceeded(f"A tenant may have {self._max_pending} uploads open at a time.")
-        await self._files.doomed.add(_prefix(upload), LIFE_SECONDS + GRACE_SECONDS)
+        await self._files.scheduled_deletes.add(_prefix(upload), PENDING_SECONDS + GRACE_SECONDS)
         return await self.get(tenant, id_)
 
     async def get(self, tenant: str, id_: str) -> Upload:
@@ -202,8 +202,8 @@ class Uploads:
         with store_errors():
             ended = await self._finish(keys=keys, args=[upload.id, status, file, asked])
         try:
-            await self._files.doomed.remove(_prefix(upload))
-            await self._files.doomed.add(_prefix(upload), GRACE_SECONDS)
+            await self._files.scheduled_deletes.remove(_prefix(upload))
+            await self._files.scheduled_deletes.add(_prefix(upload), GRACE_SECONDS)
         except StoreError as error:
             log.warning("The parts of an upload stay until the next sweep: %s", error)
         return bool(ended)

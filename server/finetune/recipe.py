@@ -25,7 +25,7 @@ from server.finetune.recipe_methods import (
 )
 
 MAX_SEED = 2**31 - 1
-MAX_RATE = 10.0
+MAX_LEARNING_RATE = 10.0
 
 Share = Annotated[float, msgspec.Meta(ge=0, le=0.5)]
 
@@ -39,7 +39,7 @@ class Training(msgspec.Struct, frozen=True, kw_only=True):
     batch_size: Annotated[int, msgspec.Meta(ge=1, le=256)]  # examples of one forward pass
     gradient_accumulation: Annotated[int, msgspec.Meta(ge=1, le=64)] = 1  # forward passes of one update
     learning_rate_multiplier: Annotated[float, msgspec.Meta(gt=0, le=1000)] = 1.0
-    learning_rate: Annotated[float, msgspec.Meta(gt=0, le=MAX_RATE)]
+    learning_rate: Annotated[float, msgspec.Meta(gt=0, le=MAX_LEARNING_RATE)]
     weight_decay: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.0
     warmup_ratio: Share = 0.05
     scheduler: Literal["linear", "cosine", "constant"] = "linear"
@@ -55,7 +55,7 @@ class Recipe(Training, frozen=True, kw_only=True):
     seed: Annotated[int, msgspec.Meta(ge=0, le=MAX_SEED)]
 
     @property
-    def virtual(self) -> int:
+    def num_virtual_tokens(self) -> int:
         """Virtual tokens before each example."""
         return self.peft.num_virtual_tokens if isinstance(self.peft, PrefixRecipe | PromptRecipe) else 0
 
@@ -65,7 +65,7 @@ class Recipe(Training, frozen=True, kw_only=True):
         return self.n_epochs * -(-batches // self.gradient_accumulation)
 
 
-class Limits(msgspec.Struct, frozen=True, kw_only=True):
+class RecipeLimits(msgspec.Struct, frozen=True, kw_only=True):
     """What a job may ask for, beside what the fields' own bounds say."""
 
     lora_rank: int = 256
@@ -88,13 +88,17 @@ PLACEMENTS: dict[str, dict[str, Any]] = {
     "double_seq_bn": {"non_linearity": "silu"},
     "par_bn": {"scaling": 4.0},
 }
-OPENAI = ("n_epochs", "batch_size", "learning_rate_multiplier")  # the rest is ours, and stands in `peft`
+OPENAI_FIELDS = (
+    "n_epochs",
+    "batch_size",
+    "learning_rate_multiplier",
+)  # the rest is ours, and stands in `peft`
 
 
 def recipe_object(recipe: Recipe) -> dict[str, Any]:
     """What a job object reports: OpenAI's `hyperparameters` and `method`, and in that our `peft`."""
     every = msgspec.to_builtins(recipe)
-    hyperparameters = {name: every.pop(name) for name in OPENAI}
+    hyperparameters = {name: every.pop(name) for name in OPENAI_FIELDS}
     method = every.pop("peft")
     seed = every.pop("seed")
     peft = method | every
@@ -110,7 +114,7 @@ def parse_recipe(
     examples: int,
     *,
     peft: dict[str, Any] | None = None,
-    limits: Limits = Limits(),  # noqa: B008 - frozen
+    limits: RecipeLimits = RecipeLimits(),  # noqa: B008 - frozen
 ) -> Recipe:
     """A job's `method`, `hyperparameters`, `seed`, and a `peft` block at the top level, as one Recipe.
 
@@ -151,8 +155,8 @@ def _take(
     if (named := blocks.pop("type", "supervised")) != "supervised":
         raise InvalidField(f"method.type is {shown(named)}; it must be supervised.", param="method.type")
     supervised = present("method.supervised", blocks.pop("supervised", None))
-    asked.take("method.supervised.hyperparameters", supervised.pop("hyperparameters", None), OPENAI)
-    asked.take("hyperparameters", hyperparameters, OPENAI)
+    asked.take("method.supervised.hyperparameters", supervised.pop("hyperparameters", None), OPENAI_FIELDS)
+    asked.take("hyperparameters", hyperparameters, OPENAI_FIELDS)
     asked.take("method.supervised", supervised, ())
     path, block = "method.peft", present("method.peft", blocks.pop("peft", None))
     asked.take("method", blocks, ())
@@ -167,13 +171,13 @@ def _take(
     if block.get("target_modules") == "all-linear":  # PEFT's word for our default
         del block["target_modules"]
     kind = PEFT[name]
-    ours = {*kind.__struct_fields__, *Training.__struct_fields__, "type"} - {*OPENAI}
+    ours = {*kind.__struct_fields__, *Training.__struct_fields__, "type"} - {*OPENAI_FIELDS}
     asked.take(path, block, ours)
     return kind
 
 
 def _complete(
-    own: Peft, given: dict[str, Any], seed: int, base: Base, examples: int, limits: Limits
+    own: Peft, given: dict[str, Any], seed: int, base: Base, examples: int, limits: RecipeLimits
 ) -> Recipe:
     """Every field that was not given gets its default for this method and so many examples."""
     rate, updates = DEFAULTS[type(own)]
@@ -199,7 +203,7 @@ def _seed(seed: int | None) -> int:
     return seed
 
 
-def _check_method(own: Peft, asked: RequestFields, base: Base, limits: Limits) -> None:
+def _check_method(own: Peft, asked: RequestFields, base: Base, limits: RecipeLimits) -> None:
     """What a method's fields can only be told wrong by the base or by this server's limits."""
     if isinstance(own, LoraRecipe):
         if own.r > limits.lora_rank:
@@ -215,11 +219,13 @@ def _check_method(own: Peft, asked: RequestFields, base: Base, limits: Limits) -
         raise asked.invalid("type", f"bottleneck adapters cannot be trained on a {base.model_type}")
 
 
-def _check_training(recipe: Recipe, asked: RequestFields, base: Base, examples: int, limits: Limits) -> None:
-    most = min(limits.max_tokens, base.max_context - recipe.virtual)
+def _check_training(
+    recipe: Recipe, asked: RequestFields, base: Base, examples: int, limits: RecipeLimits
+) -> None:
+    most = min(limits.max_tokens, base.max_context - recipe.num_virtual_tokens)
     if most < 2:
         rule = f"a context of {base.max_context} leaves no room for examples"
-        raise asked.invalid("num_virtual_tokens", rule, recipe.virtual)
+        raise asked.invalid("num_virtual_tokens", rule, recipe.num_virtual_tokens)
     if recipe.max_tokens > most:
         raise asked.invalid("max_tokens", f"it may be {most} at most here")
     if recipe.max_seconds > limits.seconds:
@@ -232,8 +238,8 @@ def _check_training(recipe: Recipe, asked: RequestFields, base: Base, examples: 
 
 def _check_rate(recipe: Recipe, asked: RequestFields) -> None:
     multiplier = recipe.learning_rate_multiplier
-    if recipe.learning_rate > MAX_RATE:
-        rule = f"with it the learning rate would be {recipe.learning_rate:g}, over {MAX_RATE:g}"
+    if recipe.learning_rate > MAX_LEARNING_RATE:
+        rule = f"with it the learning rate would be {recipe.learning_rate:g}, over {MAX_LEARNING_RATE:g}"
         raise asked.invalid("learning_rate_multiplier", rule)
     usual = DEFAULTS[type(recipe.peft)][0] * multiplier
     if multiplier != 1 and not math.isclose(recipe.learning_rate, usual):

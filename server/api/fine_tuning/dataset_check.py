@@ -42,7 +42,7 @@ async def find(parts: Services, tenant: str, training: str, validation: str | No
 async def check(parts: Services, data: Data, max_tokens: int) -> dict[str, dataset.Report]:
     """What is in the files. Raises InvalidField with the first problems, and how many there are."""
     settings = parts.settings
-    limits = dataset.Limits(
+    limits = dataset.DatasetLimits(
         file_bytes=settings.max_file_bytes,
         examples=settings.max_training_examples,
         tokens=settings.max_training_tokens,

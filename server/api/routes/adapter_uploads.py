@@ -103,7 +103,7 @@ async def create_upload(
         allow_noop=body.allow_noop,
         created=int(time.time()),
     )
-    await parts.files.doomed.add(upload.prefix, LIFE_SECONDS + GRACE_SECONDS)
+    await parts.files.scheduled_deletes.add(upload.prefix, LIFE_SECONDS + GRACE_SECONDS)
     answer = await _object(parts, await parts.directs.create(upload))
     return json_response(answer | {"ignored": ignored(file.name for file in body.files)}, 201)
 
@@ -231,8 +231,10 @@ async def _published_before(parts: Services, upload: PresignedUpload, files: Ada
 async def _clear(parts: Services, upload: PresignedUpload) -> None:
     """Remove its bytes, now, and what a URL that is still good may bring after that."""
     try:
-        await parts.files.doomed.remove(upload.prefix)
-        await parts.files.doomed.add(upload.prefix, max(0, upload.expires - upload.now) + GRACE_SECONDS)
+        await parts.files.scheduled_deletes.remove(upload.prefix)
+        await parts.files.scheduled_deletes.add(
+            upload.prefix, max(0, upload.expires - upload.now) + GRACE_SECONDS
+        )
     except StoreError as error:
         log.warning("The bytes of %s stay until the next sweep: %s", upload.id, error)
 

@@ -21,7 +21,7 @@ PAGE = 10_000
 async def upload_file(request: Request, parts: Deps, tenant: CurrentTenant) -> Response:
     """multipart/form-data: `file` and `purpose`, which is fine-tune."""
     parts.refuse_if_draining()
-    await parts.files.room(tenant.id, 0)
+    await parts.files.check_quota(tenant.id, 0)
     form = Form(fields=("purpose",), file="file", max_bytes=parts.settings.max_file_bytes)
     with temp_folder(parts.settings) as folder:
         upload = await receive_form(request, Path(folder), form, parts.settings.request_seconds)

@@ -9,10 +9,14 @@ import msgspec
 from server.finetune.data.examples import Example
 from server.finetune.recipe import Recipe
 
-POOL = 32  # batches that examples of like length are sought among
-AN_EPOCH, LEAST, MOST = 2, 6, 20  # evaluations: of an epoch, of a whole training
+POOL_BATCHES = 32  # batches that examples of like length are sought among
+EVALUATIONS_PER_EPOCH, MIN_EVALUATIONS, MAX_EVALUATIONS = (
+    2,
+    6,
+    20,
+)  # evaluations: of an epoch, of a whole training
 EVALUATION_SHARE = 0.5  # of the tokens trained on: a forward pass alone costs about a third
-FEWEST_TOKENS, MOST_TOKENS = 2_000, 20_000  # of one evaluation while training
+MIN_EVALUATION_TOKENS, MAX_EVALUATION_TOKENS = 2_000, 20_000  # of one evaluation while training
 FINAL_TOKENS = 50_000  # of those that base and adapter are compared on at the end
 
 T = TypeVar("T")
@@ -38,7 +42,7 @@ class LengthGroupedBatches:
         rng = random.Random(f"{self.seed} {self.epoch}")  # noqa: S311 - an order
         order = list(range(len(self.lengths)))
         rng.shuffle(order)
-        pool = POOL * self.size
+        pool = POOL_BATCHES * self.size
         for at in range(0, len(order), pool):
             order[at : at + pool] = sorted(order[at : at + pool], key=lambda i: self.lengths[i])
         batches = [order[at : at + self.size] for at in range(0, len(order), self.size)]
@@ -54,18 +58,20 @@ class EvaluationPlan(msgspec.Struct, frozen=True):
     final: list[Example]  # once it is over
 
 
-def plan(recipe: Recipe, examples: Sequence[Example], held_out: Sequence[Example]) -> EvaluationPlan:
+def plan_evaluation(
+    recipe: Recipe, examples: Sequence[Example], held_out: Sequence[Example]
+) -> EvaluationPlan:
     total = recipe.steps(len(examples))
-    count = min(total, MOST, max(LEAST, AN_EPOCH * recipe.n_epochs))
+    count = min(total, MAX_EVALUATIONS, max(MIN_EVALUATIONS, EVALUATIONS_PER_EPOCH * recipe.n_epochs))
     steps = {round(total * (i + 1) / count) for i in range(count)}
     trained = recipe.n_epochs * sum(len(e.tokens) for e in examples)
     drawn = random.Random(recipe.seed).sample(held_out, len(held_out))  # noqa: S311 - an order
-    tokens = min(max(EVALUATION_SHARE * trained / count, FEWEST_TOKENS), MOST_TOKENS)
-    some = within(drawn, tokens)
-    return EvaluationPlan(frozenset(steps if some else ()), some, within(drawn, FINAL_TOKENS))
+    tokens = min(max(EVALUATION_SHARE * trained / count, MIN_EVALUATION_TOKENS), MAX_EVALUATION_TOKENS)
+    some = first_examples(drawn, tokens)
+    return EvaluationPlan(frozenset(steps if some else ()), some, first_examples(drawn, FINAL_TOKENS))
 
 
-def within(examples: Sequence[Example], tokens: float) -> list[Example]:
+def first_examples(examples: Sequence[Example], tokens: float) -> list[Example]:
     """The first ones, as many as have so many tokens together, but one if there is any."""
     kept: list[Example] = []
     for example in examples:
@@ -76,7 +82,7 @@ def within(examples: Sequence[Example], tokens: float) -> list[Example]:
     return kept
 
 
-def packs(examples: Sequence[Example], tokens: int) -> Iterator[list[Example]]:
+def packed_examples(examples: Sequence[Example], tokens: int) -> Iterator[list[Example]]:
     """In order, as many at once as have so many tokens together, or one that is longer."""
     pack: list[Example] = []
     size = 0

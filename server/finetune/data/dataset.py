@@ -18,10 +18,10 @@ from server.finetune.data.examples import Example, example_of, truncated
 from server.finetune.data.jsonl import LineError, parse_line, read_lines
 from server.finetune.data.record_kinds import RecordKind, read_record, record_kind
 
-__all__ = ["Example", "Limits", "Problem", "RecordKind", "Report", "check", "load", "refusal", "split"]
+__all__ = ["DatasetLimits", "Example", "Problem", "RecordKind", "Report", "check", "load", "refusal", "split"]
 
 
-class Limits(msgspec.Struct, frozen=True):
+class DatasetLimits(msgspec.Struct, frozen=True):
     """What a file may hold. `seconds` bounds the time that reading it may take."""
 
     file_bytes: int = 64 << 20
@@ -33,7 +33,7 @@ class Limits(msgspec.Struct, frozen=True):
     seconds: float = 120.0
 
 
-DEFAULT_LIMITS = Limits()
+DEFAULT_LIMITS = DatasetLimits()
 
 
 class Problem(msgspec.Struct, frozen=True):
@@ -70,7 +70,7 @@ def check(
     path: Path,
     tokenizer: Tokenizer,
     max_tokens: int,
-    limits: Limits = DEFAULT_LIMITS,
+    limits: DatasetLimits = DEFAULT_LIMITS,
     *,
     param: str = "training_file",
 ) -> Report:
@@ -103,7 +103,7 @@ def load(
     path: Path,
     tokenizer: Tokenizer,
     max_tokens: int,
-    limits: Limits = DEFAULT_LIMITS,
+    limits: DatasetLimits = DEFAULT_LIMITS,
     *,
     param: str = "training_file",
 ) -> list[Example]:
@@ -129,7 +129,9 @@ def refusal(report: Report, param: str = "training_file") -> InvalidField | None
     return InvalidField(f"{param} cannot be trained on.{listed}{rest}", param=param)
 
 
-def _lines(path: Path, tokenizer: Tokenizer, max_tokens: int, limits: Limits, param: str) -> Iterator[_Line]:
+def _lines(
+    path: Path, tokenizer: Tokenizer, max_tokens: int, limits: DatasetLimits, param: str
+) -> Iterator[_Line]:
     """Every line that is not blank."""
     until = time.monotonic() + limits.seconds
     first: _Line | None = None  # the one whose shape all must have
@@ -150,7 +152,12 @@ def _lines(path: Path, tokenizer: Tokenizer, max_tokens: int, limits: Limits, pa
 
 
 def _line(
-    number: int, raw: bytes | None, tokenizer: Tokenizer, max_tokens: int, limits: Limits, first: _Line | None
+    number: int,
+    raw: bytes | None,
+    tokenizer: Tokenizer,
+    max_tokens: int,
+    limits: DatasetLimits,
+    first: _Line | None,
 ) -> _Line:
     shape: RecordKind | None = None
     try:
@@ -173,7 +180,7 @@ def _at_most(param: str, what: str, value: int, limit: int) -> None:
         raise InvalidField(f"{param} must have at most {limit} {what}, not {value}.", param=param)
 
 
-def _complain(report: Report, limits: Limits, problem: Problem) -> None:
+def _complain(report: Report, limits: DatasetLimits, problem: Problem) -> None:
     report.total_problems += 1
     if len(report.problems) < limits.problems:
         report.problems.append(problem)

@@ -22,7 +22,7 @@ from server.adapters.methods.token_spans import Span, TokenSpans
 from server.adapters.methods.virtual_tokens import TENSOR
 from server.engine.model.base_model import FrozenModel, Placement
 from server.finetune.modeling.attention import TrainingStep, attend_within
-from server.finetune.modeling.batch_loss import NONE, Batch, Output, head_loss
+from server.finetune.modeling.batch_loss import NO_TARGET, Batch, BatchOutput, head_loss
 from server.finetune.modeling.differentiable_layers import install_training_layers
 from server.finetune.modeling.new_adapter import new_adapter
 from server.finetune.modeling.onednn_linear import pack_weights
@@ -57,40 +57,44 @@ class AdapterModel(nn.Module):
         placement = Placement(self.device, torch.float32)
         self.frozen = FrozenModel(folder, base_id, placement, self.step, attend_within, packed=False)
         pack_weights(self.frozen.model)
-        self.halves = SplitCausalLM(self.frozen.model, install_training_layers(self.frozen.model, self.step))
+        self.causal_lm = SplitCausalLM(
+            self.frozen.model, install_training_layers(self.frozen.model, self.step)
+        )
         self.base = self.frozen.base
-        self.blank = new_adapter(recipe.peft, self.base)
+        self.adapter = new_adapter(recipe.peft, self.base)
         self.dropout = recipe.peft.lora_dropout if isinstance(recipe.peft, LoraRecipe) else 0.0
         self.bank = self._bank()
         rng = torch.Generator().manual_seed(recipe.seed)
-        tensors = self.blank.method.init(self.blank.spec, self.base, self.frozen.weights, rng)
-        if count := self.blank.virtual:
+        tensors = self.adapter.method.init(self.adapter.spec, self.base, self.frozen.weights, rng)
+        if count := self.adapter.num_virtual_tokens:
             tensors = {TENSOR: self._start_of(_tokens(init_text, count, self.base.vocab_size, rng))}
         self.names = list(tensors)
         moved = {_key(name): nn.Parameter(tensor.to(self.device)) for name, tensor in tensors.items()}
         self.params = nn.ParameterDict(moved)
 
-    def forward(self, batch: Batch, *, adapted: bool = True) -> Output:
+    def forward(self, batch: Batch, *, adapted: bool = True) -> BatchOutput:
         """What the adapted model, or the base alone, makes of these sequences.
 
         Go backward before the next forward: what the banks hold until then belongs to this one.
         """
-        virtual = self.blank.virtual if adapted else 0
-        first = 0 if self.blank.method.name == "prefix" else virtual  # tokens that the model computes, too
+        virtual = self.adapter.num_virtual_tokens if adapted else 0
+        first = 0 if self.adapter.method.name == "prefix" else virtual  # tokens that the model computes, too
         self._begin(([first] if first else []) + batch.lengths, adapted=adapted)
         own = [torch.arange(virtual, virtual + n) for n in batch.lengths]
         ids = torch.cat([-1 - torch.arange(first), batch.ids])
         positions = torch.cat([torch.arange(first), *own])
-        targets = torch.cat([torch.full((first,), NONE), batch.targets])
+        targets = torch.cat([torch.full((first,), NO_TARGET), batch.targets])
         self.step.leads = first > 0
-        self.step.kept = [(part != NONE).nonzero()[:, 0] for part in torch.split(targets, self.step.lengths)]
-        places = (targets != NONE).nonzero()[:, 0]
-        hidden = self.halves.hidden(*(x.to(self.device) for x in (ids, positions, places)))
+        self.step.kept = [
+            (part != NO_TARGET).nonzero()[:, 0] for part in torch.split(targets, self.step.lengths)
+        ]
+        places = (targets != NO_TARGET).nonzero()[:, 0]
+        hidden = self.causal_lm.hidden(*(x.to(self.device) for x in (ids, positions, places)))
         kept = places - first
         sequences = torch.arange(len(batch.lengths)).repeat_interleave(torch.tensor(batch.lengths))[kept]
         targets, weights = batch.targets[kept].to(self.device), batch.weights[kept].to(self.device)
-        loss, losses, hits = head_loss(hidden, targets, weights, self.halves.logits)
-        return Output(loss, float(batch.weights[kept].sum()), losses, hits, sequences)
+        loss, losses, hits = head_loss(hidden, targets, weights, self.causal_lm.logits)
+        return BatchOutput(loss, float(batch.weights[kept].sum()), losses, hits, sequences)
 
     def state(self) -> dict[str, torch.Tensor]:
         """The adapter's tensors by their public names: copies, on the CPU."""
@@ -106,21 +110,21 @@ class AdapterModel(nn.Module):
     def save(self, folder: Path) -> None:
         """The config and the weights, as an upload would bring them."""
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / FILE).write_bytes(msgspec.json.format(msgspec.json.encode(self.blank.config), indent=2))
+        (folder / FILE).write_bytes(msgspec.json.format(msgspec.json.encode(self.adapter.config), indent=2))
         tensors = {name: tensor.contiguous() for name, tensor in self.state().items()}
-        save_file(tensors, folder / self.blank.weights_file, {"format": "pt"})
+        save_file(tensors, folder / self.adapter.weights_file, {"format": "pt"})
 
     def _begin(self, lengths: list[int], *, adapted: bool) -> None:
         """Set the step for a batch: the parameters as they are now, packed into the bank with gradients."""
-        step, method = self.step, self.blank.method
-        self.halves.recompute = sum(lengths) * self._token_bytes() > self.memory
+        step, method = self.step, self.adapter.method
+        self.causal_lm.recompute = sum(lengths) * self._token_bytes() > self.memory
         step.lengths, step.affine, step.sublayer = lengths, [], []
         step.begin_with(None)
         self.bank.clear(SLOT)
         if not adapted:
             return
         tensors = {name: self.params[_key(name)] for name in self.names}
-        packed = method.pack(self.blank.spec, self.base, tensors, self.frozen.weights, torch.float32)
+        packed = method.pack(self.adapter.spec, self.base, tensors, self.frozen.weights, torch.float32)
         self.bank.put(SLOT, packed)
         if isinstance(self.bank, TrainableAffineBank):
             self.bank.dropout = self.dropout if self.training else 0.0
@@ -137,9 +141,9 @@ class AdapterModel(nn.Module):
 
     def _bank(self) -> Bank:
         size = (self.base, SLOT, self.device, torch.float32)
-        if self.blank.method.bank is AffineBank:
+        if self.adapter.method.bank is AffineBank:
             return TrainableAffineBank(*size)
-        bank = self.blank.method.bank(*size)
+        bank = self.adapter.method.bank(*size)
         if isinstance(bank, BottleneckBank):
             bank.fast = False  # kernels know no gradients
         return bank
@@ -149,11 +153,11 @@ class AdapterModel(nn.Module):
         """What virtual tokens start as: all that the base makes of this text, in PEFT's layout."""
         ids = torch.tensor(text, device=self.device)
         self.step.lengths = [len(text)]
-        if self.blank.method.name == "prompt":
+        if self.adapter.method.name == "prompt":
             embeddings: torch.Tensor = self.frozen.model.get_input_embeddings()(ids)
             return embeddings
         self.step.seen = []
-        self.halves.hidden(ids, torch.arange(len(text), device=self.device))
+        self.causal_lm.hidden(ids, torch.arange(len(text), device=self.device))
         both = torch.stack([torch.stack(layer) for layer in self.step.seen])
         self.step.seen = None
         return both.permute(3, 0, 1, 2, 4).flatten(1)  # [tokens, layers * (K, V) * kv_heads * head_dim]

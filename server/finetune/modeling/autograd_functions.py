@@ -83,5 +83,5 @@ class _SiluTimes(torch.autograd.Function):
 # torch has no types for them
 norm: Callable[[Tensor, RmsNorm], Tensor] = _Norm.apply
 norm_of_sum: Callable[[Tensor, Tensor, RmsNorm], tuple[Tensor, Tensor]] = _NormOfSum.apply
-turned: Callable[[Tensor, Tensor, Tensor], Tensor] = _Turned.apply
+rotated: Callable[[Tensor, Tensor, Tensor], Tensor] = _Turned.apply
 gated: Callable[[Tensor, Tensor], Tensor] = _SiluTimes.apply

@@ -16,12 +16,12 @@ from server.engine.cpu.decoder_layers import LayerParts, by_head, is_built_as_ll
 from server.engine.cpu.verified_swap import PROBE, probe, swap_forward_if_equal
 from server.engine.model.module_hooks import decoder_layers
 from server.finetune.modeling.attention import TrainingStep
-from server.finetune.modeling.autograd_functions import gated, norm, norm_of_sum, turned
+from server.finetune.modeling.autograd_functions import gated, norm, norm_of_sum, rotated
 from server.kernels.cpu.llama_ops import RmsNorm
 from server.kernels.cpu.openmp import AVAILABLE
 
 
-class TrainedLayer(LayerParts):
+class TrainingLayer(LayerParts):
     """One decoder layer; its linears and hooks are those of the class."""
 
     step: TrainingStep
@@ -59,16 +59,16 @@ class TrainedLayer(LayerParts):
         heads = by_head(y, self.dim)
         if of_heads is not None:
             heads = norm(heads.flatten(0, 1), of_heads).view(heads.shape)
-        return turned(heads, cos, sin)
+        return rotated(heads, cos, sin)
 
 
-class TrainedDecoder:
+class TrainingDecoder:
     """All layers of a model; `forward` stands in the place of each one's own."""
 
     places: torch.Tensor | None = None  # int64: what the last layer goes on with
 
     def __init__(self, layers: list[Any], step: TrainingStep) -> None:
-        self.layers = [TrainedLayer(layer, step) for layer in layers]
+        self.layers = [TrainingLayer(layer, step) for layer in layers]
 
     def forward(
         self,
@@ -86,14 +86,14 @@ class TrainedDecoder:
 
 
 @torch.no_grad()
-def install_training_layers(model: Any, step: TrainingStep) -> TrainedDecoder | None:
+def install_training_layers(model: Any, step: TrainingStep) -> TrainingDecoder | None:
     """Give each layer of `model` the forward above, if all can have it and the states stay the same."""
     layers: list[Any] = [layer for _, layer in decoder_layers(model, model.config.num_hidden_layers)]
     plain = all(p.device.type == "cpu" and p.dtype == torch.float32 for p in model.parameters())
     if not AVAILABLE or not plain or not layers or not all(map(is_built_as_llama, layers)):
         return None
     return swap_forward_if_equal(
-        model, layers, lambda: TrainedDecoder(layers, step), lambda: _states(model, step)
+        model, layers, lambda: TrainingDecoder(layers, step), lambda: _states(model, step)
     )
 
 

@@ -27,8 +27,8 @@ from server.finetune.recipe_methods import (
 )
 
 MAX_RANK = 1024  # whether a rank may be served was asked when the recipe was made
-NAME = "tuned"  # AdapterHub has the adapter's name in its tensors'
-PLACES = {"attention": "attention_adapters", "mlp": "output_adapters"}
+ADAPTER_NAME = "tuned"  # AdapterHub has the adapter's name in its tensors'
+ADAPTER_MODULES = {"attention": "attention_adapters", "mlp": "output_adapters"}
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -41,7 +41,7 @@ class NewAdapter:
     weights_file: str  # by the format's name
 
     @property
-    def virtual(self) -> int:
+    def num_virtual_tokens(self) -> int:
         """Virtual tokens before each sequence."""
         return self.spec.tokens if self.method.name in ("prefix", "prompt") else 0
 
@@ -89,7 +89,7 @@ def _bottleneck(peft: BottleneckRecipe, base: Base) -> tuple[dict[str, Any], Sha
     shapes: Shapes = {}
     for site in base.sites.values():
         if site.kind == "mlp" or (both and site.kind == "attention"):
-            at = f"{site.name.rpartition('.')[0]}.{PLACES[site.kind]}.adapters.{NAME}"
+            at = f"{site.name.rpartition('.')[0]}.{ADAPTER_MODULES[site.kind]}.adapters.{ADAPTER_NAME}"
             shapes |= {f"{at}.adapter_down.0.weight": (width, hidden), f"{at}.adapter_down.0.bias": (width,)}
             shapes |= {f"{at}.adapter_up.weight": (hidden, width), f"{at}.adapter_up.bias": (hidden,)}
     inner: dict[str, Any] = {
@@ -113,7 +113,7 @@ def _bottleneck(peft: BottleneckRecipe, base: Base) -> tuple[dict[str, Any], Sha
         "hidden_size": hidden,
         "model_type": base.model_type,
         "model_name": base.id,
-        "name": NAME,
+        "name": ADAPTER_NAME,
         "version": "adapters.1.3.0",
     }
     return config, shapes

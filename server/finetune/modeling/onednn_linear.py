@@ -13,7 +13,7 @@ from torch import nn
 from server.engine.model.linear_sites import LinearSite
 from server.memory import machine_bytes
 
-SHARE = 6  # of the machine's memory, one in so many bytes may go to the copies
+MEMORY_DIVISOR = 6  # of the machine's memory, one in so many bytes may go to the copies
 
 _ops: Any = torch.ops.mkldnn  # torch has no types for them
 _mkldnn: Any = torch.backends.mkldnn
@@ -26,7 +26,7 @@ def pack_weights(model: nn.Module) -> None:
     plain = any(w.device.type != "cpu" or w.dtype != torch.float32 for w in weights)
     if plain or not _mkldnn.is_available():
         return
-    if 2 * sum(w.nbytes for w in weights) > machine_bytes() // SHARE:
+    if 2 * sum(w.nbytes for w in weights) > machine_bytes() // MEMORY_DIVISOR:
         return
     for name, site in found.items():
         parent, _, leaf = name.rpartition(".")

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from server.engine.model.module_hooks import decoder_layers
-from server.finetune.modeling.differentiable_layers import TrainedDecoder
+from server.finetune.modeling.differentiable_layers import TrainingDecoder
 
 
 class SplitCausalLM:
@@ -20,7 +20,7 @@ class SplitCausalLM:
 
     recompute = False
 
-    def __init__(self, model: Any, layers: TrainedDecoder | None = None) -> None:
+    def __init__(self, model: Any, layers: TrainingDecoder | None = None) -> None:
         """`layers`: those of `model`, where kernels of ours run them."""
         self.model = model
         self.name: str = model.base_model_prefix

@@ -11,7 +11,7 @@ from server.adapters.methods.token_spans import TokenSpans
 from server.adapters.sites import Base, Site
 
 SLOT = 1
-LEVELS = 1 << 16  # dropout is one of so many shares
+DROPOUT_LEVELS = 1 << 16  # dropout is one of so many shares
 
 
 class TrainableAffineBank(AffineBank):
@@ -76,7 +76,7 @@ def drop(x: torch.Tensor, share: float, seed: int) -> torch.Tensor:
     bits.random_(torch.iinfo(torch.int64).min, None, generator=generator)
     levels = bits.view(torch.int16)[: x.numel()].view(x.shape)
     apply: Any = _Drop.apply  # torch has no types for it
-    dropped: torch.Tensor = apply(x, levels, round(share * LEVELS))
+    dropped: torch.Tensor = apply(x, levels, round(share * DROPOUT_LEVELS))
     return dropped
 
 
@@ -98,4 +98,4 @@ class _Drop(torch.autograd.Function):
 def _factors(x: torch.Tensor, levels: torch.Tensor, gaps: int) -> torch.Tensor:
     factors = torch.empty_like(x)
     torch.ge(levels, torch.iinfo(torch.int16).min + gaps, out=factors)
-    return factors.mul_(LEVELS / (LEVELS - gaps))
+    return factors.mul_(DROPOUT_LEVELS / (DROPOUT_LEVELS - gaps))

@@ -12,17 +12,17 @@ from typing import Any
 import msgspec
 import torch
 
-from server.finetune.data.batching import packs, within
+from server.finetune.data.batching import first_examples, packed_examples
 from server.finetune.data.examples import Example
 from server.finetune.modeling.adapter_model import AdapterModel
-from server.finetune.modeling.batch_loss import NONE, Batch
+from server.finetune.modeling.batch_loss import NO_TARGET, Batch
 from server.finetune.training.observer import TrainingLog
 
 PACK_TOKENS = 1024  # of one forward pass, unless an example is longer
 MAX_LABELS = 16  # where there are more different answers, they are no classes
 LABEL_TOKENS = 30_000  # to find the likeliest label of as many examples as that is enough for
-SURE = 1.645  # standard errors; by chance alone, one adapter in 20 is further ahead
-MAX_LOG = 80.0  # a perplexity stays a number
+ONE_SIDED_95 = 1.645  # standard errors; by chance alone, one adapter in 20 is further ahead
+MAX_LOSS = 80.0  # a perplexity stays a number
 
 
 class EvalScores(msgspec.Struct, frozen=True):
@@ -50,10 +50,10 @@ def score(model: AdapterModel, examples: Sequence[Example], *, adapted: bool = T
     was = model.training
     model.eval()
     scores = EvalScores([], [], [], [], [])
-    for pack in packs(examples, PACK_TOKENS):
+    for pack in packed_examples(examples, PACK_TOKENS):
         batch = Batch.of(pack)
         output = model(batch, adapted=adapted)
-        weights = batch.weights[batch.targets != NONE].double()
+        weights = batch.weights[batch.targets != NO_TARGET].double()
         counts = output.sequences.bincount(minlength=len(pack)).tolist()
         losses = output.losses.cpu().double() * weights
         parts = zip(
@@ -82,21 +82,21 @@ def compare(
     """The record of an evaluation, JSON. `history` evaluated the first `curve` of `held_out`."""
     base, adapter = (score(model, held_out, adapted=adapted) for adapted in (False, True))
     labelled = [i for i, e in enumerate(held_out) if e.label is not None]
-    sides = {"base": _figures(base, labelled), "adapter": _figures(adapter, labelled)}
-    if answers := _answers(held_out, trained):
+    sides = {"base": _summary(base, labelled), "adapter": _summary(adapter, labelled)}
+    if answers := _label_tokens(held_out, trained):
         by_label = _by_label(model, [held_out[i] for i in labelled], answers)
         for side in sides:
             right = sum(line[side] for line in by_label)
             sides[side]["label_accuracy"] = right / sum(line["examples"] for line in by_label)
     else:
         by_label = []
-    improvement, noise = _ahead(base, adapter)
+    improvement, noise = _improvement(base, adapter)
     return sides | {
         "examples": len(held_out),
         "targets": sum(base.targets),
         "improvement": improvement,
         "noise": noise,
-        "better": improvement > SURE * (noise or 0.0),
+        "better": improvement > ONE_SIDED_95 * (noise or 0.0),
         "labels": by_label,
         "base_loss": math.fsum(base.losses[:curve]) / math.fsum(base.weights[:curve]),
         "curve": history.curve(),
@@ -106,10 +106,10 @@ def compare(
     }
 
 
-def _figures(scores: EvalScores, labelled: Sequence[int]) -> dict[str, float]:
+def _summary(scores: EvalScores, labelled: Sequence[int]) -> dict[str, float]:
     figures = {
         "loss": scores.loss,
-        "perplexity": math.exp(min(scores.loss, MAX_LOG)),
+        "perplexity": math.exp(min(scores.loss, MAX_LOSS)),
         "token_accuracy": scores.accuracy,
     }
     if labelled:
@@ -117,7 +117,7 @@ def _figures(scores: EvalScores, labelled: Sequence[int]) -> dict[str, float]:
     return figures
 
 
-def _ahead(base: EvalScores, adapter: EvalScores) -> tuple[float, float | None]:
+def _improvement(base: EvalScores, adapter: EvalScores) -> tuple[float, float | None]:
     """By how much the adapter's loss is lower, and that figure's standard error over examples, if any."""
     gains = [b - a for b, a in zip(base.losses, adapter.losses, strict=True)]
     total, n = math.fsum(base.weights), len(gains)
@@ -128,7 +128,7 @@ def _ahead(base: EvalScores, adapter: EvalScores) -> tuple[float, float | None]:
     return mean, math.sqrt(spread * n / (n - 1)) / total
 
 
-def _answers(held_out: Sequence[Example], trained: Sequence[Example]) -> dict[str, list[int]]:
+def _label_tokens(held_out: Sequence[Example], trained: Sequence[Example]) -> dict[str, list[int]]:
     """The tokens of each label, if answers are labels: few different ones, of which each comes again."""
     counts: Counter[str] = Counter()
     answers: dict[str, list[int]] = {}
@@ -148,8 +148,8 @@ def _by_label(
 ) -> list[dict[str, Any]]:
     """How many examples of each label have it as their likeliest."""
     labels = sorted(answers)
-    asked = within(examples, LABEL_TOKENS / len(labels))
-    tried = [_answered(example, answers[label]) for example in asked for label in labels]
+    asked = first_examples(examples, LABEL_TOKENS / len(labels))
+    tried = [_with_answer(example, answers[label]) for example in asked for label in labels]
     found: dict[str, Counter[str]] = {"base": Counter(), "adapter": Counter()}
     for side, right in found.items():
         losses = score(model, tried, adapted=side == "adapter").losses
@@ -164,7 +164,7 @@ def _by_label(
     ]
 
 
-def _answered(example: Example, answer: list[int]) -> Example:
+def _with_answer(example: Example, answer: list[int]) -> Example:
     """The same question with this answer, which alone counts."""
     n = example.prompt_length
     return Example(example.tokens[:n] + answer, [0.0] * n + [1.0] * len(answer), n)

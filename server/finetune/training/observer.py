@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import msgspec
 
-from server.finetune.jobs.job import Level, Wish
+from server.finetune.jobs.job import ControlSignal, Level
 
 
 class StepDone(msgspec.Struct, frozen=True):
@@ -37,7 +37,7 @@ class Evaluated(msgspec.Struct, frozen=True):
 
 
 class TrainingObserver(Protocol):
-    def on_step(self, done: StepDone) -> Wish:
+    def on_step(self, done: StepDone) -> ControlSignal:
         """What to do next. "pause" leaves a checkpoint, the others do not; then Stopped is raised."""
 
     def on_evaluation(self, evaluated: Evaluated) -> None: ...
@@ -55,12 +55,12 @@ class TrainingObserver(Protocol):
 class Stopped(Exception):
     """The watcher wished it. After "pause" its last checkpoint is where to go on."""
 
-    def __init__(self, wish: Wish) -> None:
-        super().__init__(wish)
-        self.wish = wish
+    def __init__(self, signal: ControlSignal) -> None:
+        super().__init__(signal)
+        self.signal = signal
 
 
-RISE = 1.02  # of a loss on held-out examples; less is no rise
+OVERFIT_RATIO = 1.02  # of a loss on held-out examples; less is no rise
 
 
 class TrainingLog(msgspec.Struct):
@@ -88,7 +88,7 @@ class TrainingLog(msgspec.Struct):
         return next((e for e in reversed(self.evaluations) if e.best), None)
 
     @property
-    def worse(self) -> int:
+    def evaluations_since_best(self) -> int:
         """Evaluations since the best one."""
         return next((i for i, e in enumerate(reversed(self.evaluations)) if e.best), 0)
 
@@ -107,7 +107,7 @@ class TrainingLog(msgspec.Struct):
     @property
     def overfitted(self) -> bool:
         """Whether the loss on held-out examples rose while that on the training data went on falling."""
-        if self.best is None or self.evaluations[-1].loss <= RISE * self.best.loss:
+        if self.best is None or self.evaluations[-1].loss <= OVERFIT_RATIO * self.best.loss:
             return False
         points = {point["step"]: point["train_loss"] for point in self.curve()}
         return points[self.evaluations[-1].step] < points[self.best.step]

@@ -7,7 +7,7 @@ from typing import Any
 from server.finetune.training.observer import TrainingLog
 
 COLUMNS = ("step", "train_loss", "train_accuracy", "valid_loss", "valid_mean_token_accuracy")
-LOGARITHMIC = 10  # times the best loss: where the axis reaches further, it is logarithmic
+LOG_SCALE_RATIO = 10  # times the best loss: where the axis reaches further, it is logarithmic
 MAX_POINTS = 400  # of the drawn training curve; more would be a band, not a line
 
 
@@ -60,7 +60,7 @@ def _scale(axes: Any, drawn: list[float], held_out: list[float]) -> None:
 
     top = 1.1 * max(drawn, default=1.0)
     best = min(held_out, default=0.0)
-    if not 0 < best < top / LOGARITHMIC:
+    if not 0 < best < top / LOG_SCALE_RATIO:
         axes.set_ylim(0, top)
         return
     axes.set_yscale("log")

@@ -101,6 +101,6 @@ def _init_text(recipe: Recipe, examples: Sequence[Example], tokenizer: Tokenizer
     tokens: list[int] = []
     for example in examples:
         tokens += example.tokens
-        if len(tokens) >= recipe.virtual:
+        if len(tokens) >= recipe.num_virtual_tokens:
             break
     return tokens

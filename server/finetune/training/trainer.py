@@ -25,15 +25,15 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from server.errors import NonFinite
-from server.finetune.data.batching import EvaluationPlan, LengthGroupedBatches, plan
+from server.finetune.data.batching import EvaluationPlan, LengthGroupedBatches, plan_evaluation
 from server.finetune.data.examples import Example
 from server.finetune.modeling.adapter_model import AdapterModel
-from server.finetune.modeling.batch_loss import Batch, Output
+from server.finetune.modeling.batch_loss import Batch, BatchOutput
 from server.finetune.recipe import Recipe
 from server.finetune.training.evaluation import score
 from server.finetune.training.observer import StepDone, Stopped, TrainingLog, TrainingObserver
 
-ADAPTER, BEST, STATE = "adapter.safetensors", "best.safetensors", "trainer_state.json"
+ADAPTER_FILE, BEST_FILE, STATE_FILE = "adapter.safetensors", "best.safetensors", "trainer_state.json"
 CHECKPOINT_SECONDS = 60.0  # between two, where no evaluation brings one
 FINAL_PASSES = 3  # over the held-out examples, once training is over: what is left of max_seconds is for them
 Inputs = dict[str, Batch]  # {"batch": ...}: transformers takes nothing but a mapping
@@ -58,11 +58,11 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers has no type
         self.model_accepts_loss_kwargs = True  # our losses are means over all accumulated batches already
         self.recipe = recipe
         self.watcher = watcher
-        self.plan: EvaluationPlan = plan(recipe, examples, held_out)
+        self.plan: EvaluationPlan = plan_evaluation(recipe, examples, held_out)
         self.batches = LengthGroupedBatches([len(e.tokens) for e in examples], recipe.batch_size, recipe.seed)
         self.history = TrainingLog()
         self.best: dict[str, torch.Tensor] | None = None  # None: the tensors as they are
-        self.outputs: list[Output] = []  # of the step under way
+        self.outputs: list[BatchOutput] = []  # of the step under way
         self.tokens = 0
         self.began = self.saved = time.monotonic()
         self.seconds_a_token = 0.0  # of evaluation
@@ -71,7 +71,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers has no type
     def fit(self, resume: Path | None = None) -> TrainingLog:
         """Train, and leave the best adapter in the model. Raises Stopped, or NonFinite when it diverges."""
         if resume:
-            state = json.loads((resume / STATE).read_text(encoding="utf-8"))
+            state = json.loads((resume / STATE_FILE).read_text(encoding="utf-8"))
             self.history = TrainingLog.read(state["log_history"])
             self.tokens = self.history.tokens
             self.began -= self.history.seconds
@@ -88,7 +88,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers has no type
     @property
     def stale(self) -> bool:
         """Whether so many evaluations were no better that the recipe says to stop."""
-        return 0 < self.recipe.early_stopping <= self.history.worse
+        return 0 < self.recipe.early_stopping <= self.history.evaluations_since_best
 
     @property
     def late(self) -> bool:
@@ -117,7 +117,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers has no type
         num_items_in_batch: float | None = None,
     ) -> Any:
         assert num_items_in_batch is not None, "get_batch_samples gives it"
-        output: Output = model(inputs["batch"])
+        output: BatchOutput = model(inputs["batch"])
         loss = output.loss_sum / num_items_in_batch
         self._finite(float(loss.detach()), "loss")
         self.outputs.append(output)
@@ -160,23 +160,23 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers has no type
             self.best = self.model.state()
         self.watcher.on_evaluation(done)
         if self.stale and done.step < self.total:
-            self._end_early(f"{self.history.worse} evaluations in a row were no better")
+            self._end_early(f"{self.history.evaluations_since_best} evaluations in a row were no better")
         return metrics
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:  # noqa: ARG002 - theirs
         assert output_dir is not None, "checkpoints are all we save"
         folder = Path(output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(self.model.state(), folder / ADAPTER)
+        save_file(self.model.state(), folder / ADAPTER_FILE)
         best = self.history.best
         if self.best is not None and best and best.step < self.state.global_step:
-            save_file(self.best, folder / BEST)
+            save_file(self.best, folder / BEST_FILE)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:  # noqa: ARG002
         folder = Path(resume_from_checkpoint)
-        self.model.load(load_file(folder / ADAPTER))
+        self.model.load(load_file(folder / ADAPTER_FILE))
         if self.history.best:
-            best = folder / BEST
+            best = folder / BEST_FILE
             self.best = load_file(best) if best.exists() else self.model.state()
 
     # ours
@@ -193,13 +193,13 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers has no type
 
     def _steer(self, done: StepDone) -> None:
         """Ask the watcher, and see to time and checkpoints."""
-        wish = self.watcher.on_step(done)
+        signal = self.watcher.on_step(done)
         last = done.step == self.total
-        if wish != "go":
-            self.stopped = Stopped(wish)
+        if signal != "go":
+            self.stopped = Stopped(signal)
             self.control.should_training_stop = True
-            self.control.should_save = wish == "pause"
-            self.control.should_evaluate &= wish == "pause"  # what is due here is not made up for later
+            self.control.should_save = signal == "pause"
+            self.control.should_evaluate &= signal == "pause"  # what is due here is not made up for later
         elif self.late and not last:
             self._end_early(f"max_seconds ({self.recipe.max_seconds}) are used up")
             self.control.should_evaluate, self.control.should_save = bool(self.plan.examples), True

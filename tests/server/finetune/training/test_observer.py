@@ -13,13 +13,13 @@ def history(train: list[float], valid: dict[int, float]) -> TrainingLog:
 def test_the_best_is_the_first_of_the_lowest_losses() -> None:
     made = history([1.0] * 8, {2: 3.0, 4: 2.0, 6: 2.0, 8: 2.5})
     assert made.best == Evaluated(4, 2.0, 0.5, best=True)
-    assert made.worse == 2
+    assert made.evaluations_since_best == 2
     assert [e.best for e in made.evaluations] == [True, True, False, False]
 
 
 def test_without_a_step_there_is_nothing() -> None:
     made = TrainingLog()
-    assert (made.step, made.tokens, made.seconds, made.best, made.worse, made.curve()) == (
+    assert (made.step, made.tokens, made.seconds, made.best, made.evaluations_since_best, made.curve()) == (
         0,
         0,
         0,

@@ -168,7 +168,7 @@ def test_what_is_cancelled_stops_at_that_step_and_leaves_nothing(
     memory = Memory(until(3, wish))
     with pytest.raises(Stopped) as caught:
         Run(llama, recipe(), tmp_path, memory).fit()
-    assert caught.value.wish == wish
+    assert caught.value.signal == wish
     assert [s.step for s in memory.steps] == [1, 2, 3]
     assert max(memory.checkpoints, default=0) < 3
 
