@@ -1,4 +1,4 @@
-"""Small trainings for tests: recipes of every method, examples to learn from, a watcher that remembers."""
+"""Small trainings for tests: recipes of every method, examples to learn from, an observer that remembers."""
 
 import json
 import random

@@ -32,7 +32,7 @@ def assert_close(found: list[torch.Tensor], expected: list[torch.Tensor]) -> Non
 
 def by_class(folder: Path, method: str, monkeypatch: pytest.MonkeyPatch) -> AdapterModel:
     with monkeypatch.context() as patch:
-        patch.setattr(trainable, "run_by_kernels", lambda *_: None)
+        patch.setattr(trainable, "install_training_layers", lambda *_: None)
         return AdapterModel(folder, "tiny", recipe(method))
 
 

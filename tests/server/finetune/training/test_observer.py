@@ -6,7 +6,7 @@ def history(train: list[float], valid: dict[int, float]) -> TrainingLog:
     for i, loss in enumerate(train, start=1):
         made.steps.append(StepDone(i, len(train), loss, 0.5, 1.0, 1e-3, 10 * i, 0.1 * i))
         if i in valid:
-            made.evaluate(i, valid[i], 0.5)
+            made.add_evaluation(i, valid[i], 0.5)
     return made
 
 
