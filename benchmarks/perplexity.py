@@ -128,7 +128,7 @@ class Subject:
         """With this adapter from now on, held as this placement says."""
         method, base = Lora(narrow=self.placement.narrow), self.frozen.base
         packed = method.pack(
-            trained.blank.spec, base, trained.state(), self.frozen.weights, self.placement.dtype
+            trained.adapter.spec, base, trained.state(), self.frozen.weights, self.placement.dtype
         )
         self.bank = AffineBank(base, 1, self.placement.device, self.placement.dtype)
         self.bank.put(1, packed)

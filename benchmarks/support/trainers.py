@@ -18,7 +18,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback
 from benchmarks.support.arms import Child, quiet
 from server.finetune.data.batching import LengthGroupedBatches
 from server.finetune.data.examples import Example
-from server.finetune.jobs.job import Level, Wish
+from server.finetune.jobs.job import ControlSignal, Level
 from server.finetune.modeling.adapter_model import AdapterModel
 from server.finetune.recipe import Recipe
 from server.finetune.training.evaluation import score
@@ -114,7 +114,7 @@ class Ours:
     def held_out(self) -> float:
         return score(self.model, self.job.held_out).loss
 
-    def on_step(self, done: StepDone) -> Wish:
+    def on_step(self, done: StepDone) -> ControlSignal:
         self.turns.step(done.loss, last=done.step == done.total)
         return "go"
 
@@ -148,7 +148,7 @@ class Theirs:
 
         self.job = job
         base = AutoModelForCausalLM.from_pretrained(job.model, dtype=torch.float32, local_files_only=True)
-        virtual = job.recipe.virtual > 0
+        virtual = job.recipe.num_virtual_tokens > 0
         self.model: Any = PeftModel.from_pretrained(base, job.start, is_trainable=not virtual)
         if virtual:  # PEFT loads those for inference only, but trains them all the same
             self.model.prompt_encoder.requires_grad_(True)

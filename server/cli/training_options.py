@@ -11,7 +11,7 @@ from typing import Annotated, Any, get_origin
 import msgspec
 import typer
 
-from server.finetune.recipe import OPENAI, Training
+from server.finetune.recipe import OPENAI_FIELDS, Training
 from server.finetune.recipe_methods import PEFT
 
 HELP = {
@@ -63,8 +63,8 @@ def blocks(method: str, given: dict[str, Any]) -> dict[str, Any]:
     types = {field.name: field.type for field in msgspec.structs.fields(Training)}
     types |= {field.name: field.type for field, _ in _of_methods()}
     values = {name: _value(types[name], value) for name, value in given.items() if value not in (None, False)}
-    peft = {"type": method} | {name: value for name, value in values.items() if name not in OPENAI}
-    return {"peft": peft, "hyperparameters": {name: values[name] for name in OPENAI if name in values}}
+    peft = {"type": method} | {name: value for name, value in values.items() if name not in OPENAI_FIELDS}
+    return {"peft": peft, "hyperparameters": {name: values[name] for name in OPENAI_FIELDS if name in values}}
 
 
 def _of_methods() -> list[tuple[msgspec.structs.FieldInfo, str]]:

@@ -1,10 +1,11 @@
-"""Tenants' files: their records in Valkey, their bytes in the object store. Knows nothing of what is in them.
+"""Tenants' files: records in Valkey, bytes in the object store. Their content is not looked at.
 
-    pp:files:{tenant}          hash     file id -> File
-    pp:files:{tenant}:bytes    string   of all of them together
-    tenants/{tenant}/files/{file}       the bytes
+    pp:files:{tenant}          hash     file id -> File (JSON)
+    pp:files:{tenant}:bytes    string   total size of the tenant's files
+    tenants/{tenant}/files/{file}       object with the bytes
 
-A file exists once its record does; bytes without a record are doomed from before they were written.
+A file exists once its record does. Before its bytes are written they are scheduled for deletion; the script
+that adds the record cancels that, so a crash leaves no bytes behind.
 """
 
 import logging
@@ -23,13 +24,13 @@ from adapters_store.valkey import store_errors
 from server.errors import InvalidField, NotFound, QuotaExceeded, StoreError, shown
 
 Purpose = Literal["fine-tune", "fine-tune-results"]
-MAX_NAME = 255
-WRITE_SECONDS = 3600  # the longest that writing a file may take
+MAX_NAME_LENGTH = 255
+WRITE_SECONDS = 3600  # the longest time that writing a file may take
 NO_LIMIT = 2**53
 log = logging.getLogger(__name__)
 
 ADD = """
-local files, total, doomed = unpack(KEYS)
+local files, total, deletes = unpack(KEYS)
 local id, record, size, key = ARGV[1], ARGV[2], tonumber(ARGV[3]), ARGV[4]
 if redis.call('HEXISTS', files, id) == 0 then
   if redis.call('HLEN', files) >= tonumber(ARGV[5]) then return 'files' end
@@ -37,16 +38,16 @@ if redis.call('HEXISTS', files, id) == 0 then
   redis.call('HSET', files, id, record)
   redis.call('INCRBY', total, size)
 end
-redis.call('ZREM', doomed, key)
+redis.call('ZREM', deletes, key)
 return 'done'
 """
 
 REMOVE = """
-local files, total, doomed = unpack(KEYS)
+local files, total, deletes = unpack(KEYS)
 local id, size, key = ARGV[1], ARGV[2], ARGV[3]
 if redis.call('HDEL', files, id) == 0 then return 0 end
 redis.call('DECRBY', total, size)
-redis.call('ZADD', doomed, 0, key)
+redis.call('ZADD', deletes, 0, key)
 return 1
 """
 
@@ -54,7 +55,7 @@ return 1
 class File(msgspec.Struct, frozen=True, kw_only=True):
     id: str  # file-...
     tenant: str
-    name: str  # as the tenant calls it: only ever shown
+    name: str  # given by the tenant; for display only
     purpose: Purpose
     bytes: int
     sha256: str
@@ -71,7 +72,7 @@ class FileStore:
     def __init__(
         self, redis: Redis, objects: Objects, *, max_files: int = NO_LIMIT, max_bytes: int = NO_LIMIT
     ) -> None:
-        self.doomed = ScheduledDeletes(redis, objects)
+        self.scheduled_deletes = ScheduledDeletes(redis, objects)
         self._redis = redis
         self._objects = objects
         self._max_files = max_files
@@ -90,14 +91,16 @@ class FileStore:
         purpose: Purpose,
         id_: str | None = None,
     ) -> File:
-        """Keep the `size` bytes at `path`. With an `id_` that there is already: that file, whatever is in it.
+        """Store the `size` bytes at `path` as a file. If `id_` exists already, that file is returned as it
+        is.
 
-        Raises InvalidField for its name, QuotaExceeded over the tenant's caps; results count, but always fit.
+        Raises InvalidField for the name, QuotaExceeded above the tenant's limits. Result files count towards
+        these but are never refused.
         """
         id_, now = id_ or new_id(), int(time.time())
         check_file_name(name)
         file = File(id=id_, tenant=tenant, name=name, purpose=purpose, bytes=size, sha256=sha256, created=now)
-        await self.doomed.add(file.key, WRITE_SECONDS)
+        await self.scheduled_deletes.add(file.key, WRITE_SECONDS)
         await self._objects.put(file.key, path, sha256)
         caps = (self._max_files, self._max_bytes) if purpose == "fine-tune" else (NO_LIMIT, NO_LIMIT)
         with store_errors():
@@ -119,14 +122,14 @@ class FileStore:
         return msgspec.json.decode(record, type=File)
 
     async def list(self, tenant: str) -> list[File]:
-        """The newest first."""
+        """All files of the tenant, the newest first."""
         with store_errors():
             records = await self._redis.hvals(_keys(tenant)[0])
         files = [msgspec.json.decode(record, type=File) for record in records]
         return sorted(files, key=lambda file: (-file.created, file.id))
 
-    async def room(self, tenant: str, size: int) -> None:
-        """Raise QuotaExceeded if a file of `size` bytes would not fit now: before its bytes are sent."""
+    async def check_quota(self, tenant: str, size: int) -> None:
+        """Raise QuotaExceeded if a file of `size` bytes would not fit now; for a check before its upload."""
         files, total = _keys(tenant)
         with store_errors():
             count, used = await self._redis.hlen(files), int(await self._redis.get(total) or 0)
@@ -136,11 +139,11 @@ class FileStore:
             raise self._quota(b"bytes")
 
     async def download(self, file: File, path: Path) -> None:
-        """Raises NotFound if it was deleted since."""
+        """Download the bytes to `path` and verify them. Raises NotFound if the file was deleted meanwhile."""
         await self._objects.download(file.key, path, file.sha256)
 
     async def delete(self, tenant: str, id_: str) -> None:
-        """Raises NotFound. Once the record is gone the file is; its bytes follow, also after a crash."""
+        """Delete the record, and with it the file; the bytes follow, also after a crash. Raises NotFound."""
         file = await self.get(tenant, id_)
         with store_errors():
             removed = await self._remove(
@@ -151,13 +154,13 @@ class FileStore:
 
     async def _discard(self, key: str) -> None:
         try:
-            await self.doomed.remove(key)
+            await self.scheduled_deletes.remove(key)
         except StoreError as error:
             log.warning("The bytes of a deleted file stay until the next sweep: %s", error)
 
     def _quota(self, which: bytes) -> QuotaExceeded:
-        most = f"{self._max_files} files" if which == b"files" else f"{self._max_bytes} bytes in files"
-        return QuotaExceeded(f"A tenant may have {most}; delete some first.", param="file")
+        limit = f"{self._max_files} files" if which == b"files" else f"{self._max_bytes} bytes in files"
+        return QuotaExceeded(f"A tenant may have {limit}; delete some first.", param="file")
 
 
 def new_id() -> str:
@@ -169,10 +172,11 @@ def file_key(tenant: str, id_: str) -> str:
 
 
 def check_file_name(name: str) -> str:
-    """A file's name is only ever shown, and offered again at download."""
-    if not 0 < len(name) <= MAX_NAME or not name.isprintable() or set(name) & set("/\\"):
+    """The name, if it is short, printable and without a path. Raises InvalidField."""
+    if not 0 < len(name) <= MAX_NAME_LENGTH or not name.isprintable() or set(name) & set("/\\"):
         raise InvalidField(
-            f"filename {shown(name)} must be 1 to {MAX_NAME} characters without a path.", param="filename"
+            f"filename {shown(name)} must be 1 to {MAX_NAME_LENGTH} characters without a path.",
+            param="filename",
         )
     return name
 

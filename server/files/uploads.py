@@ -1,4 +1,7 @@
-"""Files that come in parts, in any order and over several connections, until one call puts them together."""
+"""Multipart uploads of files: parts come in any order and over several connections, and one call joins them.
+
+The keys and transitions of an upload are in uploads_lua.py.
+"""
 
 import hashlib
 import logging
@@ -19,9 +22,9 @@ from server.errors import Conflict, InvalidField, NotFound, QuotaExceeded, Store
 from server.files import uploads_lua as lua
 from server.files.files import File, FileStore, Purpose, check_file_name
 
-LIFE_SECONDS = 3600
-KEPT_SECONDS = 24 * 3600  # after that, so that a late caller is told what became of it
-GRACE_SECONDS = 600  # for a part that was on its way when the upload ended
+PENDING_SECONDS = 3600
+RECORD_SECONDS = 24 * 3600  # the record stays so long after expiry, to answer late calls
+GRACE_SECONDS = 600  # for parts that are still being written when the upload ends
 MAX_PARTS = 1000
 PART_PREFIX = "part-"
 log = logging.getLogger(__name__)
@@ -32,14 +35,14 @@ Status = Literal["pending", "completed", "cancelled", "expired"]
 class Upload(msgspec.Struct, frozen=True, kw_only=True):
     id: str  # upload_...
     tenant: str
-    name: str  # of the file to be
+    name: str  # of the file
     purpose: Purpose
-    bytes: int  # that it shall have
+    bytes: int  # declared size of the file
     created: int  # Unix seconds
     expires: int = 0
     status: Status = "pending"
     file: str | None = None
-    asked: str = ""  # of a completed one: what completed it
+    asked: str = ""  # hash of the arguments that completed the upload
     parts: dict[str, "Part"] = {}
 
 
@@ -51,7 +54,7 @@ class Part(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Uploads:
-    """All calls raise StoreError; with an upload of nobody or of another tenant, all raise NotFound."""
+    """All calls raise StoreError, and NotFound for an unknown upload or another tenant's."""
 
     def __init__(
         self, redis: Redis, objects: Objects, files: FileStore, *, max_bytes: int, max_pending: int
@@ -67,52 +70,56 @@ class Uploads:
         )
 
     async def create(self, tenant: str, name: str, size: int, purpose: Purpose) -> Upload:
-        """Raises InvalidField, QuotaExceeded."""
+        """Start an upload of `size` bytes. Raises InvalidField for name or size, QuotaExceeded."""
         check_file_name(name)
         if not 1 <= size <= self._max_bytes:
             raise InvalidField(f"bytes is {size}; a file may have 1 to {self._max_bytes}.", param="bytes")
-        await self._files.room(tenant, size)
+        await self._files.check_quota(tenant, size)
         id_, now = f"upload_{secrets.token_hex(12)}", int(time.time())
         upload = Upload(id=id_, tenant=tenant, name=name, purpose=purpose, bytes=size, created=now)
         args: list[bytes | str | int] = [
             id_,
             msgspec.json.encode(upload),
             self._max_pending,
-            LIFE_SECONDS,
-            KEPT_SECONDS,
+            PENDING_SECONDS,
+            RECORD_SECONDS,
         ]
         with store_errors():
             expires = int(await self._create(keys=_keys(tenant, id_), args=args))
         if not expires:
             raise QuotaExceeded(f"A tenant may have {self._max_pending} uploads open at a time.")
-        await self._files.doomed.add(_prefix(upload), LIFE_SECONDS + GRACE_SECONDS)
+        await self._files.scheduled_deletes.add(_prefix(upload), PENDING_SECONDS + GRACE_SECONDS)
         return await self.get(tenant, id_)
 
     async def get(self, tenant: str, id_: str) -> Upload:
+        """The upload with its parts; a pending one that is past its time has the status "expired"."""
         with store_errors():
             fields = await self._redis.hgetall(_keys(tenant, id_)[0]) if id_.isidentifier() else {}
             now, _ = await self._redis.time()
         if not fields:
             raise NotFound(f"There is no upload {shown(id_)}.", param="upload_id")
-        found = {text(name): text(value) for name, value in fields.items()}
+        values = {text(name): text(value) for name, value in fields.items()}
         parts = [
             msgspec.json.decode(record, type=Part)
-            for name, record in found.items()
+            for name, record in values.items()
             if name.startswith(PART_PREFIX)
         ]
-        expires = int(found["expires"])
-        late = found["status"] == "pending" and expires <= int(now)
+        expires = int(values["expires"])
+        late = values["status"] == "pending" and expires <= int(now)
         return msgspec.structs.replace(
-            msgspec.json.decode(found["fixed"], type=Upload),
+            msgspec.json.decode(values["fixed"], type=Upload),
             expires=expires,
-            status="expired" if late else found["status"],
-            file=found.get("file") or None,
-            asked=found.get("asked", ""),
+            status="expired" if late else values["status"],
+            file=values.get("file") or None,
+            asked=values.get("asked", ""),
             parts={part.id: part for part in parts},
         )
 
     async def add_part(self, tenant: str, id_: str, path: Path, size: int, sha256: str) -> Part:
-        """Keep the `size` bytes at `path` as one part. Raises Conflict unless pending, InvalidField."""
+        """Store the `size` bytes at `path` as a part.
+
+        Raises Conflict unless the upload is pending, InvalidField for too many bytes or parts.
+        """
         upload = await self.get(tenant, id_)
         if upload.status != "pending":
             raise _ended(upload)
@@ -121,7 +128,7 @@ class Uploads:
         )
         key = _part_key(upload, part)
         await self._objects.put(key, path, sha256)
-        # twice what is declared: a part whose answer was lost comes again
+        # twice the declared size: a client sends a part again whose answer was lost
         args: list[bytes | str | int] = [
             id_,
             part.id,
@@ -146,29 +153,30 @@ class Uploads:
     async def complete(
         self, tenant: str, id_: str, part_ids: list[str], md5: str | None, folder: Path
     ) -> tuple[Upload, File]:
-        """Put the parts together, in `folder` first, as a file. The same call again gives the same file.
+        """Join the parts, in `folder`, and store them as a file. The same call again returns the same file.
 
-        Raises InvalidField if they are not what was announced, Conflict unless pending.
+        Raises InvalidField if size or MD5 differ from the declared ones, Conflict unless the upload is
+        pending.
         """
-        asked = hashlib.sha256(msgspec.json.encode([part_ids, md5])).hexdigest()
+        request = hashlib.sha256(msgspec.json.encode([part_ids, md5])).hexdigest()
         upload = await self.get(tenant, id_)
         if upload.status != "pending":
-            return await self._completed(upload, asked)
-        whole = folder / "whole"
+            return await self._completed(upload, request)
+        joined = folder / "whole"
         try:
-            sha256 = await self._join(upload, _chosen(upload, part_ids), md5, whole)
-        except NotFound:  # the parts are gone: somebody has ended it meanwhile
-            return await self._completed(await self.get(tenant, id_), asked)
+            sha256 = await self._join(upload, _chosen(upload, part_ids), md5, joined)
+        except NotFound:  # the parts are gone: another call has ended the upload
+            return await self._completed(await self.get(tenant, id_), request)
         file = await self._files.add(
-            tenant, whole, upload.name, sha256, size=upload.bytes, purpose=upload.purpose
+            tenant, joined, upload.name, sha256, size=upload.bytes, purpose=upload.purpose
         )
-        if await self._end(upload, "completed", file.id, asked):
+        if await self._end(upload, "completed", file.id, request):
             return await self.get(tenant, id_), file
         await self._files.delete(tenant, file.id)
-        return await self._completed(await self.get(tenant, id_), asked)
+        return await self._completed(await self.get(tenant, id_), request)
 
     async def cancel(self, tenant: str, id_: str) -> Upload:
-        """Raises Conflict for one that is completed or expired."""
+        """Cancel a pending upload. Raises Conflict for one that is completed or expired."""
         upload = await self.get(tenant, id_)
         if upload.status == "pending":
             await self._end(upload, "cancelled")
@@ -177,39 +185,43 @@ class Uploads:
             raise _ended(upload)
         return upload
 
-    async def _completed(self, upload: Upload, asked: str) -> tuple[Upload, File]:
-        """What became of it, if that is what is `asked`. Raises Conflict."""
-        if upload.status != "completed" or upload.file is None or upload.asked != asked:
+    async def _completed(self, upload: Upload, request: str) -> tuple[Upload, File]:
+        """The result of an upload that the same `request` has completed. Raises Conflict for all others."""
+        if upload.status != "completed" or upload.file is None or upload.asked != request:
             raise _ended(upload)
         return upload, await self._files.get(upload.tenant, upload.file)
 
-    async def _join(self, upload: Upload, parts: list[Part], md5: str | None, whole: Path) -> str:
-        """Write the parts to `whole`, one after the other; the SHA-256 of it all."""
+    async def _join(self, upload: Upload, parts: list[Part], md5: str | None, joined: Path) -> str:
+        """Write the parts to `joined`, one after the other; returns its SHA-256.
+
+        Raises InvalidField for MD5.
+        """
         sha256, check = hashlib.sha256(), hashlib.md5(usedforsecurity=False)
-        one = whole.with_name("part")
+        downloaded = joined.with_name("part")
         for part in parts:
-            await self._objects.download(_part_key(upload, part), one, part.sha256)
-            await run_sync(_append, one, whole, (sha256.update, check.update))
+            await self._objects.download(_part_key(upload, part), downloaded, part.sha256)
+            await run_sync(_append, downloaded, joined, (sha256.update, check.update))
         if md5 is not None and md5.lower() != check.hexdigest():
             raise InvalidField(
                 f"md5 is {shown(md5)}, but the parts together have {check.hexdigest()}.", param="md5"
             )
         return sha256.hexdigest()
 
-    async def _end(self, upload: Upload, status: Status, file: str = "", asked: str = "") -> bool:
-        """False if it had ended otherwise before."""
+    async def _end(self, upload: Upload, status: Status, file: str = "", request: str = "") -> bool:
+        """End a pending upload and schedule its parts for deletion. False if it had ended otherwise."""
         keys = _keys(upload.tenant, upload.id)
         with store_errors():
-            ended = await self._finish(keys=keys, args=[upload.id, status, file, asked])
+            ended = await self._finish(keys=keys, args=[upload.id, status, file, request])
         try:
-            await self._files.doomed.remove(_prefix(upload))
-            await self._files.doomed.add(_prefix(upload), GRACE_SECONDS)
+            await self._files.scheduled_deletes.remove(_prefix(upload))
+            await self._files.scheduled_deletes.add(_prefix(upload), GRACE_SECONDS)
         except StoreError as error:
             log.warning("The parts of an upload stay until the next sweep: %s", error)
         return bool(ended)
 
 
 def _chosen(upload: Upload, part_ids: list[str]) -> list[Part]:
+    """The parts by their ids, in this order. Raises InvalidField unless they add up to the declared size."""
     for number, part_id in enumerate(part_ids):
         if part_id not in upload.parts:
             raise InvalidField(
@@ -228,9 +240,9 @@ def _chosen(upload: Upload, part_ids: list[str]) -> list[Part]:
 
 
 def _append(source: Path, target: Path, sinks: tuple[Callable[[bytes], object], ...]) -> None:
-    with source.open("rb") as part, target.open("ab") as whole:
+    with source.open("rb") as part, target.open("ab") as joined:
         while chunk := part.read(1 << 20):
-            whole.write(chunk)
+            joined.write(chunk)
             for sink in sinks:
                 sink(chunk)
 

@@ -1,11 +1,11 @@
-"""The transitions of an upload as Lua: each happens whole or not at all, and twice is as good as once.
+"""The transitions of an upload as Lua scripts, each atomic and idempotent, and the keys they change.
 
-    pp:uploads:{tenant}        zset    pending uploads, by when they expire (s)
+    pp:uploads:{tenant}        zset    ids of pending uploads, by when they expire (Unix seconds)
     pp:upload:{tenant}:{id}    hash    `fixed` (JSON), `status`, `bytes` of all parts, `file`, `asked`,
                                        and a `part-...` (JSON) for each; gone a day after it expired
-    tenants/{tenant}/uploads/{id}/{part}    the parts' bytes, doomed from the beginning
+    tenants/{tenant}/uploads/{id}/{part}    object with a part's bytes, scheduled for deletion from the start
 
-Time is Valkey's own.
+Scripts use Valkey's clock.
 """
 
 PRELUDE = """

@@ -11,8 +11,8 @@ def main() -> None:
     parser.add_argument("job", nargs="?", help="a job's id; without it, wait for jobs")
     parser.add_argument("fence", nargs="?", type=int, help="what the worker holds it under")
     parser.add_argument("folder", nargs="?", type=Path, help="where to compute")
-    given = parser.parse_args()
-    if given.job is None:
+    args = parser.parse_args()
+    if args.job is None:
         from server.finetune.worker.worker import serve
 
         run_child("worker", serve)
@@ -20,9 +20,11 @@ def main() -> None:
         from server.finetune.worker.resource_limits import yield_to_others
 
         yield_to_others()  # before any thread is made, which would not
-        from server.finetune.worker.training_process import train  # loads torch, which a worker does without
+        from server.finetune.worker.training_process import (
+            train,  # loads torch, which the worker does not need
+        )
 
-        run_child("training", lambda settings: train(settings, given.job, given.fence, given.folder))
+        run_child("training", lambda settings: train(settings, args.job, args.fence, args.folder))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""What to train and how: one job's settings, complete and checked. No torch.
+"""A training's recipe: all of its settings, complete and checked. No torch.
 
-`parse_recipe` makes a Recipe of what a caller sent: OpenAI's hyperparameters and our `peft` block, in which
-stand the method's own knobs and all else that training takes. What is unset gets a good default for the
-method and the number of examples, so that `recipe_object` reports what will really be done.
+`parse_recipe` builds a Recipe from a request: OpenAI's hyperparameters, and our `peft` block with the
+settings of the method and all other settings of training. Unset fields get defaults for the method and the
+number of examples, so `recipe_object` reports what training will really use.
 """
 
 import math
@@ -25,27 +25,30 @@ from server.finetune.recipe_methods import (
 )
 
 MAX_SEED = 2**31 - 1
-MAX_RATE = 10.0
+MAX_LEARNING_RATE = 10.0
 
-Share = Annotated[float, msgspec.Meta(ge=0, le=0.5)]
+Fraction = Annotated[float, msgspec.Meta(ge=0, le=0.5)]
 
 
 class Training(msgspec.Struct, frozen=True, kw_only=True):
-    """What every method is trained with. `learning_rate` is the peak: our default times the multiplier, or
-    what was given.
+    """The settings of every method.
+
+    `learning_rate` is the peak: our default times the multiplier, or as given.
     """
 
     n_epochs: Annotated[int, msgspec.Meta(ge=1, le=50)]
-    batch_size: Annotated[int, msgspec.Meta(ge=1, le=256)]  # examples of one forward pass
-    gradient_accumulation: Annotated[int, msgspec.Meta(ge=1, le=64)] = 1  # forward passes of one update
+    batch_size: Annotated[int, msgspec.Meta(ge=1, le=256)]  # examples in one forward pass
+    gradient_accumulation: Annotated[int, msgspec.Meta(ge=1, le=64)] = 1  # forward passes for one update
     learning_rate_multiplier: Annotated[float, msgspec.Meta(gt=0, le=1000)] = 1.0
-    learning_rate: Annotated[float, msgspec.Meta(gt=0, le=MAX_RATE)]
+    learning_rate: Annotated[float, msgspec.Meta(gt=0, le=MAX_LEARNING_RATE)]
     weight_decay: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.0
-    warmup_ratio: Share = 0.05
+    warmup_ratio: Fraction = 0.05
     scheduler: Literal["linear", "cosine", "constant"] = "linear"
-    early_stopping: Annotated[int, msgspec.Meta(ge=0, le=100)] = 3  # evaluations without a better one; 0: off
-    max_tokens: Annotated[int, msgspec.Meta(ge=2)]  # of an example; longer ones lose their beginning
-    eval_share: Share = 0.1  # held out where there is no validation file
+    early_stopping: Annotated[int, msgspec.Meta(ge=0, le=100)] = (
+        3  # after so many evaluations without a better one; 0: off
+    )
+    max_tokens: Annotated[int, msgspec.Meta(ge=2)]  # of an example; longer ones are cut to their last tokens
+    eval_share: Fraction = 0.1  # held out of the training file if there is no validation file
     publish: Literal["if_better", "always", "never"] = "if_better"
     max_seconds: Annotated[int, msgspec.Meta(ge=1)]
 
@@ -55,18 +58,18 @@ class Recipe(Training, frozen=True, kw_only=True):
     seed: Annotated[int, msgspec.Meta(ge=0, le=MAX_SEED)]
 
     @property
-    def virtual(self) -> int:
-        """Virtual tokens before each example."""
+    def num_virtual_tokens(self) -> int:
+        """The number of virtual tokens before each example."""
         return self.peft.num_virtual_tokens if isinstance(self.peft, PrefixRecipe | PromptRecipe) else 0
 
     def steps(self, examples: int) -> int:
-        """Updates of a whole run over so many training examples, as transformers.Trainer counts them."""
+        """The number of updates for so many training examples, as transformers.Trainer counts them."""
         batches = -(-examples // self.batch_size)
         return self.n_epochs * -(-batches // self.gradient_accumulation)
 
 
-class Limits(msgspec.Struct, frozen=True, kw_only=True):
-    """What a job may ask for, beside what the fields' own bounds say."""
+class RecipeLimits(msgspec.Struct, frozen=True, kw_only=True):
+    """The server's limits for a job; the types of the fields have bounds of their own."""
 
     lora_rank: int = 256
     steps: int = 100_000
@@ -74,7 +77,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     seconds: int = 6 * 3600
 
 
-# peak learning rate, and about how many updates make a good adapter of little data
+# peak learning rate, and about how many updates small data needs
 DEFAULTS: dict[type[Peft], tuple[float, int]] = {
     LoraRecipe: (5e-4, 150),
     BottleneckRecipe: (1e-3, 200),
@@ -82,22 +85,26 @@ DEFAULTS: dict[type[Peft], tuple[float, int]] = {
     PromptRecipe: (1e-2, 300),
     BitfitRecipe: (3e-3, 200),
 }
-# As AdapterHub has them; par_bn there has a reduction factor of 2.
+# AdapterHub's defaults, except that its par_bn has a reduction factor of 2
 PLACEMENTS: dict[str, dict[str, Any]] = {
     "seq_bn": {},
     "double_seq_bn": {"non_linearity": "silu"},
     "par_bn": {"scaling": 4.0},
 }
-OPENAI = ("n_epochs", "batch_size", "learning_rate_multiplier")  # the rest is ours, and stands in `peft`
+OPENAI_FIELDS = (
+    "n_epochs",
+    "batch_size",
+    "learning_rate_multiplier",
+)  # the other fields are ours, in `peft`
 
 
 def recipe_object(recipe: Recipe) -> dict[str, Any]:
-    """What a job object reports: OpenAI's `hyperparameters` and `method`, and in that our `peft`."""
-    every = msgspec.to_builtins(recipe)
-    hyperparameters = {name: every.pop(name) for name in OPENAI}
-    method = every.pop("peft")
-    seed = every.pop("seed")
-    peft = method | every
+    """The recipe in a job object: OpenAI's `hyperparameters` and `method`, with our `peft` in the latter."""
+    fields = msgspec.to_builtins(recipe)
+    hyperparameters = {name: fields.pop(name) for name in OPENAI_FIELDS}
+    method = fields.pop("peft")
+    seed = fields.pop("seed")
+    peft = method | fields
     supervised = {"type": "supervised", "supervised": {"hyperparameters": hyperparameters}, "peft": peft}
     return {"hyperparameters": hyperparameters, "method": supervised, "seed": seed}
 
@@ -110,52 +117,57 @@ def parse_recipe(
     examples: int,
     *,
     peft: dict[str, Any] | None = None,
-    limits: Limits = Limits(),  # noqa: B008 - frozen
+    limits: RecipeLimits = RecipeLimits(),  # noqa: B008 - frozen
 ) -> Recipe:
-    """A job's `method`, `hyperparameters`, `seed`, and a `peft` block at the top level, as one Recipe.
+    """The recipe of a request's `method`, `hyperparameters` and `seed`, with `peft` in `method` or beside it.
 
-    Raises InvalidField whose param is the field's path, e.g. "method.peft.r".
+    `examples` is the number of training examples. Raises InvalidField whose param is the field's path, such
+    as "method.peft.r".
     """
-    asked = RequestFields()
-    kind = _take(asked, method, hyperparameters, peft)
-    given = asked.fields(kind)
+    request = RequestFields()
+    kind = _collect(request, method, hyperparameters, peft)
+    settings = request.fields(kind)
     if kind is LoraRecipe:
-        given = {"target_modules": inner_linears(base)} | given
+        settings = {"target_modules": inner_linears(base)} | settings
     elif kind is BottleneckRecipe:
-        given = PLACEMENTS[given.get("placement", "seq_bn")] | given
-    own = kind(**given)
-    recipe = _complete(own, asked.fields(Training), _seed(seed), base, examples, limits)
-    _check_method(own, asked, base, limits)
-    _check_training(recipe, asked, base, examples, limits)
+        settings = PLACEMENTS[settings.get("placement", "seq_bn")] | settings
+    peft_recipe = kind(**settings)
+    recipe = _complete(peft_recipe, request.fields(Training), _seed(seed), base, examples, limits)
+    _check_method(peft_recipe, request, base, limits)
+    _check_training(recipe, request, base, examples, limits)
     return recipe
 
 
 def inner_linears(base: Base) -> tuple[str, ...]:
-    """The last names of all linears inside the layers: never the head."""
+    """The last name parts of all linears inside the layers, without the head: q_proj, down_proj, ..."""
     return tuple(dict.fromkeys(site.name.rpartition(".")[2] for site in layer_linears(base)))
 
 
 def layer_linears(base: Base) -> list[Site]:
-    numbered = (site for site in base.sites.values() if site.kind == "linear")
-    return [site for site in numbered if any(part.isdecimal() for part in site.name.split("."))]
+    """The sites of all linears inside the layers."""
+    linears = (site for site in base.sites.values() if site.kind == "linear")
+    return [site for site in linears if any(part.isdecimal() for part in site.name.split("."))]
 
 
-def _take(
-    asked: RequestFields,
+def _collect(
+    request: RequestFields,
     method: dict[str, Any] | None,
     hyperparameters: dict[str, Any] | None,
     peft: dict[str, Any] | None,
 ) -> type[Peft]:
-    """Everything a caller gave, and which method that is."""
+    """Add all fields of the request to `request`; returns the recipe type of the PEFT method it names.
+
+    Raises InvalidField for an unknown field or method, and for a field that is given twice.
+    """
     blocks = present("method", method)
     if (named := blocks.pop("type", "supervised")) != "supervised":
         raise InvalidField(f"method.type is {shown(named)}; it must be supervised.", param="method.type")
     supervised = present("method.supervised", blocks.pop("supervised", None))
-    asked.take("method.supervised.hyperparameters", supervised.pop("hyperparameters", None), OPENAI)
-    asked.take("hyperparameters", hyperparameters, OPENAI)
-    asked.take("method.supervised", supervised, ())
+    request.add("method.supervised.hyperparameters", supervised.pop("hyperparameters", None), OPENAI_FIELDS)
+    request.add("hyperparameters", hyperparameters, OPENAI_FIELDS)
+    request.add("method.supervised", supervised, ())
     path, block = "method.peft", present("method.peft", blocks.pop("peft", None))
-    asked.take("method", blocks, ())
+    request.add("method", blocks, ())
     if peft is not None:
         if block:
             raise InvalidField("peft is given twice; it also stands at method.peft.", param="peft")
@@ -164,31 +176,31 @@ def _take(
     if not isinstance(name, str) or name not in PEFT:
         rule = f"it must be {' or '.join(PEFT)}"
         raise InvalidField(f"{path}.type is {shown(name)}; {rule}.", param=f"{path}.type")
-    if block.get("target_modules") == "all-linear":  # PEFT's word for our default
+    if block.get("target_modules") == "all-linear":  # PEFT's name for our default
         del block["target_modules"]
     kind = PEFT[name]
-    ours = {*kind.__struct_fields__, *Training.__struct_fields__, "type"} - {*OPENAI}
-    asked.take(path, block, ours)
+    known = {*kind.__struct_fields__, *Training.__struct_fields__, "type"} - {*OPENAI_FIELDS}
+    request.add(path, block, known)
     return kind
 
 
 def _complete(
-    own: Peft, given: dict[str, Any], seed: int, base: Base, examples: int, limits: Limits
+    peft: Peft, given: dict[str, Any], seed: int, base: Base, examples: int, limits: RecipeLimits
 ) -> Recipe:
-    """Every field that was not given gets its default for this method and so many examples."""
-    rate, updates = DEFAULTS[type(own)]
-    batch = given.get("batch_size") or (2 if examples < 32 else 4 if examples < 256 else 8)
-    an_epoch = max(1, examples // batch)
-    least = 3 if examples < 1000 else 1
-    virtual = getattr(own, "num_virtual_tokens", 0)
+    """Fill the fields that were not given with defaults for this method and number of examples."""
+    learning_rate, updates = DEFAULTS[type(peft)]
+    batch_size = given.get("batch_size") or (2 if examples < 32 else 4 if examples < 256 else 8)
+    epoch_updates = max(1, examples // batch_size)
+    min_epochs = 3 if examples < 1000 else 1
+    virtual = getattr(peft, "num_virtual_tokens", 0)
     defaults: dict[str, Any] = {
-        "n_epochs": min(max(least, round(updates / an_epoch)), 20),
-        "batch_size": batch,
+        "n_epochs": min(max(min_epochs, round(updates / epoch_updates)), 20),
+        "batch_size": batch_size,
         "max_tokens": max(2, min(1024, limits.max_tokens, base.max_context - virtual)),
         "max_seconds": limits.seconds,
-        "learning_rate": rate * given.get("learning_rate_multiplier", 1.0),
+        "learning_rate": learning_rate * given.get("learning_rate_multiplier", 1.0),
     }
-    return Recipe(peft=own, seed=seed, **(defaults | given))
+    return Recipe(peft=peft, seed=seed, **(defaults | given))
 
 
 def _seed(seed: int | None) -> int:
@@ -199,43 +211,45 @@ def _seed(seed: int | None) -> int:
     return seed
 
 
-def _check_method(own: Peft, asked: RequestFields, base: Base, limits: Limits) -> None:
-    """What a method's fields can only be told wrong by the base or by this server's limits."""
-    if isinstance(own, LoraRecipe):
-        if own.r > limits.lora_rank:
-            raise asked.invalid("r", f"it may be {limits.lora_rank} at most")
+def _check_method(peft: Peft, request: RequestFields, base: Base, limits: RecipeLimits) -> None:
+    """Raise InvalidField for a method's field that does not fit the base or the server's limits."""
+    if isinstance(peft, LoraRecipe):
+        if peft.r > limits.lora_rank:
+            raise request.invalid("r", f"it may be {limits.lora_rank} at most")
         names = [f".{site.name}" for site in layer_linears(base)]
-        for module in own.target_modules:
+        for module in peft.target_modules:
             if not any(name.endswith(f".{module}") for name in names):
                 known = ", ".join(inner_linears(base))
                 rule = f"{shown(module)} is no linear layer of the base's blocks, which are {known}"
-                raise asked.invalid("target_modules", rule)
+                raise request.invalid("target_modules", rule)
     no_blocks = not any(site.kind == "mlp" for site in base.sites.values())
-    if isinstance(own, BottleneckRecipe) and no_blocks:
-        raise asked.invalid("type", f"bottleneck adapters cannot be trained on a {base.model_type}")
+    if isinstance(peft, BottleneckRecipe) and no_blocks:
+        raise request.invalid("type", f"bottleneck adapters cannot be trained on a {base.model_type}")
 
 
-def _check_training(recipe: Recipe, asked: RequestFields, base: Base, examples: int, limits: Limits) -> None:
-    most = min(limits.max_tokens, base.max_context - recipe.virtual)
-    if most < 2:
+def _check_training(
+    recipe: Recipe, request: RequestFields, base: Base, examples: int, limits: RecipeLimits
+) -> None:
+    max_tokens = min(limits.max_tokens, base.max_context - recipe.num_virtual_tokens)
+    if max_tokens < 2:
         rule = f"a context of {base.max_context} leaves no room for examples"
-        raise asked.invalid("num_virtual_tokens", rule, recipe.virtual)
-    if recipe.max_tokens > most:
-        raise asked.invalid("max_tokens", f"it may be {most} at most here")
+        raise request.invalid("num_virtual_tokens", rule, recipe.num_virtual_tokens)
+    if recipe.max_tokens > max_tokens:
+        raise request.invalid("max_tokens", f"it may be {max_tokens} at most here")
     if recipe.max_seconds > limits.seconds:
-        raise asked.invalid("max_seconds", f"it may be {limits.seconds} at most")
-    _check_rate(recipe, asked)
+        raise request.invalid("max_seconds", f"it may be {limits.seconds} at most")
+    _check_rate(recipe, request)
     if (steps := recipe.steps(examples)) > limits.steps:
         rule = f"over {examples} examples that is {steps} steps, and a job may have {limits.steps}"
-        raise asked.invalid("n_epochs", rule, recipe.n_epochs)
+        raise request.invalid("n_epochs", rule, recipe.n_epochs)
 
 
-def _check_rate(recipe: Recipe, asked: RequestFields) -> None:
+def _check_rate(recipe: Recipe, request: RequestFields) -> None:
     multiplier = recipe.learning_rate_multiplier
-    if recipe.learning_rate > MAX_RATE:
-        rule = f"with it the learning rate would be {recipe.learning_rate:g}, over {MAX_RATE:g}"
-        raise asked.invalid("learning_rate_multiplier", rule)
-    usual = DEFAULTS[type(recipe.peft)][0] * multiplier
-    if multiplier != 1 and not math.isclose(recipe.learning_rate, usual):
+    if recipe.learning_rate > MAX_LEARNING_RATE:
+        rule = f"with it the learning rate would be {recipe.learning_rate:g}, over {MAX_LEARNING_RATE:g}"
+        raise request.invalid("learning_rate_multiplier", rule)
+    scaled = DEFAULTS[type(recipe.peft)][0] * multiplier
+    if multiplier != 1 and not math.isclose(recipe.learning_rate, scaled):
         rule = "it scales our own learning rate, and learning_rate says another"
-        raise asked.invalid("learning_rate_multiplier", rule)
+        raise request.invalid("learning_rate_multiplier", rule)

@@ -1,4 +1,4 @@
-"""What a caller asked for, value by value, each with the path at which it stood. No torch."""
+"""The fields of a request, each with its path in the JSON body, for error messages. No torch."""
 
 import math
 from collections.abc import Collection
@@ -10,33 +10,38 @@ from server.errors import InvalidField, shown
 
 
 class RequestFields:
-    """Fields by name. Absent are those that are null or "auto"."""
+    """Values and paths by field name. A field that is null or "auto" counts as absent."""
 
     def __init__(self) -> None:
         self.values: dict[str, Any] = {}
         self.paths: dict[str, str] = {}
 
-    def take(self, path: str, given: object, known: Collection[str]) -> None:
-        """Add the fields of the object at `path`. Raises InvalidField for an unknown name and for
-        a field that is given twice.
+    def add(self, path: str, given: object, known: Collection[str]) -> None:
+        """Add the fields of the object `given`, which is at `path`.
+
+        Raises InvalidField for a name that is not in `known` and for a field that is given twice.
         """
         for name, value in present(path, given).items():
-            at = f"{path}.{name}" if name in known else path
+            field_path = f"{path}.{name}" if name in known else path
             if name not in known:
-                raise InvalidField(f"{shown(name)} is not a field of {path}.", param=at, code="unknown_field")
+                raise InvalidField(
+                    f"{shown(name)} is not a field of {path}.", param=field_path, code="unknown_field"
+                )
             if name in self.paths:
-                raise InvalidField(f"{at} is given twice; it also stands at {self.paths[name]}.", param=at)
-            self.values[name], self.paths[name] = value, at
+                raise InvalidField(
+                    f"{field_path} is given twice; it also stands at {self.paths[name]}.", param=field_path
+                )
+            self.values[name], self.paths[name] = value, field_path
 
     def fields(self, kind: type[msgspec.Struct]) -> dict[str, Any]:
-        """Those that this struct has, converted to their types and within their bounds, or InvalidField."""
+        """The fields that the struct `kind` has, converted to their types. Raises InvalidField."""
         hints = get_type_hints(kind, include_extras=True)
         return {
             name: self._typed(name, hints[name]) for name in kind.__struct_fields__ if name in self.values
         }
 
     def invalid(self, name: str, rule: str, value: object = None) -> InvalidField:
-        """The error for a field; `value` is the default of one that was not given."""
+        """An error for a field; `value` is its default, if the field was not given."""
         path = self.paths.get(name, name)
         return InvalidField(f"{path} is {shown(self.values.get(name, value))}; {rule}.", param=path)
 
@@ -54,7 +59,10 @@ class RequestFields:
 
 
 def present(path: str, given: object) -> dict[str, Any]:
-    """An object's fields less those that are null or "auto". Raises InvalidField for what is no object."""
+    """The fields of the object at `path` that are neither null nor "auto".
+
+    Raises InvalidField if `given` is no object.
+    """
     if given is None:
         return {}
     if not isinstance(given, dict):

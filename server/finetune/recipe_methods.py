@@ -1,4 +1,4 @@
-"""The method's part of a recipe, one struct for each of the five, with defaults and bounds. No torch."""
+"""The recipe of a PEFT method: one struct for each of the five, with defaults and bounds. No torch."""
 
 from typing import Annotated, Literal
 
@@ -8,13 +8,13 @@ from server.adapters.formats.adapterhub import NonLinearity
 from server.adapters.formats.config_fields import ModuleName
 from server.adapters.formats.peft_configs import MAX_VIRTUAL
 
-Virtual = Annotated[int, msgspec.Meta(ge=1, le=MAX_VIRTUAL)]
+NumVirtualTokens = Annotated[int, msgspec.Meta(ge=1, le=MAX_VIRTUAL)]
 Text = Annotated[str, msgspec.Meta(max_length=4096)]
 Placement = Literal["seq_bn", "double_seq_bn", "par_bn"]
 
 
 class LoraRecipe(msgspec.Struct, frozen=True, tag="lora", kw_only=True):
-    """arXiv 2106.09685; rsLoRA 2312.03732; DoRA 2402.09353. Dropout is on the input of A."""
+    """arXiv 2106.09685; rsLoRA 2312.03732; DoRA 2402.09353. Dropout acts on the input of A."""
 
     r: Annotated[int, msgspec.Meta(ge=1, le=1024)] = 16
     lora_alpha: Annotated[float, msgspec.Meta(gt=0, le=1e4)] = 32.0
@@ -25,7 +25,7 @@ class LoraRecipe(msgspec.Struct, frozen=True, tag="lora", kw_only=True):
 
 
 class BottleneckRecipe(msgspec.Struct, frozen=True, tag="bottleneck", kw_only=True):
-    """AdapterHub's seq_bn (Pfeiffer), double_seq_bn (Houlsby) and par_bn; `scaling` is upon what is added."""
+    """AdapterHub's seq_bn (Pfeiffer), double_seq_bn (Houlsby) and par_bn; `scaling` multiplies the output."""
 
     reduction_factor: Annotated[float, msgspec.Meta(ge=0.5, le=1e4)] = 16.0
     placement: Placement = "seq_bn"
@@ -34,21 +34,24 @@ class BottleneckRecipe(msgspec.Struct, frozen=True, tag="bottleneck", kw_only=Tr
 
 
 class PrefixRecipe(msgspec.Struct, frozen=True, tag="prefix", kw_only=True):
-    """arXiv 2101.00190. Starts from the keys and values of a text: the training data's own if it is empty."""
+    """arXiv 2101.00190.
 
-    num_virtual_tokens: Virtual = 16
+    Initialised with the keys and values of `init_text`; if empty, of the training data.
+    """
+
+    num_virtual_tokens: NumVirtualTokens = 16
     init_text: Text = ""
 
 
 class PromptRecipe(msgspec.Struct, frozen=True, tag="prompt", kw_only=True):
-    """arXiv 2104.08691. Starts from the embeddings of a text: the training data's own if it is empty."""
+    """arXiv 2104.08691. Initialised with the embeddings of `init_text`; if empty, of the training data."""
 
-    num_virtual_tokens: Virtual = 16
+    num_virtual_tokens: NumVirtualTokens = 16
     init_text: Text = ""
 
 
 class BitfitRecipe(msgspec.Struct, frozen=True, tag="bitfit", kw_only=True):
-    """arXiv 2106.10199, where a bias may also be trained that the base does not have."""
+    """arXiv 2106.10199. Sites without a bias in the base get one, too."""
 
     biases: Literal["all", "linear", "norm"] = "all"
 

@@ -42,7 +42,7 @@ async def find(deps: Services, tenant: str, training: str, validation: str | Non
 async def check(deps: Services, data: Data, max_tokens: int) -> dict[str, dataset.Report]:
     """What is in the files. Raises InvalidField with the first problems, and how many there are."""
     settings = deps.settings
-    limits = dataset.Limits(
+    limits = dataset.DatasetLimits(
         file_bytes=settings.max_file_bytes,
         examples=settings.max_training_examples,
         tokens=settings.max_training_tokens,

@@ -103,7 +103,7 @@ async def create_upload(
         allow_noop=body.allow_noop,
         created=int(time.time()),
     )
-    await deps.files.doomed.add(upload.prefix, LIFE_SECONDS + GRACE_SECONDS)
+    await deps.files.scheduled_deletes.add(upload.prefix, LIFE_SECONDS + GRACE_SECONDS)
     answer = await _object(deps, await deps.presigned_uploads.create(upload))
     return json_response(answer | {"ignored": ignored(file.name for file in body.files)}, 201)
 
@@ -231,8 +231,10 @@ async def _published_before(deps: Services, upload: PresignedUpload, files: Adap
 async def _clear(deps: Services, upload: PresignedUpload) -> None:
     """Remove its bytes, now, and what a URL that is still good may bring after that."""
     try:
-        await deps.files.doomed.remove(upload.prefix)
-        await deps.files.doomed.add(upload.prefix, max(0, upload.expires - upload.now) + GRACE_SECONDS)
+        await deps.files.scheduled_deletes.remove(upload.prefix)
+        await deps.files.scheduled_deletes.add(
+            upload.prefix, max(0, upload.expires - upload.now) + GRACE_SECONDS
+        )
     except StoreError as error:
         log.warning("The bytes of %s stay until the next sweep: %s", upload.id, error)
 

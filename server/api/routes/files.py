@@ -22,7 +22,7 @@ MAX_PAGE = 10_000
 async def upload_file(request: Request, deps: Deps, tenant: CurrentTenant) -> Response:
     """multipart/form-data: `file` and `purpose`, which is fine-tune."""
     deps.refuse_if_draining()
-    await deps.files.room(tenant.id, 0)
+    await deps.files.check_quota(tenant.id, 0)
     form = Form(fields=("purpose",), file="file", max_bytes=deps.settings.max_file_bytes)
     with temp_folder(deps.settings) as folder:
         upload = await receive_form(request, Path(folder), form, deps.settings.request_seconds)

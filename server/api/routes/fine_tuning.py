@@ -28,8 +28,8 @@ from server.api.http.streaming import open_stream
 from server.api.services import Services
 from server.errors import InvalidField, shown
 from server.finetune.jobs.job import FixedPart, Job, new_event
-from server.finetune.jobs.jobs import Same, new_job_id
-from server.finetune.recipe import Limits, Recipe, parse_recipe
+from server.finetune.jobs.jobs import IdempotencyKey, new_job_id
+from server.finetune.recipe import Recipe, RecipeLimits, parse_recipe
 from server.tenancy.tenants import Tenant
 
 router = APIRouter(prefix="/v1/fine_tuning/jobs", dependencies=[Depends(current_tenant)])
@@ -67,7 +67,7 @@ async def create_job(
     """
     deps.refuse_if_draining()
     same = _same(request, body)
-    if same and (job := await deps.jobs.same(tenant.id, same)):
+    if same and (job := await deps.jobs.find_same(tenant.id, same)):
         return _created(job)
     if body.model != deps.base.id:
         raise InvalidField(
@@ -78,7 +78,7 @@ async def create_job(
     recipe = _recipe(deps, body, body.seed, examples=1)  # what is wrong with the fields needs no file
     data = await job_data.find(deps, tenant.id, body.training_file, body.validation_file)
     async with deps.dataset_check_lock.acquire(tenant.id, deps.settings.request_seconds):
-        if same and (job := await deps.jobs.same(tenant.id, same)):  # it came twice at a time
+        if same and (job := await deps.jobs.find_same(tenant.id, same)):  # it came twice at a time
             return _created(job)
         reports = await job_data.check(deps, data, recipe.max_tokens)
     recipe = _recipe(deps, body, recipe.seed, reports["training_file"].examples)
@@ -174,7 +174,7 @@ def _created(job: Job) -> Response:
     return json_response(job_object(job), headers={"Location": f"{router.prefix}/{job.id}"})
 
 
-def _same(request: Request, body: JobBody) -> Same | None:
+def _same(request: Request, body: JobBody) -> IdempotencyKey | None:
     key = request.headers.get("idempotency-key")
     if key is None:
         return None
@@ -183,12 +183,12 @@ def _same(request: Request, body: JobBody) -> Same | None:
             f"Idempotency-Key must have 1 to {MAX_IDEMPOTENCY_KEY} characters.", param="Idempotency-Key"
         )
     content = msgspec.json.encode(body.model_dump(), order="deterministic")
-    return Same(key, hashlib.sha256(content).hexdigest())
+    return IdempotencyKey(key, hashlib.sha256(content).hexdigest())
 
 
 def _recipe(deps: Services, body: JobBody, seed: int | None, examples: int) -> Recipe:
     settings = deps.settings
-    limits = Limits(
+    limits = RecipeLimits(
         lora_rank=settings.max_lora_rank,
         steps=settings.max_training_steps,
         max_tokens=settings.max_training_context,

@@ -1,4 +1,4 @@
-"""Which examples train together, and when held-out ones are asked. No torch: only lengths and a seed."""
+"""Batches of examples of similar length, and the plan of evaluations. No torch: only lengths and a seed."""
 
 import random
 from collections.abc import Iterator, Sequence
@@ -9,20 +9,21 @@ import msgspec
 from server.finetune.data.examples import Example
 from server.finetune.recipe import Recipe
 
-POOL = 32  # batches that examples of like length are sought among
-AN_EPOCH, LEAST, MOST = 2, 6, 20  # evaluations: of an epoch, of a whole training
-EVALUATION_SHARE = 0.5  # of the tokens trained on: a forward pass alone costs about a third
-FEWEST_TOKENS, MOST_TOKENS = 2_000, 20_000  # of one evaluation while training
-FINAL_TOKENS = 50_000  # of those that base and adapter are compared on at the end
+POOL_BATCHES = 32  # the number of batches within which examples are sorted by length
+EVALUATIONS_PER_EPOCH = 2
+MIN_EVALUATIONS, MAX_EVALUATIONS = 6, 20  # of a whole training
+EVALUATION_SHARE = 0.5  # evaluated tokens per trained token; a forward pass costs about 1/3 of a step
+MIN_EVALUATION_TOKENS, MAX_EVALUATION_TOKENS = 2_000, 20_000  # of one evaluation during training
+FINAL_TOKENS = 50_000  # of the examples on which base and adapter are compared at the end
 
 T = TypeVar("T")
 
 
 class LengthGroupedBatches:
-    """Batches of indices, in an order of each epoch's own; all but one are full.
+    """Batches of indices, in a new order for each epoch; all but one are full.
 
-    A batch holds examples of like length, so that steps take equally long and none needs far more memory
-    than the others with as many tokens.
+    The examples of a batch have similar lengths, so that batches of as many tokens take similar time and
+    memory.
     """
 
     def __init__(self, lengths: Sequence[int], size: int, seed: int) -> None:
@@ -35,38 +36,40 @@ class LengthGroupedBatches:
         return -(-len(self.lengths) // self.size)
 
     def __iter__(self) -> Iterator[list[int]]:
-        rng = random.Random(f"{self.seed} {self.epoch}")  # noqa: S311 - an order
+        rng = random.Random(f"{self.seed} {self.epoch}")  # noqa: S311 - no secret
         order = list(range(len(self.lengths)))
         rng.shuffle(order)
-        pool = POOL * self.size
-        for at in range(0, len(order), pool):
-            order[at : at + pool] = sorted(order[at : at + pool], key=lambda i: self.lengths[i])
-        batches = [order[at : at + self.size] for at in range(0, len(order), self.size)]
+        pool = POOL_BATCHES * self.size
+        for start in range(0, len(order), pool):
+            order[start : start + pool] = sorted(order[start : start + pool], key=lambda i: self.lengths[i])
+        batches = [order[start : start + self.size] for start in range(0, len(order), self.size)]
         rng.shuffle(batches)
         return iter(batches)
 
 
 class EvaluationPlan(msgspec.Struct, frozen=True):
-    """When to evaluate, and on what: a random draw of what is held out, or all if that costs little."""
+    """The steps after which to evaluate, and a random sample of the held-out examples to evaluate on."""
 
     steps: frozenset[int]
-    examples: list[Example]  # while training; the first of `final`
-    final: list[Example]  # once it is over
+    examples: list[Example]  # during training; the first ones of `final`
+    final: list[Example]  # after training
 
 
-def plan(recipe: Recipe, examples: Sequence[Example], held_out: Sequence[Example]) -> EvaluationPlan:
+def plan_evaluation(
+    recipe: Recipe, examples: Sequence[Example], held_out: Sequence[Example]
+) -> EvaluationPlan:
     total = recipe.steps(len(examples))
-    count = min(total, MOST, max(LEAST, AN_EPOCH * recipe.n_epochs))
+    count = min(total, MAX_EVALUATIONS, max(MIN_EVALUATIONS, EVALUATIONS_PER_EPOCH * recipe.n_epochs))
     steps = {round(total * (i + 1) / count) for i in range(count)}
     trained = recipe.n_epochs * sum(len(e.tokens) for e in examples)
-    drawn = random.Random(recipe.seed).sample(held_out, len(held_out))  # noqa: S311 - an order
-    tokens = min(max(EVALUATION_SHARE * trained / count, FEWEST_TOKENS), MOST_TOKENS)
-    some = within(drawn, tokens)
-    return EvaluationPlan(frozenset(steps if some else ()), some, within(drawn, FINAL_TOKENS))
+    drawn = random.Random(recipe.seed).sample(held_out, len(held_out))  # noqa: S311 - no secret
+    tokens = min(max(EVALUATION_SHARE * trained / count, MIN_EVALUATION_TOKENS), MAX_EVALUATION_TOKENS)
+    sample = first_examples(drawn, tokens)
+    return EvaluationPlan(frozenset(steps if sample else ()), sample, first_examples(drawn, FINAL_TOKENS))
 
 
-def within(examples: Sequence[Example], tokens: float) -> list[Example]:
-    """The first ones, as many as have so many tokens together, but one if there is any."""
+def first_examples(examples: Sequence[Example], tokens: float) -> list[Example]:
+    """The first examples with at most `tokens` tokens together; at least one, if there is any."""
     kept: list[Example] = []
     for example in examples:
         tokens -= len(example.tokens)
@@ -76,8 +79,8 @@ def within(examples: Sequence[Example], tokens: float) -> list[Example]:
     return kept
 
 
-def packs(examples: Sequence[Example], tokens: int) -> Iterator[list[Example]]:
-    """In order, as many at once as have so many tokens together, or one that is longer."""
+def packed_examples(examples: Sequence[Example], tokens: int) -> Iterator[list[Example]]:
+    """Groups of consecutive examples with at most `tokens` tokens together, or a single longer one."""
     pack: list[Example] = []
     size = 0
     for example in examples:

@@ -1,7 +1,7 @@
-"""A tenant's training file as examples: token ids, and the weight of each as a target. No torch here.
+"""Training files as examples. No torch.
 
-`check` says what is wrong with a file, line by line; `load` reads one that is right; `split` holds a share of
-its examples out. Any bytes whatever end in a report or in InvalidField, in bounded memory and time.
+`check` reports the problems of a file line by line, `load` reads a valid one, `split` holds some of its
+examples out. Any bytes result in a report or in InvalidField, in bounded memory and time.
 """
 
 import time
@@ -18,26 +18,26 @@ from server.finetune.data.examples import Example, example_of, truncated
 from server.finetune.data.jsonl import LineError, parse_line, read_lines
 from server.finetune.data.record_kinds import RecordKind, read_record, record_kind
 
-__all__ = ["Example", "Limits", "Problem", "RecordKind", "Report", "check", "load", "refusal", "split"]
+__all__ = ["DatasetLimits", "Example", "Problem", "RecordKind", "Report", "check", "load", "refusal", "split"]
 
 
-class Limits(msgspec.Struct, frozen=True):
-    """What a file may hold. `seconds` bounds the time that reading it may take."""
+class DatasetLimits(msgspec.Struct, frozen=True):
+    """Limits of a file; `seconds` is the longest time that reading it may take."""
 
     file_bytes: int = 64 << 20
     line_bytes: int = 1 << 20
     examples: int = 100_000
     messages: int = 128  # of an example
     tokens: int = 20_000_000
-    problems: int = 50  # listed in a report
+    problems: int = 50  # in a report
     seconds: float = 120.0
 
 
-DEFAULT_LIMITS = Limits()
+DEFAULT_LIMITS = DatasetLimits()
 
 
 class Problem(msgspec.Struct, frozen=True):
-    """What is wrong with one line. `field` is a path such as "messages[2].role", or "" for the whole line."""
+    """A problem of one line. `field` is a path such as "messages[2].role", or "" for the whole line."""
 
     line: int
     field: str
@@ -45,15 +45,15 @@ class Problem(msgspec.Struct, frozen=True):
 
 
 class Report(msgspec.Struct):
-    """What is in a file. With any problem the file is unfit, and the counts are of its sound lines."""
+    """The content of a file. With any problem the file is unfit; the counts are those of valid lines."""
 
-    shape: RecordKind | None = None  # None: no line has one
+    shape: RecordKind | None = None  # None: of no line
     examples: int = 0
     tokens: int = 0
     trained_tokens: int = 0
-    truncated: int = 0  # examples that lost their beginning to fit max_tokens
-    dropped: int = 0  # examples of which no target was left then
-    max_length: int = 0  # tokens of the longest example, before that
+    truncated: int = 0  # examples cut to max_tokens
+    dropped: int = 0  # examples without a target after that
+    max_length: int = 0  # tokens of the longest example before the cut
     problems: list[Problem] = []  # the first ones
     total_problems: int = 0
 
@@ -62,7 +62,7 @@ class _Line(NamedTuple):
     number: int
     shape: RecordKind | None = None
     length: int = 0  # tokens of the whole example
-    example: Example | None = None  # what fits
+    example: Example | None = None  # cut to max_tokens
     fault: LineError | None = None
 
 
@@ -70,16 +70,16 @@ def check(
     path: Path,
     tokenizer: Tokenizer,
     max_tokens: int,
-    limits: Limits = DEFAULT_LIMITS,
+    limits: DatasetLimits = DEFAULT_LIMITS,
     *,
     param: str = "training_file",
 ) -> Report:
-    """Reads the whole file, however bad. Raises InvalidField if it is more than `limits` allow."""
+    """Report on the whole file. Raises InvalidField if it exceeds `limits`."""
     report = Report()
     for line in _lines(path, tokenizer, max_tokens, limits, param):
         report.shape = report.shape or line.shape
         if line.fault:
-            _complain(report, limits, Problem(line.number, line.fault.field, line.fault.reason))
+            _add_problem(report, limits, Problem(line.number, line.fault.field, line.fault.reason))
             continue
         report.max_length = max(report.max_length, line.length)
         if line.example is None:
@@ -95,7 +95,7 @@ def check(
             if report.dropped
             else "The file is empty."
         )
-        _complain(report, limits, Problem(1, "", why))
+        _add_problem(report, limits, Problem(1, "", why))
     return report
 
 
@@ -103,11 +103,11 @@ def load(
     path: Path,
     tokenizer: Tokenizer,
     max_tokens: int,
-    limits: Limits = DEFAULT_LIMITS,
+    limits: DatasetLimits = DEFAULT_LIMITS,
     *,
     param: str = "training_file",
 ) -> list[Example]:
-    """The examples of a file that `check` found sound. Raises InvalidField at a problem all the same."""
+    """The examples of a file that `check` has found valid. Raises InvalidField at the first problem."""
     examples = []
     for line in _lines(path, tokenizer, max_tokens, limits, param):
         if line.fault:
@@ -120,7 +120,7 @@ def load(
 
 
 def refusal(report: Report, param: str = "training_file") -> InvalidField | None:
-    """The report's problems as one error, on a line each; None if there are none."""
+    """The report's problems as one error, each on its own line; None if there are none."""
     if not report.problems:
         return None
     listed = "".join(f"\nLine {problem.line}: {problem.reason}" for problem in report.problems)
@@ -129,14 +129,16 @@ def refusal(report: Report, param: str = "training_file") -> InvalidField | None
     return InvalidField(f"{param} cannot be trained on.{listed}{rest}", param=param)
 
 
-def _lines(path: Path, tokenizer: Tokenizer, max_tokens: int, limits: Limits, param: str) -> Iterator[_Line]:
-    """Every line that is not blank."""
-    until = time.monotonic() + limits.seconds
-    first: _Line | None = None  # the one whose shape all must have
+def _lines(
+    path: Path, tokenizer: Tokenizer, max_tokens: int, limits: DatasetLimits, param: str
+) -> Iterator[_Line]:
+    """All lines that are not blank. Raises InvalidField if the file exceeds `limits`."""
+    deadline = time.monotonic() + limits.seconds
+    first: _Line | None = None  # the line whose kind all others must have
     lines = tokens = 0
     _at_most(param, "bytes", path.stat().st_size, limits.file_bytes)
     for number, raw in read_lines(path, limits.line_bytes):
-        if time.monotonic() > until:
+        if time.monotonic() > deadline:
             raise InvalidField(f"{param} takes more than {limits.seconds:g} s to read.", param=param)
         if raw is not None and not raw.strip():
             continue
@@ -150,7 +152,12 @@ def _lines(path: Path, tokenizer: Tokenizer, max_tokens: int, limits: Limits, pa
 
 
 def _line(
-    number: int, raw: bytes | None, tokenizer: Tokenizer, max_tokens: int, limits: Limits, first: _Line | None
+    number: int,
+    raw: bytes | None,
+    tokenizer: Tokenizer,
+    max_tokens: int,
+    limits: DatasetLimits,
+    first: _Line | None,
 ) -> _Line:
     shape: RecordKind | None = None
     try:
@@ -162,10 +169,10 @@ def _line(
             raise LineError(
                 "", f"The line is {shape}, and line {first.number} is {first.shape}; a file has one shape."
             )
-        whole = example_of(read_record(shape, fields, limits.messages), tokenizer)
+        example = example_of(read_record(shape, fields, limits.messages), tokenizer)
     except LineError as fault:
         return _Line(number, shape, fault=fault)
-    return _Line(number, shape, len(whole.tokens), truncated(whole, max_tokens, tokenizer.lead))
+    return _Line(number, shape, len(example.tokens), truncated(example, max_tokens, tokenizer.lead))
 
 
 def _at_most(param: str, what: str, value: int, limit: int) -> None:
@@ -173,38 +180,38 @@ def _at_most(param: str, what: str, value: int, limit: int) -> None:
         raise InvalidField(f"{param} must have at most {limit} {what}, not {value}.", param=param)
 
 
-def _complain(report: Report, limits: Limits, problem: Problem) -> None:
+def _add_problem(report: Report, limits: DatasetLimits, problem: Problem) -> None:
     report.total_problems += 1
     if len(report.problems) < limits.problems:
         report.problems.append(problem)
 
 
 def split(examples: Sequence[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:
-    """(train, held out), both in the given order. Which is which depends on seed and tokens alone.
+    """(training, held out), both in the given order. The draw depends on the seed and the tokens alone.
 
     Examples with the same tokens stay together. About `share` of all is held out: at least one example if
-    `share` is over 0 and two of them differ, and never all.
+    `share` is above 0 and two examples differ, and never all.
     """
     groups: dict[tuple[int, ...], list[int]] = {}
     for index, example in enumerate(examples):
         groups.setdefault(tuple(example.tokens), []).append(index)
     drawn = [groups[tokens] for tokens in sorted(groups, key=lambda tokens: _draw(seed, tokens))]
-    held: set[int] = set()
-    wanted = 0
+    held_out: set[int] = set()
+    count = 0
     if share > 0 and len(groups) > 1:
-        wanted = min(max(1, round(share * len(examples))), len(examples) - 1)
+        count = min(max(1, round(share * len(examples))), len(examples) - 1)
     for group in drawn:
-        if len(held) + len(group) <= wanted:
-            held.update(group)
-    if wanted and not held:  # every group is larger than the share
+        if len(held_out) + len(group) <= count:
+            held_out.update(group)
+    if count and not held_out:  # every group is larger than the share
         smallest = min(drawn, key=len)
-        held.update(smallest)
+        held_out.update(smallest)
     return (
-        [example for index, example in enumerate(examples) if index not in held],
-        [example for index, example in enumerate(examples) if index in held],
+        [example for index, example in enumerate(examples) if index not in held_out],
+        [example for index, example in enumerate(examples) if index in held_out],
     )
 
 
 def _draw(seed: int, tokens: tuple[int, ...]) -> bytes:
-    """A random number for a sequence, the same in whatever file and line it stands."""
+    """A random number for a sequence, the same in every file and line."""
     return sha256(repr((seed, tokens)).encode()).digest()

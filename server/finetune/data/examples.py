@@ -1,11 +1,11 @@
-"""A record as token ids, and of each the weight as a target: what serving would send, then what to answer.
+"""Records as examples: token ids, and the weight of each token as a target of training.
 
-A prompt is tokenised exactly as the API does it, and an answer as its continuation, so training asks what
-serving will ask. An answer ends in its end token, which is learnt too: that is how a model knows to stop.
+A prompt is tokenised exactly as the API does it, and an answer as its continuation, so training and serving
+see the same tokens. An answer includes its end token, so that the model learns to stop.
 
-Chat: the base's own template renders the conversation. Where an answer begins is where the rendering of the
-messages before it ends, ready for the assistant's turn; it ends with the first special token after its text
-(<|im_end|>). A template that renders a turn differently once others follow is refused, never half right.
+Chat: the base's template renders the conversation. An answer starts where the rendering of the messages
+before it, with the prompt for the assistant's turn, ends; it ends with the first special token after its text
+(<|im_end|>). A template that renders a turn differently once others follow is refused.
 """
 
 import msgspec
@@ -15,33 +15,36 @@ from server.errors import InvalidRequest
 from server.finetune.data.jsonl import LineError
 from server.finetune.data.record_kinds import Chat, Pair, Text
 
-LABEL_TOKENS = 32  # of a short answer, its end token apart
+LABEL_TOKENS = 32  # the most tokens of a label, without its end token
 
 
 class Example(msgspec.Struct, frozen=True):
-    """One sequence. `weights[i]` is the weight of predicting `tokens[i]`; 0: context only. The first is 0."""
+    """One sequence of n tokens. `weights[i]` is the weight of predicting `tokens[i]`, 0 for context."""
 
     tokens: list[int]
-    weights: list[float]
-    prompt_length: int = 0  # tokens before the last answer; 0: there is no question to ask again
-    label: str | None = None  # the last answer as serving would give it, stripped, if it is one short line
+    weights: list[float]  # n; the first is 0
+    prompt_length: int = 0  # tokens before the last answer; 0: there is no prompt
+    label: str | None = None  # the last answer's stripped text, if it is one short line
 
 
 def example_of(record: Chat | Pair | Text, tokenizer: Tokenizer) -> Example:
-    """The whole record, of any length. Raises Fault."""
+    """The record as an example, of any length. Raises LineError."""
     if isinstance(record, Chat):
         return _chat(record, tokenizer)
     return _pair(record, tokenizer) if isinstance(record, Pair) else _text(record, tokenizer)
 
 
 def truncated(example: Example, max_tokens: int, lead: list[int]) -> Example | None:
-    """The last `max_tokens`, behind `lead` if the example began so; None if no target is left."""
+    """The example cut to its last `max_tokens`; None if no target is left.
+
+    If it starts with `lead`, the tokenizer's initial tokens, these are kept in front.
+    """
     cut = len(example.tokens) - max_tokens
     if cut <= 0:
         return example
     kept = lead if len(lead) < max_tokens and example.tokens[: len(lead)] == lead else []
     cut += len(kept)
-    # nothing predicts the first token after the gap
+    # the first token after the cut has no prediction
     weights = [0.0] * (len(kept) + 1) + example.weights[cut + 1 :]
     if not any(weights):
         return None
@@ -74,50 +77,50 @@ def _text(record: Text, tokenizer: Tokenizer) -> Example:
 
 
 def _chat(record: Chat, tokenizer: Tokenizer) -> Example:
-    """What follows the last answer is left out: nothing learns from it."""
-    whole = _render(record, len(record.messages), tokenizer, answer=False)
+    """The tokens of the conversation up to the end of its last target."""
+    rendered = _render(record, len(record.messages), tokenizer, answer=False)
     tokens: list[int] = []
     weights: list[float] = []
     answer: list[int] = []
-    at = 0
+    position = 0
     for turn in record.targets:
-        start, stop = _answer(whole, at, record, turn, tokenizer)
+        start, stop = _answer(rendered, position, record, turn, tokenizer)
         try:
-            context = tokenizer.encode_part(whole, at, start, chat=True)
-            answer = tokenizer.encode_part(whole, start, stop, chat=True)
+            context = tokenizer.encode_part(rendered, position, start, chat=True)
+            answer = tokenizer.encode_part(rendered, start, stop, chat=True)
         except InvalidRequest as error:
             raise LineError(record.fields[turn], error.message) from None
         tokens += context + answer
         weights += [0.0] * len(context) + [1.0] * len(answer)
-        at = stop
+        position = stop
     return Example(tokens, weights, len(tokens) - len(answer), _label(answer, tokenizer))
 
 
-def _answer(whole: str, after: int, record: Chat, turn: int, tokenizer: Tokenizer) -> tuple[int, int]:
-    """Where in `whole`, not before `after`, the assistant's `turn` begins and ends.
+def _answer(rendered: str, after: int, record: Chat, turn: int, tokenizer: Tokenizer) -> tuple[int, int]:
+    """Start and end of the assistant's `turn` in `rendered`, not before position `after`.
 
-    Raises Fault if the template blurs it.
+    Raises LineError if the template gives them no clear place.
     """
     before = _render(record, turn, tokenizer, answer=True)
     through = _render(record, turn + 1, tokenizer, answer=False)
     field, text = record.fields[turn], tokenizer.quoted(record.messages[turn])["content"].strip()
-    if not (whole.startswith(through) and through.startswith(before) and after <= len(before)):
+    if not (rendered.startswith(through) and through.startswith(before) and after <= len(before)):
         raise LineError(
             field,
             f"The base's chat template does not render {field}, or what is before it, alike whether or not "
             "more follows; give weight 0 to every assistant turn but the last, or use prompt and completion.",
         )
-    at = through.find(text, len(before))
-    end = tokenizer.up_to_special(through[at + len(text) :])
-    if at < 0 or end is None:
+    start = through.find(text, len(before))
+    end = tokenizer.up_to_special(through[start + len(text) :])
+    if start < 0 or end is None:
         raise LineError(
             field, f"The base's chat template does not render {field} as it is, with a token at its end."
         )
-    return len(before), at + len(text) + end
+    return len(before), start + len(text) + end
 
 
 def _render(record: Chat, count: int, tokenizer: Tokenizer, *, answer: bool) -> str:
-    """The first `count` messages."""
+    """The rendering of the first `count` messages. Raises LineError."""
     try:
         return tokenizer.render_chat(record.messages[:count], answer=answer)
     except InvalidRequest as error:

@@ -1,7 +1,7 @@
-"""JSONL, read strictly and in bounded memory: each line is one JSON object.
+"""A strict JSONL reader in bounded memory: each line is one JSON object.
 
-Lines end in LF or CRLF, blank ones count only as numbers, a byte order mark at the start is no part of the
-text. Refused: bytes that are no UTF-8, keys given twice, NaN and Infinity, half a surrogate pair.
+Lines end in LF or CRLF; blank lines are skipped but counted, and so is a byte order mark at the start.
+Refused are invalid UTF-8, duplicate keys, NaN and Infinity, and unpaired surrogates.
 """
 
 import json
@@ -14,7 +14,7 @@ from server.errors import shown
 
 
 class LineError(Exception):
-    """What is wrong with a line. `field` is a path in it, or "" for the whole line; `reason` a sentence."""
+    """A line's error: `field` is a path in the line, or "" for the whole line; `reason` is a sentence."""
 
     def __init__(self, field: str, reason: str) -> None:
         super().__init__(reason)
@@ -23,22 +23,22 @@ class LineError(Exception):
 
 
 def read_lines(path: Path, line_bytes: int) -> Iterator[tuple[int, bytes | None]]:
-    """(number from 1, bytes) of each line; None for one of more than `line_bytes`, whose rest is skipped."""
+    """(number from 1, bytes) of each line; None for a line of more than `line_bytes`."""
     with path.open("rb") as file:
         number = 0
         while raw := file.readline(line_bytes + 1):
             number += 1
-            whole = len(raw) <= line_bytes or raw.endswith(b"\n")
-            yield number, raw.removeprefix(BOM_UTF8 if number == 1 else b"") if whole else None
+            complete = len(raw) <= line_bytes or raw.endswith(b"\n")
+            yield number, raw.removeprefix(BOM_UTF8 if number == 1 else b"") if complete else None
             while raw and not raw.endswith(b"\n"):
                 raw = file.readline(line_bytes)
 
 
 def parse_line(raw: bytes) -> dict[str, Any]:
-    """The line's JSON object. Raises Fault."""
+    """The line's JSON object. Raises LineError."""
     try:
-        value = json.loads(raw.decode(), object_pairs_hook=_unique, parse_constant=_no_constant)
-        if rb"\ud" in raw.lower():  # an escaped surrogate: only in pairs is it a character
+        value = json.loads(raw.decode(), object_pairs_hook=_without_duplicates, parse_constant=_no_constant)
+        if rb"\ud" in raw.lower():  # an escaped surrogate must be part of a pair
             json.dumps(value, ensure_ascii=False).encode()
     except UnicodeDecodeError as error:
         raise LineError("", f"The line is not UTF-8 at byte {error.start}.") from None
@@ -56,17 +56,17 @@ def parse_line(raw: bytes) -> dict[str, Any]:
 
 
 def described(value: object) -> str:
-    """A value in a few words; never the inside of a nested one, whose repr could exhaust the stack."""
+    """A value in a few words, without the content of lists and objects: a deep repr exhausts the stack."""
     return "a list" if isinstance(value, list) else "an object" if isinstance(value, dict) else shown(value)
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) < len(pairs):
         seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise LineError("", f"The line has the key {shown(twice)} twice.")
-    return found
+        duplicate = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise LineError("", f"The line has the key {shown(duplicate)} twice.")
+    return result
 
 
 def _no_constant(constant: str) -> None:

@@ -1,10 +1,10 @@
-"""A line of a training file as a record, checked field by field. Knows no tokens.
+"""The kinds of records in a training file, and their checks field by field. No tokenizer.
 
-    {"messages": [{"role", "content", "weight"?}]}    OpenAI's: learns assistant turns but those of weight 0
-    {"prompt": ..., "completion": ...}                texts or, as trl takes them, lists of messages
-    {"text": ...}                                     learns all of it
+    {"messages": [{"role", "content", "weight"?}]}    OpenAI's: trains on assistant turns, except of weight 0
+    {"prompt": ..., "completion": ...}                texts or, as in trl, lists of messages
+    {"text": ...}                                     trains on all of it
 
-A field that is null counts as absent: tools that write tables fill their columns so.
+A field that is null counts as absent: tools that export tables fill columns with null.
 """
 
 from collections.abc import Iterable
@@ -31,10 +31,10 @@ _REFUSED_IN_MESSAGE = dict.fromkeys(("tool_calls", "tool_call_id", "function_cal
 
 
 class Chat(msgspec.Struct, frozen=True):
-    """`targets`: where in `messages` the assistant turns to learn are: at least one, none the first."""
+    """`targets`: indices in `messages` of the assistant turns to learn; at least one, and never 0."""
 
     messages: list[dict[str, str]]
-    fields: list[str]  # what the line calls each message: "completion[0]"
+    fields: list[str]  # the path of each message in the line, such as "completion[0]"
     targets: list[int]
 
 
@@ -51,12 +51,12 @@ class _Message(msgspec.Struct, frozen=True):
     field: str
     role: str
     content: str
-    weight: int  # 0 for all that is no assistant turn
+    weight: int  # 0 for all other roles than assistant
 
 
 def record_kind(line: dict[str, Any]) -> RecordKind:
-    """By the fields' names alone. Raises Fault if they make no shape, or two."""
-    given = _given(line).keys()
+    """The kind of a record by the names of its fields. Raises LineError if they fit none, or two."""
+    given = _without_nulls(line).keys()
     shapes = [shape for shape, fields in FIELDS.items() if given & set(fields)]
     if not shapes:
         raise LineError("", "The line has neither messages nor prompt and completion nor text.")
@@ -68,9 +68,9 @@ def record_kind(line: dict[str, Any]) -> RecordKind:
 
 
 def read_record(shape: RecordKind, line: dict[str, Any], max_messages: int) -> Chat | Pair | Text:
-    """Raises Fault for the first field that is missing, unknown or wrong."""
-    given = _given(line)
-    _only(given, FIELDS[shape], "", _REFUSED)
+    """The checked record. Raises LineError for the first field that is missing, unknown or wrong."""
+    given = _without_nulls(line)
+    _check_fields(given, FIELDS[shape], "", _REFUSED)
     for field in FIELDS[shape]:
         if field not in given:
             raise LineError(field, f"{field} is required.")
@@ -95,25 +95,27 @@ def _prompt_completion(prompt: Any, completion: Any, max_messages: int) -> Chat 
 
 
 def _chat(field: str, context: list[_Message], turns: list[_Message]) -> Chat:
-    """`turns` come from `field`, and only they are learnt."""
+    """A conversation, of which only the assistant turns in `turns`, which is the value of `field`, are
+    targets.
+    """
     if not any(turn.role == "assistant" for turn in turns):
         raise LineError(field, f"{field} has no assistant turn, so there is nothing to learn.")
     if turns[-1].role != "assistant":
         raise LineError(field, f"{field} must end with an assistant turn, not one of {turns[-1].role}.")
-    learnt = [at for at, turn in enumerate(turns) if turn.weight]
-    if not learnt:
+    targets = [i for i, turn in enumerate(turns) if turn.weight]
+    if not targets:
         raise LineError(
             field, f"{field} gives weight 0 to every assistant turn, so there is nothing to learn."
         )
-    if learnt[0] + len(context) == 0:
+    if targets[0] + len(context) == 0:
         raise LineError(f"{field}[0]", f"{field}[0] is an assistant turn with nothing before it to answer.")
-    for at in learnt:
-        _learnable(f"{field}[{at}].content", turns[at].content)
+    for i in targets:
+        _learnable(f"{field}[{i}].content", turns[i].content)
     messages = [*context, *turns]
     return Chat(
         [{"role": message.role, "content": message.content} for message in messages],
         [message.field for message in messages],
-        [len(context) + at for at in learnt],
+        [len(context) + i for i in targets],
     )
 
 
@@ -124,21 +126,21 @@ def _messages(field: str, value: Any, limit: int, *, weighted: bool) -> list[_Me
         raise LineError(field, f"{field} has no messages.")
     if len(value) > limit:
         raise LineError(field, f"{field} must have at most {limit} messages, not {len(value)}.")
-    return [_message(f"{field}[{at}]", message, weighted) for at, message in enumerate(value)]
+    return [_message(f"{field}[{i}]", message, weighted) for i, message in enumerate(value)]
 
 
 def _message(path: str, value: Any, weighted: bool) -> _Message:
     if not isinstance(value, dict):
         raise LineError(path, f"{path} must be an object with role and content, not {described(value)}.")
-    given = _given(value)
-    _only(given, ("role", "content", "name", "weight"), path, _REFUSED_IN_MESSAGE)
+    given = _without_nulls(value)
+    _check_fields(given, ("role", "content", "name", "weight"), path, _REFUSED_IN_MESSAGE)
     role = given.get("role")
     if role not in ROLES:
         raise LineError(
             f"{path}.role", f"{path}.role must be one of {', '.join(ROLES)}, not {described(role)}."
         )
     content = _content(f"{path}.content", given.get("content"))
-    if not isinstance(given.get("name", ""), str):  # taken, and as in serving not shown to the model
+    if not isinstance(given.get("name", ""), str):  # accepted, but not shown to the model, as in serving
         raise LineError(f"{path}.name", f"{path}.name must be text, not {described(given['name'])}.")
     if "weight" in given and (role != "assistant" or not weighted):
         raise LineError(f"{path}.weight", f"{path}.weight is only for assistant turns that may be learnt.")
@@ -155,11 +157,11 @@ def _content(path: str, value: Any) -> str:
     if not isinstance(value, list):
         raise LineError(path, f"{path} must be text or a list of text parts, not {described(value)}.")
     texts = []
-    for at, part in enumerate(value):
-        sound = isinstance(part, dict) and part.keys() == {"type", "text"} and part["type"] == "text"
-        text = part["text"] if sound else None
+    for i, part in enumerate(value):
+        is_text = isinstance(part, dict) and part.keys() == {"type", "text"} and part["type"] == "text"
+        text = part["text"] if is_text else None
         if not isinstance(text, str):
-            raise LineError(f"{path}[{at}]", f'{path}[{at}] must be {{"type": "text", "text": ...}}.')
+            raise LineError(f"{path}[{i}]", f'{path}[{i}] must be {{"type": "text", "text": ...}}.')
         texts.append(text)
     return "".join(texts)
 
@@ -172,11 +174,11 @@ def _learnable(path: str, value: Any) -> str:
     return value
 
 
-def _given(value: dict[str, Any]) -> dict[str, Any]:
+def _without_nulls(value: dict[str, Any]) -> dict[str, Any]:
     return {name: item for name, item in value.items() if item is not None}
 
 
-def _only(given: Iterable[str], known: tuple[str, ...], path: str, refused: dict[str, str]) -> None:
+def _check_fields(given: Iterable[str], known: tuple[str, ...], path: str, refused: dict[str, str]) -> None:
     for name in given:
         if name in refused:
             raise LineError(f"{path}.{name}".lstrip("."), f"{name} is not supported: {refused[name]}.")

@@ -1,30 +1,28 @@
-"""How long until something is tried again: each time twice as long, up to a limit. No I/O."""
+"""Exponential back-off by key: when something that failed is due again. No I/O."""
 
 import time
 from collections.abc import Collection
 
 
 class Backoff:
-    def __init__(self, first: float, longest: float) -> None:
-        """In seconds."""
-        self._first = first
-        self._longest = longest
-        self._waiting: dict[
-            str, tuple[float, float]
-        ] = {}  # key -> its delay, and when (monotonic) it is over
+    def __init__(self, first_seconds: float, max_seconds: float) -> None:
+        """The delay after a key's first failure, which doubles with each further one, and its limit."""
+        self._first_seconds = first_seconds
+        self._max_seconds = max_seconds
+        self._delays: dict[str, tuple[float, float]] = {}  # key -> delay, and its end by time.monotonic()
 
-    def over(self, key: str) -> bool:
-        return time.monotonic() >= self._waiting.get(key, (0.0, 0.0))[1]
+    def is_due(self, key: str) -> bool:
+        return time.monotonic() >= self._delays.get(key, (0.0, 0.0))[1]
 
-    def longer(self, key: str) -> None:
-        """It has failed again."""
-        before = self._waiting.get(key, (0.0, 0.0))[0]
-        delay = min(2 * before or self._first, self._longest)
-        self._waiting[key] = delay, time.monotonic() + delay
+    def failed(self, key: str) -> None:
+        """Start the next, longer delay."""
+        last = self._delays.get(key, (0.0, 0.0))[0]
+        delay = min(2 * last or self._first_seconds, self._max_seconds)
+        self._delays[key] = delay, time.monotonic() + delay
 
     def forget(self, key: str) -> None:
-        self._waiting.pop(key, None)
+        self._delays.pop(key, None)
 
-    def keep(self, keys: Collection[str]) -> None:
-        """Forget all others."""
-        self._waiting = {key: self._waiting[key] for key in keys if key in self._waiting}
+    def keep_only(self, keys: Collection[str]) -> None:
+        """Forget all other keys."""
+        self._delays = {key: self._delays[key] for key in keys if key in self._delays}

@@ -1,8 +1,8 @@
-"""What there is to know of one fine-tuning job, and what a worker says about it. Plain data, no I/O.
+"""The record of a fine-tuning job and what workers report about it: plain data, no I/O.
 
-A job's `status` is what OpenAI's API calls it, its `phase` where it stands here:
+A job's `status` has OpenAI's values; its `phase` is the state of our state machine:
 
-    queued -> training -> publishing -> done        done: succeeded, failed or cancelled, for ever
+    queued -> training -> publishing -> done        done: succeeded, failed or cancelled; final
       ^  \\______/ |
       |   worker  v
       +------- paused                               shown as status "queued" with paused: true
@@ -20,19 +20,19 @@ from server.finetune.recipe import Recipe
 Status = Literal["queued", "running", "succeeded", "failed", "cancelled"]
 Phase = Literal["queued", "training", "paused", "publishing", "done"]
 Level = Literal["info", "warn", "error"]
-Wish = Literal["go", "pause", "cancel", "lost"]
-"""What a worker is to do: go on; save and call `paused`; stop (the job is cancelled already); stop, because
-another worker has the job or it is gone."""
+ControlSignal = Literal["go", "pause", "cancel", "lost"]
+"""What a heartbeat tells a worker to do: train on; save a checkpoint and report `paused`; stop, because the
+job is cancelled; stop, because another worker has the job or its record is gone."""
 
 
 class JobError(msgspec.Struct, frozen=True):
     code: str
     message: str  # one sentence, shown to the tenant: no path, no traceback
-    param: str | None = None  # training_file, validation_file or nothing
+    param: str | None = None  # training_file or validation_file, if one is to blame
 
 
 class StoredFile(msgspec.Struct, frozen=True):
-    """A file that a worker left in the object store."""
+    """A file that a worker has put into the object store."""
 
     name: str  # adapter_config.json, metrics.csv, ...
     key: str
@@ -41,9 +41,9 @@ class StoredFile(msgspec.Struct, frozen=True):
 
 
 class TrainingResult(msgspec.Struct, frozen=True, kw_only=True):
-    """What a finished training leaves: `better` is the evaluation's verdict, None where there was none."""
+    """What a finished training has produced. `better` is the evaluation's verdict; None without one."""
 
-    adapter: list[StoredFile]  # the config and the safetensors file, as an upload would bring them
+    adapter: list[StoredFile]  # the config and the safetensors file, as in an upload
     reports: list[StoredFile]  # per-step metrics (CSV), loss plot (PNG): become the tenant's result files
     evaluation: dict[str, Any] | None  # base and adapted side by side, JSON
     better: bool | None
@@ -59,14 +59,14 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class FixedPart(msgspec.Struct, frozen=True, kw_only=True):
-    """What is decided when a job is created and never changes."""
+    """The fields of a job that are set at its creation and never change."""
 
     id: str  # ftjob-...
     tenant: str
-    created: float  # Unix seconds; lists go by it
+    created: float  # Unix seconds; lists are sorted by it
     model: str  # the base's id
     base_digest: str
-    name: str  # of the adapter that a version will be added to
+    name: str  # of the adapter that gets a new version
     training_file: str
     validation_file: str | None = None
     recipe: Recipe
@@ -79,10 +79,10 @@ class FixedPart(msgspec.Struct, frozen=True, kw_only=True):
 class Job(FixedPart, frozen=True, kw_only=True):
     status: Status = "queued"
     phase: Phase = "queued"
-    fence: int = 0  # whoever works under a lower one works in vain
-    attempts: int = 0  # takes since the last checkpoint that was new
+    fence: int = 0  # fencing token; what a worker writes under a lower one is refused
+    attempts: int = 0  # times a worker took the job since its last new checkpoint
     lease_until: int = 0  # milliseconds on Valkey's clock
-    pausing: bool = False  # wished, and not yet done
+    pausing: bool = False  # a pause is requested and the worker has not confirmed it
     started: int | None = None  # Unix seconds, as all below
     finished: int | None = None
     estimated_finish: int | None = None
@@ -91,7 +91,7 @@ class Job(FixedPart, frozen=True, kw_only=True):
     trained_tokens: int = 0
     error: JobError | None = None
     result: TrainingResult | None = None  # from phase publishing on
-    intended: int = 0  # the version number the publisher has committed itself to
+    intended: int = 0  # the version number that the publisher has committed the job to
     version: int | None = None
     fine_tuned_model: str | None = None
     result_files: list[str] = []
@@ -102,24 +102,26 @@ class Job(FixedPart, frozen=True, kw_only=True):
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True):
+    """One line of a job's log. It is stored as JSON in a sorted set, with `sequence` as its score."""
+
     created: int
     level: Level
     message: str
     type: Literal["message", "metrics"] = "message"
     data: dict[str, Any] | None = None
-    nonce: str  # makes each event a member of its own
-    sequence: int = 0  # 1, 2, ... within its job; not stored, it is the member's score
+    nonce: str  # distinguishes events with equal text: members of a set are unique
+    sequence: int = 0  # 1, 2, ... within its job; not part of the stored JSON
 
 
 class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
     created: int
     step: int
     metrics: dict[str, float]  # OpenAI's names: step, train_loss, valid_loss, ...
-    files: list[StoredFile] = []  # what a worker needs to go on from here
+    files: list[StoredFile] = []  # what a worker resumes from; empty once pruned
 
 
 def job_prefix(tenant: str, job: str) -> str:
-    """Under it lies everything workers write for a job; it is removed some time after the job has ended."""
+    """Prefix of all objects that workers write for a job; removed some time after the job has ended."""
     return f"{TENANTS}/{tenant}/jobs/{job}"
 
 
@@ -137,7 +139,7 @@ def new_event(
     type: Literal["message", "metrics"] = "message",  # noqa: A002 - OpenAI's name
     data: dict[str, Any] | None = None,
 ) -> bytes:
-    """An event as it is stored. Made once and written twice, it is one event."""
+    """An Event as stored JSON. Writing the same bytes twice stores one event."""
     nonce, now = uuid.uuid4().hex, int(time.time())
     event = Event(created=now, level=level, message=message, type=type, data=data, nonce=nonce)
     return msgspec.json.encode(event)

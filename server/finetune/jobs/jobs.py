@@ -1,6 +1,6 @@
-"""Fine-tuning jobs in Valkey: what a tenant asks for, on top of what workers and publishers do.
+"""Fine-tuning jobs in Valkey: the tenant's calls, on top of those of workers and publishers.
 
-Every change is one script of `job_scripts`: whole or not at all, and as good as once when it runs twice.
+Every change is one script of transitions_lua.py: atomic and idempotent.
 """
 
 import hashlib
@@ -17,17 +17,17 @@ from server.finetune.jobs.job import FixedPart, Job, new_event
 from server.finetune.jobs.leases import Leases
 from server.finetune.jobs.record_store import Publications, decode_job, key
 
-MAX_KEPT = 1000  # jobs of a tenant; the oldest that are done are forgotten
-SAME_SECONDS = 24 * 3600  # an idempotency key's life
-TENANT = "pp:jobs:"
+MAX_JOBS_KEPT = 1000  # records of a tenant; above this the oldest of ended jobs are deleted
+IDEMPOTENCY_SECONDS = 24 * 3600  # the life of an idempotency key
+TENANT_KEY = "pp:jobs:"
 PREFIX = "ftjob-"
 
 
-class Same(NamedTuple):
-    """An idempotency key, and what makes two requests the same."""
+class IdempotencyKey(NamedTuple):
+    """A tenant's key for a request that may come twice."""
 
     key: str
-    fingerprint: str  # without spaces
+    fingerprint: str  # hash of the request's content, without spaces
 
 
 class Jobs(Leases, Publications):
@@ -35,12 +35,16 @@ class Jobs(Leases, Publications):
         super().__init__(redis)
         self._max_active = max_active
 
-    async def create(self, fixed: FixedPart, same: Same | None = None, *events: bytes) -> Job:
-        """Write the job down and wake a worker. With a known `same`, the job that it made before.
+    async def create(
+        self, fixed: FixedPart, idempotency: IdempotencyKey | None = None, *events: bytes
+    ) -> Job:
+        """Store the job and its first events, and wake a worker. With a known key, return the key's job.
 
-        Raises QuotaExceeded over the cap on active jobs, InvalidField for a key of another request.
+        Raises QuotaExceeded over the cap on active jobs, InvalidField if the key came with another request.
         """
-        key, fingerprint = (_digest(same.key), same.fingerprint) if same else ("", "")
+        key, fingerprint = ("", "")
+        if idempotency:
+            key, fingerprint = _digest(idempotency.key), idempotency.fingerprint
         answer = await self._run(
             lua.CREATE,
             fixed.id,
@@ -50,7 +54,7 @@ class Jobs(Leases, Publications):
             msgspec.json.encode(fixed),
             fixed.created,
             self._max_active,
-            SAME_SECONDS,
+            IDEMPOTENCY_SECONDS,
             new_event("info", f"Created fine-tuning job: {fixed.id}"),
             *events,
         )
@@ -62,11 +66,16 @@ class Jobs(Leases, Publications):
         await self._forget_oldest(fixed.tenant)
         return await self.get(fixed.tenant, fixed.id)
 
-    async def same(self, tenant: str, same: Same) -> Job | None:
-        """The job that this very request has made already. Raises InvalidField for a key of another."""
+    async def find_same(self, tenant: str, idempotency: IdempotencyKey) -> Job | None:
+        """The job that an earlier request with this key made, if any.
+
+        Raises InvalidField if that request had another content.
+        """
         with store_errors():
-            known = await self._redis.get(f"{TENANT}{tenant}:same:{_digest(same.key)}")
-        return None if known is None else await self.get(tenant, _same_job(text(known), same.fingerprint))
+            known = await self._redis.get(f"{TENANT_KEY}{tenant}:same:{_digest(idempotency.key)}")
+        if known is None:
+            return None
+        return await self.get(tenant, _same_job(text(known), idempotency.fingerprint))
 
     async def get(self, tenant: str, id_: str) -> Job:
         """Raises NotFound, the same for an unknown job and another tenant's."""
@@ -76,47 +85,54 @@ class Jobs(Leases, Publications):
         return job
 
     async def page(self, tenant: str, after: str | None = None, limit: int = 20) -> list[Job]:
-        """Newest first, those after (older than) the job `after`."""
+        """Up to `limit` jobs, newest first, starting behind the job `after`. Raises NotFound for that."""
         start = 0
         with store_errors():
             if after is not None:
-                rank = await self._redis.zrevrank(f"{TENANT}{tenant}", after)
+                rank = await self._redis.zrevrank(f"{TENANT_KEY}{tenant}", after)
                 if rank is None:
                     raise _unknown(after)
                 assert isinstance(rank, int)  # without scores
                 start = rank + 1
-            ids = await self._redis.zrevrange(f"{TENANT}{tenant}", start, start + limit - 1)
+            ids = await self._redis.zrevrange(f"{TENANT_KEY}{tenant}", start, start + limit - 1)
             async with self._redis.pipeline(transaction=False) as pipeline:
                 for id_ in ids:
                     pipeline.hgetall(key(text(id_)))
-                found = await pipeline.execute()
-        return [decode_job(fields) for fields in found if fields]
+                records = await pipeline.execute()
+        return [decode_job(fields) for fields in records if fields]
 
     async def unfinished(self, tenant: str) -> list[Job]:
+        """The tenant's jobs that have not ended, by id."""
         with store_errors():
-            ids = await self._redis.smembers(f"{TENANT}{tenant}:active")
-        found = [await self.find(text(id_)) for id_ in sorted(ids)]
-        return [job for job in found if job is not None]
+            ids = await self._redis.smembers(f"{TENANT_KEY}{tenant}:active")
+        jobs = [await self.find(text(id_)) for id_ in sorted(ids)]
+        return [job for job in jobs if job is not None]
 
     async def cancel(self, tenant: str, id_: str) -> Job:
-        """The job is cancelled when this returns; a worker that has it learns so at its next `beat`.
+        """The job is cancelled when this returns; its worker learns so at its next heartbeat.
 
-        Raises Conflict for a job that is over, or whose version is being published this moment.
+        Raises NotFound, and Conflict for a job that has ended or whose version is being published.
         """
-        return await self._ask(lua.CANCEL, tenant, id_, "The job has been cancelled.")
+        return await self._request(lua.CANCEL, tenant, id_, "The job has been cancelled.")
 
     async def pause(self, tenant: str, id_: str) -> Job:
-        """A waiting job is paused at once, a running one once its worker has saved. Raises Conflict."""
-        return await self._ask(lua.PAUSE, tenant, id_, "The job is being paused.")
+        """A queued job is paused at once, a running one when its worker has saved a checkpoint.
+
+        Raises NotFound, and Conflict for a job that has ended or is being published.
+        """
+        return await self._request(lua.PAUSE, tenant, id_, "The job is being paused.")
 
     async def resume(self, tenant: str, id_: str) -> Job:
-        """Raises Conflict for a job that is over. Nothing happens to one that is not paused."""
-        job = await self._ask(lua.RESUME, tenant, id_, "The job has been resumed.")
+        """Queue a paused job again; no change to one that is not paused.
+
+        Raises NotFound, and Conflict for a job that has ended.
+        """
+        job = await self._request(lua.RESUME, tenant, id_, "The job has been resumed.")
         if job.phase == "queued":
             await self._wake_worker(id_, 0)
         return job
 
-    async def _ask(self, script: str, tenant: str, id_: str, event: str) -> Job:
+    async def _request(self, script: str, tenant: str, id_: str, event: str) -> Job:
         if not is_job_id(id_):
             raise _unknown(id_)
         answer = await self._run(script, id_, tenant, new_event("info", event))
@@ -132,9 +148,9 @@ class Jobs(Leases, Publications):
         return job
 
     async def _forget_oldest(self, tenant: str) -> None:
-        """Keep MAX_KEPT jobs, and those that are not done."""
+        """Delete the records of ended jobs above MAX_JOBS_KEPT."""
         with store_errors():
-            oldest = await self._redis.zrange(f"{TENANT}{tenant}", 0, -MAX_KEPT - 1)
+            oldest = await self._redis.zrange(f"{TENANT_KEY}{tenant}", 0, -MAX_JOBS_KEPT - 1)
         for id_ in oldest:
             await self._run(lua.FORGET, text(id_), tenant)
 
@@ -144,7 +160,7 @@ def new_job_id() -> str:
 
 
 def is_job_id(text: str) -> bool:
-    """Anything else is no key of ours to ask Valkey for."""
+    """Whether `text` has the form of a job id; nothing else becomes part of a Valkey key."""
     return text.startswith(PREFIX) and text.isascii() and text.removeprefix(PREFIX).isalnum()
 
 
@@ -153,9 +169,9 @@ def _digest(text: str) -> str:
 
 
 def _same_job(known: str, fingerprint: str) -> str:
-    """The job behind an idempotency key's record."""
-    of, _, id_ = known.partition(" ")
-    if of != fingerprint:
+    """The job id in an idempotency key's record, "FINGERPRINT JOB". Raises InvalidField for another one."""
+    known_fingerprint, _, id_ = known.partition(" ")
+    if known_fingerprint != fingerprint:
         raise InvalidField(
             "This Idempotency-Key came with another request before; a new request needs a new key.",
             param="Idempotency-Key",

@@ -1,8 +1,9 @@
-"""A worker's side of a job: take it, beat while it trains, say how it ended.
+"""A worker's side of a job: take it, send heartbeats while it trains, report how it ended.
 
-A worker acts under the fence that `take` gave it, and every transition raises the fence: of all workers that
-ever had a job, exactly one gets True from `trained`, and none who lost the job can change it again. A lease
-that has ended is no loss before somebody else takes the job: the worker's next word renews it.
+A worker acts under the fencing token (`fence`) that `take` gave it, and every transition of the job raises
+the token. So of all workers that ever had a job exactly one gets True from `trained`, and none that lost the
+job can change it. An expired lease alone loses nothing: until another worker takes the job, the next call
+under the old token renews the lease.
 """
 
 from typing import Any, Literal
@@ -13,67 +14,68 @@ from adapters_store.valkey import store_errors
 from server.finetune.jobs import transitions_lua as lua
 from server.finetune.jobs.job import (
     Checkpoint,
+    ControlSignal,
     Job,
     JobError,
-    Level,
     Progress,
     TrainingResult,
-    Wish,
     new_event,
 )
 from server.finetune.jobs.record_store import JobRecords, decode_job
 
-LEASE_SECONDS = 45.0  # three beats in a row, each of which waits for Valkey as long as its client does
+LEASE_SECONDS = 45.0  # time for three heartbeats, each of which may have to wait for Valkey
 WAKE_AGAIN_SECONDS = 30.0
 MAX_ATTEMPTS = 5  # without a new checkpoint between them
-LOST = JobError("worker_lost", f"The training's worker was lost {MAX_ATTEMPTS} times without new progress.")
+WORKER_LOST = JobError(
+    "worker_lost", f"The training's worker was lost {MAX_ATTEMPTS} times without new progress."
+)
 
 
 class Leases(JobRecords):
     async def take(self, id_: str, worker: str) -> Job | None:
-        """Begin to train it: the job with `fence` set, or None if it is not waiting for a worker.
+        """Lease the job: its record with the new `fence`, or None if it is not waiting for a worker.
 
-        `worker` must be of this one attempt (a uuid in it). From here on `beat` at least every
-        LEASE_SECONDS / 3, or somebody else gets the job.
+        `worker` must be unique to this attempt (contain a uuid). The holder then calls `heartbeat` at least
+        every LEASE_SECONDS / 3; otherwise the job goes to another worker.
         """
         event = new_event("info", "Fine-tuning job started.")
         answer = await self._run(lua.TAKE, id_, worker, int(LEASE_SECONDS * 1000), event)
         return decode_job(dict(zip(answer[::2], answer[1::2], strict=True))) if answer else None
 
-    async def beat(self, id_: str, fence: int, progress: Progress | None = None) -> Wish:
-        """Renew the lease and learn what to do. After "lost" and "cancel" every other call is refused."""
+    async def heartbeat(self, id_: str, fence: int, progress: Progress | None = None) -> ControlSignal:
+        """Renew the lease, store the progress, and return what the worker is to do.
+
+        After "lost" and "cancel" every other call under this fence is refused.
+        """
         fields = msgspec.to_builtins(progress) if progress else {}
         pairs = [part for field in fields.items() if field[1] is not None for part in field]
-        answer = await self._run(lua.BEAT, id_, fence, int(LEASE_SECONDS * 1000), *pairs)
+        answer = await self._run(lua.HEARTBEAT, id_, fence, int(LEASE_SECONDS * 1000), *pairs)
         return answer.decode()  # type: ignore[no-any-return]  # what the script returns
 
-    async def event(
-        self,
-        id_: str,
-        fence: int,
-        level: Level,
-        message: str,
-        *,
-        type: Literal["message", "metrics"] = "message",  # noqa: A002 - OpenAI's name
-        data: dict[str, Any] | None = None,
-    ) -> bool:
-        """False, and nothing written, if the fence is stale; the same for all below."""
-        return bool(await self._run(lua.EVENT, id_, fence, new_event(level, message, type, data)))
+    async def add_event(self, id_: str, fence: int, event: bytes) -> bool:
+        """Append an event that `new_event` made.
+
+        False, and nothing is written, if the fence is stale; so for all methods below.
+        """
+        return bool(await self._run(lua.EVENT, id_, fence, event))
 
     async def checkpoint(self, id_: str, fence: int, checkpoint: Checkpoint) -> bool:
-        """The files of `checkpoint` are stored. A new one of the same step replaces it.
+        """Record a checkpoint whose files are stored. It replaces an earlier one of the same step.
 
-        A step higher than any before is progress: the count of attempts begins anew.
+        A step higher than any before is progress: the count of attempts starts again at 0.
         """
         record = msgspec.json.encode(checkpoint)
         return bool(await self._run(lua.CHECKPOINT, id_, fence, checkpoint.step, record))
 
     async def paused(self, id_: str, fence: int) -> bool:
-        """All that is needed to go on is stored as a checkpoint."""
+        """Confirm a pause; the checkpoint to resume from is stored."""
         return bool(await self._run(lua.PAUSED, id_, fence, new_event("info", "The job is paused.")))
 
     async def release(self, id_: str, fence: int) -> Literal["queued", "paused", "lost"]:
-        """Give the job back: to nobody if a pause is wished, otherwise to the next worker. Not an attempt."""
+        """Give up the lease: the job is paused if that was requested, otherwise queued for another worker.
+
+        It does not count as an attempt.
+        """
         queued = new_event("info", "The worker stops; the job goes on elsewhere from its last checkpoint.")
         answer = await self._run(lua.RELEASE, id_, fence, queued, new_event("info", "The job is paused."))
         if answer == b"queued":
@@ -81,7 +83,7 @@ class Leases(JobRecords):
         return answer.decode()  # type: ignore[no-any-return]  # what the script returns
 
     async def trained(self, id_: str, fence: int, result: TrainingResult) -> bool:
-        """The result's files are stored: the one way to a publication. True again if called again."""
+        """Hand the job, whose result files are stored, to the publisher. True again if called again."""
         event = new_event("info", "Training is finished; the new version is being checked and published.")
         record = msgspec.json.encode(result)
         steps, tokens = result.steps, result.trained_tokens
@@ -90,7 +92,7 @@ class Leases(JobRecords):
     async def fail(
         self, id_: str, fence: int, error: JobError, *, retry: bool
     ) -> Literal["failed", "queued", "paused", "lost"]:
-        """`retry`: the next attempt may go better, and begins from the last checkpoint."""
+        """End the attempt with an error; with `retry`, another may start from the last checkpoint."""
         event = new_event("warn" if retry else "error", error.message)
         record = msgspec.json.encode(error)
         answer = await self._run(lua.FAIL, id_, fence, "1" if retry else "", MAX_ATTEMPTS, record, event)
@@ -99,21 +101,21 @@ class Leases(JobRecords):
         return answer.decode()  # type: ignore[no-any-return]  # what the script returns
 
     async def sweep(self) -> None:
-        """Take jobs back from workers whose lease has lapsed, and wake workers for jobs that none came for.
+        """Queue the jobs whose lease has expired, and wake workers for queued jobs that none has taken.
 
-        Every worker and every API does this every few seconds.
+        Every worker and every API process calls this every few seconds.
         """
         with store_errors():
-            lapsed: Any = await self._redis.zrange("pp:jobs:leases", 0, await self._now(), byscore=True)
-        for id_ in lapsed:
+            expired: Any = await self._redis.zrange("pp:jobs:leases", 0, await self._now(), byscore=True)
+        for id_ in expired:
             event = new_event(
                 "warn", "The training's worker seems lost; the next one goes on from the last checkpoint."
             )
-            await self._run(lua.LAPSE, id_.decode(), MAX_ATTEMPTS, msgspec.json.encode(LOST), event)
+            await self._run(lua.LAPSE, id_.decode(), MAX_ATTEMPTS, msgspec.json.encode(WORKER_LOST), event)
         with store_errors():
-            waiting: Any = await self._redis.zrange("pp:jobs:queued", 0, -1)
-        if waiting:
-            pushed = await self._queue.waiting()
-            for id_ in (id_.decode() for id_ in waiting):
-                if id_ not in pushed:
+            queued: Any = await self._redis.zrange("pp:jobs:queued", 0, -1)
+        if queued:
+            in_list = await self._queue.waiting()
+            for id_ in (id_.decode() for id_ in queued):
+                if id_ not in in_list:
                     await self._wake_worker(id_, WAKE_AGAIN_SECONDS)

@@ -1,8 +1,8 @@
-"""Takes finished trainings through the admission gate and publishes them. Runs beside the API, which has the
-engine.
+"""The publisher: runs the admission check on trained adapters and publishes them. It runs in the API process,
+which has the engine.
 
-It may die at any point, and several may run: the job is committed to one version number before that version
-can exist, and whoever comes next first looks whether it does. So there is exactly one version at the end.
+A publisher may die at any point, and several may run. A job is committed to one version number before that
+version can exist, and the next publisher first checks whether it exists; so one version results in the end.
 """
 
 import asyncio
@@ -36,51 +36,51 @@ from server.finetune.jobs.jobs import Jobs
 
 POLL_SECONDS = 1.0
 SWEEP_SECONDS = 5.0
-MAX_TRIES = 3  # of what breaks in a way that waiting does not heal
-LONGEST_DELAY_SECONDS = 60.0  # between two tries of one job by this publisher
-MISSING = "The trained files are not found in the object store; publishing goes on as soon as they are."
-JOB_FACT = "job"  # the manifest's fact that says which job a version is of
+MAX_TRIES = 3  # with an error that is not expected to pass by itself
+MAX_DELAY_SECONDS = 60.0  # between two tries of a job by this publisher
+FILES_MISSING = "The trained files are not found in the object store; publishing goes on as soon as they are."
+JOB_FACT = "job"  # the manifest's fact that names the job of a version
 log = logging.getLogger(__name__)
 
 
 class AdmissionCheck(Protocol):
-    """What every adapter passes before it is published, however it came."""
+    """The check that every adapter passes before publication (api/adapters/publish.py implements it)."""
 
     @property
     def ready(self) -> bool: ...
 
     def folder(self) -> TemporaryDirectory[str]:
-        """A place for files on their way."""
+        """A temporary folder for the adapter's files."""
         ...
 
     async def prepare(self, tenant: str, name: str, version: int, files: list[Path]) -> Manifest:
-        """What would be published of an adapter's files. Raises for what may not be."""
+        """The manifest of the adapter in `files`. Raises PolypeftError if it may not be published."""
         ...
 
 
 class Publisher:
     def __init__(
-        self, jobs: Jobs, files: FileStore, registry: Registry, objects: Objects, gate: AdmissionCheck
+        self, jobs: Jobs, files: FileStore, registry: Registry, objects: Objects, admission: AdmissionCheck
     ) -> None:
         self._jobs = jobs
         self._files = files
         self._registry = registry
         self._objects = objects
-        self._gate = gate
+        self._admission = admission
         self._id = uuid.uuid4().hex
-        self._delays = Backoff(POLL_SECONDS, LONGEST_DELAY_SECONDS)
+        self._delays = Backoff(POLL_SECONDS, MAX_DELAY_SECONDS)
 
     async def run(self) -> None:
-        """Until cancelled. What was underway then is finished by whoever comes next."""
-        swept = 0.0
+        """Publish and sweep until cancelled. The next publisher finishes what was interrupted."""
+        swept_at = 0.0
         while True:
             try:
-                if self._gate.ready:
+                if self._admission.ready:
                     await self.publish_all()
-                if time.monotonic() - swept > SWEEP_SECONDS:
-                    swept = time.monotonic()
+                if time.monotonic() - swept_at > SWEEP_SECONDS:
+                    swept_at = time.monotonic()
                     await self._jobs.sweep()
-                    await self._files.doomed.sweep()
+                    await self._files.scheduled_deletes.sweep()
             except StoreError as error:
                 log.warning("Publishing and sweeping wait: %s", error)
             except Exception:
@@ -88,37 +88,38 @@ class Publisher:
             await asyncio.sleep(POLL_SECONDS)
 
     async def publish_all(self) -> None:
+        """Try each trained job that is due and that no other publisher has claimed. Raises StoreError."""
         waiting = await self._jobs.to_publish()
-        self._delays.keep(waiting)
+        self._delays.keep_only(waiting)
         for id_ in waiting:
-            if self._delays.over(id_) and await self._jobs.claim(id_, self._id):
+            if self._delays.is_due(id_) and await self._jobs.claim(id_, self._id):
                 await self._try(id_)
 
     async def _try(self, id_: str) -> None:
-        """Publish, or say why never; what may go better later is tried again, less and less often."""
+        """Publish the job, fail it, or leave it for a later try, with growing delays."""
         try:
             await self._publish(id_)
             self._delays.forget(id_)
-        except NotFound as error:  # a store that was restored, or is another's: the training is not to blame
-            self._delays.longer(id_)
-            if await self._jobs.waits(id_, self._id, MISSING):
+        except NotFound as error:  # the store was restored from a backup, or is another one
+            self._delays.failed(id_)
+            if await self._jobs.report_waiting(id_, self._id, FILES_MISSING):
                 log.warning("The version of %s waits: %s", id_, error)
-        except EngineLost as error:  # perhaps by this very adapter
-            await self._count(id_, error)
+        except EngineLost as error:  # perhaps because of this adapter
+            await self._count_failure(id_, error)
         except (Unavailable, DeadlineExceeded) as error:
-            self._delays.longer(id_)
+            self._delays.failed(id_)
             log.warning("The version of %s waits: %s", id_, error)
         except PolypeftError as error:
             if error.status >= 500:
-                await self._count(id_, error)
+                await self._count_failure(id_, error)
             else:
                 await self._jobs.reject(id_, JobError(error.code, error.message))
         except Exception:
             log.exception("Publishing %s failed", id_)
-            await self._count(id_, PolypeftError("The server failed to publish the trained adapter."))
+            await self._count_failure(id_, PolypeftError("The server failed to publish the trained adapter."))
 
-    async def _count(self, id_: str, error: PolypeftError) -> None:
-        if await self._jobs.tried(id_) >= MAX_TRIES:
+    async def _count_failure(self, id_: str, error: PolypeftError) -> None:
+        if await self._jobs.count_failure(id_) >= MAX_TRIES:
             await self._jobs.reject(id_, JobError(error.code, error.message))
 
     async def _publish(self, id_: str) -> None:
@@ -126,25 +127,25 @@ class Publisher:
         if job is None or job.result is None or job.phase != "publishing":
             return
         version = job.intended
-        if not version or not await self._is_ours(job, version):
-            with self._gate.folder() as folder:
+        if not version or not await self._has_published(job, version):
+            with self._admission.folder() as folder:
                 published = await self._publish_new(job, job.result, Path(folder))
-            if published is None:  # cancelled before it was certain
+            if published is None:  # cancelled before the commitment
                 for report in job.result.reports:
-                    await self._forget_report(job, report)
+                    await self._delete_report(job, report)
                 return
             version = published
         await self._succeed(job, job.result, version)
 
     async def _publish_new(self, job: Job, result: TrainingResult, folder: Path) -> int | None:
-        """The version's number; None if the job was cancelled."""
+        """Check the adapter and publish it: its version number, or None if the job was cancelled."""
         for report in result.reports:
-            await self._keep_report(job, report, folder / report.name)
+            await self._store_report(job, report, folder / report.name)
         files = [folder / file.name for file in result.adapter]
         for file, path in zip(result.adapter, files, strict=True):
             await self._objects.download(file.key, path, file.sha256)
         next_version = await self._registry.next_version(job.tenant, job.name)
-        manifest = await self._gate.prepare(job.tenant, job.name, next_version, files)
+        manifest = await self._admission.prepare(job.tenant, job.name, next_version, files)
         if manifest.base_digest != job.base_digest:
             raise InvalidAdapter("The base model has changed since this job was created.")
         manifest = msgspec.structs.replace(
@@ -156,18 +157,18 @@ class Publisher:
         return await self._commit(job, manifest)
 
     async def _commit(self, job: Job, manifest: Manifest) -> int | None:
-        """Publish it under the number the job is committed to, and under no other."""
-        version = job.intended or await self._jobs.intend(job.id, 0, manifest.version)
+        """Publish under the version number that the job is committed to: that number; None if it ended."""
+        version = job.intended or await self._jobs.commit_to_version(job.id, 0, manifest.version)
         while version is not None:
             try:
                 await self._registry.publish(msgspec.structs.replace(manifest, version=version))
                 break
             except Conflict:
-                if await self._is_ours(job, version):
+                if await self._has_published(job, version):
                     break
-            # an upload has the number: from now on nobody can publish this job under it
-            wanted = await self._registry.next_version(job.tenant, job.name)
-            version = await self._jobs.intend(job.id, version, wanted)
+            # an upload took the number, so no publisher can use it for this job any more
+            next_version = await self._registry.next_version(job.tenant, job.name)
+            version = await self._jobs.commit_to_version(job.id, version, next_version)
         return version
 
     async def _succeed(self, job: Job, result: TrainingResult, version: int) -> None:
@@ -178,18 +179,19 @@ class Publisher:
         events.append(new_event("info", "The job has successfully completed"))
         reports = [report_id(job, report) for report in result.reports]
         if not await self._jobs.succeed(job.id, version, model, reports, *events):
-            now = await self._jobs.find(job.id)
-            if (now is None or now.version != version) and await self._is_ours(job, version):
+            current = await self._jobs.find(job.id)
+            if (current is None or current.version != version) and await self._has_published(job, version):
                 await self._registry.delete(job.tenant, job.name, version)
 
-    async def _is_ours(self, job: Job, version: int) -> bool:
+    async def _has_published(self, job: Job, version: int) -> bool:
+        """Whether this version exists and is the job's."""
         try:
             manifest = await self._registry.manifest(job.tenant, job.name, version)
         except NotFound:
             return False
         return manifest.facts.get(JOB_FACT) == job.id
 
-    async def _keep_report(self, job: Job, report: StoredFile, path: Path) -> None:
+    async def _store_report(self, job: Job, report: StoredFile, path: Path) -> None:
         await self._objects.download(report.key, path, report.sha256)
         await self._files.add(
             job.tenant,
@@ -201,7 +203,7 @@ class Publisher:
             id_=report_id(job, report),
         )
 
-    async def _forget_report(self, job: Job, report: StoredFile) -> None:
+    async def _delete_report(self, job: Job, report: StoredFile) -> None:
         try:
             await self._files.delete(job.tenant, report_id(job, report))
         except NotFound:
@@ -209,14 +211,14 @@ class Publisher:
 
 
 def promoted(job: Job, result: TrainingResult) -> bool:
-    """Whether `latest` may point at the version. Not knowing whether it is better is no reason against it."""
+    """Whether `latest` may point at the version. A training without evaluation counts as better."""
     return job.recipe.publish == "always" or (
         job.recipe.publish == "if_better" and result.better is not False
     )
 
 
 def report_id(job: Job, report: StoredFile) -> str:
-    """The same for every publisher."""
+    """The id of the tenant's file for this report, the same in every publisher."""
     return f"file-{hashlib.sha256(f'{job.id}/{report.name}'.encode()).hexdigest()[:24]}"
 
 

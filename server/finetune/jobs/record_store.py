@@ -1,4 +1,11 @@
-"""The job records in Valkey, as everybody reads and changes them. Knows the keys, not who may do what."""
+"""The job records in Valkey: what all processes read, and the publisher's transitions (Publications).
+
+The keys are listed in transitions_lua.py, whose scripts make every change; leases.py has the worker's
+transitions and jobs.py the tenant's.
+
+A publisher claims a trained job, commits it to one version number, publishes that version and reports it. The
+committed number is what makes this safe to repeat: no other version may be published for the job.
+"""
 
 import logging
 from typing import Any
@@ -14,11 +21,12 @@ from server.finetune.jobs.job import Checkpoint, Event, Job, JobError, new_event
 from server.finetune.jobs.queue import WorkerQueue
 
 log = logging.getLogger(__name__)
+CLAIM_SECONDS = 30.0
 JSON_FIELDS = ("error", "result", "result_files")
 
 
 class JobRecords:
-    """All calls raise StoreError when Valkey does not answer: then nobody knows whether it happened."""
+    """All calls raise StoreError when Valkey does not answer; whether the change was made is then unknown."""
 
     def __init__(self, redis: Redis) -> None:
         self._redis = redis
@@ -26,7 +34,7 @@ class JobRecords:
         self._scripts: dict[str, AsyncScript] = {}
 
     async def find(self, id_: str) -> Job | None:
-        """The job, whosever it is; for workers and the publisher."""
+        """The job of any tenant, or None; for workers and the publisher."""
         with store_errors():
             fields: Any = await self._redis.hgetall(key(id_))
         return decode_job(fields) if fields else None
@@ -34,11 +42,14 @@ class JobRecords:
     async def events(
         self, id_: str, *, after: int = 0, before: int | None = None, limit: int = 20, newest: bool = False
     ) -> list[Event]:
-        """Those numbered between `after` and `before`, both left out; the oldest first unless `newest`."""
+        """Up to `limit` events with numbers between `after` and `before`, both exclusive.
+
+        The oldest come first, with `newest` the newest.
+        """
         low, high = f"({after}", "+inf" if before is None else f"({before}"
         first, last = (high, low) if newest else (low, high)
         with store_errors():
-            found: Any = await self._redis.zrange(
+            numbered: Any = await self._redis.zrange(
                 f"{key(id_)}:events",
                 first,
                 last,
@@ -50,14 +61,14 @@ class JobRecords:
             )
         return [
             msgspec.structs.replace(msgspec.json.decode(event, type=Event), sequence=int(number))
-            for event, number in found
+            for event, number in numbered
         ]
 
     async def checkpoints(self, id_: str) -> list[Checkpoint]:
-        """The newest (highest step) first."""
+        """All checkpoints, the highest step first; also those whose files are pruned."""
         with store_errors():
-            found = await self._redis.hvals(f"{key(id_)}:checkpoints")
-        decoded = [msgspec.json.decode(checkpoint, type=Checkpoint) for checkpoint in found]
+            records = await self._redis.hvals(f"{key(id_)}:checkpoints")
+        decoded = [msgspec.json.decode(checkpoint, type=Checkpoint) for checkpoint in records]
         return sorted(decoded, key=lambda checkpoint: -checkpoint.step)
 
     async def _run(self, script: str, id_: str, *args: Any) -> Any:
@@ -90,55 +101,57 @@ def key(id_: str) -> str:
 
 
 def decode_job(fields: dict[bytes, bytes]) -> Job:
-    """A job's hash as a Job; fields that only scripts use are left out."""
-    found: dict[str, Any] = {name.decode(): value.decode() for name, value in fields.items()}
-    found |= msgspec.json.decode(found["fixed"])
-    found |= {name: msgspec.json.decode(found[name]) for name in JSON_FIELDS if name in found}
-    found["pausing"] = found.get("pausing") == "1"
-    return msgspec.convert(found, Job, strict=False)
-
-
-CLAIM_SECONDS = 30.0
+    """A job's hash as a Job, without the fields that only scripts use."""
+    values: dict[str, Any] = {name.decode(): value.decode() for name, value in fields.items()}
+    values |= msgspec.json.decode(values["fixed"])
+    values |= {name: msgspec.json.decode(values[name]) for name in JSON_FIELDS if name in values}
+    values["pausing"] = values.get("pausing") == "1"
+    return msgspec.convert(values, Job, strict=False)
 
 
 class Publications(JobRecords):
+    """The publisher's transitions of a trained job."""
+
     async def to_publish(self) -> list[str]:
-        """Jobs whose training is finished, the oldest first."""
+        """The ids of all trained jobs that are not published, the oldest first."""
         with store_errors():
             return [text(id_) for id_ in await self._redis.zrange("pp:jobs:publishing", 0, -1)]
 
     async def claim(self, id_: str, publisher: str) -> bool:
-        """Whether this publisher may try it for CLAIM_SECONDS. Saves work; two at once would do no harm."""
+        """Whether this publisher may try the job for CLAIM_SECONDS.
+
+        The claim only saves work: two publishers at once do no harm.
+        """
         with store_errors():
             holder = await self._redis.set(
                 f"{key(id_)}:claim", publisher, nx=True, get=True, px=int(CLAIM_SECONDS * 1000)
             )
         return holder in (None, publisher.encode())
 
-    async def waits(self, id_: str, publisher: str, why: str) -> bool:
-        """Give the claim up to another publisher, and tell the tenant why it waits; whether that is news."""
-        return bool(await self._run(lua.WAITS, id_, publisher, why, new_event("warn", why)))
+    async def report_waiting(self, id_: str, publisher: str, why: str) -> bool:
+        """Drop the claim and tell the tenant why the job waits. False if the tenant knows already."""
+        return bool(await self._run(lua.WAITING, id_, publisher, why, new_event("warn", why)))
 
-    async def tried(self, id_: str) -> int:
-        """Count one more try that broke; how many there were."""
+    async def count_failure(self, id_: str) -> int:
+        """Add one to the failed tries to publish the job; their number."""
         with store_errors():
             return int(await self._redis.hincrby(key(id_), "tries", 1))
 
-    async def intend(self, id_: str, previous: int, version: int) -> int | None:
-        """Commit the job to `version` if it is committed to `previous` (0: none yet).
+    async def commit_to_version(self, id_: str, previous: int, version: int) -> int | None:
+        """Commit the job to `version` if it is committed to `previous` (0: to none).
 
-        Returns what it is committed to now: nothing else may be published for it. None: it is over.
-        From here on it cannot be cancelled.
+        Returns the version it is committed to now, the only one that may be published for it; None if the
+        job has ended. A committed job cannot be cancelled.
         """
         answer = int(await self._run(lua.INTEND, id_, previous or "", version))
         return None if answer < 0 else answer
 
     async def succeed(self, id_: str, version: int, model: str, files: list[str], *events: bytes) -> bool:
-        """The intended version is published. False if the job ended otherwise: then it must not exist."""
+        """End the job: its version is published. False if it ended otherwise: then delete the version."""
         record = msgspec.json.encode(files)
         return bool(await self._run(lua.SUCCEED, id_, version, model, record, *events))
 
     async def reject(self, id_: str, error: JobError) -> bool:
-        """It cannot be published: the job has failed."""
+        """End the job as failed: its result cannot be published. False if it has ended already."""
         record = msgspec.json.encode(error)
         return bool(await self._run(lua.REJECT, id_, record, new_event("error", error.message)))

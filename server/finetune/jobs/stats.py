@@ -1,7 +1,7 @@
-"""Figures of fine-tuning in Valkey, for whoever shows them: what workers say, how many jobs stand where.
+"""Statistics of fine-tuning in Valkey, for the API's /metrics: jobs by phase, and what workers report.
 
-pp:figures            hash   counter -> how much, of all workers since ever; finished:STATUS -> jobs
-pp:figures:workers    hash   worker -> WorkerState, as it last said
+pp:figures            hash   counter -> total of all workers; finished:STATUS -> number of jobs
+pp:figures:workers    hash   worker -> WorkerState (JSON), its latest report
 """
 
 from collections.abc import Mapping
@@ -13,14 +13,14 @@ from redis.asyncio import Redis
 from adapters_store.valkey import store_errors
 from server.finetune.jobs.leases import LEASE_SECONDS
 
-COUNTERS = "pp:figures"
-WORKERS = "pp:figures:workers"
-GONE_SECONDS = 60.0  # a worker that has said nothing for so long is not there
-MAX_WORKERS = 64  # shown
+COUNTERS_KEY = "pp:figures"
+WORKERS_KEY = "pp:figures:workers"
+WORKER_TIMEOUT_SECONDS = 60.0  # after its last report a worker counts as gone
+MAX_WORKERS = 64  # in JobStats
 
 
 class WorkerState(msgspec.Struct, frozen=True):
-    at: float  # Unix seconds
+    at: float  # time of the report, Unix seconds
     busy: bool
     loss: float | None = None  # of the last update
 
@@ -29,24 +29,24 @@ class JobStats(msgspec.Struct, frozen=True):
     queued: int
     training: int
     publishing: int
-    silence_seconds: float  # of the worker that was heard of longest ago, among those that have a job
+    silence_seconds: float  # longest time since a heartbeat, over the workers that have a job
     counters: dict[str, int] = {}
     workers: dict[str, WorkerState] = {}
 
 
 async def job_stats(redis: Redis) -> JobStats:
-    """One round trip, however many jobs there are. Raises StoreError."""
+    """The statistics in one round trip, however many jobs there are. Raises StoreError."""
     with store_errors():
         async with redis.pipeline(transaction=True) as pipeline:
-            for where in ("queued", "leases", "publishing"):
-                pipeline.zcard(f"pp:jobs:{where}")
+            for phase in ("queued", "leases", "publishing"):
+                pipeline.zcard(f"pp:jobs:{phase}")
             pipeline.zrange("pp:jobs:leases", 0, 0, withscores=True)
             pipeline.time()
-            pipeline.hgetall(COUNTERS)
-            pipeline.hgetall(WORKERS)
-            queued, training, publishing, first, time, counters, workers = await pipeline.execute()
+            pipeline.hgetall(COUNTERS_KEY)
+            pipeline.hgetall(WORKERS_KEY)
+            queued, training, publishing, first_lease, time, counters, workers = await pipeline.execute()
     now = time[0] + time[1] / 1e6
-    silence = LEASE_SECONDS - (first[0][1] / 1000 - now) if first else 0.0
+    silence = LEASE_SECONDS - (first_lease[0][1] / 1000 - now) if first_lease else 0.0
     states = {name.decode(): msgspec.json.decode(state, type=WorkerState) for name, state in workers.items()}
     return JobStats(
         queued,
@@ -55,30 +55,33 @@ async def job_stats(redis: Redis) -> JobStats:
         max(0.0, silence),
         {key.decode(): int(value) for key, value in counters.items()},
         dict(
-            sorted((name, state) for name, state in states.items() if now - state.at < GONE_SECONDS)[
-                :MAX_WORKERS
-            ]
+            sorted(
+                (name, state) for name, state in states.items() if now - state.at < WORKER_TIMEOUT_SECONDS
+            )[:MAX_WORKERS]
         ),
     )
 
 
 async def report(
-    redis: Redis, worker: str, busy: bool, loss: float | None, counted: Mapping[str, int]
+    redis: Redis, worker: str, busy: bool, loss: float | None, increments: Mapping[str, int]
 ) -> None:
-    """What a worker does, and what it has counted since it last told. Raises StoreError."""
+    """Store a worker's state and add what it has counted since its last report; drop workers that are gone.
+
+    Raises StoreError.
+    """
     with store_errors():
         seconds, microseconds = await redis.time()
         now = int(seconds) + int(microseconds) / 1e6
-        known: Any = await redis.hgetall(WORKERS)
-        gone = [name for name, state in known.items() if now - _said_at(state) > GONE_SECONDS]
+        known: Any = await redis.hgetall(WORKERS_KEY)
+        gone = [name for name, state in known.items() if now - _reported_at(state) > WORKER_TIMEOUT_SECONDS]
         async with redis.pipeline(transaction=True) as pipeline:
-            pipeline.hset(WORKERS, worker, msgspec.json.encode(WorkerState(now, busy, loss)).decode())
-            for key, amount in counted.items():
-                pipeline.hincrby(COUNTERS, key, amount)
+            pipeline.hset(WORKERS_KEY, worker, msgspec.json.encode(WorkerState(now, busy, loss)).decode())
+            for key, amount in increments.items():
+                pipeline.hincrby(COUNTERS_KEY, key, amount)
             if gone:
-                pipeline.hdel(WORKERS, *gone)
+                pipeline.hdel(WORKERS_KEY, *gone)
             await pipeline.execute()
 
 
-def _said_at(state: bytes) -> float:
+def _reported_at(state: bytes) -> float:
     return msgspec.json.decode(state, type=WorkerState).at

@@ -1,26 +1,26 @@
-"""The transitions of a job as Lua: each happens whole or not at all, and running it twice is running it once.
+"""The transitions of a job as Lua scripts, each atomic and idempotent, and the keys they change.
 
-    pp:job:{id}                 hash     `fixed` (JSON, never changes) and a field for all that does
-    pp:job:{id}:events          zset     Event, by sequence number
-    pp:job:{id}:checkpoints     hash     step -> Checkpoint
-    pp:job:{id}:claim           string   which publisher is at it; expires
-    pp:jobs:{tenant}            zset     job id, by creation
-    pp:jobs:{tenant}:active     set      jobs that are not done
-    pp:jobs:{tenant}:same:{..}  string   an idempotency key's hash -> "FINGERPRINT JOB"; expires
-    pp:jobs:queued              zset     jobs that wait for a worker, by when one was last woken for them (ms)
-    pp:jobs:leases              zset     jobs that a worker has, by when its lease ends (ms)
-    pp:jobs:publishing          zset     trained jobs, by when they came (ms)
-    pp:figures                  hash     finished:STATUS -> how many jobs have ended so (see stats.py)
-    pp:doomed                   zset     object keys and prefixes ("/" at the end), by when to remove (ms)
+    pp:job:{id}                 hash     `fixed` (JSON of FixedPart), and each value that changes
+    pp:job:{id}:events          zset     Event (JSON), by sequence number
+    pp:job:{id}:checkpoints     hash     step -> Checkpoint (JSON)
+    pp:job:{id}:claim           string   the publisher that may try it; expires
+    pp:jobs:{tenant}            zset     job ids, by creation (Unix seconds)
+    pp:jobs:{tenant}:active     set      job ids that have not ended
+    pp:jobs:{tenant}:same:{..}  string   by hash of an idempotency key: "FINGERPRINT JOB"; expires
+    pp:jobs:queued              zset     jobs in phase queued, by when a worker was last woken for them (ms)
+    pp:jobs:leases              zset     jobs in phase training, by when the lease ends (ms)
+    pp:jobs:publishing          zset     jobs in phase publishing, by when training finished (ms)
+    pp:figures                  hash     finished:STATUS -> number of jobs (see stats.py)
+    pp:doomed                   zset     object keys and prefixes, by when to delete them (ms)
 
-A job whose lease has ended goes back to the queue with `lapsed`, the fence it was held under. Until somebody
-takes it, the next word under that fence makes it that worker's again: it was slow, not dead.
+A job whose lease has expired goes back to the queue, with the fence of the lease in `lapsed`. Until another
+worker takes the job, the next call under that fence gives it back to its worker, which was slow, not dead.
 
-Times are Valkey's own. A script makes its keys from the job's id, so this wants one Valkey, not a cluster.
+Scripts use Valkey's clock. They build keys from the job's id, so a cluster of several nodes is not supported.
 """
 
 MAX_EVENTS = 2000
-DOOM_SECONDS = 600  # after a job's end, so that a worker that has not noticed writes no more
+DELETE_AFTER_SECONDS = 600  # from a job's end; by then its worker has noticed and writes no more objects
 
 PRELUDE = f"""
 local id = ARGV[1]
@@ -28,7 +28,7 @@ local job = 'pp:job:' .. id
 local QUEUED, LEASES, PUBLISHING = 'pp:jobs:queued', 'pp:jobs:leases', 'pp:jobs:publishing'
 local function get(field) return redis.call('HGET', job, field) or '' end
 local function set(...) redis.call('HSET', job, ...) end
-local function whole(number) return string.format('%.0f', number) end
+local function integer(number) return string.format('%.0f', number) end
 local function now()
   local time = redis.call('TIME')
   return time[1] * 1000 + math.floor(time[2] / 1000)
@@ -40,37 +40,38 @@ local function event(json)
   redis.call('ZADD', events, redis.call('HINCRBY', job, 'events', 1), json)
   redis.call('ZREMRANGEBYRANK', events, 0, -1 - {MAX_EVENTS})
 end
-local function leave()
+local function leave_sets()
   for _, where in ipairs({{QUEUED, LEASES, PUBLISHING}}) do redis.call('ZREM', where, id) end
 end
+-- whether the fence is that of the job's worker; renews an expired lease that no other worker has taken
 local function training(fence)
   if get('phase') == 'queued' and get('lapsed') == fence then
-    leave()
-    local lease_until = whole(now() + get('lease_ms'))
+    leave_sets()
+    local lease_until = integer(now() + get('lease_ms'))
     set('status', 'running', 'phase', 'training', 'fence', fence, 'lapsed', '', 'lease_until', lease_until)
     redis.call('ZADD', LEASES, lease_until, id)
   end
   return get('phase') == 'training' and get('fence') == fence
 end
 local function finish(status)
-  leave()
+  leave_sets()
   set('status', status, 'phase', 'done', 'finished', seconds(), 'pausing', 0)
   redis.call('HDEL', job, 'estimated_finish')
   redis.call('HINCRBY', job, 'fence', 1)
   redis.call('HINCRBY', 'pp:figures', 'finished:' .. status, 1)
   local tenant = get('tenant')
   redis.call('SREM', 'pp:jobs:' .. tenant .. ':active', id)
-  redis.call('ZADD', 'pp:doomed', whole(now() + {DOOM_SECONDS * 1000}),
+  redis.call('ZADD', 'pp:doomed', integer(now() + {DELETE_AFTER_SECONDS * 1000}),
              'tenants/' .. tenant .. '/jobs/' .. id .. '/')
 end
 local function pause()
-  leave()
+  leave_sets()
   set('status', 'queued', 'phase', 'paused', 'pausing', 0)
   redis.call('HDEL', job, 'estimated_finish')
   redis.call('HINCRBY', job, 'fence', 1)
 end
 local function queue()
-  leave()
+  leave_sets()
   set('status', 'queued', 'phase', 'queued', 'lapsed', '')
   redis.call('HDEL', job, 'estimated_finish')
   redis.call('HINCRBY', job, 'fence', 1)
@@ -137,11 +138,11 @@ TAKE = """
 local worker, lease_ms = ARGV[2], ARGV[3]
 if get('phase') == 'training' and get('worker') == worker then return redis.call('HGETALL', job) end
 if get('phase') ~= 'queued' then return {} end
-leave()
+leave_sets()
 redis.call('HINCRBY', job, 'fence', 1)
 redis.call('HINCRBY', job, 'attempts', 1)
 if get('started') == '' then set('started', seconds()) end
-local lease_until = whole(now() + lease_ms)
+local lease_until = integer(now() + lease_ms)
 set('status', 'running', 'phase', 'training', 'worker', worker, 'lease_until', lease_until)
 set('lease_ms', lease_ms, 'lapsed', '')
 redis.call('ZADD', LEASES, lease_until, id)
@@ -149,10 +150,10 @@ event(ARGV[4])
 return redis.call('HGETALL', job)
 """
 
-BEAT = """
+HEARTBEAT = """
 if get('status') == 'cancelled' then return 'cancel' end
 if not training(ARGV[2]) then return 'lost' end
-local lease_until = whole(now() + ARGV[3])
+local lease_until = integer(now() + ARGV[3])
 set('lease_until', lease_until)
 redis.call('ZADD', LEASES, lease_until, id)
 for i = 4, #ARGV, 2 do set(ARGV[i], ARGV[i + 1]) end
@@ -192,10 +193,10 @@ return 'queued'
 TRAINED = """
 if get('won') == ARGV[2] then return 1 end
 if not training(ARGV[2]) then return 0 end
-leave()
+leave_sets()
 set('phase', 'publishing', 'won', ARGV[2], 'pausing', 0, 'result', ARGV[3])
 set('step', ARGV[4], 'trained_tokens', ARGV[5])
-redis.call('ZADD', PUBLISHING, whole(now()), id)
+redis.call('ZADD', PUBLISHING, integer(now()), id)
 event(ARGV[6])
 return 1
 """
@@ -232,11 +233,11 @@ WAKE = """
 if get('phase') ~= 'queued' then return '' end
 local woken = tonumber(redis.call('ZSCORE', QUEUED, id) or 0)
 if woken + ARGV[2] > now() then return '' end
-redis.call('ZADD', QUEUED, whole(now()), id)
+redis.call('ZADD', QUEUED, integer(now()), id)
 return redis.call('HGET', job, 'fence')
 """
 
-WAITS = """
+WAITING = """
 if redis.call('GET', job .. ':claim') == ARGV[2] then redis.call('DEL', job .. ':claim') end
 if get('phase') ~= 'publishing' or get('waits') == ARGV[3] then return 0 end
 set('waits', ARGV[3])

@@ -1,8 +1,9 @@
-"""Attention of a batch in training: each sequence sees itself alone, by the kernel that serves prefill.
+"""Attention over a packed batch in training: each sequence attends to itself, by the kernel of serving's
+prefill.
 
-Virtual tokens stand before every sequence, and see nothing but each other: what a layer makes of them is the
-same for all, and is computed once a batch. Of prefix tuning their K and V are given. Of prompt tuning they
-are the first sequence of the batch, whose K and V all others see.
+Virtual tokens precede every sequence and attend to each other only. So a layer's output for them is the same
+for all sequences and is computed once a batch. In prefix tuning their K and V are the parameters; in prompt
+tuning they are the first sequence of the batch, and all others attend to its K and V.
 """
 
 from typing import Any
@@ -14,55 +15,55 @@ from server.engine.model.forward_context import ForwardContext, read_attention_o
 from server.kernels.cpu.paged_attention import AttentionOptions, prefill_attention
 
 Pair = tuple[torch.Tensor, torch.Tensor]  # K and V [kv_heads, n, head_dim]
-Layers = list[Pair]  # of each layer
+Layers = list[Pair]  # one for each layer
 
 
 class TrainingStep(ForwardContext):
-    """The batch under way: sequences of these lengths, one behind the other, all under slot 1."""
+    """The forward context of one packed batch of T tokens; all tokens use slot 1."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.lengths: list[int] = []  # type: ignore[assignment]  # of sequences, where serving has rows' own
-        self.start: Layers = []  # K and V of virtual tokens before each sequence; empty: none
-        self.leads = False  # the first sequence is the virtual tokens
-        self.kept: list[torch.Tensor] = []  # of each sequence, which of its tokens the last layer asks for
-        self.seen: Layers | None = None  # where K and V of the batch are kept, if anybody asks
+        self.lengths: list[int] = []  # type: ignore[assignment]  # of the sequences; serving has a tensor here
+        self.virtual_kv: Layers = []  # K and V of virtual tokens before each sequence; empty: none
+        self.starts_with_virtual_tokens = False  # the first sequence is the virtual tokens
+        self.selected: list[torch.Tensor] = []  # int64, by sequence: its tokens that the last layer computes
+        self.recorded_kv: Layers | None = None  # if a list: `attend` appends the K and V of each layer
 
-    def begin_with(self, start: Start | None) -> None:
-        """Put these K and V before each sequence from now on."""
+    def set_virtual_kv(self, start: Start | None) -> None:
+        """Put these K and V of virtual tokens before each sequence; None: no virtual tokens."""
         if start is None:
-            self.start = []
+            self.virtual_kv = []
             return
         keys, values = start.keys.transpose(1, 2).unbind(), start.values.transpose(1, 2).unbind()
-        self.start = list(zip(keys, values, strict=True))
+        self.virtual_kv = list(zip(keys, values, strict=True))
 
     def attend(
         self,
         layer: int,
-        q: torch.Tensor,  # [T, heads, head_dim], or if `kept` of those alone
+        q: torch.Tensor,  # [T, heads, head_dim]; with `selected` of those tokens only
         k: torch.Tensor,  # [T, kv_heads, head_dim]
         v: torch.Tensor,
         scores: AttentionOptions,
         *,
-        kept: bool = False,
+        selected: bool = False,
     ) -> torch.Tensor:
-        """What each token sees of its own sequence, and of the virtual tokens before it; shaped as q.
+        """Attention of each token over its sequence and the virtual tokens before it; shaped as q.
 
-        `kept`: only the tokens of `self.kept` ask.
+        With `selected`, q has the tokens of `self.selected` only.
         """
-        if self.seen is not None:
-            self.seen.append((k.transpose(0, 1), v.transpose(0, 1)))
-        before = self.start[layer] if self.start else None
+        if self.recorded_kv is not None:
+            self.recorded_kv.append((k.transpose(0, 1), v.transpose(0, 1)))
+        virtual = self.virtual_kv[layer] if self.virtual_kv else None
         # split, not sliced: the gradients come back as one concatenation
-        queries = torch.split(q, [len(own) for own in self.kept] if kept else self.lengths)
+        queries = torch.split(q, [len(indices) for indices in self.selected] if selected else self.lengths)
         keys, values = (torch.split(x.transpose(0, 1), self.lengths, 1) for x in (k, v))
         out = []
         for i, (query, key, value) in enumerate(zip(queries, keys, values, strict=True)):
-            past = (key, value) if before is None else _behind(before, (key, value))
-            at = self.kept[i] + past[0].shape[1] - self.lengths[i] if kept else None
-            out.append(prefill_attention(query, *past, scores, at) if len(query) else query)
-            if i == 0 and self.leads:
-                before = past
+            past = (key, value) if virtual is None else _concatenate(virtual, (key, value))
+            positions = self.selected[i] + past[0].shape[1] - self.lengths[i] if selected else None
+            out.append(prefill_attention(query, *past, scores, positions) if len(query) else query)
+            if i == 0 and self.starts_with_virtual_tokens:
+                virtual = past
         return torch.cat(out)
 
 
@@ -74,13 +75,16 @@ def attend_within(
     attention_mask: torch.Tensor | None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
-    """What transformers calls for each layer: [1, T, heads, head_dim]. Raises UnsupportedModel."""
+    """The attention function that transformers calls in each layer: [1, T, heads, head_dim].
+
+    Raises UnsupportedModel.
+    """
     step: TrainingStep = module.polypeft_step
     scores = read_attention_options(module, step, query, attention_mask, options)
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     return step.attend(module.layer_idx, q, k, v, scores)[None], None
 
 
-def _behind(before: Pair, own: Pair) -> Pair:
-    key, value = (torch.cat(pair, 1) for pair in zip(before, own, strict=True))
+def _concatenate(first: Pair, second: Pair) -> Pair:
+    key, value = (torch.cat(pair, 1) for pair in zip(first, second, strict=True))
     return key, value

@@ -1,6 +1,7 @@
-"""What stands between the linears of a Llama-like layer, with gradients: one kernel forward, one backward.
+"""The operations between the linears of a Llama-like layer as autograd functions: one kernel forward, one
+back.
 
-Gradients are upon inputs alone: no norm's weight is trained here, adapters that change norms act behind them.
+Only inputs get gradients: norm weights are frozen, and adapters that change norms act on their outputs.
 """
 
 from collections.abc import Callable
@@ -15,7 +16,7 @@ Tensor = torch.Tensor
 
 
 class _Norm(torch.autograd.Function):
-    """x [T, n], contiguous -> its norm."""
+    """RMS norm of x [T, n], contiguous."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, norm: RmsNorm) -> Tensor:
@@ -24,13 +25,13 @@ class _Norm(torch.autograd.Function):
         return norm(x)
 
     @staticmethod
-    def backward(ctx: Any, upon: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
-        return norm_gradient(ctx.norm, x, upon.contiguous()), None
+        return norm_gradient(ctx.norm, x, grad.contiguous()), None
 
 
 class _NormOfSum(torch.autograd.Function):
-    """(x + added, the norm of that), all [T, n] and contiguous."""
+    """(x + added, its RMS norm), all [T, n] and contiguous."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, added: Tensor, norm: RmsNorm) -> tuple[Tensor, Tensor]:
@@ -40,27 +41,27 @@ class _NormOfSum(torch.autograd.Function):
         return total, y
 
     @staticmethod
-    def backward(ctx: Any, upon_total: Tensor, upon: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, grad_total: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         (total,) = ctx.saved_tensors
-        found = norm_gradient(ctx.norm, total, upon.contiguous(), upon_total.contiguous())
-        return found, found, None
+        grad_sum = norm_gradient(ctx.norm, total, grad.contiguous(), grad_total.contiguous())
+        return grad_sum, grad_sum, None
 
 
-class _Turned(torch.autograd.Function):
-    """x [T, heads, head_dim] under the rotary embedding."""
+class _Rotated(torch.autograd.Function):
+    """Rotary embedding of x [T, heads, head_dim]; cos and sin [T, head_dim]."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return _turn(x, cos, sin)
+        return _rotated(x, cos, sin)
 
     @staticmethod
-    def backward(ctx: Any, upon: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
-        return _turn(upon, cos, -sin), None, None
+        return _rotated(grad, cos, -sin), None, None
 
 
-def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     y = x.clone(memory_format=torch.contiguous_format)
     rotate_(y, cos, sin)
     return y
@@ -75,13 +76,13 @@ class _SiluTimes(torch.autograd.Function):
         return silu_times(gate, up)
 
     @staticmethod
-    def backward(ctx: Any, upon: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
-        return silu_times_gradients(gate, up, upon.contiguous())
+        return silu_times_gradients(gate, up, grad.contiguous())
 
 
 # torch has no types for them
 norm: Callable[[Tensor, RmsNorm], Tensor] = _Norm.apply
 norm_of_sum: Callable[[Tensor, Tensor, RmsNorm], tuple[Tensor, Tensor]] = _NormOfSum.apply
-turned: Callable[[Tensor, Tensor, Tensor], Tensor] = _Turned.apply
+rotated: Callable[[Tensor, Tensor, Tensor], Tensor] = _Rotated.apply
 gated: Callable[[Tensor, Tensor], Tensor] = _SiluTimes.apply

@@ -1,4 +1,8 @@
-"""A batch of examples without padding, and what the model says of it."""
+"""The loss of a batch: packed examples, what the model makes of their targets, and the loss over lm_head.
+
+Logits of all targets at once would be the largest tensor of a training step, so `head_loss` computes losses
+and their gradient with respect to the hidden states in chunks of CHUNK_TARGETS.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,26 +13,28 @@ import torch.nn.functional as F
 
 from server.finetune.data.dataset import Example
 
-NONE = -100  # no target
+NO_TARGET = -100  # the label of a position without a target
+CHUNK_TARGETS = 128  # logits computed at once: some tens of MB with a vocabulary of 50,000
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Sequences one behind the other, T tokens in all. `targets` are what is to follow each token."""
+    """Packed sequences, T tokens in all. `targets[i]` is the token that the model should predict after i."""
 
     ids: torch.Tensor  # int64 [T]
-    lengths: list[int]  # of the sequences; they add up to T
-    targets: torch.Tensor  # int64 [T]; NONE where nothing is to be learned
-    weights: torch.Tensor  # float32 [T], of the targets
+    lengths: list[int]  # of the sequences; their sum is T
+    targets: torch.Tensor  # int64 [T]; NO_TARGET where nothing is learned
+    weights: torch.Tensor  # float32 [T]: of the targets in the loss
 
     @classmethod
     def of(cls, examples: Sequence[Example]) -> "Batch":
+        """Pack the examples in the given order."""
         targets: list[int] = []
         weights: list[float] = []
         for example in examples:
-            after = list(zip(example.tokens[1:], example.weights[1:], strict=True))
-            targets += [token if weight else NONE for token, weight in after] + [NONE]
-            weights += [weight for _, weight in after] + [0.0]
+            following = list(zip(example.tokens[1:], example.weights[1:], strict=True))
+            targets += [token if weight else NO_TARGET for token, weight in following] + [NO_TARGET]
+            weights += [weight for _, weight in following] + [0.0]
         return cls(
             ids=torch.tensor([token for example in examples for token in example.tokens]),
             lengths=[len(example.tokens) for example in examples],
@@ -38,14 +44,14 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Output:
-    """Over all n targets of a batch, in its order. The mean loss is loss_sum / weight_sum."""
+class BatchOutput:
+    """Results for the n targets of a batch, in its order. The mean loss is loss_sum / weight_sum."""
 
-    loss_sum: torch.Tensor  # of weight * cross entropy in nats; float32, the one with a gradient
+    loss_sum: torch.Tensor  # float32 []: sum of weight * cross entropy in nats; has the gradient
     weight_sum: float
     losses: torch.Tensor  # float32 [n]: cross entropy
-    hits: torch.Tensor  # bool [n]: the target was the likeliest
-    sequences: torch.Tensor  # int64 [n]: which sequence each target is of
+    hits: torch.Tensor  # bool [n]: the target was the most likely token
+    sequences: torch.Tensor  # int64 [n]: index of each target's sequence
 
     @property
     def correct(self) -> int:
@@ -56,23 +62,21 @@ class Output:
         return self.hits.shape[0]
 
 
-ROWS = 128  # targets at a time: some tens of MB with a vocabulary of 50,000
-
-
 def head_loss(
     hidden: torch.Tensor,  # [n, hidden]
     targets: torch.Tensor,  # int64 [n]
     weights: torch.Tensor,  # float32 [n]
-    logits: Callable[[torch.Tensor], torch.Tensor],  # [rows, hidden] -> [rows, vocabulary]; trains nothing
+    logits: Callable[[torch.Tensor], torch.Tensor],  # [k, hidden] -> [k, vocabulary]; frozen
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(sum of weight * loss, losses [n], hits [n]).
+    """(sum of weight * loss [], losses [n], hits [n]).
 
-    The gradient upon `hidden` is computed along with the loss, so that each chunk's logits are gone before
-    the next one's are made.
+    The gradient with respect to `hidden` is computed along with the loss, so that the logits of one chunk are
+    freed before those of the next are computed.
     """
     training = torch.is_grad_enabled() and hidden.requires_grad
     losses, hits, gradients = [], [], []
-    for h, t, w in zip(hidden.detach().split(ROWS), targets.split(ROWS), weights.split(ROWS), strict=True):  # type: ignore[no-untyped-call]
+    chunks = (torch.split(x, CHUNK_TARGETS) for x in (hidden.detach(), targets, weights))
+    for h, t, w in zip(*chunks, strict=True):
         with torch.set_grad_enabled(training):
             h.requires_grad_(training)
             scores = logits(h).float()
@@ -81,22 +85,22 @@ def head_loss(
                 gradients += torch.autograd.grad((loss * w).sum(), h)
         losses.append(loss.detach())
         hits.append(scores.detach().argmax(-1) == t)
-    every = torch.cat(losses) if losses else hidden.new_zeros(0)
-    total = (every * weights).sum()
+    all_losses = torch.cat(losses) if losses else hidden.new_zeros(0)
+    total = (all_losses * weights).sum()
     if training:
-        total = _Known.apply(hidden, torch.cat(gradients), total)  # type: ignore[no-untyped-call]
-    return total, every, torch.cat(hits) if hits else targets.new_zeros(0, dtype=torch.bool)
+        total = _PrecomputedGradient.apply(hidden, torch.cat(gradients), total)  # type: ignore[no-untyped-call]
+    return total, all_losses, torch.cat(hits) if hits else targets.new_zeros(0, dtype=torch.bool)
 
 
-class _Known(torch.autograd.Function):
-    """A loss whose gradient is there already."""
+class _PrecomputedGradient(torch.autograd.Function):
+    """A loss [] whose gradient with respect to hidden [n, hidden] is already computed."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, gradient: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:  # noqa: ARG004 - what the gradient is upon
+    def forward(ctx: Any, hidden: torch.Tensor, gradient: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:  # noqa: ARG004 - gets the gradient
         ctx.save_for_backward(gradient)
         return loss
 
     @staticmethod
-    def backward(ctx: Any, upon: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * upon, None, None
+        return gradient * grad, None, None

@@ -1,11 +1,11 @@
-"""Llama-like decoder layers as training runs them: what stands between the linears is one pass each way.
+"""Llama-like decoder layers for training: fused operations between the linears, forward and backward.
 
-As serving does (engine/layers.py): a layer that is built as Llama's is runs here, once a prompt has come out
-of the whole model as it does by its classes; every other model stays with them. By the classes a norm is six
-operators forward and a dozen backward, each a pass over memory.
+As in serving (engine/cpu/decoder_layers.py), layers that are built like Llama's are replaced if the whole
+model gives equal states with them; every other model keeps its own classes. In those a norm is six operators
+forward and a dozen backward, each a pass over memory.
 
-The last layer goes on with `places` alone, the tokens whose logits are wanted: all the others are needed for
-no more than their keys and values there.
+The last layer computes queries and the MLP only for the `selected` tokens, whose logits are needed; of all
+others it needs keys and values only.
 """
 
 from typing import Any
@@ -16,30 +16,33 @@ from server.engine.cpu.decoder_layers import LayerParts, by_head, is_built_as_ll
 from server.engine.cpu.verified_swap import PROBE_TOKENS, probe_states, swap_forward_if_equal
 from server.engine.model.module_hooks import decoder_layers
 from server.finetune.modeling.attention import TrainingStep
-from server.finetune.modeling.autograd_functions import gated, norm, norm_of_sum, turned
+from server.finetune.modeling.autograd_functions import gated, norm, norm_of_sum, rotated
 from server.kernels.cpu.llama_ops import RmsNorm
 from server.kernels.cpu.openmp import AVAILABLE
 
 
-class TrainedLayer(LayerParts):
-    """One decoder layer; its linears and hooks are those of the class."""
+class TrainingLayer(LayerParts):
+    """One decoder layer. It calls the linears and hooks of the module that it replaces."""
 
     step: TrainingStep
 
     def __call__(
-        self, stream: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, places: torch.Tensor | None
+        self, stream: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, selected: torch.Tensor | None
     ) -> torch.Tensor:
-        """stream [T, hidden] after this layer, of all tokens or of `places`; cos and sin [T, head_dim]."""
+        """The layer's output for stream [T, hidden]: [T, hidden], or [n, hidden] of the n `selected` tokens.
+
+        cos and sin are [T, head_dim].
+        """
         step, attention, (first, second) = self.step, self.attention, self.norms
         step.residual = stream
         normed = norm(stream, self.fast_norms[0])
         first.polypeft_hook(first, (stream,), normed)
-        k = self._turned(attention.k_proj(normed), cos, sin, self.head_norms[1])
+        k = self._rotated(attention.k_proj(normed), cos, sin, self.head_norms[1])
         v = by_head(attention.v_proj(normed), self.dim)
-        if places is not None:
-            stream, normed, cos, sin = (x.index_select(0, places) for x in (stream, normed, cos, sin))
-        q = self._turned(attention.q_proj(normed), cos, sin, self.head_norms[0])
-        seen = step.attend(self.index, q, k, v, self.options, kept=places is not None)
+        if selected is not None:
+            stream, normed, cos, sin = (x.index_select(0, selected) for x in (stream, normed, cos, sin))
+        q = self._rotated(attention.q_proj(normed), cos, sin, self.head_norms[0])
+        seen = step.attend(self.index, q, k, v, self.options, selected=selected is not None)
         added = attention.o_proj(seen.flatten(1))
         step.residual = stream
         attention.polypeft_hook(attention, None, added)
@@ -52,23 +55,23 @@ class TrainedLayer(LayerParts):
         result: torch.Tensor = stream + added
         return result
 
-    def _turned(
-        self, y: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, of_heads: RmsNorm | None
+    def _rotated(
+        self, y: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, head_norm: RmsNorm | None
     ) -> torch.Tensor:
-        """[T, heads, head_dim] of y [T, heads * head_dim]."""
+        """[T, heads, head_dim] of y [T, heads * head_dim]: normed if heads have a norm, and rotated."""
         heads = by_head(y, self.dim)
-        if of_heads is not None:
-            heads = norm(heads.flatten(0, 1), of_heads).view(heads.shape)
-        return turned(heads, cos, sin)
+        if head_norm is not None:
+            heads = norm(heads.flatten(0, 1), head_norm).view(heads.shape)
+        return rotated(heads, cos, sin)
 
 
-class TrainedDecoder:
-    """All layers of a model; `forward` stands in the place of each one's own."""
+class TrainingDecoder:
+    """All layers of a model; `forward` replaces each layer's own."""
 
-    places: torch.Tensor | None = None  # int64: what the last layer goes on with
+    selected: torch.Tensor | None = None  # int64 [n]: the tokens that the last layer computes
 
     def __init__(self, layers: list[Any], step: TrainingStep) -> None:
-        self.layers = [TrainedLayer(layer, step) for layer in layers]
+        self.layers = [TrainingLayer(layer, step) for layer in layers]
 
     def forward(
         self,
@@ -78,22 +81,22 @@ class TrainedDecoder:
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         **_kwargs: Any,
     ) -> torch.Tensor:
-        """[1, T, hidden], as the class gives it."""
+        """The output of one layer for hidden_states [1, T, hidden], in the same shape."""
         cos, sin = (part[0].contiguous() for part in position_embeddings)
-        places = self.places if index == len(self.layers) - 1 else None
-        stream: torch.Tensor = self.layers[index](hidden_states[0].contiguous(), cos, sin, places)
+        selected = self.selected if index == len(self.layers) - 1 else None
+        stream: torch.Tensor = self.layers[index](hidden_states[0].contiguous(), cos, sin, selected)
         return stream[None]
 
 
 @torch.no_grad()
-def install_training_layers(model: Any, step: TrainingStep) -> TrainedDecoder | None:
-    """Give each layer of `model` the forward above, if all can have it and the states stay the same."""
+def install_training_layers(model: Any, step: TrainingStep) -> TrainingDecoder | None:
+    """Replace the forward of all layers, if all are Llama-like and the model's states stay equal."""
     layers: list[Any] = [layer for _, layer in decoder_layers(model, model.config.num_hidden_layers)]
     plain = all(p.device.type == "cpu" and p.dtype == torch.float32 for p in model.parameters())
     if not AVAILABLE or not plain or not layers or not all(map(is_built_as_llama, layers)):
         return None
     return swap_forward_if_equal(
-        model, layers, lambda: TrainedDecoder(layers, step), lambda: _states(model, step)
+        model, layers, lambda: TrainingDecoder(layers, step), lambda: _states(model, step)
     )
 
 

@@ -1,7 +1,7 @@
-"""An adapter before its first step: the config and the tensors of its public format, as a recipe has them.
+"""The config and tensor shapes of a new adapter, in its public format.
 
-LoRA, prefix and prompt as PEFT saves them, bottlenecks as AdapterHub does, BitFit in our own format. The
-spec comes from the method that will read the files again, so what is trained is what is served.
+LoRA, prefix and prompt tuning have PEFT's format, bottlenecks AdapterHub's, BitFit our own. The method that
+will serve the files parses the config, so training and serving agree on its meaning.
 """
 
 import math
@@ -27,9 +27,9 @@ from server.finetune.recipe_methods import (
     PromptRecipe,
 )
 
-MAX_RANK = 1024  # whether a rank may be served was asked when the recipe was made
-NAME = "tuned"  # AdapterHub has the adapter's name in its tensors'
-PLACES = {"attention": "attention_adapters", "mlp": "output_adapters"}
+MAX_RANK = 1024  # the recipe's rank was checked against the server's limit before
+ADAPTER_NAME = "tuned"  # AdapterHub's tensor names contain the adapter's
+ADAPTER_MODULES = {"attention": "attention_adapters", "mlp": "output_adapters"}
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -37,18 +37,18 @@ Shapes = dict[str, tuple[int, ...]]
 @dataclass(frozen=True)
 class NewAdapter:
     method: Method
-    spec: Any  # the method's own
+    spec: Any  # of the method's own type
     config: dict[str, Any]  # adapter_config.json
-    weights_file: str  # by the format's name
+    weights_file: str  # the file name of the format
 
     @property
-    def virtual(self) -> int:
+    def num_virtual_tokens(self) -> int:
         """Virtual tokens before each sequence."""
         return self.spec.tokens if self.method.name in ("prefix", "prompt") else 0
 
 
 def new_adapter(peft: Peft, base: Base) -> NewAdapter:
-    """Raises InvalidAdapter for a recipe that this base cannot have."""
+    """The adapter that a recipe describes. Raises InvalidAdapter if it does not fit this base."""
     config, shapes = _FORMATS[type(peft)](peft, base)
     name = msgspec.to_builtins(peft)["type"]
     method = build_methods(MAX_RANK)[name]
@@ -90,7 +90,7 @@ def _bottleneck(peft: BottleneckRecipe, base: Base) -> tuple[dict[str, Any], Sha
     shapes: Shapes = {}
     for site in base.sites.values():
         if site.kind == "mlp" or (both and site.kind == "attention"):
-            at = f"{site.name.rpartition('.')[0]}.{PLACES[site.kind]}.adapters.{NAME}"
+            at = f"{site.name.rpartition('.')[0]}.{ADAPTER_MODULES[site.kind]}.adapters.{ADAPTER_NAME}"
             shapes |= {f"{at}.adapter_down.0.weight": (width, hidden), f"{at}.adapter_down.0.bias": (width,)}
             shapes |= {f"{at}.adapter_up.weight": (hidden, width), f"{at}.adapter_up.bias": (hidden,)}
     inner: dict[str, Any] = {
@@ -114,7 +114,7 @@ def _bottleneck(peft: BottleneckRecipe, base: Base) -> tuple[dict[str, Any], Sha
         "hidden_size": hidden,
         "model_type": base.model_type,
         "model_name": base.id,
-        "name": NAME,
+        "name": ADAPTER_NAME,
         "version": "adapters.1.3.0",
     }
     return config, shapes

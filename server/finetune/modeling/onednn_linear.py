@@ -1,8 +1,8 @@
-"""The base's linears as training multiplies them: by weights that oneDNN has laid out, once for each way.
+"""The base's linears in training, with weights packed by oneDNN: one copy for forward, one for backward.
 
-Forward asks for x W^T, backward for the gradient upon x, which is g W. With the weight laid out for either,
-oneDNN comes within a tenth of what the cores can do, where MKL on the plain weight reaches four fifths.
-Two copies of the base are the price, so only a base that is small beside this machine's memory gets them.
+Forward computes x W^T, backward the gradient with respect to x, g W. With a weight packed for each, oneDNN
+comes within a tenth of the cores' peak; MKL on the plain weight reaches four fifths. It takes two more copies
+of the base, so only a base that is small compared with this machine's memory gets them.
 """
 
 from typing import Any
@@ -13,28 +13,28 @@ from torch import nn
 from server.engine.model.linear_sites import LinearSite
 from server.memory import machine_bytes
 
-SHARE = 6  # of the machine's memory, one in so many bytes may go to the copies
+MEMORY_DIVISOR = 6  # the copies may take 1/6 of the machine's memory
 
 _ops: Any = torch.ops.mkldnn  # torch has no types for them
 _mkldnn: Any = torch.backends.mkldnn
 
 
 def pack_weights(model: nn.Module) -> None:
-    """Put a `OneDnnLinear` in the place of every linear site, if this machine can have them."""
-    found = {name: m for name, m in model.named_modules() if isinstance(m, LinearSite)}
-    weights = [site.weight for site in found.values()]
-    plain = any(w.device.type != "cpu" or w.dtype != torch.float32 for w in weights)
-    if plain or not _mkldnn.is_available():
+    """Replace every linear site by a `OneDnnLinear`, if oneDNN and enough memory are there."""
+    sites = {name: m for name, m in model.named_modules() if isinstance(m, LinearSite)}
+    weights = [site.weight for site in sites.values()]
+    unsupported = any(w.device.type != "cpu" or w.dtype != torch.float32 for w in weights)
+    if unsupported or not _mkldnn.is_available():
         return
-    if 2 * sum(w.nbytes for w in weights) > machine_bytes() // SHARE:
+    if 2 * sum(w.nbytes for w in weights) > machine_bytes() // MEMORY_DIVISOR:
         return
-    for name, site in found.items():
+    for name, site in sites.items():
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, OneDnnLinear(site))
 
 
 class OneDnnLinear(nn.Module):
-    """What the site does, with gradients: y = x W^T + b, then the banks. x is [..., in]."""
+    """A linear site with gradients: y = x W^T + b, then the banks' deltas; x [..., in], y [..., out]."""
 
     def __init__(self, linear: LinearSite) -> None:
         super().__init__()
@@ -43,33 +43,37 @@ class OneDnnLinear(nn.Module):
         self.is_head = linear.is_head
         self.bias = linear.bias
         weight = linear.weight
-        self.forth = _ops._reorder_linear_weight(weight.contiguous())  # noqa: SLF001 - has no public name
-        self.back = _ops._reorder_linear_weight(weight.T.contiguous())  # noqa: SLF001
+        self.forward_weight = _ops._reorder_linear_weight(weight.contiguous())  # noqa: SLF001 - no public name
+        self.backward_weight = _ops._reorder_linear_weight(weight.T.contiguous())  # noqa: SLF001
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         assert not self.step.inputs, "no method that trains scales a linear's inputs"
         flat = x.reshape(-1, self.site.inputs)
         multiply: Any = _Product.apply
-        y: torch.Tensor = multiply(flat, self.forth, self.back, self.bias)
+        y: torch.Tensor = multiply(flat, self.forward_weight, self.backward_weight, self.bias)
         for bank, rows in self.step.head if self.is_head else self.step.affine:
             bank.affine(self.site, flat, y, rows, self.bias)
         return y.view(*x.shape[:-1], self.site.outputs)
 
 
 class _Product(torch.autograd.Function):
-    """x W^T + b, where only x may want a gradient."""
+    """x W^T + b for x [T, in]; only x may get a gradient."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, forth: torch.Tensor, back: torch.Tensor, bias: torch.Tensor | None
+        ctx: Any,
+        x: torch.Tensor,
+        forward_weight: torch.Tensor,
+        backward_weight: torch.Tensor,
+        bias: torch.Tensor | None,
     ) -> torch.Tensor:
-        ctx.back = back
-        return _multiply(x, forth, bias)
+        ctx.backward_weight = backward_weight
+        return _multiply(x, forward_weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, upon: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None]:
-        wanted = ctx.needs_input_grad[0]
-        return _multiply(upon, ctx.back) if wanted else None, None, None, None
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None]:
+        needed = ctx.needs_input_grad[0]
+        return _multiply(grad, ctx.backward_weight) if needed else None, None, None, None
 
 
 def _multiply(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

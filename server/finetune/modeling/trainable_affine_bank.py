@@ -1,4 +1,4 @@
-"""The affine bank as it trains: one adapter for all tokens, dropout, and no views of y."""
+"""The affine bank in training: one adapter for all tokens, with gradients and dropout."""
 
 from typing import Any
 
@@ -11,33 +11,33 @@ from server.adapters.methods.token_spans import TokenSpans
 from server.adapters.sites import Base, Site
 
 SLOT = 1
-LEVELS = 1 << 16  # dropout is one of so many shares
+DROPOUT_LEVELS = 1 << 16  # the resolution of the dropout rate
 
 
 class TrainableAffineBank(AffineBank):
-    """Dropout acts on what LoRA's A sees. Sites that see the same x see it with the same gaps: drawing them
-    is the most of its cost, and q, k and v need no more memory than one.
+    """Dropout acts on the input of LoRA's A. Sites with the same input x share one mask: drawing it is most
+    of the cost of dropout, and q, k and v need the memory of one.
     """
 
     dropout = 0.0
-    seed = 0  # of a batch's gaps; the same seed gives the same ones, also when a layer is computed again
+    seed = 0  # of the batch's masks; a layer that is recomputed draws the same mask
 
     def __init__(self, base: Base, slots: int, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__(base, slots, device, dtype)
-        self.trained: dict[str, AffineDelta] = {}  # by site
+        self.deltas: dict[str, AffineDelta] = {}  # by site
         self._numbers = {name: i for i, name in enumerate(base.sites)}
-        self._whole: torch.Tensor | None = None  # the last x, kept so that nothing else takes its place
-        self._gapped = torch.empty(0)
+        self._last_input: torch.Tensor | None = None  # kept alive, so that no other tensor gets its address
+        self._last_dropped = torch.empty(0)
 
     def put(self, slot: int, packed: Packed) -> None:
-        """Views that gradients flow through; no kernel reads a table here."""
+        """Take views of the packed tensor, through which gradients flow; there is no kernel table."""
         assert slot == SLOT
-        self.trained = deltas_of(packed.flat.to(self.device), packed.layout)
+        self.deltas = deltas_of(packed.flat.to(self.device), packed.layout)
 
     def clear(self, slot: int) -> None:
         assert slot == SLOT
-        self.trained = {}
-        self._whole, self._gapped = None, torch.empty(0)
+        self.deltas = {}
+        self._last_input, self._last_dropped = None, torch.empty(0)
 
     def affine(
         self,
@@ -47,55 +47,58 @@ class TrainableAffineBank(AffineBank):
         rows: TokenSpans,  # noqa: ARG002 - every token is slot 1's
         bias: torch.Tensor | None,
     ) -> None:
-        change = self.trained.get(site.name)
-        if change is None:
+        delta = self.deltas.get(site.name)
+        if delta is None:
             return
-        if self.dropout and change.a is not None:
-            x = self._with_gaps(site, x)
-        apply(change, site, x, y, bias)
+        if self.dropout and delta.a is not None:
+            x = self._with_dropout(site, x)
+        apply(delta, site, x, y, bias)
 
-    def _with_gaps(self, site: Site, x: torch.Tensor) -> torch.Tensor:
-        if self._whole is None or not _is_same(x, self._whole):
-            self._whole = x
-            self._gapped = drop(x, self.dropout, self.seed + self._numbers[site.name])
-        return self._gapped
+    def _with_dropout(self, site: Site, x: torch.Tensor) -> torch.Tensor:
+        if self._last_input is None or not _is_same(x, self._last_input):
+            self._last_input = x
+            self._last_dropped = with_dropout(x, self.dropout, self.seed + self._numbers[site.name])
+        return self._last_dropped
 
 
 def _is_same(x: torch.Tensor, y: torch.Tensor) -> bool:
-    """Whether both are views of the same values."""
+    """Whether x and y are views of the same, unmodified memory."""
     return x.data_ptr() == y.data_ptr() and x.shape == y.shape and x._version == y._version  # noqa: SLF001 - has no public name
 
 
-def drop(x: torch.Tensor, share: float, seed: int) -> torch.Tensor:
-    """x with this share of its elements zero and the others scaled up.
+def with_dropout(x: torch.Tensor, share: float, seed: int) -> torch.Tensor:
+    """x, of any shape, with this share of its elements zeroed and the others scaled up.
 
-    torch's own dropout draws its numbers one by one, each from 64 bits, which was a quarter of a step.
+    torch's dropout draws 64 random bits for each element, which took a quarter of a step; this draws 16.
     """
     generator = torch.Generator(x.device).manual_seed(seed)
     bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device)
     bits.random_(torch.iinfo(torch.int64).min, None, generator=generator)
     levels = bits.view(torch.int16)[: x.numel()].view(x.shape)
-    apply: Any = _Drop.apply  # torch has no types for it
-    dropped: torch.Tensor = apply(x, levels, round(share * LEVELS))
+    apply: Any = _Dropout.apply  # torch has no types for it
+    dropped: torch.Tensor = apply(x, levels, round(share * DROPOUT_LEVELS))
     return dropped
 
 
-class _Drop(torch.autograd.Function):
-    """Of 2^16 levels, an element with one of the lowest `gaps` is dropped. Keeps two bytes an element."""
+class _Dropout(torch.autograd.Function):
+    """Drops the elements whose level, one of 2^16, is among the lowest `dropped`.
+
+    Backward needs two bytes for each element.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, levels: torch.Tensor, gaps: int) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, levels: torch.Tensor, dropped: int) -> torch.Tensor:
         ctx.save_for_backward(levels)
-        ctx.gaps = gaps
-        return x * _factors(x, levels, gaps)
+        ctx.dropped = dropped
+        return x * _factors(x, levels, dropped)
 
     @staticmethod
-    def backward(ctx: Any, upon: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (levels,) = ctx.saved_tensors
-        return upon * _factors(upon, levels, ctx.gaps), None, None
+        return grad * _factors(grad, levels, ctx.dropped), None, None
 
 
-def _factors(x: torch.Tensor, levels: torch.Tensor, gaps: int) -> torch.Tensor:
+def _factors(x: torch.Tensor, levels: torch.Tensor, dropped: int) -> torch.Tensor:
     factors = torch.empty_like(x)
-    torch.ge(levels, torch.iinfo(torch.int16).min + gaps, out=factors)
-    return factors.mul_(LEVELS / (LEVELS - gaps))
+    torch.ge(levels, torch.iinfo(torch.int16).min + dropped, out=factors)
+    return factors.mul_(DROPOUT_LEVELS / (DROPOUT_LEVELS - dropped))

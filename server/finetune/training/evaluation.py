@@ -1,7 +1,7 @@
-"""How well a model does on examples it was not trained on; the base and the adapted one side by side.
+"""Evaluation on held-out examples: the base and the adapted model side by side.
 
-Nothing is generated: greedy decoding gives an answer exactly if each of its tokens is the likeliest after
-those before it, and that is seen in one pass.
+Nothing is generated. Greedy decoding gives an answer exactly if each of its tokens is the most likely after
+those before it, which one forward pass shows.
 """
 
 import math
@@ -12,31 +12,31 @@ from typing import Any
 import msgspec
 import torch
 
-from server.finetune.data.batching import packs, within
+from server.finetune.data.batching import first_examples, packed_examples
 from server.finetune.data.examples import Example
 from server.finetune.modeling.adapter_model import AdapterModel
-from server.finetune.modeling.batch_loss import NONE, Batch
+from server.finetune.modeling.batch_loss import NO_TARGET, Batch
 from server.finetune.training.observer import TrainingLog
 
-PACK_TOKENS = 1024  # of one forward pass, unless an example is longer
-MAX_LABELS = 16  # where there are more different answers, they are no classes
-LABEL_TOKENS = 30_000  # to find the likeliest label of as many examples as that is enough for
-SURE = 1.645  # standard errors; by chance alone, one adapter in 20 is further ahead
-MAX_LOG = 80.0  # a perplexity stays a number
+PACK_TOKENS = 1024  # in one forward pass, unless an example is longer
+MAX_LABELS = 16  # with more distinct answers the data is not a classification
+LABEL_TOKENS = 30_000  # budget for finding the most likely label of examples
+ONE_SIDED_95 = 1.645  # one-sided 95 % quantile of the normal distribution: chance exceeds it once in 20
+MAX_LOSS = 80.0  # nats; keeps the perplexity finite
 
 
 class EvalScores(msgspec.Struct, frozen=True):
-    """By example."""
+    """Sums over the targets of each example."""
 
     losses: list[float]  # sum of weight * loss in nats
     weights: list[float]
-    correct: list[int]  # targets that were the likeliest token
+    correct: list[int]  # targets that were the most likely token
     targets: list[int]
-    exact: list[bool]  # all of the last answer's were
+    exact: list[bool]  # whether all tokens of the last answer were
 
     @property
     def loss(self) -> float:
-        """Per target, by weight."""
+        """The mean over targets, by weight."""
         return math.fsum(self.losses) / math.fsum(self.weights)
 
     @property
@@ -46,14 +46,14 @@ class EvalScores(msgspec.Struct, frozen=True):
 
 @torch.no_grad()
 def score(model: AdapterModel, examples: Sequence[Example], *, adapted: bool = True) -> EvalScores:
-    """Dropout is off meanwhile, and no random number is drawn."""
-    was = model.training
+    """Evaluate the adapted model, or with `adapted=False` the base. No dropout, no random numbers."""
+    was_training = model.training
     model.eval()
     scores = EvalScores([], [], [], [], [])
-    for pack in packs(examples, PACK_TOKENS):
+    for pack in packed_examples(examples, PACK_TOKENS):
         batch = Batch.of(pack)
         output = model(batch, adapted=adapted)
-        weights = batch.weights[batch.targets != NONE].double()
+        weights = batch.weights[batch.targets != NO_TARGET].double()
         counts = output.sequences.bincount(minlength=len(pack)).tolist()
         losses = output.losses.cpu().double() * weights
         parts = zip(
@@ -68,7 +68,7 @@ def score(model: AdapterModel, examples: Sequence[Example], *, adapted: bool = T
             scores.correct.append(int(hits.sum()))
             scores.targets.append(len(hits))
             scores.exact.append(bool(hits[example.prompt_length - len(example.tokens) :].all()))
-    model.train(was)
+    model.train(was_training)
     return scores
 
 
@@ -76,49 +76,53 @@ def compare(
     model: AdapterModel,
     held_out: Sequence[Example],
     trained: Sequence[Example],
-    history: TrainingLog,
-    curve: int,
+    log: TrainingLog,
+    during_training: int,
 ) -> dict[str, Any]:
-    """The record of an evaluation, JSON. `history` evaluated the first `curve` of `held_out`."""
+    """The evaluation record of a job, as JSON objects.
+
+    During training, `log` evaluated the first `during_training` examples of `held_out`.
+    """
     base, adapter = (score(model, held_out, adapted=adapted) for adapted in (False, True))
-    labelled = [i for i, e in enumerate(held_out) if e.label is not None]
-    sides = {"base": _figures(base, labelled), "adapter": _figures(adapter, labelled)}
-    if answers := _answers(held_out, trained):
-        by_label = _by_label(model, [held_out[i] for i in labelled], answers)
+    with_label = [i for i, e in enumerate(held_out) if e.label is not None]
+    sides = {"base": _summary(base, with_label), "adapter": _summary(adapter, with_label)}
+    if answers := _label_tokens(held_out, trained):
+        by_label = _by_label(model, [held_out[i] for i in with_label], answers)
         for side in sides:
             right = sum(line[side] for line in by_label)
             sides[side]["label_accuracy"] = right / sum(line["examples"] for line in by_label)
     else:
         by_label = []
-    improvement, noise = _ahead(base, adapter)
+    improvement, noise = _improvement(base, adapter)
     return sides | {
         "examples": len(held_out),
         "targets": sum(base.targets),
         "improvement": improvement,
         "noise": noise,
-        "better": improvement > SURE * (noise or 0.0),
+        "better": improvement > ONE_SIDED_95 * (noise or 0.0),
         "labels": by_label,
-        "base_loss": math.fsum(base.losses[:curve]) / math.fsum(base.weights[:curve]),
-        "curve": history.curve(),
-        "best_step": history.best.step if history.best else history.step,
-        "last_step": history.step,
-        "overfitted": history.overfitted,
+        "base_loss": math.fsum(base.losses[:during_training]) / math.fsum(base.weights[:during_training]),
+        "curve": log.curve(),
+        "best_step": log.best.step if log.best else log.step,
+        "last_step": log.step,
+        "overfitted": log.overfitted,
     }
 
 
-def _figures(scores: EvalScores, labelled: Sequence[int]) -> dict[str, float]:
-    figures = {
+def _summary(scores: EvalScores, with_label: Sequence[int]) -> dict[str, float]:
+    """Metrics of one model; `with_label` are the indices of examples with a label."""
+    summary = {
         "loss": scores.loss,
-        "perplexity": math.exp(min(scores.loss, MAX_LOG)),
+        "perplexity": math.exp(min(scores.loss, MAX_LOSS)),
         "token_accuracy": scores.accuracy,
     }
-    if labelled:
-        figures["exact_match"] = sum(scores.exact[i] for i in labelled) / len(labelled)
-    return figures
+    if with_label:
+        summary["exact_match"] = sum(scores.exact[i] for i in with_label) / len(with_label)
+    return summary
 
 
-def _ahead(base: EvalScores, adapter: EvalScores) -> tuple[float, float | None]:
-    """By how much the adapter's loss is lower, and that figure's standard error over examples, if any."""
+def _improvement(base: EvalScores, adapter: EvalScores) -> tuple[float, float | None]:
+    """How much lower the adapter's mean loss is, and the standard error of that over examples, if n > 1."""
     gains = [b - a for b, a in zip(base.losses, adapter.losses, strict=True)]
     total, n = math.fsum(base.weights), len(gains)
     mean = math.fsum(gains) / total
@@ -128,8 +132,8 @@ def _ahead(base: EvalScores, adapter: EvalScores) -> tuple[float, float | None]:
     return mean, math.sqrt(spread * n / (n - 1)) / total
 
 
-def _answers(held_out: Sequence[Example], trained: Sequence[Example]) -> dict[str, list[int]]:
-    """The tokens of each label, if answers are labels: few different ones, of which each comes again."""
+def _label_tokens(held_out: Sequence[Example], trained: Sequence[Example]) -> dict[str, list[int]]:
+    """Label -> its tokens, if the data is a classification: few distinct answers that repeat; else empty."""
     counts: Counter[str] = Counter()
     answers: dict[str, list[int]] = {}
     for example in [*trained, *held_out]:
@@ -139,32 +143,34 @@ def _answers(held_out: Sequence[Example], trained: Sequence[Example]) -> dict[st
         answers.setdefault(example.label, example.tokens[example.prompt_length :])
         if len(answers) > MAX_LABELS:
             return {}
-    classes = len(answers) > 1 and counts.total() >= 3 * len(answers)
-    return answers if classes and any(e.label is not None for e in held_out) else {}
+    is_classification = len(answers) > 1 and counts.total() >= 3 * len(answers)
+    return answers if is_classification and any(e.label is not None for e in held_out) else {}
 
 
 def _by_label(
     model: AdapterModel, examples: Sequence[Example], answers: dict[str, list[int]]
 ) -> list[dict[str, Any]]:
-    """How many examples of each label have it as their likeliest."""
+    """For each label, how many of its examples have it as the most likely label."""
     labels = sorted(answers)
-    asked = within(examples, LABEL_TOKENS / len(labels))
-    tried = [_answered(example, answers[label]) for example in asked for label in labels]
-    found: dict[str, Counter[str]] = {"base": Counter(), "adapter": Counter()}
-    for side, right in found.items():
-        losses = score(model, tried, adapted=side == "adapter").losses
-        for i, example in enumerate(asked):
-            own = losses[i * len(labels) : (i + 1) * len(labels)]
-            right[str(example.label)] += labels[own.index(min(own))] == example.label
-    totals = Counter(example.label for example in asked)
+    chosen = first_examples(examples, LABEL_TOKENS / len(labels))
+    candidates = [_with_answer(example, answers[label]) for example in chosen for label in labels]
+    correct: dict[str, Counter[str]] = {"base": Counter(), "adapter": Counter()}
+    for side, counts in correct.items():
+        losses = score(model, candidates, adapted=side == "adapter").losses
+        for i, example in enumerate(chosen):
+            label_losses = losses[i * len(labels) : (i + 1) * len(labels)]
+            best = labels[label_losses.index(min(label_losses))]
+            counts[str(example.label)] += best == example.label
+    totals = Counter(example.label for example in chosen)
     return [
-        {"label": label, "examples": totals[label]} | {side: right[label] for side, right in found.items()}
+        {"label": label, "examples": totals[label]}
+        | {side: counts[label] for side, counts in correct.items()}
         for label in labels
         if totals[label]
     ]
 
 
-def _answered(example: Example, answer: list[int]) -> Example:
-    """The same question with this answer, which alone counts."""
+def _with_answer(example: Example, answer: list[int]) -> Example:
+    """The example's prompt with another answer, whose tokens are the only targets."""
     n = example.prompt_length
     return Example(example.tokens[:n] + answer, [0.0] * n + [1.0] * len(answer), n)

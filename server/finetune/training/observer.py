@@ -1,6 +1,6 @@
-"""Who looks on while a job trains, and steers it. No torch here.
+"""What a training reports: its callbacks (TrainingObserver) and its log of steps and evaluations. No torch.
 
-`run_task` calls these from the thread that trains, so whatever they do delays the next step.
+The training thread makes the callbacks, so their time delays the next step.
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,18 +9,16 @@ from typing import Any, Protocol
 
 import msgspec
 
-from server.finetune.jobs.job import Level, Wish
+from server.finetune.jobs.job import ControlSignal, Level
 
 
 class StepDone(msgspec.Struct, frozen=True):
-    """One update. `tokens` counts all tokens trained on so far, context included; `seconds` the time so far,
-    both over all attempts.
-    """
+    """One optimizer step. `tokens` (context included) and `seconds` are totals over all attempts so far."""
 
     step: int  # 1, 2, ...
     total: int
     loss: float
-    accuracy: float  # of the targets, the share that was the model's first choice
+    accuracy: float  # share of the targets that were the model's most likely token
     grad_norm: float  # before clipping
     learning_rate: float
     tokens: int
@@ -28,7 +26,7 @@ class StepDone(msgspec.Struct, frozen=True):
 
 
 class Evaluated(msgspec.Struct, frozen=True):
-    """How the adapter does on held-out examples after `step`."""
+    """The adapter's scores on held-out examples after `step`."""
 
     step: int
     loss: float
@@ -37,48 +35,54 @@ class Evaluated(msgspec.Struct, frozen=True):
 
 
 class TrainingObserver(Protocol):
-    def on_step(self, done: StepDone) -> Wish:
-        """What to do next. "pause" leaves a checkpoint, the others do not; then Stopped is raised."""
+    """The callbacks of a training."""
+
+    def on_step(self, done: StepDone) -> ControlSignal:
+        """Called after each step. On any signal but "go" training ends with Stopped, on "pause" with a
+        checkpoint.
+        """
 
     def on_evaluation(self, evaluated: Evaluated) -> None: ...
 
     def on_checkpoint(self, folder: Path, step: int, metrics: dict[str, float]) -> None:
-        """`folder` holds all that going on from `step` takes; it is removed once two newer ones are written.
+        """`folder` holds what resuming from `step` needs. It is deleted once two newer ones are written.
 
         `metrics` have OpenAI's names.
         """
 
     def on_event(self, level: Level, message: str) -> None:
-        """Something the tenant should know, in one sentence."""
+        """A message for the tenant, of one sentence."""
 
 
 class Stopped(Exception):
-    """The watcher wished it. After "pause" its last checkpoint is where to go on."""
+    """The observer stopped the training. After "pause" the last checkpoint is where to resume."""
 
-    def __init__(self, wish: Wish) -> None:
-        super().__init__(wish)
-        self.wish = wish
+    def __init__(self, signal: ControlSignal) -> None:
+        super().__init__(signal)
+        self.signal = signal
 
 
-RISE = 1.02  # of a loss on held-out examples; less is no rise
+OVERFIT_RATIO = 1.02  # a held-out loss has risen if it is above this times the best
 
 
 class TrainingLog(msgspec.Struct):
+    """All steps and evaluations of a training, in order, over all attempts."""
+
     steps: list[StepDone] = []
     evaluations: list[Evaluated] = []
 
     @classmethod
     def read(cls, log: Sequence[Mapping[str, Any]]) -> "TrainingLog":
-        """From what the trainer logged."""
-        history = cls()
+        """The log of a trainer_state.json."""
+        result = cls()
         for entry in log:
             if "eval_loss" in entry:
-                history.evaluate(entry["step"], entry["eval_loss"], entry["eval_accuracy"])
+                result.add_evaluation(entry["step"], entry["eval_loss"], entry["eval_accuracy"])
             elif "loss" in entry:
-                history.steps.append(msgspec.convert(dict(entry), StepDone))
-        return history
+                result.steps.append(msgspec.convert(dict(entry), StepDone))
+        return result
 
-    def evaluate(self, step: int, loss: float, accuracy: float) -> Evaluated:
+    def add_evaluation(self, step: int, loss: float, accuracy: float) -> Evaluated:
         best = self.best is None or loss < self.best.loss
         self.evaluations.append(done := Evaluated(step, loss, accuracy, best))
         return done
@@ -88,8 +92,8 @@ class TrainingLog(msgspec.Struct):
         return next((e for e in reversed(self.evaluations) if e.best), None)
 
     @property
-    def worse(self) -> int:
-        """Evaluations since the best one."""
+    def evaluations_since_best(self) -> int:
+        """Number of evaluations since the best one."""
         return next((i for i, e in enumerate(reversed(self.evaluations)) if e.best), 0)
 
     @property
@@ -106,18 +110,18 @@ class TrainingLog(msgspec.Struct):
 
     @property
     def overfitted(self) -> bool:
-        """Whether the loss on held-out examples rose while that on the training data went on falling."""
-        if self.best is None or self.evaluations[-1].loss <= RISE * self.best.loss:
+        """Whether the held-out loss rose while the training loss went on falling."""
+        if self.best is None or self.evaluations[-1].loss <= OVERFIT_RATIO * self.best.loss:
             return False
         points = {point["step"]: point["train_loss"] for point in self.curve()}
         return points[self.evaluations[-1].step] < points[self.best.step]
 
     def curve(self) -> list[dict[str, float]]:
-        """Of each evaluation, its loss beside the mean loss of the steps since the one before."""
-        points, after = [], 0
+        """For each evaluation, its loss and the mean training loss since the evaluation before."""
+        points, last = [], 0
         for e in self.evaluations:
-            losses = [s.loss for s in self.steps if after < s.step <= e.step]
+            losses = [s.loss for s in self.steps if last < s.step <= e.step]
             train = sum(losses) / len(losses) if losses else e.loss
             points.append({"step": e.step, "train_loss": train, "valid_loss": e.loss})
-            after = e.step
+            last = e.step
         return points

@@ -1,4 +1,4 @@
-"""A training as files: its figures by step as CSV, with OpenAI's columns, and its losses as a picture."""
+"""The result files of a training: metrics by step as CSV, with OpenAI's columns, and a plot of its losses."""
 
 import csv
 from pathlib import Path
@@ -7,40 +7,40 @@ from typing import Any
 from server.finetune.training.observer import TrainingLog
 
 COLUMNS = ("step", "train_loss", "train_accuracy", "valid_loss", "valid_mean_token_accuracy")
-LOGARITHMIC = 10  # times the best loss: where the axis reaches further, it is logarithmic
+LOG_SCALE_RATIO = 10  # the axis is logarithmic if it reaches above this times the best loss
 MAX_POINTS = 400  # of the drawn training curve; more would be a band, not a line
 
 
-def write_metrics(history: TrainingLog, path: Path) -> None:
-    """One line a step; the last two columns are empty where nothing was evaluated."""
-    evaluations = {e.step: (f"{e.loss:.6f}", f"{e.accuracy:.6f}") for e in history.evaluations}
+def write_metrics(log: TrainingLog, path: Path) -> None:
+    """One line for each step; the last two columns are empty for steps without an evaluation."""
+    evaluations = {e.step: (f"{e.loss:.6f}", f"{e.accuracy:.6f}") for e in log.evaluations}
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(COLUMNS)
-        for s in history.steps:
+        for s in log.steps:
             valid = evaluations.get(s.step, ("", ""))
             writer.writerow([s.step, f"{s.loss:.6f}", f"{s.accuracy:.6f}", *valid])
 
 
-def draw_losses(history: TrainingLog, path: Path, *, base_loss: float | None = None) -> None:
-    """PNG: loss on the training data by step, on held-out examples, and that of the base there."""
-    from matplotlib.figure import Figure  # takes half a second, which only who draws should pay
+def draw_losses(log: TrainingLog, path: Path, *, base_loss: float | None = None) -> None:
+    """A PNG of the training loss and the held-out loss by step, and the base's held-out loss."""
+    from matplotlib.figure import Figure  # takes half a second to import
     from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(7.5, 4.5), layout="constrained")
     axes = figure.subplots()
-    steps = [s.step for s in history.steps]
-    losses = [s.loss for s in history.steps]
+    steps = [s.step for s in log.steps]
+    losses = [s.loss for s in log.steps]
     axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.8)
     width = max(1, len(steps) // 15)
     smooth = _means(steps, losses, width)
     label = f"training, mean of {width} steps" if width > 1 else "training"
     axes.plot(*smooth, color="tab:blue", label=label)
-    held_out = [e.loss for e in history.evaluations]
+    held_out = [e.loss for e in log.evaluations]
     if held_out:
-        points = ([e.step for e in history.evaluations], held_out)
+        points = ([e.step for e in log.evaluations], held_out)
         axes.plot(*points, color="tab:orange", marker="o", markersize=4, label="held out")
-    if best := history.best:
+    if best := log.best:
         kept = f"best: {best.loss:.3g} at step {best.step}"
         axes.plot(best.step, best.loss, "*", color="tab:red", markersize=13, label=kept)
     if base_loss is not None:
@@ -55,27 +55,27 @@ def draw_losses(history: TrainingLog, path: Path, *, base_loss: float | None = N
 
 
 def _scale(axes: Any, drawn: list[float], held_out: list[float]) -> None:
-    """High enough for all but single steps; by powers where the best would lie flat on the ground."""
+    """Set the y axis: up to the highest smoothed loss, logarithmic if the best would be near its bottom."""
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     top = 1.1 * max(drawn, default=1.0)
     best = min(held_out, default=0.0)
-    if not 0 < best < top / LOGARITHMIC:
+    if not 0 < best < top / LOG_SCALE_RATIO:
         axes.set_ylim(0, top)
         return
     axes.set_yscale("log")
-    axes.set_ylim(best / 3, top)  # single batches may be far lower, and say little
+    axes.set_ylim(best / 3, top)  # the losses of single batches may be far lower
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _means(steps: list[int], losses: list[float], width: int) -> tuple[list[int], list[float]]:
-    """The mean of the last `width` losses at every step, thinned to MAX_POINTS."""
-    ahead = [0.0]
+    """The moving average over `width` losses, at MAX_POINTS of the steps at most."""
+    sums = [0.0]  # sums[i] is that of the first i losses
     for loss in losses:
-        ahead.append(ahead[-1] + loss)
+        sums.append(sums[-1] + loss)
     stride = max(1, len(steps) // MAX_POINTS)
     shown = range(len(steps) - 1, -1, -stride)[::-1]
-    means = [(ahead[i + 1] - ahead[max(0, i + 1 - width)]) / min(i + 1, width) for i in shown]
+    means = [(sums[i + 1] - sums[max(0, i + 1 - width)]) / min(i + 1, width) for i in shown]
     return [steps[i] for i in shown], means

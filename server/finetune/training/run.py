@@ -1,4 +1,6 @@
-"""One training from files to files, in this process: no Valkey, no network. Same files, same result."""
+"""One training, from data files to an adapter and its reports. No Valkey, no network; the result is
+reproducible.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,12 +23,12 @@ from server.finetune.training.trainer import AdapterTrainer
 
 
 class TrainingOutput(msgspec.Struct, frozen=True):
-    """What a finished training leaves in its work folder."""
+    """What a finished training has written to its work folder."""
 
-    adapter: Path  # a folder with the config and the safetensors file, as an upload would bring them
+    adapter: Path  # a folder with the config and the safetensors file, as in an upload
     metrics: Path  # CSV
     plot: Path  # PNG
-    evaluation: dict[str, Any] | None  # evaluate.compare's record; None if nothing was held out
+    evaluation: dict[str, Any] | None  # the evaluation of evaluation.compare; None if nothing was held out
     better: bool | None
     trained_tokens: int
     steps: int
@@ -38,18 +40,18 @@ def run_training(
     training: Path,
     validation: Path | None,
     work: Path,
-    watcher: TrainingObserver,
+    observer: TrainingObserver,
     resume_from: Path | None = None,
     *,
     base_id: str,
     device: torch.device | None = None,
     threads: int | None = None,
 ) -> TrainingOutput:
-    """Train what `recipe` says on JSONL files that were checked before; all that is written lies in `work`.
+    """Train by `recipe` on JSONL files that were checked before; all output goes to the folder `work`.
 
-    `resume_from` is a folder that the watcher got from `on_checkpoint`. `threads` of torch's: None leaves
-    them as they are; more than there are cores makes everybody slow (kernels/openmp.py). Raises Stopped when
-    the watcher wishes it, NonFinite when training diverges, InvalidField and InvalidAdapter.
+    `resume_from` is a folder that the observer got from `on_checkpoint`. `threads` is torch's number of
+    threads; None leaves it. More threads than cores slow down all processes (kernels/cpu/openmp.py). Raises
+    Stopped when the observer stops the training, NonFinite when it diverges, InvalidField and InvalidAdapter.
     """
     if threads:
         torch.set_num_threads(threads)
@@ -58,30 +60,30 @@ def run_training(
     model = AdapterModel(
         base, base_id, recipe, init_text=_init_text(recipe, examples, tokenizer), device=device
     )
-    trainer = AdapterTrainer(model, recipe, examples, held_out, work / "checkpoints", watcher)
-    history = trainer.fit(resume_from)
-    record = None
+    trainer = AdapterTrainer(model, recipe, examples, held_out, work / "checkpoints", observer)
+    log = trainer.fit(resume_from)
+    evaluation = None
     if final := trainer.plan.final:
-        record = compare(model, final, examples, history, len(trainer.plan.examples))
+        evaluation = compare(model, final, examples, log, len(trainer.plan.examples))
     result = TrainingOutput(
         adapter=work / "adapter",
         metrics=work / "metrics.csv",
         plot=work / "losses.png",
-        evaluation=record,
-        better=record["better"] if record else None,
-        trained_tokens=history.tokens,
-        steps=history.step,
+        evaluation=evaluation,
+        better=evaluation["better"] if evaluation else None,
+        trained_tokens=log.tokens,
+        steps=log.step,
     )
     model.save(result.adapter)
-    write_metrics(history, result.metrics)
-    draw_losses(history, result.plot, base_loss=record["base_loss"] if record else None)
+    write_metrics(log, result.metrics)
+    draw_losses(log, result.plot, base_loss=evaluation["base_loss"] if evaluation else None)
     return result
 
 
 def _examples(
     recipe: Recipe, training: Path, validation: Path | None, tokenizer: Tokenizer
 ) -> tuple[list[Example], list[Example]]:
-    """To train on, and held out."""
+    """(training examples, held-out examples). Raises InvalidField if none is left to train on."""
     examples = load(training, tokenizer, recipe.max_tokens)
     if validation:
         held_out = load(validation, tokenizer, recipe.max_tokens, param="validation_file")
@@ -93,7 +95,7 @@ def _examples(
 
 
 def _init_text(recipe: Recipe, examples: Sequence[Example], tokenizer: Tokenizer) -> list[int]:
-    """What virtual tokens start as: the recipe's own text, or what the training data begin with."""
+    """The tokens that initialise virtual tokens: the recipe's text, or the start of the training data."""
     if not isinstance(recipe.peft, PrefixRecipe | PromptRecipe):
         return []
     if recipe.peft.init_text:
@@ -101,6 +103,6 @@ def _init_text(recipe: Recipe, examples: Sequence[Example], tokenizer: Tokenizer
     tokens: list[int] = []
     for example in examples:
         tokens += example.tokens
-        if len(tokens) >= recipe.virtual:
+        if len(tokens) >= recipe.num_virtual_tokens:
             break
     return tokens

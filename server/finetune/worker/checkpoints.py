@@ -1,7 +1,7 @@
-"""A job's checkpoints: a folder that the trainer wrote, as objects; the record that names them comes last.
+"""A job's checkpoints in the object store: files first, then the record in Valkey that names them.
 
-A checkpoint without its record does not exist, and only who holds the job's lease can write one. The newest
-KEPT keep their files; of the others the record stays, with what was measured there.
+A checkpoint exists once its record does, and only the holder of the job's lease can write a record. The
+newest MAX_KEPT checkpoints keep their files; older ones are pruned to the record with its metrics.
 """
 
 import logging
@@ -16,15 +16,15 @@ from server.errors import CorruptObject, NotFound
 from server.finetune.jobs.job import Checkpoint, Job, StoredFile, checkpoint_prefix
 from server.finetune.jobs.leases import Leases
 
-KEPT = 2  # the one before the newest is there in case that one cannot be read
+MAX_KEPT = 2  # the second newest is a spare, in case the newest cannot be read
 
 log = logging.getLogger(__name__)
 
 
 async def store_files(objects: Objects, paths: Iterable[Path], prefix: str) -> list[StoredFile]:
-    """Each file, and those in each folder, as objects under `prefix`, by their own names. Raises StoreError.
+    """Store files, and the files of folders, as objects under `prefix` by their names. Idempotent.
 
-    Once more does no harm.
+    Raises StoreError.
     """
     stored = []
     for path in _files(paths):
@@ -47,21 +47,21 @@ class Checkpoints:
         self._job = job
 
     async def save(self, folder: Path, step: int, metrics: dict[str, float]) -> bool:
-        """Keep what is in `folder`. False if the lease is lost: then nothing is left to do for the job."""
+        """Store the files of `folder` as the checkpoint of `step`. False if the lease is lost."""
         prefix = checkpoint_prefix(self._job, step, self._job.fence)
         files = await store_files(self._objects, [folder], prefix)
-        made = Checkpoint(created=int(time.time()), step=step, metrics=metrics, files=files)
-        return await self._leases.checkpoint(self._job.id, self._job.fence, made)
+        checkpoint = Checkpoint(created=int(time.time()), step=step, metrics=metrics, files=files)
+        return await self._leases.checkpoint(self._job.id, self._job.fence, checkpoint)
 
-    async def prune(self, kept: int = KEPT) -> None:
-        """Remove the files of all but the newest ones."""
+    async def prune(self, kept: int = MAX_KEPT) -> None:
+        """Delete the files of all but the newest `kept` checkpoints."""
         for old in (await self._with_files())[kept:]:
-            await self._strip(old)
+            await self._delete_files(old)
 
     async def restore(self, parent: Path) -> Path | None:
-        """The newest checkpoint that is there and whole, as a folder checkpoint-STEP; None without any.
+        """Download the newest undamaged checkpoint to the folder parent/checkpoint-STEP; None without any.
 
-        Raises CorruptObject when one is there and none is whole.
+        Raises CorruptObject if there are checkpoints and all of them are damaged.
         """
         failure: CorruptObject | None = None
         damaged = []
@@ -70,25 +70,26 @@ class Checkpoints:
             try:
                 for file in checkpoint.files:
                     await self._objects.download(file.key, folder / file.name, file.sha256)
-            except (NotFound, CorruptObject) as error:  # a store that is slow or away says nothing of it
+            except (NotFound, CorruptObject) as error:  # a StoreError is no evidence of damage
                 log.warning("Job %s: checkpoint %d: %s", self._job.id, checkpoint.step, error.message)
                 failure = error if isinstance(error, CorruptObject) else failure
                 damaged.append(checkpoint)
             else:
-                for other in damaged:
-                    await self._strip(other)
+                for newer in damaged:
+                    await self._delete_files(newer)
                 return folder
         if failure:
             raise failure
         return None
 
-    async def _strip(self, checkpoint: Checkpoint) -> None:
-        """Remove its files, and before that their names from its record."""
-        bare = msgspec.structs.replace(checkpoint, files=[])
-        if await self._leases.checkpoint(self._job.id, self._job.fence, bare):
+    async def _delete_files(self, checkpoint: Checkpoint) -> None:
+        """Remove the file names from the checkpoint's record, then the files."""
+        pruned = msgspec.structs.replace(checkpoint, files=[])
+        if await self._leases.checkpoint(self._job.id, self._job.fence, pruned):
             for file in checkpoint.files:
                 await self._objects.delete(file.key)
 
     async def _with_files(self) -> list[Checkpoint]:
-        """Those one can go on from, the newest first."""
-        return [found for found in await self._leases.checkpoints(self._job.id) if found.files]
+        """The checkpoints that are not pruned, the newest first."""
+        checkpoints = await self._leases.checkpoints(self._job.id)
+        return [checkpoint for checkpoint in checkpoints if checkpoint.files]

@@ -1,4 +1,4 @@
-"""How a job can fail for other reasons than its data, in words for its tenant: no path, no traceback."""
+"""Job errors for causes other than the job's data, worded for the tenant: no path, no traceback."""
 
 import signal
 
@@ -12,7 +12,9 @@ OUT_OF_MEMORY = JobError(
 DISK_FULL = JobError(
     "insufficient_storage", "The training's worker has no room left; the job is tried again."
 )
-LATE_STORES = JobError("store_unavailable", "The stores did not answer for too long; the job is tried again.")
+STORES_UNAVAILABLE = JobError(
+    "store_unavailable", "The stores did not answer for too long; the job is tried again."
+)
 
 
 def too_long(seconds: int) -> JobError:
@@ -24,17 +26,20 @@ def too_large(limit: int) -> JobError:
 
 
 def refused(error: PolypeftError) -> JobError:
-    """What was refused, in its own words."""
+    """A refusal as a job error, with its own code and message."""
     return JobError(error.code, error.message, error.param)
 
 
 def crashed(status: int, out_of_memory: bool) -> JobError:
-    """`status` is the process's, as subprocess has it; `out_of_memory`: the kernel killed somebody for it."""
+    """The error of a training process that died.
+
+    `status` is its exit status as subprocess has it; `out_of_memory`: the kernel's OOM killer was active.
+    """
     if status == -signal.SIGKILL and out_of_memory:
         return OUT_OF_MEMORY
-    return JobError("worker_crashed", f"The training process {ending(status)} before it was done.")
+    return JobError("worker_crashed", f"The training process {describe_exit(status)} before it was done.")
 
 
-def ending(status: int) -> str:
-    """In a log or a message: "ended with status 1", "was ended by SIGKILL"."""
+def describe_exit(status: int) -> str:
+    """An exit status in words: "ended with status 1", "was ended by SIGKILL"."""
     return f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"

@@ -1,6 +1,6 @@
-"""What a worker has done, for its own /metrics and for everybody's (see `figures`).
+"""A worker's metrics: for its own /metrics, and as reports to Valkey for the API's (see jobs/stats.py).
 
-The process that trains leaves its figures in a file of its work folder; the worker reads them there.
+A training process writes its counters to a file in its work folder, where the worker reads them.
 """
 
 import threading
@@ -15,13 +15,13 @@ from prometheus_client import CollectorRegistry, Metric, start_http_server
 
 from server.build_info import build
 from server.errors import StartupError
-from server.finetune.worker.store_calls import Calls, StoreCalls, added, read, shown
+from server.finetune.worker.store_calls import Calls, StoreCalls, merge_calls, metric_values, read_calls
 from server.memory import resident_bytes
 from server.metrics.names import FLEET, ON_WORKER, OUTCOMES, SHARED, WORKER
 from server.metrics.render import Values, metrics_of
 
-FILE = "figures.json"  # in an attempt's work folder
-SHOWN = {
+COUNTERS_FILE = "figures.json"  # in an attempt's work folder
+COUNTER_OF_METRIC = {  # metric of server/metrics/names.py -> field of AttemptCounters
     "worker_tokens": "training_tokens",
     "worker_steps": "training_steps",
     "worker_checkpoints": "checkpoints",
@@ -30,111 +30,118 @@ SHOWN = {
 
 
 class AttemptCounters(msgspec.Struct):
-    """What one attempt has done so far."""
+    """What one attempt has trained so far."""
 
     training_tokens: int = 0
     training_steps: int = 0
     checkpoints: int = 0
     checkpoint_bytes: int = 0
-    loss: float | None = None
+    loss: float | None = None  # of the last update
 
     def write(self, folder: Path) -> None:
-        draft = folder / f".{FILE}"
+        """Write the counters where the worker of the process that works in `folder` reads them."""
+        draft = folder / f".{COUNTERS_FILE}"
         with suppress(OSError):  # a full disk: the training goes on, and the next step writes it all again
             draft.write_bytes(msgspec.json.encode(self))
-            draft.replace(folder / FILE)
+            draft.replace(folder / COUNTERS_FILE)
 
 
 class WorkerMetrics:
-    """A worker's. One thread works, one sweeps and tells, one shows; what they share is under the lock."""
+    """One worker's metrics. Three threads use them: the one that runs jobs, the one that reports, and the
+    HTTP server's; what they share is under the lock.
+    """
 
     def __init__(self, model: str) -> None:
-        self.counts: Counter[str] = Counter()  # of attempts that are over
-        self.outcomes: Counter[str] = Counter()
-        self.beat_failures = 0
+        self.counts: Counter[str] = Counter()  # of ended attempts
+        self.outcomes: Counter[str] = Counter()  # ended attempts by outcome
+        self.heartbeat_failures = 0
         self.loss: float | None = None  # of the last update
-        self.store = StoreCalls()  # the worker's own
-        self.heard: float | None = None  # time.monotonic() of the job's last heartbeat; None: no job
+        self.store = StoreCalls()  # of the worker process itself
+        self.last_heartbeat: float | None = None  # time.monotonic(); None: no job
         self._lock = threading.RLock()
         self._model = model
-        self._folder: Path | None = None
-        self._stored: Calls = {}  # by attempts that are over
-        self._told: Counter[str] = Counter()
+        self._folder: Path | None = None  # of the running attempt
+        self._store_calls: Calls = {}  # of ended attempts
+        self._reported: Counter[str] = Counter()
 
     @property
     def busy(self) -> bool:
         return self._folder is not None
 
     def begin(self, folder: Path) -> None:
-        """An attempt whose process works in `folder`."""
-        self._folder, self.heard = folder, time.monotonic()
+        """An attempt starts, whose process works in `folder`."""
+        self._folder, self.last_heartbeat = folder, time.monotonic()
 
     def end(self, outcome: str) -> None:
+        """The attempt has ended, with one of OUTCOMES."""
         with self._lock:
-            done = self.trained()
-            self.counts.update({key: getattr(done, key) for key in SHOWN.values()})
-            self._stored = self._of_attempts()
-            self._folder = self.heard = None
+            done = self.current()
+            self.counts.update({key: getattr(done, key) for key in COUNTER_OF_METRIC.values()})
+            self._store_calls = self._attempts_store_calls()
+            self._folder = self.last_heartbeat = None
             self.outcomes[outcome] += 1
 
-    def beat(self, *, heard: bool) -> None:
-        if heard:
-            self.heard = time.monotonic()
+    def heartbeat(self, *, answered: bool) -> None:
+        """A heartbeat was sent, and Valkey has answered or not."""
+        if answered:
+            self.last_heartbeat = time.monotonic()
         else:
-            self.beat_failures += 1
+            self.heartbeat_failures += 1
 
-    def trained(self) -> AttemptCounters:
-        """By the attempt under way."""
+    def current(self) -> AttemptCounters:
+        """The counters of the running attempt; all 0 without one."""
         with self._lock:
             if self._folder is None:
                 return AttemptCounters()
             try:
-                found = msgspec.json.decode((self._folder / FILE).read_bytes(), type=AttemptCounters)
-            except FileNotFoundError:  # its first step is still to come
+                counters = msgspec.json.decode(
+                    (self._folder / COUNTERS_FILE).read_bytes(), type=AttemptCounters
+                )
+            except FileNotFoundError:  # before its first step
                 return AttemptCounters()
-            self.loss = found.loss
-            return found
+            self.loss = counters.loss
+            return counters
 
-    def _of_attempts(self) -> Calls:
-        """Calls of the store by all processes that trained."""
+    def _attempts_store_calls(self) -> Calls:
+        """Store calls of all training processes of this worker."""
         with self._lock:
-            return added(self._stored, read(self._folder) if self._folder else {})
+            return merge_calls(self._store_calls, read_calls(self._folder) if self._folder else {})
 
     def totals(self) -> Counter[str]:
-        """All this worker has done."""
+        """The counters of all attempts, the running one included."""
         with self._lock:
-            done = self.trained()
-            return self.counts + Counter({key: getattr(done, key) for key in SHOWN.values()})
+            done = self.current()
+            return self.counts + Counter({key: getattr(done, key) for key in COUNTER_OF_METRIC.values()})
 
-    def news(self) -> dict[str, int]:
-        """What has been counted and not told; `told` it once it has been."""
+    def unreported(self) -> dict[str, int]:
+        """Increments since the last report; pass them to `mark_reported` once they are reported."""
         with self._lock:
             ended = Counter({f"attempts:{how}": n for how, n in self.outcomes.items()})
-            return dict(self.totals() + ended - self._told)
+            return dict(self.totals() + ended - self._reported)
 
-    def told(self, news: dict[str, int]) -> None:
-        self._told.update(news)
+    def mark_reported(self, increments: dict[str, int]) -> None:
+        self._reported.update(increments)
 
     def collect(self) -> Iterator[Metric]:
-        """For prometheus_client."""
-        totals, loss, heard = self.totals(), self.loss, self.heard
-        values: Values = {key: [((), totals[name])] for key, name in SHOWN.items()}
+        """prometheus_client's interface of a collector."""
+        totals, loss, last_heartbeat = self.totals(), self.loss, self.last_heartbeat
+        values: Values = {key: [((), totals[name])] for key, name in COUNTER_OF_METRIC.items()}
         values |= {
             "worker_busy": [((), self.busy)],
             "worker_attempts": [((how,), self.outcomes[how]) for how in OUTCOMES],
-            "worker_silence": [((), 0.0 if heard is None else time.monotonic() - heard)],
-            "worker_beat_failures": [((), self.beat_failures)],
+            "worker_silence": [((), 0.0 if last_heartbeat is None else time.monotonic() - last_heartbeat)],
+            "worker_beat_failures": [((), self.heartbeat_failures)],
             "memory": [(("worker",), resident_bytes())],
             "build_info": [(build(self._model), 1)],
         }
         if loss is not None:
             values["worker_loss"] = [((), loss)]
-        errors, seconds = shown(added(self._of_attempts(), self.store.calls()))
+        errors, seconds = metric_values(merge_calls(self._attempts_store_calls(), self.store.calls()))
         families = {key: family for key, family in {**WORKER, **SHARED, **FLEET}.items() if key in ON_WORKER}
         yield from metrics_of(families, (), values | errors, seconds)
 
     def serve(self, host: str, port: int) -> None:
-        """Show it on a thread of its own, for as long as the process lives. Raises StartupError."""
+        """Serve /metrics on a thread of its own until the process ends. Raises StartupError."""
         registry = CollectorRegistry()
         registry.register(self)
         try:

@@ -1,7 +1,7 @@
-"""The Watcher of a real job: what training says becomes events, progress and checkpoints, under the fence.
+"""A job's TrainingObserver: it records events, progress and checkpoints in Valkey, under the job's fence.
 
-The thread that trains waits for checkpoints only. Everything else is sent about once a second by a task on
-the portal's event loop; while Valkey is away it gathers here, and the oldest of too much is dropped.
+The training thread waits only for checkpoints. A task on the portal's event loop sends everything else about
+once a second. During an outage of Valkey events are buffered here; above MAX_UNSENT the oldest are dropped.
 """
 
 import logging
@@ -9,13 +9,12 @@ import time
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
 
 import anyio
 from anyio.from_thread import BlockingPortal
 
 from server.errors import StoreError
-from server.finetune.jobs.job import Job, Level, Progress, Wish
+from server.finetune.jobs.job import ControlSignal, Job, Level, Progress, new_event
 from server.finetune.jobs.leases import Leases
 from server.finetune.training.observer import Evaluated, StepDone
 from server.finetune.worker.checkpoints import Checkpoints
@@ -24,17 +23,10 @@ from server.finetune.worker.retry import retry_on_outage
 from server.finetune.worker.work_dirs import bytes_in
 
 SEND_SECONDS = 1.0
-OUTAGE_SECONDS = 600.0  # of a store: so long a checkpoint is tried, then the attempt is over
+OUTAGE_SECONDS = 600.0  # of a store: after retrying a checkpoint for so long, the attempt fails
 MAX_UNSENT = 2000
 
 log = logging.getLogger(__name__)
-
-
-class _Event(NamedTuple):
-    level: Level
-    message: str
-    type: Literal["message", "metrics"] = "message"
-    data: dict[str, Any] | None = None
 
 
 class Reporter:
@@ -47,24 +39,25 @@ class Reporter:
         stopping: Callable[[], bool],
         folder: Path,
     ) -> None:
-        """What is trained is noted in `folder`, where the worker reads it."""
+        """Counters are written to `folder`, where the worker reads them (see metrics.py)."""
         self._portal = portal
         self._leases = leases
         self._checkpoints = checkpoints
         self._job = job
         self._stopping = stopping
         self._folder = folder
-        self._trained = AttemptCounters()
-        self._tokens: int | None = None  # of all attempts, before the step under way
-        self._wish: Wish = "go"
-        self._unsent: deque[_Event] = deque(maxlen=MAX_UNSENT)
+        self._counters = AttemptCounters()
+        self._tokens: int | None = None  # trained by all attempts up to the last step; None before the first
+        self._signal: ControlSignal = "go"  # of the last heartbeat
+        self._unsent: deque[bytes] = deque(maxlen=MAX_UNSENT)
         self._progress: Progress | None = None
         self._closing = anyio.Event()
 
-    # from the thread that trains
+    # called on the training thread
 
-    def on_step(self, done: StepDone) -> Wish:
-        self._note(done)
+    def on_step(self, done: StepDone) -> ControlSignal:
+        """Queue the step's event and progress; the newest control signal, or "pause" if the worker stops."""
+        self._count(done)
         self._progress = Progress(
             step=done.step,
             total_steps=done.total,
@@ -82,19 +75,21 @@ class Reporter:
             "seconds": done.seconds,
         }
         message = f"Step {done.step}/{done.total}: training loss={done.loss:.4f}"
-        self._unsent.append(_Event("info", message, "metrics", metrics))
-        if self._stopping() and self._wish == "go":
+        self._unsent.append(new_event("info", message, "metrics", metrics))
+        if self._stopping() and self._signal == "go":
             return "pause"
-        return self._wish
+        return self._signal
 
-    def _note(self, done: StepDone) -> None:
-        if self._tokens is None:  # of an earlier attempt's tokens nothing is known but their mean
+    def _count(self, done: StepDone) -> None:
+        if (
+            self._tokens is None
+        ):  # the total includes earlier attempts: take this step's share of it as the mean
             self._tokens = done.tokens - done.tokens // done.step
-        self._trained.training_tokens += done.tokens - self._tokens
-        self._trained.training_steps += 1
-        self._trained.loss = done.loss
+        self._counters.training_tokens += done.tokens - self._tokens
+        self._counters.training_steps += 1
+        self._counters.loss = done.loss
         self._tokens = done.tokens
-        self._trained.write(self._folder)
+        self._counters.write(self._folder)
 
     def on_evaluation(self, evaluated: Evaluated) -> None:
         metrics = {
@@ -105,22 +100,22 @@ class Reporter:
         }
         best = ", the best so far" if evaluated.best else ""
         message = f"Step {evaluated.step}: validation loss={evaluated.loss:.4f}{best}"
-        self._unsent.append(_Event("info", message, "metrics", metrics))
+        self._unsent.append(new_event("info", message, "metrics", metrics))
 
     def on_checkpoint(self, folder: Path, step: int, metrics: dict[str, float]) -> None:
         """Raises StoreError after OUTAGE_SECONDS."""
         self._portal.call(self._save, folder, step, metrics)
 
     def on_event(self, level: Level, message: str) -> None:
-        self._unsent.append(_Event(level, message))
+        self._unsent.append(new_event(level, message))
 
     def close(self) -> None:
         self._portal.call(self._closing.set)
 
-    # on the event loop
+    # runs on the event loop
 
     async def report(self) -> None:
-        """Returns after `close`, when all is written. Raises StoreError if it cannot be."""
+        """Send until `close`, then the rest. Raises StoreError if that fails for OUTAGE_SECONDS."""
         while not self._closing.is_set():
             try:
                 await self._send()
@@ -135,27 +130,25 @@ class Reporter:
         while self._unsent:
             event = self._unsent.popleft()
             try:
-                await self._leases.event(
-                    id_, fence, event.level, event.message, type=event.type, data=event.data
-                )
+                await self._leases.add_event(id_, fence, event)
             except StoreError:
                 self._unsent.appendleft(event)
                 raise
         progress, self._progress = self._progress, None
         if progress:
-            self._wish = await self._leases.beat(id_, fence, progress)
+            self._signal = await self._leases.heartbeat(id_, fence, progress)
 
     async def _save(self, folder: Path, step: int, metrics: dict[str, float]) -> None:
         async def save() -> bool:
-            self._wish = await self._leases.beat(self._job.id, self._job.fence)
-            wanted = self._wish not in ("cancel", "lost")
-            return wanted and await self._checkpoints.save(folder, step, metrics)
+            self._signal = await self._leases.heartbeat(self._job.id, self._job.fence)
+            has_job = self._signal not in ("cancel", "lost")
+            return has_job and await self._checkpoints.save(folder, step, metrics)
 
         if not await retry_on_outage(save, OUTAGE_SECONDS):
-            self._wish = self._wish if self._wish == "cancel" else "lost"
+            self._signal = self._signal if self._signal == "cancel" else "lost"
             return
-        self._trained.checkpoints += 1
-        self._trained.checkpoint_bytes += bytes_in(folder)
-        self._unsent.append(_Event("info", f"Checkpoint created at step {step}"))
+        self._counters.checkpoints += 1
+        self._counters.checkpoint_bytes += bytes_in(folder)
+        self._unsent.append(new_event("info", f"Checkpoint created at step {step}"))
         log.info("Job %s: checkpoint %d", self._job.id, step)
         await retry_on_outage(self._checkpoints.prune, OUTAGE_SECONDS)

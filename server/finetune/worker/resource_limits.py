@@ -1,6 +1,6 @@
-"""What keeps a training process from harming what runs beside it: low priority, and limits of the kernel's.
+"""Low priority and resource limits for a training process, so that it does not disturb the server beside it.
 
-Called once, by that process, before it loads anything.
+The process calls these functions once, before it loads anything.
 """
 
 import logging
@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 
 def yield_to_others() -> None:
-    """Compute only when nobody else wants to. What a platform lacks or forbids is left out."""
+    """Give this process the lowest priority. Calls that the platform lacks or forbids are skipped."""
     with suppress(OSError):
         os.nice(NICE)
     if sys.platform == "linux":
@@ -27,15 +27,18 @@ def yield_to_others() -> None:
 
 
 def limit_resources(file_bytes: int, memory_bytes: int | None) -> None:
-    """`file_bytes`: the largest file; None for memory, which CUDA reserves without using it: no limit."""
-    _limit(resource.RLIMIT_CORE, 0)  # a dump would hold a tenant's text
+    """Limit the size of a file and the private memory of this process; no core dumps.
+
+    `memory_bytes` is None on a GPU: CUDA reserves address space that it does not use.
+    """
+    _limit(resource.RLIMIT_CORE, 0)  # a core dump would contain a tenant's text
     _limit(resource.RLIMIT_FSIZE, file_bytes)
     if memory_bytes is not None and sys.platform == "linux":
-        _limit(resource.RLIMIT_DATA, memory_bytes)  # private memory: the base's mapped weights do not count
+        _limit(resource.RLIMIT_DATA, memory_bytes)  # the base's mapped weights do not count
 
 
 def oom_kills() -> int:
-    """How often this machine's kernel has killed for want of memory; 0 where it does not say."""
+    """How many processes this machine's kernel has killed for lack of memory; 0 where it does not count."""
     with suppress(OSError, ValueError, StopIteration):
         lines = Path("/proc/vmstat").read_text().splitlines()
         return int(next(line for line in lines if line.startswith("oom_kill ")).split()[1])
@@ -44,5 +47,5 @@ def oom_kills() -> int:
 
 def _limit(which: int, value: int) -> None:
     _, hard = resource.getrlimit(which)
-    most = value if hard == resource.RLIM_INFINITY else min(value, hard)
-    resource.setrlimit(which, (most, most))
+    limit = value if hard == resource.RLIM_INFINITY else min(value, hard)
+    resource.setrlimit(which, (limit, limit))

@@ -1,4 +1,4 @@
-"""Calls that outlast an outage of Valkey or the object store: the work behind them took long to do."""
+"""Retries over an outage of Valkey or the object store, for results that took long to compute."""
 
 import asyncio
 import logging
@@ -9,8 +9,8 @@ from typing import TypeVar
 
 from server.errors import StoreError
 
-FIRST_SECONDS = 0.2
-LONGEST_SECONDS = 5.0
+FIRST_DELAY_SECONDS = 0.2
+MAX_DELAY_SECONDS = 5.0
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -19,11 +19,11 @@ log = logging.getLogger(__name__)
 async def retry_on_outage(
     call: Callable[[], Awaitable[T]], seconds: float, give_up: Callable[[], bool] = lambda: False
 ) -> T:
-    """What `call()` returns once the stores answer. `call` must be as good as once when it runs twice.
+    """Repeat `call`, with growing delays, while it raises StoreError; its result. `call` must be idempotent.
 
-    Raises its last StoreError after `seconds`, or as soon as `give_up()`.
+    Raises the last StoreError after `seconds`, or as soon as `give_up()` is true.
     """
-    deadline, delay = time.monotonic() + seconds, FIRST_SECONDS
+    deadline, delay = time.monotonic() + seconds, FIRST_DELAY_SECONDS
     while True:
         try:
             return await call()
@@ -32,4 +32,4 @@ async def retry_on_outage(
                 raise
             log.warning("%s Again in %.1f s", error.message, delay)
         await asyncio.sleep(delay)
-        delay = min(2 * delay, LONGEST_SECONDS) * random.uniform(0.8, 1.0)  # noqa: S311 - spreads callers
+        delay = min(2 * delay, MAX_DELAY_SECONDS) * random.uniform(0.8, 1.0)  # noqa: S311 - jitter

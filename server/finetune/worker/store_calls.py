@@ -1,7 +1,8 @@
-"""Calls of the object store by a worker and the processes that train for it, for the worker's own /metrics.
+"""Counts of object store calls by a worker and its training processes, for the worker's own /metrics.
 
-One flat table: `get:3` are calls that fell in bucket 3, `get:seconds` is what all took, `get:failed` how many
-failed. The process that trains leaves its table in a file of its work folder; the worker reads it there.
+The counts are one flat table: `get:3` is the number of calls in bucket 3 of the histogram, `get:seconds`
+their total time, `get:failed` the number of failures. A training process writes its table to a file in its
+work folder, where the worker reads it.
 """
 
 from bisect import bisect_left
@@ -16,7 +17,7 @@ import msgspec
 from server.metrics.names import OPERATIONS, OTHER, SHARED
 from server.metrics.render import Counts, Values
 
-FILE = "store.json"  # in an attempt's work folder
+CALLS_FILE = "store.json"  # in an attempt's work folder
 PROCESS = "worker"
 BUCKETS = SHARED["store_seconds"].buckets
 OUTCOMES = SHARED["store_errors"].labels["outcome"]
@@ -25,22 +26,22 @@ Calls = dict[str, float]
 
 
 class StoreCalls:
-    """What one process has called."""
+    """The calls of one process. Thread-safe."""
 
     def __init__(self, folder: Path | None = None) -> None:
-        """`folder`: where others may read it."""
+        """With `folder`, each call rewrites CALLS_FILE there."""
         self._folder = folder
         self._calls: Calls = {}
         self._lock = Lock()
 
     def on_call(self, operation: str, seconds: float, outcome: str) -> None:
-        """What `Objects.on_call` wants; from any thread."""
+        """Count one call; assign it to `Objects.on_call`."""
         operation = operation if operation in OPERATIONS else OTHER
-        news = {f"{operation}:{bisect_left(BUCKETS, seconds)}": 1.0, f"{operation}:seconds": seconds}
+        call = {f"{operation}:{bisect_left(BUCKETS, seconds)}": 1.0, f"{operation}:seconds": seconds}
         if outcome in OUTCOMES:
-            news[f"{operation}:{outcome}"] = 1.0
+            call[f"{operation}:{outcome}"] = 1.0
         with self._lock:
-            self._calls = added(self._calls, news)
+            self._calls = merge_calls(self._calls, call)
             if self._folder is not None:
                 with suppress(OSError):  # a full disk: the call has been made all the same
                     self._write(self._folder)
@@ -50,29 +51,30 @@ class StoreCalls:
             return self._calls
 
     def _write(self, folder: Path) -> None:
-        draft = folder / f".{FILE}"
+        draft = folder / f".{CALLS_FILE}"
         draft.write_bytes(msgspec.json.encode(self._calls))
-        draft.replace(folder / FILE)
+        draft.replace(folder / CALLS_FILE)
 
 
-def read(folder: Path) -> Calls:
-    """Of the process that works there."""
+def read_calls(folder: Path) -> Calls:
+    """The table of the training process that works in `folder`."""
     try:
-        return msgspec.json.decode((folder / FILE).read_bytes(), type=Calls)
-    except FileNotFoundError:  # it has called nothing yet
+        return msgspec.json.decode((folder / CALLS_FILE).read_bytes(), type=Calls)
+    except FileNotFoundError:  # it has made no call yet
         return {}
 
 
-def added(*calls: Calls) -> Calls:
+def merge_calls(*tables: Calls) -> Calls:
+    """The sums of several tables."""
     total: defaultdict[str, float] = defaultdict(float)
-    for some in calls:
-        for key, amount in some.items():
+    for table in tables:
+        for key, amount in table.items():
             total[key] += amount
     return dict(total)
 
 
-def shown(calls: Calls) -> tuple[Values, Counts]:
-    """Every operation, also those that nobody has called: a rate needs a beginning."""
+def metric_values(calls: Calls) -> tuple[Values, Counts]:
+    """Counters and histograms of every operation, also unused ones: a rate needs a first sample of 0."""
     values: Values = {
         "store_errors": [
             ((PROCESS, operation, outcome), calls.get(f"{operation}:{outcome}", 0.0))
@@ -83,7 +85,7 @@ def shown(calls: Calls) -> tuple[Values, Counts]:
         "store_seconds": [
             (
                 (PROCESS, operation),
-                [int(calls.get(f"{operation}:{at}", 0)) for at in range(len(BUCKETS) + 1)],
+                [int(calls.get(f"{operation}:{bucket}", 0)) for bucket in range(len(BUCKETS) + 1)],
                 calls.get(f"{operation}:seconds", 0.0),
             )
             for operation in OPERATIONS

@@ -1,6 +1,6 @@
-"""The child's side of a job: fetch what it takes, train, leave the result. One per process.
+"""The process that trains one job: it fetches the files, trains, and stores the result.
 
-All it writes it writes under its fence: once the job is another's, nothing of this process counts.
+All it writes to the job's record it writes under its fence; once another worker has the job, all is refused.
 """
 
 import errno
@@ -37,7 +37,7 @@ from server.finetune.jobs.jobs import Jobs
 from server.finetune.training.observer import Stopped
 from server.finetune.training.run import TrainingOutput, run_training
 from server.finetune.worker import job_errors as faults
-from server.finetune.worker.attempt import SAVED
+from server.finetune.worker.attempt import EXIT_SAVED
 from server.finetune.worker.checkpoints import Checkpoints, store_files
 from server.finetune.worker.reporter import OUTAGE_SECONDS, Reporter
 from server.finetune.worker.resource_limits import limit_resources
@@ -46,16 +46,16 @@ from server.finetune.worker.store_calls import StoreCalls
 from server.memory import machine_bytes
 from server.settings import Settings
 
-ROOM_BYTES = 8 << 20  # on the disk of a training: with less it is full
-ROOM_SECONDS = 1.0  # between two looks whether it still is
+MIN_FREE_BYTES = 8 << 20  # with less free space a disk counts as full
+DISK_POLL_SECONDS = 1.0  # between two checks of a full disk
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
 def train(settings: Settings, id_: str, fence: int, folder: Path) -> None:
-    """Train the job and end this process: status 0 when all has been said, SAVED when it was told to stop."""
-    transformers_logging.disable_default_handler()  # its warnings as lines of our log
+    """Train the job and end this process: status 0 once the outcome is reported, EXIT_SAVED after a pause."""
+    transformers_logging.disable_default_handler()  # its warnings go to our log
     transformers_logging.enable_propagation()
     cuda = choose_placement(settings).device.type == "cuda"
     limit_resources(settings.max_training_disk_bytes, None if cuda else machine_bytes())
@@ -68,7 +68,7 @@ def train(settings: Settings, id_: str, fence: int, folder: Path) -> None:
             return
         status = session.run(job)
         logging.shutdown()
-        os._exit(status)  # at once: torch takes seconds to tear down
+        os._exit(status)  # at once: torch's clean-up takes seconds
 
 
 class TrainingProcess:
@@ -91,42 +91,42 @@ class TrainingProcess:
         return self._portal.call(retry_on_outage, call, OUTAGE_SECONDS)
 
     def run(self, job: Job) -> int:
-        """The exit status. Whatever goes wrong is said to the job, or it is the worker's to say."""
+        """Train and report the outcome; returns the exit status. The worker reports what this cannot."""
         try:
             if self._train(job):
                 log.info("Job %s: trained", job.id)
             return 0
         except Stopped as stopped:
-            log.info("Job %s: stopped, as wished: %s", job.id, stopped.wish)
-            return SAVED if stopped.wish == "pause" else 0
+            log.info("Job %s: stopped, as wished: %s", job.id, stopped.signal)
+            return EXIT_SAVED if stopped.signal == "pause" else 0
         except Exception as error:
-            fault, retry = fault_of(error, self._settings)
-            if is_disk_full(error, self._folder):  # libraries say it in words of their own
-                fault, retry = faults.DISK_FULL, True
-                self._wait_for_room()
-            unforeseen = fault is faults.INTERNAL
-            log.error("Job %s: %s: %s", job.id, type(error).__name__, fault.code, exc_info=unforeseen)
-            self.retry_on_outage(lambda: self.jobs.fail(job.id, job.fence, fault, retry=retry))
+            job_error, retry = job_error_of(error, self._settings)
+            if is_disk_full(error, self._folder):  # libraries wrap it in errors of their own
+                job_error, retry = faults.DISK_FULL, True
+                self._wait_for_space()
+            unexpected = job_error is faults.INTERNAL
+            log.error("Job %s: %s: %s", job.id, type(error).__name__, job_error.code, exc_info=unexpected)
+            self.retry_on_outage(lambda: self.jobs.fail(job.id, job.fence, job_error, retry=retry))
             return 0
 
-    def _wait_for_room(self) -> None:
-        """At most OUTAGE_SECONDS: the next attempt would end where this one did."""
+    def _wait_for_space(self) -> None:
+        """Wait until the disk has space, at most OUTAGE_SECONDS; the next attempt would fail there again."""
         end = time.monotonic() + OUTAGE_SECONDS
         while not self._stopping and time.monotonic() < end and is_disk_full(None, self._folder):
-            time.sleep(ROOM_SECONDS)
+            time.sleep(DISK_POLL_SECONDS)
 
     def _train(self, job: Job) -> bool:
-        """False if somebody else has the job by now. Raises whatever `fault_of` knows, and Stopped."""
+        """False if another worker has the job by now. Raises Stopped, and what `job_error_of` translates."""
         checkpoints = Checkpoints(self.jobs, self._objects, job)
         reporter = Reporter(self._portal, self.jobs, checkpoints, job, lambda: self._stopping, self._folder)
-        resume = self._restored(checkpoints)
+        resume = self._restore(checkpoints)
         reporting = self._portal.start_task_soon(reporter.report)
         try:
             trained = run_training(
                 job.recipe,
                 self._base(job),
-                self._fetched(job, "training_file", job.training_file),
-                self._fetched(job, "validation_file", job.validation_file) if job.validation_file else None,
+                self._fetch(job, "training_file", job.training_file),
+                self._fetch(job, "validation_file", job.validation_file) if job.validation_file else None,
                 self._folder,
                 reporter,
                 resume,
@@ -136,7 +136,7 @@ class TrainingProcess:
         finally:
             reporter.close()
             reporting.result()
-        result = self.retry_on_outage(lambda: self._stored(job, trained))
+        result = self.retry_on_outage(lambda: self._store_result(job, trained))
         return self.retry_on_outage(lambda: self.jobs.trained(job.id, job.fence, result))
 
     def _base(self, job: Job) -> Path:
@@ -146,8 +146,11 @@ class TrainingProcess:
             )
         return resolve_model(self._settings)
 
-    def _restored(self, checkpoints: Checkpoints) -> Path | None:
-        """Where to go on. With damaged checkpoints only, the training begins anew, to the same end."""
+    def _restore(self, checkpoints: Checkpoints) -> Path | None:
+        """The folder to resume from.
+
+        If all checkpoints are damaged, the training starts again from step 0.
+        """
 
         async def restore() -> Path | None:
             try:
@@ -159,8 +162,8 @@ class TrainingProcess:
 
         return self.retry_on_outage(restore)
 
-    def _fetched(self, job: Job, param: str, id_: str) -> Path:
-        """The tenant's file on this disk."""
+    def _fetch(self, job: Job, param: str, id_: str) -> Path:
+        """Download one of the tenant's files. Raises NotFound if it was deleted."""
         path = self._folder / f"{param}.jsonl"
 
         async def fetch() -> None:
@@ -172,7 +175,7 @@ class TrainingProcess:
             raise NotFound(f"The {param} {shown(id_)} has been deleted.", param=param) from None
         return path
 
-    async def _stored(self, job: Job, trained: TrainingOutput) -> TrainingResult:
+    async def _store_result(self, job: Job, trained: TrainingOutput) -> TrainingResult:
         prefix = result_prefix(job, job.fence)
         return TrainingResult(
             adapter=await store_files(self._objects, [trained.adapter], prefix),
@@ -185,18 +188,18 @@ class TrainingProcess:
 
 
 def is_disk_full(error: Exception | None, folder: Path) -> bool:
-    """Whether that is why `error` came, or would come again."""
+    """Whether `error` was caused by a full disk, or the disk is full and may have caused it."""
     return (error is not None and disk_error(error) is not None) or (
-        not isinstance(error, PolypeftError) and shutil.disk_usage(folder).free < ROOM_BYTES
+        not isinstance(error, PolypeftError) and shutil.disk_usage(folder).free < MIN_FREE_BYTES
     )
 
 
-def fault_of(error: Exception, settings: Settings) -> tuple[JobError, bool]:
-    """What a tenant is told of `error`, and whether another attempt may go better."""
+def job_error_of(error: Exception, settings: Settings) -> tuple[JobError, bool]:
+    """The error as the tenant sees it, and whether another attempt may succeed."""
     match error:
         case StoreError():
-            return faults.LATE_STORES, True
-        case StartupError():  # the operator's: this worker cannot load the base
+            return faults.STORES_UNAVAILABLE, True
+        case StartupError():  # the operator's mistake: this worker cannot load the base
             return faults.INTERNAL, True
         case PolypeftError():
             return faults.refused(error), error.status >= 500 and not isinstance(error, NonFinite)

@@ -1,7 +1,7 @@
-"""The folder a worker's jobs compute in: theirs alone, empty at the start, gone when the worker is.
+"""The work folders of a worker and its attempts. A killed worker's are removed by the next that starts.
 
-{data_dir}/finetune/{worker}/lock    held as long as the worker lives
-{data_dir}/finetune/{worker}/{job}   of the job it has
+{data_dir}/finetune/{worker}/lock    a file lock, held while the worker lives
+{data_dir}/finetune/{worker}/{job}   the folder of the running attempt
 """
 
 import logging
@@ -13,19 +13,19 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-LOCK = "lock"
+LOCK_FILE = "lock"
 log = logging.getLogger(__name__)
 
 
 @contextmanager
 def worker_dir(root: Path, name: str) -> Iterator[Path]:
-    """root/name, made; what workers that were killed have left beside it is removed."""
+    """Create root/name for the block, and remove the folders of killed workers beside it."""
     folder = root / name
     folder.mkdir(mode=0o700, parents=True)
-    with FileLock(folder / LOCK):
-        for other in root.iterdir():
-            if other != folder:
-                _remove_if_orphaned(other)
+    with FileLock(folder / LOCK_FILE):
+        for sibling in root.iterdir():
+            if sibling != folder:
+                _remove_if_orphaned(sibling)
         try:
             yield folder
         finally:
@@ -34,7 +34,7 @@ def worker_dir(root: Path, name: str) -> Iterator[Path]:
 
 @contextmanager
 def attempt_dir(worker_dir: Path, job: str) -> Iterator[Path]:
-    """An empty folder for one attempt at a job."""
+    """Create an empty folder for one attempt at a job, for the length of the block."""
     folder = worker_dir / job
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(mode=0o700)
@@ -45,21 +45,21 @@ def attempt_dir(worker_dir: Path, job: str) -> Iterator[Path]:
 
 
 def bytes_in(folder: Path) -> int:
-    """Of all files below; those that vanish meanwhile do not count."""
+    """Total size of all files under `folder`; files that vanish meanwhile count 0."""
     total = 0
-    for place, _, names in os.walk(folder):
+    for directory, _, names in os.walk(folder):
         for name in names:
             with suppress(FileNotFoundError):
-                total += (Path(place) / name).lstat().st_size
+                total += (Path(directory) / name).lstat().st_size
     return total
 
 
 def _remove_if_orphaned(folder: Path) -> None:
-    """A worker that has just made its folder may not have locked it yet: without a lock file, hands off."""
-    if not (folder / LOCK).exists():
+    """Remove the folder if its lock is free. Without a lock file its worker may be about to lock it."""
+    if not (folder / LOCK_FILE).exists():
         return
     try:
-        with FileLock(folder / LOCK, timeout=0):
+        with FileLock(folder / LOCK_FILE, timeout=0):
             shutil.rmtree(folder, ignore_errors=True)
             log.info("Removed what a killed worker left in %s", folder.name)
     except (Timeout, OSError):

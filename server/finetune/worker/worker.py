@@ -31,12 +31,12 @@ from server.finetune.worker.retry import retry_on_outage
 from server.finetune.worker.work_dirs import attempt_dir, worker_dir
 from server.settings import OFFLINE, SPINS, Settings, child_environment
 
-COMMAND = (sys.executable, "-m", "server.finetune")  # the child: it gets the job's id, its fence and a folder
+COMMAND = (sys.executable, "-m", "server.finetune")  # of the child; the job's id, fence and folder follow
 SWEEP_SECONDS = 5.0
-WAIT_SECONDS = 1.0  # for an entry of the queue; an idle worker that is told to stop ends as soon
-TAKE_SECONDS = 30.0  # for the stores to answer; after that the entry is lost, and `sweep` pushes it again
-FAREWELL_SECONDS = 1.0
-AGAIN_SECONDS = 2.0  # after Valkey has not answered
+WAIT_SECONDS = 1.0  # one wait for an entry of the queue; also how long an idle worker may take to stop
+TAKE_SECONDS = 30.0  # the longest wait for Valkey; then the entry is lost, and `sweep` pushes it again
+LAST_REPORT_SECONDS = 1.0  # the longest wait for the last report of metrics
+RETRY_SECONDS = 2.0  # between two tries while Valkey does not answer
 
 log = logging.getLogger(__name__)
 
@@ -48,22 +48,22 @@ class Worker:
         self.settings = settings
         self.url = settings.redis_url
         self.stopping = False
-        self.tally = WorkerMetrics(settings.base_id)
+        self.metrics = WorkerMetrics(settings.base_id)
         self._over = threading.Event()
         self._command = command
         self._name = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
 
     def work(self) -> None:
-        """Until SIGTERM or SIGINT. Valkey's absence is waited out. Raises StartupError."""
-        asyncio.run(self._prove())
+        """Run jobs until SIGTERM or SIGINT, also over outages of Valkey. Raises StartupError."""
+        asyncio.run(self._check_store())
         if self.settings.metrics_port:
-            self._show(self.settings.metrics_host, self.settings.metrics_port)
+            self._serve_metrics(self.settings.metrics_host, self.settings.metrics_port)
         sweeping = threading.Thread(target=self._sweep, name="sweep", daemon=True)
         sweeping.start()
         with worker_dir(self.settings.data_dir.absolute() / "finetune", self._name) as folder:
             asyncio.run(self._run_jobs(folder))
         self._over.set()
-        sweeping.join(FAREWELL_SECONDS)
+        sweeping.join(LAST_REPORT_SECONDS)
 
     def stop(self) -> None:
         """Take no more jobs; the one that runs saves what it has and goes back to the queue."""
@@ -89,11 +89,11 @@ class Worker:
             await queue.push(id_)  # for another worker
         except StoreError as error:
             log.warning("Valkey does not answer: %s", error.message)
-            await asyncio.sleep(AGAIN_SECONDS)
+            await asyncio.sleep(RETRY_SECONDS)
         return None
 
     async def _run_job(self, jobs: Jobs, id_: str, folder: Path) -> None:
-        """`_attempt`, whose errors end nothing: the job goes on where `sweep` finds it."""
+        """Make an attempt at the job. After an error `sweep` finds the job and queues it again."""
         try:
             await self._attempt(jobs, id_, folder)
         except StoreError as error:
@@ -104,9 +104,9 @@ class Worker:
             log.exception("Job %s: the worker failed; left to whoever sweeps", id_)
 
     async def _attempt(self, jobs: Jobs, id_: str, folder: Path) -> None:
-        """Train the job, if it is there to be trained. Raises StoreError; the job is safe then as well."""
+        """Train the job if it waits for a worker. Raises StoreError; the job's record stays consistent."""
         name = f"{self._name}-{uuid.uuid4().hex}"
-        with attempt_dir(folder, id_) as job_folder:  # first: a disk without room takes no job
+        with attempt_dir(folder, id_) as job_folder:  # before `take`: a worker with a full disk takes no job
             job = await retry_on_outage(lambda: jobs.take(id_, name), TAKE_SECONDS, lambda: self.stopping)
             if job is None:
                 log.info("Job %s: not waiting for a worker", id_)
@@ -119,12 +119,12 @@ class Worker:
                 folder=job_folder,
                 disk_bytes=self.settings.max_training_disk_bytes,
                 stopping=lambda: self.stopping,
-                tally=self.tally,
+                metrics=self.metrics,
             )
             await attempt.run()
 
-    async def _prove(self) -> None:
-        """That the servers of this Valkey use the same store. Raises StartupError."""
+    async def _check_store(self) -> None:
+        """Raise StartupError unless the servers of this Valkey use the same object store."""
         redis = connect(self.url)
         try:
             objects = Objects.open(self.settings.store_url, self.settings.store_config)
@@ -133,44 +133,48 @@ class Worker:
             await redis.aclose()
 
     def _environment(self) -> dict[str, str]:
-        """The child ends with this process, and reaches no hub. The stores' secrets go nowhere else."""
-        told = self.settings.model_copy(update={"supervisor_pid": os.getpid()})
-        return child_environment(told) | OFFLINE | SPINS
+        """The child's environment: it ends with this process and reaches no hub.
 
-    def _show(self, host: str, port: int) -> None:
-        """Its own /metrics; without them it works as well."""
+        The stores' secrets are passed in the environment only, never in arguments.
+        """
+        settings = self.settings.model_copy(update={"supervisor_pid": os.getpid()})
+        return child_environment(settings) | OFFLINE | SPINS
+
+    def _serve_metrics(self, host: str, port: int) -> None:
+        """Serve the worker's own /metrics; a port in use is logged and ends nothing."""
         try:
-            self.tally.serve(host, port)
+            self.metrics.serve(host, port)
         except StartupError as error:
             log.error("No figures: %s", error.message)
 
-    async def _tell(self, redis: Redis) -> None:
-        """Everybody what this worker does, for their figures. Raises StoreError."""
-        news = self.tally.news()
+    async def _report_metrics(self, redis: Redis) -> None:
+        """Add what is new to the statistics in Valkey. Raises StoreError."""
+        increments = self.metrics.unreported()
         worker = self._name.rpartition("-")[2]
-        await report(redis, worker, self.tally.busy, self.tally.loss, news)
-        self.tally.told(news)
+        await report(redis, worker, self.metrics.busy, self.metrics.loss, increments)
+        self.metrics.mark_reported(increments)
 
     def _sweep(self) -> None:
-        asyncio.run(self._sweep_for_ever())
+        asyncio.run(self._sweep_until_over())
 
-    async def _sweep_for_ever(self) -> None:
+    async def _sweep_until_over(self) -> None:
+        """Sweep jobs and deletions and report metrics every SWEEP_SECONDS; a last report at the end."""
         jobs = Jobs(redis := connect(self.url))
         objects = Objects.open(self.settings.store_url, self.settings.store_config)
-        objects.on_call = self.tally.store.on_call
-        doomed = ScheduledDeletes(redis, objects)
+        objects.on_call = self.metrics.store.on_call
+        deletes = ScheduledDeletes(redis, objects)
         while not self._over.is_set():
             try:
                 await jobs.sweep()
-                await doomed.sweep()
-                await self._tell(redis)
+                await deletes.sweep()
+                await self._report_metrics(redis)
             except StoreError as error:
                 log.warning("No sweep: %s", error.message)
-            except Exception:  # the sweep is what nobody else does for a lost job: it never ends
+            except Exception:  # lost jobs depend on the sweep, so it must go on
                 log.exception("The sweep failed")
-            self._over.wait(SWEEP_SECONDS)  # nothing else is on this loop
+            self._over.wait(SWEEP_SECONDS)  # blocks the loop, which has no other task
         try:
-            await self._tell(redis)  # how the last job went
+            await self._report_metrics(redis)  # includes the last job's outcome
         except StoreError as error:
             log.warning("The last figures are lost: %s", error.message)
 

@@ -99,13 +99,13 @@ async def test_caps_count_files_and_bytes(files: FileStore, source: Source, obje
     for data in (TEN * 2, TEN):
         with pytest.raises(QuotaExceeded, match="40 bytes"):
             await add(files, source, TEN * 2)
-        await files.room("t", len(data)) if len(data) == 10 else None
+        await files.check_quota("t", len(data)) if len(data) == 10 else None
     await add(files, source, b"1")
     two = await add(files, source, b"2")
     with pytest.raises(QuotaExceeded, match="3 files"):
         await add(files, source, b"3")
     with pytest.raises(QuotaExceeded, match="3 files"):
-        await files.room("t", 1)
+        await files.check_quota("t", 1)
     assert len(await objects.list("tenants")) == 3, "what was refused is not kept"
     await files.delete("t", two.id)
     await add(files, source, b"3")
@@ -132,7 +132,7 @@ async def test_results_always_fit_and_come_once(files: FileStore, source: Source
     await files.delete("t", "file-result")
     for file in await files.list("t"):
         await files.delete("t", file.id)
-    await files.room("t", 40)
+    await files.check_quota("t", 40)
     assert await objects.list("tenants") == []
 
 
@@ -183,7 +183,7 @@ async def test_a_store_that_fails_anywhere_leaves_no_bytes_behind(
             assert isinstance(error, StoreError)  # noqa: PT017 - the others pass
         healthy = FileStore(redis, objects)
         await age(redis)
-        await healthy.doomed.sweep()
+        await healthy.scheduled_deletes.sweep()
         kept = [file.key for file in await healthy.list("t")]
         assert await objects.list("tenants") == kept
         for file in await healthy.list("t"):
@@ -260,9 +260,9 @@ async def test_uploads_are_capped_and_end(
         await uploads.complete("t", second.id, [ten], None, tmp_path)
     await uploads.create("t", "a", 10, "fine-tune")
     await age(redis)
-    await files.doomed.sweep()
+    await files.scheduled_deletes.sweep()
     assert await objects.list("tenants") == []
-    assert 0 < await redis.ttl(f"pp:upload:t:{first.id}") <= module.LIFE_SECONDS + module.KEPT_SECONDS
+    assert 0 < await redis.ttl(f"pp:upload:t:{first.id}") <= module.PENDING_SECONDS + module.RECORD_SECONDS
 
 
 async def test_others_uploads_and_unknown_ones_are_one_answer(

@@ -1,4 +1,4 @@
-"""Small trainings for tests: recipes of every method, examples to learn from, a watcher that remembers."""
+"""Small trainings for tests: recipes of every method, examples to learn from, an observer that remembers."""
 
 import json
 import random
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from server.finetune.data.examples import Example
-from server.finetune.jobs.job import Level, Wish
+from server.finetune.jobs.job import ControlSignal, Level
 from server.finetune.recipe import Recipe
 from server.finetune.recipe_methods import (
     BitfitRecipe,
@@ -63,7 +63,7 @@ def write(path: Path, records: Sequence[dict[str, Any]]) -> Path:
 class Memory:
     """Does what `wish` says of each step, and keeps all it heard."""
 
-    def __init__(self, wish: Callable[[StepDone], Wish] = lambda _: "go") -> None:
+    def __init__(self, wish: Callable[[StepDone], ControlSignal] = lambda _: "go") -> None:
         self.wish = wish
         self.steps: list[StepDone] = []
         self.evaluations: list[Evaluated] = []
@@ -71,7 +71,7 @@ class Memory:
         self.metrics: list[dict[str, float]] = []
         self.events: list[tuple[Level, str]] = []
 
-    def on_step(self, done: StepDone) -> Wish:
+    def on_step(self, done: StepDone) -> ControlSignal:
         self.steps.append(done)
         return self.wish(done)
 
@@ -86,5 +86,5 @@ class Memory:
         self.events.append((level, message))
 
 
-def until(step: int, wish: Wish) -> Callable[[StepDone], Wish]:
+def until(step: int, wish: ControlSignal) -> Callable[[StepDone], ControlSignal]:
     return lambda done: wish if done.step == step else "go"

@@ -7,7 +7,7 @@ import pytest
 
 from server.adapters.sites import Base, Site
 from server.errors import InvalidField
-from server.finetune.recipe import MAX_SEED, Limits, Recipe, parse_recipe, recipe_object
+from server.finetune.recipe import MAX_SEED, Recipe, RecipeLimits, parse_recipe, recipe_object
 from server.finetune.recipe_methods import PEFT, BottleneckRecipe, LoraRecipe, PrefixRecipe
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -192,9 +192,9 @@ def test_nothing_may_be_said_twice() -> None:
 
 def test_limits_are_the_operators() -> None:
     with pytest.raises(InvalidField, match=r"n_epochs is 50; over 100 examples that is 5000 steps"):
-        parse(None, {"n_epochs": 50, "batch_size": 1}, limits=Limits(steps=4999))
+        parse(None, {"n_epochs": 50, "batch_size": 1}, limits=RecipeLimits(steps=4999))
     with pytest.raises(InvalidField, match="r is 9; it may be 8 at most"):
-        parse({"r": 9}, limits=Limits(lora_rank=8))
+        parse({"r": 9}, limits=RecipeLimits(lora_rank=8))
 
 
 def test_no_bottleneck_where_none_is_served() -> None:

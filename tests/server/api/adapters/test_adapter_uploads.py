@@ -106,7 +106,7 @@ def test_what_a_url_brings_later_changes_nothing_and_is_swept(http: httpx.Client
     (prefix,) = [key for key in due if upload["id"].encode() in key]
     assert due[prefix] / 1000 > upload["expires_at"]
     system.call(services.redis.zadd("pp:doomed", {prefix: 1}))
-    system.call(services.files.doomed.sweep())
+    system.call(services.files.scheduled_deletes.sweep())
     assert left(system, upload) == []
 
 
@@ -247,7 +247,7 @@ def test_an_abandoned_one_expires_and_is_swept(
     key = system.call(services.redis.zrange("pp:doomed", 0, -1))
     assert any(upload["id"].encode() in prefix for prefix in key)
     services.objects.put_sync(key[0].decode() + "0", b"x")
-    system.call(services.files.doomed.sweep())
+    system.call(services.files.scheduled_deletes.sweep())
     assert left(system, upload) == []
     assert complete(http, start(http, "m", files).json() | {"id": upload["id"]}, files).status_code == 409
 

@@ -8,7 +8,15 @@ from typing import Any
 
 import httpx
 
-from server.finetune.jobs.job import Checkpoint, Job, Progress, StoredFile, TrainingResult, result_prefix
+from server.finetune.jobs.job import (
+    Checkpoint,
+    Job,
+    Progress,
+    StoredFile,
+    TrainingResult,
+    new_event,
+    result_prefix,
+)
 from tests.server.api.conftest import Files, System, lora_files
 
 
@@ -52,11 +60,11 @@ class Worker:
 
     def beat(self, **progress: Any) -> str:
         given = Progress(**progress) if progress else None
-        wish: str = self._system.call(self._jobs.beat(self.job.id, self.job.fence, given))
+        wish: str = self._system.call(self._jobs.heartbeat(self.job.id, self.job.fence, given))
         return wish
 
     def event(self, message: str, **data: Any) -> None:
-        self._call(self._jobs.event, "info", message, type="metrics", data=data)
+        self._call(self._jobs.add_event, new_event("info", message, "metrics", data))
 
     def checkpoint(self, step: int, **metrics: float) -> None:
         self._call(self._jobs.checkpoint, Checkpoint(created=1, step=step, metrics={"step": step} | metrics))

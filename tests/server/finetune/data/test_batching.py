@@ -1,14 +1,14 @@
 import pytest
 
 from server.finetune.data.batching import (
-    FEWEST_TOKENS,
     FINAL_TOKENS,
-    MOST,
-    MOST_TOKENS,
+    MAX_EVALUATION_TOKENS,
+    MAX_EVALUATIONS,
+    MIN_EVALUATION_TOKENS,
     LengthGroupedBatches,
-    packs,
-    plan,
-    within,
+    first_examples,
+    packed_examples,
+    plan_evaluation,
 )
 from server.finetune.data.examples import Example
 from tests.server.finetune.small_trainings import examples, recipe
@@ -44,25 +44,25 @@ def test_examples_of_a_batch_are_of_like_length() -> None:
 
 def test_packs_keep_the_order_and_the_size() -> None:
     some = examples(30)
-    found = list(packs(some, 25))
+    found = list(packed_examples(some, 25))
     assert [e for pack in found for e in pack] == some
     assert all(sum(len(e.tokens) for e in pack) <= 25 for pack in found)
     long = Example([1] * 40, [1.0] * 40)
-    assert list(packs([some[0], long, some[1]], 25)) == [[some[0]], [long], [some[1]]]
-    assert list(packs([], 25)) == []
+    assert list(packed_examples([some[0], long, some[1]], 25)) == [[some[0]], [long], [some[1]]]
+    assert list(packed_examples([], 25)) == []
 
 
 def test_within_takes_one_at_least() -> None:
     some = examples(3)
-    assert within(some, 0) == some[:1]
-    assert within(some, 1e9) == some
-    assert within([], 5) == []
+    assert first_examples(some, 0) == some[:1]
+    assert first_examples(some, 1e9) == some
+    assert first_examples([], 5) == []
 
 
 def test_a_training_is_evaluated_a_few_times_and_always_at_its_end() -> None:
-    for epochs, size, count in ((1, 1, 6), (5, 1, 10), (50, 1, MOST), (1, 8, 5)):
+    for epochs, size, count in ((1, 1, 6), (5, 1, 10), (50, 1, MAX_EVALUATIONS), (1, 8, 5)):
         own = recipe(n_epochs=epochs, batch_size=size)
-        made = plan(own, examples(40), examples(4))
+        made = plan_evaluation(own, examples(40), examples(4))
         assert len(made.steps) == count
         assert max(made.steps) == own.steps(40)
         assert min(made.steps) >= 1
@@ -70,18 +70,18 @@ def test_a_training_is_evaluated_a_few_times_and_always_at_its_end() -> None:
 
 def test_evaluations_are_on_all_that_is_held_out_or_on_a_random_part_of_it() -> None:
     some = examples(20)
-    made = plan(recipe(), examples(40), some)
+    made = plan_evaluation(recipe(), examples(40), some)
     assert {id(e) for e in made.examples} == {id(e) for e in some} == {id(e) for e in made.final}
     many = examples(8000)
-    made = plan(recipe(), examples(40), many)
+    made = plan_evaluation(recipe(), examples(40), many)
     tokens = [sum(len(e.tokens) for e in part) for part in (made.examples, made.final)]
-    assert tokens[0] <= FEWEST_TOKENS
+    assert tokens[0] <= MIN_EVALUATION_TOKENS
     assert tokens[1] <= FINAL_TOKENS
     assert made.examples == made.final[: len(made.examples)] != many[: len(made.examples)]
-    tokens_then = sum(len(e.tokens) for e in plan(recipe(n_epochs=50), many, many).examples)
-    assert MOST_TOKENS * 0.9 < tokens_then <= MOST_TOKENS
+    tokens_then = sum(len(e.tokens) for e in plan_evaluation(recipe(n_epochs=50), many, many).examples)
+    assert MAX_EVALUATION_TOKENS * 0.9 < tokens_then <= MAX_EVALUATION_TOKENS
 
 
 def test_nothing_held_out_is_never_evaluated() -> None:
-    made = plan(recipe(), examples(40), [])
+    made = plan_evaluation(recipe(), examples(40), [])
     assert (made.steps, made.examples, made.final) == (frozenset(), [], [])

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from server.errors import InvalidField
 from server.finetune.data.dataset import (
     DEFAULT_LIMITS,
+    DatasetLimits,
     Example,
-    Limits,
     Problem,
     Report,
     check,
@@ -121,14 +121,14 @@ def test_a_file_without_examples_is_a_problem(write: Callable[..., Path], data: 
 @pytest.mark.parametrize(
     ("limits", "reason"),
     [
-        (Limits(file_bytes=10), "training_file must have at most 10 bytes, not"),
-        (Limits(examples=2), "training_file must have at most 2 examples, not 3."),
-        (Limits(tokens=20), "training_file must have at most 20 tokens, not 21."),
-        (Limits(seconds=-1), "training_file takes more than -1 s to read."),
+        (DatasetLimits(file_bytes=10), "training_file must have at most 10 bytes, not"),
+        (DatasetLimits(examples=2), "training_file must have at most 2 examples, not 3."),
+        (DatasetLimits(tokens=20), "training_file must have at most 20 tokens, not 21."),
+        (DatasetLimits(seconds=-1), "training_file takes more than -1 s to read."),
     ],
 )
 def test_a_file_over_a_limit_is_refused_at_once(
-    write: Callable[..., Path], limits: Limits, reason: str
+    write: Callable[..., Path], limits: DatasetLimits, reason: str
 ) -> None:
     path = write(CHAT, CHAT, CHAT)
     for read in (check, load):
@@ -137,7 +137,7 @@ def test_a_file_over_a_limit_is_refused_at_once(
 
 
 def test_lines_and_messages_over_a_limit_are_problems(write: Callable[..., Path]) -> None:
-    limits = Limits(line_bytes=150, messages=2)
+    limits = DatasetLimits(line_bytes=150, messages=2)
     path = write(CHAT, {"text": "x" * 150}, {"messages": [USER] * 3}, CHAT)
     assert [problem.reason for problem in check(path, TOKENIZER, 64, limits).problems] == [
         "The line is longer than 150 bytes.",
@@ -175,7 +175,7 @@ LINE = st.fixed_dictionaries(
 )
 
 
-def judged(path: Path, data: bytes, max_tokens: int, limits: Limits = DEFAULT_LIMITS) -> None:
+def judged(path: Path, data: bytes, max_tokens: int, limits: DatasetLimits = DEFAULT_LIMITS) -> None:
     path.write_bytes(data)
     try:
         report = check(path, TOKENIZER, max_tokens, limits)
@@ -210,7 +210,9 @@ def test_any_bytes_end_in_a_report_or_a_refusal(
     max_tokens=st.integers(1, 40),
     cut=st.integers(0, 30),
     escaped=st.booleans(),
-    limits=st.builds(Limits, line_bytes=st.integers(1, 300), problems=st.integers(1, 3), messages=st.just(3)),
+    limits=st.builds(
+        DatasetLimits, line_bytes=st.integers(1, 300), problems=st.integers(1, 3), messages=st.just(3)
+    ),
 )
 def test_any_lines_end_in_a_report_or_a_refusal(
     tmp_path_factory: pytest.TempPathFactory,
@@ -218,7 +220,7 @@ def test_any_lines_end_in_a_report_or_a_refusal(
     max_tokens: int,
     cut: int,
     escaped: bool,
-    limits: Limits,
+    limits: DatasetLimits,
 ) -> None:
     """Sound ones, nearly sound ones, and all of them cut off somewhere."""
     text = "\n".join(json.dumps(line, ensure_ascii=escaped) for line in lines)

@@ -11,8 +11,8 @@ from redis.asyncio import Redis
 from server.errors import Conflict, InvalidField, NotFound, QuotaExceeded, StoreError
 from server.finetune.jobs import jobs as module
 from server.finetune.jobs import leases
-from server.finetune.jobs.job import Checkpoint, JobError, Progress
-from server.finetune.jobs.jobs import Jobs, Same
+from server.finetune.jobs.job import Checkpoint, JobError, Progress, new_event
+from server.finetune.jobs.jobs import IdempotencyKey, Jobs
 from server.finetune.jobs.queue import QUEUE_KEY, WorkerQueue
 from server.finetune.jobs.transitions_lua import MAX_EVENTS
 from tests.fixtures.jobs import fixed, lapse, result, taken
@@ -34,15 +34,16 @@ async def test_from_creation_to_success(jobs: Jobs, queue: WorkerQueue, redis: R
     assert (job.status, job.phase, job.fence, job.attempts) == ("running", "training", 2, 1)
     assert job.started is not None
     assert (
-        await jobs.beat(ID, 2, Progress(step=3, total_steps=9, trained_tokens=50, estimated_finish=7)) == "go"
+        await jobs.heartbeat(ID, 2, Progress(step=3, total_steps=9, trained_tokens=50, estimated_finish=7))
+        == "go"
     )
     job = await jobs.get("t", ID)
     assert (job.step, job.total_steps, job.trained_tokens, job.estimated_finish) == (3, 9, 50, 7)
-    assert await jobs.event(ID, 2, "info", "Step 3", type="metrics", data={"step": 3})
+    assert await jobs.add_event(ID, 2, new_event("info", "Step 3", "metrics", {"step": 3}))
     assert await jobs.trained(ID, 2, result(evaluation={"loss": 1.5}, better=True))
     assert await jobs.to_publish() == [ID]
     assert (await jobs.get("t", ID)).status == "running"
-    assert await jobs.intend(ID, 0, 4) == 4
+    assert await jobs.commit_to_version(ID, 0, 4) == 4
     assert await jobs.succeed(ID, 4, "mine@4", ["file-9"])
     job = await jobs.get("t", ID)
     assert (job.status, job.phase, job.version) == ("succeeded", "done", 4)
@@ -98,7 +99,7 @@ async def test_the_cap_counts_jobs_that_are_not_done(jobs: Jobs) -> None:
 async def test_old_jobs_that_are_done_are_forgotten(
     jobs: Jobs, redis: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "MAX_KEPT", 2)
+    monkeypatch.setattr(module, "MAX_JOBS_KEPT", 2)
     for number in range(5):
         await jobs.create(fixed(f"ftjob-{number}", created=number))
         if number != 1:
@@ -109,16 +110,16 @@ async def test_old_jobs_that_are_done_are_forgotten(
 
 
 async def test_fifty_times_the_same_request_make_one_job(jobs: Jobs, queue: WorkerQueue) -> None:
-    same = Same("key", "fingerprint")
+    same = IdempotencyKey("key", "fingerprint")
     made = await asyncio.gather(*(jobs.create(fixed(f"ftjob-{number}"), same) for number in range(50)))
     assert len({job.id for job in made}) == 1
     assert len(await jobs.page("t")) == 1
-    assert await jobs.same("t", same) == await jobs.get("t", made[0].id)
-    assert await jobs.same("t", Same("other", "fingerprint")) is None
-    assert await jobs.same("u", same) is None
+    assert await jobs.find_same("t", same) == await jobs.get("t", made[0].id)
+    assert await jobs.find_same("t", IdempotencyKey("other", "fingerprint")) is None
+    assert await jobs.find_same("u", same) is None
     for call in (
-        jobs.same("t", Same("key", "changed")),
-        jobs.create(fixed("ftjob-99"), Same("key", "changed")),
+        jobs.find_same("t", IdempotencyKey("key", "changed")),
+        jobs.create(fixed("ftjob-99"), IdempotencyKey("key", "changed")),
     ):
         with pytest.raises(InvalidField, match="Idempotency-Key"):
             await call
@@ -141,8 +142,8 @@ async def test_a_stale_fence_changes_nothing(jobs: Jobs, redis: Redis) -> None:
     new = (await taken(jobs, worker="w2")).fence
     before = await jobs.get("t", ID)
     said = await messages(jobs)
-    assert await jobs.beat(ID, old, Progress(step=9, total_steps=9, trained_tokens=9)) == "lost"
-    assert not await jobs.event(ID, old, "info", "late")
+    assert await jobs.heartbeat(ID, old, Progress(step=9, total_steps=9, trained_tokens=9)) == "lost"
+    assert not await jobs.add_event(ID, old, new_event("info", "late"))
     assert not await jobs.checkpoint(ID, old, Checkpoint(created=1, step=9, metrics={}))
     assert not await jobs.paused(ID, old)
     assert not await jobs.trained(ID, old, result())
@@ -172,7 +173,7 @@ async def test_a_lapsed_lease_goes_back_to_the_queue_and_a_live_one_stays(
     assert "lost" in (await messages(jobs))[-1]
 
 
-@pytest.mark.parametrize("word", ["beat", "event", "checkpoint", "trained", "fail", "release"])
+@pytest.mark.parametrize("word", ["heartbeat", "event", "checkpoint", "trained", "fail", "release"])
 async def test_a_lapsed_lease_is_renewed_by_any_word_while_nobody_has_the_job(
     jobs: Jobs, redis: Redis, word: str
 ) -> None:
@@ -182,8 +183,8 @@ async def test_a_lapsed_lease_is_renewed_by_any_word_while_nobody_has_the_job(
     await jobs.sweep()
     assert (await jobs.get("t", ID)).phase == "queued"
     words: dict[str, Callable[[], Awaitable[object]]] = {
-        "beat": lambda: jobs.beat(ID, job.fence),
-        "event": lambda: jobs.event(ID, job.fence, "info", "I am here."),
+        "heartbeat": lambda: jobs.heartbeat(ID, job.fence),
+        "event": lambda: jobs.add_event(ID, job.fence, new_event("info", "I am here.")),
         "checkpoint": lambda: jobs.checkpoint(ID, job.fence, Checkpoint(created=1, step=5, metrics={})),
         "trained": lambda: jobs.trained(ID, job.fence, result()),
         "fail": lambda: jobs.fail(ID, job.fence, JobError("x", "y"), retry=False),
@@ -208,11 +209,11 @@ async def test_a_lapsed_lease_is_not_renewed_once_the_tenant_has_changed_the_job
     await lapse(redis)
     await jobs.sweep()
     await jobs.pause("t", ID)
-    assert await jobs.beat(ID, job.fence) == "lost"
+    assert await jobs.heartbeat(ID, job.fence) == "lost"
     await jobs.resume("t", ID)
-    assert await jobs.beat(ID, job.fence) == "lost"
+    assert await jobs.heartbeat(ID, job.fence) == "lost"
     await jobs.cancel("t", ID)
-    assert await jobs.beat(ID, job.fence) == "cancel"
+    assert await jobs.heartbeat(ID, job.fence) == "cancel"
 
 
 async def test_attempts_without_progress_are_bounded(jobs: Jobs, redis: Redis) -> None:
@@ -252,7 +253,7 @@ async def test_a_running_job_is_cancelled_at_once(jobs: Jobs) -> None:
     fence = (await taken(jobs)).fence
     assert (await jobs.cancel("t", ID)).status == "cancelled"
     assert (await jobs.cancel("t", ID)).status == "cancelled"
-    assert await jobs.beat(ID, fence) == "cancel"
+    assert await jobs.heartbeat(ID, fence) == "cancel"
     assert not await jobs.trained(ID, fence, result())
     assert await jobs.to_publish() == []
     assert await jobs.take(ID, "w2") is None
@@ -269,10 +270,10 @@ async def test_a_trained_job_can_be_cancelled_until_its_version_is_certain(jobs:
         with pytest.raises(Conflict, match="being published"):
             await jobs.pause("t", id_)
     assert (await jobs.cancel("t", ID)).status == "cancelled"
-    assert await jobs.intend(ID, 0, 1) is None
+    assert await jobs.commit_to_version(ID, 0, 1) is None
     assert not await jobs.succeed(ID, 1, "mine@1", [])
     assert not await jobs.reject(ID, JobError("x", "y"))
-    assert await jobs.intend("ftjob-2", 0, 1) == 1
+    assert await jobs.commit_to_version("ftjob-2", 0, 1) == 1
     with pytest.raises(Conflict, match="being published"):
         await jobs.cancel("t", "ftjob-2")
     assert await jobs.succeed("ftjob-2", 1, "mine@1", [])
@@ -281,9 +282,9 @@ async def test_a_trained_job_can_be_cancelled_until_its_version_is_certain(jobs:
 async def test_intentions_change_only_from_what_was_seen(jobs: Jobs) -> None:
     await jobs.create(fixed())
     await jobs.trained(ID, (await taken(jobs)).fence, result())
-    assert await jobs.intend(ID, 0, 3) == 3
-    assert await jobs.intend(ID, 0, 5) == 3
-    assert await jobs.intend(ID, 3, 5) == 5
+    assert await jobs.commit_to_version(ID, 0, 3) == 3
+    assert await jobs.commit_to_version(ID, 0, 5) == 3
+    assert await jobs.commit_to_version(ID, 3, 5) == 5
     assert not await jobs.succeed(ID, 3, "mine@3", [])
     assert await jobs.succeed(ID, 5, "mine@5", [])
     assert await jobs.succeed(ID, 5, "mine@5", [])
@@ -306,15 +307,15 @@ async def test_a_running_job_is_paused_by_its_worker(jobs: Jobs) -> None:
     await jobs.create(fixed())
     fence = (await taken(jobs)).fence
     assert (await jobs.pause("t", ID)).phase == "training"
-    assert await jobs.beat(ID, fence) == "pause"
+    assert await jobs.heartbeat(ID, fence) == "pause"
     assert await jobs.paused(ID, fence)
     assert (await jobs.get("t", ID)).phase == "paused"
-    assert await jobs.beat(ID, fence) == "lost"
+    assert await jobs.heartbeat(ID, fence) == "lost"
     assert (await jobs.resume("t", ID)).attempts == 0
     fence = (await taken(jobs, worker="w2")).fence
     await jobs.pause("t", ID)
     await jobs.resume("t", ID)
-    assert await jobs.beat(ID, fence) == "go", "thought better of it in time"
+    assert await jobs.heartbeat(ID, fence) == "go", "thought better of it in time"
 
 
 async def test_a_worker_lost_while_pausing_leaves_a_paused_job(jobs: Jobs, redis: Redis) -> None:
@@ -373,7 +374,7 @@ async def test_events_page_both_ways_and_are_bounded(jobs: Jobs, redis: Redis) -
     await jobs.create(fixed())
     fence = (await taken(jobs)).fence
     for number in range(5):
-        await jobs.event(ID, fence, "info", f"e{number}")
+        await jobs.add_event(ID, fence, new_event("info", f"e{number}"))
     newest = await jobs.events(ID, limit=2, newest=True)
     assert [event.message for event in newest] == ["e4", "e3"]
     older = await jobs.events(ID, before=newest[-1].sequence, limit=2, newest=True)
@@ -381,7 +382,7 @@ async def test_events_page_both_ways_and_are_bounded(jobs: Jobs, redis: Redis) -
     assert [event.message for event in await jobs.events(ID, after=5)] == ["e3", "e4"]
     members = {f"x{number}": 100 + number for number in range(MAX_EVENTS + 10)}
     await redis.zadd(f"pp:job:{ID}:events", members)
-    await jobs.event(ID, fence, "info", "last")
+    await jobs.add_event(ID, fence, new_event("info", "last"))
     assert await redis.zcard(f"pp:job:{ID}:events") == MAX_EVENTS
 
 
@@ -413,15 +414,15 @@ class Crowd:
         self.wins: set[int] = set()
 
     async def act(self, turn: int) -> None:
-        acts = [self.take, self.beat, self.save, self.train, self.fail, self.lapse, self.ask]
+        acts = [self.take, self.heartbeat, self.save, self.train, self.fail, self.lapse, self.ask]
         await self.draw.choice(acts)(turn, self.draw.choice(self.fences[-3:]))
 
     async def take(self, turn: int, fence: int) -> None:
         if job := await self.jobs.take(ID, f"w{turn}"):
             self.fences.append(job.fence)
 
-    async def beat(self, turn: int, fence: int) -> None:
-        await self.jobs.beat(ID, fence)
+    async def heartbeat(self, turn: int, fence: int) -> None:
+        await self.jobs.heartbeat(ID, fence)
 
     async def save(self, turn: int, fence: int) -> None:
         await self.jobs.checkpoint(ID, fence, Checkpoint(created=1, step=turn, metrics={}))
@@ -455,7 +456,7 @@ async def test_any_order_of_events_ends_with_at_most_one_version(jobs: Jobs, red
     for turn in range(300):
         await crowd.act(turn)
         if await jobs.to_publish():
-            intended = await jobs.intend(ID, draw.choice([0, 7]), draw.choice([7, 8]))
+            intended = await jobs.commit_to_version(ID, draw.choice([0, 7]), draw.choice([7, 8]))
             if intended and await jobs.succeed(ID, intended, f"mine@{intended}", []):
                 published.add(intended)
         now = await jobs.get("t", ID)

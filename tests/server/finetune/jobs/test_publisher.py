@@ -133,7 +133,7 @@ class System:
 
 @pytest.fixture(autouse=True)
 def _without_delays(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(publisher, "LONGEST_DELAY_SECONDS", 0.0)
+    monkeypatch.setattr(publisher, "MAX_DELAY_SECONDS", 0.0)
 
 
 @pytest.fixture
@@ -164,9 +164,9 @@ async def test_what_a_job_wrote_goes_some_time_after_it_ended(system: System, re
     due = f"tenants/t/jobs/{ID}/"
     score = await redis.zscore("pp:doomed", due)
     assert score is not None
-    assert abs(score / 1000 - time.time() - job_scripts.DOOM_SECONDS) < 60
+    assert abs(score / 1000 - time.time() - job_scripts.DELETE_AFTER_SECONDS) < 60
     await redis.zadd("pp:doomed", {due: 1})
-    await system.files.doomed.sweep()
+    await system.files.scheduled_deletes.sweep()
     left = {key.split("/")[2] for key in await system.objects.list("tenants")}
     assert left == {"adapters", "blobs", "files"}
 
@@ -255,7 +255,7 @@ async def test_files_that_are_not_found_are_waited_for_and_left_to_whoever_has_t
     job = await system.jobs.get("t", ID)
     assert (job.status, job.phase, job.error) == ("running", "publishing", None)
     events = [event.message for event in await system.jobs.events(ID)]
-    assert events.count(publisher.MISSING) == 1
+    assert events.count(publisher.FILES_MISSING) == 1
     await system.publisher.publish_all()
     assert (await system.jobs.get("t", ID)).status == "succeeded"
     assert await system.versions() == [1]
@@ -329,7 +329,7 @@ async def test_an_upload_that_takes_the_number_is_stepped_around(system: System)
 async def test_a_publisher_that_wakes_up_late_adds_nothing(system: System) -> None:
     """It slept between committing and publishing; meanwhile another took over, by an upload's number even."""
     await system.trained()
-    assert await system.jobs.intend(ID, 0, 1) == 1
+    assert await system.jobs.commit_to_version(ID, 0, 1) == 1
     job = await system.jobs.get("t", ID)
     late = manifest("t", "mine", 1, [Blob(name="a.safetensors", key="k", sha256="0" * 64, bytes=1)])
     late = msgspec.structs.replace(late, facts={"job": ID})

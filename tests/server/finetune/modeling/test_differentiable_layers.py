@@ -8,7 +8,7 @@ from server.finetune.data.examples import Example
 from server.finetune.modeling import adapter_model as trainable
 from server.finetune.modeling.adapter_model import AdapterModel
 from server.finetune.modeling.batch_loss import Batch
-from server.finetune.modeling.differentiable_layers import TrainedDecoder
+from server.finetune.modeling.differentiable_layers import TrainingDecoder
 from server.kernels.cpu.openmp import AVAILABLE
 from tests.server.finetune.small_trainings import PEFTS, examples, recipe
 
@@ -32,7 +32,7 @@ def assert_close(found: list[torch.Tensor], expected: list[torch.Tensor]) -> Non
 
 def by_class(folder: Path, method: str, monkeypatch: pytest.MonkeyPatch) -> AdapterModel:
     with monkeypatch.context() as patch:
-        patch.setattr(trainable, "run_by_kernels", lambda *_: None)
+        patch.setattr(trainable, "install_training_layers", lambda *_: None)
         return AdapterModel(folder, "tiny", recipe(method))
 
 
@@ -43,8 +43,8 @@ def test_losses_and_gradients_are_those_of_the_classes(
 ) -> None:
     ours = AdapterModel(tiny_models(family), "tiny", recipe(method))
     plain = by_class(tiny_models(family), method, monkeypatch)
-    assert isinstance(ours.halves.layers, TrainedDecoder)
-    assert plain.halves.layers is None
+    assert isinstance(ours.causal_lm.layers, TrainingDecoder)
+    assert plain.causal_lm.layers is None
     batch = examples(3)
     batch[1].weights[4] = 0.5  # targets that do not stand at the end
     assert_close(gradients(ours, batch), gradients(plain, batch))
@@ -54,14 +54,14 @@ def test_losses_and_gradients_are_those_of_the_classes(
 
 @pytest.mark.parametrize("family", ["gpt2", "gemma2", "olmo2"])
 def test_other_models_stay_with_their_classes(tiny_models: TinyModels, family: str) -> None:
-    assert AdapterModel(tiny_models(family), "tiny", recipe("bitfit")).halves.layers is None
+    assert AdapterModel(tiny_models(family), "tiny", recipe("bitfit")).causal_lm.layers is None
 
 
 def test_a_layer_that_is_off_is_left_to_its_class(
     tiny_models: TinyModels, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("server.finetune.modeling.differentiable_layers.gated", lambda gate, up: gate * up)
-    assert AdapterModel(tiny_models("llama"), "tiny", recipe()).halves.layers is None
+    assert AdapterModel(tiny_models("llama"), "tiny", recipe()).causal_lm.layers is None
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mistral"])

@@ -188,7 +188,7 @@ def test_noise_is_the_standard_error_that_resampling_shows() -> None:
     zeros = [0] * 60
     base = EvalScores(gains.tolist(), weights.tolist(), zeros, zeros, [False] * 60)
     adapter = EvalScores([0.0] * 60, weights.tolist(), zeros, zeros, [False] * 60)
-    mean, noise = module._ahead(base, adapter)
+    mean, noise = module._improvement(base, adapter)
     draws = torch.randint(60, (4000, 60), generator=rng)
     resampled = gains[draws].sum(1) / weights[draws].sum(1)
     assert mean == pytest.approx(float(gains.sum() / weights.sum()))

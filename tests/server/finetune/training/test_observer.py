@@ -6,20 +6,20 @@ def history(train: list[float], valid: dict[int, float]) -> TrainingLog:
     for i, loss in enumerate(train, start=1):
         made.steps.append(StepDone(i, len(train), loss, 0.5, 1.0, 1e-3, 10 * i, 0.1 * i))
         if i in valid:
-            made.evaluate(i, valid[i], 0.5)
+            made.add_evaluation(i, valid[i], 0.5)
     return made
 
 
 def test_the_best_is_the_first_of_the_lowest_losses() -> None:
     made = history([1.0] * 8, {2: 3.0, 4: 2.0, 6: 2.0, 8: 2.5})
     assert made.best == Evaluated(4, 2.0, 0.5, best=True)
-    assert made.worse == 2
+    assert made.evaluations_since_best == 2
     assert [e.best for e in made.evaluations] == [True, True, False, False]
 
 
 def test_without_a_step_there_is_nothing() -> None:
     made = TrainingLog()
-    assert (made.step, made.tokens, made.seconds, made.best, made.worse, made.curve()) == (
+    assert (made.step, made.tokens, made.seconds, made.best, made.evaluations_since_best, made.curve()) == (
         0,
         0,
         0,

@@ -44,11 +44,11 @@ class Run:
         base: Path,
         own: Recipe,
         folder: Path,
-        watcher: Memory | None = None,
+        observer: Memory | None = None,
         trained: Sequence[Example] | None = None,
         held_out: Sequence[Example] = HELD_OUT,
     ) -> None:
-        self.memory = watcher or Memory()
+        self.memory = observer or Memory()
         self.model = AdapterModel(base, "tiny", own)
         data = examples(11) if trained is None else trained
         self.trainer = AdapterTrainer(self.model, own, data, held_out, folder, self.memory)
@@ -60,7 +60,7 @@ class Run:
     def ended(self) -> tuple[dict[str, list[Any]], list[dict[str, Any]], list[dict[str, Any]]]:
         """The tensors, the evaluations, and the steps less how long they took."""
         tensors = {name: tensor.flatten().tolist() for name, tensor in self.model.state().items()}
-        history = msgspec.to_builtins(self.trainer.history)
+        history = msgspec.to_builtins(self.trainer.training_log)
         return tensors, history["evaluations"], [s | {"seconds": None} for s in history["steps"]]
 
 
@@ -168,7 +168,7 @@ def test_what_is_cancelled_stops_at_that_step_and_leaves_nothing(
     memory = Memory(until(3, wish))
     with pytest.raises(Stopped) as caught:
         Run(llama, recipe(), tmp_path, memory).fit()
-    assert caught.value.wish == wish
+    assert caught.value.signal == wish
     assert [s.step for s in memory.steps] == [1, 2, 3]
     assert max(memory.checkpoints, default=0) < 3
 
@@ -257,4 +257,4 @@ def test_the_base_stays_as_it_was(llama: Path, tmp_path: Path) -> None:
 
 def test_what_was_logged_reads_back_as_the_history(llama: Path, tmp_path: Path) -> None:
     run = Run(llama, recipe(), tmp_path).fit()
-    assert TrainingLog.read(run.trainer.state.log_history) == run.trainer.history
+    assert TrainingLog.read(run.trainer.state.log_history) == run.trainer.training_log

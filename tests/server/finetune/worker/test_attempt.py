@@ -17,14 +17,14 @@ from server.finetune.jobs.job import Checkpoint, Job
 from server.finetune.jobs.jobs import Jobs
 from server.finetune.jobs.leases import MAX_ATTEMPTS
 from server.finetune.worker import attempt as module
-from server.finetune.worker.attempt import SAVED, Attempt
+from server.finetune.worker.attempt import EXIT_SAVED, Attempt
 from tests.fixtures.jobs import RECIPE, fixed, lapse, result, taken
 
 pytestmark = pytest.mark.anyio
 ID = "ftjob-1"
 LONG = "time.sleep(600)"
 STUBBORN = f"signal.signal(signal.SIGTERM, signal.SIG_IGN); ready(); {LONG}"
-SAVES = f"signal.signal(signal.SIGTERM, lambda *_: sys.exit({SAVED})); ready(); {LONG}"
+SAVES = f"signal.signal(signal.SIGTERM, lambda *_: sys.exit({EXIT_SAVED})); ready(); {LONG}"
 CHILD = """
 import os, pathlib, signal, sys, time
 job, fence, folder = sys.argv[1], int(sys.argv[2]), pathlib.Path(sys.argv[3])
@@ -36,7 +36,7 @@ def ready():
 
 @pytest.fixture(autouse=True)
 def _brisk(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("BEAT_SECONDS", "TICK_SECONDS"):
+    for name in ("HEARTBEAT_SECONDS", "POLL_SECONDS"):
         monkeypatch.setattr(module, name, 0.05)
     monkeypatch.setattr(module, "MAX_DELAY_SECONDS", 0.0)
 
@@ -203,7 +203,7 @@ async def test_a_job_that_is_anothers_is_let_go(trial: Trial, job: Job, jobs: Jo
 async def test_a_pause_waits_for_the_step_that_runs(trial: Trial, job: Job, jobs: Jobs) -> None:
     """However long it takes: what has been trained since the last checkpoint is not thrown away."""
     slow = SAVES.replace("sys.exit", "(time.sleep(2), sys.exit")
-    async with trial.running(job, slow.replace(f"exit({SAVED})", f"exit({SAVED}))")):
+    async with trial.running(job, slow.replace(f"exit({EXIT_SAVED})", f"exit({EXIT_SAVED}))")):
         await jobs.pause("t", ID)
     assert await state(jobs) == ("queued", "paused")
     assert (await jobs.get("t", ID)).attempts == 0
@@ -213,7 +213,7 @@ async def test_a_pause_waits_for_the_step_that_runs(trial: Trial, job: Job, jobs
 
 async def test_resumed_before_it_has_paused_it_goes_on(trial: Trial, job: Job, jobs: Jobs) -> None:
     asked = "signal.signal(signal.SIGTERM, lambda *_: (folder / 'asked').touch()); ready()"
-    saves = f"while not (folder / 'save').exists(): time.sleep(0.02)\nsys.exit({SAVED})"
+    saves = f"while not (folder / 'save').exists(): time.sleep(0.02)\nsys.exit({EXIT_SAVED})"
     async with trial.running(job, f"{asked}\n{saves}"):
         await jobs.pause("t", ID)
         await until((trial.folder / "asked").exists)
@@ -234,7 +234,7 @@ async def test_cancelled_while_it_pauses(trial: Trial, job: Job, jobs: Jobs) -> 
 async def test_a_worker_that_stops_gives_the_job_back(
     body: str, trial: Trial, job: Job, jobs: Jobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "STOP_SECONDS", 0.3)
+    monkeypatch.setattr(module, "SAVE_SECONDS", 0.3)
     async with trial.running(job, body):
         trial.stopping = True
     assert await state(jobs) == ("queued", "queued")
@@ -250,7 +250,7 @@ async def test_a_child_that_somebody_else_stopped_goes_on(trial: Trial, job: Job
 async def test_its_time_is_limited(
     trial: Trial, job: Job, jobs: Jobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "LATE_SECONDS", 0.0)
+    monkeypatch.setattr(module, "OVERTIME_SECONDS", 0.0)
     await trial.run(replace(job, recipe=replace(RECIPE, max_seconds=1)), STUBBORN)
     await failed(jobs, "time_limit", "longer than its max_seconds, 1")
 

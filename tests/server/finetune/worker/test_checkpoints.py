@@ -9,7 +9,7 @@ from adapters_store.object_store.store import Objects
 from server.errors import StoreError
 from server.finetune.jobs.job import Job, job_prefix
 from server.finetune.jobs.jobs import Jobs
-from server.finetune.worker.checkpoints import KEPT, Checkpoints
+from server.finetune.worker.checkpoints import MAX_KEPT, Checkpoints
 from tests.fixtures.jobs import fixed, lapse, taken
 
 pytestmark = pytest.mark.anyio
@@ -113,7 +113,7 @@ async def test_old_ones_keep_their_figures_and_lose_their_files(
     ]
     left = await objects.list(job_prefix(job.tenant, job.id))
     assert left == sorted(file.key for c in found for file in c.files)
-    assert len(left) == KEPT * len(FILES)
+    assert len(left) == MAX_KEPT * len(FILES)
 
 
 async def test_without_the_lease_nothing_is_written_or_removed(

@@ -44,7 +44,7 @@ def test_the_port_shows_attempts_done_and_under_way(tmp_path: Path) -> None:
         tally.begin(folder)
         assert page(port)["polypeft_worker_training_steps_total"] == number * 3, "nothing was trained yet"
         AttemptCounters(300, 3, 1, 1000, 2.5).write(folder)
-        tally.beat(heard=False)
+        tally.heartbeat(answered=False)
         seen = page(port)
         assert seen["polypeft_worker_busy"] == 1
         assert seen["polypeft_worker_training_loss"] == 2.5
@@ -64,14 +64,14 @@ def test_what_is_told_is_told_once(tmp_path: Path) -> None:
     tally = WorkerMetrics("toy")
     tally.begin(tmp_path)
     AttemptCounters(100, 1).write(tmp_path)
-    news = tally.news()
+    news = tally.unreported()
     assert news == {"training_tokens": 100, "training_steps": 1}
-    assert tally.news() == news, "until it has been told"
-    tally.told(news)
-    assert tally.news() == {}
+    assert tally.unreported() == news, "until it has been told"
+    tally.mark_reported(news)
+    assert tally.unreported() == {}
     AttemptCounters(250, 2, 1, 50).write(tmp_path)
     tally.end("finished")
-    assert tally.news() == {
+    assert tally.unreported() == {
         "training_tokens": 150,
         "training_steps": 1,
         "checkpoints": 1,

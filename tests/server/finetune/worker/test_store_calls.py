@@ -5,7 +5,7 @@ from pathlib import Path
 from prometheus_client import CollectorRegistry
 
 from server.finetune.worker.metrics import WorkerMetrics
-from server.finetune.worker.store_calls import StoreCalls, read, shown
+from server.finetune.worker.store_calls import StoreCalls, metric_values, read_calls
 from server.metrics.names import OPERATIONS, SHARED
 
 LAST = len(SHARED["store_seconds"].buckets)
@@ -26,8 +26,8 @@ def test_a_call_falls_in_its_bucket_and_a_failure_counts_too(tmp_path: Path) -> 
     calls.on_call("get", 1e-6, "done")
     calls.on_call("get", 1e6, "failed")
     calls.on_call("juggle", 0.0, "refused")
-    assert read(tmp_path) == calls.calls(), "what another process reads"
-    values, counts = shown(calls.calls())
+    assert read_calls(tmp_path) == calls.calls(), "what another process reads"
+    values, counts = metric_values(calls.calls())
     buckets, total = {labels[1]: (found, total) for labels, found, total in counts["store_seconds"]}["get"]
     assert (buckets[0], buckets[LAST], sum(buckets)) == (1, 1, 2)
     assert total == 1e6 + 1e-6
@@ -37,8 +37,8 @@ def test_a_call_falls_in_its_bucket_and_a_failure_counts_too(tmp_path: Path) -> 
 
 
 def test_nothing_that_was_called_yet_is_shown_as_zero(tmp_path: Path) -> None:
-    assert read(tmp_path) == {}
-    _, counts = shown({})
+    assert read_calls(tmp_path) == {}
+    _, counts = metric_values({})
     assert [labels for labels, _, _ in counts["store_seconds"]] == [("worker", name) for name in OPERATIONS]
     assert not any(sum(found) for _, found, _ in counts["store_seconds"])
 

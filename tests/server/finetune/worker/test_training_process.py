@@ -33,7 +33,6 @@ def session(portal: BlockingPortal, valkey_url: str, tmp_path: Path) -> Iterator
     portal.call(it.jobs.create, fixed(ID))
     yield it
     portal.call(it.jobs._redis.aclose)
-    it.jobs._queue.close()  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(
@@ -56,7 +55,7 @@ def test_it_waits_for_room_and_the_job_goes_on(
     def train(_job: Job) -> bool:
         raise error
 
-    monkeypatch.setattr(module, "ROOM_SECONDS", 0.0)
+    monkeypatch.setattr(module, "DISK_POLL_SECONDS", 0.0)
     monkeypatch.setattr(shutil, "disk_usage", disk_usage)
     monkeypatch.setattr(session, "_train", train)
     job = portal.call(session.jobs.take, ID, "worker")

@@ -4,12 +4,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-from server.finetune.worker.work_dirs import LOCK, attempt_dir, bytes_in, worker_dir
+from server.finetune.worker.work_dirs import LOCK_FILE, attempt_dir, bytes_in, worker_dir
 
 HOLDER = """
 import pathlib, sys, time
-from server.finetune.worker.work_dirs import workplace
-with workplace(pathlib.Path(sys.argv[1]), "other") as folder:
+from server.finetune.worker.work_dirs import worker_dir
+with worker_dir(pathlib.Path(sys.argv[1]), "other") as folder:
     (folder / "job").mkdir()
     print("ready", flush=True)
     time.sleep(600)
@@ -44,7 +44,7 @@ def test_only_what_the_dead_left_is_removed(tmp_path: Path) -> None:
         with worker_dir(tmp_path, "mine"):
             assert (tmp_path / "other" / "job").exists()
         holder.kill()
-    assert (tmp_path / "other" / LOCK).exists()
+    assert (tmp_path / "other" / LOCK_FILE).exists()
     with worker_dir(tmp_path, "mine"):
         assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "young"]
 

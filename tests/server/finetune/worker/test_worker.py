@@ -17,7 +17,7 @@ from server.child_process import REFUSED
 from server.finetune.jobs.jobs import Jobs
 from server.finetune.jobs.queue import WorkerQueue
 from server.finetune.worker import worker as worker_module
-from server.finetune.worker.attempt import SAVED
+from server.finetune.worker.attempt import EXIT_SAVED
 from server.finetune.worker.worker import Worker
 from tests.fixtures.jobs import fixed, result
 from tests.fixtures.workers import Plant, plant, stop, until
@@ -39,7 +39,7 @@ time.sleep(600)
 @pytest.fixture
 def site(tmp_path: Path) -> Iterator[Plant]:
     with plant(tmp_path) as it:
-        (tmp_path / "child.py").write_text(CHILD.format(saved=SAVED, said=str(tmp_path / "said")))
+        (tmp_path / "child.py").write_text(CHILD.format(saved=EXIT_SAVED, said=str(tmp_path / "said")))
         yield it
 
 
@@ -197,7 +197,7 @@ async def test_a_valkey_that_is_slow_to_answer_is_asked_again(
 ) -> None:
     monkeypatch.setattr(valkey, "ANSWER_SECONDS", 0.2)
     monkeypatch.setattr(worker_module, "WAIT_SECONDS", 0.05)
-    monkeypatch.setattr(worker_module, "AGAIN_SECONDS", 0.0)
+    monkeypatch.setattr(worker_module, "RETRY_SECONDS", 0.0)
     worker = Worker(site.settings.model_copy(update={"redis_url": site.url}))
 
     async def next_job(queue: WorkerQueue) -> str:
