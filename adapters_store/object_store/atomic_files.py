@@ -1,8 +1,9 @@
-"""Files that appear whole or not at all, and stay: write a draft, fsync, link or rename, fsync the folder.
+"""Streams of chunks with a digest and a deadline, and durable, atomic writes of files.
 
-obstore's LocalStore renames without fsync, so what it acknowledged can vanish with the power. Writes to a
-file:// store and to the disk tier come through here; so do its small reads, which obstore's threads, that
-have no low priority, would take from the rows that run.
+A write goes to a temporary file, which is synced, then linked or renamed, and its folder synced. obstore's
+LocalStore renames without fsync, so a power failure can lose a write that it has acknowledged. Writes to a
+file:// store and to the disk tier use this module. So do reads of a file:// store: obstore's own threads have
+normal priority, and would take processor time from the running batch.
 """
 
 import contextlib
@@ -16,8 +17,12 @@ from typing import Protocol
 
 from server.errors import CorruptObject, StoreError, TooLarge
 
+DAMAGED = "Stored bytes do not match their SHA-256; they were not used."
+HASH_BYTES = 1 << 20  # hashed at a time, while they are in the processor's cache
+
 
 def chunks_of(source: Path | bytes, size: int) -> Iterator[bytes]:
+    """A file in chunks of `size` bytes; bytes as one chunk."""
     if isinstance(source, bytes):
         yield source
         return
@@ -27,7 +32,7 @@ def chunks_of(source: Path | bytes, size: int) -> Iterator[bytes]:
 
 
 def within_deadline(chunks: Iterator[bytes], seconds: float) -> Iterator[bytes]:
-    """`chunks`, as long as they come within the time; StoreError after it."""
+    """`chunks`. Raises StoreError at the first that comes later than `seconds` from now."""
     end = time.monotonic() + seconds
     for chunk in chunks:
         if time.monotonic() > end:
@@ -35,45 +40,42 @@ def within_deadline(chunks: Iterator[bytes], seconds: float) -> Iterator[bytes]:
         yield chunk
 
 
-DAMAGED = "Stored bytes do not match their SHA-256; they were not used."
-HASHED = 1 << 20  # bytes at a time: hashed while they are in the processor's cache
-
-
 def write_file(
     path: Path, chunks: Iterable[bytes], sha256: str | None = None, *, only_if_absent: bool = False
 ) -> bool:
-    """Write `path` durably. False if it had to be absent and was not; CorruptObject if `sha256` is another's.
+    """Write `path` durably. False if `only_if_absent` and the file exists.
 
-    The draft lies beside its target under a name obstore's listing leaves out ("#" and digits at its end).
+    Raises CorruptObject if the bytes' digest is not `sha256`; then nothing is written. The temporary file is
+    beside its target; its name ends in "#" and digits, which obstore's listing leaves out.
     """
     make_folder(path.parent)
-    draft = path.with_name(f"{path.name}#{secrets.randbits(63)}")
+    temp = path.with_name(f"{path.name}#{secrets.randbits(63)}")
     try:
-        with draft.open("xb") as file:
+        with temp.open("xb") as file:
             for chunk in verified(chunks, sha256):
                 file.write(chunk)
             file.flush()
             os.fsync(file.fileno())
         if only_if_absent:
-            os.link(draft, path)
+            os.link(temp, path)
         else:
-            draft.replace(path)
+            temp.replace(path)
     except FileExistsError:
         return False
     finally:
-        draft.unlink(missing_ok=True)
-        # also when somebody else was first: their file may not be on disk yet, and we are about to say it is
+        temp.unlink(missing_ok=True)
+        # also if another writer was first: its file may not be on disk yet, and the caller relies on that
         _sync_folder(path.parent)
     return True
 
 
-def read_file(path: Path, most: int) -> bytes:
-    """All of `path`; TooLarge over `most` bytes, FileNotFoundError for a folder, too."""
+def read_file(path: Path, max_bytes: int) -> bytes:
+    """The content of `path`. Raises TooLarge over `max_bytes`; FileNotFoundError, for a folder, too."""
     try:
         with path.open("rb", buffering=0) as file:
             size = os.fstat(file.fileno()).st_size
-            if size > most:
-                raise TooLarge(f"A stored object has {size} bytes, more than {most}.")
+            if size > max_bytes:
+                raise TooLarge(f"A stored object has {size} bytes, more than {max_bytes}.")
             return file.readall()
     except (IsADirectoryError, NotADirectoryError) as error:
         raise FileNotFoundError from error
@@ -87,7 +89,7 @@ def remove_file(path: Path) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Make `path` and its parents, each durable in its own parent."""
+    """Make `path` and its parents durably."""
     if path.is_dir():
         return
     make_folder(path.parent)
@@ -96,7 +98,7 @@ def make_folder(path: Path) -> None:
 
 
 def verified(chunks: Iterable[bytes], sha256: str | None) -> Iterator[bytes]:
-    """`chunks` as they are; CorruptObject at their end if they are not what `sha256` names."""
+    """`chunks`, unchanged. Raises CorruptObject after the last if their digest is not `sha256`; None: any."""
     digest = hashlib.sha256()
     for chunk in chunks:
         digest.update(chunk)
@@ -106,18 +108,20 @@ def verified(chunks: Iterable[bytes], sha256: str | None) -> Iterator[bytes]:
 
 
 class ReadInto(Protocol):
+    """A file's `readinto`: the number of bytes that were read, 0 or None at the end."""
+
     def __call__(self, buffer: memoryview, /) -> int | None: ...
 
 
-def read_into(buffer: memoryview, read_into: ReadInto, sha256: str) -> bool:
-    """Fill `buffer` from a file's `readinto`; whether it got all, and that is what `sha256` names."""
-    digest, at = hashlib.sha256(), 0
-    while at < len(buffer):
-        count = read_into(buffer[at : at + HASHED])
+def read_into(buffer: memoryview, readinto: ReadInto, sha256: str) -> bool:
+    """Fill `buffer`. False if the file is too short or the bytes' digest is not `sha256`."""
+    digest, filled = hashlib.sha256(), 0
+    while filled < len(buffer):
+        count = readinto(buffer[filled : filled + HASH_BYTES])
         if not count:
             return False
-        digest.update(buffer[at : at + count])
-        at += count
+        digest.update(buffer[filled : filled + count])
+        filled += count
     return digest.hexdigest() == sha256
 
 

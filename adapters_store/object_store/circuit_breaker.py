@@ -1,10 +1,10 @@
-"""A circuit breaker: after a row of failures callers are told at once, until one of them gets through.
+"""A circuit breaker: after several failures in a row, calls fail at once until a probe succeeds.
 
-closed      calls go through; FAILURES in a row, whoever made them, open it
-open        calls fail at once, for SECONDS, twice as long after each probe that failed, up to MAX_SECONDS
+closed      calls go through; MAX_FAILURES in a row, over all callers, open it
+open        calls fail at once, for FIRST_OPEN_SECONDS, doubled by each failed probe up to MAX_OPEN_SECONDS
 half-open   one call goes through as the probe; the others fail at once until it has ended
 
-Knows neither stores nor what a failure is. Safe to use from several threads.
+Knows no store; the caller says what a failure is. Thread-safe.
 """
 
 import threading
@@ -25,47 +25,49 @@ class CircuitBreaker:
     def __init__(
         self, failures: int | None = MAX_FAILURES, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        """`failures` None: it never opens."""
-        self.opened = 0  # times, for figures
-        self._failures = failures
+        """Opens after `failures` in a row; None: never."""
+        self.times_opened = 0  # for metrics
+        self._max_failures = failures
         self._clock = clock
         self._lock = threading.Lock()
-        self._in_a_row = 0
-        self._wait = FIRST_OPEN_SECONDS
-        self._until: float | None = None  # open until then; None: closed
+        self._failures = 0
+        self._open_seconds = FIRST_OPEN_SECONDS
+        self._open_until: float | None = None  # by `clock`; None: closed
         self._probing = False
 
     @property
     def state(self) -> State:
         with self._lock:
-            if self._until is None:
+            if self._open_until is None:
                 return "closed"
-            return "half-open" if self._probing or self._clock() >= self._until else "open"
+            return "half-open" if self._probing or self._clock() >= self._open_until else "open"
 
     def enter(self) -> bool:
-        """Before a call, which must end in `leave`; whether it is the probe. Raises StoreError while open."""
+        """Call before each call; True: it is the probe. Raises StoreError while open. `leave` must follow."""
         with self._lock:
-            if self._until is None:
+            if self._open_until is None:
                 return False
-            if self._probing or self._clock() < self._until:
+            if self._probing or self._clock() < self._open_until:
                 raise StoreError("The object store does not answer at present; try again in a moment.")
             self._probing = True
             return True
 
-    def leave(self, probe: bool, worked: bool) -> bool:
-        """After it; whether this opened the breaker. Any call that worked, however old, closes it."""
+    def leave(self, probe: bool, succeeded: bool) -> bool:
+        """Call after each call. True if it opens the breaker. Any success, even of an old call, closes it."""
         with self._lock:
             self._probing = self._probing and not probe
-            if worked:
-                self._in_a_row, self._wait, self._until = 0, FIRST_OPEN_SECONDS, None
+            if succeeded:
+                self._failures, self._open_seconds, self._open_until = 0, FIRST_OPEN_SECONDS, None
                 return False
-            self._in_a_row += 1
-            if self._until is None:
-                opens = self._failures is not None and self._in_a_row >= self._failures
+            self._failures += 1
+            if self._open_until is None:
+                opens = self._max_failures is not None and self._failures >= self._max_failures
             else:
                 opens = probe
-                self._wait = min(2 * self._wait, MAX_OPEN_SECONDS) if probe else self._wait
+                self._open_seconds = (
+                    min(2 * self._open_seconds, MAX_OPEN_SECONDS) if probe else self._open_seconds
+                )
             if opens:
-                self._until = self._clock() + self._wait
-                self.opened += 1
+                self._open_until = self._clock() + self._open_seconds
+                self.times_opened += 1
             return opens

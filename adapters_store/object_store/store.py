@@ -1,11 +1,11 @@
 """Objects by key in a folder, in memory, or in S3, GCS, Azure: one set of calls over obstore.
 
-Knows no tenants and no manifests; keys are made by the registry, never by a caller. Every call exists
-once, as a blocking method (`get_sync`, for the engine's loader thread); its async twin (`get`) runs that
-on a bounded set of threads. A missing object is NotFound; everything else that goes wrong is StoreError.
+Knows no tenants and no manifests; keys are built by the registry, never by a caller. Each call is a blocking
+method (`get_sync`, for the engine's loader threads); the async method of that name (`get`) runs it on a
+bounded set of threads. A missing object raises NotFound, any other failure StoreError.
 
-Every call ends: requests have time-outs, retries a limit, transfers a deadline (see cloud.py). When a cloud's
-store has failed several times in a row, calls fail at once until it answers again (see circuit_breaker.py).
+Every call ends: requests have time-outs, retries a limit, transfers a deadline (see cloud.py). After several
+failures in a row of a cloud's store, calls fail at once until it answers again (see circuit_breaker.py).
 """
 
 import hashlib
@@ -34,13 +34,13 @@ from adapters_store.object_store.cloud import BULK_SECONDS, Clients, open_cloud,
 from server.errors import CorruptObject, NotFound, StartupError, StoreError, TooLarge, disk_error, shown
 
 T = TypeVar("T")
-CHUNK = 4 << 20  # bytes
-PART = 8 << 20  # bytes of a part of a multipart upload, of which PARTS are on their way at a time
-PARTS = 3
-MAX_GET = 64 << 20  # bytes; `get` is for manifests and other small things, weights go through `download`
-THREADS = 16  # for small calls, and as many for transfers
-CREATE_TRIES = 3
-WRITER = "writer"  # an attribute: the token of the call that created the object
+CHUNK_BYTES = 4 << 20
+PART_BYTES = 8 << 20  # of a part of a multipart upload
+CONCURRENT_PARTS = 3
+MAX_GET_BYTES = 64 << 20  # `get` is for manifests and other small objects; weights take `download` or `read`
+MAX_THREADS = 16  # for small calls, and as many again for transfers
+MAX_CREATE_ATTEMPTS = 3
+WRITER_ATTRIBUTE = "writer"  # of an object: the token of the call that created it
 SCHEMES = ("file", "memory", "s3", "gs", "az")
 log = logging.getLogger(__name__)
 
@@ -61,17 +61,17 @@ class Objects:
         self.on_call: OnCall = lambda _operation, _seconds, _outcome: None
         self.remote = remote
         self._quick, self._bulk = clients
-        self._folder = folder  # of a file:// store, whose writes are ours: see atomic_files.py
-        self._threads = anyio.CapacityLimiter(THREADS)
-        self._transfers = anyio.CapacityLimiter(THREADS)
+        self._folder = folder  # of a file:// store, which atomic_files.py reads and writes
+        self._threads = anyio.CapacityLimiter(MAX_THREADS)
+        self._transfers = anyio.CapacityLimiter(MAX_THREADS)
 
     @classmethod
     def open(
         cls, url: str, config: Path | None = None, options: Mapping[str, str] | None = None
     ) -> "Objects":
-        """`config` is a file of options for obstore, `options` are more of them; see cloud.py.
+        """`config` is a file of options for obstore, `options` come on top of it; see cloud.py.
 
-        Touches no network. Raises StartupError for a URL that names no store.
+        Opens no connection. Raises StartupError for a URL that names no store.
         """
         parts = urlsplit(url)
         if "@" in parts.netloc:
@@ -87,15 +87,15 @@ class Objects:
             if parts.scheme == "memory":
                 memory = MemoryStore()
                 return cls(Clients(memory, memory), None, remote=False)
-            given = (read_options(config) if config else {}) | dict(options or {})
-            return cls(open_cloud(url, given), None, remote=True)
+            merged = (read_options(config) if config else {}) | dict(options or {})
+            return cls(open_cloud(url, merged), None, remote=True)
         except (BaseError, OSError, ValueError) as error:
             raise StartupError(f"The store {shown(url)} cannot be opened as configured.") from error
 
-    def prove_sync(self) -> None:
-        """Write, read and remove an object of no meaning. StoreError if that fails.
+    def self_test(self) -> None:
+        """Write, read and remove a test object. Raises StoreError if that fails.
 
-        Raises StartupError for a store that lets a second `create` overwrite: no version would be safe there.
+        Raises StartupError for a store where `create` overwrites an object: versions would not be immutable.
         """
         key = f"proof/{secrets.token_hex(8)}"
         created = [self.create_sync(key, data) for data in (b"first", b"second")]
@@ -109,74 +109,76 @@ class Objects:
         """Whether other processes see the same objects."""
         return self.remote or self._folder is not None
 
-    def beside(self, folder: Path) -> bool:
-        """Whether objects are files of the same disk as this folder; one that is missing is on none."""
+    def on_same_disk(self, folder: Path) -> bool:
+        """Whether objects are files on the disk of `folder`; False for a folder that does not exist."""
         if self._folder is None or not folder.exists():
             return False
         return self._folder.stat().st_dev == folder.stat().st_dev
 
-    # what the store does, blocking
+    # blocking calls
 
     def put_sync(self, key: str, source: Path | bytes, sha256: str | None = None) -> None:
-        """Write it, whole or not at all, replacing any; StoreError if the bytes are not `sha256`'s."""
-        chunks = atomic_files.verified(chunks_of(source, CHUNK), sha256)
+        """Write the object atomically, replacing any. Raises StoreError if the digest is not `sha256`."""
+        chunks = atomic_files.verified(chunks_of(source, CHUNK_BYTES), sha256)
         with self._call("put"):
+            path = _checked(key)
             if self._folder:
-                atomic_files.write_file(self._folder / _checked(key), chunks)
-            elif isinstance(source, bytes) or source.stat().st_size <= PART:
-                obstore.put(self._bulk, _checked(key), b"".join(chunks), use_multipart=False)
+                atomic_files.write_file(self._folder / path, chunks)
+            elif isinstance(source, bytes) or source.stat().st_size <= PART_BYTES:
+                obstore.put(self._bulk, path, b"".join(chunks), use_multipart=False)
             else:
                 parts = within_deadline(chunks, BULK_SECONDS)
-                obstore.put(self._bulk, _checked(key), parts, chunk_size=PART, max_concurrency=PARTS)
+                obstore.put(self._bulk, path, parts, chunk_size=PART_BYTES, max_concurrency=CONCURRENT_PARTS)
 
     def create_sync(self, key: str, data: bytes) -> bool:
-        """Write the object if there is none; False if there is. Of many at once exactly one gets True."""
+        """Write the object if there is none, else False. One of several concurrent calls gets True."""
         with self._call("create"):
             if self._folder:
                 return atomic_files.write_file(self._folder / _checked(key), [data], only_if_absent=True)
             return self._create(_checked(key), data)
 
     def get_sync(self, key: str) -> bytes:
-        """The whole object; TooLarge over MAX_GET bytes."""
+        """The content. Raises NotFound; TooLarge over MAX_GET_BYTES."""
         with self._call("get"):
             if self._folder:
-                return atomic_files.read_file(self._folder / _checked(key), MAX_GET)
+                return atomic_files.read_file(self._folder / _checked(key), MAX_GET_BYTES)
             found = obstore.get(self._quick, _checked(key))
-            if found.meta["size"] > MAX_GET:
-                raise TooLarge(f"A stored object has {found.meta['size']} bytes, more than {MAX_GET}.")
+            if found.meta["size"] > MAX_GET_BYTES:
+                raise TooLarge(f"A stored object has {found.meta['size']} bytes, more than {MAX_GET_BYTES}.")
             return found.bytes().to_bytes()
 
     def download_sync(self, key: str, path: Path, sha256: str | None) -> None:
-        """Stream the object to `path`, which appears once every byte is there, on disk, and `sha256`'s."""
+        """Stream the object to `path`, which appears complete and durable. Raises CorruptObject, NotFound."""
         with self._call("download"):
             found = obstore.get(self._bulk, _checked(key))
-            chunks = (bytes(chunk) for chunk in found.stream(min_chunk_size=CHUNK))
+            chunks = (bytes(chunk) for chunk in found.stream(min_chunk_size=CHUNK_BYTES))
             atomic_files.write_file(path, within_deadline(chunks, BULK_SECONDS), sha256)
 
     def read_sync(self, key: str, buffer: memoryview, sha256: str) -> None:
-        """Fill `buffer`, which is as long as the object; CorruptObject if they are not `sha256`'s."""
+        """Fill `buffer`. Raises CorruptObject if the object's length or digest is another; NotFound."""
         with self._call("read"):
             if self._folder:
                 with (self._folder / _checked(key)).open("rb", buffering=0) as file:
-                    same = os.fstat(file.fileno()).st_size == len(buffer)
-                    if not same or not atomic_files.read_into(buffer, file.readinto, sha256):
+                    same_size = os.fstat(file.fileno()).st_size == len(buffer)
+                    if not same_size or not atomic_files.read_into(buffer, file.readinto, sha256):
                         raise CorruptObject(atomic_files.DAMAGED)
                 return
-            found, at = obstore.get(self._bulk, _checked(key)), 0
+            found, filled = obstore.get(self._bulk, _checked(key)), 0
             if found.meta["size"] != len(buffer):
                 raise CorruptObject(atomic_files.DAMAGED)
-            chunks = map(bytes, found.stream(min_chunk_size=CHUNK))
+            chunks = map(bytes, found.stream(min_chunk_size=CHUNK_BYTES))
             for chunk in atomic_files.verified(within_deadline(chunks, BULK_SECONDS), sha256):
-                buffer[at : at + len(chunk)] = chunk
-                at += len(chunk)
+                buffer[filled : filled + len(chunk)] = chunk
+                filled += len(chunk)
 
     def head_sync(self, key: str) -> Head:
+        """Size and time of the object. Raises NotFound."""
         with self._call("head"):
             meta = obstore.head(self._quick, _checked(key))
             return Head(meta["size"], meta["last_modified"].timestamp())
 
     def delete_sync(self, key: str) -> None:
-        """Nothing happens if there is no such object."""
+        """Remove the object, if it exists."""
         with self._call("delete"):
             if self._folder:
                 atomic_files.remove_file(self._folder / _checked(key))
@@ -184,18 +186,18 @@ class Objects:
                 obstore.delete(self._quick, _checked(key))
 
     def list_sync(self, prefix: str) -> list[str]:
-        """Every key under a prefix, which is whole path segments; sorted."""
+        """Every key under `prefix`, which ends at a path segment; sorted."""
         with self._call("list"):
             batches = obstore.list(self._quick, _checked(prefix.rstrip("/")), chunk_size=1000)
             return sorted(meta["path"] for batch in batches for meta in batch)
 
     def sign_put_sync(self, key: str, seconds: int) -> str:
-        """A URL that whoever has it may PUT this one object to, for so many seconds. Only if `remote`."""
+        """A URL that allows its holder to PUT this one object, for `seconds`. Only if `remote`."""
         assert isinstance(self._bulk, S3Store | GCSStore | AzureStore), "callers look at `remote` first"
         with self._call("sign_put"):
             return obstore.sign(self._bulk, "PUT", _checked(key), timedelta(seconds=seconds))
 
-    # the same for callers on an event loop
+    # the same calls for an event loop
 
     async def put(self, key: str, source: Path | bytes, sha256: str | None = None) -> None:
         await run_sync(self.put_sync, key, source, sha256, limiter=self._transfers)
@@ -221,30 +223,27 @@ class Objects:
     async def sign_put(self, key: str, seconds: int) -> str:
         return await self._on_thread(lambda: self.sign_put_sync(key, seconds))
 
-    async def prove(self) -> None:
-        await self._on_thread(self.prove_sync)
-
     async def _on_thread(self, call: Callable[[], T]) -> T:
         return await run_sync(call, limiter=self._threads)
 
     def _create(self, key: str, data: bytes) -> bool:
-        """What the store says may be wrong in both directions, so what lies there decides: whose token is it?
+        """Whether this call created the object: its token in the stored object decides, not the answer.
 
-        An answer that was lost makes a retry, obstore's own included, find the object it wrote itself. And
-        S3 answers two writers at once with a conflict, which obstore takes for "exists" though nothing may.
+        After a lost answer, a retry (obstore's own included) finds the object that it wrote itself. And S3
+        answers concurrent writers with a conflict, which obstore reports as "exists" where nothing may be.
         """
         token = secrets.token_hex(16)
-        for _ in range(CREATE_TRIES):
+        for _ in range(MAX_CREATE_ATTEMPTS):
             failure: BaseError | None = None
             try:
-                obstore.put(self._quick, key, data, mode="create", attributes={WRITER: token})
+                obstore.put(self._quick, key, data, mode="create", attributes={WRITER_ATTRIBUTE: token})
                 return True
             except AlreadyExistsError:
                 log.debug("Created before: %s", key)
             except BaseError as error:
                 failure = error
             try:
-                return obstore.get(self._quick, key).attributes.get(WRITER) == token
+                return obstore.get(self._quick, key).attributes.get(WRITER_ATTRIBUTE) == token
             except FileNotFoundError:
                 if failure is not None:
                     raise failure from None
@@ -252,7 +251,7 @@ class Objects:
 
     @contextmanager
     def _call(self, operation: str) -> Iterator[None]:
-        """The store's failures as ours. The message says nothing of where it is or what it answered."""
+        """Translate failures into our errors, without the store's address or answer in the message."""
         start, answered = time.perf_counter(), True
         outcome: Outcome = "done"
         try:
@@ -274,13 +273,13 @@ class Objects:
             outcome = "failed"
             raise
         finally:
-            if self.breaker.leave(probe, answered):
+            if self.breaker.leave(probe, succeeded=answered):
                 log.error("The object store is given up for a while; the breaker is open")
             self.on_call(operation, time.perf_counter() - start, outcome)
 
 
 def _checked(key: str) -> str:
-    """`key`, if it stays under the prefix. ValueError is our bug: callers' names never get here unchecked."""
+    """`key`, if it stays under the prefix. ValueError is a bug of ours: callers' names are checked before."""
     plain = key.isascii() and key.isprintable() and not set(key) & set("\\#%?*")
     if not plain or {"", ".", ".."} & set(key.split("/")):
         raise ValueError(f"not an object key: {key!r}")
@@ -288,10 +287,11 @@ def _checked(key: str) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    """Of what obstore says: there the kind, the request and its answer stand; keys and signatures do not."""
+    """The first line of obstore's message has the kind, request and answer, but no keys or signatures."""
     return (str(error).splitlines() or [""])[0][:300]
 
 
 def sha256_of(path: Path) -> str:
+    """The digest of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -28,13 +28,15 @@ def state(breaker: CircuitBreaker) -> str:
     return breaker.state
 
 
-def call(breaker: CircuitBreaker, worked: bool) -> bool:
-    return breaker.leave(breaker.enter(), worked)
+def call(breaker: CircuitBreaker, succeeded: bool) -> bool:
+    return breaker.leave(breaker.enter(), succeeded)
 
 
 def opened(clock: Clock) -> CircuitBreaker:
     breaker = CircuitBreaker(clock=clock)
-    assert [call(breaker, worked=False) for _ in range(MAX_FAILURES)] == [False] * (MAX_FAILURES - 1) + [True]
+    assert [call(breaker, succeeded=False) for _ in range(MAX_FAILURES)] == [False] * (MAX_FAILURES - 1) + [
+        True
+    ]
     return breaker
 
 
@@ -42,14 +44,14 @@ def test_it_opens_at_failures_in_a_row_only(clock: Clock) -> None:
     breaker = CircuitBreaker(clock=clock)
     for _ in range(3):
         for _ in range(MAX_FAILURES - 1):
-            call(breaker, worked=False)
-        call(breaker, worked=True)
-    assert (state(breaker), breaker.opened) == ("closed", 0)
+            call(breaker, succeeded=False)
+        call(breaker, succeeded=True)
+    assert (state(breaker), breaker.times_opened) == ("closed", 0)
 
 
 def test_open_it_lets_nobody_in_until_one_may_try(clock: Clock) -> None:
     breaker = opened(clock)
-    assert (state(breaker), breaker.opened) == ("open", 1)
+    assert (state(breaker), breaker.times_opened) == ("open", 1)
     with pytest.raises(StoreError, match="at present"):
         breaker.enter()
     clock.now += FIRST_OPEN_SECONDS
@@ -58,7 +60,7 @@ def test_open_it_lets_nobody_in_until_one_may_try(clock: Clock) -> None:
     for _ in range(3):
         with pytest.raises(StoreError):  # beside the probe
             breaker.enter()
-    breaker.leave(probe=True, worked=True)
+    breaker.leave(probe=True, succeeded=True)
     assert state(breaker) == "closed"
     assert not breaker.enter()
 
@@ -67,7 +69,7 @@ def test_a_probe_that_fails_makes_the_wait_longer_up_to_a_limit(clock: Clock) ->
     breaker, wait = opened(clock), FIRST_OPEN_SECONDS
     for _ in range(8):
         clock.now += wait
-        assert call(breaker, worked=False)
+        assert call(breaker, succeeded=False)
         wait = min(2 * wait, MAX_OPEN_SECONDS)
         clock.now += wait - 0.01
         with pytest.raises(StoreError):
@@ -76,9 +78,9 @@ def test_a_probe_that_fails_makes_the_wait_longer_up_to_a_limit(clock: Clock) ->
         assert state(breaker) == "half-open"
         clock.now -= wait
     clock.now += MAX_OPEN_SECONDS
-    call(breaker, worked=True)
+    call(breaker, succeeded=True)
     for _ in range(MAX_FAILURES):
-        call(breaker, worked=False)
+        call(breaker, succeeded=False)
     clock.now += FIRST_OPEN_SECONDS  # the first wait again
     assert state(breaker) == "half-open"
 
@@ -87,18 +89,18 @@ def test_calls_from_before_it_opened_neither_open_it_again_nor_stand_in_the_prob
     breaker = CircuitBreaker(clock=clock)
     late = [breaker.enter() for _ in range(2)]
     for _ in range(MAX_FAILURES):
-        call(breaker, worked=False)
-    breaker.leave(late[0], worked=False)
-    assert breaker.opened == 1
+        call(breaker, succeeded=False)
+    breaker.leave(late[0], succeeded=False)
+    assert breaker.times_opened == 1
     clock.now += FIRST_OPEN_SECONDS
     assert breaker.enter()
-    breaker.leave(late[1], worked=True)  # the store answers
+    breaker.leave(late[1], succeeded=True)  # the store answers
     assert state(breaker) == "closed"
-    breaker.leave(probe=True, worked=False)
+    breaker.leave(probe=True, succeeded=False)
     assert state(breaker) == "closed"
 
 
 def test_one_that_never_opens(clock: Clock) -> None:
     breaker = CircuitBreaker(failures=None, clock=clock)
-    assert not any(call(breaker, worked=False) for _ in range(100))
+    assert not any(call(breaker, succeeded=False) for _ in range(100))
     assert state(breaker) == "closed"

@@ -33,8 +33,8 @@ def network(way: tuple[Proxy, str]) -> Proxy:
 
 @pytest.fixture
 def store(weed: Weed, way: tuple[Proxy, str], monkeypatch: pytest.MonkeyPatch) -> Objects:
-    monkeypatch.setitem(cloud.QUICK, "read_timeout", timedelta(seconds=1))
-    monkeypatch.setitem(cloud.BULK, "read_timeout", timedelta(seconds=1))
+    monkeypatch.setitem(cloud.QUICK_TIMEOUTS, "read_timeout", timedelta(seconds=1))
+    monkeypatch.setitem(cloud.BULK_TIMEOUTS, "read_timeout", timedelta(seconds=1))
     monkeypatch.setitem(cloud.RETRY, "retry_timeout", timedelta(seconds=2))
     return Objects.open(weed.url(), options=weed.options(way[1]))
 
@@ -145,7 +145,7 @@ def test_a_store_that_fails_is_left_alone_until_it_answers_again(
 def test_a_store_without_conditional_writes_is_refused(
     store: Objects, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store.prove_sync()
+    store.self_test()
     assert store.list_sync("proof") == []
 
     put = obstore.put
@@ -154,7 +154,7 @@ def test_a_store_without_conditional_writes_is_refused(
         lambda *given, **options: put(*given, **(options | {"mode": None})),
     )
     with pytest.raises(StartupError, match="conditional"):
-        store.prove_sync()
+        store.self_test()
     assert store.list_sync("proof") == []
 
 

@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from adapters_store.object_store.circuit_breaker import MAX_FAILURES
-from adapters_store.object_store.store import CHUNK, PART, PARTS
+from adapters_store.object_store.store import CHUNK_BYTES, CONCURRENT_PARTS, PART_BYTES
 from tests.e2e.chaos.test_finetune_kills import JOB_SECONDS, Impatient, Trainings
 from tests.e2e.chaos.test_process_faults import refused
 from tests.e2e.conftest import OPTIONS
@@ -159,8 +159,8 @@ def test_a_large_file_streams_through_in_little_memory(
     with Watched(api) as fetching:
         assert fetch(id_) == whole.hexdigest()
     log.warning("%d MiB: +%d MiB up, +%d MiB down", STREAM_MIB, sending.growth >> 20, fetching.growth >> 20)
-    assert sending.growth < 2 * (PARTS + 1) * PART + 4 * CHUNK
-    assert fetching.growth < 2 * (PARTS + 1) * PART + 4 * CHUNK
+    assert sending.growth < 2 * (CONCURRENT_PARTS + 1) * PART_BYTES + 4 * CHUNK_BYTES
+    assert fetching.growth < 2 * (CONCURRENT_PARTS + 1) * PART_BYTES + 4 * CHUNK_BYTES
 
 
 def test_without_its_store_it_serves_what_it_has_and_says_what_it_cannot(

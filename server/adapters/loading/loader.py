@@ -66,7 +66,7 @@ class Loader:
         self.dtype = dtype
         self.recipes = ParseCache(methods, base, limits)
         self.pinned = pinned
-        self.copies = not objects.beside(disk.folder)  # on disk, of what comes from the store
+        self.copies = not objects.on_same_disk(disk.folder)  # on disk, of what comes from the store
         self.observations: list[tuple[str, str, float]] = []  # (name, tier, value)
         self.sources: OrderedDict[str, str] = OrderedDict()  # digest -> where it was found last
         self.corrupt: Counter[str] = Counter()  # see corrupt_copies

@@ -69,7 +69,7 @@ def _try_store(objects: "Objects") -> None:
             "store memory:// is one process's own, and serve runs several; name a folder, file://..."
         )
     try:
-        objects.prove_sync()
+        objects.self_test()
     except StoreError:
         log.warning("The object store does not answer; what needs it will fail until it does")
 

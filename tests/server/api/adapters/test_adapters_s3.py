@@ -45,11 +45,11 @@ def test_readyz_says_how_the_store_is_and_stays_ready_without_it(system: System,
     answer = http.get("/readyz")
     assert answer.json()["object_store"] == {"breaker": "closed"}
     for _ in range(5):
-        breaker.leave(probe=False, worked=False)
+        breaker.leave(probe=False, succeeded=False)
     answer = http.get("/readyz")
     assert (answer.status_code, answer.json()["object_store"]) == (200, {"breaker": "open"})
     refused = http.post("/v1/adapters", data={"name": "x"}, files=lora_files())
     assert (refused.status_code, refused.json()["error"]["code"]) == (503, "store_unavailable")
     assert refused.headers["retry-after"]
-    breaker.leave(probe=False, worked=True)
+    breaker.leave(probe=False, succeeded=True)
     assert http.post("/v1/adapters", data={"name": "x"}, files=lora_files()).status_code == 201
