@@ -97,10 +97,10 @@ class ServedModel(FrozenModel):
             lengths = [row.length for row in ordered for _ in range(row.scheduled)]
             self.step.row_lengths = torch.tensor(lengths, device=device)
         last = [(self.step.last[row.id], n) for row, n in wanted]
-        kept = [index for end, n in last for index in range(end - n, end + 1)]
+        logit_indices = [index for end, n in last for index in range(end - n, end + 1)]
         self.step.keep(rows)
         self.watch(self.step)
-        return self.run(*upload([ids, positions, kept], device))
+        return self.run(*upload([ids, positions, logit_indices], device))
 
     @torch.inference_mode()
     def _check(self, check: ExactnessCheck) -> None:
@@ -127,19 +127,18 @@ class ServedModel(FrozenModel):
         check.keep()
 
     def run(
-        self, ids: torch.Tensor, positions: torch.Tensor, kept: torch.Tensor | None = None
+        self, ids: torch.Tensor, positions: torch.Tensor, logit_indices: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Run the step that `self.step` describes.
+        """Run the step that `self.step` describes: float32 logits [R, vocabulary].
 
-        Tokens and positions int64 [T], `kept` the indices of tokens with logits (None: all); float32 logits
-        [kept, vocabulary].
+        Tokens and positions int64 [T]; `logit_indices` int64 [R], the tokens with logits; None for all.
         """
         self.step.attended.clear()
         output = self.model(
             input_ids=ids[None],
             position_ids=positions[None],
             use_cache=False,
-            logits_to_keep=0 if kept is None else kept,
+            logits_to_keep=0 if logit_indices is None else logit_indices,
         )
         logits: torch.Tensor = output.logits[0].float()
         return logits
