@@ -21,9 +21,9 @@ HANGS, IS_SLOW = 13, 14  # first tokens of prompts
 # the real engine with a short floor, in which the forward pass of such prompts stands still
 ENGINE = f"""
 import time
-from server.engine import __main__ as main, model, watchdog
+from server.engine import __main__ as main, served_model, watchdog
 watchdog.BEAT_SECONDS, watchdog.FLOOR_SECONDS, watchdog.MULTIPLE = 0.1, 3.0, 1.5
-forward = model.ServedModel.forward
+forward = served_model.ServedModel.forward
 def slow(self, rows):
     first = {{row.tokens[0] for row in rows}}
     if {HANGS} in first:
@@ -31,7 +31,7 @@ def slow(self, rows):
     if {IS_SLOW} in first:
         time.sleep(1)
     return forward(self, rows)
-model.ServedModel.forward = slow
+served_model.ServedModel.forward = slow
 main.run_child("engine", main.serve)
 """
 
