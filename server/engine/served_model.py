@@ -97,10 +97,10 @@ class ServedModel(FrozenModel):
             lengths = [row.length for row in ordered for _ in range(row.scheduled)]
             self.step.row_lengths = torch.tensor(lengths, device=device)
         last = [(self.step.last[row.id], n) for row, n in wanted]
-        logit_indices = [index for end, n in last for index in range(end - n, end + 1)]
+        kept = [at for end, n in last for at in range(end - n, end + 1)]
         self.step.keep(rows)
         self.watch(self.step)
-        return self.run(*upload([ids, positions, logit_indices], device))
+        return self.run(*upload([ids, positions, kept], device))
 
     @torch.inference_mode()
     def _check(self, check: ExactnessCheck) -> None:
@@ -157,8 +157,8 @@ class ServedModel(FrozenModel):
         """
         step, zeros = self.step, torch.zeros(tokens, dtype=torch.int64)
         step.in_place, step.chunks, step.ahead, step.row_lengths = tokens, [], None, None
-        blocks = min(TIMED_CONTEXT_BLOCKS, -(-self.base.max_context // BLOCK))
-        step.tables, step.lengths = zeros[:, None].expand(-1, blocks).contiguous(), zeros + blocks * BLOCK
+        seen = min(TIMED_CONTEXT_BLOCKS, -(-self.base.max_context // BLOCK))
+        step.tables, step.lengths = zeros[:, None].expand(-1, seen).contiguous(), zeros + seen * BLOCK
         times = []
         for _ in range(3):  # the first run records the step
             start = time.perf_counter()
