@@ -1,8 +1,8 @@
-"""What crosses between the API and the engine, and nothing else does.
+"""All messages between the API processes and the engine.
 
-msgspec structs over ZeroMQ (ipc://): the engine binds a ROUTER, each API process connects a DEALER.
-The API speaks tokens, never text: tokenising, chat templates and stop strings are its business. Beats go by
-a PUB of their own, whoever listens.
+msgspec structs over ZeroMQ (ipc://): the engine binds a ROUTER socket, each API process connects a DEALER.
+Messages hold tokens, never text: tokenising, chat templates and stop strings are done by the API. Beats are
+published on a PUB socket of their own.
 """
 
 from typing import Literal
@@ -15,7 +15,7 @@ FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 
 class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
-    """How one row turns logits into tokens. Ranges are checked by the API; the engine trusts them."""
+    """Sampling parameters of one row. The API checks their ranges; the engine relies on that."""
 
     max_tokens: int
     temperature: float = 1.0  # 0 = greedy
@@ -40,9 +40,9 @@ class AdapterRef(msgspec.Struct, frozen=True):
     tenant: str
     name: str
     version: int
-    digest: str  # content hash: cache key, prefix-cache key, system_fingerprint
+    digest: str  # content hash: key of the adapter and prefix caches, system_fingerprint
     method: str
-    manifest_key: str  # where the manifest lies in the object store
+    manifest_key: str  # key of the manifest in the object store
 
 
 class Use(msgspec.Struct, frozen=True):
@@ -53,67 +53,70 @@ class Use(msgspec.Struct, frozen=True):
 
 
 class Generate(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One row."""
+    """Generate one row: a prompt, its sampling parameters and adapters."""
 
     id: str
     tenant: str
     prompt: list[int]
     sampling: Sampling
     adapter: AdapterRef | None = None
-    adapters: tuple[Use, ...] = ()  # several at once; `adapter` is None then
+    adapters: tuple[Use, ...] = ()  # several combined; `adapter` is None then
     deadline: float | None = None  # time.time() after which the row ends with deadline_exceeded
-    weight: float = 1.0  # the tenant's share when tenants queue
+    weight: float = 1.0  # of the tenant's fair share
     after: str | None = None  # wait for this sibling's prefill (n > 1): its prompt blocks are shared
 
 
 class Request(msgspec.Struct, frozen=True, tag=True):
-    """The rows of one request: the engine admits all of them or refuses all, before any gets a token."""
+    """The rows of one request. The engine admits all of them or refuses all before any gets a token."""
 
     rows: tuple[Generate, ...]
 
 
 class Cancel(msgspec.Struct, frozen=True, tag=True):
+    """End a row without a chunk."""
+
     id: str
 
 
 class Check(msgspec.Struct, frozen=True, tag=True):
-    """Load a staged version through the ordinary loader, run it, and say whether this base can serve it.
+    """Load a staged version through the ordinary loader, run it, and report whether this base can serve it.
 
-    `manifest` is the JSON of a manifest not yet written: the version becomes visible only after a yes.
+    `manifest` is the JSON of a manifest not yet written: the version becomes visible only after it has
+    passed.
     """
 
     id: str
     manifest: bytes
-    allow_noop: bool = False  # let in an adapter that changes nothing
+    allow_noop: bool = False  # pass an adapter that changes no logits
 
 
 class Prefetch(msgspec.Struct, frozen=True, tag=True):
-    """Bring a version towards the device before anybody asks for it."""
+    """Load a version towards the device before a request uses it."""
 
     adapter: AdapterRef
 
 
 class Forget(msgspec.Struct, frozen=True, tag=True):
-    """A deleted version: drop it from every tier once no row uses it."""
+    """Drop a deleted version from every tier once no row uses it."""
 
     digest: str
 
 
 class Pins(msgspec.Struct, frozen=True, tag=True):
-    """All adapters that tenants have pinned: kept on the device as far as their shares go."""
+    """All adapters that tenants have pinned: kept on the device within the tenants' shares."""
 
     adapters: tuple[AdapterRef, ...]
 
 
 class Hello(msgspec.Struct, frozen=True, tag=True):
-    """First message of an API process; the engine answers Ready when it is."""
+    """First message of an API process; the engine answers with Ready."""
 
 
 Command = Request | Cancel | Check | Prefetch | Forget | Pins | Hello
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):
-    """The engine is up. `boot` differs after every restart: rows of another boot are lost."""
+    """The engine serves. `boot` is the id of its process: rows sent to another boot are lost."""
 
     boot: str
     base: bytes  # JSON of server.adapters.sites.Base
@@ -126,26 +129,26 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Timing(msgspec.Struct, array_like=True):
-    """When a row did what, in Unix seconds, and what it waited for (see server/metrics/names.py)."""
+    """Times of a row in Unix seconds, and its waits by reason (see server/metrics/names.py)."""
 
     arrived: float = 0.0
     started: float = 0.0  # its first step
     first_token: float = 0.0
     queued: float = 0.0  # seconds from its arrival to its first step
     waited: dict[str, float] = {}  # reason -> seconds, waits after a preemption included
-    source: str = ""  # where its adapter was found: device, ram, disk, store; "": it has none
-    load: tuple[float, float] | None = None  # it waited for its adapter from then to then
+    source: str = ""  # tier of its adapter: device, ram, disk, store; "": it has none
+    load: tuple[float, float] | None = None  # begin and end of its wait for its adapter
 
 
 class Chunk(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
-    """What one step gave one row. `finish` is set exactly once, in the row's last chunk."""
+    """The tokens of one row in one step. `finish` is set exactly once, in the row's last chunk."""
 
     id: str
     tokens: list[int] = []
     logprobs: list[TokenLogprobs] = []
     cached_tokens: int = 0  # of the prompt, from the prefix cache (first chunk only)
     finish: FinishReason | None = None
-    stop_token: int | None = None  # the token that ended the row; it is in no `tokens`
+    stop_token: int | None = None  # the token that ended the row; not in `tokens`
     error: tuple[str, str] | None = None  # (code, message) with finish="error"
     timing: Timing | None = None  # with the row's first token
 
@@ -155,43 +158,45 @@ class Chunk(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
 
 
 class Chunks(msgspec.Struct, frozen=True, tag=True):
-    """One message a step and API process, however many rows it carries."""
+    """All chunks of one step for one API process."""
 
     chunks: list[Chunk]
 
 
 class Checked(msgspec.Struct, frozen=True, tag=True):
+    """Result of a Check: an error, or facts."""
+
     id: str
     error: tuple[str, str, str | None] | None = None  # (code, message, param)
-    facts: dict[str, float | int | str] = {}  # parameters, rank, bytes ...: goes into the manifest
+    facts: dict[str, float | int | str] = {}  # parameters, rank, bytes ... for the manifest
 
 
 class Stats(msgspec.Struct, frozen=True, tag=True):
-    """Engine figures, about once a second, for /metrics; keys are those of server/metrics/names.py.
+    """Metrics of the engine, sent about once a second; keys are those of server/metrics/names.py.
 
-    Everything is absolute, also across the engine's restarts, so one that is lost or told twice does no harm.
+    All values are absolute, also across restarts of the engine, so a lost or repeated message does no harm.
     """
 
     boot: str
-    gauges: dict[str, float]  # without labels, as the counters here
+    gauges: dict[str, float]  # without labels, as `counters`
     counters: dict[str, float]
-    series: list[tuple[str, tuple[str, ...], float]] = []  # (key, label values, value), of both kinds
+    series: list[tuple[str, tuple[str, ...], float]] = []  # (key, label values, value) of gauges and counters
     histograms: list[tuple[str, tuple[str, ...], list[int], float]] = []  # ... counts by bucket, sum
 
 
 class Beat(msgspec.Struct, frozen=True, tag=True):
-    """The engine's process lives: told each second, however long its step takes, at `beat_address`."""
+    """Heartbeat of the engine process, published every second at `beat_address`, also during a long step."""
 
     boot: str
-    seconds: float  # that the turn of the loop under way has run
-    bound: float  # seconds, by what such steps took before; past it the engine hangs, and ends itself
+    seconds: float  # age of the current iteration of the loop
+    bound: float  # seconds that the iteration may take; past it the engine hangs and ends itself
 
 
 Event = Ready | Chunks | Checked | Stats | Beat
 
 
 def beat_address(address: str) -> str:
-    """Where the engine at `address` publishes its beats; no longer than that."""
+    """The address of the beats of the engine at `address`; not longer than it."""
     return f"{address.removesuffix('.sock')}.beat"
 
 

@@ -1,4 +1,4 @@
-"""The engine process: `python -m server.engine`. Sockets outside, the loop inside."""
+"""The engine process: `python -m server.engine`. Passes messages between the API processes and the engine."""
 
 import logging
 import signal
@@ -37,29 +37,30 @@ from server.settings import Settings
 
 STATS_SECONDS = 1.0
 IDLE_MILLISECONDS = 200
-LOADING_MILLISECONDS = 1  # rows wait for an adapter and nothing else runs: look again soon
+LOADING_MILLISECONDS = 1  # when rows wait for an adapter and no row runs
 
 log = logging.getLogger(__name__)
 
 
 class EngineServer:
-    """Feeds the loop from a ROUTER socket and sends each API process what is its own."""
+    """Receives commands on a ROUTER socket, runs the engine, and sends each API process its own events."""
 
     def __init__(self, engine: Engine, address: str) -> None:
         self.engine = engine
         self.boot = uuid.uuid4().hex
         self.stopping = False
         self.peers: set[bytes] = set()
-        self.owner: dict[str, bytes] = {}  # row or check -> the peer that sent it
+        self.owners: dict[str, bytes] = {}  # id of a row or check -> the peer that sent it
         self.next_stats = 0.0
         self.socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
-        self.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # a send to an API process that is gone fails
+        self.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # sending to an API process that is gone fails
         self.socket.setsockopt(zmq.LINGER, 0)
         self.socket.setsockopt(zmq.SNDHWM, 0)  # rows are capped: a chunk is never dropped
         self.socket.bind(address)
         self.watchdog = Watchdog(engine.clock, self.boot, address)
 
     def run(self) -> None:
+        """Receive commands, run steps and send their events until `stop`."""
         self.watchdog.start()
         while not self.stopping:
             self.engine.clock.next_iteration()
@@ -74,7 +75,7 @@ class EngineServer:
         self.stopping = True
 
     def drain(self) -> None:
-        """Take every command that is there; wait for one only when there is nothing to compute."""
+        """Handle every command that has arrived; wait for one only if there is nothing to compute."""
         wait = IDLE_MILLISECONDS
         if self.engine.busy:
             wait = 0 if self.engine.scheduler.running else LOADING_MILLISECONDS
@@ -84,7 +85,7 @@ class EngineServer:
             wait = 0
 
     def handle(self, peer: bytes, frame: bytes) -> None:
-        """Whatever is wrong with a command ends that command."""
+        """Execute one encoded command. An error ends that command only."""
         try:
             command = decode_command(frame)
         except msgspec.MsgspecError:
@@ -93,11 +94,11 @@ class EngineServer:
             return
         try:
             self.execute(peer, command)
-        except Exception as error:  # noqa: BLE001 - whatever it is, and `as_polypeft_error` logs it
+        except Exception as error:  # noqa: BLE001 - any error: `as_polypeft_error` logs it
             self.engine.counts["internal_errors"] += 1
             fault = as_polypeft_error(error, f"this {type(command).__name__}")
             match command:
-                case Request(rows=rows):  # whole, as it is admitted
+                case Request(rows=rows):  # all rows fail together
                     for row in rows:
                         self.engine.submit(Cancel(row.id))
                     self.deliver([Chunk.failure(row.id, fault) for row in rows])
@@ -111,40 +112,41 @@ class EngineServer:
                 self.send(peer, self.ready())
                 return
             case Request(rows=rows):
-                self.owner.update({row.id: peer for row in rows})
+                self.owners.update({row.id: peer for row in rows})
             case Check(id=id_):
-                self.owner[id_] = peer
+                self.owners[id_] = peer
             case Cancel(id=id_):
-                self.owner.pop(id_, None)
+                self.owners.pop(id_, None)
         self.engine.submit(command)
 
     def deliver(self, chunks: list[Chunk]) -> None:
-        """One message a peer and step."""
+        """Send chunks to the peers that own their rows, one message for each peer."""
         by_peer: defaultdict[bytes, list[Chunk]] = defaultdict(list)
         for chunk in chunks:
-            if peer := self.owner.get(chunk.id):
+            if peer := self.owners.get(chunk.id):
                 by_peer[peer].append(chunk)
             if chunk.finish:
-                self.owner.pop(chunk.id, None)
-        for peer, own in by_peer.items():
-            self.send(peer, Chunks(own))
+                self.owners.pop(chunk.id, None)
+        for peer, peer_chunks in by_peer.items():
+            self.send(peer, Chunks(peer_chunks))
 
     def send_result(self, checked: Checked) -> None:
-        """Whoever asked for it."""
-        if peer := self.owner.pop(checked.id, None):
+        """Send the result of a check to the peer that asked for it."""
+        if peer := self.owners.pop(checked.id, None):
             self.send(peer, checked)
 
     def send_stats(self) -> None:
-        """Figures for /metrics, about once a second, between two steps."""
+        """Send metrics to every peer, about once a second."""
         now = time.monotonic()
         if now < self.next_stats:
             return
         self.next_stats = now + STATS_SECONDS
-        figures = stats(self.engine, self.boot)
+        message = stats(self.engine, self.boot)
         for peer in sorted(self.peers):
-            self.send(peer, figures)
+            self.send(peer, message)
 
     def ready(self) -> Ready:
+        """The answer to Hello: the base model and the limits."""
         settings, base = self.engine.settings, self.engine.base
         limits = {
             "max_seqs": settings.max_seqs,
@@ -158,7 +160,7 @@ class EngineServer:
         return Ready(self.boot, encode_base(base), limits)
 
     def send(self, peer: bytes, event: Event) -> bool:
-        """False if the API process has gone; its rows are cancelled then."""
+        """Send an event. False if the API process is gone: its rows are cancelled."""
         try:
             self.socket.send_multipart([peer, encode(event)])
         except zmq.ZMQError as error:
@@ -169,14 +171,15 @@ class EngineServer:
         return True
 
     def forget_peer(self, peer: bytes) -> None:
+        """Cancel the rows of an API process that is gone."""
         self.peers.discard(peer)
-        for id_ in [id_ for id_, owner in self.owner.items() if owner == peer]:
-            del self.owner[id_]
+        for id_ in [id_ for id_, owner in self.owners.items() if owner == peer]:
+            del self.owners[id_]
             self.engine.submit(Cancel(id_))
 
 
 def serve(settings: Settings) -> None:
-    """Load the model, then answer until SIGTERM. Raises StartupError for a model that cannot be served."""
+    """Load the model and serve it until SIGTERM. Raises StartupError for a model that cannot be served."""
     start = time.perf_counter()
     folder = resolve_model(settings)
     check_architecture(folder)

@@ -1,8 +1,9 @@
-"""The door every version passes before it becomes visible: loaded as in service, then run.
+"""The check of every version before it becomes visible: loaded as for serving, then run.
 
-A staged version goes through the ordinary loader, and then through the ordinary loop beside the rows that
-run: eight greedy tokens after a fixed prompt, once with it and once without. It must produce finite logits
-that differ from the base's; an adapter that changes nothing is let in only when asked for (`allow_noop`).
+A staged version goes through the ordinary loader and then, in a dry run, through the ordinary engine loop
+beside the rows that run: eight greedy tokens after a fixed prompt, and one token of the base model for
+comparison. Its logits must be finite and differ from the base's; an adapter that changes nothing passes only
+with `allow_noop`.
 """
 
 import hashlib
@@ -23,27 +24,27 @@ from server.engine.unexpected_errors import as_polypeft_error
 from server.errors import InvalidAdapter, PolypeftError, StoreError, TooLarge, Unavailable, error_from_code
 from server.messages import AdapterRef, Check, Checked, Chunk, Generate, Sampling
 
-TENANT = "\0gate"  # no tenant's: shares no prefix and no queue with any
-PROMPT_TOKENS = 8  # tokens
+TENANT = "\0gate"  # no tenant has this name: it shares neither prefixes nor a queue
+PROMPT_TOKENS = 8
 ANSWER_TOKENS = 8
-NON_FINITE = {"non_finite_logits": "non_finite"}  # code -> what a refusal for it is counted as
-MIN_RELATIVE_EFFECT = 1e-6  # of the largest logit; below it a difference is rounding
+NON_FINITE = {"non_finite_logits": "non_finite"}  # error code -> reason of the refusal in metrics
+MIN_RELATIVE_EFFECT = 1e-6  # of the largest logit; a smaller difference is rounding
 
 
 @dataclass(eq=False)
 class DryRun:
-    """One version on its way through the door."""
+    """The dry run of one version: it loads, then its row runs."""
 
     check: Check
     manifest: Manifest
     loading: "Future[Any]"
-    row: Row | None = None
+    row: Row | None = None  # once loaded
     tokens: list[int] = field(default_factory=list)
     logits: torch.Tensor | None = None  # [V], of the first token
 
 
 class AdapterCheck:
-    """Steps trials along; `engine.loop` feeds it logits and chunks of its rows."""
+    """Runs the dry runs. The engine passes it the logits and chunks of their rows."""
 
     def __init__(self, scheduler: Scheduler, cache: AdapterCache, loader: Loader, vocab_size: int) -> None:
         self.scheduler = scheduler
@@ -52,12 +53,13 @@ class AdapterCheck:
         self.prompt = [i * (vocab_size // PROMPT_TOKENS) + 1 for i in range(PROMPT_TOKENS)]
         self.base_logits: torch.Tensor | None = None
         self.base_row: Row | None = None
-        self.dry_runs: dict[str, DryRun] = {}  # by row id
+        self.dry_runs: dict[str, DryRun] = {}  # by id of their rows
         self.results: list[Checked] = []
         self.accepted = 0
         self.refusals: Counter[str] = Counter()  # by reason
 
     def start(self, check: Check) -> None:
+        """Start to load the version of a check. Its result comes by `take_results`, also if that fails."""
         try:
             manifest = decode_manifest(check.manifest)
             loading = self.loader.check(manifest)
@@ -70,19 +72,19 @@ class AdapterCheck:
         self.dry_runs[f"gate-{check.id}"] = DryRun(check, manifest, loading)
 
     def run_loaded(self) -> None:
-        """Start the dry_run runs whose version has been loaded."""
+        """Queue the rows of the versions that have been loaded."""
         for row_id, dry_run in [*self.dry_runs.items()]:
             if dry_run.row is None and dry_run.loading.done():
                 try:
                     if error := self._too_large(dry_run.loading.result().nbytes):
                         raise error
                     self._run(row_id, dry_run)
-                except Exception as error:  # noqa: BLE001 - whatever it is, and `as_polypeft_error` logs it
+                except Exception as error:  # noqa: BLE001 - any error: `as_polypeft_error` logs it
                     del self.dry_runs[row_id]
                     self._end(dry_run.check.id, error)
 
     def record_logits(self, rows: list[Row], logits: torch.Tensor) -> None:
-        """Keep the first logits of dry_run rows; `rows` are those that logits [R, V] belong to."""
+        """Keep the first logits of dry runs; logits [R, V] are those of `rows`, in their order."""
         if not self.dry_runs:
             return
         for i, row in enumerate(rows):
@@ -92,9 +94,9 @@ class AdapterCheck:
                 dry_run.logits = logits[i].clone()
 
     def consume(self, chunk: Chunk) -> bool:
-        """True if the chunk was a trial's, and nobody else's business."""
+        """Process a chunk of a dry run. False if the chunk is of another row."""
         if self.base_row is not None and chunk.id == self.base_row.id:
-            if chunk.error:  # the next dry_run starts it again
+            if chunk.error:  # the next dry run computes it again
                 self.base_row = None
             return True
         dry_run = self.dry_runs.get(chunk.id)
@@ -113,11 +115,12 @@ class AdapterCheck:
         return True
 
     def take_results(self) -> list[Checked]:
-        taken, self.results = self.results, []
-        return taken
+        """Results since the last call."""
+        results, self.results = self.results, []
+        return results
 
     def _too_large(self, nbytes: int) -> TooLarge | None:
-        """Why it could never be served: alone it takes more than there is for all."""
+        """The error of an adapter that is larger than the device memory for all adapters."""
         if nbytes <= self.cache.budget:
             return None
         return TooLarge(
@@ -127,11 +130,13 @@ class AdapterCheck:
 
     def _run(self, row_id: str, dry_run: DryRun) -> None:
         manifest = dry_run.manifest
-        # the tenant's own share of the tiers is what its uploads take
+        # an upload counts towards the share of its own tenant
         ref = AdapterRef(
             manifest.tenant, manifest.name, manifest.version, manifest.digest, manifest.method, ""
         )
-        self.cache.offer(ref, dry_run.loading)  # it has no manifest in the store to be fetched by
+        self.cache.offer(
+            ref, dry_run.loading
+        )  # the loader could not fetch it: its manifest is not in the store yet
         if self.base_row is None:
             self.base_row = self._row("gate-base", None)
             self.scheduler.add(self.base_row)
@@ -144,8 +149,9 @@ class AdapterCheck:
         return Row(command, seed=0, tokens=list(self.prompt), prompt_length=PROMPT_TOKENS)
 
     def _compare_with_base(self, dry_run: DryRun) -> None:
+        """Accept or refuse a version whose row has finished."""
         assert dry_run.logits is not None, "a row that finished had logits"
-        if self.base_logits is None:  # its row was queued first, and has failed
+        if self.base_logits is None:  # the row of the base has failed
             raise Unavailable("The adapter could not be compared with the base; try again.")
         effect = float((dry_run.logits - self.base_logits).abs().max())
         if (

@@ -1,10 +1,11 @@
-"""The only crossing from the API to the engine: asyncio on this side, ZeroMQ between.
+"""The API's client of the engine: asyncio on this side, ZeroMQ between the processes.
 
-Knows messages and nothing of HTTP, text or tensors. Bounded: rows in flight never exceed `max_rows`, and
-a row yields at most max_tokens chunks. Every row ends in exactly one finish, in its error, or in EngineLost.
+Knows messages, and nothing of HTTP, text or tensors. Bounded: the engine limits the rows in flight, and a row
+yields at most max_tokens chunks. Every row ends in exactly one finish, in its error, or in EngineLost.
 
-Silence is no loss: a process may be stopped, starved or swapped out, and goes on where it was. An engine is
-lost when its socket hangs up, when another boot answers, or when it says itself that its step hangs.
+A silent engine is not lost: its process may be stopped, starved or swapped out, and continues later. An
+engine is lost when its socket disconnects, when another boot answers, or when it reports that its own step
+hangs.
 """
 
 import asyncio
@@ -23,10 +24,10 @@ from server.errors import DeadlineExceeded, EngineLost, Unavailable, error_from_
 
 log = logging.getLogger(__name__)
 
-SILENCE_SECONDS = 10.0  # without a word from the engine (it beats each second) it does not answer
+SILENCE_SECONDS = 10.0  # an engine without a message for so long (it beats each second) is unresponsive
 HELLO_SECONDS = 0.5
-DEADLINE_GRACE_SECONDS = 0.5  # the engine ends a late row itself; past this we do
-MAX_QUEUED_COMMANDS = 10_000  # commands queued for an engine that does not read
+DEADLINE_GRACE_SECONDS = 0.5  # the engine ends a late row; after this the client does
+MAX_QUEUED_COMMANDS = 10_000  # for an engine that does not read
 
 _Inbox = asyncio.Queue[m.Chunk]
 _LOST = "The engine stopped while it worked on this request; send it again."
@@ -37,13 +38,13 @@ class EngineClient:
     """One connection to one engine. `start` before use, `close` after; both idempotent per object."""
 
     def __init__(self, address: str, on_stats: Callable[[m.Stats], None] | None = None) -> None:
-        self.base: Base | None = None  # kept while the engine restarts: it serves the same model
+        self.base: Base | None = None  # kept while the engine restarts, as it serves the same model
         self.limits: dict[str, int] = {}
         self.stats: m.Stats | None = None
         self._address = address
         self._on_stats = on_stats
         self._boot: str | None = None
-        self._stats_received = asyncio.Event()  # set while there is a boot whose figures we have
+        self._stats_received = asyncio.Event()  # set while `stats` are those of a connected engine
         self._last_received = 0.0
         self._rows: dict[str, _Inbox] = {}
         self._checks: dict[str, asyncio.Future[m.Checked]] = {}
@@ -55,17 +56,17 @@ class EngineClient:
 
     @property
     def ready(self) -> bool:
-        """The engine answered Hello and has not been lost since: what it is sent, it will do."""
+        """The engine has answered Hello and has not been lost since: it will process what is sent."""
         return self._boot is not None
 
     @property
     def responsive(self) -> bool:
-        """It is ready, and spoke within the last SILENCE_SECONDS: what it is sent, it does now."""
+        """The engine is ready and has sent a message within SILENCE_SECONDS."""
         return self.ready and self.silent_seconds < SILENCE_SECONDS
 
     @property
     def silent_seconds(self) -> float:
-        """Seconds since the last word of an engine that is there; 0 while there is none."""
+        """Seconds since the last message of a connected engine; 0 while there is none."""
         return time.monotonic() - self._last_received if self.ready else 0.0
 
     @property
@@ -74,12 +75,12 @@ class EngineClient:
         return len(self._rows)
 
     async def start(self) -> None:
-        """Connect and begin to say Hello; does not wait for the engine."""
+        """Connect and start to send Hello; does not wait for the engine."""
         self._context = zmq.asyncio.Context()
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.SNDHWM, MAX_QUEUED_COMMANDS)
-        self._socket.setsockopt(zmq.RCVHWM, 0)  # rows are capped: dropping a chunk would hang one
+        self._socket.setsockopt(zmq.RCVHWM, 0)  # rows are capped; a dropped chunk would hang its row
         self._socket.connect(self._address)
         self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         self._beats = self._context.socket(zmq.SUB)
@@ -94,7 +95,7 @@ class EngineClient:
         self._tasks = [asyncio.create_task(loop) for loop in loops]
 
     async def wait_for_stats(self, seconds: float) -> None:
-        """Returns when the engine has answered and told its figures, or after so long without that."""
+        """Wait until the engine has answered and sent its Stats, for at most `seconds`."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._stats_received.wait()
@@ -110,10 +111,10 @@ class EngineClient:
             self._socket = self._context = self._monitor = self._beats = None
 
     async def generate(self, *rows: m.Generate) -> AsyncGenerator[m.Chunk, None]:
-        """The chunks of `rows` as they come, until each row has finished. Closing it cancels the rest.
+        """The chunks of `rows` as they arrive, until each row has finished. Closing it cancels the rest.
 
-        Raises EngineLost when the engine dies, DeadlineExceeded past a row's deadline, and what the engine
-        says about a row that failed: a failed row ends its siblings too.
+        Raises Unavailable if the engine takes no requests, EngineLost when it dies, DeadlineExceeded past a
+        row's deadline, and the error of a row that failed, which ends its siblings too.
         """
         if not self.ready:
             raise Unavailable("The engine is not ready; try again in a moment.")
@@ -137,7 +138,7 @@ class EngineClient:
                 self._post(m.Cancel(row_id))
 
     def cancel(self, row_id: str) -> None:
-        """End one row of a running `generate`, whose stream sees it finish as "cancelled"."""
+        """End one row of a running `generate`: its stream gets a chunk with finish="cancelled"."""
         if inbox := self._rows.pop(row_id, None):
             inbox.put_nowait(m.Chunk(row_id, finish="cancelled"))
             self._post(m.Cancel(row_id))
@@ -145,7 +146,7 @@ class EngineClient:
     async def check(self, manifest: bytes, *, allow_noop: bool = False) -> m.Checked:
         """Ask whether this base can serve a staged version. Raises EngineLost or Unavailable.
 
-        It takes as long as it takes: a trial waits for its load and for the rows that run.
+        There is no time limit: the dry run waits for the load of the version and for the rows that run.
         """
         if not self.ready:
             raise Unavailable("The engine is not ready; try again in a moment.")
@@ -159,20 +160,20 @@ class EngineClient:
             self._checks.pop(check.id, None)
 
     def prefetch(self, adapter: m.AdapterRef) -> None:
-        """A hint: bring `adapter` towards the device."""
+        """Hint that `adapter` will be used: the engine loads it towards the device."""
         self._post(m.Prefetch(adapter))
 
     @property
     def boot(self) -> str | None:
-        """Which life of the engine this is; None while there is none."""
+        """Id of the connected engine process; None while there is none."""
         return self._boot
 
     def pin(self, adapters: tuple[m.AdapterRef, ...]) -> bool:
-        """All that is pinned, by all tenants; False if it could not be sent."""
+        """Send all pinned adapters of all tenants; False if that could not be sent."""
         return self._post(m.Pins(adapters))
 
     def forget(self, digest: str) -> None:
-        """A version is deleted: drop it from every tier."""
+        """Drop a deleted version from every tier."""
         self._post(m.Forget(digest))
 
     def _send(self, command: m.Command) -> None:
@@ -184,7 +185,7 @@ class EngineClient:
         if self._socket is None:
             return False
         sent = asyncio.ensure_future(self._socket.send(m.encode(command), zmq.DONTWAIT))
-        return sent.exception() is None  # with DONTWAIT it is a future that is done already
+        return sent.exception() is None  # with DONTWAIT the future is done already
 
     async def _receive(self, socket: zmq.asyncio.Socket) -> None:
         while True:
@@ -214,7 +215,7 @@ class EngineClient:
 
     def _handle_stats(self, stats: m.Stats) -> None:
         if self._boot is not None and stats.boot != self._boot:
-            self._mark_lost()  # a restarted engine: _watch says Hello and its Ready follows
+            self._mark_lost()  # a restarted engine: _watch_silence sends Hello, and Ready follows
             return
         self.stats = stats
         if self._boot is not None:
@@ -223,7 +224,7 @@ class EngineClient:
             self._on_stats(stats)
 
     async def _watch_silence(self) -> None:
-        """Say Hello until Ready; note when the engine falls silent, and when it is heard again."""
+        """Send Hello until Ready; log when the engine becomes silent and when it sends messages again."""
         silent = False
         while True:
             if not self.ready:
@@ -235,13 +236,13 @@ class EngineClient:
             await asyncio.sleep(HELLO_SECONDS)
 
     async def _watch_disconnects(self) -> None:
-        """An engine that dies closes its end, and its rows end at once."""
+        """End all rows as soon as the engine's end of the socket closes."""
         while self._monitor is not None:
             await self._monitor.recv_multipart()
             self._mark_lost()
 
     def _mark_lost(self, why: str = _LOST) -> None:
-        """The engine is gone, and all it worked on; the next Ready starts afresh."""
+        """The engine is lost: fail its rows and checks. The next Ready connects to a new one."""
         self._boot = None
         self._stats_received.clear()
         self.drop_rows(why)
@@ -257,7 +258,10 @@ class EngineClient:
 
 
 async def _next(inbox: _Inbox, deadline: float | None) -> m.Chunk:
-    """asyncio.timeout, never wait_for: Python 3.11's drops a cancellation that meets a result."""
+    """The next chunk; raises DeadlineExceeded.
+
+    asyncio.timeout, not wait_for: that of Python 3.11 loses a cancellation that coincides with a result.
+    """
     seconds = None if deadline is None else deadline - time.time() + DEADLINE_GRACE_SECONDS
     try:
         async with asyncio.timeout(seconds):

@@ -169,17 +169,17 @@ class Engine:
 
     def _sample(self, rows: list[Row], logits: torch.Tensor) -> dict[str, list[Sampled]]:
         """Draw a token from each row of logits [R, V]; on a GPU, start the next step before reading them."""
-        positions = [(row, i) for row in rows if row.completes for i in range(1 + len(row.draft))]
-        self.adapter_check.record_logits([row for row, _ in positions], logits)
-        if matchers := [(i, row.grammar) for i, (row, _) in enumerate(positions) if row.grammar]:
+        to_sample = [(row, i) for row in rows if row.completes for i in range(1 + len(row.draft))]
+        self.adapter_check.record_logits([row for row, _ in to_sample], logits)
+        if matchers := [(i, row.grammar) for i, (row, _) in enumerate(to_sample) if row.grammar]:
             mask_logits(logits, matchers)
         pending = draw(
-            logits, [sample_row(row, num_draft, self.end_token_ids) for row, num_draft in positions]
+            logits, [sample_row(row, num_draft, self.end_token_ids) for row, num_draft in to_sample]
         )
         if self.model.step.gpu and not self.step_timer.samples_soon:
             self.model.lookahead.begin(rows, pending.tokens, self.scheduler.reserve_blocks)
         results: dict[str, list[Sampled]] = {row.id: [] for row in rows}
-        for (row, _), result in zip(positions, pending.read(), strict=True):
+        for (row, _), result in zip(to_sample, pending.read(), strict=True):
             results[row.id].append(result)
         return results
 

@@ -1,8 +1,8 @@
-"""An engine without a model: the same socket, messages and promises, with tokens by arithmetic.
+"""An engine without a model: the same socket, messages and guarantees, with computed tokens.
 
-Ships beside the real one for tests of everything above the engine, and for load tests of the API alone.
-The next token depends on prompt, adapter digest, seed and position, so two adapters never agree by chance
-and a repeated request repeats its answer.
+Ships beside the real one for tests of everything above the engine and for load tests of the API alone. A
+token is a hash of prompt, adapter digest, seed and position, so two adapters give different tokens and a
+repeated request gives the same ones.
 """
 
 import asyncio
@@ -25,10 +25,10 @@ STATS_SECONDS = 0.2
 
 @dataclass
 class Behaviour:
-    """What a test makes the engine do. May be changed while it runs."""
+    """Settings of the fake for a test. May be changed while it runs."""
 
-    step_seconds: float = 0.0  # rows get their tokens together, once in so long
-    chunk_tokens: int = 1  # tokens a chunk
+    step_seconds: float = 0.0  # time of a step; all rows get their tokens together
+    chunk_tokens: int = 1  # tokens of a chunk
     stop_after: int | None = None  # end with "stop" after so many tokens
     script: list[int] | None = None  # these tokens, then "stop", whatever the prompt
     fail_digest: str | None = None  # rows of this adapter fail
@@ -36,20 +36,17 @@ class Behaviour:
     error: tuple[str, str] = ("non_finite_logits", "The adapter produced a value that is not finite.")
     refuse: tuple[str, str, str | None] | None = None  # the answer to every Check
     facts: dict[str, float | int | str] = field(default_factory=lambda: {"parameters": 1})
-    mute: bool = False  # receive, and say nothing
-    step_age_and_bound: tuple[float, float] = (
-        0.0,
-        300.0,
-    )  # seconds that the turn under way has run, and its bound
+    mute: bool = False  # receive commands but send nothing
+    step_age_and_bound: tuple[float, float] = (0.0, 300.0)  # seconds, for Beat
 
 
 class FakeEngine:
-    """Binds `address` like the engine process. `crash` drops everything unannounced, `start` returns."""
+    """Binds `address` like the engine process. `crash` drops all state, `start` starts again."""
 
     def __init__(self, address: str, base: Base, limits: dict[str, int] | None = None) -> None:
         self.base = base
-        own = {"max_seqs": 32, "max_queue": 256, "max_model_len": base.max_context}
-        self.limits = own | (limits or {})
+        defaults = {"max_seqs": 32, "max_queue": 256, "max_model_len": base.max_context}
+        self.limits = defaults | (limits or {})
         self.behaviour = Behaviour()
         self.seen: list[m.Generate] = []
         self.cancelled: list[str] = []
@@ -60,7 +57,7 @@ class FakeEngine:
         self.boot = ""
         self._address = address
         self._rows: dict[str, asyncio.Task[None]] = {}
-        self._commands: dict[str, m.Generate] = {}  # of the rows that run
+        self._commands: dict[str, m.Generate] = {}  # of the running rows
         self._prefilled: dict[str, asyncio.Event] = {}
         self._peers: set[bytes] = set()
         self._tasks: list[asyncio.Task[None]] = []
@@ -83,7 +80,7 @@ class FakeEngine:
         self._tasks = [asyncio.create_task(self._serve()), asyncio.create_task(self._report())]
 
     async def crash(self) -> None:
-        """Die: no farewell, no row remembered."""
+        """Close the sockets and forget all rows, as a process that dies does."""
         tasks = [*self._tasks, *self._rows.values()]
         for task in tasks:
             task.cancel()
@@ -123,7 +120,7 @@ class FakeEngine:
                     self.pins = [adapter.digest for adapter in adapters]
 
     def _accept(self, peer: bytes, rows: tuple[m.Generate, ...]) -> None:
-        """By the real one's rule."""
+        """Admit or refuse a request by the rule of the real engine."""
         counts = Counter((row.tenant, row.weight) for row in self._commands.values())
         loads = {tenant: TenantLoad(count, weight) for (tenant, weight), count in counts.items()}
         capacity = self.limits["max_seqs"] + self.limits["max_queue"]
@@ -138,7 +135,7 @@ class FakeEngine:
             self._rows[row.id] = asyncio.create_task(self._run(peer, row))
 
     async def _run(self, peer: bytes, row: m.Generate) -> None:
-        """One row, from its sibling's prefill to its only finish."""
+        """Run one row, after the prefill of its sibling, to its finish."""
         try:
             if row.after is not None and (sibling := self._prefilled.get(row.after)):
                 await sibling.wait()
@@ -149,17 +146,17 @@ class FakeEngine:
             self._commands.pop(row.id, None)
 
     async def _generate(self, peer: bytes, row: m.Generate) -> m.Chunk:
-        """Send all chunks but the last, which is returned."""
-        how, tokens = self.behaviour, list[int]()
+        """Send all chunks of a row but the last one, and return that."""
+        behaviour, tokens = self.behaviour, list[int]()
         timing = m.Timing(arrived=time.time(), source="device" if row.adapter else "")
-        failing = row.adapter is not None and row.adapter.digest == how.fail_digest
+        failing = row.adapter is not None and row.adapter.digest == behaviour.fail_digest
         while True:
             await self._step_ends()
             self._prefilled[row.id].set()
             if row.deadline is not None and time.time() > row.deadline:
                 return m.Chunk(row.id, finish="error", error=("deadline_exceeded", "The deadline passed."))
-            if failing and len(tokens) >= how.fail_after:
-                return m.Chunk(row.id, finish="error", error=how.error)
+            if failing and len(tokens) >= behaviour.fail_after:
+                return m.Chunk(row.id, finish="error", error=behaviour.error)
             first = not tokens
             chunk = self._step(row, tokens)
             if first and chunk.tokens:
@@ -171,18 +168,18 @@ class FakeEngine:
             self._queue(peer, chunk)
 
     def _step(self, row: m.Generate, tokens: list[int]) -> m.Chunk:
-        """Up to `chunk_tokens` more, or fewer and the finish."""
-        how, new = self.behaviour, list[int]()
+        """A chunk of `chunk_tokens` tokens, or of fewer and the finish. Appends them to `tokens`."""
+        behaviour, new = self.behaviour, list[int]()
         finish: m.FinishReason | None = None
         cached = 0 if tokens else len(row.prompt) // 2
         stop_token = None
-        while len(new) < how.chunk_tokens and finish is None:
+        while len(new) < behaviour.chunk_tokens and finish is None:
             if len(tokens) == row.sampling.max_tokens:
                 finish = "length"
             elif self._ends(len(tokens)):
                 finish = "stop"
             else:
-                token = how.script[len(tokens)] if how.script else self.token(row, len(tokens))
+                token = behaviour.script[len(tokens)] if behaviour.script else self.token(row, len(tokens))
                 if token in row.sampling.stop_token_ids:
                     finish, stop_token = "stop", token
                     break
@@ -197,8 +194,8 @@ class FakeEngine:
         return m.Chunk(row.id, new, logprobs, cached, finish, stop_token)
 
     def _ends(self, count: int) -> bool:
-        how = self.behaviour
-        return count == (len(how.script) if how.script is not None else how.stop_after)
+        behaviour = self.behaviour
+        return count == (len(behaviour.script) if behaviour.script is not None else behaviour.stop_after)
 
     def token(self, row: m.Generate, position: int) -> int:
         """The token at `position`; greedy rows ignore their seed."""
@@ -208,7 +205,7 @@ class FakeEngine:
         return int.from_bytes(hashlib.sha256(content).digest()[:8]) % self.base.vocab_size
 
     def _logprobs(self, token: int, count: int) -> m.TokenLogprobs:
-        """The chosen token is the best; the others follow it, each less likely."""
+        """Logprobs of a sampled token: it is the best one; the next ids follow, each less likely."""
         others = [((token + i) % self.base.vocab_size, -0.5 * (i + 1)) for i in range(count)]
         return m.TokenLogprobs(-0.5, others)
 
@@ -227,7 +224,7 @@ class FakeEngine:
         await asyncio.sleep(seconds and seconds - time.monotonic() % seconds)
 
     def _queue(self, peer: bytes, chunk: m.Chunk) -> None:
-        """With what the step gives the peer's other rows, in one message."""
+        """Queue a chunk for a peer. All chunks of a step are sent as one message."""
         if not self._undelivered:
             asyncio.get_running_loop().call_soon(self._deliver)
         self._undelivered[peer].append(chunk)

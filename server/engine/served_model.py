@@ -1,7 +1,7 @@
-"""The base model at work: one step's tokens through the frozen base, K and V in pages.
+"""The served model: one step's forward pass of the frozen base, with K and V in pages.
 
-Tokens of all rows are packed [1, T] with explicit positions. Knows batches and slots; knows no tenants,
-names or queues.
+The tokens of all rows are packed into [1, T] with explicit positions. Knows batches and slots; knows no
+tenants, adapter names or queues.
 """
 
 import time
@@ -31,11 +31,11 @@ from server.kernels import token_blocks as gpu
 from server.kernels.cpu.paged_attention import BLOCK, write_pages
 from server.kernels.transfers import upload
 
-TIMED_CONTEXT_BLOCKS = 8  # blocks of a row whose step is timed, at most
+TIMED_CONTEXT_BLOCKS = 8  # KV blocks that each token of a timed step attends to, at most
 
 
 class ServedModel(FrozenModel):
-    """Weights, pages and sites; `forward` runs one step."""
+    """Weights, KV pages and sites; `forward` runs one step."""
 
     def __init__(
         self,
@@ -47,17 +47,16 @@ class ServedModel(FrozenModel):
         max_context: int,
         exact: Path | None = None,
     ) -> None:
-        """`exact`: where it is kept that a base has been found to be exact (exactness_check.py).
+        """`exact`: the folder that records which bases have passed the exactness check (exactness_check.py).
 
-        Raises UnsupportedModel for one that is not.
+        Raises UnsupportedModel for a base that fails it.
         """
         check = ExactnessCheck(exact)
         on_gpu = gpu.chosen(placement.device)
-        self.decoder: Decoder | None = None  # where kernels of ours run the layers
+        self.decoder: Decoder | None = None  # if the CPU kernels run the layers
         self.step = ForwardContext(gpu=on_gpu)
-        self.watch: Callable[[ForwardContext], None] = lambda _step: (
-            None
-        )  # sees each step before it is computed
+        # called with each step before it is computed
+        self.watch: Callable[[ForwardContext], None] = lambda _step: None
         super().__init__(folder, base_id, placement, self.step, attend, max_context=max_context, check=check)
         self.step.pages = KvPages(self.base, placement.device, placement.dtype, kv_bytes)
         if on_gpu:
@@ -66,34 +65,35 @@ class ServedModel(FrozenModel):
             fuse_rotary(self.model)
         else:
             self.decoder = install_cpu_layers(self.model, self.step)
-        holds = self.step.pages.count * BLOCK  # one row may fill the whole cache, and no more
-        self.base = msgspec.structs.replace(self.base, max_context=min(self.base.max_context, holds))
+        kv_tokens = self.step.pages.count * BLOCK  # a row may fill the whole cache
+        self.base = msgspec.structs.replace(self.base, max_context=min(self.base.max_context, kv_tokens))
         self.graphs = DecodeGraphs(self.step, self.run, placement.device, self.base.max_context)
         self.lookahead = Lookahead(self.graphs, self.base.max_context)
         if check.pending:
             self._check(check)
 
     def install(self, banks: Mapping[str, Bank]) -> None:
-        """The banks whose adapters rows may name, by method."""
+        """Set the banks of the adapters that rows may use, by method."""
         self.step.banks = banks
 
     @torch.inference_mode()
     def forward(self, rows: list[Row]) -> torch.Tensor:
-        """Compute each row's scheduled tokens; float32 logits [rows that complete and guesses, vocabulary].
+        """Compute the scheduled tokens of each row; float32 logits [completing rows + drafts, vocabulary].
 
-        The logits' order is that of `rows`, less those still in prefill after this step; a row's own come
-        before those of its guesses.
+        In the order of `rows`, without those still in prefill after this step. The logits of a row's last
+        token come before those of its draft tokens.
         """
-        ahead = self.lookahead.logits(rows, self._compute)
-        return self._compute(rows) if ahead is None else ahead
+        precomputed = self.lookahead.logits(rows, self._compute)
+        return self._compute(rows) if precomputed is None else precomputed
 
     def _compute(self, rows: list[Row]) -> torch.Tensor:
+        """Logits as `forward` returns them, by a CUDA graph where one fits."""
         if self.step.gpu and (replayed := self.graphs.forward(rows)) is not None:
             return replayed
         return self._forward_packed(rows, [(row, len(row.draft)) for row in rows if row.completes])
 
     def _forward_packed(self, rows: list[Row], wanted: list[tuple[Row, int]]) -> torch.Tensor:
-        """Logits of these rows' last tokens, and of so many before."""
+        """Logits of the last token of each `wanted` row and of so many tokens before it."""
         device = self.placement.device
         ordered = self.step.order(rows)
         ids = [t for row in ordered for t in row.to_compute()]
@@ -110,7 +110,7 @@ class ServedModel(FrozenModel):
 
     @torch.inference_mode()
     def _check(self, check: ExactnessCheck) -> None:
-        """Raises UnsupportedModel. Before any row runs: leaves the first pages zeroed."""
+        """Check that the base is exact. Raises UnsupportedModel. Leaves the pages that it uses zeroed."""
 
         def compute(rows: list[Row]) -> torch.Tensor:
             return self._forward_packed(rows, [(row, row.scheduled - 1) for row in rows])
@@ -133,36 +133,40 @@ class ServedModel(FrozenModel):
         check.record_success()
 
     def run(
-        self, ids: torch.Tensor, positions: torch.Tensor, kept: torch.Tensor | None = None
+        self, ids: torch.Tensor, positions: torch.Tensor, logit_indices: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """The step that is set, for tokens int64 [T]: float32 logits [kept, vocabulary]; None keeps all."""
+        """Run the step that `self.step` describes: float32 logits [R, vocabulary].
+
+        Tokens and positions int64 [T]; `logit_indices` int64 [R], the tokens with logits; None for all.
+        """
         self.step.attended.clear()
         output = self.model(
             input_ids=ids[None],
             position_ids=positions[None],
             use_cache=False,
-            logits_to_keep=0 if kept is None else kept,
+            logits_to_keep=0 if logit_indices is None else logit_indices,
         )
         logits: torch.Tensor = output.logits[0].float()
         return logits
 
     def step_cost(self) -> StepCost | None:
-        """What steps take, where guessed tokens may save some; on a GPU nothing is guessed."""
+        """Measured step times for drafts on a CPU; None on other devices, where drafts are not used."""
         return (
             None if self.step.gpu or self.placement.device.type != "cpu" else StepCost.timed(self.time_step)
         )
 
     @torch.inference_mode()
     def time_step(self, tokens: int) -> float:
-        """What a step of so many tokens takes, the better of two, if each sees some others. Before any row
-        runs: it writes to the first page, reads nothing else, and leaves that zeroed.
+        """Seconds of a step of `tokens` decoding rows with some past, the better of two runs.
+
+        Call it before any row runs: it writes to the first page, reads no other, and leaves it zeroed.
         """
         step, zeros = self.step, torch.zeros(tokens, dtype=torch.int64)
         step.in_place, step.chunks, step.kv_positions, step.row_lengths = tokens, [], None, None
         seen = min(TIMED_CONTEXT_BLOCKS, -(-self.base.max_context // BLOCK))
         step.tables, step.lengths = zeros[:, None].expand(-1, seen).contiguous(), zeros + seen * BLOCK
         times = []
-        for _ in range(3):  # the first records it
+        for _ in range(3):  # the first run records the step
             start = time.perf_counter()
             self.run(zeros, zeros)
             times.append(time.perf_counter() - start)
@@ -171,15 +175,15 @@ class ServedModel(FrozenModel):
         return min(times[1:])
 
     def write_virtual_kv(self, row: Row) -> None:
-        """Write the given K/V of a row's virtual tokens that no cached block held, if there are any."""
+        """Write the precomputed K/V of a row's virtual tokens that no cached block holds, if any."""
         if row.write_virtual_from is not None:
             for use, slot in zip(row.uses, row.slots, strict=True):
                 if start := self.step.banks[use.adapter.method].start(slot):
-                    self.write(row, start, row.write_virtual_from)
+                    self._write_kv(row, start, row.write_virtual_from)
             row.write_virtual_from = None
 
-    def write(self, row: Row, start: Start, first: int) -> None:
-        """Put the given K/V of a row's virtual tokens, from `first` on, into its pages."""
+    def _write_kv(self, row: Row, start: Start, first: int) -> None:
+        """Write precomputed K/V of a row's virtual tokens, from `first` on, to its pages."""
         count = start.keys.shape[1]
         positions = kv_positions(row.blocks, first, count, self.placement.device)
         for layer in range(self.base.layers):
@@ -187,6 +191,6 @@ class ServedModel(FrozenModel):
             write_pages(*pages, start.keys[layer, first:], start.values[layer, first:], positions)
 
     def end_tokens(self) -> frozenset[int]:
-        """Ids after which a text is over, as the model's own generation config says."""
+        """The end-of-text ids of the model's generation config."""
         ids = self.model.generation_config.eos_token_id
         return frozenset([ids] if isinstance(ids, int) else ids or ())

@@ -1,12 +1,12 @@
-"""Slow is not dead: what tells a long step from one that hangs, by a thread that does not compute.
+"""Heartbeats and hang detection: a second thread distinguishes a long step from one that hangs.
 
-The thread that computes counts its turns and says what the step under way should take. A thread beside it
-tells everybody who listens, once in BEAT_SECONDS, how long the turn under way has run and what its bound is;
-past the bound it ends the process, which `serve` then starts again.
+The computing thread counts the iterations of its loop and sets a bound for the current step. The watchdog
+thread publishes, every BEAT_SECONDS, the age and the bound of the current iteration. Past the bound it ends
+the process, which `polypeft serve` then restarts.
 
-The age of a turn is counted in beats. Whatever stops the whole process (SIGSTOP, swap, a starved machine)
-stops the beats as well, so that time is no part of any step. An engine that is silent altogether is the
-supervisor's to judge.
+The age of an iteration is counted in beats. Anything that stops the whole process (SIGSTOP, swap, a starved
+machine) stops the beats too, so that time is not part of any step. An engine without beats is a matter for
+the supervisor.
 """
 
 import logging
@@ -21,41 +21,41 @@ import zmq
 from server.messages import Beat, beat_address, encode
 
 BEAT_SECONDS = 1.0
-# A bound is MULTIPLE of what steps of as many tokens took before: on a machine with 30 processes a core a
-# step takes 30 times as long. It is never below FLOOR_SECONDS: a step that compiles kernels or records a
-# graph takes minutes, and a false alarm ends everybody's rows, a late one only those that hang already.
+# The bound of a step is MULTIPLE times what earlier steps of as many tokens took: on a machine with 30
+# processes a core a step takes 30 times as long. It is at least FLOOR_SECONDS: a step that compiles kernels
+# or records a graph takes minutes. A false alarm ends all rows, a late one only rows that hang already.
 MULTIPLE = 30.0
 FLOOR_SECONDS = 300.0
-REMEMBERED_STEPS = 16  # about so many steps of one size make its mean
+AVERAGED_STEPS = 16  # the time of a step size is a moving average over about so many steps
 EXIT_STATUS = 70  # EX_SOFTWARE
 
 log = logging.getLogger(__name__)
 
 
 class StepClock:
-    """What the thread that computes says of itself; any thread may read it."""
+    """Progress of the computing thread, which alone writes it; any thread may read it."""
 
     def __init__(self) -> None:
         self.iteration = 0  # of the engine's loop
-        self.bound = FLOOR_SECONDS  # of the turn under way
-        self._means: dict[int, float] = {}  # seconds of a step, by the bits of its number of tokens
+        self.bound = FLOOR_SECONDS  # seconds that the current iteration may take
+        self._means: dict[int, float] = {}  # seconds of a step by the bit length of its number of tokens
 
     def next_iteration(self) -> None:
         self.iteration += 1
         self.bound = FLOOR_SECONDS
 
     def begin(self, tokens: int) -> None:
-        """This turn's step has so many tokens."""
+        """Set the bound for a step of `tokens` tokens."""
         self.bound = max(FLOOR_SECONDS, MULTIPLE * self._expected(tokens.bit_length()))
 
     def end(self, tokens: int, seconds: float) -> None:
-        """A step of so many tokens took so long."""
+        """Record the time of a step of `tokens` tokens."""
         bits = tokens.bit_length()
         mean = self._means.get(bits, seconds)
-        self._means[bits] = mean + (seconds - mean) / REMEMBERED_STEPS
+        self._means[bits] = mean + (seconds - mean) / AVERAGED_STEPS
 
     def _expected(self, bits: int) -> float:
-        """By steps of that size; else by the next smaller ones, each token as dear; else by larger ones."""
+        """Seconds by steps of that size, else scaled up from the next smaller size, else by larger ones."""
         smaller = max((size for size in self._means if size <= bits), default=None)
         if smaller is not None:
             return self._means[smaller] * 2.0 ** (bits - smaller)
@@ -63,21 +63,21 @@ class StepClock:
 
 
 class Watchdog:
-    """Call `start` from the thread that computes, once it takes its turns."""
+    """Publishes beats and ends a process that hangs. Call `start` from the computing thread."""
 
     def __init__(self, clock: StepClock, boot: str, address: str) -> None:
-        """`address`: the engine's; beats are published beside it."""
+        """`address` is the engine's socket; beats are published at `beat_address(address)`."""
         self._clock = clock
         self._boot = boot
         self._address = address
-        self._computing = 0  # the thread that is watched
+        self._computing = 0  # id of the computing thread
 
     def start(self) -> None:
         self._computing = threading.get_ident()
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def _watch(self) -> None:
-        # this thread's own: sockets are not to be shared
+        # a ZeroMQ socket may not be shared between threads
         socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PUB)
         socket.setsockopt(zmq.LINGER, 0)
         socket.bind(beat_address(self._address))
@@ -95,7 +95,7 @@ class Watchdog:
                 self._end(age, bound)
 
     def _end(self, age: float, bound: float) -> None:
-        """End the process; those who listen have heard why by then."""
+        """Log the stack of the computing thread and end the process; the last beat has told clients why."""
         stack = traceback.format_stack(sys._current_frames()[self._computing])  # noqa: SLF001 - no other way
         log.critical(
             "A step has run for %.0f s and its bound is %.0f s: the engine hangs and ends. It is at:\n%s",

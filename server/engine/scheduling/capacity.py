@@ -27,14 +27,14 @@ def refusal(
     `loads` are the rows of each tenant, `capacity` the most that all may have together.
     """
     tenant_rows = loads[tenant].rows if tenant in loads else 0
-    taken = sum(load.rows for load in loads.values())
-    free = capacity - taken - rows
+    used = sum(load.rows for load in loads.values())
+    free = capacity - used - rows
     weights = {name: load.weight for name, load in loads.items() if load.rows} | {tenant: weight}
     largest = max(weights.values())
     # the rows that the tenant would have if every tenant sent as many as its limit allows
     share = capacity * weight / (sum(weights.values()) + largest)
     if free < 0 and (not tenant_rows or tenant_rows + rows <= share):
-        return QueueFull(f"The server has {taken} of the {capacity} rows that it takes; try again later.")
+        return QueueFull(f"The server has {used} of the {capacity} rows that it takes; try again later.")
     if tenant_rows and tenant_rows + rows > free * weight / largest:
         return TenantQueueFull(
             f"The request has {rows} rows and the tenant has {tenant_rows} in the server already, "

@@ -43,13 +43,13 @@ class BlockPool:
         """`count` blocks with one owner; None, and nothing has changed, if fewer are free."""
         if count > len(self.free):
             return None
-        taken = []
+        allocated = []
         for _ in range(count):
             block, _ = self.free.popitem(last=False)
             self._forget(block)
             self.refs[block] = 1
-            taken.append(block)
-        return taken
+            allocated.append(block)
+        return allocated
 
     def match(self, hashes: Sequence[bytes]) -> list[int]:
         """The blocks of the longest cached prefix of `hashes`; each gets one more owner."""

@@ -43,7 +43,7 @@ def test_a_matcher_without_fuel_ends_its_row_in_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It lets nothing but the end through, which must not pass for the answer's own."""
-    monkeypatch.setattr(grammar, "LIMITS", LLParserLimits(step_lexer_fuel=1, verbose_errors=False))
+    monkeypatch.setattr(grammar, "PARSER_LIMITS", LLParserLimits(step_lexer_fuel=1, verbose_errors=False))
     matcher, end = matcher_of(tmp_path, {"type": "string", "pattern": "^(.*[ab].{30}){30}$"})
     (quote,) = _allowed(matcher)
     assert consume(matcher, quote)

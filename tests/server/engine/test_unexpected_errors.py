@@ -195,7 +195,7 @@ def test_a_trial_is_not_judged_by_a_base_that_failed(stand: Stands, monkeypatch:
     assert trial(s, s.refs[0]).error is None
 
 
-@pytest.mark.parametrize("step", ["offer", "_too_large", "_judge"])
+@pytest.mark.parametrize("step", ["offer", "_too_large", "_compare_with_base"])
 def test_whatever_fails_in_a_trial_ends_that_trial(
     stand: Stands, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:

@@ -274,7 +274,7 @@ def test_without_places_all_is_other() -> None:
     assert busiest.counts["other", "other"]["n"] == 100
 
 
-def test_the_stopwatch_changes_no_token(stand: Stand) -> None:
+def test_the_step_timer_changes_no_token(stand: Stand) -> None:
     """The timed step sees banks through a wrapper: the same rows give the same tokens in every step."""
     rows = [stand.generate(i, stand.refs[i % 3]) for i in range(6)]
     first = run(stand.engine, rows)
