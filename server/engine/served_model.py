@@ -52,7 +52,7 @@ class ServedModel(FrozenModel):
         Raises UnsupportedModel for one that is not.
         """
         check = ExactnessCheck(exact)
-        on_gpu = gpu.chosen(placement.device)
+        on_gpu = gpu.uses_triton(placement.device)
         self.decoder: Decoder | None = None  # where kernels of ours run the layers
         self.step = ForwardContext(gpu=on_gpu)
         self.watch: Callable[[ForwardContext], None] = lambda _step: (

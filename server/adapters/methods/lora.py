@@ -32,7 +32,7 @@ from server.adapters.methods.tensor_names import (
 )
 from server.adapters.sites import Base, Site
 from server.errors import InvalidAdapter, shown
-from server.kernels.cpu.grouped_affine import narrow
+from server.kernels.cpu.grouped_affine import supports_bfloat16
 
 Narrow = Literal["never", "exact", "rounded"]
 ENDINGS: Endings = {
@@ -183,7 +183,7 @@ class Lora:
             return False
         kept = a.dtype == b.dtype == torch.bfloat16 and abs(math.frexp(change.factor)[0]) == 0.5
         allowed = self.narrow == "rounded" or (self.narrow == "exact" and kept)
-        return allowed and site.kind == "linear" and narrow(site.inputs, site.outputs)
+        return allowed and site.kind == "linear" and supports_bfloat16(site.inputs, site.outputs)
 
     def _target(
         self,

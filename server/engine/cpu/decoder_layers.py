@@ -23,7 +23,7 @@ from server.engine.cpu.verified_swap import PROBE_TOKENS, probe_states, swap_for
 from server.engine.model.forward_context import ForwardContext, PrefillChunk, kv_positions
 from server.engine.model.linear_sites import FusedLinears, LinearSite, biases_of
 from server.engine.model.module_hooks import decoder_layers
-from server.kernels.cpu.decode_attention import takes
+from server.kernels.cpu.decode_attention import supports_pages
 from server.kernels.cpu.fused_bias import Biases
 from server.kernels.cpu.int8.linear import without_rounding
 from server.kernels.cpu.llama_ops import RmsNorm, add_, rotate_, silu_times
@@ -178,7 +178,7 @@ def install_cpu_layers(model: Any, step: ForwardContext) -> Decoder | None:
     None if not. Writes to the first pages, and leaves them zeroed.
     """
     layers = [layer for _, layer in decoder_layers(model, model.config.num_hidden_layers)]
-    if not layers or not all(map(is_llama_like, layers)) or not takes(step.pages.keys[0]):
+    if not layers or not all(map(is_llama_like, layers)) or not supports_pages(step.pages.keys[0]):
         return None
     with without_rounding():
         return swap_forward_if_equal(

@@ -26,7 +26,7 @@ from server.engine.model.batch_tables import GpuBatch
 from server.engine.model.forward_context import ForwardContext
 from server.engine.scheduling.row import Row
 from server.kernels.cpu.paged_attention import BLOCK
-from server.kernels.token_blocks import FIELDS, SMALL_BLOCK, BlockPlan, round_up
+from server.kernels.token_blocks import BLOCK_FIELDS, SMALL_BLOCK, BlockPlan, round_up
 
 log = logging.getLogger(__name__)
 
@@ -213,7 +213,7 @@ class DecodeGraphs:
         step.in_place, step.chunks, step.last_token, step.row_lengths = signature.rows, [], {}, None
         acting: list[tuple[Bank, TokenSpans]] = []
         for i, (bank, trace) in enumerate(signature.traces):
-            plan = BlockPlan(plans[2 * i], plans[2 * i + 1].view(-1, FIELDS), SMALL_BLOCK, trace.ranks)
+            plan = BlockPlan(plans[2 * i], plans[2 * i + 1].view(-1, BLOCK_FIELDS), SMALL_BLOCK, trace.ranks)
             acting.append((bank, TokenSpans.recorded(plan, bank.touched(trace), signature.rows)))
         step.affine, step.inputs, step.norm, step.sublayer = (
             [(bank, rows) for bank, rows in acting if bank.acts(hook, ())]

@@ -17,7 +17,7 @@ from server.adapters.sites import Base
 from server.engine.model.batch_tables import GpuBatch
 from server.engine.scheduling.row import Row
 from server.errors import UnsupportedModel
-from server.kernels.cpu.decode_attention import decode_attention, takes
+from server.kernels.cpu.decode_attention import decode_attention, supports_pages
 from server.kernels.cpu.paged_attention import (
     BLOCK,
     AttentionOptions,
@@ -153,7 +153,7 @@ class ForwardContext:
         """Decided for each row alone, so that its result does not depend on the other rows of the batch."""
         pairs = row.scheduled * (row.computed + row.scheduled)
         return row.decodes or (
-            pairs <= self.max_in_place_pairs and not self.gpu and takes(self.pages.keys[0])
+            pairs <= self.max_in_place_pairs and not self.gpu and supports_pages(self.pages.keys[0])
         )
 
     def _fill_in_place(self, rows: list[Row], device: torch.device) -> None:
