@@ -16,15 +16,11 @@ from server.engine.cpu.decoder_layers import Decoder, install_cpu_layers
 from server.engine.cuda.cuda_graphs import DecodeGraphs
 from server.engine.cuda.fused_modules import fuse_norms, fuse_rotary, fuse_siblings
 from server.engine.cuda.lookahead import Lookahead
+from server.engine.model.attention import attend
 from server.engine.model.base_model import FrozenModel, Placement
 from server.engine.model.exactness_check import ExactnessCheck
-from server.engine.model.forward_context import (
-    MAX_IN_PLACE_PAIRS,
-    ForwardContext,
-    KvPages,
-    attend,
-    kv_positions,
-)
+from server.engine.model.forward_context import MAX_IN_PLACE_PAIRS, ForwardContext
+from server.engine.model.kv_pages import KvPages, kv_positions
 from server.engine.scheduling.row import Row
 from server.engine.scheduling.step_cost import StepCost
 from server.kernels import token_blocks as gpu
@@ -59,7 +55,7 @@ class ServedModel(FrozenModel):
             None
         )  # sees each step before it is computed
         super().__init__(folder, base_id, placement, self.step, attend, max_context=max_context, check=check)
-        self.step.pages = KvPages(self.base, placement.device, placement.dtype, kv_bytes)
+        self.step.set_pages(KvPages(self.base, placement.device, placement.dtype, kv_bytes))
         if on_gpu:
             fuse_siblings(self.model)
             fuse_norms(self.model)
@@ -75,7 +71,7 @@ class ServedModel(FrozenModel):
 
     def install(self, banks: Mapping[str, Bank]) -> None:
         """The banks whose adapters rows may name, by method."""
-        self.step.banks = banks
+        self.step.install(banks)
 
     @torch.inference_mode()
     def forward(self, rows: list[Row]) -> torch.Tensor:
@@ -98,10 +94,7 @@ class ServedModel(FrozenModel):
         ordered = self.step.order(rows)
         ids = [t for row in ordered for t in row.to_compute()]
         positions = [p for row in ordered for p in row.positions()]
-        self.step.begin(ordered, device)
-        if self.rope_switches:
-            lengths = [row.length for row in ordered for _ in range(row.scheduled)]
-            self.step.row_lengths = torch.tensor(lengths, device=device)
+        self.step.begin_eager(ordered, device, by_row_length=bool(self.rope_switches))
         last = [(self.step.last_token[row.id], n) for row, n in wanted]
         kept = [at for end, n in last for at in range(end - n, end + 1)]
         self.step.select_logit_rows(rows)
@@ -122,9 +115,9 @@ class ServedModel(FrozenModel):
             (MAX_IN_PLACE_PAIRS, "packed beside another row"),
             (0, "packed, with a past that is gathered"),
         ):
-            step.max_in_place_pairs = pairs
+            step.limit_in_place(pairs)
             check.compare(self.model, compute, blocks, what, self.decoder.layers if self.decoder else ())
-        step.max_in_place_pairs = MAX_IN_PLACE_PAIRS
+        step.limit_in_place()
         if self.decoder:
             self.decoder.recorded_steps.off = False
             self.decoder.recorded_steps.clear()
@@ -136,7 +129,7 @@ class ServedModel(FrozenModel):
         self, ids: torch.Tensor, positions: torch.Tensor, kept: torch.Tensor | None = None
     ) -> torch.Tensor:
         """The step that is set, for tokens int64 [T]: float32 logits [kept, vocabulary]; None keeps all."""
-        self.step.attended.clear()
+        self.step.begin_pass()
         output = self.model(
             input_ids=ids[None],
             position_ids=positions[None],
@@ -156,9 +149,8 @@ class ServedModel(FrozenModel):
         runs: it writes to the first page, reads nothing else, and leaves that zeroed.
         """
         step, zeros = self.step, torch.zeros(tokens, dtype=torch.int64)
-        step.in_place, step.chunks, step.kv_positions, step.row_lengths = tokens, [], None, None
         seen = min(SEEN, -(-self.base.max_context // BLOCK))
-        step.tables, step.lengths = zeros[:, None].expand(-1, seen).contiguous(), zeros + seen * BLOCK
+        step.begin_timing(tokens, seen)
         times = []
         for _ in range(3):  # the first records it
             start = time.perf_counter()

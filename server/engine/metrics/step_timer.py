@@ -11,7 +11,6 @@ from typing import Any, cast
 import torch
 
 from server.adapters.methods.interface import Bank
-from server.adapters.methods.token_spans import TokenSpans
 from server.engine.metrics.counters import EngineMetrics
 from server.engine.model.forward_context import ForwardContext
 
@@ -49,11 +48,7 @@ class StepTimer:
 
     def watch(self, step: ForwardContext) -> None:
         """Time the banks of the step under way, if it is its turn."""
-        step.watched = self._sampled
-        if self._sampled:
-            for hook in ("affine", "inputs", "norm", "sublayer", "head", "head_inputs"):
-                acting: list[tuple[Bank, TokenSpans]] = getattr(step, hook)
-                setattr(step, hook, [(cast("Bank", Timed(bank, self.spent)), rows) for bank, rows in acting])
+        step.time_banks((lambda bank: cast("Bank", Timed(bank, self.spent))) if self._sampled else None)
 
     @property
     def looks(self) -> bool:
