@@ -113,13 +113,14 @@ def idle(engine: Engine, prompts: list[list[int]], spent: dict[str, Spent]) -> N
 @contextmanager
 def without_adapters(engine: Engine) -> Iterator[None]:
     """Nothing of a step has to do with adapters meanwhile."""
-    step, cache = engine.model.step, vars(engine.cache)
-    banks, step.banks = step.banks, {}
+    model, cache = engine.model, vars(engine.cache)
+    banks = model.step.banks
+    model.install({})
     cache |= {"tend": lambda: None, "hasten": lambda _places: None}
     try:
         yield
     finally:
-        step.banks = banks
+        model.install(banks)
         del cache["tend"], cache["hasten"]
 
 

@@ -19,8 +19,8 @@ pytestmark = pytest.mark.skipif(
 LOOK = """
 import json, numba, torch
 from numpy._core._multiarray_umath import __cpu_dispatch__, __cpu_features__
-from server.kernels.cpu.int8.vnni_linear import INT8
-from server.kernels.cpu.llvm_tiles import FEATURES, WIDE
+from server.kernels.cpu.int8.vnni_linear import FASTEST_INT8
+from server.kernels.cpu.llvm_tiles import FEATURES, HAS_AVX512
 
 @numba.njit(fastmath=True)
 def sums(x):
@@ -31,8 +31,8 @@ print(json.dumps({
     "torch": torch.backends.cpu.get_cpu_capability(),
     "numpy": [name for name in __cpu_dispatch__ if __cpu_features__[name]],
     "ours": [name for name, here in FEATURES.items() if here],
-    "int8": INT8.__name__,
-    "wide": WIDE,
+    "int8": FASTEST_INT8.__name__,
+    "wide": HAS_AVX512,
     "zmm": "zmm" in "".join(sums.inspect_asm().values()),
 }))
 """

@@ -16,15 +16,11 @@ from server.engine.cpu.decoder_layers import Decoder, install_cpu_layers
 from server.engine.cuda.cuda_graphs import DecodeGraphs
 from server.engine.cuda.fused_modules import fuse_norms, fuse_rotary, fuse_siblings
 from server.engine.cuda.lookahead import Lookahead
+from server.engine.model.attention import attend
 from server.engine.model.base_model import FrozenModel, Placement
 from server.engine.model.exactness_check import ExactnessCheck
-from server.engine.model.forward_context import (
-    MAX_IN_PLACE_PAIRS,
-    ForwardContext,
-    KvPages,
-    attend,
-    kv_positions,
-)
+from server.engine.model.forward_context import MAX_IN_PLACE_PAIRS, ForwardContext
+from server.engine.model.kv_pages import KvPages, kv_positions
 from server.engine.scheduling.row import Row
 from server.engine.scheduling.step_cost import StepCost
 from server.kernels import token_blocks as gpu
@@ -52,13 +48,13 @@ class ServedModel(FrozenModel):
         Raises UnsupportedModel for a base that fails it.
         """
         check = ExactnessCheck(exact)
-        on_gpu = gpu.chosen(placement.device)
+        on_gpu = gpu.uses_triton(placement.device)
         self.decoder: Decoder | None = None  # if the CPU kernels run the layers
         self.step = ForwardContext(gpu=on_gpu)
         # called with each step before it is computed
         self.watch: Callable[[ForwardContext], None] = lambda _step: None
         super().__init__(folder, base_id, placement, self.step, attend, max_context=max_context, check=check)
-        self.step.pages = KvPages(self.base, placement.device, placement.dtype, kv_bytes)
+        self.step.set_pages(KvPages(self.base, placement.device, placement.dtype, kv_bytes))
         if on_gpu:
             fuse_siblings(self.model)
             fuse_norms(self.model)
@@ -74,7 +70,7 @@ class ServedModel(FrozenModel):
 
     def install(self, banks: Mapping[str, Bank]) -> None:
         """Set the banks of the adapters that rows may use, by method."""
-        self.step.banks = banks
+        self.step.install(banks)
 
     @torch.inference_mode()
     def forward(self, rows: list[Row]) -> torch.Tensor:
@@ -98,10 +94,7 @@ class ServedModel(FrozenModel):
         ordered = self.step.order(rows)
         ids = [t for row in ordered for t in row.to_compute()]
         positions = [p for row in ordered for p in row.positions()]
-        self.step.begin(ordered, device)
-        if self.rope_switches:
-            lengths = [row.length for row in ordered for _ in range(row.scheduled)]
-            self.step.row_lengths = torch.tensor(lengths, device=device)
+        self.step.begin_eager(ordered, device, by_row_length=bool(self.rope_switches))
         last = [(self.step.last_token[row.id], n) for row, n in wanted]
         kept = [at for end, n in last for at in range(end - n, end + 1)]
         self.step.select_logit_rows(rows)
@@ -122,9 +115,9 @@ class ServedModel(FrozenModel):
             (MAX_IN_PLACE_PAIRS, "packed beside another row"),
             (0, "packed, with a past that is gathered"),
         ):
-            step.max_in_place_pairs = pairs
+            step.limit_in_place(pairs)
             check.compare(self.model, compute, blocks, what, self.decoder.layers if self.decoder else ())
-        step.max_in_place_pairs = MAX_IN_PLACE_PAIRS
+        step.limit_in_place()
         if self.decoder:
             self.decoder.recorded_steps.off = False
             self.decoder.recorded_steps.clear()
@@ -139,7 +132,7 @@ class ServedModel(FrozenModel):
 
         Tokens and positions int64 [T]; `logit_indices` int64 [R], the tokens with logits; None for all.
         """
-        self.step.attended.clear()
+        self.step.begin_pass()
         output = self.model(
             input_ids=ids[None],
             position_ids=positions[None],
@@ -162,9 +155,8 @@ class ServedModel(FrozenModel):
         Call it before any row runs: it writes to the first page, reads no other, and leaves it zeroed.
         """
         step, zeros = self.step, torch.zeros(tokens, dtype=torch.int64)
-        step.in_place, step.chunks, step.kv_positions, step.row_lengths = tokens, [], None, None
         seen = min(TIMED_CONTEXT_BLOCKS, -(-self.base.max_context // BLOCK))
-        step.tables, step.lengths = zeros[:, None].expand(-1, seen).contiguous(), zeros + seen * BLOCK
+        step.begin_timing(tokens, seen)
         times = []
         for _ in range(3):  # the first run records the step
             start = time.perf_counter()

@@ -1,5 +1,6 @@
-"""Fast paths per device for the few loops that decide speed. Each has a plain torch twin beside it.
+"""Kernels for the few loops that decide speed, by device. Each has a reference implementation in torch beside
+it.
 
-Kernels know arrays and nothing else: no model, no tenant, no slot policy. On a machine without Linux,
-numba or OpenMP the twins run instead; results agree to rounding.
+Kernels know arrays and nothing else: no model, no tenant, no slot policy. Without Linux, numba or OpenMP the
+reference implementations run instead; results agree to rounding.
 """

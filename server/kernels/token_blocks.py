@@ -1,7 +1,8 @@
-"""When Triton's kernels run, and what all of them share: how tokens are put into blocks.
+"""Token blocks, the unit of work of Triton's kernels; and where those kernels run.
 
-Triton comes with torch's CUDA build; without it, and on every other device, the plain twins run. Under
-Triton's interpreter (TRITON_INTERPRET=1) the same kernels run on a CPU's tensors: so they are tested.
+Triton comes with torch's CUDA build; without it, and on every other device, the reference implementations
+run. Under Triton's interpreter (TRITON_INTERPRET=1) the same kernels run on a CPU's tensors: so they are
+tested.
 """
 
 from collections.abc import Iterable, Sequence
@@ -13,62 +14,60 @@ from operator import itemgetter
 import torch
 
 AVAILABLE = find_spec("triton") is not None
-SMALL_BLOCK, LARGE_BLOCK = 16, 64  # tokens of a block: of rows that decode, and where some row has more
-FIELDS = 3  # of a block: slot, its first place in the order, its count
-RANK_STEP = 16  # ranks that a block of a kernel takes at a time: tensor cores want no fewer
+SMALL_BLOCK, LARGE_BLOCK = 16, 64  # tokens of a block: if all rows decode, and if some row has more tokens
+BLOCK_FIELDS = 3  # of a block: slot, index of its first token in the order, number of tokens
+RANK_STEP = 16  # ranks per product of a kernel: the minimum of tensor cores
 
 
-def chosen(device: torch.device) -> bool:
-    """Whether this device's tensors go through Triton."""
+def uses_triton(device: torch.device) -> bool:
+    """Whether Triton's kernels run on this device."""
     return AVAILABLE and device.type == "cuda"
 
 
 @dataclass(frozen=True)
 class BlockPlan:
-    """Tokens in blocks of one slot each, on the device. A block of slot 0 is left as soon as it is begun.
+    """Tokens in blocks of one slot each, on the device. Kernels return at once from a block of slot 0."""
 
-    order [n]: places of tokens in the batch; blocks [b, FIELDS]; `size`: tokens of a block at most;
-    `ranks`: the highest rank or width among the slots, rounded up.
-    """
-
-    order: torch.Tensor  # int64
-    blocks: torch.Tensor  # int64
-    size: int
-    ranks: int
+    order: torch.Tensor  # int64 [n]: indices of tokens in the batch, sorted by slot
+    blocks: torch.Tensor  # int64 [blocks, BLOCK_FIELDS]
+    size: int  # tokens of a block at most
+    ranks: int  # the highest rank or width among the slots, rounded up
 
 
 def put_in_blocks(spans: Iterable[tuple[int, int, int]], size: int) -> tuple[list[int], list[int]]:
-    """Tokens of spans (slot, start, end) in the order of their slots, and blocks as flat triples.
+    """(order, blocks) of tokens in spans (slot, start, end), both flat: see BlockPlan.
 
     Spans of one slot share blocks; there are at most as many blocks as tokens.
     """
     order: list[int] = []
     blocks: list[int] = []
-    for slot, own in groupby(sorted(spans), key=itemgetter(0)):
+    for slot, of_slot in groupby(sorted(spans), key=itemgetter(0)):
         first = len(order)
-        for _, start, end in own:
+        for _, start, end in of_slot:
             order.extend(range(start, end))
-        for at in range(first, len(order), size):
-            blocks += [slot, at, min(size, len(order) - at)]
+        for begin in range(first, len(order), size):
+            blocks += [slot, begin, min(size, len(order) - begin)]
     return order, blocks
 
 
 def round_up(ranks: int) -> int:
-    """The next power of two, no less than a step: few sizes, so that few kernels are compiled."""
+    """The next power of two, at least RANK_STEP: few sizes, so that few kernels are compiled."""
     return max(RANK_STEP, 1 << (ranks - 1).bit_length()) if ranks else RANK_STEP
 
 
 def aligned(flat: torch.Tensor, sizes: Sequence[int]) -> list[torch.Tensor]:
-    """The pieces of a flat buffer, each beginning at a multiple of 16 bytes, as the kernels' loads want it.
+    """The pieces of a flat buffer, of these sizes, each at a multiple of 16 bytes as the kernels' loads need
+    it.
 
-    Views of the buffer where that holds already, as of all models whose widths are multiples of 8.
+    Views of the buffer where that holds already, as in all models whose widths are multiples of 8; else
+    copies.
     """
     step = 16 // flat.element_size()
     if flat.data_ptr() % 16 == 0 and all(size % step == 0 for size in sizes[:-1]):
         return list(torch.split(flat, list(sizes)))
     padded = [-(-size // step) * step for size in sizes]
-    room = flat.new_zeros(sum(padded))
-    places = [place[:size] for place, size in zip(torch.split(room, padded), sizes, strict=True)]
-    for place, piece in zip(places, torch.split(flat, list(sizes)), strict=True):
-        place.copy_(piece)
-    return places
+    buffer = flat.new_zeros(sum(padded))
+    copies = [part[:size] for part, size in zip(torch.split(buffer, padded), sizes, strict=True)]
+    for copy, piece in zip(copies, torch.split(flat, list(sizes)), strict=True):
+        copy.copy_(piece)
+    return copies

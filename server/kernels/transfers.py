@@ -1,4 +1,4 @@
-"""Copies between host and device that neither side waits for."""
+"""Asynchronous copies between host and device."""
 
 from collections.abc import Sequence
 from itertools import chain
@@ -7,19 +7,19 @@ import torch
 
 
 def send(values: Sequence[float], device: torch.device, dtype: torch.dtype = torch.int64) -> torch.Tensor:
-    """On the device. The copy is not waited for: its source is pinned."""
+    """The values as a tensor [len(values)] on the device; the copy from pinned memory is asynchronous."""
     pinned = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
     return pinned.to(device, non_blocking=True)
 
 
 def upload(parts: Sequence[Sequence[int]], device: torch.device) -> list[torch.Tensor]:
-    """Each part as int64 on the device, in one copy."""
+    """Each part as an int64 tensor [len(part)] on the device, in one asynchronous copy."""
     flat = send([*chain.from_iterable(parts)], device)
     return list(torch.split(flat, [len(part) for part in parts]))
 
 
 class Download:
-    """Tensors on their way to the host, which may do other things meanwhile, as may the device."""
+    """An asynchronous copy of tensors to the host, begun when it is made."""
 
     def __init__(self, parts: Sequence[torch.Tensor]) -> None:
         self._parts, self._event = list(parts), None
@@ -30,6 +30,7 @@ class Download:
             self._event.record()
 
     def wait(self) -> list[torch.Tensor]:
+        """The tensors on the host, once the copy has ended."""
         if self._event:
             self._event.synchronize()
         return self._parts

@@ -57,7 +57,7 @@ class AffineBank(Bank):
         self.held: list[LoadedSlot | None] = [None] * (slots + 1)
         names = [name for name, site in base.sites.items() if site.kind in ("linear", "embedding", "norm")]
         self.table = SiteTable(names, slots, kernel.COLUMNS, device)
-        self.gpu = gpu.chosen(device)
+        self.gpu = gpu.uses_triton(device)
         self.fast = AVAILABLE and not self.gpu and device.type == "cpu" and dtype == torch.float32
         self._with_norms: set[int] = set()  # slots whose adapters bring norms
         self._unions: dict[frozenset[int], dict[str, int]] = {}  # sites touched by sets of slots
@@ -190,12 +190,14 @@ class AffineBank(Bank):
             rows.biased.difference_update(site.name for site in sites)
             if len(rows.tokens) and not (given and ways == BIAS):
                 own = (rows.tokens, rows.slots, self.table.rows)
-                kernel.grouped_affine(x, y, *own, first, widths, bias, heavy=heavy, lone=not given)
+                kernel.grouped_affine(
+                    x, y, *own, first, widths, bias, has_matrices=heavy, add_bias_only=not given
+                )
             return
         from server.kernels.gpu.grouped_affine import grouped_affine  # Triton is not everywhere
 
         plan = rows.plan(self.device, self.table.ranks.__getitem__)
-        grouped_affine(x, y, plan, self.table.rows, first, widths, bias, heavy=heavy)
+        grouped_affine(x, y, plan, self.table.rows, first, widths, bias, has_matrices=heavy)
 
     def _ways(self, sites: Sequence[Site], rows: TokenSpans) -> int:
         """How these rows' adapters change any of these sites."""

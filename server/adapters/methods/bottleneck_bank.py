@@ -94,7 +94,7 @@ class BottleneckBank(Bank):
         self.changes: list[dict[str, BottleneckDelta]] = [{} for _ in range(slots + 1)]
         names = [name for name, site in base.sites.items() if site.kind in ("attention", "mlp")]
         self.table = SiteTable(names, slots, kernel.COLUMNS, device)
-        self.gpu = gpu.chosen(device)
+        self.gpu = gpu.uses_triton(device)
         self.most = sys.maxsize if self.gpu else MAX_DECODE_SPAN
         self.fast = self.gpu or (AVAILABLE and device.type == "cpu" and dtype == torch.float32)
 

@@ -16,7 +16,7 @@ from server.adapters.methods.interface import Packed, Tensors
 from server.adapters.methods.norm_deltas import norm_deltas, norm_starts
 from server.adapters.sites import Base, Site
 from server.adapters.specs.lora import LoraReader, LoraSpec, LoraTarget
-from server.kernels.cpu.grouped_affine import narrow
+from server.kernels.cpu.grouped_affine import supports_bfloat16
 
 Narrow = Literal["never", "exact", "rounded"]
 
@@ -86,7 +86,7 @@ class Lora(LoraReader):
             return False
         kept = a.dtype == b.dtype == torch.bfloat16 and abs(math.frexp(change.factor)[0]) == 0.5
         allowed = self.narrow == "rounded" or (self.narrow == "exact" and kept)
-        return allowed and site.kind == "linear" and narrow(site.inputs, site.outputs)
+        return allowed and site.kind == "linear" and supports_bfloat16(site.inputs, site.outputs)
 
 
 def fold(

@@ -7,7 +7,14 @@ from typing import NamedTuple
 
 import torch
 
-from server.kernels.token_blocks import FIELDS, LARGE_BLOCK, SMALL_BLOCK, BlockPlan, put_in_blocks, round_up
+from server.kernels.token_blocks import (
+    BLOCK_FIELDS,
+    LARGE_BLOCK,
+    SMALL_BLOCK,
+    BlockPlan,
+    put_in_blocks,
+    round_up,
+)
 from server.kernels.transfers import upload
 
 MAX_DECODE_SPAN = 8  # up to so many tokens of one row, walking its weights beats a GEMM
@@ -104,7 +111,7 @@ class TokenSpans:
             order, blocks = put_in_blocks((s[:3] for s in self.few), size)
             highest = max((ranks(s.slot) for s in self.few), default=0)
             own = upload([order, blocks], device)
-            self._plan = BlockPlan(own[0], own[1].view(-1, FIELDS), size, round_up(highest))
+            self._plan = BlockPlan(own[0], own[1].view(-1, BLOCK_FIELDS), size, round_up(highest))
         return self._plan
 
     def spread(

@@ -20,14 +20,13 @@ from torch import nn
 
 from server.engine.cpu.recorded_steps import RecordedSteps
 from server.engine.cpu.verified_swap import PROBE_TOKENS, probe_states, swap_forward_if_equal
-from server.engine.model.forward_context import ForwardContext, PrefillChunk, kv_positions
+from server.engine.model.forward_context import ForwardContext
 from server.engine.model.linear_sites import FusedLinears, LinearSite, biases_of
 from server.engine.model.module_hooks import decoder_layers
-from server.kernels.cpu.decode_attention import takes
+from server.kernels.cpu.decode_attention import supports_pages
 from server.kernels.cpu.fused_bias import Biases
 from server.kernels.cpu.int8.linear import without_rounding
 from server.kernels.cpu.llama_ops import RmsNorm, add_, rotate_, silu_times
-from server.kernels.cpu.paged_attention import BLOCK
 
 # Names of the modules that a Llama-like layer consists of
 LAYER_MODULES = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
@@ -178,7 +177,7 @@ def install_cpu_layers(model: Any, step: ForwardContext) -> Decoder | None:
     None if not. Writes to the first pages, and leaves them zeroed.
     """
     layers = [layer for _, layer in decoder_layers(model, model.config.num_hidden_layers)]
-    if not layers or not all(map(is_llama_like, layers)) or not takes(step.pages.keys[0]):
+    if not layers or not all(map(is_llama_like, layers)) or not supports_pages(step.pages.keys[0]):
         return None
     with without_rounding():
         return swap_forward_if_equal(
@@ -191,10 +190,7 @@ def install_cpu_layers(model: Any, step: ForwardContext) -> Decoder | None:
 
 def _states(model: Any, step: ForwardContext) -> torch.Tensor:
     """Hidden states [1, PROBE_TOKENS, hidden] of the probe, as a prompt in the first block."""
-    assert PROBE_TOKENS <= BLOCK
-    positions = kv_positions([0], 0, PROBE_TOKENS, torch.device("cpu"))
-    chunk = PrefillChunk(0, PROBE_TOKENS, PROBE_TOKENS, torch.tensor([0]), positions)
-    step.in_place, step.chunks = 0, [chunk]
+    step.begin_prompt(PROBE_TOKENS)
     states = probe_states(model)
     for pages in (*step.pages.keys, *step.pages.values):
         pages[0].zero_()

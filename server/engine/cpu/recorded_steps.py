@@ -19,7 +19,7 @@ import torch
 
 from server.adapters.methods.interface import Bank, RecordedSites
 from server.adapters.methods.token_spans import TokenSpans
-from server.engine.model.forward_context import ForwardContext
+from server.engine.model.forward_context import ActingBanks, ForwardContext
 from server.kernels.cpu.openmp import Arena, Recorder
 from server.kernels.cpu.paged_attention import BLOCK
 from server.kernels.cpu.recorded_launches import RecordedLaunches
@@ -28,7 +28,6 @@ MAX_RECORDED = 128  # recorded steps, of some hundred KiB each; the least recent
 MAX_RECORDED_TOKENS = 512  # of a recorded step: beyond that, launches are a small part of its time
 
 Layer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]  # (stream, cos, sin) -> stream
-ActingBanks = list[tuple[Bank, TokenSpans]]
 
 
 class StepSignature(NamedTuple):
@@ -109,7 +108,7 @@ class RecordedSteps:
         step = self.step
         if self.off or step.in_place != tokens or tokens > MAX_RECORDED_TOKENS or step.inputs or step.norm:
             return None
-        if step.watched and (step.affine or step.sublayer):  # timing needs a Python call for each bank
+        if step.timed and (step.affine or step.sublayer):  # timing needs a Python call for each bank
             return None
         affine = _traces(step.affine)
         sublayer = _traces(step.sublayer)
@@ -118,25 +117,16 @@ class RecordedSteps:
         return StepSignature(tokens, step.kv_positions is not None, affine, sublayer)
 
     def _record(self, signature: StepSignature, x: torch.Tensor, cos: torch.Tensor) -> None:
-        """Run the layers on new buffers, noting their launches; the context is restored afterwards."""
-        step = self.step
+        """Run the layers on new buffers, recording their launches instead of making them."""
         buffers = StepBuffers(signature, x, cos, self.max_blocks, self.arena)
-        before = (step.tables, step.lengths, step.kv_positions, step.affine, step.sublayer)
-        step.tables, step.lengths, step.affine, step.sublayer = (
-            buffers.tables,
-            buffers.lengths,
-            buffers.affine,
-            buffers.sublayer,
-        )
-        step.kv_positions = buffers.kv_positions if signature.multi_token_rows else None
-        try:
-            with Recorder(self.arena) as recorder:
-                stream = buffers.x
-                for layer in self.layers:
-                    recorder.next_layer()
-                    stream = layer(stream, buffers.cos, buffers.sin)
-        finally:
-            step.tables, step.lengths, step.kv_positions, step.affine, step.sublayer = before
+        inputs = (buffers.tables, buffers.lengths)
+        positions = buffers.kv_positions if signature.multi_token_rows else None
+        reading_buffers = self.step.recording(*inputs, positions, buffers.affine, buffers.sublayer)
+        with reading_buffers, Recorder(self.arena) as recorder:
+            stream = buffers.x
+            for layer in self.layers:
+                recorder.next_layer()
+                stream = layer(stream, buffers.cos, buffers.sin)
         buffers.output = stream
         if len(self.recorded) >= MAX_RECORDED:
             self.recorded.popitem(last=False)

@@ -23,10 +23,10 @@ from server.adapters.methods.interface import Bank, RecordedSites
 from server.adapters.methods.token_spans import TokenSpans
 from server.engine.cuda.graph_tables import GraphTables
 from server.engine.model.batch_tables import GpuBatch
-from server.engine.model.forward_context import ForwardContext
+from server.engine.model.forward_context import ActingBanks, ForwardContext
 from server.engine.scheduling.row import Row
 from server.kernels.cpu.paged_attention import BLOCK
-from server.kernels.token_blocks import FIELDS, SMALL_BLOCK, BlockPlan, round_up
+from server.kernels.token_blocks import BLOCK_FIELDS, SMALL_BLOCK, BlockPlan, round_up
 
 log = logging.getLogger(__name__)
 
@@ -209,16 +209,10 @@ class DecodeGraphs:
     def _run(self, signature: GraphSignature, tables: GraphTables) -> torch.Tensor:
         """Compute the step that reads these tables: logits [rows, vocabulary]. The context is overwritten."""
         ids, positions, lengths, kv_positions, *plans, blocks = tables.parts
-        step = self.step
-        step.batch = GpuBatch(kv_positions, lengths, blocks, blocks.new_empty(0, 4))
-        step.in_place, step.chunks, step.last_token, step.row_lengths = signature.rows, [], {}, None
-        acting: list[tuple[Bank, TokenSpans]] = []
+        acting: ActingBanks = []
         for i, (bank, trace) in enumerate(signature.traces):
-            plan = BlockPlan(plans[2 * i], plans[2 * i + 1].view(-1, FIELDS), SMALL_BLOCK, trace.ranks)
+            plan = BlockPlan(plans[2 * i], plans[2 * i + 1].view(-1, BLOCK_FIELDS), SMALL_BLOCK, trace.ranks)
             acting.append((bank, TokenSpans.recorded(plan, bank.touched(trace), signature.rows)))
-        step.affine, step.inputs, step.norm, step.sublayer = (
-            [(bank, rows) for bank, rows in acting if bank.acts(hook, ())]
-            for hook in ("affine", "inputs", "norm", "sublayer")
-        )
-        step.head, step.head_inputs, step.head_norm = step.affine, step.inputs, step.norm
+        batch = GpuBatch(kv_positions, lengths, blocks, blocks.new_empty(0, 4))
+        self.step.begin_graph(batch, acting)
         return self.run(ids, positions)

@@ -8,7 +8,7 @@ import torch
 
 from server.engine.model.batch_tables import kv_position
 from server.engine.scheduling.row import Row
-from server.kernels.token_blocks import FIELDS, SMALL_BLOCK, put_in_blocks
+from server.kernels.token_blocks import BLOCK_FIELDS, SMALL_BLOCK, put_in_blocks
 
 
 @dataclass
@@ -39,7 +39,7 @@ class GraphTables:
 
     def __init__(self, rows: int, banks: int, max_blocks: int, device: torch.device) -> None:
         self.rows = rows
-        small = rows * (4 + banks * (1 + FIELDS))
+        small = rows * (4 + banks * (1 + BLOCK_FIELDS))
         size, pinned = small + rows * max_blocks, device.type == "cuda"
         self.flat = torch.zeros(size, dtype=torch.int64, device=device)
         self.parts = self._split(self.flat, banks, max_blocks)
@@ -53,7 +53,7 @@ class GraphTables:
         ]
 
     def _split(self, flat: torch.Tensor, banks: int, max_blocks: int) -> list[torch.Tensor]:
-        sizes = [self.rows] * 4 + [self.rows, self.rows * FIELDS] * banks + [self.rows * max_blocks]
+        sizes = [self.rows] * 4 + [self.rows, self.rows * BLOCK_FIELDS] * banks + [self.rows * max_blocks]
         parts = list(torch.split(flat, sizes))
         return [*parts[:-1], parts[-1].view(self.rows, max_blocks)]
 

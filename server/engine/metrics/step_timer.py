@@ -11,7 +11,6 @@ from typing import Any, cast
 import torch
 
 from server.adapters.methods.interface import Bank
-from server.adapters.methods.token_spans import TokenSpans
 from server.engine.metrics.counters import EngineMetrics
 from server.engine.model.forward_context import ForwardContext
 
@@ -51,15 +50,9 @@ class StepTimer:
 
     def time_banks(self, step: ForwardContext) -> None:
         """In a sampled step, replace the acting banks by ones that time their calls."""
-        step.watched = self._sampled
-        if self._sampled:
-            for hook in ("affine", "inputs", "norm", "sublayer", "head", "head_inputs"):
-                acting: list[tuple[Bank, TokenSpans]] = getattr(step, hook)
-                setattr(
-                    step,
-                    hook,
-                    [(cast("Bank", TimedBank(bank, self.time_call)), rows) for bank, rows in acting],
-                )
+        step.time_banks(
+            (lambda bank: cast("Bank", TimedBank(bank, self.time_call))) if self._sampled else None
+        )
 
     @property
     def samples_soon(self) -> bool:

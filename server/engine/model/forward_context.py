@@ -1,23 +1,21 @@
 """Metadata of one forward pass: which token belongs to which row, where its K/V go, and what it may see.
 
-transformers' attention classes call `attend`, which finds the context on the module (`polypeft_step`). The
-layout of pages is drawn in server/kernels/cpu/paged_attention.py; the scheduler decides which blocks a row
-owns (scheduling/kv_blocks.py).
+The model's modules read it. Only this file writes it, by one method for each kind of step: `begin_eager`,
+`begin_graph`, `recording` (a CPU step), and before any row runs `begin_prompt` and `begin_timing`. Modules
+note in it, as they run, the `residual` stream and which layers `attended` with which `attention_options`.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 
 from server.adapters.methods.interface import Bank
 from server.adapters.methods.token_spans import Span, TokenSpans
-from server.adapters.sites import Base
 from server.engine.model.batch_tables import GpuBatch
+from server.engine.model.kv_pages import KvPages, PrefillChunk, kv_positions, prefill_chunk
 from server.engine.scheduling.row import Row
-from server.errors import UnsupportedModel
-from server.kernels.cpu.decode_attention import decode_attention, takes
+from server.kernels.cpu.decode_attention import decode_attention, supports_pages
 from server.kernels.cpu.paged_attention import (
     BLOCK,
     AttentionOptions,
@@ -28,6 +26,10 @@ from server.kernels.cpu.paged_attention import (
 
 # Query x key pairs of a row: up to this many, reading its pages in place is as fast as gathering them first.
 MAX_IN_PLACE_PAIRS = 1 << 16
+
+ActingBanks = list[tuple[Bank, TokenSpans]]  # banks with rows in the batch, each with its tokens
+HOOKS = ("affine", "inputs", "norm", "sublayer")  # what banks act through, at all tokens
+HEAD_HOOKS = ("affine", "inputs", "norm")  # the same at the tokens that get logits
 
 
 class SpansByBank:
@@ -44,43 +46,13 @@ class SpansByBank:
                 continue
             self.by_bank.setdefault(bank, []).append(Span(slot, start, end, use.weight))
 
-    def acting(self, hook: str, count: int) -> list[tuple[Bank, TokenSpans]]:
+    def acting(self, hook: str, count: int) -> ActingBanks:
         """Banks that act through `hook`, which sees `count` tokens, each with its spans."""
         return [
             (bank, TokenSpans(spans, bank.most, count))
             for bank, spans in self.by_bank.items()
             if bank.acts(hook, (span.slot for span in spans))
         ]
-
-
-class KvPages:
-    """K and V of all layers, in blocks: as many blocks as fit into `budget` bytes, at least two.
-
-    Of each layer keys [blocks, kv_heads, head_dim, BLOCK] and values [blocks, kv_heads, BLOCK, head_dim].
-    """
-
-    def __init__(self, base: Base, device: torch.device, dtype: torch.dtype, budget: int) -> None:
-        per_block = 2 * base.layers * base.kv_heads * base.head_dim * BLOCK * dtype.itemsize
-        self.count = max(budget // per_block, 2)
-        shape = (self.count, base.kv_heads)
-        # Zeroed: a page never shows what an earlier process left in memory.
-        self.keys = [
-            torch.zeros(*shape, base.head_dim, BLOCK, device=device, dtype=dtype) for _ in range(base.layers)
-        ]
-        self.values = [
-            torch.zeros(*shape, BLOCK, base.head_dim, device=device, dtype=dtype) for _ in range(base.layers)
-        ]
-
-
-@dataclass(frozen=True)
-class PrefillChunk:
-    """Tokens [start, end) of the packed batch, of one row in prefill: the last of its `length` tokens."""
-
-    start: int
-    end: int
-    length: int  # tokens of the row so far, this chunk included
-    blocks: torch.Tensor  # int64: the row's blocks, in order
-    kv_positions: torch.Tensor  # int64 [end - start]: where their K/V are written (see `kv_positions`)
 
 
 class ForwardContext:
@@ -99,18 +71,17 @@ class ForwardContext:
         # int64 [T]: the length of each token's row, where rotary scaling depends on it (rotary.py). None: a
         # token's row is as long as its position says
         self.row_lengths: torch.Tensor | None = None
-        # Banks with rows in this batch, by the hook they act through. `head*`: at the tokens that get logits
-        self.affine: list[tuple[Bank, TokenSpans]] = []
-        self.inputs: list[tuple[Bank, TokenSpans]] = []
-        self.norm: list[tuple[Bank, TokenSpans]] = []
-        self.head: list[tuple[Bank, TokenSpans]] = []
-        self.head_inputs: list[tuple[Bank, TokenSpans]] = []
-        self.head_norm: list[tuple[Bank, TokenSpans]] = []
-        self.sublayer: list[tuple[Bank, TokenSpans]] = []
-        self.watched = False  # every call of these banks is timed
-        self.residual = torch.empty(
-            0
-        )  # [1, T, hidden] or [T, hidden]: the stream before the current sub-block
+        # By hook: HOOKS, then HEAD_HOOKS
+        self.affine: ActingBanks = []
+        self.inputs: ActingBanks = []
+        self.norm: ActingBanks = []
+        self.sublayer: ActingBanks = []
+        self.head: ActingBanks = []
+        self.head_inputs: ActingBanks = []
+        self.head_norm: ActingBanks = []
+        self.timed = False  # every call of these banks is timed
+        # [1, T, hidden] or [T, hidden]: the stream before the current sub-block, which its norm's hook notes
+        self.residual = torch.empty(0)
         self.max_in_place_pairs = MAX_IN_PLACE_PAIRS
         self.in_place = 0  # tokens, from the first on, that read their past from the pages in place
         self.tables = torch.empty(0)  # int64 [in_place, most blocks]: the blocks of each such token's row
@@ -122,8 +93,23 @@ class ForwardContext:
         self.attention_options: dict[int, AttentionOptions] = {}
         self.last_token: dict[str, int] = {}  # row id -> index of its last token in the batch
 
-    def begin(self, rows: list[Row], device: torch.device) -> None:
-        """Fill the context with a batch of `rows`, sorted by `order`."""
+    def install(self, banks: Mapping[str, Bank]) -> None:
+        """Set the banks whose adapters rows may name, by method."""
+        self.banks = banks
+
+    def set_pages(self, pages: KvPages) -> None:
+        """Set the KV cache."""
+        self.pages = pages
+
+    def limit_in_place(self, pairs: int = MAX_IN_PLACE_PAIRS) -> None:
+        """Let rows of more query x key pairs gather their past; rows that decode never do."""
+        self.max_in_place_pairs = pairs
+
+    def begin_eager(self, rows: list[Row], device: torch.device, *, by_row_length: bool = False) -> None:
+        """Fill the context with a batch of `rows`, sorted by `order`.
+
+        `by_row_length`: rotary scaling depends on the lengths of rows.
+        """
         in_place = [row for row in rows if self.reads_in_place(row)]
         self.in_place = sum(row.scheduled for row in in_place)
         self.chunks = []
@@ -141,9 +127,65 @@ class ForwardContext:
             spans.add(self.banks, row, start, end)
             self.last_token[row.id] = end - 1
             start = end
+        self.affine, self.inputs, self.norm, self.sublayer = (spans.acting(hook, start) for hook in HOOKS)
+        if by_row_length:
+            lengths = [row.length for row in rows for _ in range(row.scheduled)]
+            self.row_lengths = torch.tensor(lengths, device=device)
+
+    def begin_graph(self, batch: GpuBatch, acting: ActingBanks) -> None:
+        """Set a step that is recorded as a CUDA graph: each row decodes one token, which gets logits.
+
+        `batch` and the banks' spans read the graph's tables.
+        """
+        self.batch = batch
+        self.in_place, self.chunks, self.last_token, self.row_lengths = len(batch.lengths), [], {}, None
         self.affine, self.inputs, self.norm, self.sublayer = (
-            spans.acting(hook, start) for hook in ("affine", "inputs", "norm", "sublayer")
+            [(bank, rows) for bank, rows in acting if bank.acts(hook, ())] for hook in HOOKS
         )
+        self.head, self.head_inputs, self.head_norm = self.affine, self.inputs, self.norm
+
+    @contextmanager
+    def recording(
+        self,
+        tables: torch.Tensor,
+        lengths: torch.Tensor,
+        kv_positions: torch.Tensor | None,
+        affine: ActingBanks,
+        sublayer: ActingBanks,
+    ) -> Iterator[None]:
+        """Inside, the step reads these buffers of a recorded CPU step, shaped as the fields they replace."""
+        before = (self.tables, self.lengths, self.kv_positions, self.affine, self.sublayer)
+        self.tables, self.lengths, self.kv_positions = tables, lengths, kv_positions
+        self.affine, self.sublayer = affine, sublayer
+        try:
+            yield
+        finally:
+            self.tables, self.lengths, self.kv_positions, self.affine, self.sublayer = before
+
+    def begin_prompt(self, count: int) -> None:
+        """Set a prompt of `count` tokens in the first block, on a CPU and without adapters."""
+        assert count <= BLOCK
+        device = torch.device("cpu")
+        positions = kv_positions([0], 0, count, device)
+        self.in_place, self.chunks = 0, [PrefillChunk(0, count, count, torch.tensor([0]), positions)]
+
+    def begin_timing(self, count: int, blocks: int) -> None:
+        """Set a step of `count` tokens on a CPU, without adapters, whose past is the first block repeated."""
+        zeros = torch.zeros(count, dtype=torch.int64)
+        self.in_place, self.chunks, self.kv_positions, self.row_lengths = count, [], None, None
+        self.tables, self.lengths = zeros[:, None].expand(-1, blocks).contiguous(), zeros + blocks * BLOCK
+
+    def begin_pass(self) -> None:
+        """Called before each run of the model's layers."""
+        self.attended.clear()
+
+    def time_banks(self, timed: Callable[[Bank], Bank] | None) -> None:
+        """Replace the banks of the current step by timed ones; None: they are not timed."""
+        self.timed = timed is not None
+        if timed:
+            for hook in (*HOOKS, "head", "head_inputs"):
+                acting: ActingBanks = getattr(self, hook)
+                setattr(self, hook, [(timed(bank), rows) for bank, rows in acting])
 
     def order(self, rows: list[Row]) -> list[Row]:
         """The rows with those that read their past in place first."""
@@ -153,7 +195,7 @@ class ForwardContext:
         """Decided for each row alone, so that its result does not depend on the other rows of the batch."""
         pairs = row.scheduled * (row.computed + row.scheduled)
         return row.decodes or (
-            pairs <= self.max_in_place_pairs and not self.gpu and takes(self.pages.keys[0])
+            pairs <= self.max_in_place_pairs and not self.gpu and supports_pages(self.pages.keys[0])
         )
 
     def _fill_in_place(self, rows: list[Row], device: torch.device) -> None:
@@ -205,79 +247,4 @@ class ForwardContext:
             end = start + 1 + len(row.draft)
             spans.add(self.banks, row, start, end)
             start = end
-        self.head, self.head_inputs, self.head_norm = (
-            spans.acting(hook, start) for hook in ("affine", "inputs", "norm")
-        )
-
-
-def prefill_chunk(row: Row, start: int, end: int, device: torch.device) -> PrefillChunk:
-    """The row's scheduled tokens, which are tokens [start, end) of the packed batch."""
-    length = row.computed + row.scheduled
-    blocks = torch.tensor(row.blocks[: -(-length // BLOCK)], device=device)
-    return PrefillChunk(start, end, length, blocks, kv_positions(row.blocks, row.computed, length, device))
-
-
-def kv_positions(blocks: list[int], first: int, end: int, device: torch.device) -> torch.Tensor:
-    """int64 [end - first], block * BLOCK + offset: where K/V of a row's tokens [first, end) lie."""
-    tokens = torch.arange(first, end, device=device)
-    return torch.tensor(blocks, device=device)[tokens // BLOCK] * BLOCK + tokens % BLOCK
-
-
-# Arguments of transformers' attention functions that do not change the result, each with a test of the values
-# that do not. All other arguments must be None.
-WITHOUT_EFFECT: dict[str, Callable[[Any], bool]] = {
-    "dropout": lambda value: not value,
-    "is_causal": bool,
-    "output_attentions": lambda value: not value,
-    "output_router_logits": lambda _: True,  # with the model's outputs
-    "use_cache": lambda _: True,
-    "position_ids": lambda _: True,  # what depends on positions has been done to q and k
-    "cache_position": lambda _: True,
-}
-
-
-def attend(
-    module: Any,
-    query: torch.Tensor,  # [1, heads, T, head_dim]
-    key: torch.Tensor,  # [1, kv_heads, T, head_dim]
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    **options: Any,
-) -> tuple[torch.Tensor, None]:
-    """The attention function that transformers calls for each layer: [1, T, heads, head_dim].
-
-    Raises UnsupportedModel if the layer asks for anything that is not implemented.
-    """
-    step: ForwardContext = module.polypeft_step
-    layer: int = module.layer_idx
-    attention_options = read_attention_options(module, step, query, attention_mask, options)
-    q, k, v = query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)
-    heads, dim = step.pages.values[layer].shape[1::2]
-    if not k.shape == v.shape == (len(q), heads, dim) or q.shape[2] != dim or q.shape[1] % heads:
-        raise UnsupportedModel(
-            f"layer {layer} has {k.shape[1]} key heads of {k.shape[2]} and values of {v.shape[2]} numbers, "
-            f"where its config says {heads} of {dim}"
-        )
-    if layer in step.attended:
-        raise UnsupportedModel(f"its layer {layer} attends more than once a step")
-    step.attended.add(layer)
-    return step.attention(layer, q, k, v, attention_options)[None], None
-
-
-def read_attention_options(
-    module: Any, step: ForwardContext, query: torch.Tensor, mask: torch.Tensor | None, options: dict[str, Any]
-) -> AttentionOptions:
-    """The options of a layer's call; also recorded in `step.attention_options`.
-
-    Raises UnsupportedModel if the layer asks for anything else.
-    """
-    known = {name: options.pop(name, None) for name in ("scaling", "sliding_window", "softcap")}
-    if mask is not None:
-        options["attention_mask"] = mask
-    for name, value in options.items():
-        if value is not None and not WITHOUT_EFFECT.get(name, lambda _: False)(value):
-            raise UnsupportedModel(f"its attention uses {name}, which is not implemented")
-    scale = query.shape[-1] ** -0.5 if known["scaling"] is None else known["scaling"]
-    attention_options = AttentionOptions(scale, known["sliding_window"] or 0, known["softcap"] or 0.0)
-    step.attention_options[module.layer_idx] = attention_options
-    return attention_options
+        self.head, self.head_inputs, self.head_norm = (spans.acting(hook, start) for hook in HEAD_HOOKS)

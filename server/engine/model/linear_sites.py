@@ -21,13 +21,16 @@ from server.adapters.sites import Site
 from server.engine.model.forward_context import ForwardContext
 from server.kernels.cpu.fused_bias import Biases
 from server.kernels.cpu.int8.linear import Int8Linear
-from server.kernels.cpu.int8.vnni_linear import INT8
+from server.kernels.cpu.int8.vnni_linear import FASTEST_INT8
 from server.kernels.cpu.openmp import AVAILABLE
 from server.kernels.cpu.packed_linear import PackedLinear, join
 
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 WeightFormat = Literal["float32", "int8"]
-WEIGHT_FORMATS: dict[WeightFormat, type[PackedLinear | Int8Linear]] = {"float32": PackedLinear, "int8": INT8}
+WEIGHT_FORMATS: dict[WeightFormat, type[PackedLinear | Int8Linear]] = {
+    "float32": PackedLinear,
+    "int8": FASTEST_INT8,
+}
 
 
 class LinearSite(nn.Module):

@@ -25,7 +25,7 @@ def choose_placement(settings: Settings) -> Placement:
     if settings.device == "cuda" and not cuda:
         raise StartupError("--device cuda was asked for, but torch finds no CUDA device.", param="device")
     device = torch.device("cuda" if cuda and settings.device != "cpu" else "cpu")
-    if gpu.chosen(device):
+    if gpu.uses_triton(device):
         check_compiler()
     dtype = (
         settings.dtype if settings.dtype != "auto" else ("bfloat16" if device.type == "cuda" else "float32")

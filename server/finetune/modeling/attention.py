@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from server.adapters.methods.interface import Start
-from server.engine.model.forward_context import ForwardContext, read_attention_options
+from server.engine.model.attention import read_attention_options
+from server.engine.model.forward_context import ForwardContext
 from server.kernels.cpu.paged_attention import AttentionOptions, prefill_attention
 
 Pair = tuple[torch.Tensor, torch.Tensor]  # K and V [kv_heads, n, head_dim]

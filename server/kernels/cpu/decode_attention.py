@@ -1,4 +1,7 @@
-"""Decode: each row's new token over its pages, read in place. Layout and options: paged_attention.py."""
+"""Decode attention on a CPU: one new token of each row attends over its pages, read in place.
+
+The layout of pages and the options: paged_attention.py.
+"""
 
 import numpy as np
 import torch
@@ -9,7 +12,7 @@ from server.kernels.cpu.paged_attention import AttentionOptions, decode_attentio
 if AVAILABLE:
     import numba as nb
 
-    from server.kernels.cpu.decode_attention_tiles import HEADS, add_page_values, page_scores
+    from server.kernels.cpu.decode_attention_tiles import MAX_TILE_HEADS, add_page_values, page_scores
     from server.kernels.cpu.openmp import bits_to_float, floats, ints, kernel, num_threads, thread_num
 
     @nb.njit(cache=True, fastmath=True, inline="always")
@@ -53,7 +56,7 @@ if AVAILABLE:
             beyond = values + (table[first // 16] * kv_heads + kv) * page
             following = beyond if last else keys + (table[b + 1] * kv_heads + kv) * page
             page_scores(p_at + b * 64, apart, q.ctypes.data, dim * 4, heads, here, following, dim)
-        inverses = np.empty(HEADS, np.float32)
+        inverses = np.empty(MAX_TILE_HEADS, np.float32)
         for h in range(heads):
             inverses[h] = _softmax(p[h * between : (h + 1) * between], first, length, softcap)
         for b in range(first // 16, blocks):
@@ -89,14 +92,14 @@ if AVAILABLE:
             work += lengths[r] * kv_heads
         thread, threads = thread_num(), num_threads()
         low, high = work * thread // threads, work * (thread + 1) // threads
-        between = longest + 16  # what lies between two heads' shares
-        p = np.empty(HEADS * between, np.float32)
-        scaled = np.empty(HEADS * dim, np.float32)
+        between = longest + 16  # floats between two heads' scores
+        p = np.empty(MAX_TILE_HEADS * between, np.float32)
+        scaled = np.empty(MAX_TILE_HEADS * dim, np.float32)
         done = 0
         for task in range(rows * kv_heads):
             r, kv = task // kv_heads, task % kv_heads
             length = lengths[r]
-            mine = low <= done < high  # equal shares of tokens read, not of rows
+            mine = low <= done < high  # threads share the tokens read equally, not the rows
             done += length
             if not mine:
                 continue
@@ -111,8 +114,8 @@ if AVAILABLE:
             for d in range(dim):
                 keys[d * 16 + at] = new_k[d]
                 values[at * dim + d] = new_v[d]
-            for head in range(kv * group, (kv + 1) * group, HEADS):
-                heard = min(HEADS, (kv + 1) * group - head)
+            for head in range(kv * group, (kv + 1) * group, MAX_TILE_HEADS):
+                heard = min(MAX_TILE_HEADS, (kv + 1) * group - head)
                 q = floats(args[6] + (r * args[15] + head * dim) * 4, heard * dim)
                 out = floats(args[12] + (r * heads + head) * dim * 4, heard * dim)
                 for d in range(heard * dim):
@@ -144,30 +147,31 @@ def decode_attention(
     values: torch.Tensor,
     tables: torch.Tensor,  # int64 [R, most blocks]
     lengths: torch.Tensor,  # int64 [R], the new token included
-    scores: AttentionOptions,
+    options: AttentionOptions,
 ) -> torch.Tensor:
-    """Each row's new token over its pages, read in place: [R, heads, head_dim].
+    """Attention of each row's new token over its past and itself: [R, heads, head_dim].
 
-    Rows of q, k and v may lie apart, their heads may not. Raises ShapeError.
+    keys and values are pages. Rows of q, k and v may lie apart, their heads may not. Raises ShapeError.
     """
     rows, heads, dim = q.shape
-    own = (rows, keys.shape[1], keys.shape[2])
-    require(k.shape == v.shape == own and heads % own[1] == 0 and dim == own[2], "K and V fit no page")
+    expected = (rows, keys.shape[1], keys.shape[2])
+    fits = k.shape == v.shape == expected and heads % keys.shape[1] == 0 and dim == keys.shape[2]
+    require(fits, "K and V fit no page")
     require(len(tables) == len(lengths) == rows, "rows without a table of blocks")
-    if not takes(keys):
-        return decode_attention_reference(q, k, v, keys, values, tables, lengths, scores)
+    if not supports_pages(keys):
+        return decode_attention_reference(q, k, v, keys, values, tables, lengths, options)
     q, k, v = _by_head(q), _by_head(k), _by_head(v)
     out = empty(q, *q.shape)
-    scale, softcap = bits_of(scores.scale), bits_of(scores.softcap)
-    sizes = (rows, heads, keys.shape[1], dim, tables.shape[1], scores.window)
-    held = [tensor.data_ptr() for tensor in (q, keys, values, tables, lengths, out, k, v)]
+    scale, softcap = bits_of(options.scale), bits_of(options.softcap)
+    sizes = (rows, heads, keys.shape[1], dim, tables.shape[1], options.window)
+    pointers = [tensor.data_ptr() for tensor in (q, keys, values, tables, lengths, out, k, v)]
     strides = (q.stride(0), k.stride(0), v.stride(0), softcap)
-    _decode_attention(arguments(*sizes, *held[:5], scale, *held[5:], *strides))
+    _decode_attention(arguments(*sizes, *pointers[:5], scale, *pointers[5:], *strides))
     return out
 
 
-def takes(pages: torch.Tensor) -> bool:
-    """Whether tokens that see these keys [blocks, kv_heads, head_dim, BLOCK] go through the kernel."""
+def supports_pages(pages: torch.Tensor) -> bool:
+    """Whether the kernel can read these keys [blocks, kv_heads, head_dim, BLOCK] in place."""
     plain = pages.device.type == "cpu" and pages.dtype == torch.float32
     return AVAILABLE and plain and pages.shape[2] % 8 == 0
 

@@ -1,8 +1,8 @@
-"""The two products of decode attention for one page and several heads that share it, in LLVM's own terms.
+"""The two products of decode attention for one page and several heads that share it, in LLVM's terms.
 
-A page is read once for all the heads of a tile, and their sums stay in registers; the page that is read next,
-which may lie anywhere, is asked for meanwhile. Each sum runs in one order whatever the tile: a row's result
-does not depend on who else is in the batch.
+A page is read once for all heads of a tile, whose sums stay in registers; the next page, which may lie
+anywhere, is prefetched meanwhile. A sum has the same order in every tile: a row's result does not depend on
+the other rows of the batch.
 """
 
 from typing import Any
@@ -12,19 +12,19 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from server.kernels.cpu.llvm_tiles import LANES, LONG, WIDE, fma, load, prefetch, spread, summed
+from server.kernels.cpu.llvm_tiles import HAS_AVX512, LANES, LONG, broadcast, fma, load, prefetch, sum_loop
 
-HEADS = 4 if WIDE else 2  # of a tile, at most
-VECTORS = 4 if WIDE else 2  # of head_dim in a tile of values
-CHAINS = 4  # sums of a score that run beside each other, since one addition waits for the one before
-HALF = 8  # head_dim is a multiple of this
+MAX_TILE_HEADS = 4 if HAS_AVX512 else 2  # of a tile
+VECTORS = 4 if HAS_AVX512 else 2  # vectors of head_dim in a tile of values
+CHAINS = 4  # partial sums of a score, because an addition waits for the one before it
+MIN_DIMS = 8  # head_dim is a multiple of this
 _FLOAT = ir.FloatType()
 
 
 def score_tile(heads: int) -> Any:
     """tile(p, p_bytes, q, q_bytes, page, following, dim): p_h[:16] = q_h [dim] times keys [dim, 16].
 
-    Addresses; what belongs to the next head lies p_bytes or q_bytes further. dim is a multiple of CHAINS.
+    Arguments are addresses; heads lie p_bytes and q_bytes apart. dim is a multiple of CHAINS.
     """
 
     def typed(_context, p, p_bytes, q, q_bytes, page, following, dim):  # type: ignore[no-untyped-def]  # noqa: ARG001
@@ -52,11 +52,11 @@ def _scores(
             prefetch(b, b.add(following, offset))
             for h in range(heads):
                 value = b.load(b.inttoptr(b.add(queries[h], b.mul(d, LONG(4))), _FLOAT.as_pointer()))
-                added.append(fma(b, keys, spread(b, value, vector), sums[chain * heads + h]))
+                added.append(fma(b, keys, broadcast(b, value, vector), sums[chain * heads + h]))
         return added
 
     zeros = [ir.Constant(vector, [0.0] * LANES)] * (heads * CHAINS)
-    added = summed(b, dim, CHAINS, zeros, of_dims)
+    added = sum_loop(b, dim, CHAINS, zeros, of_dims)
     for h in range(heads):
         total = b.fadd(b.fadd(added[h], added[heads + h]), b.fadd(added[2 * heads + h], added[3 * heads + h]))
         place = b.add(p, b.mul(p_bytes, LONG(h)))
@@ -66,7 +66,7 @@ def _scores(
 def value_tile(heads: int, vectors: int, lanes: int) -> Any:
     """tile(out, out_bytes, p, p_bytes, page, following, row_bytes, count): out_h += p_h [count] times values.
 
-    Of out and the page's values [count, dim], `vectors` times `lanes` dims; a token's are row_bytes.
+    Takes `vectors` times `lanes` dims of out and of the page's values [count, dim], whose rows are row_bytes.
     """
 
     def typed(_context, out, out_bytes, p, p_bytes, page, following, row, count):  # type: ignore[no-untyped-def]  # noqa: ARG001
@@ -106,18 +106,18 @@ def _values(
         added = []
         for h in range(heads):
             share = b.load(b.inttoptr(b.add(shares[h], b.mul(at, LONG(4))), _FLOAT.as_pointer()))
-            factor = spread(b, share, vector)
+            factor = broadcast(b, share, vector)
             added += [fma(b, values[v], factor, sums[h * vectors + v]) for v in range(vectors)]
         return added
 
     old = [load(b, place, vector) for place in places]
-    for place, value in zip(places, summed(b, count, 1, old, of_token), strict=True):
+    for place, value in zip(places, sum_loop(b, count, 1, old, of_token), strict=True):
         b.store(value, b.inttoptr(place, vector.as_pointer()), align=4)
 
 
 _s1, _s2, _s3, _s4 = (score_tile(heads) for heads in (1, 2, 3, 4))
 _v1, _v2, _v3, _v4 = (value_tile(heads, VECTORS, LANES) for heads in (1, 2, 3, 4))
-_h1, _h2, _h3, _h4 = (value_tile(heads, 1, HALF) for heads in (1, 2, 3, 4))
+_h1, _h2, _h3, _h4 = (value_tile(heads, 1, MIN_DIMS) for heads in (1, 2, 3, 4))
 
 
 @nb.njit(cache=True, error_model="numpy")
@@ -159,4 +159,4 @@ def add_page_values(out, out_bytes, p, p_bytes, heads, page, following, count, d
             _h3(out + d * 4, out_bytes, p, p_bytes, page + d * 4, following + d * 4, row, count)
         else:
             _h4(out + d * 4, out_bytes, p, p_bytes, page + d * 4, following + d * 4, row, count)
-        d += HALF
+        d += MIN_DIMS

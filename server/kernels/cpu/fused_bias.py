@@ -1,7 +1,7 @@
-"""Biases of each token's own, added by whichever kernel has just computed the outputs: they are in the
-first-level cache then, and no further launch is needed.
+"""Biases of each token's adapter, added by the kernel that has just computed the outputs: these are in the L1
+cache then, and no further launch is needed.
 
-Only those of adapters that change a site by nothing but a bias; grouped_affine.py does all else.
+Only for adapters that change a site by nothing but a bias; grouped_affine.py adds all others.
 """
 
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from server.kernels.cpu.grouped_affine import (  # compiled in: as linear.py says of this file
+from server.kernels.cpu.grouped_affine import (  # compiled in: numba sees only changes of this file
     BIAS,
     COLUMNS,
     GAIN,
@@ -19,29 +19,30 @@ from server.kernels.cpu.openmp import AVAILABLE
 
 
 class Biases(NamedTuple):
-    """Whose they are, and where they lie."""
+    """The biases of a batch's tokens at some sites."""
 
     slots: torch.Tensor  # int64 [T], 0 for none
     table: torch.Tensor  # int64 [slots, sites, COLUMNS], as grouped_affine.py has it
-    first: int  # of the sites that these are
-    columns: Sequence[slice]  # where their outputs stand
+    first: int  # number of the first site in the table
+    columns: Sequence[slice]  # of each site's outputs
 
     def arguments(self) -> tuple[int, ...]:
+        """For a kernel: (slots, the first site's table row, the table's stride, number of sites, columns)."""
         row = self.table.data_ptr() + self.first * COLUMNS * 8
         ends = (end for columns in self.columns for end in (columns.start, columns.stop))
         return self.slots.data_ptr(), row, self.table.stride(0), len(self.columns), *ends
 
 
-NONE = (0, 0, 0, 0)  # the same where nobody has any
+NO_BIASES = (0, 0, 0, 0)  # Biases.arguments() of a batch without any
 
 
 if AVAILABLE:
     import numba as nb
 
-    from server.kernels.cpu.llvm_tiles import ask
+    from server.kernels.cpu.llvm_tiles import prefetch_line
     from server.kernels.cpu.openmp import floats, ints
 
-    LINE = 64  # bytes that come together
+    CACHE_LINE_BYTES = 64  # one cache line
 
     @nb.njit(cache=True, error_model="numpy")
     def _add(y, y_bytes, count, bias, width):  # type: ignore[no-untyped-def]
@@ -52,9 +53,9 @@ if AVAILABLE:
 
     @nb.njit(cache=True, error_model="numpy")
     def add_biases(y, y_stride, first, count, column, width, args, at, now):  # type: ignore[no-untyped-def]
-        """To y [count, width], outputs from `column` on of tokens from `first` on; `args[at:]` as above.
+        """Add to y [count, width]: outputs from `column` on, tokens from `first` on; biases are `args[at:]`.
 
-        Not `now`: only ask for what will be added. It lies in pieces that no prefetcher finds.
+        Not `now`: only prefetch the biases, whose pieces the processor's prefetcher does not find.
         """
         slots, table, stride = ints(args[at] + first * 8, count), args[at + 1], args[at + 2] * 8
         for s in range(args[at + 3]):
@@ -72,6 +73,6 @@ if AVAILABLE:
                         target = y + (t * y_stride + low - column) * 4
                         _add(target, y_stride * 4, run - t, floats(own, high - low), high - low)
                     else:
-                        for line in range(own, own + (high - low) * 4, LINE):
-                            ask(line)
+                        for line in range(own, own + (high - low) * 4, CACHE_LINE_BYTES):
+                            prefetch_line(line)
                 t = run

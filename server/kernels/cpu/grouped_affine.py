@@ -1,12 +1,12 @@
-"""y += gain * (y - b) + B (A x) + bias, for rows that each have their own, straight from where they lie.
+"""y += gain * (y - b) + B (A x) + bias, with another adapter for each row, read in place.
 
 A step of 16 rows with 16 adapters must read every adapter's bytes once; gathering them into one batched
-matrix would read them, write them and read them again. The kernel walks pointers instead. Tokens of one
-adapter that follow one another (prefill) share what is read (low_rank_tiles.py).
+matrix would read them, write them and read them again. The kernel follows pointers instead. Successive tokens
+of one adapter (prefill) share the reads (low_rank_tiles.py).
 
-Table row of a (slot, site), int64: addresses of A [r, in], B^T [r, out], gain [out] and bias [out], each 0
-if absent, the rank r, and the bytes of a number of A and B: 4, or 2 for bfloat16, where `narrow` says that a
-site can have them. All scalings are folded in.
+Table row of a (slot, site), int64: addresses of A [r, in], B^T [r, out], gain [out] and bias [out], each 0 if
+absent, the rank r, and the bytes of a number of A and B: 4, or 2 for bfloat16 (see `supports_bfloat16`). All
+scalings are folded in.
 """
 
 from collections.abc import Sequence
@@ -17,21 +17,22 @@ from server.kernels.cpu.openmp import AVAILABLE, arguments, require
 from server.kernels.limits import MAX_RANK
 
 COLUMNS = 6
-GAIN, BIAS, RANK, ITEM = 2, 3, 4, 5  # of these
-NARROW_LANES = 32  # bfloat16's come so many at a time
-ALONE = 1 << 15  # outputs: to change fewer without matrices costs one thread less time than waking the others
+GAIN, BIAS, RANK, ITEM = 2, 3, 4, 5  # columns of a table row
+NARROW_LANES = 32  # bfloat16 weights of one iteration
+# Without matrices, one thread takes less time for fewer outputs than waking the others takes.
+SINGLE_THREAD_MAX_OUTPUTS = 1 << 15
 
 
 if AVAILABLE:
     import numba as nb
     import numpy as np
 
-    from server.kernels.cpu.low_rank_tiles import TOKENS, expand, shrink
+    from server.kernels.cpu.low_rank_tiles import TILE_TOKENS, expand, shrink
     from server.kernels.cpu.openmp import floats, ints, kernel, num_threads, thread_num
 
     @nb.njit(cache=True, error_model="numpy", fastmath={"contract"})
-    def _apply(entry, x0, x1, x2, x3, y0, y1, y2, y3, tokens, fan_in, width, bias, h, lone):  # type: ignore[no-untyped-def]
-        """One site of one adapter, for `tokens` (1 or TOKENS) of its tokens."""
+    def _apply(entry, x0, x1, x2, x3, y0, y1, y2, y3, tokens, fan_in, width, bias, h, add_bias_only):  # type: ignore[no-untyped-def]
+        """Apply one site of one adapter to `tokens` (1 or TILE_TOKENS) of its tokens."""
         rank = entry[RANK]
         if entry[GAIN] != 0:
             gain = floats(entry[GAIN], width)
@@ -48,7 +49,7 @@ if AVAILABLE:
             scratch, between = h.ctypes.data, MAX_RANK * 4
             shrink(scratch, between, x0, x1, x2, x3, tokens, entry[0], rank, fan_in, entry[ITEM])
             expand(y0, y1, y2, y3, tokens, scratch, between, entry[1], rank, width, entry[ITEM])
-        if entry[BIAS] != 0 and (lone or rank > 0 or entry[GAIN] != 0):
+        if entry[BIAS] != 0 and (add_bias_only or rank > 0 or entry[GAIN] != 0):
             added = floats(entry[BIAS], width)
             for t in range(tokens):
                 y = floats((y0, y1, y2, y3)[t], width)
@@ -56,12 +57,12 @@ if AVAILABLE:
                     y[o] += added[o]
 
     @nb.njit(cache=True, error_model="numpy")
-    def _cost(table, sites, widths, fan_in, lone):  # type: ignore[no-untyped-def]
-        """What to read for one token at these sites, in numbers of four bytes."""
+    def _cost(table, sites, widths, fan_in, add_bias_only):  # type: ignore[no-untyped-def]
+        """The bytes / 4 to read for one token at these sites."""
         total = 0
         for s in range(sites):
             width, entry = widths[s], ints(table + s * COLUMNS * 8, COLUMNS)
-            if entry[RANK] or entry[GAIN] or (lone and entry[BIAS]):
+            if entry[RANK] or entry[GAIN] or (add_bias_only and entry[BIAS]):
                 total += width + entry[RANK] * (fan_in + width) * entry[ITEM] // 4
         return total
 
@@ -69,24 +70,24 @@ if AVAILABLE:
     def _grouped_affine(args):  # type: ignore[no-untyped-def]
         count, fan_in, x_bytes, y_bytes, x, y = args[0], args[1], args[2] * 4, args[3] * 4, args[4], args[5]
         tokens, slots = ints(args[6], count), ints(args[7], count)
-        table, table_bytes, bias, lone, sites = args[8], args[9] * 8, args[10], args[11], args[12]
+        table, table_bytes, bias, add_bias_only, sites = args[8], args[9] * 8, args[10], args[11], args[12]
         thread, threads = thread_num(), num_threads()
         widths = np.empty(sites, np.int64)
         for s in range(sites):
             widths[s] = args[13 + s]
-        h = np.empty(TOKENS * MAX_RANK, np.float32)
+        h = np.empty(TILE_TOKENS * MAX_RANK, np.float32)
         work = 0
         for i in range(count):
-            work += _cost(table + slots[i] * table_bytes, sites, widths, fan_in, lone)
-        # equal shares of what is read: of tokens, or of one token's sites
+            work += _cost(table + slots[i] * table_bytes, sites, widths, fan_in, add_bias_only)
+        # threads share the bytes read equally: tokens, or sites if there is one token
         low, high = work * thread // threads, work * (thread + 1) // threads
         done, i = 0, 0
         while i < count:
             own = table + slots[i] * table_bytes
-            cost = _cost(own, sites, widths, fan_in, lone)
+            cost = _cost(own, sites, widths, fan_in, add_bias_only)
             some = 1
-            if i + TOKENS <= count and slots[i + TOKENS - 1] == slots[i]:
-                some = TOKENS
+            if i + TILE_TOKENS <= count and slots[i + TILE_TOKENS - 1] == slots[i]:
+                some = TILE_TOKENS
             mine = low <= done < high
             x0, y0 = x + tokens[i] * x_bytes, y + tokens[i] * y_bytes
             x1, y1, x2, y2, x3, y3 = x0, y0, x0, y0, x0, y0
@@ -99,7 +100,7 @@ if AVAILABLE:
             for s in range(sites):
                 if count == 1:
                     mine = low <= part < high
-                    part += _cost(own + s * COLUMNS * 8, 1, widths[s:], fan_in, lone)
+                    part += _cost(own + s * COLUMNS * 8, 1, widths[s:], fan_in, add_bias_only)
                 if mine:
                     _apply(
                         ints(own + s * COLUMNS * 8, COLUMNS),
@@ -116,15 +117,15 @@ if AVAILABLE:
                         widths[s],
                         0 if bias == 0 else bias + column * 4,
                         h,
-                        lone,
+                        add_bias_only,
                     )
                 column += widths[s]
             done += cost * some
             i += some
 
 
-def narrow(inputs: int, outputs: int) -> bool:
-    """Whether the kernel takes A and B of a linear with these in bfloat16."""
+def supports_bfloat16(inputs: int, outputs: int) -> bool:
+    """Whether A and B of a linear of this size may be in bfloat16."""
     return AVAILABLE and inputs % NARROW_LANES == 0 and outputs % NARROW_LANES == 0
 
 
@@ -132,22 +133,23 @@ def grouped_affine(
     x: torch.Tensor,  # float32 [T, in], rows contiguous
     y: torch.Tensor,  # float32 [T, all outputs], rows contiguous, changed in place
     tokens: torch.Tensor,  # int64 [n]: which rows of x and y
-    slots: torch.Tensor,  # int64 [n]: whose adapter; those of one slot stand side by side
+    slots: torch.Tensor,  # int64 [n]: each token's slot, sorted
     table: torch.Tensor,  # int64 [slots, sites, COLUMNS]
-    first: int,  # of the sites that these are
-    widths: Sequence[int],  # their outputs, side by side in y
+    first: int,  # number of the first site in the table
+    widths: Sequence[int],  # outputs of each site, side by side in y
     base_bias: torch.Tensor | None,  # float32 [all outputs]
     *,
-    heavy: bool = True,  # False: nobody has matrices here
-    lone: bool = True,  # False: biases of those who change nothing else are added already (fused_bias.py)
+    has_matrices: bool = True,  # False: no adapter of the batch has A and B here
+    add_bias_only: bool = True,  # False: fused_bias.py has added adapters that are only a bias
 ) -> None:
-    """Add each token's adapter at sites that see the same x. CPU, float32; sees only tokens listed."""
+    """Add each listed token's adapter to y, at sites that see the same x. CPU, float32. Raises ShapeError."""
     require(len(x) == len(y) and sum(widths) <= y.shape[1], "outputs of other sites or tokens")
     sizes = (tokens.shape[0], x.shape[1], x.stride(0), y.stride(0))
-    held = (x.data_ptr(), y.data_ptr(), tokens.data_ptr(), slots.data_ptr())
+    pointers = (x.data_ptr(), y.data_ptr(), tokens.data_ptr(), slots.data_ptr())
     row = table.data_ptr() + first * COLUMNS * 8
     bias = 0 if base_bias is None else base_bias.data_ptr()
-    parallel = heavy or tokens.shape[0] * y.shape[1] > ALONE
+    parallel = has_matrices or tokens.shape[0] * y.shape[1] > SINGLE_THREAD_MAX_OUTPUTS
     _grouped_affine(
-        arguments(*sizes, *held, row, table.stride(0), bias, lone, len(widths), *widths), parallel=parallel
+        arguments(*sizes, *pointers, row, table.stride(0), bias, add_bias_only, len(widths), *widths),
+        parallel=parallel,
     )

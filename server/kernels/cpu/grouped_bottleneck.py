@@ -1,8 +1,8 @@
-"""h += U act(D x + d) + u, for rows that each have their own, straight from where they lie.
+"""h += U act(D x + d) + u, with another adapter for each row, read in place.
 
 x is a token's sub-block output h, the residual r before that sub-block, or their sum; with an epsilon, x is
-divided by its root mean square first. The kernel walks pointers as grouped_affine.py does, and for the same
-reason. It takes rows with few tokens; for many tokens of one adapter two GEMMs are faster
+divided by its root mean square first. The kernel follows pointers as grouped_affine.py does, for the same
+reason. It is for rows with few tokens; for many tokens of one adapter two GEMMs are faster
 (bottleneck_bank.py).
 
 Table row of a (site, slot), int64: addresses of D [b, n], d [b], U^T [b, n] and u [n], all scalings folded
@@ -31,7 +31,7 @@ if AVAILABLE:
 
     @nb.njit(cache=True, fastmath=True, error_model="numpy")
     def _activate(z, count, kind):  # type: ignore[no-untyped-def]
-        """In place; `kind` is an index of NON_LINEARITIES."""
+        """Apply a non-linearity to z [count] in place; `kind` is an index of NON_LINEARITIES."""
         half, one = np.float32(0.5), np.float32(1)
         if kind == 1 or kind == 2:
             slope = np.float32(0) if kind == 1 else np.float32(0.01)
@@ -41,7 +41,7 @@ if AVAILABLE:
             for k in range(count):
                 z[k] = np.tanh(z[k])
         elif kind == 4:
-            for k in range(count):  # fastmath knows no infinity, which exp gives from 89 on
+            for k in range(count):  # exp is infinite from 89 on, which fastmath does not handle
                 z[k] = z[k] / (one + np.exp(min(-z[k], np.float32(80))))
         elif kind == 5:
             for k in range(count):
@@ -97,10 +97,10 @@ def grouped_bottleneck(
     h: torch.Tensor,  # float32 [T, n], rows contiguous, changed in place
     r: torch.Tensor,  # float32 [T, n], rows contiguous
     tokens: torch.Tensor,  # int64 [k]: which rows of h and r
-    slots: torch.Tensor,  # int64 [k]: whose adapter; equal slots side by side stay in the CPU's cache
+    slots: torch.Tensor,  # int64 [k]: each token's slot; sorted, adapters stay in the CPU's cache
     table: torch.Tensor,  # int64 [slots, 8], rows contiguous
 ) -> None:
-    """Run each token's adapter at one site. CPU, float32; sees only tokens listed."""
+    """Add each listed token's adapter to h, at one site. CPU, float32. Raises ShapeError."""
     require(h.shape == r.shape, "a residual of other tokens")
     pointers = (tensor.data_ptr() for tensor in (h, r, tokens, slots, table))
     sizes = (tokens.shape[0], h.shape[1], h.stride(0), r.stride(0))

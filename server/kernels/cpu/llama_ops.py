@@ -1,7 +1,7 @@
-"""What stands between the linears of a Llama-like layer, in one pass each: norm, rotary embedding, SiLU, sum.
+"""The operations between the linears of a Llama-like layer, one pass each: norm, rotary embedding, SiLU, sum.
 
-Small work, done in torch by a handful of operators each: at 16 rows their calls cost more than the linears'
-arithmetic. A token's result depends on nothing but itself: it is the same bit for bit in any batch.
+They are small, and several operators each in torch: at 16 rows those calls took longer than the linears'
+arithmetic. A token's result depends on that token only: it is the same bit for bit in any batch.
 
 RMSNorm: arXiv 1910.07467. Rotary embedding, in halves: arXiv 2104.09864. SwiGLU: arXiv 2002.05202.
 """
@@ -9,25 +9,25 @@ RMSNorm: arXiv 1910.07467. Rotary embedding, in halves: arXiv 2104.09864. SwiGLU
 import torch
 import torch.nn.functional as F
 
-from server.kernels.cpu.fused_bias import NONE, Biases
+from server.kernels.cpu.fused_bias import NO_BIASES, Biases
 from server.kernels.cpu.openmp import AVAILABLE, arguments, empty, require
 
-ALONE = 1 << 15  # elements: less than that costs one thread less time than waking the others
+SINGLE_THREAD_MAX_ELEMENTS = 1 << 15  # one thread takes less time for fewer than waking the others takes
 
 
 def rms_norm_reference(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
-    """The plain twin of `rms_norm`."""
+    """Reference implementation of RmsNorm: [..., n] of x [..., n] and weight [n]."""
     return weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + epsilon))
 
 
 def rotate_reference(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """The plain twin of `rotate_`: x [T, heads, dim], cos and sin [T, dim]."""
+    """Reference implementation of `rotate_`, not in place: [T, heads, dim] of x; cos and sin [T, dim]."""
     first, second = x.chunk(2, -1)
     return x * cos[:, None] + torch.cat((-second, first), -1) * sin[:, None]
 
 
 def silu_times_reference(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """The plain twin of `silu_times`."""
+    """Reference implementation of `silu_times`: [T, n] of gate and up [T, n]."""
     return F.silu(gate) * up
 
 
@@ -110,57 +110,59 @@ if AVAILABLE:
 
 
 class RmsNorm:
-    """A norm's weight [n] and epsilon, ready to be called. CPU, float32."""
+    """An RMSNorm with weight [n]. CPU, float32."""
 
     def __init__(self, weight: torch.Tensor, epsilon: float) -> None:
         self.weight, self.epsilon = weight, torch.tensor([epsilon], dtype=torch.float32)
 
-    def __call__(self, x: torch.Tensor, own: Biases | None = None) -> torch.Tensor:
-        """x [T, n], contiguous; the same of its norm, with each token's own biases."""
+    def __call__(self, x: torch.Tensor, biases: Biases | None = None) -> torch.Tensor:
+        """The norm [T, n] of x [T, n], contiguous, plus each token's own biases. Raises ShapeError."""
         y = empty(x, *x.shape)
-        self._launch(x, y, 0, 0, own)
+        self._launch(x, y, 0, 0, biases)
         return y
 
     def of_sum(
-        self, x: torch.Tensor, added: torch.Tensor, own: Biases | None = None
+        self, x: torch.Tensor, added: torch.Tensor, biases: Biases | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(x + added, its norm as above), all [T, n] and contiguous."""
+        """(x + added, its norm plus each token's biases), all [T, n] and contiguous. Raises ShapeError."""
         total, y = empty(x, *x.shape), empty(x, *x.shape)
-        self._launch(x, y, added.data_ptr(), total.data_ptr(), own)
+        self._launch(x, y, added.data_ptr(), total.data_ptr(), biases)
         return total, y
 
-    def _launch(self, x: torch.Tensor, y: torch.Tensor, added: int, total: int, own: Biases | None) -> None:
+    def _launch(
+        self, x: torch.Tensor, y: torch.Tensor, added: int, total: int, biases: Biases | None
+    ) -> None:
         require(x.shape[1:] == self.weight.shape, "the norm is of another width")
-        held = (self.weight.data_ptr(), self.epsilon.data_ptr(), x.data_ptr(), y.data_ptr(), added, total)
-        biases = own.arguments() if own else NONE
-        _rms_norm(arguments(*x.shape, *held, *biases), parallel=x.numel() > ALONE)
+        pointers = (self.weight.data_ptr(), self.epsilon.data_ptr(), x.data_ptr(), y.data_ptr(), added, total)
+        of_tokens = biases.arguments() if biases else NO_BIASES
+        _rms_norm(arguments(*x.shape, *pointers, *of_tokens), parallel=x.numel() > SINGLE_THREAD_MAX_ELEMENTS)
 
 
 def rotate_(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, norm: RmsNorm | None = None) -> None:
-    """Turn x [T, heads, dim] in place, after its heads' own norm if there is one; cos and sin [T, dim].
+    """Rotate x [T, heads, dim] in place, after `norm` of each head if there is one; cos and sin [T, dim].
 
-    Tokens may lie apart, their heads may not.
+    Tokens may lie apart, their heads may not. Raises ShapeError.
     """
     count, heads, dim = x.shape
     require(cos.shape == sin.shape == (count, dim), "cosines of other tokens, or of a part of each head")
-    own = (0, 0) if norm is None else (norm.weight.data_ptr(), norm.epsilon.data_ptr())
+    of_norm = (0, 0) if norm is None else (norm.weight.data_ptr(), norm.epsilon.data_ptr())
     sizes = (count, heads, dim, x.stride(0))
-    held = (x.data_ptr(), cos.data_ptr(), sin.data_ptr(), *own)
-    _rotate(arguments(*sizes, *held), parallel=x.numel() > ALONE)
+    pointers = (x.data_ptr(), cos.data_ptr(), sin.data_ptr(), *of_norm)
+    _rotate(arguments(*sizes, *pointers), parallel=x.numel() > SINGLE_THREAD_MAX_ELEMENTS)
 
 
 def silu_times(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """silu(gate) * up, [T, n]; both may be columns of one tensor."""
+    """silu(gate) * up, all [T, n]; gate and up may be columns of one tensor. Raises ShapeError."""
     require(gate.shape == up.shape, "gate and up differ")
     y = empty(gate, *gate.shape)
     sizes = (*gate.shape, gate.stride(0))
-    held = (gate.data_ptr(), up.data_ptr(), y.data_ptr())
-    _silu_times(arguments(*sizes, *held), parallel=4 * y.numel() > ALONE)
+    pointers = (gate.data_ptr(), up.data_ptr(), y.data_ptr())
+    _silu_times(arguments(*sizes, *pointers), parallel=4 * y.numel() > SINGLE_THREAD_MAX_ELEMENTS)
     return y
 
 
 def add_(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """y += x, both [T, n] and contiguous; gives y."""
+    """y += x, both [T, n] and contiguous; returns y. Raises ShapeError."""
     require(y.shape == x.shape, "summands differ")
-    _add(arguments(y.numel(), y.data_ptr(), x.data_ptr()), parallel=y.numel() > ALONE)
+    _add(arguments(y.numel(), y.data_ptr(), x.data_ptr()), parallel=y.numel() > SINGLE_THREAD_MAX_ELEMENTS)
     return y

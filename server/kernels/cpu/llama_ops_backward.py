@@ -1,12 +1,12 @@
-"""Gradients of what stands between the linears of a Llama-like layer, in one pass each (llama_ops.py).
+"""Gradients of the operations between the linears of a Llama-like layer, in one pass each (llama_ops.py).
 
-Nothing here is trained: gradients are upon inputs alone. That of the rotary embedding is the embedding turned
-backwards, `rotate_` with the sine's sign changed.
+Only inputs have gradients: no weight here is trained. The gradient of the rotary embedding is the inverse
+rotation, `rotate_` with the sine negated.
 """
 
 import torch
 
-from server.kernels.cpu.llama_ops import ALONE, RmsNorm
+from server.kernels.cpu.llama_ops import SINGLE_THREAD_MAX_ELEMENTS, RmsNorm
 from server.kernels.cpu.openmp import AVAILABLE, arguments
 
 if AVAILABLE:
@@ -63,19 +63,20 @@ if AVAILABLE:
 def norm_gradient(
     norm: RmsNorm, x: torch.Tensor, upon: torch.Tensor, more: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Upon x [T, n], of what the norm makes of it; plus `more`. All [T, n] and contiguous."""
-    found = torch.empty_like(x)
-    held = (norm.weight.data_ptr(), norm.epsilon.data_ptr(), x.data_ptr(), upon.data_ptr(), found.data_ptr())
+    """The gradient of x, given `upon`, that of norm(x); plus `more`. All [T, n] and contiguous."""
+    gradient = torch.empty_like(x)
+    tensors = (norm.weight, norm.epsilon, x, upon, gradient)
+    pointers = [tensor.data_ptr() for tensor in tensors]
     also = 0 if more is None else more.data_ptr()
-    _norm(arguments(*x.shape, *held, also), parallel=x.numel() > ALONE)
-    return found
+    _norm(arguments(*x.shape, *pointers, also), parallel=x.numel() > SINGLE_THREAD_MAX_ELEMENTS)
+    return gradient
 
 
 def silu_times_gradients(
     gate: torch.Tensor, up: torch.Tensor, upon: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Upon gate and up, of silu(gate) * up. All [T, n] and contiguous."""
+    """The gradients of gate and up, given `upon`, that of silu(gate) * up. All [T, n] and contiguous."""
     of_gate, of_up = torch.empty_like(gate), torch.empty_like(up)
-    held = [tensor.data_ptr() for tensor in (gate, up, upon, of_gate, of_up)]
-    _silu_times(arguments(gate.numel(), *held), parallel=4 * gate.numel() > ALONE)
+    pointers = [tensor.data_ptr() for tensor in (gate, up, upon, of_gate, of_up)]
+    _silu_times(arguments(gate.numel(), *pointers), parallel=4 * gate.numel() > SINGLE_THREAD_MAX_ELEMENTS)
     return of_gate, of_up

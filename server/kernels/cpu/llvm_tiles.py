@@ -1,11 +1,11 @@
-"""The innermost loop of packed_linear.py and int8/ in LLVM's own terms: sums that never leave the registers.
+"""The innermost loop of packed_linear.py and int8/ in LLVM's terms: sums that never leave the registers.
 
-For every input, a tile of rows x panels takes one vector of each panel's weights and multiplies it with each
-row's value, spread over the vector. The processor's own prefetcher stops at each page of 4 KiB, so the loop
-asks for what it reads next.
+For every input, a tile of rows x panels loads one vector of each panel's weights and multiplies it by each
+row's value, broadcast over the vector. The processor's own prefetcher stops at each page of 4 KiB, so the
+loop prefetches what it reads next.
 
-int8: inputs come in pairs of 16 bits, and a multiply-add of pairs is one instruction on x86 (AVX2, AVX-512;
-with VNNI it adds up as well); elsewhere the same in plain operations.
+int8: inputs are pairs of 16 bits, and a multiply-add of pairs is one instruction on x86 (AVX2, AVX-512; with
+VNNI it also accumulates); elsewhere plain operations do the same.
 """
 
 from collections.abc import Callable
@@ -22,9 +22,10 @@ LANES = 16  # outputs of a panel
 
 
 def features_of(listed: str | None) -> dict[str, bool]:
-    """What the code may use: as NUMBA_CPU_FEATURES lists it ("+avx2,-fma"), else all that the processor has.
+    """Instruction sets the code may use: those of NUMBA_CPU_FEATURES ("+avx2,-fma"), else all of the
+    processor.
 
-    numba compiles for the same list: an instruction asked for here that it does not know would not compile.
+    numba compiles for the same list: an instruction used here and not listed would not compile.
     """
     if listed is None:
         return {str(name): bool(here) for name, here in llvm.get_host_cpu_features().items()}
@@ -32,22 +33,22 @@ def features_of(listed: str | None) -> dict[str, bool]:
 
 
 FEATURES = features_of(nb.config.CPU_FEATURES)
-WIDE = bool(FEATURES.get("avx512f", False))
+HAS_AVX512 = bool(FEATURES.get("avx512f", False))
 BYTE, SHORT, WORD, LONG = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 
 
 class Float32:
-    """Weights [in, 16] and x [in, rows], float32. Adds to what is there."""
+    """Weights [in, 16] and x [in, rows], float32. Results are added to the output."""
 
     sums = ir.VectorType(ir.FloatType(), LANES)
     zero, stride = 0.0, 4 * LANES
-    near = False  # what is asked for comes into the first-level cache, not the second's
+    near = False  # prefetches into the L1 cache, not the L2 cache
 
     def weights(self, b: Any, address: Any) -> Any:
         return load(b, address, self.sums)
 
-    def spread(self, b: Any, address: Any) -> Any:
-        return spread(b, b.load(b.inttoptr(address, ir.FloatType().as_pointer())), self.sums)
+    def broadcast(self, b: Any, address: Any) -> Any:
+        return broadcast(b, b.load(b.inttoptr(address, ir.FloatType().as_pointer())), self.sums)
 
     def add(self, b: Any, sums: Any, weights: Any, x: Any) -> Any:
         return fma(b, weights, x, sums)
@@ -57,7 +58,7 @@ class Float32:
 
 
 class Int8:
-    """Weights int8 [pairs, 16, 2] and x int16 [pairs, rows, 2]; sums are int32. Writes over what is there."""
+    """Weights int8 [pairs, 16, 2], x int16 [pairs, rows, 2], sums int32. Results replace the output."""
 
     sums = ir.VectorType(WORD, LANES)
     zero, stride = 0, 2 * LANES
@@ -67,9 +68,9 @@ class Int8:
     def weights(self, b: Any, address: Any) -> Any:
         return b.sext(b.load(b.inttoptr(address, self.bytes.as_pointer()), align=4), self.shorts)
 
-    def spread(self, b: Any, address: Any) -> Any:
+    def broadcast(self, b: Any, address: Any) -> Any:
         pair = b.load(b.inttoptr(address, WORD.as_pointer()), align=4)
-        return b.bitcast(spread(b, pair, self.sums), self.shorts)
+        return b.bitcast(broadcast(b, pair, self.sums), self.shorts)
 
     def add(self, b: Any, sums: Any, weights: Any, x: Any) -> Any:
         return b.add(sums, self._products(b, weights, x))
@@ -78,7 +79,7 @@ class Int8:
         b.store(sums, place, align=4)
 
     def _products(self, b: Any, one: Any, other: Any) -> Any:
-        """Two <32 x i16>: the sum of each pair's two products, <16 x i32>."""
+        """Of two <32 x i16>, the sum of each pair's two products: <16 x i32>."""
         if FEATURES.get("avx512bw"):
             return call(b, "llvm.x86.avx512.pmaddw.d.512", self.sums, [one, other])
         if FEATURES.get("avx2"):
@@ -96,7 +97,7 @@ class Int8:
 def tile(rows: int, panels: int, kind: Float32 | Int8) -> Any:
     """tile(w, x, out, depth, panel_bytes, later, pace): out [rows, panels, 16] = x by w's panels.
 
-    Over `depth` vectors. Meanwhile `pace` bytes a vector are asked for from `later` on, of each panel.
+    Over `depth` vectors. Per vector, `pace` bytes of each panel are prefetched, from `later` on.
     """
 
     def typed(_context, w, x, out, depth, panel_bytes, later, pace):  # type: ignore[no-untyped-def]  # noqa: ARG001
@@ -131,21 +132,21 @@ def _loop(
         row = b.add(x, b.mul(at, LONG(4 * rows)))
         added = []
         for r in range(rows):
-            value = kind.spread(b, b.add(row, LONG(4 * r)))
+            value = kind.broadcast(b, b.add(row, LONG(4 * r)))
             added += [kind.add(b, sums[r * panels + p], lanes[p], value) for p in range(panels)]
         return added
 
     zeros = [ir.Constant(kind.sums, [kind.zero] * LANES)] * (rows * panels)
-    for i, value in enumerate(summed(b, depth, 1, zeros, of_input)):
+    for i, value in enumerate(sum_loop(b, depth, 1, zeros, of_input)):
         kind.store(b, value, b.inttoptr(b.add(out, LONG(4 * LANES * i)), kind.sums.as_pointer()))
 
 
-def summed(
+def sum_loop(
     b: Any, count: Any, step: int, sums: list[Any], body: Callable[[Any, list[Any]], list[Any]]
 ) -> list[Any]:
-    """Sums that stay in registers over a loop: body(at, sums) gives the next ones, at = 0, step, ... < count.
+    """A loop whose sums stay in registers: body(i, sums) returns the next ones, for i = 0, step, ... < count.
 
-    It runs at least once. Leaves the builder behind the loop.
+    The body runs at least once. Returns the sums, with the builder positioned after the loop.
     """
     before, loop, done = b.block, b.append_basic_block("loop"), b.append_basic_block("done")
     b.branch(loop)
@@ -170,20 +171,20 @@ def fma(b: Any, one: Any, other: Any, total: Any) -> Any:
     return call(b, f"llvm.fma.v{total.type.count}f32", total.type, [one, other, total])
 
 
-def spread(b: Any, value: Any, vector: Any) -> Any:
+def broadcast(b: Any, value: Any, vector: Any) -> Any:
     one = b.insert_element(ir.Constant(vector, ir.Undefined), value, WORD(0))
     return b.shuffle_vector(one, one, mask([0] * vector.count))
 
 
 def prefetch(b: Any, address: Any, *, near: bool = True) -> None:
-    """Into the first-level cache, or the second's where that is `near` enough."""
+    """Prefetch a cache line into the L1 cache, or not `near`, into the L2 cache."""
     hints = [WORD(value) for value in (0, 3 if near else 2, 1)]
     call(b, "llvm.prefetch.p0", ir.VoidType(), [b.inttoptr(address, BYTE.as_pointer()), *hints])
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def ask(_context: Any, address: Any) -> Any:  # noqa: ARG001 - numba matches arguments by name
-    """Ask for the cache line at an address, outside of tiles."""
+def prefetch_line(_context: Any, address: Any) -> Any:  # noqa: ARG001 - numba matches arguments by name
+    """Prefetch the cache line at an address, outside of tiles."""
 
     def generate(context: Any, b: Any, _sig: Any, args: Any) -> Any:
         prefetch(b, args[0])

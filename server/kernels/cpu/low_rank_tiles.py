@@ -1,8 +1,8 @@
-"""h = A x and y += B h of one adapter, for one token or several at once; the loops are LLVM's own terms.
+"""h = A x and y += B h of one adapter, for one token or several at once, with loops in LLVM's terms.
 
-Of A [r, in] and B^T [r, out] every element is read once for all the tokens of a tile, several ranks at a
-time: as many sums as the registers hold. Each sum runs in one order whatever the tile, so a token's result is
-the same bit for bit alone and among others, and with weights in bfloat16 as with the same in float32.
+Each element of A [r, in] and B^T [r, out] is read once for all tokens of a tile, several ranks at a time: as
+many sums as fit into the registers. A sum has the same order in every tile, so a token's result is the same
+bit for bit alone and among others, and with weights in bfloat16 as with the same in float32.
 """
 
 from collections.abc import Sequence
@@ -14,23 +14,23 @@ from numba import types
 from numba.extending import intrinsic
 
 from server.kernels.cpu.llvm_tiles import (
+    HAS_AVX512,
     LANES,
     LONG,
     SHORT,
-    WIDE,
     WORD,
+    broadcast,
     fma,
     load,
     mask,
     prefetch,
-    spread,
-    summed,
+    sum_loop,
 )
 from server.kernels.cpu.openmp import floats
 
-TOKENS = 4 if WIDE else 2  # of a tile; the rest of a run comes one by one
-RANKS = 8 if WIDE else 4  # of a tile for one token; and so many rows ahead is asked for what comes next
-FEWER = 4 if WIDE else 2  # of a tile for TOKENS
+TILE_TOKENS = 4 if HAS_AVX512 else 2  # tokens of a tile; those left over run one by one
+ONE_RANKS = 8 if HAS_AVX512 else 4  # ranks of a tile for one token; also the prefetch distance in rows
+FEW_RANKS = 4 if HAS_AVX512 else 2  # ranks of a tile for TILE_TOKENS
 _FLOAT = ir.FloatType()
 _VECTOR = ir.VectorType(_FLOAT, LANES)
 
@@ -38,7 +38,8 @@ _VECTOR = ir.VectorType(_FLOAT, LANES)
 def shrink_tile(tokens: int, ranks: int, item: int = 4) -> Any:
     """tile(h, h_bytes, x0, x1, x2, x3, a, row_bytes, n): h[t, k] = the sum of a[k, :n] * x_t[:n].
 
-    Addresses; n is whole vectors. Rows of h lie h_bytes apart, those of a row_bytes.
+    Arguments are addresses; n is a multiple of a vector. Rows of h lie h_bytes apart, rows of a row_bytes.
+    `item`: bytes of a weight.
     """
 
     def typed(_context, h, h_bytes, x0, x1, x2, x3, a, row, n):  # type: ignore[no-untyped-def]  # noqa: ARG001
@@ -66,13 +67,13 @@ def _shrink(
                 address = b.add(rows[k], b.mul(first, LONG(item)))
                 weights = _weights(b, address, item)
                 if part == 0:
-                    prefetch(b, b.add(address, b.mul(row, LONG(RANKS))), near=False)
+                    prefetch(b, b.add(address, b.mul(row, LONG(ONE_RANKS))), near=False)
                 added += [fma(b, weights, xs[t], sums[k * len(x) + t]) for t in range(len(x))]
             sums = added
         return sums
 
     zeros = [ir.Constant(_VECTOR, [0.0] * LANES)] * (ranks * len(x))
-    added = summed(b, n, LANES * _parts(item), zeros, of_inputs)
+    added = sum_loop(b, n, LANES * _parts(item), zeros, of_inputs)
     for k in range(ranks):
         for t in range(len(x)):
             place = b.add(b.add(h, b.mul(h_bytes, LONG(t))), LONG(4 * k))
@@ -80,7 +81,7 @@ def _shrink(
 
 
 def expand_tile(tokens: int, ranks: int, item: int = 4) -> Any:
-    """tile(y0, y1, y2, y3, h, h_bytes, b, row_bytes, n): y_t[:n] += sum of h[t, k] * b[k, :n]; as above."""
+    """tile(y0, y1, y2, y3, h, h_bytes, b, row_bytes, n): y_t[:n] += sum of h[t, k] * b[k, :n]; see above."""
 
     def typed(_context, y0, y1, y2, y3, h, h_bytes, m, row, n):  # type: ignore[no-untyped-def]  # noqa: ARG001
         def generate(context: Any, b: Any, _sig: Any, args: Any) -> Any:
@@ -101,7 +102,7 @@ def _expand(
         own = b.add(h, b.mul(h_bytes, LONG(t)))
         for k in range(ranks):
             value = b.load(b.inttoptr(b.add(own, LONG(4 * k)), _FLOAT.as_pointer()))
-            factors.append(spread(b, value, _VECTOR))
+            factors.append(broadcast(b, value, _VECTOR))
     rows = [b.add(m, b.mul(row, LONG(k))) for k in range(ranks)]
 
     def of_outputs(at: Any, none: list[Any]) -> list[Any]:
@@ -113,22 +114,22 @@ def _expand(
                 address = b.add(rows[k], b.mul(first, LONG(item)))
                 weights = _weights(b, address, item)
                 if part == 0:
-                    prefetch(b, b.add(address, b.mul(row, LONG(RANKS))), near=False)
+                    prefetch(b, b.add(address, b.mul(row, LONG(ONE_RANKS))), near=False)
                 sums = [fma(b, weights, factors[t * ranks + k], total) for t, total in enumerate(sums)]
             for place, total in zip(places, sums, strict=True):
                 b.store(total, b.inttoptr(place, _VECTOR.as_pointer()), align=4)
         return none
 
-    summed(b, n, LANES * _parts(item), [], of_outputs)
+    sum_loop(b, n, LANES * _parts(item), [], of_outputs)
 
 
 def _parts(item: int) -> int:
-    """Vectors of an iteration: a cache line of weights."""
+    """Vectors per iteration: one cache line of weights."""
     return 4 // item
 
 
 def _weights(b: Any, address: Any, item: int) -> Any:
-    """LANES of them as float32; a bfloat16 is the upper half of one."""
+    """LANES weights as float32; a bfloat16 is the upper half of a float32."""
     if item == 4:
         return load(b, address, _VECTOR)
     halves = load(b, address, ir.VectorType(SHORT, LANES))
@@ -137,7 +138,7 @@ def _weights(b: Any, address: Any, item: int) -> Any:
 
 
 def _total(b: Any, vector: Any) -> Any:
-    """The sum of its lanes, halves first."""
+    """The sum of a vector's lanes, halves first."""
     width = LANES
     while width > 1:
         width //= 2
@@ -146,19 +147,19 @@ def _total(b: Any, vector: Any) -> Any:
     return b.extract_element(vector, WORD(0))
 
 
-_shrink_one, _shrink_few = shrink_tile(1, RANKS), shrink_tile(TOKENS, FEWER)
-_shrink_one_rank, _shrink_few_rank = shrink_tile(1, 1), shrink_tile(TOKENS, 1)
-_expand_one, _expand_few = expand_tile(1, RANKS), expand_tile(TOKENS, FEWER)
-_expand_one_rank, _expand_few_rank = expand_tile(1, 1), expand_tile(TOKENS, 1)
-_shrink_one_16, _shrink_few_16 = shrink_tile(1, RANKS, 2), shrink_tile(TOKENS, FEWER, 2)
-_shrink_one_rank_16, _shrink_few_rank_16 = shrink_tile(1, 1, 2), shrink_tile(TOKENS, 1, 2)
-_expand_one_16, _expand_few_16 = expand_tile(1, RANKS, 2), expand_tile(TOKENS, FEWER, 2)
-_expand_one_rank_16, _expand_few_rank_16 = expand_tile(1, 1, 2), expand_tile(TOKENS, 1, 2)
+_shrink_one, _shrink_few = shrink_tile(1, ONE_RANKS), shrink_tile(TILE_TOKENS, FEW_RANKS)
+_shrink_one_rank, _shrink_few_rank = shrink_tile(1, 1), shrink_tile(TILE_TOKENS, 1)
+_expand_one, _expand_few = expand_tile(1, ONE_RANKS), expand_tile(TILE_TOKENS, FEW_RANKS)
+_expand_one_rank, _expand_few_rank = expand_tile(1, 1), expand_tile(TILE_TOKENS, 1)
+_shrink_one_16, _shrink_few_16 = shrink_tile(1, ONE_RANKS, 2), shrink_tile(TILE_TOKENS, FEW_RANKS, 2)
+_shrink_one_rank_16, _shrink_few_rank_16 = shrink_tile(1, 1, 2), shrink_tile(TILE_TOKENS, 1, 2)
+_expand_one_16, _expand_few_16 = expand_tile(1, ONE_RANKS, 2), expand_tile(TILE_TOKENS, FEW_RANKS, 2)
+_expand_one_rank_16, _expand_few_rank_16 = expand_tile(1, 1, 2), expand_tile(TILE_TOKENS, 1, 2)
 
 
 @nb.njit(cache=True, error_model="numpy")
 def _run_shrink(narrow, one, several, h, h_bytes, x0, x1, x2, x3, a, row, n):  # type: ignore[no-untyped-def]
-    """The tile for `one` token or TOKENS of them, for `several` ranks or a single one."""
+    """Call the tile for `one` token or TILE_TOKENS, for `several` ranks or one."""
     if narrow:
         if one and several:
             _shrink_one_16(h, h_bytes, x0, x1, x2, x3, a, row, n)
@@ -180,7 +181,7 @@ def _run_shrink(narrow, one, several, h, h_bytes, x0, x1, x2, x3, a, row, n):  #
 
 @nb.njit(cache=True, error_model="numpy")
 def _run_expand(narrow, one, several, y0, y1, y2, y3, h, h_bytes, b, row, n):  # type: ignore[no-untyped-def]
-    """As above."""
+    """Call the tile for `one` token or TILE_TOKENS, for `several` ranks or one."""
     if narrow:
         if one and several:
             _expand_one_16(y0, y1, y2, y3, h, h_bytes, b, row, n)
@@ -202,12 +203,13 @@ def _run_expand(narrow, one, several, y0, y1, y2, y3, h, h_bytes, b, row, n):  #
 
 @nb.njit(cache=True, error_model="numpy")
 def shrink(h, h_bytes, x0, x1, x2, x3, tokens, a, r, n, item):  # type: ignore[no-untyped-def]
-    """h[t, :r] = A x_t. Addresses; `tokens` is 1 or TOKENS, and tells which x there are.
+    """h[t, :r] = A x_t, with A [r, n]. Arguments are addresses; `tokens` is 1 or TILE_TOKENS: how many x
+    there are.
 
-    `item`: bytes of a number of A; where it is 2, n is a multiple of 2 * LANES.
+    `item`: bytes of a number of A; if it is 2, n is a multiple of 2 * LANES.
     """
     whole, row, k = n // LANES * LANES, n * item, 0
-    at_once = RANKS if tokens == 1 else FEWER
+    at_once = ONE_RANKS if tokens == 1 else FEW_RANKS
     while whole and k < r:
         some = at_once if k + at_once <= r else 1
         own = h + k * 4
@@ -227,9 +229,9 @@ def shrink(h, h_bytes, x0, x1, x2, x3, tokens, a, r, n, item):  # type: ignore[n
 
 @nb.njit(cache=True, error_model="numpy")
 def expand(y0, y1, y2, y3, tokens, h, h_bytes, b, r, n, item):  # type: ignore[no-untyped-def]
-    """y_t += B h[t, :r]; as above, b [r, n]."""
+    """y_t [n] += B h[t, :r], with B^T [r, n]; arguments as of `shrink`."""
     whole, row, k = n // LANES * LANES, n * item, 0
-    at_once = RANKS if tokens == 1 else FEWER
+    at_once = ONE_RANKS if tokens == 1 else FEW_RANKS
     while whole and k < r:
         some = at_once if k + at_once <= r else 1
         own = h + k * 4

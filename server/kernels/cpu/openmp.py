@@ -1,8 +1,8 @@
-"""Run a numba kernel on torch's own OpenMP threads.
+"""Run numba kernels on torch's own OpenMP threads, and record their launches.
 
-numba's thread pools would fight with torch's for the same cores: an idle OpenMP worker spins for a while
-after each region. So a kernel is compiled as a C function `void(int64*)` and handed to GOMP_parallel of
-the very libgomp that torch is linked against. A launch costs about 3 µs and releases the GIL.
+numba's thread pools would compete with torch's for the same cores: an idle OpenMP worker spins for a while
+after each region. So a kernel is compiled as a C function `void(int64*)` and passed to GOMP_parallel of the
+libgomp that torch is linked against. A launch costs about 3 µs and releases the GIL.
 """
 
 import ctypes
@@ -88,19 +88,18 @@ class ShapeError(RuntimeError):
 
 
 def require(fits: bool, what: str) -> None:
-    """Before addresses go to a kernel, which checks nothing. Raises ShapeError."""
+    """Check sizes before addresses go to a kernel, which checks nothing. Raises ShapeError if not `fits`."""
     if not fits:
         raise ShapeError(what)
 
 
 def use_one_thread() -> None:
-    """Torch's operators called from this thread stay on it; other threads keep their teams.
+    """Run torch's operators called from this thread on it alone; other threads keep their teams.
 
-    More than manners: once a process has more OpenMP threads than the machine has cores, libgomp's stop
-    spinning between regions, and every launch of the engine's pays for waking its team (a step took 1.6
-    times as long).
+    Once a process has more OpenMP threads than the machine has cores, libgomp's threads stop spinning between
+    regions, and every launch of the engine pays for waking its team (a step took 1.6 times as long).
     """
-    torch.get_num_threads()  # torch sets a thread's count on its first use of it; let that be behind us
+    torch.get_num_threads()  # torch sets a thread's count on first use, which would undo the next line
     if AVAILABLE:
         _torch.omp_set_num_threads(1)
 
@@ -110,41 +109,41 @@ Arguments = Any  # a ctypes array of int64: pointers and sizes
 
 
 def arguments(*values: int) -> Arguments:
+    """The arguments of a launch."""
     return (ctypes.c_int64 * len(values))(*values)
 
 
 def bits_of(value: float) -> int:
-    """Of a float32, for a kernel's arguments."""
+    """The bits of a float32 as an integer, for a kernel's arguments."""
     return ctypes.c_int32.from_buffer_copy(ctypes.c_float(value)).value
 
 
 class Arena:
-    """What launches read and write, for recordings of which one runs at a time: they may share it.
+    """Scratch tensors [tokens, ...] shared by all recordings, since only one runs at a time.
 
-    Tensors are [tokens, ...]. A recording of more tokens than any before it takes larger ones; those before
-    it keep theirs.
+    A recording of more tokens than any before it allocates larger ones; earlier recordings keep theirs.
     """
 
     def __init__(self) -> None:
-        self._held: dict[Hashable, torch.Tensor] = {}
+        self._tensors: dict[Hashable, torch.Tensor] = {}
 
-    def take(self, place: Hashable, like: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-        """Of anything, and of the type of `like`: the memory of this place."""
-        held = self._held.get(place)
-        if held is None or len(held) < shape[0] or held.shape[1:] != shape[1:]:
+    def take(self, key: Hashable, like: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+        """The tensor under `key`, of this shape and the type of `like`; its content is undefined."""
+        tensor = self._tensors.get(key)
+        if tensor is None or len(tensor) < shape[0] or tensor.shape[1:] != shape[1:]:
             tokens = max(64, 1 << (shape[0] - 1).bit_length())
-            held = self._held[place] = like.new_empty(tokens, *shape[1:])
-        return held[: shape[0]]
+            tensor = self._tensors[key] = like.new_empty(tokens, *shape[1:])
+        return tensor[: shape[0]]
 
 
 class Recorder:
-    """While it is entered, launches are noted and not made; what they write comes from `empty`."""
+    """While entered, launches are recorded instead of made, and `empty` allocates in the arena."""
 
     def __init__(self, arena: Arena) -> None:
-        self.launches: list[tuple[int, Arguments]] = []
+        self.launches: list[tuple[int, Arguments]] = []  # (address of the kernel, its arguments)
         self._arena = arena
-        self._kept: list[torch.Tensor] = []  # what others make the arena give up
-        self._turn, self._taken = 0, 0
+        self._kept: list[torch.Tensor] = []  # alive even if a later recording replaces them in the arena
+        self._parity, self._taken = 0, 0
 
     def __enter__(self) -> "Recorder":
         global _recorder
@@ -157,11 +156,12 @@ class Recorder:
         _recorder = None
 
     def next_layer(self) -> None:
-        """What was taken before the last turn may be written over: nobody reads it any more."""
-        self._turn, self._taken = 1 - self._turn, 0
+        """Reuse the tensors taken before the last call: a layer reads only its own and the one before's."""
+        self._parity, self._taken = 1 - self._parity, 0
 
     def take(self, like: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-        self._kept.append(self._arena.take((self._turn, self._taken), like, shape))
+        """A tensor of this shape and the type of `like`, unused by this layer and the one before."""
+        self._kept.append(self._arena.take((self._parity, self._taken), like, shape))
         self._taken += 1
         return self._kept[-1]
 
@@ -170,24 +170,24 @@ _recorder: Recorder | None = None
 
 
 def empty(like: torch.Tensor, *shape: int) -> torch.Tensor:
-    """For a kernel to write to: of the type and device of `like`."""
+    """A tensor for a kernel to write to, of the type and device of `like`."""
     return like.new_empty(shape) if _recorder is None else _recorder.take(like, shape)
 
 
 def kernel(body: Callable[[Any], None]) -> Launcher:
     """Compile `body(args: int64*)` and return a launcher; every OpenMP thread runs the body once.
 
-    The body asks thread_num() and num_threads() for its share. All it needs must be alive until the
-    launch returns; the launch is synchronous. The machine code is kept beside the source.
+    The body finds its share by thread_num() and num_threads(). All tensors it uses must be alive until the
+    launch returns; the launch is synchronous. The machine code is cached beside the source.
 
-    What it calls is compiled with `fastmath`, too, unless it says otherwise: numba hands that down, but not
-    to machine code that it finds kept. So what must give the same bits each time says `fastmath=False`.
+    numba compiles callees with `fastmath` too, unless they set it themselves; but not callees that it finds
+    in its cache. So functions that must give the same bits each time set `fastmath=False`.
     """
     signature = types.void(types.CPointer(types.int64))
     address = nb.cfunc(signature, cache=True, fastmath=True, error_model="numpy")(body).address
 
     def launch(args: Arguments, *, parallel: bool = True) -> None:
-        """`parallel=False`: on this thread alone, for work that is smaller than a barrier."""
+        """`parallel=False`: run on this thread alone, for work that takes less time than a barrier."""
         if _recorder is not None:
             _recorder.launches.append((address, args))
         else:

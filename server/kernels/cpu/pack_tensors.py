@@ -1,9 +1,9 @@
-"""Many small matrices into one buffer, each times its factor, in one call that leaves the interpreter alone.
+"""Copy many small matrices into one buffer, each times its factor, in one call that releases the GIL.
 
-From float32 or bfloat16 into either; what does not fit is rounded to the nearest.
+From float32 or bfloat16 to either, rounded to the nearest.
 
-Adapters are loaded beside the engine, whose Python waits while a loader's runs: a LoRA has hundreds of
-tensors, and torch takes some ten microseconds of the interpreter for each.
+Adapters are loaded while the engine runs, whose Python waits for the loader's: a LoRA has hundreds of
+tensors, and torch holds the interpreter for some ten microseconds for each.
 """
 
 from typing import NamedTuple
@@ -17,23 +17,23 @@ from server.kernels.cpu.openmp import AVAILABLE, bits_of
 Table = npt.NDArray[np.int64]  # [parts, COLUMNS]
 SOURCE, TARGET, HEIGHT, WIDTH, DOWN, ACROSS, FACTOR, ITEM, COLUMNS = range(9)
 DTYPES = (torch.float32, torch.bfloat16)
-TILE = 64  # columns: what they take of a transposed source stays in the first-level cache
+TILE = 64  # columns: those of a transposed source stay in the L1 cache
 
 
 class Copies(NamedTuple):
-    """Where the parts lie in one piece of memory, and where they go. Addresses count from `base`."""
+    """Copies of parts into one flat tensor. Source addresses are relative to the `base` of `run`."""
 
     table: Table
-    numbers: int  # in all
-    dtype: torch.dtype = torch.float32  # of what they become
+    numbers: int  # elements of all parts
+    dtype: torch.dtype = torch.float32  # of the result
 
     def run(self, base: int) -> torch.Tensor | None:
-        """[numbers] of what lies at `base` now; None if a number is NaN or Inf."""
+        """Copy from `base`: [numbers]; None if an element is NaN or infinite, or becomes so in `dtype`."""
         flat = torch.empty(self.numbers, dtype=self.dtype)
         return flat if _gather(base, self.table, flat.data_ptr(), flat.itemsize) else None
 
     def within(self, memory: torch.Tensor) -> "Copies | None":
-        """The same counted from where `memory` begins, if every part lies in it. Their base must be 0."""
+        """Rebase absolute addresses to offsets within `memory`; None if a part lies outside it."""
         table = self.table.copy()
         table[:, SOURCE] -= memory.data_ptr()
         last = table[:, (HEIGHT, WIDTH)] - 1
@@ -45,7 +45,10 @@ class Copies(NamedTuple):
 def copies_of(
     parts: list[torch.Tensor], factors: list[float], dtype: torch.dtype = torch.float32
 ) -> Copies | None:
-    """How to copy these from base 0, while they live; None if it takes more than this can."""
+    """The copies of `parts`, 1-D or 2-D, times `factors`, at absolute addresses (base 0) while they live.
+
+    None if a part is of another shape, type or device, or numba is missing.
+    """
     if not AVAILABLE or not parts or dtype not in DTYPES:
         return None
     rows, target = [], 0
@@ -67,12 +70,14 @@ if AVAILABLE:
 
     from server.kernels.cpu.openmp import bits_to_float, float_to_bits, floats, shorts
 
-    LARGEST = np.float32(torch.finfo(torch.float32).max)
-    LARGEST_NARROW = np.float32(torch.finfo(torch.bfloat16).max)
+    MAX_FLOAT32 = np.float32(torch.finfo(torch.float32).max)
+    MAX_BFLOAT16 = np.float32(torch.finfo(torch.bfloat16).max)
 
     @nb.njit(cache=True, error_model="numpy", nogil=True)
     def _read(scratch, address, across, count, factor, item, largest):  # type: ignore[no-untyped-def]
-        """`count` numbers, `across` apart, times the factor; whether one is over `largest`, or none."""
+        """Read `count` numbers, `across` apart, times the factor. Returns whether one exceeds `largest` or is
+        NaN.
+        """
         bad, apart = 0, (count - 1) * across + 1
         if item == 4 and across == 1:
             plain = floats(address, count)
@@ -96,19 +101,19 @@ if AVAILABLE:
             wide = floats(address, count)
             for i in range(count):
                 wide[i] = scratch[i]
-        else:  # to the nearest, and of two as near to the even one
+        else:  # round to nearest, ties to even
             narrow = shorts(address, count)
             for i in range(count):
                 bits = float_to_bits(scratch[i])
                 odd = (bits >> np.int32(16)) & np.int32(1)
                 narrow[i] = np.int16((bits + np.int32(0x7FFF) + odd) >> np.int32(16))
 
-    # compiled here, and not by the first load, beside rows that run
+    # compiled on import, and not by the first load while rows run
     @nb.njit("boolean(int64, int64[:, ::1], int64, int64)", cache=True, error_model="numpy", nogil=True)
     def _gather(base, table, out, item):  # type: ignore[no-untyped-def]
         bad = 0
         scratch = np.empty(TILE, np.float32)
-        largest = LARGEST if item == 4 else LARGEST_NARROW
+        largest = MAX_FLOAT32 if item == 4 else MAX_BFLOAT16
         for n in range(table.shape[0]):
             own = table[n]
             height, width, across = own[HEIGHT], own[WIDTH], own[ACROSS]

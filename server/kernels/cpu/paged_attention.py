@@ -1,6 +1,6 @@
 """Attention of new tokens over a paged KV cache.
 
-Pages of one layer (see engine/kv.py for who owns which):
+Pages of one layer (engine/scheduling/kv_blocks.py assigns them to rows):
     keys   [blocks, kv_heads, head_dim, BLOCK]   transposed: a block's 16 scores are one vector
     values [blocks, kv_heads, BLOCK, head_dim]
 A row with one new token (decode) reads its pages in place; a row with many (prefill) gathers its past
@@ -18,11 +18,13 @@ import torch.nn.functional as F
 from server.kernels.cpu.openmp import AVAILABLE, arguments, require
 
 BLOCK = 16
-ALONE = 1 << 13  # elements: to write fewer costs one thread less time than waking the others
+SINGLE_THREAD_MAX_ELEMENTS = 1 << 13  # one thread writes fewer in less time than waking the others takes
 
 
 @dataclass(frozen=True)
 class AttentionOptions:
+    """How a layer computes attention from its scores q k."""
+
     scale: float
     window: int = 0
     softcap: float = 0.0
@@ -53,26 +55,32 @@ def write_pages(
     values: torch.Tensor,
     k: torch.Tensor,  # [T, kv_heads, head_dim]
     v: torch.Tensor,
-    places: torch.Tensor,  # int64 [T]: block * BLOCK + offset
+    positions: torch.Tensor,  # int64 [T]: block * BLOCK + offset
 ) -> None:
-    """Tokens may lie apart, and their heads. Raises ShapeError."""
+    """Write each token's K and V to the pages, at its position.
+
+    Tokens may lie apart, and their heads. Raises ShapeError.
+    """
     heads, dim = values.shape[1], values.shape[3]
-    require(k.shape == v.shape == (len(places), heads, dim), "K and V are not what the pages hold")
+    require(k.shape == v.shape == (len(positions), heads, dim), "K and V are not what the pages hold")
     plain = keys.device.type == "cpu" and keys.dtype == k.dtype == torch.float32
     if AVAILABLE and plain and k.stride(2) == v.stride(2) == 1:
         count, kv_heads = k.shape[:2]
-        held = [tensor.data_ptr() for tensor in (keys, values, k, v, places)]
+        pointers = [tensor.data_ptr() for tensor in (keys, values, k, v, positions)]
         strides = (*k.stride()[:2], *v.stride()[:2])
-        _write_pages(arguments(count, kv_heads, dim, *held, *strides), parallel=k.numel() > ALONE)
+        _write_pages(
+            arguments(count, kv_heads, dim, *pointers, *strides),
+            parallel=k.numel() > SINGLE_THREAD_MAX_ELEMENTS,
+        )
         return
-    write_pages_reference(keys, values, k, v, places)
+    write_pages_reference(keys, values, k, v, positions)
 
 
 def write_pages_reference(
-    keys: torch.Tensor, values: torch.Tensor, k: torch.Tensor, v: torch.Tensor, places: torch.Tensor
+    keys: torch.Tensor, values: torch.Tensor, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor
 ) -> None:
-    """The plain twin of `write_pages`."""
-    block, offset = places // BLOCK, places % BLOCK
+    """Reference implementation of `write_pages`, same arguments."""
+    block, offset = positions // BLOCK, positions % BLOCK
     keys[block, :, :, offset] = k
     values[block, :, offset] = v
 
@@ -80,7 +88,7 @@ def write_pages_reference(
 def gather_pages(
     keys: torch.Tensor, values: torch.Tensor, blocks: torch.Tensor, length: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both [kv_heads, length, head_dim], copied: the past of one row, in order."""
+    """Copies of one row's K and V, both [kv_heads, length, head_dim]; blocks int64: the row's, in order."""
     k = keys[blocks].permute(1, 0, 3, 2).flatten(1, 2)[:, :length]
     v = values[blocks].permute(1, 0, 2, 3).flatten(1, 2)[:, :length]
     return k, v
@@ -90,34 +98,34 @@ def prefill_attention(
     q: torch.Tensor,  # [n, heads, head_dim]
     k: torch.Tensor,  # [kv_heads, length, head_dim]
     v: torch.Tensor,
-    scores: AttentionOptions,
-    at: torch.Tensor | None = None,  # int64 [n]: which of the `length` tokens are asking; None: the last
+    options: AttentionOptions,
+    queries: torch.Tensor | None = None,  # int64 [n]: which of the `length` tokens q has; None: the last n
 ) -> torch.Tensor:
     """Causal attention of one row's chunk over its whole past: [n, heads, head_dim]."""
     n, length = q.shape[0], k.shape[1]
     query = q.transpose(0, 1)[None]  # [1, heads, n, head_dim]
-    plain = at is None and n == length and not scores.softcap and not (0 < scores.window < length)
+    plain = queries is None and n == length and not options.softcap and not (0 < options.window < length)
     if plain:
         out = F.scaled_dot_product_attention(
-            query, k[None], v[None], is_causal=True, scale=scores.scale, enable_gqa=True
+            query, k[None], v[None], is_causal=True, scale=options.scale, enable_gqa=True
         )
         return out[0].transpose(0, 1)
-    if at is None:
-        at = torch.arange(length - n, length, device=q.device)
-    mask = causal_mask(at, length, scores.window)
-    if not scores.softcap:
+    if queries is None:
+        queries = torch.arange(length - n, length, device=q.device)
+    mask = causal_mask(queries, length, options.window)
+    if not options.softcap:
         out = F.scaled_dot_product_attention(
-            query, k[None], v[None], attn_mask=mask, scale=scores.scale, enable_gqa=True
+            query, k[None], v[None], attn_mask=mask, scale=options.scale, enable_gqa=True
         )
         return out[0].transpose(0, 1)
-    return capped_attention(query[0], k, v, mask, scores).transpose(0, 1)
+    return capped_attention(query[0], k, v, mask, options).transpose(0, 1)
 
 
-def causal_mask(at: torch.Tensor, length: int, window: int) -> torch.Tensor:
-    """Bool [n, length]: what tokens at these places (int64 [n]) may see of `length` tokens."""
-    past = torch.arange(length, device=at.device)[None]
-    mask = past <= at[:, None]
-    return mask & (past > at[:, None] - window) if window else mask
+def causal_mask(queries: torch.Tensor, length: int, window: int) -> torch.Tensor:
+    """bool [n, length]: which of `length` tokens the tokens with these indices, int64 [n], may see."""
+    past = torch.arange(length, device=queries.device)[None]
+    mask = past <= queries[:, None]
+    return mask & (past > queries[:, None] - window) if window else mask
 
 
 def capped_attention(
@@ -125,13 +133,13 @@ def capped_attention(
     k: torch.Tensor,  # [kv_heads, length, head_dim]
     v: torch.Tensor,
     mask: torch.Tensor,  # bool [n, length]
-    scores: AttentionOptions,
+    options: AttentionOptions,
 ) -> torch.Tensor:
-    """Written out, because SDPA cannot cap scores: [heads, n, head_dim]."""
+    """Attention as single operators, because SDPA cannot cap scores: [heads, n, head_dim]."""
     group = q.shape[0] // k.shape[0]
-    weights = (q @ k.repeat_interleave(group, 0).transpose(1, 2)) * scores.scale
-    if scores.softcap:
-        weights = scores.softcap * torch.tanh(weights / scores.softcap)
+    weights = (q @ k.repeat_interleave(group, 0).transpose(1, 2)) * options.scale
+    if options.softcap:
+        weights = options.softcap * torch.tanh(weights / options.softcap)
     weights = weights.masked_fill(~mask, float("-inf"))
     return weights.float().softmax(-1).to(v.dtype) @ v.repeat_interleave(group, 0)
 
@@ -144,15 +152,15 @@ def decode_attention_reference(
     values: torch.Tensor,
     tables: torch.Tensor,
     lengths: torch.Tensor,
-    scores: AttentionOptions,
+    options: AttentionOptions,
 ) -> torch.Tensor:
-    """The plain twin of `decode_attention`."""
+    """Reference implementation of `decode_attention`, same arguments: [R, heads, head_dim]."""
     last = lengths - 1
     blocks = tables.gather(1, (last // BLOCK)[:, None])[:, 0]
     write_pages_reference(keys, values, k, v, blocks * BLOCK + last % BLOCK)
     out = torch.empty_like(q)
     for i, length in enumerate(lengths.tolist()):
         past_k, past_v = gather_pages(keys, values, tables[i, : -(-length // BLOCK)], length)
-        mask = causal_mask(last[i : i + 1], length, scores.window)
-        out[i] = capped_attention(q[i][:, None], past_k, past_v, mask, scores)[:, 0]
+        mask = causal_mask(last[i : i + 1], length, options.window)
+        out[i] = capped_attention(q[i][:, None], past_k, past_v, mask, options)[:, 0]
     return out

@@ -1,7 +1,7 @@
-"""Many launches as one: what a recorder noted, run in one parallel region with a barrier after each.
+"""Many launches as one: the launches of a Recorder, run in one parallel region with a barrier after each.
 
-A launch by itself costs the engine's thread some ten microseconds of Python, and the team a wake-up. Here the
-threads meet at barriers only, a fraction of a microsecond each.
+A single launch costs the engine's thread some ten microseconds of Python, and wakes the team. Here threads
+only wait at barriers, a fraction of a microsecond each.
 """
 
 import ctypes
@@ -38,7 +38,7 @@ if AVAILABLE:
 
 
 class RecordedLaunches:
-    """Launches in their order, with the memory that is theirs. All else they point to must stay in place."""
+    """Launches in their order, and the memory they own. Everything else they point to must stay in place."""
 
     def __init__(self, recorder: Recorder) -> None:
         self._recorder = recorder  # keeps arguments and buffers

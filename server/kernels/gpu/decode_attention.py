@@ -1,11 +1,12 @@
-"""paged_attention.py on a GPU: K and V into their pages, and one new token a row. Many: prefill_attention.py.
+"""paged_attention.py on a GPU: writing K and V, and attention of one new token a row. Many tokens a row:
+prefill_attention.py.
 
-Pages as there: keys [blocks, kv_heads, head_dim, BLOCK], values [blocks, kv_heads, BLOCK, head_dim]. All
-addresses come from tables on the device, so a launch can be recorded once and replayed.
+Pages are those of paged_attention.py: keys [blocks, kv_heads, head_dim, BLOCK], values [blocks, kv_heads,
+BLOCK, head_dim]. All addresses come from tables on the device, so a launch can be recorded once and replayed.
 
-Decode: one program for a row, a KV head and a share of the past; the query heads of a group are the rows of
-one product, so that K and V are read once. Shares are put together by a second launch. What lies beyond a
-row's length never counts, whatever it is: a freed page may hold anything, NaN included.
+Decode: one program takes a row, a KV head and a share of the past; the query heads of a group are the rows of
+one product, so that K and V are read once. A second launch combines the shares. Memory beyond a row's length
+never affects the result: a freed page may hold anything, NaN included.
 """
 
 from typing import Any
@@ -17,8 +18,8 @@ import triton.language as tl
 from server.kernels.cpu.paged_attention import BLOCK, AttentionOptions
 from server.kernels.gpu.common import DTYPES, INTERPRETED, dot_type
 
-PROGRAMS = 24 if INTERPRETED else 512  # of a decode launch, about: what fills a large device
-AHEAD = 64  # past tokens at a time
+TARGET_PROGRAMS = 24 if INTERPRETED else 512  # of a decode launch, about: enough for a large device
+KEY_BLOCK = 64  # past tokens per iteration
 
 
 @triton.jit
@@ -54,7 +55,7 @@ def attend(  # type: ignore[no-untyped-def]
     q,  # [BLOCK, WIDE], scaled
     position,  # [BLOCK]: of each query
     low,
-    high,  # past tokens [low, high) are looked at, from a multiple of AHEAD on
+    high,  # past tokens [low, high) are read, from a multiple of KEY_BLOCK on
     table,
     keys,
     values,
@@ -64,23 +65,25 @@ def attend(  # type: ignore[no-untyped-def]
     WIDE: tl.constexpr,
     PAGE: tl.constexpr,
     BLOCK: tl.constexpr,
-    AHEAD: tl.constexpr,
+    KEY_BLOCK: tl.constexpr,
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
     DTYPE: tl.constexpr,
     DOT: tl.constexpr,
 ):
-    """Softmax in one pass: the greatest score, the sum of weights, the weighted sum of values."""
+    """Softmax in one pass: (greatest score [BLOCK], sum of weights [BLOCK], weighted sum of values [BLOCK,
+    WIDE]).
+    """
     top = tl.full((BLOCK,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
     out = tl.zeros((BLOCK, WIDE), tl.float32)
     d = tl.arange(0, WIDE)
-    for start in range(low // AHEAD * AHEAD, high, AHEAD):
-        t = start + tl.arange(0, AHEAD)
+    for start in range(low // KEY_BLOCK * KEY_BLOCK, high, KEY_BLOCK):
+        t = start + tl.arange(0, KEY_BLOCK)
         seen = (t >= low) & (t < high)
         block = tl.load(table + t // PAGE, mask=t // PAGE < tl.cdiv(high, PAGE), other=0)
         page = (block * HEADS + head) * (DIM * PAGE)
-        # Keys of whole pages, so that 16 bytes come at a time; what the row may not see is dropped below.
+        # Keys of whole pages, for loads of 16 bytes; tokens that the row may not see are masked below.
         k = tl.load(
             keys + page[None, :] + d[:, None] * PAGE + (t % PAGE)[None, :],
             mask=(d < DIM)[:, None],
@@ -94,7 +97,7 @@ def attend(  # type: ignore[no-untyped-def]
             visible = visible & (t[None, :] > position[:, None] - WINDOW)
         scores = tl.where(visible, scores, float("-inf"))
         greatest = tl.maximum(top, tl.max(scores, 1))
-        base = tl.where(greatest == float("-inf"), 0.0, greatest)  # nothing seen yet
+        base = tl.where(greatest == float("-inf"), 0.0, greatest)  # no visible token yet
         weights = tl.exp(scores - base[:, None])
         shrunk = tl.exp(top - base)
         v = tl.load(
@@ -124,12 +127,12 @@ def _decode(  # type: ignore[no-untyped-def]
     scale,
     HEADS: tl.constexpr,  # of keys and values
     GROUP: tl.constexpr,  # query heads of each
-    BLOCK: tl.constexpr,  # GROUP up to what a product wants
+    BLOCK: tl.constexpr,  # GROUP up to the minimum of a product
     SHARES: tl.constexpr,
     DIM: tl.constexpr,
     WIDE: tl.constexpr,
     PAGE: tl.constexpr,
-    AHEAD: tl.constexpr,
+    KEY_BLOCK: tl.constexpr,
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
     DTYPE: tl.constexpr,
@@ -138,7 +141,7 @@ def _decode(  # type: ignore[no-untyped-def]
     row, head, share = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     length = tl.load(lengths + row)
     first = tl.maximum(length - WINDOW, 0) if WINDOW > 0 else 0
-    each = tl.cdiv(tl.cdiv(length - first, SHARES), AHEAD) * AHEAD
+    each = tl.cdiv(tl.cdiv(length - first, SHARES), KEY_BLOCK) * KEY_BLOCK
     low = first + share * each
     high = tl.minimum(low + each, length)
     g, d = tl.arange(0, BLOCK), tl.arange(0, WIDE)
@@ -149,7 +152,7 @@ def _decode(  # type: ignore[no-untyped-def]
     table = tables + row * table_stride
     top, total, sums = attend(
         *(scaled, position, low, high, table, keys, values, head),
-        *(HEADS, DIM, WIDE, PAGE, BLOCK, AHEAD, WINDOW, SOFTCAP, DTYPE, DOT),
+        *(HEADS, DIM, WIDE, PAGE, BLOCK, KEY_BLOCK, WINDOW, SOFTCAP, DTYPE, DOT),
     )
     heads = row * HEADS * GROUP + head * GROUP + g
     if SHARES == 1:
@@ -189,11 +192,12 @@ def write_pages(
     values: torch.Tensor,
     k: torch.Tensor,  # [T, kv_heads, head_dim], heads contiguous
     v: torch.Tensor,
-    places: torch.Tensor,  # int64 [T]: block * BLOCK + offset; negative: nowhere
+    positions: torch.Tensor,  # int64 [T]: block * BLOCK + offset; negative: nowhere
 ) -> None:
+    """Write each token's K and V to the pages, at its position."""
     tokens, heads, dim = k.shape
     _write[tokens, heads](
-        *(k, v, keys, values, places, k.stride(0), k.stride(1), v.stride(0), v.stride(1)),
+        *(k, v, keys, values, positions, k.stride(0), k.stride(1), v.stride(0), v.stride(1)),
         HEADS=heads,
         DIM=dim,
         WIDE=triton.next_power_of_2(dim),
@@ -207,18 +211,19 @@ def decode_attention(
     values: torch.Tensor,
     tables: torch.Tensor,  # int64 [R, most blocks]
     lengths: torch.Tensor,  # int64 [R], the new token included, whose K and V are in their pages
-    scores: AttentionOptions,
+    options: AttentionOptions,
     out: torch.Tensor,  # [R, heads, head_dim], contiguous
 ) -> None:
+    """Attention of each row's new token over its pages, written to `out`."""
     rows, heads, _ = q.shape
     kv_heads = keys.shape[1]
-    shares = max(1, min(16, PROGRAMS // (rows * kv_heads)))
-    fixed = constants(q, keys, scores)
+    shares = max(1, min(16, TARGET_PROGRAMS // (rows * kv_heads)))
+    fixed = constants(q, keys, options)
     wide = fixed["WIDE"]
     parts = q.new_empty((rows, heads, shares, wide + 2) if shares > 1 else 0, dtype=torch.float32)
     _decode[rows, kv_heads, shares](
         *(q, keys, values, tables, lengths, out, parts),
-        *(q.stride(0), q.stride(1), tables.stride(0), scores.scale),
+        *(q.stride(0), q.stride(1), tables.stride(0), options.scale),
         BLOCK=max(16, triton.next_power_of_2(heads // kv_heads)),
         SHARES=shares,
         **fixed,
@@ -232,7 +237,8 @@ def decode_attention(
         )
 
 
-def constants(q: torch.Tensor, keys: torch.Tensor, scores: AttentionOptions) -> dict[str, Any]:
+def constants(q: torch.Tensor, keys: torch.Tensor, options: AttentionOptions) -> dict[str, Any]:
+    """Compile-time constants of the attention kernels, for q [T, heads, head_dim] and key pages."""
     dim, kv_heads = q.shape[2], keys.shape[1]
     return {
         "HEADS": kv_heads,
@@ -240,9 +246,9 @@ def constants(q: torch.Tensor, keys: torch.Tensor, scores: AttentionOptions) -> 
         "DIM": dim,
         "WIDE": max(16, triton.next_power_of_2(dim)),
         "PAGE": BLOCK,
-        "AHEAD": 16 if INTERPRETED else AHEAD,  # so that small tests take several turns
-        "WINDOW": scores.window,
-        "SOFTCAP": float(scores.softcap),
+        "KEY_BLOCK": 16 if INTERPRETED else KEY_BLOCK,  # so that small tests take several iterations
+        "WINDOW": options.window,
+        "SOFTCAP": float(options.softcap),
         "DTYPE": DTYPES[q.dtype],
         "DOT": dot_type(q.dtype),
     }

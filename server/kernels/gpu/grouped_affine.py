@@ -1,12 +1,12 @@
 """cpu/grouped_affine.py on a GPU: y += gain * (y - b) + B (A x) + bias, each token block with its adapter.
 
-Two launches a group of sites that see the same x (q, k and v; gate and up): `_shrink` gives B's input for
-all of them, cut along x's width into splits whose sums `_expand` adds up. No atomics: a row's result does
-not depend on timing. An adapter of rank 8 costs rank 8: blocks of ranks beyond an adapter's own end at once,
-and so do blocks of slot 0.
+Two launches for a group of sites that see the same x (q, k and v; gate and up): `_shrink` computes A x for
+all of them, cut along x's width into splits, which `_expand` sums. No atomics: a row's result does not depend
+on timing. An adapter of rank 8 costs rank 8: programs of ranks beyond an adapter's own end at once, and so do
+programs of slot 0.
 
-The tables of all sites lie in one: int64 [slots, sites, COLUMNS], columns as in grouped_affine.py. Sites of a
-group stand side by side in it, as their columns do in y. Accumulation is in float32.
+One table has all sites: int64 [slots, sites, COLUMNS], columns as in cpu/grouped_affine.py. Sites of a group
+are adjacent in it, as their columns are in y. Accumulation is in float32.
 """
 
 from collections.abc import Sequence
@@ -19,13 +19,13 @@ from server.kernels.cpu import grouped_affine as affine
 from server.kernels.gpu.common import DTYPES, FIELDS, STEP, dot_type, members, summed
 from server.kernels.token_blocks import RANK_STEP, SMALL_BLOCK, BlockPlan
 
-DEPTH = 1024  # of x's width a split takes at least
-SPLITS = 8  # at most
-NUMBERS = ["n", "first_site", "sites"]  # numbers that no kernel is compiled anew for
+MIN_SPLIT_WIDTH = 1024  # of x in a split
+MAX_SPLITS = 8
+UNSPECIALIZED = ["n", "first_site", "sites"]  # arguments whose values need no kernel of their own
 COLUMNS = tl.constexpr(affine.COLUMNS)
 
 
-@triton.jit(do_not_specialize=NUMBERS)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def _shrink(  # type: ignore[no-untyped-def]
     x,  # [T, fan_in]; of an embedding ids [T]
     table,
@@ -96,7 +96,7 @@ def _site_of(  # type: ignore[no-untyped-def]
 def _affine(  # type: ignore[no-untyped-def]
     entry, own, columns, outputs, base_bias, HAS_BIAS: tl.constexpr, DTYPE: tl.constexpr
 ):
-    """gain * (own - base_bias) + bias, as far as there are such: float32 like own."""
+    """gain * (own - base_bias) + bias, of those that the adapter has: float32 like own."""
     within = columns < outputs
     total = tl.zeros_like(own)
     gain, bias = tl.load(entry + 2), tl.load(entry + 3)
@@ -114,7 +114,7 @@ def _affine(  # type: ignore[no-untyped-def]
     return total
 
 
-@triton.jit(do_not_specialize=NUMBERS)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def _expand(  # type: ignore[no-untyped-def]
     y,  # [T, out of all sites]
     base_bias,  # [out of all sites], if HAS_BIAS
@@ -130,7 +130,7 @@ def _expand(  # type: ignore[no-untyped-def]
     OUT1: tl.constexpr,
     OUT2: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    HAS_RANKS: tl.constexpr,  # False: nobody has matrices here, and h holds nothing
+    HAS_RANKS: tl.constexpr,  # False: no adapter of the batch has A and B here, and h is empty
     SITES: tl.constexpr,
     RANKS: tl.constexpr,
     SPLITS: tl.constexpr,
@@ -173,15 +173,15 @@ def grouped_affine(
     outputs: Sequence[int],  # of each site of the group, up to three
     base_bias: torch.Tensor | None,  # [out of all sites]
     *,
-    heavy: bool = True,  # False: nobody has matrices here
+    has_matrices: bool = True,  # False: no adapter of the batch has A and B here
 ) -> None:
-    """Add each token's adapter at one group of sites; tokens in no block stay as they are."""
+    """Add each token's adapter to y, at one group of sites; tokens in no block stay unchanged."""
     assert len(outputs) <= 3, "a group has three sites at most"
     embedding = x.dim() == 1
     n, groups = plan.order.shape[0], plan.blocks.shape[0]
     if not n or not groups:
         return
-    splits = 1 if embedding else min(SPLITS, -(-x.shape[-1] // DEPTH))
+    splits = 1 if embedding else min(MAX_SPLITS, -(-x.shape[-1] // MIN_SPLIT_WIDTH))
     common = {
         "SITES": len(outputs),
         "RANKS": plan.ranks,
@@ -191,8 +191,8 @@ def grouped_affine(
         "DOT": dot_type(y.dtype),
     }
     places = (tables, plan.order, plan.blocks)
-    h = y.new_empty((splits, n, len(outputs) * plan.ranks) if heavy else 0, dtype=torch.float32)
-    if heavy:
+    h = y.new_empty((splits, n, len(outputs) * plan.ranks) if has_matrices else 0, dtype=torch.float32)
+    if has_matrices:
         _shrink[groups, len(outputs) * (plan.ranks // RANK_STEP), splits](
             x,
             *places,
@@ -212,7 +212,7 @@ def grouped_affine(
         *(y.stride(0), n, first_site, tables.shape[1]),
         *padded,
         HAS_BIAS=base_bias is not None,
-        HAS_RANKS=heavy,
+        HAS_RANKS=has_matrices,
         BLOCK_N=block_n,
         num_warps=4 if plan.size == SMALL_BLOCK else 8,
         **common,

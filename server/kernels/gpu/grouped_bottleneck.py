@@ -1,7 +1,7 @@
 """grouped_bottleneck.py on a GPU: h += U act(D x + d) + u, each block of tokens with its own adapter.
 
-As in grouped_affine.py: `_down` gives D x for splits of x's width, and the sums of its squares where x is to
-be divided by its root mean square; `_up` adds the splits up and does the rest.
+As in grouped_affine.py: `_down` computes D x for splits of x's width, and the sums of x's squares for its
+root mean square; `_up` sums the splits and computes the rest.
 
 Table: int64 [slots, sites, COLUMNS], columns as in grouped_bottleneck.py.
 """
@@ -15,9 +15,9 @@ from server.kernels.cpu import grouped_bottleneck as bottleneck
 from server.kernels.gpu.common import DTYPES, FIELDS, INTERPRETED, STEP, dot_type, members, summed
 from server.kernels.token_blocks import RANK_STEP, SMALL_BLOCK, BlockPlan
 
-DEPTH = 1024  # of x's width a split takes at least
-SPLITS = 8  # at most
-NUMBERS = ["n", "site", "sites"]  # numbers that no kernel is compiled anew for
+MIN_SPLIT_WIDTH = 1024  # of x in a split
+MAX_SPLITS = 8
+UNSPECIALIZED = ["n", "site", "sites"]  # arguments whose values need no kernel of their own
 COLUMNS = tl.constexpr(bottleneck.COLUMNS)
 
 
@@ -61,7 +61,7 @@ def _input(  # type: ignore[no-untyped-def]
     return x
 
 
-@triton.jit(do_not_specialize=NUMBERS)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def _down(  # type: ignore[no-untyped-def]
     h,  # [T, hidden]
     r,  # [T, hidden]
@@ -112,7 +112,7 @@ def _down(  # type: ignore[no-untyped-def]
         tl.store(squares + at, square, mask=held)
 
 
-@triton.jit(do_not_specialize=NUMBERS)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def _up(  # type: ignore[no-untyped-def]
     h,
     table,
@@ -174,11 +174,11 @@ def grouped_bottleneck(
     tables: torch.Tensor,  # int64 [slots, sites, COLUMNS], on the device
     site: int,
 ) -> None:
-    """Run each token's adapter at one site; tokens in no block stay as they are."""
+    """Add each token's adapter to h, at one site; tokens in no block stay unchanged."""
     n, groups, hidden = plan.order.shape[0], plan.blocks.shape[0], h.shape[1]
     if not n or not groups:
         return
-    splits = min(SPLITS, -(-hidden // DEPTH))
+    splits = min(MAX_SPLITS, -(-hidden // MIN_SPLIT_WIDTH))
     common = {
         "WIDTHS": plan.ranks,
         "SPLITS": splits,

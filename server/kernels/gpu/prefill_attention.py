@@ -1,6 +1,7 @@
-"""paged_attention.py's prefill on a GPU: chunks of many rows in one launch, over their pages as they lie.
+"""paged_attention.py's prefill on a GPU: chunks of many rows in one launch, over their pages in place.
 
-A program takes CHUNK tokens of one row and one head. The rows' own K and V are in their pages already.
+A program takes PROGRAM_QUERIES tokens of one row and one head. The rows' own K and V are in their pages
+already.
 """
 
 import torch
@@ -10,7 +11,7 @@ import triton.language as tl
 from server.kernels.cpu.paged_attention import AttentionOptions
 from server.kernels.gpu.decode_attention import attend, constants
 
-CHUNK = 64  # query tokens of a program
+PROGRAM_QUERIES = 64  # tokens
 
 
 @triton.jit
@@ -31,7 +32,7 @@ def _chunks(  # type: ignore[no-untyped-def]
     DIM: tl.constexpr,
     WIDE: tl.constexpr,
     PAGE: tl.constexpr,
-    AHEAD: tl.constexpr,
+    KEY_BLOCK: tl.constexpr,
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
     DTYPE: tl.constexpr,
@@ -47,7 +48,7 @@ def _chunks(  # type: ignore[no-untyped-def]
     low = tl.maximum(begin - WINDOW + 1, 0) if WINDOW > 0 else begin * 0
     _, total, sums = attend(
         *(scaled, begin + m, low, begin + count, tables + row * table_stride, keys, values, head // GROUP),
-        *(HEADS, DIM, WIDE, PAGE, BLOCK, AHEAD, WINDOW, SOFTCAP, DTYPE, DOT),
+        *(HEADS, DIM, WIDE, PAGE, BLOCK, KEY_BLOCK, WINDOW, SOFTCAP, DTYPE, DOT),
     )
     result = sums / tl.where(total == 0, 1.0, total)[:, None]
     at = out + ((first + m) * HEADS * GROUP + head)[:, None] * DIM + d[None, :]
@@ -60,27 +61,29 @@ def chunk_attention(
     values: torch.Tensor,
     tables: torch.Tensor,  # int64 [rows, most blocks]
     chunks: torch.Tensor,  # int64 [programs, 4], as `cut_chunks` gives them
-    scores: AttentionOptions,
+    options: AttentionOptions,
     out: torch.Tensor,  # [T, heads, head_dim], contiguous
 ) -> None:
-    """Causal attention of many tokens a row over their pages, which hold their own K and V already."""
+    """Causal attention of many tokens a row over their pages, which hold their own K and V already, written
+    to `out`.
+    """
     if chunks.shape[0]:
         _chunks[chunks.shape[0], q.shape[1]](
             *(q, keys, values, tables, chunks, out),
-            *(q.stride(0), q.stride(1), tables.stride(0), scores.scale),
-            BLOCK=CHUNK,
+            *(q.stride(0), q.stride(1), tables.stride(0), options.scale),
+            BLOCK=PROGRAM_QUERIES,
             num_stages=3 if q.shape[2] <= 128 else 2,  # more would not fit into shared memory
-            **constants(q, keys, scores),
+            **constants(q, keys, options),
         )
 
 
 def cut_chunks(spans: list[tuple[int, int, int, int]]) -> list[int]:
-    """(row of the tables, first token, count, position of the first) of each row in prefill, in programs'
-    pieces of CHUNK tokens, flat.
+    """Cut spans (row of the tables, first token, count, position of the first), one for each row in prefill,
+    into spans of PROGRAM_QUERIES tokens, one for each program: flat.
     """
     return [
         value
         for row, first, count, begin in spans
-        for at in range(0, count, CHUNK)
-        for value in (row, first + at, min(CHUNK, count - at), begin + at)
+        for offset in range(0, count, PROGRAM_QUERIES)
+        for value in (row, first + offset, min(PROGRAM_QUERIES, count - offset), begin + offset)
     ]

@@ -37,8 +37,9 @@ def rms_norm(
     weight: torch.Tensor,  # [width], x's dtype
     epsilon: float,
     *,
-    around_one: bool,  # Gemma's weights are what the gain differs from one by
+    around_one: bool,  # the gain is 1 + weight, as in Gemma
 ) -> torch.Tensor:
+    """The norm [..., width] of x."""
     flat = x.reshape(-1, x.shape[-1])
     y = torch.empty_like(flat, memory_format=torch.contiguous_format)
     width = flat.shape[1]
@@ -57,9 +58,9 @@ def rms_norm(
 def rms_norm_reference(
     x: torch.Tensor, weight: torch.Tensor, epsilon: float, *, around_one: bool
 ) -> torch.Tensor:
-    """The plain twin, which tells the norms of a model that this may stand for."""
-    own = x.float()
-    own = own * torch.rsqrt(own.square().mean(-1, keepdim=True) + epsilon)
+    """Reference implementation, same arguments; also recognises the modules that `rms_norm` may replace."""
+    normed = x.float()
+    normed = normed * torch.rsqrt(normed.square().mean(-1, keepdim=True) + epsilon)
     if around_one:
-        return (own * (1 + weight.float())).to(x.dtype)
-    return (own.to(x.dtype).float() * weight.float()).to(x.dtype)
+        return (normed * (1 + weight.float())).to(x.dtype)
+    return (normed.to(x.dtype).float() * weight.float()).to(x.dtype)

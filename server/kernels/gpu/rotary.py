@@ -1,4 +1,4 @@
-"""Rotary embedding of queries and keys in one launch, where torch takes ten.
+"""Rotary embedding of queries and keys in one launch, where torch needs ten.
 
 Halves are rotated against each other: out = x * cos + (-x2, x1) * sin, for x = (x1, x2).
 """
@@ -50,11 +50,12 @@ def _rotate(  # type: ignore[no-untyped-def]
 
 
 def rotate(
-    q: torch.Tensor,  # [1, heads, T, dim], as are the results, which lie as [T, heads, dim]
+    q: torch.Tensor,  # [1, heads, T, dim]
     k: torch.Tensor,  # [1, kv_heads, T, dim]
     cos: torch.Tensor,  # [1, T, dim]
     sin: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """q and k rotated, of the same shapes: transposed views of [T, heads, dim]."""
     _, heads, tokens, dim = q.shape
     kv_heads = k.shape[1]
     q_out, k_out = q.new_empty(tokens, heads, dim), k.new_empty(tokens, kv_heads, dim)
@@ -76,7 +77,7 @@ def rotate(
 def rotate_reference(
     q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The plain twin, which tells the models for which this may stand."""
+    """Reference implementation, same arguments; also recognises the functions that `rotate` may replace."""
     cos, sin = cos[:, None], sin[:, None]
 
     def rotated(x: torch.Tensor) -> torch.Tensor:

@@ -1,40 +1,41 @@
-"""y = x W^T + b for a weight kept as int8, where the processor multiplies bytes (VNNI): inputs of 8 bits.
+"""y = x W^T + b with a weight in int8 and inputs of 8 bits, for processors that multiply bytes (VNNI).
 
-An instruction makes twice as many products as with inputs of 16 bits (linear.py, for every other processor);
-for that, inputs are only as fine as the largest of each 64 allows. What it costs: docs/performance.md.
+An instruction makes twice as many products as with inputs of 16 bits (linear.py, for every other processor).
+Inputs are coarser in return: each group of 64 is scaled by its largest. The cost: docs/performance.md.
 
-Panels of 16 outputs, inputs in fours, each weight 128 too large: uint8 [panels, quads, 16, 4].
+Panels of 16 outputs, inputs in fours, each weight plus 128: uint8 [panels, quads, 16, 4].
 """
 
 import torch
 import torch.nn.functional as F
 
-from server.kernels.cpu.int8.linear import INPUTS, OFFSET, SMALLEST, TOP, Int8Linear
+from server.kernels.cpu.int8.linear import GROUP_INPUTS, MAX_INT8, MIN_GROUP_MAX, UNSIGNED_OFFSET, Int8Linear
 from server.kernels.cpu.openmp import AVAILABLE, Arguments
-from server.kernels.cpu.packed_linear import AHEAD, CHUNK, LANES, laid_out, padded
+from server.kernels.cpu.packed_linear import CHUNK_ROWS, LANES, PREFETCH_BYTES, padded, row_buffer
 
 
 def pack_bytes(quantized: torch.Tensor) -> torch.Tensor:
-    """int8 [out, in] as uint8 [out / 16, in / 4, 16, 4], with zeros up to 64 outputs and 64 inputs."""
+    """int8 [out, in] as uint8 [out / 16, in / 4, 16, 4], padded to multiples of 64 outputs and 64 inputs."""
     outputs, inputs = quantized.shape
     width = padded(outputs)
-    whole = F.pad(quantized, (0, -inputs % INPUTS, 0, width - outputs)).view(torch.uint8) ^ OFFSET
+    whole = F.pad(quantized, (0, -inputs % GROUP_INPUTS, 0, width - outputs)).view(torch.uint8)
+    whole = whole ^ UNSIGNED_OFFSET
     return whole.view(width // LANES, LANES, -1, 4).transpose(1, 2).contiguous()
 
 
 def unpack_bytes(panels: torch.Tensor, outputs: int, inputs: int) -> torch.Tensor:
-    """int8 [out, in] again."""
+    """The int8 [out, in] that `pack_bytes` packed."""
     whole = panels.transpose(1, 2).reshape(panels.shape[0] * LANES, -1)[:outputs, :inputs]
-    return (whole ^ OFFSET).view(torch.int8)
+    return (whole ^ UNSIGNED_OFFSET).view(torch.int8)
 
 
-def dot_linear_reference(
+def vnni_linear_reference(
     x: torch.Tensor, quantized: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    """The plain twin of `DotLinear`."""
-    groups = F.pad(x, (0, -x.shape[1] % INPUTS)).view(len(x), -1, INPUTS)
-    top = groups.abs().amax(2, keepdim=True).clamp(min=SMALLEST)
-    whole = (groups * (torch.tensor(float(TOP)) / top)).round().double() * (top * (1 / TOP))
+    """Reference implementation of VnniLinear: [T, out] of x [T, in], quantized [out, in], scales [out]."""
+    groups = F.pad(x, (0, -x.shape[1] % GROUP_INPUTS)).view(len(x), -1, GROUP_INPUTS)
+    top = groups.abs().amax(2, keepdim=True).clamp(min=MIN_GROUP_MAX)
+    whole = (groups * (torch.tensor(float(MAX_INT8)) / top)).round().double() * (top * (1 / MAX_INT8))
     y = (whole.view(len(x), -1)[:, : x.shape[1]] @ quantized.double().T).float() * scales
     return y if bias is None else y + bias
 
@@ -44,14 +45,14 @@ if AVAILABLE:
     import numpy as np
 
     from server.kernels.cpu.fused_bias import add_biases  # compiled in: numba sees only changes of this file
-    from server.kernels.cpu.int8.vnni_tiles import DOT, GROUP_BYTES, dot_tile, lay_group
+    from server.kernels.cpu.int8.vnni_tiles import GROUP_BYTES, HAS_VNNI, quantize_group, vnni_tile
     from server.kernels.cpu.openmp import barrier, floats, kernel, num_threads, thread_num
-    from server.kernels.cpu.packed_linear import SHARE, TILES, ask_for, tiles_for
+    from server.kernels.cpu.packed_linear import PANEL_STEP, TILES, prefetch_outputs, tiles_for
 
-    OWN = 11  # where a launch's arguments tell of tokens' own biases
+    BIASES_ARG = 11  # index of Biases.arguments() in a launch's arguments
     R0, R1, R2, R3, R4 = TILES
-    _t0, _t1, _t2, _t3, _t4 = (dot_tile(rows, panels) for rows, panels in TILES.items())
-    _h0, _h1, _h2 = (dot_tile(rows, min(panels, SHARE)) for rows, panels in [*TILES.items()][:3])
+    _t0, _t1, _t2, _t3, _t4 = (vnni_tile(rows, panels) for rows, panels in TILES.items())
+    _h0, _h1, _h2 = (vnni_tile(rows, min(panels, PANEL_STEP)) for rows, panels in [*TILES.items()][:3])
 
     @nb.njit(cache=True, error_model="numpy", fastmath=False)
     def _run_tile(rows, half, w, x, out, groups, panel_bytes, later, pace):  # type: ignore[no-untyped-def]
@@ -76,24 +77,24 @@ if AVAILABLE:
             _t4(w, x, out, groups, panel_bytes, later, pace)
 
     @nb.njit(cache=True, error_model="numpy", fastmath=False)
-    def _lay_out(laid, x, stride, first, end, depth, groups, rows, low, high):  # type: ignore[no-untyped-def]
-        """Of rows from `first` on those in [low, high), in blocks of `rows`, a tile's.
+    def _quantize_rows(laid, x, stride, first, end, depth, groups, rows, low, high):  # type: ignore[no-untyped-def]
+        """Quantize rows [low, high), counted from `first`, into blocks of `rows`, one block a tile.
 
-        Those from `end` on, which fill a block up, repeat the last.
+        Padding rows, from `end` on, repeat the last row.
         """
-        rest = depth % INPUTS
-        scratch = np.zeros(INPUTS, np.float32)
+        rest = depth % GROUP_INPUTS
+        scratch = np.zeros(GROUP_INPUTS, np.float32)
         for i in range(low, high):
             block = laid + i // rows * rows * groups * GROUP_BYTES
             row = x + min(first + i, end - 1) * stride * 4
             for group in range(groups):
-                source = row + group * INPUTS * 4
+                source = row + group * GROUP_INPUTS * 4
                 if rest and group == groups - 1:
                     own = floats(source, rest)
                     for k in range(rest):
                         scratch[k] = own[k]
                     source = scratch.ctypes.data
-                lay_group(source, block + group * rows * GROUP_BYTES, i % rows, rows)
+                quantize_group(source, block + group * rows * GROUP_BYTES, i % rows, rows)
 
     @nb.njit(cache=True, error_model="numpy", fastmath=False)
     def _write(y, y_stride, out, width, count, last, scales, bias):  # type: ignore[no-untyped-def]
@@ -111,25 +112,27 @@ if AVAILABLE:
 
     @nb.njit(cache=True, error_model="numpy", fastmath=False)
     def _multiply(laid, y, y_stride, args, groups, first, end, rows, panels, tiles, low, high):  # type: ignore[no-untyped-def]
-        """Rows [first, end), as they are laid out, times panels [low, high)."""
+        """Quantized rows [first, end) times panels [low, high)."""
         n, w, scales, bias = args[1], args[3], args[4], args[5]
         out = np.empty(rows * panels * LANES, np.float32)
-        panel_bytes = groups * INPUTS * LANES
+        panel_bytes = groups * GROUP_INPUTS * LANES
         p = low
         while p < high and p * LANES < n:
-            here = panels if p + panels <= high else SHARE
+            here = panels if p + panels <= high else PANEL_STEP
             width, column = here * LANES, p * LANES
             added, own = 0 if bias == 0 else bias + column * 4, w + p * panel_bytes
             last = min(width, n - column)
-            if args[OWN] != 0:
-                add_biases(y, y_stride, first, end - first, column, last, args, OWN, False)
+            if args[BIASES_ARG] != 0:
+                add_biases(y, y_stride, first, end - first, column, last, args, BIASES_ARG, False)
             for block in range(tiles):
                 done = first + block * rows
                 later = (
-                    own + AHEAD if tiles == 1 else own + here * panel_bytes + block * (panel_bytes // tiles)
+                    own + PREFETCH_BYTES
+                    if tiles == 1
+                    else own + here * panel_bytes + block * (panel_bytes // tiles)
                 )
                 target, some = y + (done * y_stride + column) * 4, min(rows, end - done)
-                ask_for(target, y_stride, some, last)
+                prefetch_outputs(target, y_stride, some, last)
                 out[: rows * width] = np.float32(0)
                 _run_tile(
                     rows,
@@ -143,19 +146,19 @@ if AVAILABLE:
                     4 * LANES // tiles,
                 )
                 _write(target, y_stride, out.ctypes.data, width, some, last, scales + column * 4, added)
-                if args[OWN] != 0:
-                    add_biases(target, y_stride, done, some, column, last, args, OWN, True)
+                if args[BIASES_ARG] != 0:
+                    add_biases(target, y_stride, done, some, column, last, args, BIASES_ARG, True)
             p += here
 
     @kernel
     def _linear(args):  # type: ignore[no-untyped-def]
         depth, n, laid = args[0], args[1], args[2]
         count, x, x_stride, y, y_stride = args[6], args[7], args[8], args[9], args[10]
-        groups = (depth + INPUTS - 1) // INPUTS
-        shares = (n + SHARE * LANES - 1) // (SHARE * LANES)
+        groups = (depth + GROUP_INPUTS - 1) // GROUP_INPUTS
+        shares = (n + PANEL_STEP * LANES - 1) // (PANEL_STEP * LANES)
         thread, threads = thread_num(), num_threads()
-        low, high = shares * thread // threads * SHARE, shares * (thread + 1) // threads * SHARE
-        pieces = (count + CHUNK - 1) // CHUNK  # of about the same size: each reads the whole weight
+        low, high = shares * thread // threads * PANEL_STEP, shares * (thread + 1) // threads * PANEL_STEP
+        pieces = (count + CHUNK_ROWS - 1) // CHUNK_ROWS  # of about equal size: each reads the weight
         for piece in range(pieces):
             first, end = count * piece // pieces, count * (piece + 1) // pieces
             rows, panels, tiles = tiles_for(end - first)
@@ -163,21 +166,21 @@ if AVAILABLE:
             if first > 0:
                 barrier()
             mine = (total * thread // threads, total * (thread + 1) // threads)
-            _lay_out(laid, x, x_stride, first, end, depth, groups, rows, mine[0], mine[1])
+            _quantize_rows(laid, x, x_stride, first, end, depth, groups, rows, mine[0], mine[1])
             barrier()
             _multiply(laid, y, y_stride, args, groups, first, end, rows, panels, tiles, low, high)
 
 
-class DotLinear(Int8Linear):
-    """The same with inputs of 8 bits."""
+class VnniLinear(Int8Linear):
+    """Int8Linear with inputs of 8 bits."""
 
     packed, unpacked = staticmethod(pack_bytes), staticmethod(unpack_bytes)
 
     def _sizes(self) -> tuple[int, ...]:
-        return self.inputs, self.outputs, laid_out(max(self.inputs, INPUTS)).data_ptr()
+        return self.inputs, self.outputs, row_buffer(max(self.inputs, GROUP_INPUTS)).data_ptr()
 
     def _launch(self, args: Arguments) -> None:
         _linear(args)
 
 
-INT8: type[Int8Linear] = DotLinear if AVAILABLE and DOT else Int8Linear  # the faster here
+FASTEST_INT8: type[Int8Linear] = VnniLinear if AVAILABLE and HAS_VNNI else Int8Linear  # of this processor

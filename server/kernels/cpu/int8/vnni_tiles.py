@@ -1,12 +1,12 @@
-"""The inner loops of vnni_linear.py: products of bytes, four to a sum, which one instruction takes (VNNI).
+"""The inner loops of vnni_linear.py in LLVM's terms: sums of four products of bytes, one instruction (VNNI).
 
-A group is 64 inputs of a row as integers in -127..127, whose step is its own: an outlier coarsens no other.
-Weights are held as w + 128, for the instruction wants one side without a sign; what that adds, 128 times the
-sum of the group's inputs, is what its sums begin with. These are exact; groups are added in their order, in
-float32, whatever the tile: a row's result is the same bit for bit alone and in any batch.
+A group is 64 inputs of a row as integers in -127..127 with their own scale, so that an outlier coarsens no
+other group. Weights are stored as w + 128, because the instruction takes one factor unsigned; each sum starts
+at -128 times the sum of the group's inputs to compensate. These sums are exact; groups are added in their
+order, in float32, in every tile: a row's result is the same bit for bit alone and in any batch.
 
-Rows of a tile lie interleaved, a group as [16, rows, 4] bytes, where its sums begin [rows], int32, and its
-steps [rows], float32.
+Rows of a tile are interleaved, a group as bytes [16, rows, 4], then the starts of its sums, int32 [rows],
+then its scales, float32 [rows].
 """
 
 from typing import Any
@@ -15,38 +15,38 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from server.kernels.cpu.int8.linear import INPUTS, OFFSET, SMALLEST, TOP
+from server.kernels.cpu.int8.linear import GROUP_INPUTS, MAX_INT8, MIN_GROUP_MAX, UNSIGNED_OFFSET
 from server.kernels.cpu.llvm_tiles import (
     BYTE,
     FEATURES,
     LANES,
     LONG,
     WORD,
+    broadcast,
     call,
     fma,
     lanes_of,
     load,
     mask,
     prefetch,
-    spread,
-    summed,
+    sum_loop,
 )
 
-QUADS = INPUTS // 4
-GROUP_BYTES = INPUTS + 8  # of a row
-DOT = bool(FEATURES.get("avx512vnni") or FEATURES.get("avxvnni"))
-LARGEST = 3.4028234663852886e38
+QUADS = GROUP_INPUTS // 4
+GROUP_BYTES = GROUP_INPUTS + 8  # of a row
+HAS_VNNI = bool(FEATURES.get("avx512vnni") or FEATURES.get("avxvnni"))
+MAX_FLOAT32 = 3.4028234663852886e38
 _INSTRUCTION = "llvm.x86.avx512.vpdpbusd"
 _FLOAT = ir.FloatType()
 _FLOATS, _WORDS = ir.VectorType(_FLOAT, LANES), ir.VectorType(WORD, LANES)
 _BYTES = ir.VectorType(BYTE, 4 * LANES)
 
 
-def dot_tile(rows: int, panels: int) -> Any:
+def vnni_tile(rows: int, panels: int) -> Any:
     """tile(w, x, out, groups, panel_bytes, later, pace): out [rows, panels, 16] += x by w's panels, float32.
 
-    Weights are uint8 [quads, 16, 4] a panel. Meanwhile `pace` bytes a quad are asked for from `later` on, of
-    each panel.
+    Weights are uint8 [quads, 16, 4] a panel. Per quad, `pace` bytes of each panel are prefetched, from
+    `later` on.
     """
 
     def typed(_context, w, x, out, groups, panel_bytes, later, pace):  # type: ignore[no-untyped-def]  # noqa: ARG001
@@ -81,11 +81,11 @@ def _tile(
 
         first = []
         for r in range(rows):
-            start = _spread_at(b, b.add(block, LONG(INPUTS * rows + 4 * r)), WORD, _WORDS)
+            start = _spread_at(b, b.add(block, LONG(GROUP_INPUTS * rows + 4 * r)), WORD, _WORDS)
             first += [start] * panels
-        sums = summed(b, LONG(QUADS), 1, first, of_quad)
+        sums = sum_loop(b, LONG(QUADS), 1, first, of_quad)
         for r in range(rows):
-            unit = _spread_at(b, b.add(block, LONG((INPUTS + 4) * rows + 4 * r)), _FLOAT, _FLOATS)
+            unit = _spread_at(b, b.add(block, LONG((GROUP_INPUTS + 4) * rows + 4 * r)), _FLOAT, _FLOATS)
             for p in range(panels):
                 i = r * panels + p
                 place = b.add(out, LONG(4 * LANES * i))
@@ -93,15 +93,15 @@ def _tile(
                 b.store(total, b.inttoptr(place, _FLOATS.as_pointer()), align=4)
         return none
 
-    summed(b, groups, 1, [], of_group)
+    sum_loop(b, groups, 1, [], of_group)
 
 
 def _spread_at(b: Any, address: Any, kind: Any, vector: Any) -> Any:
-    return spread(b, b.load(b.inttoptr(address, kind.as_pointer()), align=4), vector)
+    return broadcast(b, b.load(b.inttoptr(address, kind.as_pointer()), align=4), vector)
 
 
 def _dot(b: Any, sums: Any, unsigned: Any, signed: Any) -> Any:
-    """Of each four bytes the products, added to sums <16 x i32>."""
+    """Sums <16 x i32> plus the products of each four bytes."""
     if FEATURES.get("avx512vnni"):
         return call(b, f"{_INSTRUCTION}.512", _WORDS, [sums, unsigned, signed])
     if FEATURES.get("avxvnni"):
@@ -119,33 +119,34 @@ def _dot(b: Any, sums: Any, unsigned: Any, signed: Any) -> Any:
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def lay_group(_context: Any, x: Any, block: Any, row: Any, rows: Any) -> Any:  # noqa: ARG001 - by name
-    """lay_group(x, block, row, rows): 64 floats at x as row `row` of the group at `block`, of `rows` rows.
+def quantize_group(_context: Any, x: Any, block: Any, row: Any, rows: Any) -> Any:  # noqa: ARG001 - by name
+    """quantize_group(x, block, row, rows): 64 floats at x as row `row` of the group at `block`, of `rows`
+    rows.
 
     A group that is not finite makes its row NaN.
     """
 
     def generate(context: Any, b: Any, _sig: Any, args: Any) -> Any:
-        _lay_group(b, *args)
+        _quantize_group(b, *args)
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 4), generate
 
 
-def _lay_group(b: Any, x: Any, block: Any, row: Any, rows: Any) -> None:
-    values = [load(b, b.add(x, LONG(4 * LANES * i)), _FLOATS) for i in range(INPUTS // LANES)]
+def _quantize_group(b: Any, x: Any, block: Any, row: Any, rows: Any) -> None:
+    values = [load(b, b.add(x, LONG(4 * LANES * i)), _FLOATS) for i in range(GROUP_INPUTS // LANES)]
     sizes = [call(b, f"llvm.fabs.v{LANES}f32", _FLOATS, [value]) for value in values]
-    finite = [b.fcmp_ordered("<=", size, ir.Constant(_FLOATS, [LARGEST] * LANES)) for size in sizes]
+    finite = [b.fcmp_ordered("<=", size, ir.Constant(_FLOATS, [MAX_FLOAT32] * LANES)) for size in sizes]
     whole = finite[0]
     for more in finite[1:]:
         whole = b.and_(whole, more)
     sound = call(b, f"llvm.vector.reduce.and.v{LANES}i1", ir.IntType(1), [whole])
-    top = _largest(b, sizes)
-    some = b.and_(sound, b.fcmp_ordered(">=", top, _FLOAT(SMALLEST)))
-    factor = b.select(some, b.fdiv(_FLOAT(TOP), b.select(some, top, _FLOAT(1))), _FLOAT(0))
-    unit = b.select(some, b.fmul(top, _FLOAT(1 / TOP)), b.select(sound, _FLOAT(0), _FLOAT(float("nan"))))
-    by = spread(b, factor, _FLOATS)
-    sounds = spread(b, sound, ir.VectorType(ir.IntType(1), LANES))
+    top = _max_lane(b, sizes)
+    some = b.and_(sound, b.fcmp_ordered(">=", top, _FLOAT(MIN_GROUP_MAX)))
+    factor = b.select(some, b.fdiv(_FLOAT(MAX_INT8), b.select(some, top, _FLOAT(1))), _FLOAT(0))
+    unit = b.select(some, b.fmul(top, _FLOAT(1 / MAX_INT8)), b.select(sound, _FLOAT(0), _FLOAT(float("nan"))))
+    by = broadcast(b, factor, _FLOATS)
+    sounds = broadcast(b, sound, ir.VectorType(ir.IntType(1), LANES))
     total = none = ir.Constant(_WORDS, [0] * LANES)
     target = b.add(block, b.mul(row, LONG(4)))
     apart = b.mul(rows, LONG(4))
@@ -159,13 +160,13 @@ def _lay_group(b: Any, x: Any, block: Any, row: Any, rows: Any) -> None:
             b.store(b.extract_element(quads, WORD(j)), b.inttoptr(place, WORD.as_pointer()), align=4)
     sum_ = call(b, f"llvm.vector.reduce.add.v{LANES}i32", WORD, [total])
     place = b.add(target, b.mul(apart, LONG(QUADS)))
-    b.store(b.mul(sum_, WORD(-OFFSET)), b.inttoptr(place, WORD.as_pointer()), align=4)
+    b.store(b.mul(sum_, WORD(-UNSIGNED_OFFSET)), b.inttoptr(place, WORD.as_pointer()), align=4)
     place = b.add(target, b.mul(apart, LONG(QUADS + 1)))
     b.store(unit, b.inttoptr(place, _FLOAT.as_pointer()), align=4)
 
 
-def _largest(b: Any, vectors: list[Any]) -> Any:
-    """Over all their lanes; anything if one is NaN."""
+def _max_lane(b: Any, vectors: list[Any]) -> Any:
+    """The largest lane of all vectors; undefined if one is NaN."""
     most = vectors[0]
     for vector in vectors[1:]:
         most = b.select(b.fcmp_ordered(">", vector, most), vector, most)

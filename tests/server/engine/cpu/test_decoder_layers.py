@@ -12,7 +12,7 @@ from server.engine.model.base_model import Placement
 from server.engine.model.module_hooks import decoder_layers
 from server.engine.served_model import ServedModel
 from server.kernels.cpu.int8.linear import int8_linear_reference, quantize
-from server.kernels.cpu.int8.vnni_linear import INT8, DotLinear, dot_linear_reference
+from server.kernels.cpu.int8.vnni_linear import FASTEST_INT8, VnniLinear, vnni_linear_reference
 from server.kernels.cpu.openmp import AVAILABLE
 from server.messages import Generate, Sampling
 from tests.fixtures.engine import Stand, record_logits, run, same
@@ -95,7 +95,7 @@ class Twin(nn.Module):
         self.held, self.bias = quantize(linear.weight.detach()), linear.bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        twin = dot_linear_reference if INT8 is DotLinear else int8_linear_reference
+        twin = vnni_linear_reference if FASTEST_INT8 is VnniLinear else int8_linear_reference
         return twin(x.flatten(0, -2), *self.held, self.bias).view(*x.shape[:-1], -1)
 
 

@@ -110,7 +110,7 @@ def test_prompts_come_in_programs_beside_rows_that_decode(
         "server.engine.metrics.step_timer.SAMPLE_EVERY", 1 << 30
     )  # steps that are timed are not recorded
     s = stand("llama", 2, lookup_tokens=0, prefix_cache=False)
-    s.engine.model.step.max_in_place_pairs = 64 * 64
+    s.engine.model.step.limit_in_place(64 * 64)
     sampling = Sampling(max_tokens=12, temperature=0.0, ignore_eos=True)
     lengths = (5, 40, 150, 20)  # the third is long: while its chunk is computed, all goes layer by layer
     asked = [Generate(f"{i}", "t", s.prompt(i, n), sampling, s.refs[i % 2]) for i, n in enumerate(lengths)]

@@ -158,7 +158,7 @@ def test_a_step_that_computes_otherwise_is_refused(
     base = build(tmp_path / "base", "MistralConfig", sliding_window=window)
     engine(base, tmp_path / "right")
     monkeypatch.setattr(
-        "server.engine.model.forward_context.AttentionOptions",
+        "server.engine.model.attention.AttentionOptions",
         lambda scale, _window, cap: AttentionOptions(scale, 0, cap),
     )
     with pytest.raises(StartupError, match="of their size away"):

@@ -8,7 +8,7 @@ from server.adapters.methods.affine_layout import AffineDelta
 from server.kernels.cpu.fused_bias import Biases
 from server.kernels.cpu.grouped_affine import COLUMNS, grouped_affine
 from server.kernels.cpu.int8.linear import Int8Linear
-from server.kernels.cpu.int8.vnni_linear import DotLinear
+from server.kernels.cpu.int8.vnni_linear import VnniLinear
 from server.kernels.cpu.llama_ops import RmsNorm
 from server.kernels.cpu.openmp import AVAILABLE
 from server.kernels.cpu.packed_linear import PackedLinear, join
@@ -50,7 +50,7 @@ def lone_bias(change: AffineDelta, width: int) -> torch.Tensor:
     return change.bias if alone and change.bias is not None else torch.zeros(width)
 
 
-@pytest.mark.parametrize("kind", [PackedLinear, Int8Linear, DotLinear])
+@pytest.mark.parametrize("kind", [PackedLinear, Int8Linear, VnniLinear])
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("count", [1, 3, 16, 64, TOKENS])
 def test_a_linear_adds_them(kind: type[PackedLinear], with_bias: bool, count: int) -> None:
@@ -98,7 +98,7 @@ def test_what_has_come_is_not_added_again() -> None:
     x, y = torch.randn(10, IN), torch.randn(10, sum(WIDTHS))
     whole, parts = y.clone(), y.clone()
     grouped_affine(x, whole, tokens, slots, table, 0, WIDTHS, None)
-    grouped_affine(x, parts, tokens, slots, table, 0, WIDTHS, None, lone=False)
+    grouped_affine(x, parts, tokens, slots, table, 0, WIDTHS, None, add_bias_only=False)
     for token, slot in enumerate(slots.tolist()):
         added = torch.cat([lone_bias(c, w) for c, w in zip(own[slot - 1], WIDTHS, strict=True)])
         torch.testing.assert_close(parts[token] + added, whole[token])

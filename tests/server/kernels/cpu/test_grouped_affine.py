@@ -4,7 +4,7 @@ import torch
 from server.adapters.methods.affine_bank import apply, table_row
 from server.adapters.methods.affine_layout import AffineDelta
 from server.adapters.sites import Site
-from server.kernels.cpu.grouped_affine import COLUMNS, grouped_affine, narrow
+from server.kernels.cpu.grouped_affine import COLUMNS, grouped_affine, supports_bfloat16
 from server.kernels.cpu.openmp import AVAILABLE
 
 pytestmark = pytest.mark.skipif(not AVAILABLE, reason="the fast path needs Linux, numba and OpenMP")
@@ -74,7 +74,7 @@ def test_a_token_gets_the_same_bits_alone_and_among_others(inputs: int, width: i
     alone, together = y.clone(), y.clone()
     for token, slot in zip(tokens, slots, strict=True):
         grouped_affine(x, alone, token[None], slot[None], table, 0, [width], None)
-    grouped_affine(x, together, tokens, slots, table, 0, [width], None, heavy=True)
+    grouped_affine(x, together, tokens, slots, table, 0, [width], None, has_matrices=True)
     assert torch.equal(alone, together)
     assert not torch.equal(together, y)
 
@@ -82,8 +82,8 @@ def test_a_token_gets_the_same_bits_alone_and_among_others(inputs: int, width: i
 @pytest.mark.parametrize("rank", [1, 3, 8, 16, 61])
 def test_bfloat16_gives_the_bits_of_the_same_in_float32(rank: int) -> None:
     torch.manual_seed(0)
-    assert narrow(64, 96)
-    assert not narrow(64, 80)
+    assert supports_bfloat16(64, 96)
+    assert not supports_bfloat16(64, 80)
     half = AffineDelta("site", a=torch.randn(rank, 64).bfloat16(), b=torch.randn(rank, 96).bfloat16())
     assert half.a is not None
     assert half.b is not None

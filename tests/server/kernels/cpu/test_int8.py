@@ -10,15 +10,15 @@ import torch
 
 from server.kernels.cpu.int8.linear import (
     Int8Linear,
-    finest,
     int8_linear_reference,
     is_dequantised,
+    max_quantized_input,
     pack,
     quantize,
     unpack,
     without_rounding,
 )
-from server.kernels.cpu.int8.vnni_linear import DotLinear, dot_linear_reference, pack_bytes, unpack_bytes
+from server.kernels.cpu.int8.vnni_linear import VnniLinear, pack_bytes, unpack_bytes, vnni_linear_reference
 from server.kernels.cpu.openmp import AVAILABLE
 from server.kernels.cpu.packed_linear import join
 
@@ -39,7 +39,7 @@ class Kind:
 
 KINDS = {
     "16-bit": Kind(Int8Linear, int8_linear_reference, pack, unpack, 1e-3),
-    "8-bit": Kind(DotLinear, dot_linear_reference, pack_bytes, unpack_bytes, 5e-2),
+    "8-bit": Kind(VnniLinear, vnni_linear_reference, pack_bytes, unpack_bytes, 5e-2),
 }
 
 
@@ -98,7 +98,7 @@ def test_inputs_stay_good_beside_outliers(kind: Kind) -> None:
 
 def test_sums_of_the_largest_values_fit(kind: Kind) -> None:
     for inputs in (8, 576, 1536, 14336):
-        assert finest(inputs) * 127 * inputs < 2**31
+        assert max_quantized_input(inputs) * 127 * inputs < 2**31
         linear = kind.linear.of(torch.ones(64, inputs), None)
         torch.testing.assert_close(linear(torch.ones(2, inputs)), torch.full((2, 64), float(inputs)))
         torch.testing.assert_close(linear(-torch.ones(2, inputs)), torch.full((2, 64), -float(inputs)))

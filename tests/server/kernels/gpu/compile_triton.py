@@ -27,7 +27,7 @@ AFFINE = {"SITES": 3, "RANKS": 16, **BLOCKS}
 WIDTHS = {"OUT0": 4096, "OUT1": 1024, "OUT2": 1024, "HAS_BIAS": True}
 BOTTLENECK = {"WIDTHS": 64, **BLOCKS}
 PAGES = {"HEADS": 8, "DIM": 128, "WIDE": 128, "PAGE": 16}
-PAST = {"GROUP": 4, "AHEAD": 64, "WINDOW": 0, "SOFTCAP": 0.0, **PAGES, **BF16}
+PAST = {"GROUP": 4, "KEY_BLOCK": 64, "WINDOW": 0, "SOFTCAP": 0.0, **PAGES, **BF16}
 CAPPED = {"WINDOW": 4096, "SOFTCAP": 30.0}
 
 # kernel, its constants, whether all of its large reads must be of 16 bytes

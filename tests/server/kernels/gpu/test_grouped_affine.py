@@ -9,7 +9,7 @@ from server.adapters.methods.affine_bank import apply, table_row
 from server.adapters.methods.affine_layout import AffineDelta
 from server.adapters.sites import Site
 from server.kernels.cpu.grouped_affine import COLUMNS
-from server.kernels.token_blocks import FIELDS, LARGE_BLOCK, SMALL_BLOCK, BlockPlan, put_in_blocks
+from server.kernels.token_blocks import BLOCK_FIELDS, LARGE_BLOCK, SMALL_BLOCK, BlockPlan, put_in_blocks
 from tests.fixtures.gpu import DEVICE, TOLERANCE, needs_triton
 
 pytestmark = needs_triton
@@ -38,7 +38,7 @@ def plan_of(spans: list[tuple[int, int, int]], size: int, ranks: int, spare: int
     order, blocks = put_in_blocks(spans, size)
     return BlockPlan(
         torch.tensor(order + [0] * spare, device=DEVICE),
-        torch.tensor(blocks + [0] * FIELDS * spare, device=DEVICE).view(-1, FIELDS),
+        torch.tensor(blocks + [0] * BLOCK_FIELDS * spare, device=DEVICE).view(-1, BLOCK_FIELDS),
         size,
         ranks,
     )
