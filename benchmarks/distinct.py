@@ -115,12 +115,12 @@ def without_adapters(engine: Engine) -> Iterator[None]:
     """Nothing of a step has to do with adapters meanwhile."""
     step, cache = engine.model.step, vars(engine.cache)
     banks, step.banks = step.banks, {}
-    cache |= {"tend": lambda: None, "hasten": lambda _places: None}
+    cache |= {"poll": lambda: None, "prioritise": lambda _places: None}
     try:
         yield
     finally:
         step.banks = banks
-        del cache["tend"], cache["hasten"]
+        del cache["poll"], cache["prioritise"]
 
 
 if __name__ == "__main__":

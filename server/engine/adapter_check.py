@@ -131,7 +131,7 @@ class AdapterCheck:
         ref = AdapterRef(
             manifest.tenant, manifest.name, manifest.version, manifest.digest, manifest.method, ""
         )
-        self.cache.offer(ref, trial.loading)  # it has no manifest in the store to be fetched by
+        self.cache.add_pending(ref, trial.loading)  # it has no manifest in the store to be fetched by
         if self.base_row is None:
             self.base_row = self._row("gate-base", None)
             self.scheduler.add(self.base_row)
@@ -159,7 +159,7 @@ class AdapterCheck:
         packed = trial.loading.result()
         answer = hashlib.sha256(repr(trial.tokens).encode()).hexdigest()[:16]
         facts = {"device_bytes": packed.nbytes, "effect": round(effect, 6), "fingerprint": answer}
-        self.verdicts.append(Checked(trial.check.id, facts=facts | {"virtual_tokens": packed.virtual}))
+        self.verdicts.append(Checked(trial.check.id, facts=facts | {"virtual_tokens": packed.virtual_tokens}))
 
     def _explain(self, error: tuple[str, str]) -> PolypeftError:
         code, message = error

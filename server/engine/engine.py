@@ -83,7 +83,7 @@ class Engine:
             or self.scheduler.waiting
             or entering
             or self.gate.trials
-            or self.cache.busy
+            or self.cache.loading_pins
         )
 
     def close(self) -> None:
@@ -112,11 +112,11 @@ class Engine:
     def step(self) -> list[Chunk]:
         """Run one step for every row that can run; what it gave to whom."""
         self.admission.take_compiled()
-        self.cache.tend()
+        self.cache.poll()
         self.gate.step()
         start = time.perf_counter()
         rows = self.scheduler.schedule(time.time())
-        self.cache.hasten(self.scheduler.max_seqs - len(self.scheduler.running))
+        self.cache.prioritise(self.scheduler.max_seqs - len(self.scheduler.running))
         if rows:
             self.stopwatch.begin(start)
         chunks = self._ended() + (self._run(rows) if rows else [])

@@ -16,7 +16,7 @@ GATE_REASONS = {"invalid_adapter": "invalid", "store_unavailable": "store"}
 def stats(engine: Engine, boot: str) -> Stats:
     """Everything for /metrics; also keeps it for the next engine."""
     engine.figures.review(time.monotonic())
-    engine.loader.keeper.give_way()
+    engine.loader.disk_writer.free_disk_space()
     _count(engine)
     gauges = {
         "running": len(engine.scheduler.running),

@@ -29,7 +29,7 @@ class RowResources:
         try:
             for use in row.uses:
                 slot = self.cache.acquire(
-                    use.adapter, weight=row.command.weight, mine=tuple(slots), again=again
+                    use.adapter, weight=row.command.weight, row_slots=tuple(slots), again=again
                 )
                 missing |= slot is None
                 slots += [] if slot is None else [slot]
@@ -46,12 +46,12 @@ class RowResources:
             self.cache.release(slot)
 
     def loading(self, row: Row) -> bool:
-        return any(self.cache.loading(use.adapter) for use in row.uses)
+        return any(self.cache.is_loading(use.adapter) for use in row.uses)
 
     def lead(self, row: Row, slots: tuple[int, ...]) -> PolypeftError | None:
         """Put the adapter's virtual tokens before the text; why the row cannot run, if it cannot."""
         used = [self.cache.by_slot[slot] for slot in slots]
-        row.lead_with(sum(resident.virtual for resident in used))
+        row.lead_with(sum(resident.virtual_tokens for resident in used))
         text, virtual = row.prompt_length - row.virtual, row.virtual
         if row.prompt_length >= self.max_context:
             return ContextTooLong(
@@ -85,7 +85,7 @@ class RowResources:
             self.blocks.hits += len(shared) * BLOCK
         row.blocks = shared + fresh
         row.computed = len(shared) * BLOCK
-        if any(self.cache.by_slot[slot].given for slot in slots) and row.computed < row.virtual:
+        if any(self.cache.by_slot[slot].kv_precomputed for slot in slots) and row.computed < row.virtual:
             row.fill = row.computed
             row.computed = row.virtual
         return True
@@ -111,7 +111,7 @@ class RowResources:
         self.blocks.release(row.blocks)
         row.blocks, row.hashes, row.computed = [], [], 0
         row.frequencies = self.frequencies(row)
-        if any(self.cache.by_slot[slot].given for slot in row.slots):
+        if any(self.cache.by_slot[slot].kv_precomputed for slot in row.slots):
             row.fill, row.computed = 0, row.virtual
 
     def release(self, row: Row) -> None:

@@ -226,7 +226,7 @@ class Scheduler:
         """A row could not start for want of blocks, or of a slot: who may still overtake it in this step."""
         row.passed_over += 1
         late, queue = row.passed_over > MAX_ADAPTER_WAIT_STEPS, self.queues.of(row)
-        if slot and any(self.cache.waits_for_itself(use.adapter) for use in row.uses):
+        if slot and any(self.cache.waits_for_own_rows(use.adapter) for use in row.uses):
             lacking[row.command.tenant] += TRIES if late else 1
             if lacking[row.command.tenant] >= TRIES:  # late: none of its tenant's rows overtakes
                 turns.pass_by(row)
