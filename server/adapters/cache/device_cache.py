@@ -27,11 +27,7 @@ MAX_STALE_STEPS = 2  # a finished load that no row asked for in so many steps gi
 
 
 class AdapterCache:
-    """Adapters by slot, for rows to acquire and release.
-
-    `slots`: how many, numbered from 1. `budget`: bytes of all adapters on the device. `copy` starts the copy of
-    a loaded adapter onto the device.
-    """
+    """Adapters in slots 1 to `slots`, at most `budget` bytes; `copy` starts copying one onto the device."""
 
     def __init__(
         self,
@@ -74,8 +70,7 @@ class AdapterCache:
     def acquire(
         self, ref: AdapterRef, *, weight: float = 1.0, row_slots: Collection[int] = (), again: bool = False
     ) -> int | None:
-        """A slot, which the caller must release; None while the adapter is loading or there is no free memory
-        (try again in the next step).
+        """A slot, which the caller must release; None while the adapter loads or waits for memory.
 
         `weight`: the tenant's. `row_slots`: slots that the same row holds already. `again`: the row asked
         before; its requests count once. Raises the error that ended the load; the next request loads anew.
@@ -92,13 +87,13 @@ class AdapterCache:
 
     def is_loading(self, ref: AdapterRef) -> bool:
         """Whether it is not in RAM yet, or is being copied to the device."""
-        if (resident := self.by_digest.get(ref.digest)) and resident.copy is not None:
+        resident, pending = self.by_digest.get(ref.digest), self.pending.get(ref.digest)
+        if resident is not None and resident.copy is not None:
             return True
-        pending = self.pending.get(ref.digest)
         return pending is None or not pending.future.done()
 
     def waits_for_own_rows(self, ref: AdapterRef) -> bool:
-        """Whether its tenant is over its share, so that only that tenant's own rows can free a slot for it."""
+        """Whether its tenant is over its share, so that only that tenant's rows can free a slot."""
         pending = self.pending.get(ref.digest)
         return pending is not None and pending.waits_for_own_rows
 
@@ -126,9 +121,7 @@ class AdapterCache:
             self.pending[ref.digest] = Pending(ref, load, self._step, self._clock())
 
     def pin(self, refs: Collection[AdapterRef]) -> None:
-        """Set all pinned adapters of all tenants: they are loaded onto the device as far as there is memory,
-        and kept there as far as their tenants' shares allow (eviction_policy.py).
-        """
+        """Set the pinned adapters of all tenants. They are loaded as far as there is memory for them."""
         self.pinned = {ref.digest: ref for ref in refs}
         self.pins_to_load = [ref for ref in refs if ref.digest not in self.by_digest]
         self.index.set_pinned(self.pinned)
@@ -250,8 +243,8 @@ class AdapterCache:
             raise StoreError(
                 f"The adapter needs {packed.nbytes} bytes on the device; all adapters share {self.budget}."
             )
-        row_digests = {self.by_slot[slot].digest for slot in row_slots}
-        victims = self.index.plan_eviction(ref.tenant, packed.nbytes, row_digests)
+        row_keys = {self.by_slot[slot].key for slot in row_slots}
+        victims = self.index.plan_eviction(ref.tenant, packed.nbytes, row_keys)
         if victims is None:
             return None
         self._drop_pending(ref.digest)

@@ -80,7 +80,7 @@ class DiskTier:
         return False
 
     def write(self, sha256: str, tenant: str, data: memoryview) -> bool:
-        """Keep a copy if the index admits it (`should_admit`) and the disk has space; whether there is one now."""
+        """Keep a copy if the disk has space and the index admits it; whether there is one now."""
         with self._lock:
             if sha256 in self.index.entries:
                 return True
@@ -96,9 +96,7 @@ class DiskTier:
             self.index.add(Entry(sha256, tenant, len(data), references=1))
         temp = self.folder / f"{sha256}#{secrets.randbits(63)}"
         try:
-            self.folder.mkdir(
-                parents=True, exist_ok=True, mode=0o700
-            )  # the disk may have been full at the start
+            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # it may have been full at the start
             with temp.open("xb", buffering=0) as file:
                 while data:
                     data = data[file.write(data) :]

@@ -96,7 +96,7 @@ class RamTier(Generic[T]):
             raise StoreError("The engine is stopping.")
 
     def insert(self, digest: str, item: T, extra: int = 0) -> None:
-        """Store the loaded item in its reservation, which shrinks to its bytes and `extra` ones still in use."""
+        """Store the loaded item; its reservation shrinks to its bytes and `extra` ones still in use."""
         with self._changed:
             self.index.entries[digest].item = item
             self.index.shrink(digest, item.nbytes + extra)

@@ -13,7 +13,7 @@ E = TypeVar("E", bound=Entry)
 
 
 class TierIndex(Generic[E]):
-    """Never more than `max_bytes` and, if given, `max_entries`. `reload`: the cost of loading from the tier below."""
+    """Never holds more than `max_bytes`, nor than `max_entries` if given. `reload`: from the tier below."""
 
     def __init__(
         self, max_bytes: int, reload: ReloadCost, shares: FairShares, max_entries: int | None = None
@@ -101,7 +101,7 @@ class TierIndex(Generic[E]):
         return self.policy.seconds_saved(key, nbytes, len(self.entries)) > sum(saved)
 
     def waits_for_own_rows(self, tenant: str, nbytes: int) -> bool:
-        """Whether `nbytes` more for this tenant can come only from its own adapters, some of which are in use."""
+        """Whether only the tenant's own adapters, some of them in use, can be evicted for `nbytes` more."""
         busy = any(entry.references and entry.tenant == tenant for entry in self.entries.values())
         return busy and self.policy.excess(tenant, self._ledger(tenant, nbytes)) > 0
 

@@ -1,8 +1,8 @@
 """Copies of adapters from host RAM to the device, concurrent with its compute.
 
-On a CPU there is nothing to copy: the bank uses the host buffer. On CUDA the copy runs from page-locked memory
-on its own stream; before the first step that uses the adapter, the engine's stream waits for the copy's event.
-Used on the engine's thread only.
+On a CPU there is nothing to copy: the bank uses the host buffer. On CUDA the copy runs from page-locked
+memory on its own stream; before the first step that uses the adapter, the engine's stream waits for the
+copy's event. Used on the engine's thread only.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ cuda: Any = torch.cuda  # typed in part only
 
 @dataclass(frozen=True)
 class Copy:
-    """`packed` lies on the device. It may be read once `arrived()`, called on the engine's thread, is true."""
+    """`packed` is on the device, and valid once `arrived()`, called on the engine's thread, is true."""
 
     packed: Any
     arrived: Callable[[], bool]

@@ -221,7 +221,7 @@ class Loader:
         return manifest
 
     def _download(self, manifest: Manifest, data: memoryview) -> None:
-        """Fill `data` from the store. Corrupt bytes are read once more: the transfer may have changed them."""
+        """Fill `data` from the store. Corrupt bytes are read once more: the transfer may be at fault."""
         blob = manifest.weights
         for last in (False, True):
             try:

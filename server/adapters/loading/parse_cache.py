@@ -67,7 +67,7 @@ class ParseCache:
         self._cached: Callable[[str, bytes, bytes, int], PackPlan] = lru_cache(MAX_PLANS)(self._parse)
 
     def read(self, manifest: Manifest, raw: torch.Tensor) -> PackPlan:
-        """The plan for `raw`, the file as uint8 [bytes]. Raises InvalidAdapter, TooLarge, UnsupportedMedia."""
+        """The plan of `raw`, a file as uint8 [bytes]. Raises InvalidAdapter, TooLarge or UnsupportedMedia."""
         length = 8 + min(int.from_bytes(raw[:8].numpy().data, "little"), self.limits.max_header_bytes)
         parse = self._cached if length <= MAX_HEADER_BYTES else self._parse
         config = msgspec.json.encode(manifest.config)
