@@ -116,12 +116,12 @@ def without_adapters(engine: Engine) -> Iterator[None]:
     model, cache = engine.model, vars(engine.cache)
     banks = model.step.banks
     model.install({})
-    cache |= {"tend": lambda: None, "hasten": lambda _places: None}
+    cache |= {"poll": lambda: None, "prioritise": lambda _places: None}
     try:
         yield
     finally:
         model.install(banks)
-        del cache["tend"], cache["hasten"]
+        del cache["poll"], cache["prioritise"]
 
 
 if __name__ == "__main__":

@@ -159,7 +159,7 @@ def offer(engine: Engine, adapters: Sequence[Packed]) -> list[AdapterRef]:
         ref = AdapterRef("tenant", f"a{i}", 1, f"digest-{i}", "lora", f"a{i}")
         loaded: Future[Packed] = Future()
         loaded.set_result(packed)
-        engine.cache.offer(ref, loaded)
+        engine.cache.add_pending(ref, loaded)
         refs.append(ref)
     return refs
 

@@ -134,7 +134,7 @@ class AdapterCheck:
         ref = AdapterRef(
             manifest.tenant, manifest.name, manifest.version, manifest.digest, manifest.method, ""
         )
-        self.cache.offer(
+        self.cache.add_pending(
             ref, dry_run.loading
         )  # the loader could not fetch it: its manifest is not in the store yet
         if self.base_row is None:
@@ -168,7 +168,9 @@ class AdapterCheck:
         packed = dry_run.loading.result()
         answer = hashlib.sha256(repr(dry_run.tokens).encode()).hexdigest()[:16]
         facts = {"device_bytes": packed.nbytes, "effect": round(effect, 6), "fingerprint": answer}
-        self.results.append(Checked(dry_run.check.id, facts=facts | {"virtual_tokens": packed.virtual}))
+        self.results.append(
+            Checked(dry_run.check.id, facts=facts | {"virtual_tokens": packed.virtual_tokens})
+        )
 
     def _explain(self, error: tuple[str, str]) -> PolypeftError:
         code, message = error

@@ -34,7 +34,7 @@ def build_adapters(
         model.weights,
         placement.dtype,
         HeaderLimits(settings.max_header_bytes, settings.max_tensors),
-        pinned=placement.device.type == "cuda",
+        pin_memory=placement.device.type == "cuda",
     )
     cache = AdapterCache(
         banks,

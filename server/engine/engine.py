@@ -84,7 +84,7 @@ class Engine:
             or self.scheduler.waiting
             or entering
             or self.adapter_check.dry_runs
-            or self.cache.busy
+            or self.cache.loading_pins
         )
 
     def close(self) -> None:
@@ -113,11 +113,11 @@ class Engine:
     def step(self) -> list[Chunk]:
         """Run one step for every row that can run; the chunks of all rows that got tokens or ended."""
         self.admission.enqueue_compiled()
-        self.cache.tend()
+        self.cache.poll()
         self.adapter_check.run_loaded()
         start = time.perf_counter()
         rows = self.scheduler.schedule(time.time())
-        self.cache.hasten(self.scheduler.max_seqs - len(self.scheduler.running))
+        self.cache.prioritise(self.scheduler.max_seqs - len(self.scheduler.running))
         if rows:
             self.step_timer.begin(start)
         chunks = self._report_unscheduled()

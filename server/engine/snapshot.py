@@ -16,7 +16,7 @@ REFUSAL_REASONS = {"invalid_adapter": "invalid", "store_unavailable": "store"}
 def stats(engine: Engine, boot: str) -> Stats:
     """All metrics of the engine; also written to disk for the next process."""
     engine.metrics.review(time.monotonic())
-    engine.loader.keeper.give_way()
+    engine.loader.disk_writer.free_disk_space()
     _copy_counts(engine)
     gauges = {
         "running": len(engine.scheduler.running),

@@ -1,7 +1,7 @@
-"""Which adapters may stand together in one request. No torch: it looks at what the cache knows of them.
+"""Which adapters can be combined in one request. No torch: the facts come from the cache.
 
-Summed: LoRA and BitFit, each with its weight, on the fly and without a merge. Stacked: one of those (or any
-one method that acts inside the layers) behind one prefix or prompt.
+Summed: LoRA and BitFit, each with its weight, computed per token without merging weights. Stacked: a sum of
+those, or any one method that acts inside the layers, after one prefix or prompt.
 """
 
 from collections.abc import Sequence
@@ -12,8 +12,10 @@ from server.messages import Use
 
 def why_not_combinable(uses: Sequence[Use], residents: Sequence[Resident]) -> str | None:
     """Why this combination cannot be served, in a sentence; None if it can."""
-    starting = [use for use, resident in zip(uses, residents, strict=True) if resident.virtual]
-    acting = [(use, resident) for use, resident in zip(uses, residents, strict=True) if not resident.virtual]
+    starting = [use for use, resident in zip(uses, residents, strict=True) if resident.virtual_tokens]
+    acting = [
+        (use, resident) for use, resident in zip(uses, residents, strict=True) if not resident.virtual_tokens
+    ]
     if len(starting) > 1:
         names = " and ".join(repr(use.adapter.name) for use in starting[:2])
         return f"adapters holds {names}, which both put virtual tokens first; a request can have one of them."

@@ -13,16 +13,17 @@ from server.adapters.cache.eviction_policy import FROM_STORE, FairShares
 from server.adapters.cache.tier_index import TierIndex
 
 HEX = frozenset("0123456789abcdef")
-FREE_BYTES, FREE_SHARE = 256 << 20, 0.01  # of the disk, whichever is less: copies leave so much of it free
+MIN_FREE_BYTES, MIN_FREE_PART = 256 << 20, 0.01  # of the disk, whichever is less: copies leave this free
 log = logging.getLogger(__name__)
 
 
 class DiskTier:
-    """Blobs by SHA-256, as files of that name. Survives restarts; every read is verified, so no write waits
-    for the disk, and a file that was cut, changed or put there by somebody else is one that is not there.
+    """Blobs by SHA-256, as files of that name. The files survive restarts.
 
-    Files under other names are not ours and left alone, except the drafts of writes that were cut. Links are
-    never followed. A disk that is full or broken is done without; while others fill it, copies make way.
+    Every read is verified, so writes need no fsync, and a truncated or changed file counts as absent. Files
+    under other names are left alone, except temporary files of writes that were interrupted. Links are never
+    followed. A full or broken disk is no error: nothing is kept then. While other files fill the disk, copies
+    are removed.
     """
 
     def __init__(self, folder: Path, budget: int, shares: FairShares | None = None) -> None:
@@ -34,7 +35,7 @@ class DiskTier:
         self._lock = Lock()
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            self._take_stock()
+            self._index_files()
         except OSError as error:
             self._failed("be opened", error)
 
@@ -46,7 +47,7 @@ class DiskTier:
         return len(self.index.entries)
 
     def path(self, sha256: str) -> Path:
-        """Where the blob lies, or would."""
+        """The file of the blob, whether it exists or not."""
         return self.folder / sha256
 
     def touch(self, sha256: str, tenant: str) -> None:
@@ -54,9 +55,9 @@ class DiskTier:
             self.index.record_request(sha256, tenant)
 
     def read(self, sha256: str, buffer: memoryview) -> bool:
-        """Fill `buffer`, which is as long as the blob, with what hashes to its name; False if there is none.
+        """Fill `buffer`, which is as long as the blob; False if there is no copy, or a corrupt one.
 
-        A copy that does not is dropped, and counted.
+        A corrupt copy is counted and removed.
         """
         with self._lock:
             entry = self.index.entries.get(sha256)
@@ -65,45 +66,45 @@ class DiskTier:
         try:
             descriptor = os.open(self.path(sha256), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
             with open(descriptor, "rb", buffering=0) as file:  # noqa: PTH123 - a descriptor has no path
-                whole = os.fstat(descriptor).st_size == len(buffer) and read_into(
-                    buffer, file.readinto, sha256
-                )
-            if whole:
+                has_size = os.fstat(descriptor).st_size == len(buffer)
+                is_intact = has_size and read_into(buffer, file.readinto, sha256)
+            if is_intact:
                 os.utime(self.path(sha256))  # the order survives a restart
                 return True
             self.corrupt += 1
         except FileNotFoundError:
-            pass  # evicted this very moment, or somebody cleaned up by hand
+            pass  # evicted this very moment, or removed by hand
         except OSError as error:
             self._failed("read", error)
         self.drop(sha256)
         return False
 
     def write(self, sha256: str, tenant: str, data: memoryview) -> bool:
-        """Keep a copy if it is worth its room; False if there is none now."""
+        """Keep a copy if the disk has space and the index admits it; whether there is one now."""
         with self._lock:
             if sha256 in self.index.entries:
                 return True
-            if self._spare() < len(data):
+            if self._spare_bytes() < len(data):
                 return False
-            gone = self.index.plan_eviction(tenant, len(data)) if len(data) <= self.index.max_bytes else None
-            if gone is None or not self.index.should_admit(sha256, tenant, len(data), gone):
+            fits = len(data) <= self.index.max_bytes
+            victims = self.index.plan_eviction(tenant, len(data)) if fits else None
+            if victims is None or not self.index.should_admit(sha256, tenant, len(data), victims):
                 return False
-            for entry in gone:
+            for entry in victims:
                 self._remove(entry.key)
-            self.evictions += len(gone)
+            self.evictions += len(victims)
             self.index.add(Entry(sha256, tenant, len(data), references=1))
-        draft = self.folder / f"{sha256}#{secrets.randbits(63)}"
+        temp = self.folder / f"{sha256}#{secrets.randbits(63)}"
         try:
-            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # there may have been no room for it
-            with draft.open("xb", buffering=0) as file:
+            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # it may have been full at the start
+            with temp.open("xb", buffering=0) as file:
                 while data:
                     data = data[file.write(data) :]
-            draft.replace(self.path(sha256))
+            temp.replace(self.path(sha256))
         except OSError as error:
             self._failed("write", error)
             self.drop(sha256)
-            _unlink(draft)
+            _unlink(temp)
             return False
         with self._lock:
             if sha256 not in self.index.entries:  # dropped while it was being written
@@ -116,11 +117,11 @@ class DiskTier:
         with self._lock:
             self._remove(sha256)
 
-    def give_way(self) -> None:
-        """Remove copies, the oldest first, until the disk has some room for what is not a copy."""
+    def free_disk_space(self) -> None:
+        """Remove copies, oldest first, until the disk has its minimum of free space."""
         with self._lock:
             idle = [entry for entry in self.index.entries.values() if not entry.references]
-            spare = self._spare() if idle else 0
+            spare = self._spare_bytes() if idle else 0
             for entry in idle:
                 if spare >= 0:
                     return
@@ -128,31 +129,31 @@ class DiskTier:
                 self.evictions += 1
                 spare += entry.nbytes
 
-    def _spare(self) -> float:
-        """Bytes of the disk that copies may still take; negative: that they should give back."""
+    def _spare_bytes(self) -> float:
+        """Bytes of the disk that copies may still take; negative if copies must be removed."""
         try:
             disk = shutil.disk_usage(self.folder)
         except OSError:  # there is no folder yet
             return float("inf")
-        return disk.free - min(FREE_BYTES, FREE_SHARE * disk.total)
+        return disk.free - min(MIN_FREE_BYTES, MIN_FREE_PART * disk.total)
 
     def _remove(self, sha256: str) -> None:
         self.index.drop(sha256)
         _unlink(self.path(sha256))
 
-    def _take_stock(self) -> None:
-        """What an earlier run left, the least recently used first; what is over the budget goes."""
-        found = []
+    def _index_files(self) -> None:
+        """Index the files of an earlier run, least recently used first; remove those over the budget."""
+        files = []
         for item in os.scandir(self.folder):
-            name, _, draft = item.name.partition("#")
+            name, _, temp = item.name.partition("#")
             if len(name) != 64 or set(name) - HEX:
                 continue
-            if draft or item.is_symlink():
+            if temp or item.is_symlink():
                 _unlink(Path(item.path))
             elif item.is_file(follow_symlinks=False):
                 stat = item.stat(follow_symlinks=False)
-                found.append((stat.st_mtime, name, stat.st_size))
-        for _, name, size in sorted(found, reverse=True):
+                files.append((stat.st_mtime, name, stat.st_size))
+        for _, name, size in sorted(files, reverse=True):
             if self.index.nbytes + size > self.index.max_bytes:
                 _unlink(self.path(name))
             else:
@@ -168,5 +169,5 @@ class DiskTier:
 def _unlink(path: Path) -> None:
     try:
         path.unlink(missing_ok=True)
-    except OSError as error:  # a folder in our place, or a disk gone read-only: it counts for nothing
+    except OSError as error:  # a folder of that name, or a read-only disk: no error
         log.warning("A file in the adapter cache cannot be removed: %s.", error.strerror)

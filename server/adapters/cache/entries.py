@@ -21,7 +21,7 @@ class Entry:
 
 @dataclass
 class TenantUsage:
-    """What one tenant takes of a tier, and how much of that it has pinned."""
+    """How much of a tier one tenant takes, and how much of that it has pinned."""
 
     nbytes: int = 0
     count: int = 0
@@ -48,37 +48,39 @@ class Ledger:
 
 
 class Loaded(Protocol):
-    """What the loader brings: opaque here but for what it costs in bytes and in context."""
+    """A loaded adapter (methods/interface.py Packed); the cache reads only these facts of it."""
 
     @property
     def nbytes(self) -> int: ...
     @property
-    def virtual(self) -> int: ...
+    def virtual_tokens(self) -> int: ...
     @property
-    def given(self) -> bool: ...
+    def kv_precomputed(self) -> bool: ...
     @property
     def summable(self) -> bool: ...
     def intact(self) -> bool: ...
 
 
 class Slots(Protocol):
-    """The part of a bank that this file may touch."""
+    """The part of a bank that the cache calls."""
 
     def put(self, slot: int, packed: Any) -> None: ...
     def clear(self, slot: int) -> None: ...
 
 
 class Fetcher(Protocol):
+    """The part of the loader that the cache calls; see loading/loader.py."""
+
     def fetch(self, ref: AdapterRef) -> "Future[Any]": ...
-    def hasten(self, digest: str) -> bool: ...
+    def prioritise(self, digest: str) -> bool: ...
     def claim(self, digest: str) -> None: ...
     def release(self, digest: str) -> None: ...
     def forget(self, digest: str) -> None: ...
-    def spoiled(self, digest: str, tier: str) -> None: ...
+    def report_corrupt(self, digest: str, tier: str) -> None: ...
 
 
-class Moving(Protocol):
-    """A copy onto the device."""
+class DeviceCopy(Protocol):
+    """A copy onto the device, under way or done; see loading/device_copy.py."""
 
     @property
     def packed(self) -> Any: ...
@@ -88,27 +90,27 @@ class Moving(Protocol):
 
 @dataclass
 class Pending:
-    """A load that somebody waits for, claimed in RAM until it has a slot."""
+    """A load that rows wait for, claimed in RAM until the adapter has a slot."""
 
     ref: AdapterRef
     future: "Future[Any]"
-    step: int  # in which somebody last asked
-    asked: float  # when that was
-    own: bool = False  # its tenant is over its share, and has to make room itself
+    step: int  # of the engine, in which a row last asked for it
+    requested: float  # when that was
+    waits_for_own_rows: bool = False  # its tenant is over its share: only that tenant's rows can free a slot
 
 
 @dataclass(eq=False)
 class Resident(Entry):
-    """`key` is the digest."""
+    """An adapter on the device, or being copied there. `key` is its digest."""
 
     method: str = ""
     slot: int = 0
-    virtual: int = 0  # tokens it puts before each row
-    given: bool = False  # their K/V need no computing
-    summable: bool = False  # may be weighted, and added to others
-    forgotten: bool = False  # deleted while in use: goes with its last row
+    virtual_tokens: int = 0  # before each row's text
+    kv_precomputed: bool = False  # the adapter brings the K/V of its virtual tokens
+    summable: bool = False  # it may be weighted, and added to others
+    forgotten: bool = False  # deleted while in use: evicted when the last row releases it
     packed: Any = None  # as it lies on the device
-    moving: Moving | None = None  # on its way: pinned by that, too
+    copy: DeviceCopy | None = None  # under way; it holds a reference
 
     @property
     def digest(self) -> str:

@@ -129,11 +129,16 @@ class EvictionPolicy:
         return saved / self.fraction(entry.nbytes, 1)
 
     def victim(
-        self, tenant: str, idle: Collection[E], entries: Collection[E], ledger: Ledger, mine: Container[str]
+        self,
+        tenant: str,
+        idle: Collection[E],
+        entries: Collection[E],
+        ledger: Ledger,
+        row_keys: Container[str],
     ) -> E | None:
         """The entry of `idle` that is evicted for `tenant`; None if the tenant has to wait.
 
-        `mine`: keys that the requesting row itself references; it cannot wait for those.
+        `row_keys`: keys that the requesting row itself references; it cannot wait for those.
         """
         num_entries = len(entries)
         over = {t: excess for t in ledger.usage if (excess := self.excess(t, ledger))}
@@ -142,7 +147,7 @@ class EvictionPolicy:
             if own:
                 return min(own, key=lambda entry: self.score(entry, num_entries))
             in_use = (entry for entry in entries if entry.tenant == tenant and entry.references)
-            if any(entry.key not in mine for entry in in_use):
+            if any(entry.key not in row_keys for entry in in_use):
                 return None
         scores = {entry.key: self.score(entry, num_entries) for entry in idle}
         if others := [entry for entry in idle if entry.tenant in over]:

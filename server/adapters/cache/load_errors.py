@@ -1,4 +1,4 @@
-"""Errors that nobody foresaw, on an adapter's way to its slot: the rows' that name it, and nobody else's."""
+"""Unexpected errors on an adapter's way to its slot: they end the rows that name it, and no others."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -11,7 +11,7 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def adapter_errors(undo: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """An error of this block ends the rows that name the adapter: `undo`, and raise it as one of theirs."""
+    """Log any error of the block, call `undo`, and raise a PolypeftError, which ends the adapter's rows."""
     try:
         yield
     except Exception as error:
@@ -21,7 +21,7 @@ def adapter_errors(undo: Callable[[], None] = lambda: None) -> Iterator[None]:
 
 
 def load_error(error: BaseException) -> PolypeftError:
-    """What those who wait for a load are told of its end; what nobody foresaw is in the log as well."""
+    """The error for the rows that wait for a failed load: its own if expected, else a logged StoreError."""
     if isinstance(error, PolypeftError):
         return error
     log.error("An adapter could not be loaded", exc_info=error)

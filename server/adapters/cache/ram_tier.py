@@ -1,4 +1,4 @@
-"""The tier in host RAM. Its index, eviction_policy.py included, is under one lock: many threads use it."""
+"""The tier in host RAM. Many threads use it: one lock guards its index and eviction policy."""
 
 import logging
 from collections import Counter
@@ -24,13 +24,13 @@ T = TypeVar("T", bound=Sized)
 
 @dataclass(eq=False)
 class RamEntry(Entry, Generic[T]):
-    item: T | None = None  # None: room for a load under way
+    item: T | None = None  # None: memory reserved for a load under way
 
 
 class RamTier(Generic[T]):
-    """Packed adapters by digest, and the room that loads under way have reserved: both within the budget.
+    """Packed adapters by digest, and the memory that running loads have reserved, both within the budget.
 
-    Somebody who waits for an adapter claims it; claimed ones stay. Claims may come before the adapter does.
+    A claimed adapter is not evicted. It may be claimed before it is loaded.
     """
 
     def __init__(self, budget: int, shares: FairShares | None = None) -> None:
@@ -61,23 +61,23 @@ class RamTier(Generic[T]):
             self.index.record_request(digest, tenant)
 
     def claim(self, digest: str) -> None:
-        """Keep the adapter, or what is to become of its load, until `release`."""
+        """Keep the adapter, now or once it is loaded, until `release`."""
         with self._changed:
             self._claims[digest] += 1
-            self._pin(digest)
+            self._update_references(digest)
 
     def release(self, digest: str) -> None:
         with self._changed:
-            assert self._claims[digest] > 0, "a claim is given up once"
+            assert self._claims[digest] > 0, "a claim is released once"
             self._claims[digest] -= 1
             if not self._claims[digest]:
                 del self._claims[digest]
-            self._pin(digest)
+            self._update_references(digest)
 
     def reserve(self, digest: str, tenant: str, nbytes: int) -> None:
-        """Room for a load, waiting for others to end if need be. `insert` or `give_up` ends it.
+        """Reserve memory for a load, waiting for other loads to end if need be. `insert` or `cancel` ends it.
 
-        Raises StoreError for a load that could never have it, and when the engine stops.
+        Raises StoreError for a load over the whole budget, and when the engine stops.
         """
         if nbytes > self.budget:
             raise StoreError(
@@ -85,39 +85,39 @@ class RamTier(Generic[T]):
             )
         with self._changed:
             while not self._closed:
-                gone = self.index.plan_eviction(tenant, nbytes)
-                if gone is not None:
-                    for entry in gone:
+                victims = self.index.plan_eviction(tenant, nbytes)
+                if victims is not None:
+                    for entry in victims:
                         self.index.drop(entry.key)
-                    self.evictions += len(gone)
+                    self.evictions += len(victims)
                     self.index.add(RamEntry(digest, tenant, nbytes, references=1))
                     return
                 self._changed.wait()
             raise StoreError("The engine is stopping.")
 
     def insert(self, digest: str, item: T, extra: int = 0) -> None:
-        """The load is done: the room is now the item's, and that of `extra` bytes which are still in use."""
+        """Store the loaded item; its reservation shrinks to its bytes and `extra` ones still in use."""
         with self._changed:
             self.index.entries[digest].item = item
             self.index.shrink(digest, item.nbytes + extra)
-            self._pin(digest)
+            self._update_references(digest)
 
     def trim(self, digest: str, item: T) -> None:
-        """Nothing extra is in use any more."""
+        """Shrink the reservation to the item: the extra bytes are free."""
         with self._changed:
             entry = self.index.entries.get(digest)
             if entry is not None and entry.item is item:  # neither forgotten nor loaded anew
                 self.index.shrink(digest, item.nbytes)
                 self._changed.notify_all()
 
-    def give_up(self, digest: str) -> None:
-        """The load failed."""
+    def cancel(self, digest: str) -> None:
+        """Drop the reservation of a load that failed."""
         with self._changed:
             self.index.drop(digest)
             self._changed.notify_all()
 
     def drop(self, digest: str) -> None:
-        """A load under way goes on: its memory is in use, and nobody asks for its outcome."""
+        """Remove the adapter. A running load keeps its reservation, since its memory is in use."""
         with self._changed:
             self.index.policy.frequency.forget(digest)
             if (entry := self.index.entries.get(digest)) and entry.item is not None:
@@ -125,12 +125,12 @@ class RamTier(Generic[T]):
                 self._changed.notify_all()
 
     def close(self) -> None:
-        """Nobody waits for room any more."""
+        """End all waits for memory with StoreError."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
 
-    def _pin(self, digest: str) -> None:
+    def _update_references(self, digest: str) -> None:
         if (entry := self.index.entries.get(digest)) and entry.item is not None:
             entry.references = self._claims.get(digest, 0)
         self._changed.notify_all()

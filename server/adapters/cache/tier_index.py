@@ -13,7 +13,7 @@ E = TypeVar("E", bound=Entry)
 
 
 class TierIndex(Generic[E]):
-    """At most `max_bytes` and `max_entries`, at every moment."""
+    """Never holds more than `max_bytes`, nor than `max_entries` if given. `reload`: from the tier below."""
 
     def __init__(
         self, max_bytes: int, reload: ReloadCost, shares: FairShares, max_entries: int | None = None
@@ -29,7 +29,7 @@ class TierIndex(Generic[E]):
         return self.policy.max_bytes
 
     def record_request(self, key: str, tenant: str) -> None:
-        """`tenant` requests the adapter, whether it is here or not."""
+        """Count a request by `tenant`, whether the adapter is in this tier or not."""
         self.policy.frequency.record(key, len(self.entries))
         if (entry := self.entries.get(key)) and entry.tenant != tenant:
             self._count(entry, -1)
@@ -37,7 +37,7 @@ class TierIndex(Generic[E]):
             self._count(entry)
 
     def set_pinned(self, keys: Container[str]) -> None:
-        """`keys` are all that tenants have pinned."""
+        """Set which entries are pinned: `keys` are all that tenants have pinned."""
         for entry in self.entries.values():
             if entry.pinned != (entry.key in keys):
                 self._count(entry, -1)
@@ -45,7 +45,7 @@ class TierIndex(Generic[E]):
                 self._count(entry)
 
     def add(self, entry: E) -> None:
-        """The entry must fit."""
+        """Add an entry for which there is free memory (`plan_eviction`)."""
         assert entry.key not in self.entries, "one entry a key"
         self.entries[entry.key] = entry
         self.nbytes += entry.nbytes
@@ -59,7 +59,7 @@ class TierIndex(Generic[E]):
         return entry
 
     def shrink(self, key: str, nbytes: int) -> None:
-        """To what an entry takes, now that it is known; at most what was reserved for it."""
+        """Reduce a reservation to the bytes that the entry takes, at most those reserved."""
         entry = self.entries[key]
         assert nbytes <= entry.nbytes, "less was reserved"
         self.nbytes += nbytes - entry.nbytes
@@ -67,10 +67,10 @@ class TierIndex(Generic[E]):
         entry.nbytes = nbytes
         self._count(entry)
 
-    def plan_eviction(self, tenant: str, nbytes: int, mine: Container[str] = ()) -> list[E] | None:
+    def plan_eviction(self, tenant: str, nbytes: int, row_keys: Container[str] = ()) -> list[E] | None:
         """What must be evicted so that `tenant` can put `nbytes` here; None if it has to wait.
 
-        `mine`: keys that the requesting row itself references; it cannot wait for those.
+        `row_keys`: keys that the requesting row itself references; it cannot wait for those.
         """
         free_bytes = self.max_bytes - self.nbytes
         free_entries = (self.policy.max_entries or len(self.entries) + 1) - len(self.entries)
@@ -80,7 +80,7 @@ class TierIndex(Generic[E]):
         idle = [entry for entry in self.entries.values() if self.policy.may_evict(entry, ledger)]
         evicted: list[E] = []
         while nbytes > free_bytes or free_entries <= 0:
-            victim = self.policy.victim(tenant, idle, self.entries.values(), ledger, mine)
+            victim = self.policy.victim(tenant, idle, self.entries.values(), ledger, row_keys)
             if victim is None:
                 return None
             idle.remove(victim)
@@ -91,9 +91,9 @@ class TierIndex(Generic[E]):
         return evicted
 
     def should_admit(self, key: str, tenant: str, nbytes: int, evicted: list[E]) -> bool:
-        """Whether a newcomer that need not be kept saves more than all that would be evicted for it.
+        """Whether keeping an optional new entry saves more seconds than the entries `evicted` for it.
 
-        For a tenant within its share, always: what is evicted is beyond the shares of others.
+        Always for a tenant within its share: the victims then exceed the shares of others.
         """
         if not evicted or not self.policy.excess(tenant, self._ledger(tenant, nbytes)):
             return True
@@ -101,12 +101,12 @@ class TierIndex(Generic[E]):
         return self.policy.seconds_saved(key, nbytes, len(self.entries)) > sum(saved)
 
     def waits_for_own_rows(self, tenant: str, nbytes: int) -> bool:
-        """Memory for so much more of this tenant's comes from its own rows, not from anyone else's."""
+        """Whether only the tenant's own adapters, some of them in use, can be evicted for `nbytes` more."""
         busy = any(entry.references and entry.tenant == tenant for entry in self.entries.values())
         return busy and self.policy.excess(tenant, self._ledger(tenant, nbytes)) > 0
 
     def _ledger(self, tenant: str, nbytes: int) -> Ledger:
-        """With what `tenant` requests counted as its own already."""
+        """Usage and shares, with `nbytes` that `tenant` requests counted as its own."""
         usage = {name: usage.copy() for name, usage in self._usage.items()}
         usage.setdefault(tenant, TenantUsage()).add(Entry("", tenant, nbytes))
         return Ledger(usage, self.shares.of(usage))

@@ -1,15 +1,15 @@
-"""Where files are laid out while they are checked and packed: memory that is used again.
+"""Host buffers in which files are read, checked and packed, reused from load to load.
 
-Fresh memory costs a page fault for every 4 KiB, more than reading the file into it; and what a C library
-gives back to the system, and when, depends on the order of frees. So a few sheets are kept.
+Fresh memory costs a page fault for every 4 KiB, more than reading the file into it; and when a C library
+returns freed memory to the system depends on the order of frees. So a few buffers are kept.
 """
 
 from threading import Lock
 
 import torch
 
-MAX_POOLED_BUFFERS = 2  # sheets, whatever is reserved for loads in the RAM tier
-MAX_POOLED_BYTES = 32 << 20  # bytes of one that is kept
+MAX_POOLED_BUFFERS = 2  # however much is reserved for loads in the RAM tier
+MAX_POOLED_BYTES = 32 << 20  # of one buffer; larger ones are freed
 
 
 class BufferPool:
@@ -20,17 +20,17 @@ class BufferPool:
         self._lock = Lock()
 
     def take(self, nbytes: int) -> torch.Tensor:
-        """uint8 [nbytes or more] of anything, the caller's until it gives it back or forgets it."""
+        """A buffer with arbitrary content, uint8 [nbytes or more]; the caller gives it back, or drops it."""
         with self._lock:
-            for i, sheet in enumerate(self._free):
-                if len(sheet) >= nbytes:
+            for i, buffer in enumerate(self._free):
+                if len(buffer) >= nbytes:
                     return self._free.pop(i)
             if self._free and nbytes <= MAX_POOLED_BYTES:
-                self._free.pop()  # the new one will take its place
+                self._free.pop()  # the new buffer will take its place in the pool
         return torch.empty(nbytes, dtype=torch.uint8)
 
-    def give_back(self, sheet: torch.Tensor) -> None:
-        """Nobody looks at it any more."""
+    def give_back(self, buffer: torch.Tensor) -> None:
+        """Return a buffer that nothing reads or writes any more."""
         with self._lock:
-            if len(sheet) <= MAX_POOLED_BYTES and len(self._free) < MAX_POOLED_BUFFERS:
-                self._free.append(sheet)
+            if len(buffer) <= MAX_POOLED_BYTES and len(self._free) < MAX_POOLED_BUFFERS:
+                self._free.append(buffer)

@@ -1,8 +1,8 @@
-"""From host RAM onto the device, beside what runs there.
+"""Copies of adapters from host RAM to the device, concurrent with its compute.
 
-On a CPU there is nothing to copy: the host buffer is the device's. On CUDA the copy runs from pinned memory
-on a stream of its own; the engine's stream waits for its event before the first step that uses it, and the
-adapter counts as on its way until then. Used on the engine's thread alone.
+On a CPU there is nothing to copy: the bank uses the host buffer. On CUDA the copy runs from page-locked
+memory on its own stream; before the first step that uses the adapter, the engine's stream waits for the
+copy's event. Used on the engine's thread only.
 """
 
 from collections.abc import Callable
@@ -18,21 +18,22 @@ cuda: Any = torch.cuda  # typed in part only
 
 @dataclass(frozen=True)
 class Copy:
-    """`packed` is the device's, and may be read once `arrived()`, asked on the engine's thread, said so."""
+    """`packed` is on the device, and valid once `arrived()`, called on the engine's thread, is true."""
 
     packed: Any
     arrived: Callable[[], bool]
-    source: Any = None  # must outlive the copy, which reads it
+    source: Any = None  # the host buffer, kept alive while the copy reads it
 
 
 class DeviceCopier:
-    """For one device."""
+    """Copies to one device."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._stream = cuda.Stream(device) if device.type == "cuda" else None
 
     def start(self, packed: Packed) -> Copy:
+        """Start the copy; returns at once."""
         if self._stream is None:
             return Copy(packed, lambda: True)
         with cuda.stream(self._stream):
@@ -43,9 +44,9 @@ class DeviceCopier:
         def arrived() -> bool:
             if not event.query():
                 return False
-            own = cuda.current_stream(self.device)
-            own.wait_event(event)
-            flat.record_stream(own)  # the allocator must not hand it out again while this stream reads it
+            compute = cuda.current_stream(self.device)
+            compute.wait_event(event)
+            flat.record_stream(compute)  # the allocator must not reuse it while this stream reads it
             return True
 
         return Copy(replace(packed, flat=flat), arrived, packed)

@@ -1,11 +1,11 @@
-"""From the object store to host RAM: fetch, verify, parse, check, pack. Never on the engine's thread.
+"""Loads adapters from the object store into host RAM: fetch, verify, parse, check, pack.
 
-    store or disk --SHA-256 while it streams--> one buffer --parse, shapes, finite, pack--> RAM, sealed
-                                                   and only then, if worth it: a copy on disk
+    store or disk --SHA-256 of the stream--> one buffer --parse, shapes, finite, pack--> RAM, with a checksum
+                                               and after that, if the disk tier admits it: a copy on disk
 
-One load at a time per adapter, however many ask: they get the same future. A failed load is not
-remembered; the next request tries again. Which thread loads, thread_pools.py says. What a load takes of RAM
-is reserved before the first byte comes.
+Loads run in thread_pools.py, never on the engine's thread. Concurrent requests for one adapter share a load
+and its future. A failed load is not remembered: the next request tries again. The RAM that a load takes is
+reserved before its first byte is read.
 """
 
 import logging
@@ -38,12 +38,14 @@ from server.errors import CorruptObject, InvalidAdapter, ModelNotFound, NotFound
 from server.kernels.cpu.int8.linear import is_dequantised
 from server.messages import AdapterRef
 
-MAX_URGENT_BYTES = 8 << 20  # of a file: larger ones would take a step's time and more from the rows that run
-SOURCES = 4096  # digests of which it is known where they were found
+MAX_URGENT_BYTES = 8 << 20  # of a file: a larger one would delay running rows by a step or more
+MAX_SOURCES = 4096
 log = logging.getLogger(__name__)
 
 
 class Loader:
+    """Loads for the engine's cache and its admission check. Used on the engine's thread; loads are not."""
+
     def __init__(
         self,
         objects: Objects,
@@ -55,7 +57,7 @@ class Loader:
         dtype: torch.dtype,
         limits: HeaderLimits,
         *,
-        pinned: bool = False,  # pack into memory that a GPU can copy from by itself
+        pin_memory: bool = False,  # pack into page-locked memory, for asynchronous copies to a GPU
     ) -> None:
         self.objects = objects
         self.disk = disk
@@ -64,43 +66,42 @@ class Loader:
         self.base = base
         self.weights = weights
         self.dtype = dtype
-        self.recipes = ParseCache(methods, base, limits)
-        self.pinned = pinned
-        self.copies = not objects.on_same_disk(disk.folder)  # on disk, of what comes from the store
+        self.parse_cache = ParseCache(methods, base, limits)
+        self.pin_memory = pin_memory
+        self.copies_to_disk = not objects.on_same_disk(disk.folder)  # not if the store is on the same disk
         self.observations: list[tuple[str, str, float]] = []  # (name, tier, value)
-        self.sources: OrderedDict[str, str] = OrderedDict()  # digest -> where it was found last
-        self.corrupt: Counter[str] = Counter()  # see corrupt_copies
+        self.sources: OrderedDict[str, str] = OrderedDict()  # digest -> tier that it was last loaded from
+        self.corrupt: Counter[str] = Counter()  # by tier, except the disk's
         self._running: dict[str, Future[Packed]] = {}
         self._lock = threading.Lock()
-        self._desk = BufferPool()
-        self.keeper = DiskWriter(disk, ram, self._desk)
-        self._lanes = LoadPools()
+        self._buffers = BufferPool()
+        self.disk_writer = DiskWriter(disk, ram, self._buffers)
+        self._pools = LoadPools()
 
     @property
     def corrupt_copies(self) -> dict[str, int]:
-        """By tier: copies that were not what they should be, and were not used."""
+        """By tier: copies that failed verification, and were not used."""
         return {**dict.fromkeys(("device", "ram", "store"), 0), **self.corrupt, "disk": self.disk.corrupt}
 
     def fetch(self, ref: AdapterRef) -> "Future[Packed]":
-        """The packed adapter: at once from RAM, else when it has been loaded. Errors are PolypeftError's.
+        """The packed adapter: done at once if in RAM, else when loaded. Expected errors are PolypeftErrors.
 
-        It is claimed in RAM: the caller must `release` it, whatever comes of the load.
+        The adapter is claimed in RAM: the caller must `release` it, even if the load fails.
         """
         self.ram.claim(ref.digest)
         self.ram.touch(ref.digest, ref.tenant)
         return self._once(ref.digest, ref.tenant, lambda: self._manifest(ref))
 
     def check(self, manifest: Manifest) -> "Future[Packed]":
-        """Load a version that is staged but not published; InvalidAdapter if it cannot serve. No claim.
-
-        Raises StoreError for a manifest that is not what its digest says.
+        """Load a version that is staged but not published; the future fails with InvalidAdapter if it cannot
+        be served. Claims nothing. Raises StoreError for a manifest that does not match its digest.
         """
         check_identity(manifest)
         return self._once(manifest.digest, manifest.tenant, lambda: manifest)
 
-    def hasten(self, digest: str) -> bool:
-        """A place in the batch stands empty until this adapter is there; whether it will be soon."""
-        return self._lanes.hasten(digest)
+    def prioritise(self, digest: str) -> bool:
+        """Make the load urgent, since a free row waits for it; whether it now is."""
+        return self._pools.prioritise(digest)
 
     def claim(self, digest: str) -> None:
         self.ram.claim(digest)
@@ -111,37 +112,38 @@ class Loader:
     def forget(self, digest: str) -> None:
         self.ram.drop(digest)
 
-    def spoiled(self, digest: str, tier: str) -> None:
-        """A copy in memory is not what was loaded: count it, and load afresh next time."""
+    def report_corrupt(self, digest: str, tier: str) -> None:
+        """Count a copy in memory that fails its checksum, and drop it from RAM: the next request loads it."""
         log.warning("An adapter in memory (%s) did not match its seal; it is loaded again.", tier)
         self.corrupt[tier] += 1
         self.ram.drop(digest)
 
     def take_observations(self) -> list[tuple[str, str, float]]:
-        """Since the last call."""
+        """The observations since the last call."""
         taken = self.observations[:]
         del self.observations[: len(taken)]
         return taken
 
     def close(self) -> None:
         self.ram.close()
-        self._lanes.close()
-        self.keeper.close()
+        self._pools.close()
+        self.disk_writer.close()
 
     def _once(self, digest: str, tenant: str, manifest: Callable[[], Manifest]) -> "Future[Packed]":
+        """The future of the load that runs already, or of a new one. `manifest` is called on its thread."""
         start = time.perf_counter()
         future: Future[Packed] = Future()
         with self._lock:
             if running := self._running.get(digest):
                 return running
-            found = self.ram.get(digest)
-            if found is None:
+            packed = self.ram.get(digest)
+            if packed is None:
                 self._running[digest] = future
-        if found is not None:
-            future.set_result(found)
-            self._observe("ram", start, digest, found.nbytes)
+        if packed is not None:
+            future.set_result(packed)
+            self._observe("ram", start, digest, packed.nbytes)
         else:
-            self._lanes.submit(digest, partial(self._run, future, digest, tenant, manifest))
+            self._pools.submit(digest, partial(self._run, future, digest, tenant, manifest))
         return future
 
     def _run(
@@ -149,16 +151,16 @@ class Loader:
         future: "Future[Packed]",
         digest: str,
         tenant: str,
-        manifest: Callable[[], Manifest],
-        hastily: bool,
+        get_manifest: Callable[[], Manifest],
+        urgent: bool,
     ) -> None:
-        """One load, on a thread of its own. What goes on after the future is set, nobody waits for."""
+        """One load, on a thread of a pool. An error after the future is set is only logged."""
         try:
-            found = manifest()
-            if hastily and not _small(found):
-                self._lanes.postpone(digest, partial(self._run, future, digest, tenant, lambda: found))
+            manifest = get_manifest()
+            if urgent and not _is_small(manifest):
+                self._pools.postpone(digest, partial(self._run, future, digest, tenant, lambda: manifest))
                 return
-            self._load(future, digest, tenant, found)
+            self._load(future, digest, tenant, manifest)
         except BaseException as error:
             self._finished(digest)
             if future.done():
@@ -172,35 +174,36 @@ class Loader:
             raise InvalidAdapter(
                 f"The adapter was made for the base {manifest.base!r}; this server runs {self.base.id!r}."
             )
-        self.ram.claim(digest)  # until the last byte that this load takes is free again, or the adapter's
+        self.ram.claim(digest)  # until all memory of this load is free again, or the packed adapter's
         try:
-            self._through(future, digest, tenant, manifest)
+            self._fetch_and_pack(future, digest, tenant, manifest)
         except BaseException:
             self.ram.release(digest)
             raise
 
-    def _through(self, future: "Future[Packed]", digest: str, tenant: str, manifest: Manifest) -> None:
-        blob, start, most = manifest.weights, time.perf_counter(), packing_bytes(manifest, self.dtype)
-        self.ram.reserve(digest, tenant, blob.bytes + most)
+    def _fetch_and_pack(self, future: "Future[Packed]", digest: str, tenant: str, manifest: Manifest) -> None:
+        blob, start, max_bytes = manifest.weights, time.perf_counter(), packing_bytes(manifest, self.dtype)
+        self.ram.reserve(digest, tenant, blob.bytes + max_bytes)
         try:
-            sheet = self._desk.take(blob.bytes)
-            raw = sheet[: blob.bytes]
-            buffer = memoryview(raw.numpy())  # type: ignore[arg-type]  # it is a buffer
+            buffer = self._buffers.take(blob.bytes)
+            raw = buffer[: blob.bytes]
+            data = memoryview(raw.numpy())  # type: ignore[arg-type]  # it is a buffer
             self.disk.touch(blob.sha256, tenant)
-            tier = "disk" if self.disk.read(blob.sha256, buffer) else "store"
+            tier = "disk" if self.disk.read(blob.sha256, data) else "store"
             if tier == "store":
-                self._download(manifest, buffer)
+                self._download(manifest, data)
             packed = self._pack(manifest, raw)
-            if packed.nbytes > most:
+            if packed.nbytes > max_bytes:
                 raise StoreError("The adapter's manifest does not describe its weights.")
         except BaseException:
-            self.ram.give_up(digest)
+            self.ram.cancel(digest)
             raise
         self.ram.insert(digest, packed, extra=blob.bytes)
         self._observe(tier, start, digest, packed.nbytes)
         self._finished(digest)
         future.set_result(packed)
-        self.keeper.end(LoadedFile(digest, tenant, packed, blob, sheet), copy=self.copies and tier == "store")
+        file = LoadedFile(digest, tenant, packed, blob, buffer)
+        self.disk_writer.end(file, copy=self.copies_to_disk and tier == "store")
 
     def _finished(self, digest: str) -> None:
         with self._lock:
@@ -217,12 +220,12 @@ class Loader:
             raise StoreError("The adapter's manifest is not the one its index names.")
         return manifest
 
-    def _download(self, manifest: Manifest, buffer: memoryview) -> None:
-        """Wrong bytes are asked for once more: they may have been changed on their way."""
+    def _download(self, manifest: Manifest, data: memoryview) -> None:
+        """Fill `data` from the store. Corrupt bytes are read once more: the transfer may be at fault."""
         blob = manifest.weights
         for last in (False, True):
             try:
-                self.objects.read_sync(blob.key, buffer, blob.sha256)
+                self.objects.read_sync(blob.key, data, blob.sha256)
             except NotFound as error:  # the manifest is there, so this is damage and not an unknown model
                 raise StoreError("The adapter's weights are missing from the store.") from error
             except CorruptObject:
@@ -234,63 +237,64 @@ class Loader:
 
     def _pack(self, manifest: Manifest, raw: torch.Tensor) -> Packed:
         """`raw`: the file, uint8 [bytes]."""
-        recipe = self.recipes.read(manifest, raw)
-        packed = recipe.repeat(raw)
+        plan = self.parse_cache.read(manifest, raw)
+        packed = plan.replay(raw)
         if packed is None:
-            packed = self._pack_by_method(manifest.method, recipe, raw)
-            recipe.learn(packed, raw)
+            packed = self._pack_by_method(manifest.method, plan, raw)
+            plan.record(packed, raw)
             packed = replace(packed, copies=None)
-        if self.pinned:
+        if self.pin_memory:
             packed = replace(packed, flat=packed.flat.pin_memory())
-        return replace(packed, seal=checksum(packed.flat))
+        return replace(packed, checksum=checksum(packed.flat))
 
-    def _pack_by_method(self, method: str, recipe: PackPlan, raw: torch.Tensor) -> Packed:
-        tensors = view_tensors(raw, recipe.header)
-        self._check_base_copies(recipe.spec, tensors)
+    def _pack_by_method(self, method: str, plan: PackPlan, raw: torch.Tensor) -> Packed:
+        tensors = view_tensors(raw, plan.header)
+        self._check_base_copies(plan.spec, tensors)
         try:
-            return self.methods[method].pack(recipe.spec, self.base, tensors, self.weights, self.dtype)
-        except InvalidAdapter:  # every number of the file is in what is packed, and that is looked through
+            return self.methods[method].pack(plan.spec, self.base, tensors, self.weights, self.dtype)
+        except InvalidAdapter:  # `pack` checks that all packed numbers are finite; here, which tensor is not
             if name := find_non_finite(tensors):
                 raise InvalidAdapter(f"Tensor {name!r} holds NaN or Inf.", param=name) from None
             raise
 
     def _check_base_copies(self, spec: Spec, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Whole tables that PEFT saves along must be the base's own: serving changed ones is not offered.
+        """Raises InvalidAdapter for a changed copy of a base table, which PEFT saves along with an adapter.
 
         Either side may have been rounded: the copy when it was saved, the base when it was loaded.
         """
         for name, site in spec.base_copies.items():
-            copy, own = tensors[name], self.weights[site]
-            same = torch.equal(copy, own.to(copy.dtype)) or torch.equal(copy.to(own.dtype), own)
-            if not same and not (self.base.layout == "int8" and is_dequantised(own, copy)):
+            copy, weight = tensors[name], self.weights[site]
+            same = torch.equal(copy, weight.to(copy.dtype)) or torch.equal(copy.to(weight.dtype), weight)
+            if not same and not (self.base.layout == "int8" and is_dequantised(weight, copy)):
                 raise InvalidAdapter(
                     f"Tensor {name!r} replaces the base's {site!r}; only low-rank changes can be served.",
                     param=name,
                 )
 
     def _observe(self, tier: str, start: float, digest: str, nbytes: int) -> None:
-        taken = ("adapter_load_seconds", tier, time.perf_counter() - start)
-        self.observations.extend((taken, ("adapter_load_bytes", tier, nbytes)))
+        seconds = ("adapter_load_seconds", tier, time.perf_counter() - start)
+        self.observations.extend((seconds, ("adapter_load_bytes", tier, nbytes)))
         with self._lock:
             self.sources[digest] = tier
-            if len(self.sources) > SOURCES:
+            if len(self.sources) > MAX_SOURCES:
                 self.sources.popitem(last=False)
 
 
-def _small(manifest: Manifest) -> bool:
-    """Loading it takes less than a step does. DoRA's norms are made of the base's weights, each time."""
+def _is_small(manifest: Manifest) -> bool:
+    """Whether loading takes less than a step. DoRA's does not: it computes norms of the base's weights."""
     return manifest.weights.bytes <= MAX_URGENT_BYTES and not manifest.config.get("use_dora")
 
 
 def packing_bytes(manifest: Manifest, dtype: torch.dtype) -> int:
-    """At most what packing takes beside the file: every number twice, scaled and packed, and what is absent
-    from the file but has its place (a bias of zeros).
+    """The most memory that packing takes beside the file: every number twice, scaled and packed, and some for
+    parts that are absent from the file but not from the buffer (a bias of zeros).
     """
     numbers = sum(prod(shape) for _, shape in manifest.tensors.values())
     return 2 * numbers * max(dtype.itemsize, 4) + (64 << 10)
 
 
 def check_identity(manifest: Manifest) -> None:
+    """Raises StoreError for a manifest that does not match its own digest."""
     content = (manifest.method, manifest.base_digest, manifest.config, manifest.weights.sha256)
     if content_digest(*content) != manifest.digest:
         raise StoreError("The adapter's manifest does not match its own digest.")

@@ -1,5 +1,7 @@
-"""The threads that load. Most loads are made by patient ones, of low priority, so that the rows that run keep
-their cores. A load that a place in the batch stands empty for is worth a core at once, if it is a small one.
+"""The threads on which adapters are loaded, in two pools.
+
+Loads start in the background pool, whose threads have low priority, so that running rows keep their cores. A
+load that a free row of the batch waits for is made urgent: it runs at normal priority, if it is small.
 """
 
 import contextlib
@@ -11,67 +13,67 @@ from concurrent.futures import ThreadPoolExecutor
 
 from server.kernels.cpu.openmp import use_one_thread
 
-THREADS = 2  # of each kind
+THREADS = 2  # of each pool
 NICENESS = 14
-HAND_OVER_SECONDS = 0.0005  # Python's own 5 ms, at each of a step's launches, would be most of a step
+SWITCH_SECONDS = 0.0005  # Python's own 5 ms, at each of a step's launches, would be most of a step
 
-LoadTask = Callable[[bool], None]  # told whether it is carried out hastily
+LoadTask = Callable[[bool], None]  # its argument: whether it runs as an urgent one
 
 
 class LoadPools:
     """Used on any thread."""
 
     def __init__(self) -> None:
-        self._waiting: dict[str, LoadTask] = {}  # by digest; nobody has begun with it
-        self._hastened: set[str] = set()  # until that is done
-        self._large: set[str] = set()  # not to be hastened again
+        self._queued: dict[str, LoadTask] = {}  # by digest; not begun yet
+        self._urgent_digests: set[str] = set()  # until their urgent task has ended
+        self._large: set[str] = set()  # not to be made urgent again
         self._lock = threading.Lock()
-        self._patient = ThreadPoolExecutor(THREADS, "adapter-loader", initializer=_step_aside)
-        self._hasty = ThreadPoolExecutor(THREADS, "adapter-hurry", initializer=use_one_thread)
+        self._background = ThreadPoolExecutor(THREADS, "adapter-load", initializer=_lower_priority)
+        self._urgent = ThreadPoolExecutor(THREADS, "adapter-load-urgent", initializer=use_one_thread)
 
-    def submit(self, digest: str, errand: LoadTask) -> None:
-        """One at a time of a digest."""
+    def submit(self, digest: str, task: LoadTask) -> None:
+        """Queue a load in the background. At most one of a digest at a time."""
         with self._lock:
-            self._waiting[digest] = errand
-        self._patient.submit(self._carry_out, digest, False)
+            self._queued[digest] = task
+        self._background.submit(self._run, digest, False)
 
-    def hasten(self, digest: str) -> bool:
-        """Let whoever is free begin with it; False if it goes on at its own pace, or is unknown."""
+    def prioritise(self, digest: str) -> bool:
+        """Make a queued load urgent. False if it is running in the background, large, or unknown."""
         with self._lock:
-            if digest in self._hastened:
+            if digest in self._urgent_digests:
                 return True
-            if digest not in self._waiting or digest in self._large:
+            if digest not in self._queued or digest in self._large:
                 return False
-            self._hastened.add(digest)
-        self._hasty.submit(self._carry_out, digest, True)
+            self._urgent_digests.add(digest)
+        self._urgent.submit(self._run, digest, True)
         return True
 
-    def postpone(self, digest: str, errand: LoadTask) -> None:
-        """Back to its place in line: it turned out to be larger than what may be done hastily."""
+    def postpone(self, digest: str, task: LoadTask) -> None:
+        """Queue an urgent load in the background again: it turned out to be too large for an urgent one."""
         with self._lock:
             self._large.add(digest)
-        self.submit(digest, errand)
+        self.submit(digest, task)
 
     def close(self) -> None:
-        for pool in (self._patient, self._hasty):
+        for pool in (self._background, self._urgent):
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def _carry_out(self, digest: str, hastily: bool) -> None:
-        """Of those who were sent for it, the first to come."""
+    def _run(self, digest: str, urgent: bool) -> None:
+        """Both pools may have been given the digest: the first thread to come runs the task."""
         with self._lock:
-            errand = self._waiting.pop(digest, None)
-            if not hastily:
+            task = self._queued.pop(digest, None)
+            if not urgent:
                 self._large.discard(digest)
-        if errand:
-            errand(hastily)
-        if hastily:
+        if task:
+            task(urgent)
+        if urgent:
             with self._lock:
-                self._hastened.discard(digest)
+                self._urgent_digests.discard(digest)
 
 
-def _step_aside() -> None:
-    """This thread yields to the engine's: the interpreter soon, and the core if the system lets it."""
+def _lower_priority() -> None:
+    """This thread soon yields the interpreter to the engine's, and its core where the system allows it."""
     use_one_thread()
-    sys.setswitchinterval(HAND_OVER_SECONDS)
+    sys.setswitchinterval(SWITCH_SECONDS)
     with contextlib.suppress(OSError, AttributeError):
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)

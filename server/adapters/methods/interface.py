@@ -22,19 +22,19 @@ Tensors = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Packed:
-    """An adapter ready for a device: one flat host buffer, which all tiers count, and where pieces lie."""
+    """An adapter ready for a device: one flat host buffer, whose bytes all tiers count, and its layout."""
 
-    flat: torch.Tensor  # [n], the engine's dtype; pinned when the device is CUDA
-    layout: Any  # the method's own: offsets, ranks
-    virtual: int = 0  # virtual tokens before each row, at positions 0..virtual-1; their ids are -1, -2, ...
-    given: bool = False  # Bank.start gives their keys and values; else the model computes them
+    flat: torch.Tensor  # [n], the engine's dtype; page-locked when the device is CUDA
+    layout: Any  # the method's own: which pieces the buffer holds, and their shapes
+    virtual_tokens: int = 0  # before each row, at positions 0, 1, ...; their ids are -1, -2, ...
+    kv_precomputed: bool = False  # Bank.start gives their keys and values; else the model computes them
     summable: bool = False  # a weighted sum of several such adapters has a meaning
-    seal: int | None = None  # the loader's, over `flat` as it was packed
-    copies: Copies | None = None  # how `flat` came out of the tensors, if it was nothing but copies
+    checksum: int | None = None  # of `flat` as it was packed; set by the loader
+    copies: Copies | None = None  # from the file's tensors to `flat`, if packing was nothing but copies
 
     def intact(self) -> bool:
-        """Whether memory still holds what was packed. Waits for the device, if that is where `flat` lies."""
-        return self.seal is None or checksum(self.flat) == self.seal
+        """Whether `flat` still holds what was packed. Waits for the device, if that is where it lies."""
+        return self.checksum is None or checksum(self.flat) == self.checksum
 
     @property
     def nbytes(self) -> int:

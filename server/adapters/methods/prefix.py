@@ -59,4 +59,4 @@ class Prefix(PrefixReader):
     ) -> Packed:
         saved = tensors[TENSOR].view(spec.tokens, base.layers, 2, base.kv_heads, base.head_dim)
         both = saved.permute(2, 1, 0, 3, 4)  # [keys and values, layers, tokens, kv_heads, head_dim]
-        return Packed(flatten([both], dtype), both.shape, virtual=spec.tokens, given=True)
+        return Packed(flatten([both], dtype), both.shape, virtual_tokens=spec.tokens, kv_precomputed=True)

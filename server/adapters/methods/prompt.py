@@ -72,4 +72,4 @@ class Prompt(PromptReader):
         dtype: torch.dtype,
     ) -> Packed:
         shape = self.shapes(spec, base)[TENSOR]
-        return Packed(flatten([tensors[TENSOR]], dtype), shape, virtual=spec.tokens)
+        return Packed(flatten([tensors[TENSOR]], dtype), shape, virtual_tokens=spec.tokens)

@@ -34,7 +34,7 @@ class RowResources:
         try:
             for use in row.uses:
                 slot = self.cache.acquire(
-                    use.adapter, weight=row.command.weight, mine=tuple(slots), again=again
+                    use.adapter, weight=row.command.weight, row_slots=tuple(slots), again=again
                 )
                 missing |= slot is None
                 slots += [] if slot is None else [slot]
@@ -51,12 +51,12 @@ class RowResources:
             self.cache.release(slot)
 
     def loading(self, row: Row) -> bool:
-        return any(self.cache.loading(use.adapter) for use in row.uses)
+        return any(self.cache.is_loading(use.adapter) for use in row.uses)
 
     def prepend_virtual_tokens(self, row: Row, slots: tuple[int, ...]) -> PolypeftError | None:
         """Put the virtual tokens of the row's adapters before its prompt; the error if it cannot run then."""
         residents = [self.cache.by_slot[slot] for slot in slots]
-        row.prepend_virtual_tokens(sum(resident.virtual for resident in residents))
+        row.prepend_virtual_tokens(sum(resident.virtual_tokens for resident in residents))
         text, virtual = row.prompt_length - row.num_virtual_tokens, row.num_virtual_tokens
         if row.prompt_length >= self.max_context:
             return ContextTooLong(
@@ -129,4 +129,4 @@ class RowResources:
 
     def _has_precomputed_kv(self, slots: Sequence[int]) -> bool:
         """An adapter in these slots brings the K/V of its virtual tokens (prefix tuning)."""
-        return any(self.cache.by_slot[slot].given for slot in slots)
+        return any(self.cache.by_slot[slot].kv_precomputed for slot in slots)

@@ -240,7 +240,7 @@ class Scheduler:
         """
         row.steps_without_memory += 1
         overtaken, queue = row.steps_without_memory > MAX_OVERTAKEN_STEPS, self.queues.tenant_queue(row)
-        if slot and any(self.cache.waits_for_itself(use.adapter) for use in row.uses):
+        if slot and any(self.cache.waits_for_own_rows(use.adapter) for use in row.uses):
             # a row that was overtaken too long stops its tenant's other rows at once
             blocked[row.command.tenant] += MAX_ROWS_WITHOUT_MEMORY if overtaken else 1
             if blocked[row.command.tenant] >= MAX_ROWS_WITHOUT_MEMORY:

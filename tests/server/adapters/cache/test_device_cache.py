@@ -32,7 +32,7 @@ def test_a_load_is_waited_for_and_shared() -> None:
     cache, loader, bank = build()
     assert cache.acquire(ref("a")) is None
     assert cache.acquire(ref("a"), again=True) is None
-    assert cache.loading(ref("a"))
+    assert cache.is_loading(ref("a"))
     assert loader.fetched == ["a"]
     loader.arrive("a")
     first, second = cache.acquire(ref("a"), again=True), cache.acquire(ref("a"))
@@ -60,7 +60,7 @@ def test_a_slot_in_use_is_never_evicted() -> None:
     a = resident(cache, loader, "a")
     loader.arrive("b")
     assert cache.acquire(ref("b")) is None
-    assert not cache.loading(ref("b"))  # loaded, but there is no room
+    assert not cache.is_loading(ref("b"))  # loaded, but there is no room
     cache.release(a)
     assert cache.acquire(ref("b")) == a
 
@@ -112,23 +112,23 @@ def test_loads_nobody_comes_back_for_make_way() -> None:
         for digest in [d for d, pending in cache.pending.items() if not pending.future.done()]:
             loader.arrive(digest)
         for _step in range(4):
-            cache.tend()
+            cache.poll()
     assert len(loader.fetched) == 20
     assert sum(loader.claims.values()) == len(cache.pending) <= 2
 
 
-def test_as_many_loads_are_hastened_as_places_are_empty() -> None:
+def test_as_many_loads_are_prioritised_as_places_are_empty() -> None:
     cache, loader, _ = build(slots=4)
     for name in "abc":
         assert cache.acquire(ref(name)) is None
     loader.arrive("a")
-    cache.hasten(0)
-    assert loader.hastened == []
-    cache.hasten(1)
-    assert loader.hastened == ["b"]
+    cache.prioritise(0)
+    assert loader.prioritised == []
+    cache.prioritise(1)
+    assert loader.prioritised == ["b"]
     loader.large.add("b")
-    cache.hasten(1)
-    assert loader.hastened == ["b", "b", "c"], "one that is not leaves its place to the next"
+    cache.prioritise(1)
+    assert loader.prioritised == ["b", "b", "c"], "one that is not leaves its place to the next"
 
 
 def test_a_load_that_is_waited_for_keeps_its_place() -> None:
@@ -137,10 +137,10 @@ def test_a_load_that_is_waited_for_keeps_its_place() -> None:
     assert cache.acquire(ref("b")) is None
     loader.arrive("b")
     for _step in range(10):  # b's row asks each step, and so does c's
-        cache.tend()
+        cache.poll()
         assert cache.acquire(ref("b"), again=True) is None
         assert cache.acquire(ref("c")) is None
-        assert cache.loading(ref("c"))
+        assert cache.is_loading(ref("c"))
     assert "c" not in loader.fetched
     cache.release(held)
     assert cache.acquire(ref("b"), again=True) is not None
@@ -153,10 +153,10 @@ def test_a_claim_ends_with_its_lease() -> None:
     cache, loader, _ = build(slots=2, clock=clock)
     cache.prefetch(ref("a"))
     loader.arrive("a")
-    cache.tend()
+    cache.poll()
     assert loader.claims["a"] == 1
     clock.now = LEASE_SECONDS + 1
-    cache.tend()
+    cache.poll()
     assert (loader.claims["a"], len(cache.pending)) == (0, 0)
 
 
@@ -190,7 +190,7 @@ def test_a_spoiled_copy_in_ram_never_reaches_a_slot() -> None:
     loader.futures["a"].result().sound = False
     assert cache.acquire(ref("a"), again=True) is None
     assert (loader.corrupt, bank.held) == ([("a", "ram")], {})
-    assert cache.loading(ref("a"))
+    assert cache.is_loading(ref("a"))
     loader.arrive("a")
     assert cache.acquire(ref("a"), again=True) is not None
 
@@ -202,11 +202,11 @@ def test_a_copy_on_its_way_is_nobodys_to_use_or_evict() -> None:
     cache.acquire(ref("a"))
     loader.arrive("a")
     assert cache.acquire(ref("a"), again=True) is None
-    assert cache.loading(ref("a"))
+    assert cache.is_loading(ref("a"))
     assert (bank.held, cache.nbytes) == ({}, 10)  # not there, but its room is taken
     loader.arrive("b")
     assert cache.acquire(ref("b")) is None
-    cache.tend()
+    cache.poll()
     assert bank.held == {}
     here.add(id(loader.futures["a"].result()))
     slot = cache.acquire(ref("a"), again=True)
@@ -224,7 +224,7 @@ def test_a_row_that_left_leaves_its_copy_idle() -> None:
     loader.arrive("a")
     assert cache.acquire(ref("a"), again=True) is None
     here.append(True)
-    cache.tend()
+    cache.poll()
     assert len(bank.held) == 1
     assert cache.by_digest["a"].references == 0
 
@@ -232,12 +232,12 @@ def test_a_row_that_left_leaves_its_copy_idle() -> None:
 def test_pinned_adapters_come_by_themselves_and_stay() -> None:
     cache, loader, _ = build(slots=4)
     cache.pin([ref("a"), ref("b")])
-    assert cache.busy
+    assert cache.loading_pins
     for digest in "ab":
-        cache.tend()
+        cache.poll()
         loader.arrive(digest)
-        cache.tend()
-    assert cache.wanted == []
+        cache.poll()
+    assert cache.pins_to_load == []
     assert set(cache.by_digest) == {"a", "b"}
     for i in range(20):
         cache.release(resident(cache, loader, str(i)))
@@ -254,9 +254,9 @@ def test_pins_past_half_a_share_protect_nothing() -> None:
     cache, loader, _ = build(slots=4)
     cache.pin([ref(digest) for digest in "abcd"])
     for digest in "abcd":
-        cache.tend()
+        cache.poll()
         loader.arrive(digest)
-        cache.tend()
+        cache.poll()
     assert set(cache.by_digest) == set("abcd")
     cache.release(resident(cache, loader, "e"))
     assert "e" in cache.by_digest
@@ -265,10 +265,10 @@ def test_pins_past_half_a_share_protect_nothing() -> None:
 def test_a_pinned_adapter_that_cannot_be_loaded_is_left() -> None:
     cache, loader, _ = build()
     cache.pin([ref("a")])
-    cache.tend()
+    cache.poll()
     loader.futures["a"].set_exception(InvalidAdapter("bad"))
-    cache.tend()
-    assert not cache.busy
+    cache.poll()
+    assert not cache.loading_pins
     assert cache.failures == 1
 
 
@@ -296,7 +296,7 @@ def test_a_flood_of_used_slots_waits_for_itself() -> None:
     used = [resident(cache, loader, digest, tenant="A") for digest in "ab"]
     loader.arrive("c")
     assert cache.acquire(ref("c", "A")) is None
-    assert cache.waits_for_itself(ref("c", "A"))
+    assert cache.waits_for_own_rows(ref("c", "A"))
     loader.arrive("z")
     assert cache.acquire(ref("z", "B")) is not None  # of its own
     assert "c" not in cache.by_digest
@@ -318,7 +318,7 @@ def test_a_row_with_two_adapters_does_not_wait_for_itself_for_ever() -> None:
     cache.release(resident(cache, loader, "x", tenant="B"))
     first = resident(cache, loader, "a", tenant="A")
     loader.arrive("b")
-    assert cache.acquire(ref("b", "A"), mine=(first,)) is not None
+    assert cache.acquire(ref("b", "A"), row_slots=(first,)) is not None
 
 
 def test_a_flood_of_loads_does_not_stand_in_line_before_anothers() -> None:

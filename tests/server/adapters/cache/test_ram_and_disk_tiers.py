@@ -85,7 +85,7 @@ def test_a_load_that_fails_gives_its_room_back() -> None:
     tier.reserve("a", "t", 80)
     tier.drop("a")  # deleted: its memory is in use all the same
     assert tier.nbytes == 80
-    tier.give_up("a")
+    tier.cancel("a")
     assert tier.nbytes == 0
 
 
@@ -262,10 +262,10 @@ def test_copies_make_way_while_others_fill_the_disk_and_come_back(
     tier, free = DiskTier(tmp_path, 1000), 10_000
     monkeypatch.setattr(shutil, "disk_usage", lambda _folder: shutil._ntuple_diskusage(20_000, 0, free))
     assert all(write(tier, i) for i in range(4))
-    tier.give_way()
+    tier.free_disk_space()
     assert len(tier) == 4
     free = 200 - 50  # 200 are to be left free
-    tier.give_way()
+    tier.free_disk_space()
     assert [read(tier, i) is not None for i in range(4)] == [False, False, True, True]
     assert not write(tier, 5)
     free = 10_000

@@ -41,7 +41,7 @@ def folder(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def engine(model: Path, tmp_path: Path) -> Iterator[Engine]:
     settings = Settings(model=str(model), data_dir=tmp_path, kv_bytes=1 << 20, threads=1)
     engine = Engine(settings, model)
-    engine.loader.copies = True  # as if the store lay on another disk
+    engine.loader.copies_to_disk = True  # as if the store lay on another disk
     yield engine
     engine.close()
 
@@ -73,7 +73,7 @@ def failure(engine: Engine, ref: AdapterRef) -> PolypeftError:
 
 def test_what_lies_on_the_same_disk_is_not_copied(model: Path, folder: Path, tmp_path: Path) -> None:
     engine = Engine(Settings(model=str(model), data_dir=tmp_path, kv_bytes=1 << 20, threads=1), model)
-    assert not engine.loader.copies
+    assert not engine.loader.copies_to_disk
     ref = publish(engine.loader.objects, engine.base, folder)
     engine.loader.fetch(ref).result(LONG)
     until(lambda: len(engine.loader.ram) == 1 and engine.loader.ram.nbytes < 64 << 10)  # its load has ended

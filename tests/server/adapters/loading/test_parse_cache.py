@@ -1,4 +1,4 @@
-"""Adapters that were made alike are packed by what the first of them taught."""
+"""Adapters that were made alike are packed as the first of them was."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,7 +18,7 @@ from server.settings import Settings
 from tests.fixtures.engine import publish
 from tests.fixtures.models import make_lora
 
-pytestmark = pytest.mark.skipif(not AVAILABLE, reason="what is learnt is run by a kernel")
+pytestmark = pytest.mark.skipif(not AVAILABLE, reason="what is recorded is run by a kernel")
 
 LONG = 60
 
@@ -37,16 +37,16 @@ def engine(model: Path, tmp_path: Path) -> Iterator[Engine]:
 
 
 @pytest.fixture
-def repeated(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Of each load, whether its recipe told how to pack it."""
-    found, original = [], PackPlan.repeat
+def replayed(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Of each load, whether its plan had a template."""
+    found, original = [], PackPlan.replay
 
-    def repeat(recipe: PackPlan, raw: torch.Tensor) -> object:
-        packed = original(recipe, raw)
+    def replay(plan: PackPlan, raw: torch.Tensor) -> object:
+        packed = original(plan, raw)
         found.append(packed is not None)
         return packed
 
-    monkeypatch.setattr(PackPlan, "repeat", repeat)
+    monkeypatch.setattr(PackPlan, "replay", replay)
     return found
 
 
@@ -59,44 +59,44 @@ def load(engine: Engine, folder: Path) -> AdapterRef:
 
 
 def test_the_second_is_what_its_method_would_make_of_it(
-    engine: Engine, model: Path, tmp_path: Path, repeated: list[bool], monkeypatch: pytest.MonkeyPatch
+    engine: Engine, model: Path, tmp_path: Path, replayed: list[bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    learnt, learn = [], PackPlan.learn
+    recorded, record = [], PackPlan.record
 
-    def noting(recipe: PackPlan, packed: Packed, raw: torch.Tensor) -> None:
-        learn(recipe, packed, raw)
-        learnt.append(recipe)
+    def noting(plan: PackPlan, packed: Packed, raw: torch.Tensor) -> None:
+        record(plan, packed, raw)
+        recorded.append(plan)
 
-    monkeypatch.setattr(PackPlan, "learn", noting)
+    monkeypatch.setattr(PackPlan, "record", noting)
     refs = [load(engine, lora(model, tmp_path / str(seed), seed, lora_alpha=3)) for seed in range(2)]
     first, second = (engine.loader.fetch(ref).result(LONG) for ref in refs)
-    assert repeated == [False, True]
+    assert replayed == [False, True]
     assert not torch.equal(first.flat, second.flat)
     assert second.layout is first.layout
     assert second.copies is None
-    (recipe,) = {id(r): r for r in learnt}.values()
-    assert recipe.known
-    assert recipe.known[0].flat.untyped_storage().nbytes() == 0  # it keeps nobody's numbers
+    (plan,) = {id(r): r for r in recorded}.values()
+    assert plan.template
+    assert plan.template[0].flat.untyped_storage().nbytes() == 0  # it keeps nobody's numbers
 
     loader = engine.loader
-    loader.recipes = ParseCache(loader.methods, engine.base, loader.recipes.limits)
+    loader.parse_cache = ParseCache(loader.methods, engine.base, loader.parse_cache.limits)
     loader.ram.drop(refs[1].digest)
     by_method = loader.fetch(refs[1]).result(LONG)
-    assert not repeated[-1]
+    assert not replayed[-1]
     assert torch.equal(by_method.flat, second.flat)
-    assert by_method.seal == second.seal
+    assert by_method.checksum == second.checksum
 
 
 def test_what_is_computed_is_not_learnt(
-    engine: Engine, model: Path, tmp_path: Path, repeated: list[bool]
+    engine: Engine, model: Path, tmp_path: Path, replayed: list[bool]
 ) -> None:
     for seed in range(2):
         engine.loader.fetch(load(engine, lora(model, tmp_path / str(seed), seed, use_dora=True))).result(LONG)
-    assert repeated == [False, False]
+    assert replayed == [False, False]
 
 
 def test_one_that_is_not_finite_is_refused_by_name_all_the_same(
-    engine: Engine, model: Path, tmp_path: Path, repeated: list[bool]
+    engine: Engine, model: Path, tmp_path: Path, replayed: list[bool]
 ) -> None:
     good, bad = lora(model, tmp_path / "good", 0), lora(model, tmp_path / "bad", 1)
     tensors = load_file(bad / "adapter_model.safetensors")
@@ -108,4 +108,4 @@ def test_one_that_is_not_finite_is_refused_by_name_all_the_same(
     error = engine.loader.fetch(bad_ref).exception(LONG)
     assert isinstance(error, InvalidAdapter)
     assert name in error.message
-    assert repeated == [False, False]
+    assert replayed == [False, False]

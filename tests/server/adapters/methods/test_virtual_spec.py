@@ -57,7 +57,7 @@ def test_what_peft_saves_is_read(saved: dict[str, Path], base: Base, kind: str) 
     assert TYPES[files.config["peft_type"]][0] == method.name
     assert set(build_methods(8)) >= {method.name}
     packed = method.pack(spec, base, {TENSOR: torch.randn(TOKENS, WIDTH[kind])}, {}, torch.float32)
-    assert (packed.virtual, packed.given) == (TOKENS, kind == "prefix")
+    assert (packed.virtual_tokens, packed.kv_precomputed) == (TOKENS, kind == "prefix")
     assert packed.nbytes == 4 * TOKENS * WIDTH[kind]
     assert not packed.summable
 

@@ -197,7 +197,7 @@ def test_tenants_share_by_weight_whatever_their_queue(weight: float, share: floa
 @pytest.mark.parametrize("given", [False, True])
 def test_virtual_tokens_come_first_are_shared_and_cost_context(given: bool) -> None:
     world = World()
-    world.loader.arrive("a", virtual=20, given=given)
+    world.loader.arrive("a", virtual_tokens=20, kv_precomputed=given)
     first = world.add(length=13, adapter="a")
     world.step()
     assert first.tokens[:20] == list(range(-1, -21, -1))
@@ -212,7 +212,7 @@ def test_virtual_tokens_come_first_are_shared_and_cost_context(given: bool) -> N
 
 def test_virtual_tokens_may_leave_no_room() -> None:
     world = World()
-    world.loader.arrive("a", virtual=20)
+    world.loader.arrive("a", virtual_tokens=20)
     row = world.add(length=492, adapter="a")
     world.step()
     assert [r for r, _ in world.scheduler.ended_unscheduled] == [row]

@@ -19,7 +19,7 @@ def test_four_slots_thirty_two_adapters_and_clients_that_hang_up(stand: Callable
         max_batch_tokens=512,
     )
     engine = s.engine
-    engine.loader.copies = True  # as if the store lay on another disk
+    engine.loader.copies_to_disk = True  # as if the store lay on another disk
     engine.loader.ram.index.policy.max_bytes = 1 << 20  # a few of them: the others come back from disk
     rng = random.Random(0)
     # A third for the base and a third for two adapters, so that many rows run at once; the rest for all.
