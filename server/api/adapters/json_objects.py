@@ -1,4 +1,4 @@
-"""Adapters, versions, aliases and their history as JSON objects."""
+"""JSON objects of adapters, their versions, aliases and audit log."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -25,7 +25,7 @@ def version_object(version: Version) -> dict[str, Any]:
 
 
 def uploaded_object(version: Version, dropped: Iterable[str] = ()) -> dict[str, Any]:
-    """The answer to an upload; `dropped`: the files that came with it and are not used."""
+    """The answer to an upload. `dropped`: names of uploaded files that are not used."""
     return version_object(version) | {"object": "adapter", "name": version.name, "ignored": ignored(dropped)}
 
 
@@ -41,7 +41,7 @@ def adapter_object(adapter: Adapter) -> dict[str, Any]:
 
 
 def alias_object(name: str, alias: str, found: Alias) -> dict[str, Any]:
-    """`version` where it points at one, else `weights`."""
+    """Has `version` if it points at one version, else `weights`."""
     one = isinstance(found.points, int)
     return {
         "object": "adapter.alias",
@@ -66,7 +66,7 @@ def deleted_object(deleted: Deleted, retention_seconds: float) -> dict[str, Any]
 
 
 def change_object(entry: AuditEntry) -> dict[str, Any]:
-    """`before` and `after` have the aliases that it moved; null: there was none, is none."""
+    """`before` and `after` hold the aliases that the change moved; null where an alias did not exist."""
     return {
         "object": "adapter.change",
         "id": entry.id,
