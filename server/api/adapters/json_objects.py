@@ -10,6 +10,7 @@ from server.adapters.formats.ignored_files import ignored
 
 
 def version_object(version: Version) -> dict[str, Any]:
+    """`adapter.version`: one version, as the index knows it."""
     return {
         "object": "adapter.version",
         "id": f"{version.name}@{version.version}",
@@ -30,6 +31,7 @@ def uploaded_object(version: Version, dropped: Iterable[str] = ()) -> dict[str, 
 
 
 def adapter_object(adapter: Adapter) -> dict[str, Any]:
+    """`adapter`: the latest version's fields, the aliases and all versions."""
     return version_object(adapter.latest) | {
         "object": "adapter",
         "id": adapter.name,
@@ -40,20 +42,21 @@ def adapter_object(adapter: Adapter) -> dict[str, Any]:
     }
 
 
-def alias_object(name: str, alias: str, found: Alias) -> dict[str, Any]:
+def alias_object(name: str, alias: str, target: Alias) -> dict[str, Any]:
     """Has `version` if it points at one version, else `weights`."""
-    one = isinstance(found.points, int)
+    single = isinstance(target.points, int)
     return {
         "object": "adapter.alias",
         "id": f"{name}@{alias}",
         "adapter": name,
         "alias": alias,
-        "version": found.points if one else None,
-        "weights": None if one else _points(found.points),
+        "version": target.points if single else None,
+        "weights": None if single else _points(target.points),
     }
 
 
 def deleted_object(deleted: Deleted, retention_seconds: float) -> dict[str, Any]:
+    """`adapter.deleted`: the versions of a name that can be restored, and until when."""
     versions = [
         version_object(gone.version)
         | {

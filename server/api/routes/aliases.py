@@ -27,6 +27,8 @@ Weights = Annotated[dict[str, float], BeforeValidator(at_most_entries(MAX_WEIGHT
 
 
 class AliasBody(Body):
+    """An alias and its target: a version, or several with weights."""
+
     alias: str
     version: Annotated[int, Field(ge=1, le=99_999_999)] | None = None
     weights: Weights | None = None
@@ -70,8 +72,8 @@ async def set_alias(
 
 @router.get("/{name}/aliases/{alias}")
 async def get_alias(deps: Deps, tenant: CurrentTenant, name: str, alias: str) -> Response:
-    found = await deps.registry.aliases.get(tenant.id, name, alias)
-    return json_response(alias_object(name, alias, found), headers=etag_header(found.etag))
+    target = await deps.registry.aliases.get(tenant.id, name, alias)
+    return json_response(alias_object(name, alias, target), headers=etag_header(target.etag))
 
 
 @router.delete("/{name}/aliases/{alias}")
@@ -89,14 +91,14 @@ async def roll_back(
 ) -> Response:
     """Point the alias at its previous target; each call goes back one change further."""
     await deps.registry.aliases.rollback(tenant.id, name, alias, actor=actor, condition=condition)
-    found = await deps.registry.aliases.get(tenant.id, name, alias)
-    await _prefetch(deps, tenant.id, name, found)
-    return json_response(alias_object(name, alias, found), headers=etag_header(found.etag))
+    target = await deps.registry.aliases.get(tenant.id, name, alias)
+    await _prefetch(deps, tenant.id, name, target)
+    return json_response(alias_object(name, alias, target), headers=etag_header(target.etag))
 
 
-async def _prefetch(deps: Services, tenant_id: str, name: str, found: Alias | None) -> None:
+async def _prefetch(deps: Services, tenant_id: str, name: str, target: Alias | None) -> None:
     """Load the alias's versions, which requests will need next."""
-    points = found.points if found else {}
+    points = target.points if target else {}
     for number in [points] if isinstance(points, int) else points:
         version = await deps.registry.resolve(tenant_id, name, str(number))
         deps.engine.prefetch(adapter_ref(version))

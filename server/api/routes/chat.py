@@ -29,6 +29,7 @@ async def create_chat_completion(
     tenant: CurrentTenant,
     body: Annotated[ChatBody, Depends(json_body(ChatBody))],
 ) -> Response:
+    """One object with all choices, or a stream of chunks."""
     target = await resolve(deps, tenant, body.model, body.adapters, sticky_key(request, body.user))
     options = RouteOptions(
         prefix="chatcmpl",
@@ -53,6 +54,7 @@ class _Chat:
         self._body = body
 
     async def full_object(self) -> dict[str, Any]:
+        """The answer without streaming, once every choice has finished."""
         answers = [self._empty(choice.index) for choice in self._generation.choices]
         async with aclosing(self._generation.pieces()) as pieces:
             async for piece in pieces:
@@ -64,6 +66,7 @@ class _Chat:
         return self._object("chat.completion", answers) | {"usage": usage}
 
     async def events(self) -> AsyncGenerator[dict[str, Any], None]:
+        """The answer's chunks, with the usage in the last if the body asks for it."""
         stream_options = self._body.stream_options
         with_usage = stream_options is not None and stream_options.include_usage
         extra: dict[str, Any] = {"usage": None} if with_usage else {}

@@ -30,6 +30,7 @@ async def create_completion(
     tenant: CurrentTenant,
     body: Annotated[CompletionBody, Depends(json_body(CompletionBody))],
 ) -> Response:
+    """One object with all choices, or a stream of them."""
     target = await resolve(deps, tenant, body.model, body.adapters, sticky_key(request, body.user))
     prompts = await completion_prompts(deps, tenant, body.prompt)
     options = RouteOptions("cmpl", prompts, body.max_tokens, DEFAULT_MAX_TOKENS, body.logprobs)
@@ -51,6 +52,7 @@ class _Completion:
             self._echoes = [self._echo(i // generation.n) for i in range(len(generation.choices))]
 
     async def full_object(self) -> dict[str, Any]:
+        """The answer without streaming, once every choice has finished."""
         choices = [self._choice(i, echo) for i, echo in enumerate(self._echoes)]
         async with aclosing(self._generation.pieces()) as pieces:
             async for piece in pieces:
@@ -61,6 +63,7 @@ class _Completion:
         return self._object(choices) | {"usage": usage_object(self._generation.usage)}
 
     async def events(self) -> AsyncGenerator[dict[str, Any], None]:
+        """The answer's chunks, with the usage in the last if the body asks for it."""
         stream_options = self._body.stream_options
         with_usage = stream_options is not None and stream_options.include_usage
         extra: dict[str, Any] = {"usage": None} if with_usage else {}

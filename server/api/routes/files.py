@@ -97,6 +97,7 @@ def check_purpose(purpose: str) -> Purpose:
 
 
 def file_object(file: File) -> dict[str, Any]:
+    """OpenAI's `file`, with its SHA-256."""
     return {
         "id": file.id,
         "object": "file",

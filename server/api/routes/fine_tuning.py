@@ -41,6 +41,8 @@ FileId = Annotated[str, Field(min_length=1, max_length=64)]
 
 
 class JobBody(Body):
+    """A new job. server/finetune/recipe.py parses `method`, `hyperparameters` and `peft`."""
+
     refused: ClassVar[dict[str, str]] = {"integrations": "this server sends nothing to other services"}
 
     model: Annotated[str, Field(min_length=1, max_length=512)]

@@ -16,7 +16,7 @@ from server.tenancy.keys import same_secret
 router = APIRouter()
 
 STORE_SECONDS = 1.0
-HUNG_REQUEST_TIMES = 2.0  # times request_seconds
+HUNG_AFTER_TIMEOUTS = 2.0  # in units of request_seconds
 
 
 @router.get("/healthz")
@@ -24,10 +24,10 @@ async def healthz(deps: Deps) -> Response:
     """200 while this process answers, whatever the state of the others: restarting all would not help.
 
     503 when the engine has been silent for so long that `serve` must have failed to restart it:
-    HUNG_REQUEST_TIMES the longest time of a request, when no row can be waiting for it.
+    HUNG_AFTER_TIMEOUTS times the longest time of a request, so that no row can be waiting for it.
     """
     silence = deps.engine.silence
-    if silence > HUNG_REQUEST_TIMES * deps.settings.request_seconds:
+    if silence > HUNG_AFTER_TIMEOUTS * deps.settings.request_seconds:
         return json_response({"status": "hangs", "engine": {"silent_seconds": round(silence, 1)}}, 503)
     return json_response({"status": "ok"})
 

@@ -54,6 +54,7 @@ FROM_SETTINGS = (
 
 @router.get("/v1/limits")
 async def get_limits(deps: Deps) -> Response:
+    """The caps of Settings, those that follow from the base, and constants."""
     return json_response(
         {"object": "limits", "model": deps.base.id, "max_context_tokens": deps.max_context}
         | {name: getattr(deps.settings, name) for name in FROM_SETTINGS}

@@ -85,6 +85,7 @@ async def cancel_upload(deps: Deps, tenant: CurrentTenant, upload_id: str) -> Re
 
 
 def upload_object(upload: Upload, file: File | None = None) -> dict[str, Any]:
+    """OpenAI's `upload`, with the `file` that it has become."""
     return {
         "id": upload.id,
         "object": "upload",

@@ -56,8 +56,8 @@ def list_(
     columns = ["name", "version", "method", "rank", "bytes"]
     with connection(url, key, data_dir) as client:
         if not deleted:
-            found = pages(client, "/v1/adapters")
-            print_table(columns, [[adapter[column] for column in columns] for adapter in found])
+            current = pages(client, "/v1/adapters")
+            print_table(columns, [[adapter[column] for column in columns] for adapter in current])
             return
         names = pages(client, "/v1/adapters", deleted="true")
         gone = [{"name": name["name"]} | version for name in names for version in name["versions"]]
@@ -69,8 +69,8 @@ def list_(
 def show(name: Name, url: Url = DEFAULT_URL, key: Key = None, data_dir: DataDir = None) -> None:
     """One adapter with all its versions, as JSON."""
     with connection(url, key, data_dir) as client:
-        found = answer(client.get(f"/v1/adapters/{name}"))
-    Console().print_json(data=found)
+        adapter = answer(client.get(f"/v1/adapters/{name}"))
+    Console().print_json(data=adapter)
 
 
 @adapters.command()
@@ -100,8 +100,8 @@ def restore(
     """Bring back what is deleted of an adapter."""
     params = {} if version is None else {"version": version}
     with connection(url, key, data_dir) as client:
-        found = answer(client.post(f"/v1/adapters/{name}/restore", params=params))
-    typer.echo(f"{name} has {len(found['versions'])} versions.")
+        adapter = answer(client.post(f"/v1/adapters/{name}/restore", params=params))
+    typer.echo(f"{name} has {len(adapter['versions'])} versions.")
 
 
 @adapters.command()
@@ -143,8 +143,10 @@ def rollback(
 def history(name: Name, url: Url = DEFAULT_URL, key: Key = None, data_dir: DataDir = None) -> None:
     """Who changed what of an adapter, newest first."""
     with connection(url, key, data_dir) as client:
-        found = answer(client.get(f"/v1/adapters/{name}/history"))["data"]
-    rows = [[_when(change["created"]), change["actor"], change["action"], _moves(change)] for change in found]
+        changes = answer(client.get(f"/v1/adapters/{name}/history"))["data"]
+    rows = [
+        [_when(change["created"]), change["actor"], change["action"], _moves(change)] for change in changes
+    ]
     print_table(["when", "who", "what", "of"], rows)
 
 
@@ -173,8 +175,8 @@ def _alias_target(text: str) -> dict[str, Any]:
         raise InvalidField(f"{text!r} is neither a version nor versions with weights: 3=0.9,4=0.1.") from None
 
 
-def _show_alias(found: dict[str, Any]) -> None:
-    typer.echo(f"{found['id']} -> {_target_text(found['weights'] or found['version'])}")
+def _show_alias(alias: dict[str, Any]) -> None:
+    typer.echo(f"{alias['id']} -> {_target_text(alias['weights'] or alias['version'])}")
 
 
 def _moves(change: dict[str, Any]) -> str:

@@ -41,13 +41,13 @@ def gc(
         connection(url, key, data_dir) as client,
         Console(stderr=True).status("Comparing blobs with manifests"),
     ):
-        found = answer(client.post("/admin/gc", json={"dry_run": dry_run}))
-    for name in found["keys"]:
+        garbage = answer(client.post("/admin/gc", json={"dry_run": dry_run}))
+    for name in garbage["keys"]:
         typer.echo(name)
     verb = "would be removed" if dry_run else "are removed"
-    typer.echo(f"{found['blobs']} blobs ({found['bytes']} bytes) and {found['drafts']} drafts {verb}.")
-    if found["skipped_tenants"]:
-        skipped = ", ".join(found["skipped_tenants"])
+    typer.echo(f"{garbage['blobs']} blobs ({garbage['bytes']} bytes) and {garbage['drafts']} drafts {verb}.")
+    if garbage["skipped_tenants"]:
+        skipped = ", ".join(garbage["skipped_tenants"])
         raise PolypeftError(f"Nothing was collected of {skipped}: a manifest cannot be read.")
 
 
