@@ -75,6 +75,7 @@ def serve(app: FastAPI, settings: Settings, fd: int | None) -> None:
 
 
 def server_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
+    """uvicorn's configuration, with our Connection as its HTTP protocol."""
     return uvicorn.Config(
         app,
         host=settings.host,

@@ -1,4 +1,4 @@
-"""A file of training data, on its way to the server."""
+"""Uploads training data to the server, and downloads result files."""
 
 import hashlib
 from pathlib import Path
@@ -14,13 +14,15 @@ from server.errors import InvalidField, PolypeftError
 PATH = "/v1/files"
 
 
-class Sent(NamedTuple):
+class DataFile(NamedTuple):
+    """A file on the server."""
+
     id: str
-    new: bool  # the server did not have it before
+    new: bool  # uploaded now; the server did not have it before
 
 
 def check_data(path: Path, max_bytes: int) -> None:
-    """Raises InvalidField for what cannot be sent, before anything is."""
+    """Raise InvalidField for a file that cannot be uploaded."""
     try:
         size = path.stat().st_size
         if not path.is_file():
@@ -36,32 +38,35 @@ def check_data(path: Path, max_bytes: int) -> None:
         )
 
 
-def send(client: httpx.Client, path: Path, console: Console) -> Sent:
-    """Upload it, unless the tenant has a file of these very bytes there already."""
+def upload(client: httpx.Client, path: Path, console: Console) -> DataFile:
+    """Upload the file, unless the tenant has one with the same bytes on the server."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     for known in pages(client, PATH):
         if known["sha256"] == digest and known["purpose"] == "fine-tune":
-            return Sent(known["id"], new=False)
+            return DataFile(known["id"], new=False)
     columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn()
     with (
         Progress(*columns, console=console, disable=not console.is_interactive) as bars,
         bars.open(path, "rb", description="uploading") as file,
     ):
-        sent: dict[str, Any] = answer(
+        uploaded: dict[str, Any] = answer(
             client.post(PATH, data={"purpose": "fine-tune"}, files={"file": (path.name, file)})
         )
-    return Sent(sent["id"], new=True)
+    return DataFile(uploaded["id"], new=True)
 
 
-def unsend(client: httpx.Client, sent: Sent) -> None:
-    """A file that no job came of shall not lie there for ever; it is no error if it does."""
-    if sent.new:
-        client.delete(f"{PATH}/{sent.id}")
+def delete_if_new(client: httpx.Client, file: DataFile) -> None:
+    """Delete a file that no job uses, if this command has uploaded it. A refusal is ignored."""
+    if file.new:
+        client.delete(f"{PATH}/{file.id}")
 
 
-def fetch(client: httpx.Client, id_: str, folder: Path) -> Path:
-    """Write one of the tenant's files into `folder`, under its own name; the path."""
+def download(client: httpx.Client, id_: str, folder: Path) -> Path:
+    """Write a file of the server into `folder`, under its own name; returns the path.
+
+    Raises PolypeftError if it cannot be written.
+    """
     name = Path(answer(client.get(f"{PATH}/{id_}"))["filename"]).name
     with client.stream("GET", f"{PATH}/{id_}/content") as response:
         if not response.is_success:

@@ -1,4 +1,4 @@
-"""How a command reaches a running server: where it is, whose key it sends, and its refusals as our errors."""
+"""HTTP client of the commands: the server's URL, the key to send, and its error answers as our exceptions."""
 
 import json
 import shlex
@@ -34,25 +34,25 @@ DataDir = Annotated[
 ]
 
 DEFAULT_URL = "http://127.0.0.1:8000"
-_TIMEOUT = httpx.Timeout(600.0, connect=5.0)  # an upload is checked on the device, a model thinks
+_TIMEOUT = httpx.Timeout(600.0, connect=5.0)  # checks of uploads and long answers take minutes
 
 
 @contextmanager
 def connection(url: str, key: str | None, data_dir: Path | None) -> Iterator[httpx.Client]:
-    """A client that sends the key. Raises Unavailable when the server cannot be reached."""
-    headers = {"Authorization": f"Bearer {key or _operators_key(data_dir)}"}
+    """A client that sends the key. Raises Unavailable when the server cannot be reached, InvalidField."""
+    headers = {"Authorization": f"Bearer {key or _operator_key(data_dir)}"}
     try:
         with httpx.Client(base_url=url, headers=headers, timeout=_TIMEOUT) as client:
             yield client
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         reason = str(error).rstrip(".") or type(error).__name__
         raise Unavailable(f"The server at {url} cannot be reached: {reason}.") from error
-    except UnicodeEncodeError as error:  # bytes on the command line that are no UTF-8
+    except UnicodeEncodeError as error:  # bytes on the command line that are not UTF-8
         raise InvalidField(f"{shown(error.object[error.start : error.end])} cannot be sent.") from None
 
 
 def answer(response: httpx.Response) -> Any:
-    """The JSON of a good answer. A refusal is raised as the error it is, with the server's own sentence."""
+    """The JSON of a successful answer. Raises the error of any other, with the server's own sentence."""
     if response.is_success:
         try:
             return response.json()
@@ -62,22 +62,22 @@ def answer(response: httpx.Response) -> Any:
 
 
 def base_id(client: httpx.Client) -> str:
-    """What the server calls its base model."""
+    """The id of the server's base model."""
     models = answer(client.get("/v1/models"))["data"]
     return str(next(model["id"] for model in models if not model.get("parent")))
 
 
-def refusal(body: bytes | str, otherwise: str) -> PolypeftError:
-    """The error in OpenAI's error object; `otherwise` is the sentence for a body that holds none."""
+def refusal(body: bytes | str, default_sentence: str) -> PolypeftError:
+    """The error in an OpenAI error object; for any other body Unavailable with `default_sentence`."""
     try:
         error = json.loads(body)["error"]
         return error_from_code(str(error["code"]), str(error["message"]))
-    except (ValueError, KeyError, TypeError):  # not from our server: a proxy's page, perhaps
-        return Unavailable(otherwise)
+    except (ValueError, KeyError, TypeError):  # not from a Polypeft server: a proxy's page, perhaps
+        return Unavailable(default_sentence)
 
 
 def pages(client: httpx.Client, path: str, **params: str) -> Iterator[dict[str, Any]]:
-    """Everything that a list holds, page by page."""
+    """All objects of a list, fetched page by page."""
     while True:
         page = answer(client.get(path, params=params))
         yield from page["data"]
@@ -87,12 +87,12 @@ def pages(client: httpx.Client, path: str, **params: str) -> Iterator[dict[str, 
 
 
 def options_to_reach(url: str, data_dir: Path | None = None) -> str:
-    """What another command must be told, where it is not the default."""
+    """The options by which another command reaches this server, where they are not the defaults."""
     options = f" --url {shlex.quote(url)}" if url != DEFAULT_URL else ""
     return options + (f" --data-dir {shlex.quote(str(data_dir))}" if data_dir else "")
 
 
-def _operators_key(data_dir: Path | None) -> str:
+def _operator_key(data_dir: Path | None) -> str:
     path = data_dir / "admin.key" if data_dir else Settings().operator_key_path
     try:
         return path.read_text(encoding="ascii").strip()

@@ -1,4 +1,4 @@
-"""A job as it goes on, shown until it is over: a bar at a terminal, lines in a pipe; both on stderr."""
+"""Shows a running job until it ends: a progress bar at a terminal, lines in a pipe; both on stderr."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -11,59 +11,62 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from server.cli.http_client import answer
-from server.cli.retry import AWAY, PATIENCE_SECONDS, RETRY_SECONDS, retry_while_away
+from server.cli.retry import RETRY_FOR_SECONDS, RETRY_INTERVAL_SECONDS, SERVER_AWAY, retry_while_away
 from server.cli.sse import read_events
 from server.logs import visible
 
-SILENCE = httpx.Timeout(60.0, connect=5.0)  # the server says something every 15 seconds
-LINE_SECONDS = 10  # between two lines on steps
+STREAM_TIMEOUT = httpx.Timeout(60.0, connect=5.0)  # the server sends a keep-alive every 15 seconds
+STEP_LINE_SECONDS = 10  # between two lines about steps
 STYLES = {"warn": "yellow", "error": "red"}
 
 
 def follow(client: httpx.Client, job: str) -> dict[str, Any]:
-    """The job, once it is over. Survives restarts of the server; raises Unavailable if it stays away."""
+    """Show the job until it ends; returns it. Survives restarts of the server.
+
+    Raises Unavailable or httpx.TransportError if the server stays away.
+    """
     console = Console(stderr=True, highlight=False)
     view = Bar(console) if console.is_interactive else Lines(console)
     with view.shown():
         for event in _events(client, job, view.away):
             view.event(event)
         path = f"/v1/fine_tuning/jobs/{job}"
-        found: dict[str, Any] = retry_while_away(lambda: answer(client.get(path)), view.away)
-    return found
+        ended: dict[str, Any] = retry_while_away(lambda: answer(client.get(path)), view.away)
+    return ended
 
 
-def _events(client: httpx.Client, job: str, away: Callable[[Exception], None]) -> Iterator[dict[str, Any]]:
-    """All there were and all to come, each once, over as many streams as it takes."""
-    last, alive = "", time.monotonic()
+def _events(client: httpx.Client, job: str, on_away: Callable[[Exception], None]) -> Iterator[dict[str, Any]]:
+    """All events of the job, past and future, each once, over as many streams as it takes."""
+    last_id, last_stream_at = "", time.monotonic()
     path = f"/v1/fine_tuning/jobs/{job}/events"
     while True:
-        headers = {"Last-Event-ID": last} if last else {}
+        headers = {"Last-Event-ID": last_id} if last_id else {}
         opened = False
         try:
             with client.stream(
-                "GET", path, params={"stream": "true"}, headers=headers, timeout=SILENCE
+                "GET", path, params={"stream": "true"}, headers=headers, timeout=STREAM_TIMEOUT
             ) as response:
                 opened = response.is_success
                 for event in read_events(response):
-                    last = event.id
+                    last_id = event.id
                     yield event.data
             return
-        except AWAY as error:
-            if opened:  # a stream that ends before its job is no news
-                alive = time.monotonic()
-            elif time.monotonic() - alive > PATIENCE_SECONDS:
+        except SERVER_AWAY as error:
+            if opened:  # streams may end before their job: reconnect
+                last_stream_at = time.monotonic()
+            elif time.monotonic() - last_stream_at > RETRY_FOR_SECONDS:
                 raise
             else:
-                away(error)
-        time.sleep(RETRY_SECONDS)
+                on_away(error)
+        time.sleep(RETRY_INTERVAL_SECONDS)
 
 
 class Lines:
-    """For a pipe: what happens, and how training stands every few seconds."""
+    """For a pipe: a line for each event, those of training steps at most every STEP_LINE_SECONDS."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._said_at = 0
+        self._last_step_line_at = 0
         self._away = False
 
     def shown(self) -> AbstractContextManager[object]:
@@ -73,33 +76,36 @@ class Lines:
         self._away = False
         data = event["data"] or {}
         if "train_loss" in data:
-            due = event["created_at"] - self._said_at >= LINE_SECONDS or data["step"] == data["total_steps"]
+            due = (
+                event["created_at"] - self._last_step_line_at >= STEP_LINE_SECONDS
+                or data["step"] == data["total_steps"]
+            )
             if not due:
                 return
-            self._said_at = event["created_at"]
-        self._say(event["message"])
+            self._last_step_line_at = event["created_at"]
+        self._print(event["message"])
 
     def away(self, error: Exception) -> None:
         if not self._away:
-            self._say(_gone(error))
+            self._print(_away_sentence(error))
         self._away = True
 
-    def _say(self, text: str) -> None:
+    def _print(self, text: str) -> None:
         self._console.print(visible(text), markup=False, soft_wrap=True)
 
 
 class Bar:
-    """For a terminal: one line that moves, and above it what happened."""
+    """For a terminal: a progress bar, with the other events above it."""
 
     def __init__(self, console: Console) -> None:
         columns = (
             TextColumn("{task.description}"),
-            BarColumn(bar_width=10),  # it all fits 80 columns
-            TextColumn("{task.fields[figures]}"),
+            BarColumn(bar_width=10),  # so that the line fits 80 columns
+            TextColumn("{task.fields[metrics]}"),
         )
         self._progress = Progress(*columns, console=console)
-        self._task: TaskID = self._progress.add_task("waiting", total=None, figures="")
-        self._figures: dict[str, Any] = {}
+        self._task: TaskID = self._progress.add_task("waiting", total=None, metrics="")
+        self._metrics: dict[str, Any] = {}
 
     def shown(self) -> AbstractContextManager[object]:
         return self._progress
@@ -107,8 +113,8 @@ class Bar:
     def event(self, event: dict[str, Any]) -> None:
         data = event["data"] or {}
         if event["type"] == "metrics":
-            self._figures |= data
-        self._draw("training" if self._figures else "waiting")
+            self._metrics |= data
+        self._draw("training" if self._metrics else "waiting")
         if "train_loss" not in data:
             style = STYLES.get(event["level"], "dim")
             self._progress.print(f"[{style}]{escape(visible(event['message']))}[/{style}]")
@@ -117,7 +123,7 @@ class Bar:
         self._draw("[yellow]no answer[/yellow]")
 
     def _draw(self, description: str) -> None:
-        step, total = self._figures.get("step"), self._figures.get("total_steps")
+        step, total = self._metrics.get("step"), self._metrics.get("total_steps")
         if step and step == total and description == "training":
             description = "comparing"
         self._progress.update(
@@ -125,13 +131,13 @@ class Bar:
             description=description,
             total=total,
             completed=step or 0,
-            figures=figures_line(self._figures),
+            metrics=progress_line(self._metrics),
             refresh=True,
         )
 
 
-def figures_line(data: dict[str, Any]) -> str:
-    """`45/180  1:20 left  loss 1.234  held out 1.301  310 tok/s`: of these, what is known."""
+def progress_line(data: dict[str, Any]) -> str:
+    """`45/180  1:20 left  loss 1.234  held out 1.301  310 tok/s`, without the parts that are unknown."""
     if "train_loss" not in data:
         return ""
     step, total, seconds = data["step"], data["total_steps"], data.get("seconds")
@@ -147,5 +153,5 @@ def figures_line(data: dict[str, Any]) -> str:
     return "  ".join(parts)
 
 
-def _gone(error: Exception) -> str:
+def _away_sentence(error: Exception) -> str:
     return f"The server does not answer ({str(error) or type(error).__name__}); trying again."

@@ -1,4 +1,4 @@
-"""How a job ended: the base against the adapter, what `latest` is now, and how to talk to it."""
+"""Prints the outcome of a job: base and adapter compared, the version of `latest`, commands to try it."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from server.cli.output import print_table
 from server.errors import NotFound, PolypeftError
 from server.logs import visible
 
-FIGURES = {
+METRICS = {  # by the evaluation's keys: title and format
     "loss": ("loss", "{:.3f}"),
     "perplexity": ("perplexity", "{:.4g}"),
     "token_accuracy": ("tokens right", "{:.1%}"),
@@ -20,8 +20,10 @@ FIGURES = {
 
 
 def print_outcome(client: httpx.Client, job: dict[str, Any], options: str, chats: bool | None = None) -> None:
-    """Raises PolypeftError for a job that brought no version. `options` reach the server from a command
-    line; `chats`: whether the data were conversations, None where that is not known.
+    """Print the outcome of an ended job. `options` are those by which a command reaches the server.
+
+    `chats`: whether the data are conversations, None if that is not known. Raises PolypeftError if the job
+    published no version.
     """
     if job["status"] == "failed":
         raise PolypeftError(f"The job has failed: {visible(job['error']['message'])}")
@@ -30,24 +32,24 @@ def print_outcome(client: httpx.Client, job: dict[str, Any], options: str, chats
     name, model, evaluation = job["adapter"], job["fine_tuned_model"], job["evaluation"]
     if evaluation:
         print_table(("", "base", "adapter"), _rows(evaluation))
-    latest = _latest(client, name)
-    sentences = [_verdict(model, evaluation), _standing(job, latest)]
+    latest = _latest_version(client, name)
+    sentences = [_comparison_sentence(model, evaluation), _latest_sentence(job, latest)]
     if evaluation and evaluation["overfitted"]:
         best, last = evaluation["best_step"], evaluation["last_step"]
         sentences.append(f"It began to overfit: of {last} steps, the adapter of step {best} is kept.")
     typer.echo("\n" + "\n".join(sentences))
     if latest is None:
         return
-    used = name if latest == job["version"] else model
+    to_try = name if latest == job["version"] else model
     for command in [["chat"], ["complete"], ["chat", "complete"]][1 - chats if chats is not None else 2]:
-        typer.echo(f"\n  polypeft {command} --adapter {used}{options}")
+        typer.echo(f"\n  polypeft {command} --adapter {to_try}{options}")
 
 
 def _rows(evaluation: dict[str, Any]) -> list[tuple[str, str, str]]:
     base, adapter = evaluation["base"], evaluation["adapter"]
     rows = [
         (title, form.format(base[name]), form.format(adapter[name]))
-        for name, (title, form) in FIGURES.items()
+        for name, (title, form) in METRICS.items()
         if name in base
     ]
     for line in evaluation["labels"]:
@@ -57,7 +59,7 @@ def _rows(evaluation: dict[str, Any]) -> list[tuple[str, str, str]]:
     return rows
 
 
-def _verdict(model: str, evaluation: dict[str, Any] | None) -> str:
+def _comparison_sentence(model: str, evaluation: dict[str, Any] | None) -> str:
     if not evaluation:
         return f"Nothing was held out: whether {model} is better than the base is not known."
     examples = evaluation["examples"]
@@ -67,7 +69,7 @@ def _verdict(model: str, evaluation: dict[str, Any] | None) -> str:
     return f"{model} is not better than the base {held_out}, or not by more than chance."
 
 
-def _standing(job: dict[str, Any], latest: int | None) -> str:
+def _latest_sentence(job: dict[str, Any], latest: int | None) -> str:
     name, version = job["adapter"], job["version"]
     if latest is None:
         return f"{name} has been deleted since."
@@ -76,10 +78,10 @@ def _standing(job: dict[str, Any], latest: int | None) -> str:
     return f"`latest` of {name} stays at version {latest}."
 
 
-def _latest(client: httpx.Client, name: str) -> int | None:
-    """The version that the bare name means; None for an adapter that is gone."""
+def _latest_version(client: httpx.Client, name: str) -> int | None:
+    """The version that the bare name stands for; None for a deleted adapter."""
     try:
-        found: int = answer(client.get(f"/v1/adapters/{name}"))["aliases"]["latest"]
+        version: int = answer(client.get(f"/v1/adapters/{name}"))["aliases"]["latest"]
     except NotFound:
         return None
-    return found
+    return version

@@ -1,4 +1,4 @@
-"""Settings as options of a command, read off the class."""
+"""Turns Settings into command-line options, generated from the class, and options into Settings."""
 
 import inspect
 import types
@@ -15,22 +15,22 @@ from server.settings import Settings
 
 
 def signature_of(names: Iterable[str]) -> inspect.Signature:
-    """What typer reads a command's options off: one for each of these settings."""
+    """A signature from which typer makes an option for each of these settings."""
     return inspect.Signature([_parameter(name, Settings.model_fields[name]) for name in names])
 
 
-def read_settings(given: dict[str, Any]) -> Settings:
-    """Options over environment over defaults. Raises StartupError, naming the first option at fault."""
+def read_settings(options: dict[str, Any]) -> Settings:
+    """The settings: options override the environment, which overrides defaults. Raises StartupError."""
     try:
-        return Settings(**{name: value for name, value in given.items() if value is not None})
+        return Settings(**{name: value for name, value in options.items() if value is not None})
     except ValidationError as error:
-        fault = error.errors()[0]
-        name = str(fault["loc"][0])
-        raise StartupError(f"{_flag(name)} {shown(fault['input'])}: {fault['msg']}.", param=name) from None
+        first = error.errors()[0]
+        name = str(first["loc"][0])
+        raise StartupError(f"{_flag(name)} {shown(first['input'])}: {first['msg']}.", param=name) from None
 
 
 def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
-    """The option of one setting. Its text goes to Settings as it is: values are checked in one place."""
+    """The option of one setting. Its type is text: Settings alone parses and checks values."""
     flag = f"{_flag(name)}/--no-{name.replace('_', '-')}" if field.annotation is bool else _flag(name)
     kind = bool if field.annotation is bool else str
     default = "" if field.default is None else f" Default: {field.default}."
@@ -50,7 +50,7 @@ def _flag(name: str) -> str:
 
 
 def _metavar(annotation: Any) -> str:
-    """`a|b` for a choice, otherwise the type's name; "or None" is said by the missing default."""
+    """`a|b` for a choice, otherwise the type's name, without "or None"."""
     if get_origin(annotation) is types.UnionType:
         annotation = get_args(annotation)[0]
     choices = get_args(annotation)

@@ -1,4 +1,4 @@
-"""What a command prints: for a reader at a terminal, or for the next program in a pipe."""
+"""Output of the commands: for people at a terminal, for programs in a pipe."""
 
 from collections.abc import Iterable, Sequence
 
@@ -21,4 +21,5 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Non
 
 
 def print_error(sentence: str) -> None:
+    """On stderr, in red at a terminal."""
     Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print(sentence, style="red")

@@ -1,4 +1,4 @@
-"""Calls that outlive a restart of the server."""
+"""Retries calls while the server restarts."""
 
 import time
 from collections.abc import Callable
@@ -8,26 +8,26 @@ import httpx
 
 from server.errors import Unavailable
 
-PATIENCE_SECONDS = 600.0  # a large model loads for minutes
-RETRY_SECONDS = 2.0
-AWAY = (httpx.TransportError, Unavailable)  # what a server that will be back answers, or its absence
+RETRY_FOR_SECONDS = 600.0  # a large model loads for minutes
+RETRY_INTERVAL_SECONDS = 2.0
+SERVER_AWAY = (httpx.TransportError, Unavailable)  # errors that a restart of the server explains
 
 T = TypeVar("T")
 
 
-def retry_while_away(call: Callable[[], T], away: Callable[[Exception], None]) -> T:
-    """What `call` returns; it is made again while the server is away, of which `away` hears once.
+def retry_while_away(call: Callable[[], T], on_away: Callable[[Exception], None]) -> T:
+    """The result of `call`, made again while it raises SERVER_AWAY; `on_away` is called at the first time.
 
-    Raises what `call` raises: after PATIENCE_SECONDS also that the server is away.
+    Raises the errors of `call`; SERVER_AWAY after RETRY_FOR_SECONDS only.
     """
-    until, told = time.monotonic() + PATIENCE_SECONDS, False
+    until, reported = time.monotonic() + RETRY_FOR_SECONDS, False
     while True:
         try:
             return call()
-        except AWAY as error:
+        except SERVER_AWAY as error:
             if time.monotonic() > until:
                 raise
-            if not told:
-                away(error)
-            told = True
-        time.sleep(RETRY_SECONDS)
+            if not reported:
+                on_away(error)
+            reported = True
+        time.sleep(RETRY_INTERVAL_SECONDS)

@@ -1,6 +1,6 @@
-"""What may be set about a training, as options of `tune`: read off the recipe, so that none is forgotten.
+"""The options of `tune` that set a training's hyperparameters, generated from the recipe's fields.
 
-Values go to the server as numbers, lists and texts; whether they are right is checked there alone.
+Values go to the server as numbers, lists and texts; only the server validates them.
 """
 
 import inspect
@@ -41,16 +41,16 @@ HELP = {
     "init_text": "What they start from; else the first example.",
     "biases": "Which are trained: all, linear or norm.",
 }
-ELSEWHERE = {"learning_rate_multiplier"}  # OpenAI's way to say learning_rate
+NOT_OPTIONS = {"learning_rate_multiplier"}  # OpenAI's alternative to learning_rate
 COMMON = ("n_epochs", "batch_size", "learning_rate", "publish")  # shown first
 FLAGS = {"n_epochs": "--epochs"}
 
 
-def knob_parameters() -> list[inspect.Parameter]:
-    """One option for each field of a recipe, in a panel for each method."""
+def training_parameters() -> list[inspect.Parameter]:
+    """An option for each field of a recipe, in a help panel for each method."""
     fields = {field.name: field for field in msgspec.structs.fields(Training)}
     common = [_parameter(fields[name], None) for name in COMMON]
-    rest = [name for name in fields if name not in {*COMMON, *ELSEWHERE}]
+    rest = [name for name in fields if name not in {*COMMON, *NOT_OPTIONS}]
     return [
         *common,
         *(_parameter(field, f"Only for {methods}") for field, methods in _of_methods()),
@@ -58,17 +58,19 @@ def knob_parameters() -> list[inspect.Parameter]:
     ]
 
 
-def blocks(method: str, given: dict[str, Any]) -> dict[str, Any]:
-    """The `peft` and `hyperparameters` of a job, of the options that were given."""
+def recipe_blocks(method: str, options: dict[str, Any]) -> dict[str, Any]:
+    """The blocks `peft` and `hyperparameters` of a job's body, from the options that are set."""
     types = {field.name: field.type for field in msgspec.structs.fields(Training)}
     types |= {field.name: field.type for field, _ in _of_methods()}
-    values = {name: _value(types[name], value) for name, value in given.items() if value not in (None, False)}
+    values = {
+        name: _value(types[name], value) for name, value in options.items() if value not in (None, False)
+    }
     peft = {"type": method} | {name: value for name, value in values.items() if name not in OPENAI_FIELDS}
     return {"peft": peft, "hyperparameters": {name: values[name] for name in OPENAI_FIELDS if name in values}}
 
 
 def _of_methods() -> list[tuple[msgspec.structs.FieldInfo, str]]:
-    """Every field that a method has of its own, and the methods that have it."""
+    """Every field of the methods' recipes, and the names of the methods that have it."""
     fields: dict[str, msgspec.structs.FieldInfo] = {}
     owners: dict[str, list[str]] = {}
     for method, recipe in PEFT.items():
@@ -94,7 +96,7 @@ def _parameter(field: msgspec.structs.FieldInfo, panel: str | None) -> inspect.P
 
 
 def _value(kind: Any, text: str | bool) -> Any:
-    """The text as JSON has it, if it is one of this kind; what is not goes as it is, to be refused."""
+    """The option's text as a JSON value of this type; other text as it is, for the server to refuse."""
     plain = _plain(kind)
     if isinstance(text, bool) or plain not in (int, float, tuple):
         return text
@@ -104,12 +106,12 @@ def _value(kind: Any, text: str | bool) -> Any:
         value = json.loads(text)
     except ValueError:
         return text
-    whole = isinstance(value, int)
-    return value if whole or (isinstance(value, float) and math.isfinite(value)) else text
+    finite = isinstance(value, int) or (isinstance(value, float) and math.isfinite(value))
+    return value if finite else text
 
 
 def _plain(kind: Any) -> Any:
-    """A field's type without its bounds; `tuple` for one of several."""
+    """A field's type without its bounds; `tuple` for a list."""
     kind = kind.__origin__ if get_origin(kind) is Annotated else kind
     return get_origin(kind) or kind
 

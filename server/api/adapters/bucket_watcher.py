@@ -1,9 +1,9 @@
-"""Publishes adapters that are copied into the store: PREFIX/{tenant id}/{name}/ with config and weights.
+"""Publishes adapters that are copied into the store as PREFIX/{tenant id}/{name}/, with config and weights.
 
-    pp:watched    hash    tenant/name -> Seen: what lay there when it was last taken or refused
+    pp:watched    hash    tenant/name -> Seen: the files when they were last published or refused
 
-What lies there is taken once it looks the same twice, or at once beside a file READY. It goes through the
-gate of every upload. What was refused is not tried again until it changes; nor is what was published.
+A folder is processed once two successive listings are equal, or at once if it holds a file READY. It goes
+through the checks of every upload. A published or refused folder is not processed again until it changes.
 """
 
 import asyncio
@@ -39,17 +39,16 @@ from server.errors import (
 
 WATCHED = "pp:watched"
 READY = "READY"
-WEIGHTS = (
-    "adapter_model.safetensors",
-    "adapter.safetensors",
-)  # no pickle, from nobody
-CLAIM_SECONDS = 300
-MAX_TRIES = 3  # of what breaks in a way that waiting does not heal
+WEIGHTS = ("adapter_model.safetensors", "adapter.safetensors")  # pickles are not accepted here
+CLAIM_SECONDS = 300  # of a folder, by one API process
+MAX_TRIES = 3  # after errors that may be the adapter's fault
 ACTOR = "watch"
 log = logging.getLogger(__name__)
 
 
 class WatchedFolder(NamedTuple):
+    """PREFIX/{tenant}/{name}/"""
+
     tenant: str
     name: str
 
@@ -58,158 +57,166 @@ class WatchedFolder(NamedTuple):
 
 
 class Seen(msgspec.Struct, frozen=True):
-    stamp: str  # of the listing
-    content: str  # of the bytes
+    """The state of a folder when it was last published or refused."""
+
+    stamp: str  # hash of names, sizes and times in the listing
+    content: str  # hash of the files' bytes; "" if they were not read
 
 
 class BucketWatcher:
+    """Polls the prefix every `watch_seconds`, in any number of API processes."""
+
     def __init__(self, deps: Services, prefix: str) -> None:
-        """Raises StartupError for a prefix where other things lie."""
+        """Raises StartupError for a prefix among the store's own keys."""
         if prefix.partition("/")[0] == TENANTS:
             raise StartupError(f"--watch-prefix {prefix!r} must not begin with {TENANTS}.")
         self._deps = deps
         self._prefix = prefix
         self._id = uuid.uuid4().hex
-        self._stamps: dict[WatchedFolder, str] = {}  # at the last look
+        self._stamps: dict[WatchedFolder, str] = {}  # in the last listing
         self._tries: dict[WatchedFolder, int] = {}
 
     async def run(self) -> None:
-        """Until cancelled."""
+        """Polls until it is cancelled."""
         while True:
             try:
                 if self._deps.engine.ready and not self._deps.draining:
-                    await self.look()
+                    await self.poll()
             except StoreError as error:
                 log.warning("The watched prefix waits: %s", error)
             except Exception:
                 log.exception("A look at the watched prefix failed")
             await asyncio.sleep(self._deps.settings.watch_seconds)
 
-    async def look(self) -> None:
-        """Take what has come and is complete."""
-        places = await self._places()
-        await self._forget(places)
+    async def poll(self) -> None:
+        """Process every folder that is complete and has changed."""
+        folders = await self._list_folders()
+        await self._forget_removed(folders)
         stamps: dict[WatchedFolder, str] = {}
-        for place, files in places.items():
+        for folder, files in folders.items():
             config_and_weights = [CONFIG, *(name for name in WEIGHTS if name in files)]
             if CONFIG not in files or len(config_and_weights) != 2:
                 continue
             try:
-                heads = [await self._deps.objects.head(self._key(place, name)) for name in config_and_weights]
+                heads = [
+                    await self._deps.objects.head(self._key(folder, name)) for name in config_and_weights
+                ]
             except NotFound:  # being replaced
                 continue
-            stamps[place] = stamp = _stamp(config_and_weights, heads)
-            stable = READY in files or self._stamps.get(place) == stamp
-            seen = await self._seen(place)
-            if stable and (seen is None or seen.stamp != stamp) and await self._claim(place):
-                keeping = asyncio.create_task(self._keep(place))
+            stamps[folder] = stamp = _stamp(config_and_weights, heads)
+            stable = READY in files or self._stamps.get(folder) == stamp
+            seen = await self._seen(folder)
+            if stable and (seen is None or seen.stamp != stamp) and await self._claim(folder):
+                renewing = asyncio.create_task(self._renew_claim(folder))
                 try:
-                    await self._take(place, config_and_weights[1], sum(h.bytes for h in heads), stamp, seen)
+                    size = sum(head.bytes for head in heads)
+                    await self._process(folder, config_and_weights[1], size, stamp, seen)
                 finally:
-                    keeping.cancel()
+                    renewing.cancel()
         self._stamps = stamps
 
-    async def _take(
-        self, place: WatchedFolder, weights: str, size: int, stamp: str, seen: Seen | None
+    async def _process(
+        self, folder: WatchedFolder, weights: str, size: int, stamp: str, seen: Seen | None
     ) -> None:
-        """Publish it, or say why not. What may go better later is tried at the next look."""
+        """Publish the folder, or log why not. After an error that may pass, the next poll tries again."""
         content = seen.content if seen else ""
         try:
-            with temp_folder(self._deps.settings) as folder:
-                files = AdapterUpload((CONFIG, Path(folder) / CONFIG), (weights, Path(folder) / weights))
+            with temp_folder(self._deps.settings) as local:
+                files = AdapterUpload((CONFIG, Path(local) / CONFIG), (weights, Path(local) / weights))
                 if size > self._deps.settings.max_upload_bytes:
                     limit = self._deps.settings.max_upload_bytes
                     raise TooLarge(f"The files have {size} bytes, more than {limit}.")
-                content = await self._fetch(place, files)
+                content = await self._download(folder, files)
                 if seen is None or seen.content != content:
-                    await self._publish(place, files)
+                    await self._publish(folder, files)
         except Exception as error:
-            if self._again(place, error):
-                log.warning("What was copied to %s waits: %s", place, error)
+            if self._retries(folder, error):
+                log.warning("What was copied to %s waits: %s", folder, error)
                 return
-            ours = None if isinstance(error, PolypeftError) else error
-            log.error("What was copied to %s is refused: %s", place, error, exc_info=ours)
-        self._tries.pop(place, None)
-        await self._remember(place, Seen(stamp, content))
+            unexpected = None if isinstance(error, PolypeftError) else error
+            log.error("What was copied to %s is refused: %s", folder, error, exc_info=unexpected)
+        self._tries.pop(folder, None)
+        await self._remember(folder, Seen(stamp, content))
 
-    def _again(self, place: WatchedFolder, error: Exception) -> bool:
-        """Whether to try again; an engine that is lost may be lost by this very adapter."""
+    def _retries(self, folder: WatchedFolder, error: Exception) -> bool:
+        """Whether to try again. An engine that is lost may have been killed by this adapter: MAX_TRIES."""
         if isinstance(error, PolypeftError) and not isinstance(error, EngineLost):
             return isinstance(error, Unavailable)
-        self._tries[place] = self._tries.get(place, 0) + 1
-        return self._tries[place] < MAX_TRIES
+        self._tries[folder] = self._tries.get(folder, 0) + 1
+        return self._tries[folder] < MAX_TRIES
 
-    async def _fetch(self, place: WatchedFolder, files: AdapterUpload) -> str:
-        """The content's own name. Raises InvalidAdapter if it is gone again."""
+    async def _download(self, folder: WatchedFolder, files: AdapterUpload) -> str:
+        """Fetch the files; returns a hash of their content. Raises InvalidAdapter if one was removed."""
         digests = []
         for name, path in (files.config, files.weights):
             try:
-                await self._deps.objects.download(self._key(place, name), path, None)
+                await self._deps.objects.download(self._key(folder, name), path, None)
             except NotFound:
                 raise InvalidAdapter("A file went away while it was read.") from None
             digests.append(await run_sync(sha256_of, path))
         return hashlib.sha256(" ".join(digests).encode()).hexdigest()
 
-    async def _publish(self, place: WatchedFolder, files: AdapterUpload) -> None:
+    async def _publish(self, folder: WatchedFolder, files: AdapterUpload) -> None:
         deps = self._deps
-        tenant = OPERATOR if place.tenant == OPERATOR.id else await deps.tenants.get(place.tenant)
-        if await self._is_latest(place, files):  # whoever took it died before it could say so
+        tenant = OPERATOR if folder.tenant == OPERATOR.id else await deps.tenants.get(folder.tenant)
+        if await self._is_latest(folder, files):  # published by a process that crashed before _remember
             return
-        version = await publish(deps, tenant, place.name, files, actor=ACTOR)
-        log.info("What was copied to %s is version %d", place, version.version)
+        version = await publish(deps, tenant, folder.name, files, actor=ACTOR)
+        log.info("What was copied to %s is version %d", folder, version.version)
 
-    async def _is_latest(self, place: WatchedFolder, files: AdapterUpload) -> bool:
+    async def _is_latest(self, folder: WatchedFolder, files: AdapterUpload) -> bool:
+        """Whether the newest version of the adapter has these files."""
         try:
-            latest = (await self._deps.registry.get(*place)).versions[-1]
-            manifest = await self._deps.registry.manifest(*place, latest.version)
+            latest = (await self._deps.registry.get(*folder)).versions[-1]
+            manifest = await self._deps.registry.manifest(*folder, latest.version)
         except NotFound:
             return False
-        kept = {blob.sha256 for blob in manifest.files}
-        return kept == {await run_sync(sha256_of, path) for _, path in (files.config, files.weights)}
+        published = {blob.sha256 for blob in manifest.files}
+        return published == {await run_sync(sha256_of, path) for _, path in (files.config, files.weights)}
 
-    async def _places(self) -> dict[WatchedFolder, set[str]]:
-        """The names of the files in each folder that could be an adapter's."""
-        found: dict[WatchedFolder, set[str]] = {}
+    async def _list_folders(self) -> dict[WatchedFolder, set[str]]:
+        """The names of the files in each folder under the prefix."""
+        folders: dict[WatchedFolder, set[str]] = {}
         for key in await self._deps.objects.list(self._prefix):
             match key.removeprefix(f"{self._prefix}/").split("/"):
                 case [tenant, name, file] if is_name(tenant) and is_name(name):
-                    found.setdefault(WatchedFolder(tenant, name), set()).add(file)
-        return found
+                    folders.setdefault(WatchedFolder(tenant, name), set()).add(file)
+        return folders
 
-    def _key(self, place: WatchedFolder, file: str) -> str:
-        return f"{self._prefix}/{place}/{file}"
+    def _key(self, folder: WatchedFolder, file: str) -> str:
+        return f"{self._prefix}/{folder}/{file}"
 
-    async def _seen(self, place: WatchedFolder) -> Seen | None:
+    async def _seen(self, folder: WatchedFolder) -> Seen | None:
         with store_errors():
-            record = await self._deps.redis.hget(WATCHED, str(place))
+            record = await self._deps.redis.hget(WATCHED, str(folder))
         return None if record is None else msgspec.json.decode(record, type=Seen)
 
-    async def _remember(self, place: WatchedFolder, seen: Seen) -> None:
+    async def _remember(self, folder: WatchedFolder, seen: Seen) -> None:
         with store_errors():
-            await self._deps.redis.hset(WATCHED, str(place), msgspec.json.encode(seen))
+            await self._deps.redis.hset(WATCHED, str(folder), msgspec.json.encode(seen))
 
-    async def _forget(self, places: dict[WatchedFolder, set[str]]) -> None:
-        """Of folders that are gone: what comes there again is new."""
+    async def _forget_removed(self, folders: dict[WatchedFolder, set[str]]) -> None:
+        """Drop the records of folders that no longer exist, so that one copied there again is new."""
         with store_errors():
             known: Any = await self._deps.redis.hkeys(WATCHED)
-            gone = {field.decode() for field in known} - {str(place) for place in places}
+            gone = {field.decode() for field in known} - {str(folder) for folder in folders}
             if gone:
                 await self._deps.redis.hdel(WATCHED, *gone)
 
-    async def _claim(self, place: WatchedFolder) -> bool:
-        """Of several API processes one takes it. Saves work; two at once would publish it twice."""
+    async def _claim(self, folder: WatchedFolder) -> bool:
+        """Whether this process may publish the folder: with two at once it would be published twice."""
         with store_errors():
             holder = await self._deps.redis.set(
-                f"{WATCHED}:{place}", self._id, nx=True, get=True, ex=CLAIM_SECONDS
+                f"{WATCHED}:{folder}", self._id, nx=True, get=True, ex=CLAIM_SECONDS
             )
         return holder in (None, self._id.encode())
 
-    async def _keep(self, place: WatchedFolder) -> None:
-        """The claim, for as long as the engine takes to try what is there."""
+    async def _renew_claim(self, folder: WatchedFolder) -> None:
+        """Keep the claim until cancelled: the engine may take longer than CLAIM_SECONDS."""
         while True:
             await asyncio.sleep(CLAIM_SECONDS / 3)
             with suppress(RedisError):
-                await self._deps.redis.expire(f"{WATCHED}:{place}", CLAIM_SECONDS)
+                await self._deps.redis.expire(f"{WATCHED}:{folder}", CLAIM_SECONDS)
 
 
 def _stamp(names: list[str], heads: list[Head]) -> str:

@@ -1,6 +1,6 @@
-"""What has to be done now and then beside the API: purge what was deleted long ago, collect dead uploads.
+"""Periodic cleanup of the adapter store: purges adapters deleted long ago, collects abandoned uploads.
 
-May run in several processes, and end at any point.
+Safe to run in several processes and to be interrupted at any point.
 """
 
 import asyncio
@@ -10,27 +10,30 @@ import random
 from adapters_store.registry.registry import Registry
 from server.errors import StoreError
 
-SECONDS = 3600.0
-RETRY_SECONDS = 60.0
+INTERVAL_SECONDS = 3600.0
+RETRY_SECONDS = 60.0  # after a failure
 log = logging.getLogger(__name__)
 
 
 class CleanupLoop:
+    """Cleans up at start and then about once an hour."""
+
     def __init__(self, registry: Registry) -> None:
         self._registry = registry
 
     async def run(self) -> None:
-        """Until cancelled: at start, and about once an hour."""
+        """Runs until it is cancelled."""
         while True:
-            done = await self._once()
-            await asyncio.sleep((SECONDS if done else RETRY_SECONDS) * random.uniform(0.8, 1.2))  # noqa: S311
+            done = await self._clean_up()
+            await asyncio.sleep((INTERVAL_SECONDS if done else RETRY_SECONDS) * random.uniform(0.8, 1.2))  # noqa: S311
 
-    async def _once(self) -> bool:
+    async def _clean_up(self) -> bool:
+        """Whether it succeeded."""
         try:
             await self._registry.finish_deletes()
-            found = await self._registry.collector.collect_expired()
-            if found.keys:
-                log.info("Removed %d blobs of dead uploads, %d bytes", len(found.keys), found.bytes)
+            removed = await self._registry.collector.collect_expired()
+            if removed.keys:
+                log.info("Removed %d blobs of dead uploads, %d bytes", len(removed.keys), removed.bytes)
         except StoreError as error:
             log.warning("Deleted adapters and dead uploads take up room until the store answers: %s", error)
             return False

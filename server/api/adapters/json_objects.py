@@ -1,4 +1,4 @@
-"""Adapters, versions, aliases and their history as JSON objects."""
+"""JSON objects of adapters, their versions, aliases and audit log."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -10,6 +10,7 @@ from server.adapters.formats.ignored_files import ignored
 
 
 def version_object(version: Version) -> dict[str, Any]:
+    """`adapter.version`: one version, as the index knows it."""
     return {
         "object": "adapter.version",
         "id": f"{version.name}@{version.version}",
@@ -25,11 +26,12 @@ def version_object(version: Version) -> dict[str, Any]:
 
 
 def uploaded_object(version: Version, dropped: Iterable[str] = ()) -> dict[str, Any]:
-    """The answer to an upload; `dropped`: the files that came with it and are not used."""
+    """The answer to an upload. `dropped`: names of uploaded files that are not used."""
     return version_object(version) | {"object": "adapter", "name": version.name, "ignored": ignored(dropped)}
 
 
 def adapter_object(adapter: Adapter) -> dict[str, Any]:
+    """`adapter`: the latest version's fields, the aliases and all versions."""
     return version_object(adapter.latest) | {
         "object": "adapter",
         "id": adapter.name,
@@ -40,20 +42,21 @@ def adapter_object(adapter: Adapter) -> dict[str, Any]:
     }
 
 
-def alias_object(name: str, alias: str, found: Alias) -> dict[str, Any]:
-    """`version` where it points at one, else `weights`."""
-    one = isinstance(found.points, int)
+def alias_object(name: str, alias: str, target: Alias) -> dict[str, Any]:
+    """Has `version` if it points at one version, else `weights`."""
+    single = isinstance(target.points, int)
     return {
         "object": "adapter.alias",
         "id": f"{name}@{alias}",
         "adapter": name,
         "alias": alias,
-        "version": found.points if one else None,
-        "weights": None if one else _points(found.points),
+        "version": target.points if single else None,
+        "weights": None if single else _points(target.points),
     }
 
 
 def deleted_object(deleted: Deleted, retention_seconds: float) -> dict[str, Any]:
+    """`adapter.deleted`: the versions of a name that can be restored, and until when."""
     versions = [
         version_object(gone.version)
         | {
@@ -66,7 +69,7 @@ def deleted_object(deleted: Deleted, retention_seconds: float) -> dict[str, Any]
 
 
 def change_object(entry: AuditEntry) -> dict[str, Any]:
-    """`before` and `after` have the aliases that it moved; null: there was none, is none."""
+    """`before` and `after` hold the aliases that the change moved; null where an alias did not exist."""
     return {
         "object": "adapter.change",
         "id": entry.id,

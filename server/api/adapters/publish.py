@@ -1,8 +1,8 @@
-"""From two files to a version everyone of its tenant can call: inspect, stage, let the engine try, publish.
+"""Publishes an adapter's files as a version: inspect, stage the blobs, let the engine run them, publish.
 
-Used by uploads and by vLLM's load route; what was trained here comes through the same gate, `prepare`.
-Until the last step nothing is visible. What is refused leaves nothing; a crash leaves blobs that no manifest
-names: see collector.py.
+Every source goes through `prepare`: uploads, vLLM's load route, the bucket watcher and trained adapters.
+Nothing is visible before the last step. A refused adapter leaves nothing; a crash leaves blobs that no
+manifest names, which the collector removes.
 """
 
 import logging
@@ -45,18 +45,20 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class AdapterUpload:
-    """An adapter's files where they lie now; config and weights under the names that they are kept by."""
+    """The local files of an adapter; config and weights with the names under which they are stored."""
 
     config: tuple[str, Path]
     weights: tuple[str, Path]
-    interface: Path | None = None  # AdapterHub's, where its library needs one
+    interface: Path | None = None  # AdapterHub's adapter_interface.json, if there is one
 
 
 @dataclass(frozen=True)
 class Inspected:
+    """What config and safetensors header say."""
+
     method: str
     config: dict[str, Any]
-    tensors: dict[str, tuple[str, list[int]]]
+    tensors: dict[str, tuple[str, list[int]]]  # dtype and shape by name
     rank: int
 
     @property
@@ -78,7 +80,7 @@ async def publish(
     check_adapter_name(deps, name)
     size = files.config[1].stat().st_size + files.weights[1].stat().st_size
     version = await deps.registry.next_version(tenant.id, name, size)
-    # in this order: whoever publishes after we look has our number, and one of us gets a conflict
+    # in this order: an upload that publishes after this check takes the same number, and one gets a conflict
     if create_only and await _exists(deps, tenant, name):
         raise Conflict(f"An adapter named {shown(name)} exists.", param="name")
     manifest = await prepare(deps, tenant.id, name, version, files, allow_noop=allow_noop, actor=actor)
@@ -88,7 +90,7 @@ async def publish(
         except Conflict:
             if create_only:
                 raise
-            # Another upload took the number, or died with it before the index knew, which it does now.
+            # another upload took the number, or crashed before the index knew of it, which it does now
             version = await deps.registry.next_version(tenant.id, name)
             manifest = msgspec.structs.replace(manifest, version=version)
             await deps.registry.publish(manifest)
@@ -108,26 +110,26 @@ async def prepare(
     allow_noop: bool = False,
     actor: str = "worker",
 ) -> Manifest:
-    """The gate: what would be published. Its blobs are staged, and the engine has loaded and run it.
+    """The manifest to publish, after all checks: its blobs are staged, and the engine has loaded and run it.
 
     Raises InvalidAdapter, InvalidField, Unavailable.
     """
     base = deps.base
-    found = await run_sync(inspect, files, deps, base)
+    inspected = await run_sync(inspect, files, deps, base)
     blobs = await deps.registry.stage(tenant_id, [files.config, files.weights])
     weights_sha256 = next(blob.sha256 for blob in blobs if blob.name == files.weights[0])
     manifest = Manifest(
         tenant=tenant_id,
         name=name,
         version=version,
-        method=found.method,
+        method=inspected.method,
         base=base.id,
         base_digest=base.digest,
-        digest=content_digest(found.method, base.digest, found.config, weights_sha256),
+        digest=content_digest(inspected.method, base.digest, inspected.config, weights_sha256),
         files=blobs,
-        config=found.config,
-        tensors=found.tensors,
-        facts={"rank": found.rank, "parameters": found.parameters},
+        config=inspected.config,
+        tensors=inspected.tensors,
+        facts={"rank": inspected.rank, "parameters": inspected.parameters},
         created=int(time.time()),
         by=actor,
     )
@@ -142,7 +144,7 @@ async def prepare(
 
 
 async def _discard(deps: Services, blobs: list[Blob]) -> None:
-    """Remove what no version will have; what the stores do not take now is collected later."""
+    """Remove blobs that no version will name; those that cannot be removed now are collected later."""
     try:
         await deps.registry.collector.discard([blob.key for blob in blobs])
     except StoreError as error:
@@ -150,7 +152,7 @@ async def _discard(deps: Services, blobs: list[Blob]) -> None:
 
 
 def check_adapter_name(deps: Services, name: str, param: str = "name") -> str:
-    """`name`, if a tenant may call an adapter so."""
+    """`name`, if an adapter may have it. Raises InvalidField."""
     check_name(name, param)
     if name == deps.base.id:
         raise InvalidField(f"{param} {shown(name)} is the base model's own.", param=param)
@@ -158,7 +160,7 @@ def check_adapter_name(deps: Services, name: str, param: str = "name") -> str:
 
 
 def inspect(files: AdapterUpload, deps: Services, base: Base) -> Inspected:
-    """Everything that can be known without reading a tensor. Blocking. Raises InvalidAdapter."""
+    """Check all that can be checked without reading a tensor. Blocks. Raises InvalidAdapter."""
     config_path, weights_path = files.config[1], files.weights[1]
     with config_path.open("rb") as file:
         config = read_config(file.read(MAX_BYTES + 1))
@@ -174,23 +176,22 @@ def inspect(files: AdapterUpload, deps: Services, base: Base) -> Inspected:
         )
     method = deps.methods[method_of(config)]
     spec = method.parse(AdapterFiles(config, tensors), base)
-    given = {name: info.shape for name, info in tensors.items()}
-    _compare(method.shapes(spec, base), given)
+    _check_shapes(method.shapes(spec, base), {name: info.shape for name, info in tensors.items()})
     described = {name: (info.dtype, list(info.shape)) for name, info in tensors.items()}
     return Inspected(method.name, config, described, spec.rank)
 
 
-def _compare(expected: dict[str, tuple[int, ...]], given: dict[str, tuple[int, ...]]) -> None:
-    """Exactly these tensors in exactly these shapes: a mismatch would serve something else in silence."""
-    for name in sorted(expected.keys() | given.keys()):
-        if name not in given:
+def _check_shapes(expected: dict[str, tuple[int, ...]], actual: dict[str, tuple[int, ...]]) -> None:
+    """Raise InvalidAdapter unless the shapes are equal by name: otherwise wrong results would be served."""
+    for name in sorted(expected.keys() | actual.keys()):
+        if name not in actual:
             raise InvalidAdapter(f"The tensor {shown(name)} is missing.", param=name)
         if name not in expected:
             raise InvalidAdapter(f"The tensor {shown(name)} fits nothing in this base.", param=name)
-        if expected[name] != given[name]:
+        if expected[name] != actual[name]:
             raise InvalidAdapter(
                 f"The tensor {shown(name)} must have shape {list(expected[name])} for this base, not "
-                f"{list(given[name])}.",
+                f"{list(actual[name])}.",
                 param=name,
             )
 
@@ -204,19 +205,21 @@ async def _exists(deps: Services, tenant: Tenant, name: str) -> bool:
 
 
 class TrainedAdmission:
-    """The gate as the fine-tuning publisher uses it: for a folder that a training left."""
+    """`prepare` for the fine-tuning publisher, which has the folder of files that a training wrote."""
 
     def __init__(self, deps: Services) -> None:
         self._deps = deps
 
     @property
     def ready(self) -> bool:
+        """Whether the engine can run an adapter now."""
         return self._deps.engine.ready and not self._deps.draining
 
     def folder(self) -> TemporaryDirectory[str]:
         return temp_folder(self._deps.settings)
 
     async def prepare(self, tenant: str, name: str, version: int, files: list[Path]) -> Manifest:
+        """As `prepare`, whose errors it raises."""
         config = next(path for path in files if path.name == CONFIG)
         weights = next(path for path in files if path.suffix == ".safetensors")
         pair = AdapterUpload((CONFIG, config), (weights.name, weights))

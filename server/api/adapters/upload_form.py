@@ -1,4 +1,4 @@
-"""Which files make an adapter's upload, and the form they come in. Knows nothing of what is in them."""
+"""The multipart form of an adapter upload, and the file names it may hold. Reads no file's content."""
 
 from collections.abc import Iterable
 
@@ -14,7 +14,7 @@ WEIGHTS = ("adapter_model.safetensors", "adapter.safetensors", *PICKLES)
 
 
 def adapter_form(settings: Settings) -> Form:
-    """Its files come under CONFIG, one of WEIGHTS and perhaps INTERFACE, as far as they come."""
+    """Fields and files of an upload: CONFIG, one of WEIGHTS and perhaps INTERFACE."""
     return Form(
         fields=("name", "sha256", "allow_noop"),
         file="files",
@@ -25,7 +25,7 @@ def adapter_form(settings: Settings) -> Form:
 
 
 def kept(name: str) -> bool:
-    """Whether an adapter needs the file. Raises UnsupportedMedia for one that has no business here."""
+    """Whether an adapter needs the file; False for known by-products. Raises UnsupportedMedia."""
     if why_ignored(name):
         return False
     if name not in (CONFIG, INTERFACE, *WEIGHTS):
@@ -36,9 +36,9 @@ def kept(name: str) -> bool:
 
 
 def check_files(names: Iterable[str]) -> str:
-    """Which of them holds the weights. Raises InvalidAdapter unless they make an adapter."""
-    given = set(names)
-    weights = [name for name in WEIGHTS if name in given]
-    if CONFIG not in given or len(weights) != 1:
+    """The name of the weights file. Raises InvalidAdapter unless `names` make an adapter."""
+    uploaded = set(names)
+    weights = [name for name in WEIGHTS if name in uploaded]
+    if CONFIG not in uploaded or len(weights) != 1:
         raise InvalidAdapter(f"An upload needs {CONFIG} and one of {' or '.join(WEIGHTS)}.", param="files")
     return weights[0]

@@ -1,4 +1,4 @@
-"""A job's data, checked line by line before anything is queued."""
+"""Checks the training data of a new job, line by line, before the job is queued."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +14,7 @@ from server.finetune.data import dataset
 
 
 @dataclass(frozen=True)
-class Data:
+class DataFiles:
     """The tenant's files that a job names."""
 
     training: File
@@ -22,25 +22,26 @@ class Data:
 
     @property
     def files(self) -> list[tuple[str, File]]:
-        named = [("training_file", self.training)]
-        return named + ([("validation_file", self.validation)] if self.validation else [])
+        """With the names of the job's fields."""
+        training = [("training_file", self.training)]
+        return training + ([("validation_file", self.validation)] if self.validation else [])
 
 
-async def find(deps: Services, tenant: str, training: str, validation: str | None) -> Data:
-    """Raises NotFound with the field's name, the same for an unknown file and another tenant's."""
+async def find(deps: Services, tenant: str, training: str, validation: str | None) -> DataFiles:
+    """The files with these ids. Raises InvalidField, and NotFound also for files of other tenants."""
     if training == validation:
         raise InvalidField(
             "validation_file is the training file: what was trained on proves nothing.",
             param="validation_file",
         )
-    return Data(
+    return DataFiles(
         await _file(deps, tenant, training, "training_file"),
         (validation and await _file(deps, tenant, validation, "validation_file")) or None,
     )
 
 
-async def check(deps: Services, data: Data, max_tokens: int) -> dict[str, dataset.Report]:
-    """What is in the files. Raises InvalidField with the first problems, and how many there are."""
+async def check(deps: Services, data: DataFiles, max_tokens: int) -> dict[str, dataset.Report]:
+    """A report of each file, by the job's field. Raises InvalidField with the first errors and a count."""
     settings = deps.settings
     limits = dataset.DatasetLimits(
         file_bytes=settings.max_file_bytes,
@@ -62,7 +63,7 @@ async def check(deps: Services, data: Data, max_tokens: int) -> dict[str, datase
 
 
 def dataset_stats(report: dataset.Report) -> dict[str, int]:
-    """What a job tells of a file."""
+    """The counts of a file that a job shows."""
     return {
         "examples": report.examples,
         "tokens": report.tokens,

@@ -1,4 +1,4 @@
-"""A job's events as they come, until the job is over."""
+"""The events of a fine-tuning job as a live stream, until the job has ended."""
 
 import asyncio
 from collections.abc import AsyncGenerator
@@ -12,20 +12,21 @@ from server.errors import NotFound, Unavailable, shown
 
 POLL_SECONDS = 0.5
 KEEP_ALIVE_SECONDS = 15.0
-PAGE = 100
+MAX_EVENTS_PER_POLL = 100
 
 
 async def follow(deps: Services, job: str, after: int) -> AsyncGenerator[object, None]:
-    """Those numbered over `after` there are, then those to come.
+    """The events numbered over `after`, then new ones as they come; KeepAlive while there are none.
 
-    Raises Unavailable when the stream ends before the job: come again with the last id.
+    Raises Unavailable when too many streams are open, and when the stream ends before the job: the client may
+    reconnect with the last id. Raises NotFound for a job that is deleted.
     """
     token = object()
     try:
         deps.event_streams.acquire_on_behalf_of_nowait(token)
     except WouldBlock:
-        most = deps.event_streams.total_tokens
-        raise Unavailable(f"{most:g} streams of events are open, the most there may be.") from None
+        limit = deps.event_streams.total_tokens
+        raise Unavailable(f"{limit:g} streams of events are open, the most there may be.") from None
     try:
         async for event in _follow(deps, job, after):
             yield event
@@ -36,23 +37,23 @@ async def follow(deps: Services, job: str, after: int) -> AsyncGenerator[object,
 async def _follow(deps: Services, job: str, after: int) -> AsyncGenerator[object, None]:
     clock = asyncio.get_running_loop()
     until = clock.time() + deps.settings.request_seconds
-    alive = 0.0
+    last_sent = 0.0
     while True:
-        found = await deps.jobs.find(job)  # before its events: then none comes after the last look
-        if found is None:
+        current = await deps.jobs.find(job)  # before its events, so that none follows the last poll
+        if current is None:
             raise NotFound(f"There is no fine-tuning job {shown(job)} any more.")
-        events = await deps.jobs.events(job, after=after, limit=PAGE)
+        events = await deps.jobs.events(job, after=after, limit=MAX_EVENTS_PER_POLL)
         for event in events:
             after = event.sequence
             yield Identified(event_id(job, after), event_object(job, event))
         if events:
-            alive = clock.time()
+            last_sent = clock.time()
             continue
-        if found.phase == "done":
+        if current.phase == "done":
             return
         if deps.draining or clock.time() > until:
             raise Unavailable("This stream ends before the job; come again with the last event's id.")
-        if clock.time() - alive > KEEP_ALIVE_SECONDS:
-            alive = clock.time()
+        if clock.time() - last_sent > KEEP_ALIVE_SECONDS:
+            last_sent = clock.time()
             yield KeepAlive()
         await asyncio.sleep(POLL_SECONDS)

@@ -1,4 +1,4 @@
-"""Fine-tuning jobs, their events and their checkpoints as OpenAI's objects, with a few fields of ours."""
+"""OpenAI's JSON objects of fine-tuning jobs, events and checkpoints, with a few fields of ours."""
 
 from typing import Any
 
@@ -6,11 +6,12 @@ from server.errors import InvalidField, shown
 from server.finetune.jobs.job import Checkpoint, Event, Job
 from server.finetune.recipe import recipe_object
 
-EVENT = "ftevent-"
-CHECKPOINT = "ftckpt-"
+EVENT_PREFIX = "ftevent-"
+CHECKPOINT_PREFIX = "ftckpt-"
 
 
 def job_object(job: Job) -> dict[str, Any]:
+    """`fine_tuning.job` with OpenAI's fields, then ours."""
     recipe = recipe_object(job.recipe)
     return {
         "id": job.id,
@@ -63,7 +64,7 @@ def event_object(job: str, event: Event) -> dict[str, Any]:
 
 
 def checkpoint_object(job: Job, checkpoint: Checkpoint) -> dict[str, Any]:
-    """Checkpoints are what a training goes on from; only its end is published, and serves."""
+    """A checkpoint can resume the training; only the final adapter is published and served."""
     return {
         "object": "fine_tuning.job.checkpoint",
         "id": checkpoint_id(job.id, checkpoint.step),
@@ -76,15 +77,15 @@ def checkpoint_object(job: Job, checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def event_id(job: str, sequence: int) -> str:
-    return f"{EVENT}{_hex(job)}-{sequence}"
+    return f"{EVENT_PREFIX}{_hex(job)}-{sequence}"
 
 
 def checkpoint_id(job: str, step: int) -> str:
-    return f"{CHECKPOINT}{_hex(job)}-{step}"
+    return f"{CHECKPOINT_PREFIX}{_hex(job)}-{step}"
 
 
 def number_in(id_: str, prefix: str, job: str, param: str) -> int:
-    """The sequence or step in an id of this job's. Raises InvalidField for any other."""
+    """The sequence or step number in an id of an event or checkpoint of `job`. Raises InvalidField."""
     number = id_.removeprefix(f"{prefix}{_hex(job)}-")
     if number == id_ or not (number.isascii() and number.isdecimal() and len(number) < 16):
         raise InvalidField(f"{param} is {shown(id_)}, which is no id of this job's.", param=param)

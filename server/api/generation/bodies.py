@@ -125,6 +125,8 @@ class SamplingBody(Body):
 
 
 class CompletionBody(SamplingBody):
+    """The body of completions."""
+
     refused: ClassVar[dict[str, str]] = SamplingBody.refused | {
         "suffix": "the base models served here do not insert"
     }

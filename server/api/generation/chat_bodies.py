@@ -31,6 +31,8 @@ class Annotation(Body):
 
 
 class Message(Body):
+    """A message of the conversation: text only, no tool calls."""
+
     refused: ClassVar[dict[str, str]] = dict.fromkeys(
         ("tool_calls", "tool_call_id", "function_call", "audio"),
         "this server calls no tools and hears no audio",
@@ -66,6 +68,8 @@ class SchemaHolder(Body):
 
 
 class ResponseFormat(Body):
+    """What the answer must look like; response_format.py turns it into a grammar."""
+
     type: Literal["text", "json_object", "json_schema"]
     schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None  # llama.cpp's, of a json_object
     json_schema: SchemaHolder | None = None
@@ -85,6 +89,8 @@ class ResponseFormat(Body):
 
 
 class ChatBody(SamplingBody):
+    """The body of chat completions."""
+
     refused: ClassVar[dict[str, str]] = SamplingBody.refused | dict.fromkeys(
         (
             "tools",

@@ -104,6 +104,7 @@ class _RequestMetrics:
             self._metrics.count("finished", "error" if failed else "abort")
 
     def record(self, index: int, chunk: Chunk) -> None:
+        """Observe the time to the first token, or between tokens, of the choice `index`."""
         if chunk.timing is not None:
             self._traces[index].first_token(chunk.timing)
         if not chunk.tokens:
@@ -116,6 +117,7 @@ class _RequestMetrics:
         self._last_token_at[index] = now
 
     def finish(self, choice: Choice, reason: str) -> None:
+        """Count a choice that has finished."""
         self._unfinished -= 1
         self._metrics.observe("end_to_end", time.monotonic() - self._arrived)
         self._metrics.count("finished", reason)

@@ -66,7 +66,7 @@ async def open_stream(
     answered with its own status.
 
     `deadline` is the time.time() at which `events` ends by itself. GRACE_SECONDS later the connection is
-    aborted if the client has not read them all.
+    aborted if the client has not read them all: the engine does not wait for a slow reader.
     """
     try:
         first = await while_connected(request.receive, anext(events))

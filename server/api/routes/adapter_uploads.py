@@ -1,11 +1,11 @@
-"""/v1/adapter_uploads: adapters whose bytes go straight to the object store, by URLs that we sign.
+"""/v1/adapter_uploads: adapters whose files go directly to the object store, by presigned URLs.
 
     POST                  name and sizes of the files -> a URL for each, which takes a PUT until it expires
-    POST {id}/complete    their digests -> the version, as from POST /v1/adapters, through the same gate
+    POST {id}/complete    their digests -> the version, checked as for POST /v1/adapters
     GET {id}, POST {id}/cancel
 
-What lies in the store is a claim until it has been fetched and its size and SHA-256 are right; what passed is
-stored anew from here, under its content's name, so that whoever still has a URL changes nothing.
+The uploaded objects are not trusted: they are fetched, their size and SHA-256 verified, and stored again
+under their content's name, so that a PUT to a URL that is still valid changes nothing.
 """
 
 import asyncio
@@ -57,7 +57,7 @@ from server.tenancy.tenants import Tenant
 router = APIRouter(prefix="/v1/adapter_uploads", dependencies=[Depends(current_tenant)])
 
 GRACE_SECONDS = 600  # for a PUT that began before its URL expired
-DIGEST = 64  # characters
+DIGEST_CHARS = 64
 MAX_FILES = 1024
 log = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ class CompleteBody(Body):
 async def create_upload(
     deps: Deps, tenant: CurrentTenant, body: Annotated[CreateBody, Depends(json_body(CreateBody))]
 ) -> Response:
-    """Files that an adapter does not need are left out of the answer: send only those that are in it."""
+    """The answer leaves out files that an adapter does not need; only those in it are to be sent."""
     deps.refuse_if_draining()
     if not deps.objects.remote:
         raise InvalidRequest(
@@ -91,9 +91,9 @@ async def create_upload(
             code="direct_uploads_off",
         )
     check_adapter_name(deps, body.name)
-    files = _announced(deps, body)
+    files = _needed_files(deps, body)
     size = sum(file.bytes for file in files)
-    await deps.registry.next_version(tenant.id, body.name, size)  # who has no room is told before it sends
+    await deps.registry.next_version(tenant.id, body.name, size)  # checks the quota
     upload = PresignedUpload(
         id=new_id(),
         tenant=tenant.id,
@@ -110,7 +110,7 @@ async def create_upload(
 
 @router.get("/{upload_id}")
 async def get_upload(deps: Deps, tenant: CurrentTenant, upload_id: str) -> Response:
-    """With URLs signed anew while it is pending."""
+    """While the upload is pending, with newly signed URLs."""
     return json_response(await _object(deps, await deps.presigned_uploads.get(tenant.id, upload_id)))
 
 
@@ -130,14 +130,14 @@ async def complete_upload(
     upload_id: str,
     body: Annotated[CompleteBody, Depends(json_body(CompleteBody))],
 ) -> Response:
-    """The same call again gives the same version. What was refused may be PUT anew and completed again."""
+    """Idempotent. After a refusal the files may be PUT again and completed again."""
     deps.refuse_if_draining()
     upload = await deps.presigned_uploads.get(tenant.id, upload_id)
     digests = _digests(upload, body)
-    asked = hashlib.sha256(msgspec.json.encode(digests)).hexdigest()
+    digests_hash = hashlib.sha256(msgspec.json.encode(digests)).hexdigest()
     if upload.status == "pending":
-        version = await _complete(deps, tenant, actor, upload, digests, asked)
-    elif upload.status == "completed" and upload.asked == asked:
+        version = await _complete(deps, tenant, actor, upload, digests, digests_hash)
+    elif upload.status == "completed" and upload.asked == digests_hash:
         version = await deps.registry.resolve(tenant.id, upload.name, str(upload.version))
     else:
         raise ended(upload.id, upload.status)
@@ -145,16 +145,22 @@ async def complete_upload(
 
 
 async def _complete(
-    deps: Services, tenant: Tenant, actor: str, upload: PresignedUpload, digests: list[str], asked: str
+    deps: Services,
+    tenant: Tenant,
+    actor: str,
+    upload: PresignedUpload,
+    digests: list[str],
+    digests_hash: str,
 ) -> Version:
+    """Publish the files under a claim on the upload, which is released if that fails."""
     token = new_id()
     first = await deps.registry.next_version(tenant.id, upload.name)
     upload = await deps.presigned_uploads.claim(upload, token, first)
-    renewing = asyncio.create_task(_renewed(deps, upload, token))
+    renewing = asyncio.create_task(_renew_claim(deps, upload, token))
     try:
         with temp_folder(deps.settings) as folder:
-            arrived = await _fetched(deps, upload, digests, Path(folder))
-            files = await uploaded_files(deps, arrived)
+            fetched = await _fetch(deps, upload, digests, Path(folder))
+            files = await uploaded_files(deps, fetched)
             version = await _published_before(deps, upload, files)
             version = version or await publish(
                 deps,
@@ -165,7 +171,7 @@ async def _complete(
                 allow_noop=upload.allow_noop,
                 actor=actor,
             )
-        await deps.presigned_uploads.complete(upload, version.version, asked)
+        await deps.presigned_uploads.complete(upload, version.version, digests_hash)
     except BaseException:
         await deps.presigned_uploads.release(upload, token)
         raise
@@ -175,8 +181,8 @@ async def _complete(
     return version
 
 
-async def _renewed(deps: Services, upload: PresignedUpload, token: str) -> None:
-    """Keep the claim, until cancelled. Losing it costs at most a version that is there twice."""
+async def _renew_claim(deps: Services, upload: PresignedUpload, token: str) -> None:
+    """Renew the claim until cancelled. If it is lost, at worst the version is published twice."""
     while True:
         await asyncio.sleep(CLAIM_SECONDS / 3)
         try:
@@ -185,8 +191,8 @@ async def _renewed(deps: Services, upload: PresignedUpload, token: str) -> None:
             log.warning("The claim on %s was not renewed: %s", upload.id, error)
 
 
-async def _fetched(deps: Services, upload: PresignedUpload, digests: list[str], folder: Path) -> Upload:
-    """The files here, and what they were said to be. Raises InvalidField."""
+async def _fetch(deps: Services, upload: PresignedUpload, digests: list[str], folder: Path) -> Upload:
+    """Download the files into `folder` and verify them. Raises InvalidField if one is missing or differs."""
     for number, file in enumerate(upload.files):
         try:
             size = (await deps.objects.head(upload.key(number))).bytes
@@ -197,7 +203,7 @@ async def _fetched(deps: Services, upload: PresignedUpload, digests: list[str], 
                 f"The file {shown(file.name)} has {size} bytes, but was announced with {file.bytes}.",
                 param="files",
             )
-    arrived = Upload(fields={"name": upload.name})
+    fetched = Upload(fields={"name": upload.name})
     for number, (file, digest) in enumerate(zip(upload.files, digests, strict=True)):
         path = folder / f"{number}.part"
         try:
@@ -209,27 +215,30 @@ async def _fetched(deps: Services, upload: PresignedUpload, digests: list[str], 
             ) from None
         except NotFound:
             raise InvalidField(f"The file {shown(file.name)} has not arrived.", param="files") from None
-        arrived.files[file.name] = StoredFile(path, file.bytes, digest)
-    return arrived
+        fetched.files[file.name] = StoredFile(path, file.bytes, digest)
+    return fetched
 
 
 async def _published_before(deps: Services, upload: PresignedUpload, files: AdapterUpload) -> Version | None:
-    """What somebody who claimed the upload before us published of these files, and died before he said so."""
+    """The version of these files that an earlier claimant published before it crashed, if there is one.
+
+    Its number is at least `upload.first`, the next version when the first claim was made.
+    """
     try:
         adapter = await deps.registry.get(upload.tenant, upload.name)
     except NotFound:
         return None
-    wanted: set[str] = set()
+    digests: set[str] = set()
     for version in (version for version in adapter.versions if version.version >= upload.first):
         manifest = await deps.registry.manifest(upload.tenant, upload.name, version.version)
-        wanted = wanted or {await run_sync(sha256_of, path) for _, path in (files.config, files.weights)}
-        if wanted == {blob.sha256 for blob in manifest.files}:
+        digests = digests or {await run_sync(sha256_of, path) for _, path in (files.config, files.weights)}
+        if digests == {blob.sha256 for blob in manifest.files}:
             return version
     return None
 
 
 async def _clear(deps: Services, upload: PresignedUpload) -> None:
-    """Remove its bytes, now, and what a URL that is still good may bring after that."""
+    """Delete the uploaded objects now, and again when the URLs have expired: until then a PUT is possible."""
     try:
         await deps.files.scheduled_deletes.remove(upload.prefix)
         await deps.files.scheduled_deletes.add(
@@ -239,8 +248,8 @@ async def _clear(deps: Services, upload: PresignedUpload) -> None:
         log.warning("The bytes of %s stay until the next sweep: %s", upload.id, error)
 
 
-def _announced(deps: Services, body: CreateBody) -> list[AnnouncedFile]:
-    """Raises InvalidField, InvalidAdapter, TooLarge, UnsupportedMedia."""
+def _needed_files(deps: Services, body: CreateBody) -> list[AnnouncedFile]:
+    """The files that are needed. Raises InvalidField, InvalidAdapter, TooLarge, UnsupportedMedia."""
     files = [AnnouncedFile(file.name, file.bytes) for file in body.files if kept(file.name)]
     names = [file.name for file in files]
     if len(set(names)) < len(names):
@@ -256,15 +265,15 @@ def _announced(deps: Services, body: CreateBody) -> list[AnnouncedFile]:
 
 
 def _digests(upload: PresignedUpload, body: CompleteBody) -> list[str]:
-    """In the order of its files. Raises InvalidField."""
+    """The digests in the order of the upload's files, in lower case. Raises InvalidField."""
     names = [file.name for file in upload.files]
     if body.sha256.keys() != set(names):
         raise InvalidField(f"sha256 must have one digest for each of {', '.join(names)}.", param="sha256")
     digests = [body.sha256[name].lower() for name in names]
     for digest in digests:
-        if len(digest) != DIGEST or set(digest) - set("0123456789abcdef"):
+        if len(digest) != DIGEST_CHARS or set(digest) - set("0123456789abcdef"):
             raise InvalidField(
-                f"sha256 {shown(digest)} must have {DIGEST} hexadecimal digits.", param="sha256"
+                f"sha256 {shown(digest)} must have {DIGEST_CHARS} hexadecimal digits.", param="sha256"
             )
     return digests
 
@@ -272,11 +281,11 @@ def _digests(upload: PresignedUpload, body: CompleteBody) -> list[str]:
 async def _object(deps: Services, upload: PresignedUpload) -> dict[str, Any]:
     files: list[dict[str, Any]] = []
     for number, file in enumerate(upload.files):
-        one: dict[str, Any] = {"name": file.name, "bytes": file.bytes}
+        announced: dict[str, Any] = {"name": file.name, "bytes": file.bytes}
         if upload.status == "pending":
             seconds = upload.expires - upload.now
-            one |= {"method": "PUT", "url": await deps.objects.sign_put(upload.key(number), seconds)}
-        files.append(one)
+            announced |= {"method": "PUT", "url": await deps.objects.sign_put(upload.key(number), seconds)}
+        files.append(announced)
     return {
         "id": upload.id,
         "object": "adapter.upload",

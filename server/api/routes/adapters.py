@@ -1,4 +1,4 @@
-"""/v1/adapters: a tenant's own adapters and their versions."""
+"""/v1/adapters: a tenant's adapters and their versions: upload, list, download, delete, restore."""
 
 import asyncio
 from pathlib import Path
@@ -33,21 +33,21 @@ from server.tenancy.tenants import Tenant
 router = APIRouter(prefix="/v1/adapters", dependencies=[Depends(current_tenant)])
 
 MAX_PAGE = 100
-EVALUATIONS = 20
+MAX_EVALUATIONS = 20
 
 
 @router.post("")
 async def upload_adapter(request: Request, deps: Deps, tenant: CurrentTenant, actor: Actor) -> Response:
-    """multipart/form-data: `name`, `files` (repeated), and perhaps `sha256` of the weights file, or
-    `allow_noop=true` to let in an adapter that changes nothing.
+    """multipart/form-data: `name`, `files` (repeated); optional: `sha256` of the weights file, and
+    `allow_noop=true` to accept an adapter that changes no output.
 
-    `If-None-Match: *` creates and never adds a version.
+    With `If-None-Match: *` an adapter that exists is a conflict, and gets no version.
     """
     return await receive_adapter(request, deps, tenant, actor)
 
 
 async def receive_adapter(request: Request, deps: Services, tenant: Tenant, actor: str) -> Response:
-    """An upload, for `tenant` by `actor`."""
+    """Receive and publish an upload for `tenant`, made by `actor`."""
     deps.refuse_if_draining()
     form, seconds = adapter_form(deps.settings), deps.settings.request_seconds
     with temp_folder(deps.settings) as folder:
@@ -76,28 +76,28 @@ async def list_adapters(
     limit: Annotated[int, Query()] = MAX_PAGE,
     deleted: str = "false",
 ) -> Response:
-    """By name, `limit` (1 to 100) at a time; `after` is the last name of the page before.
+    """By name, `limit` (1 to 100) at a time; `after` is the last name of the previous page.
 
-    With `deleted=true` the names of which something is deleted, and those versions.
+    With `deleted=true` the deleted versions that can be restored, by name.
     """
     check_limit(limit, MAX_PAGE)
     if _flag(deleted, "deleted"):
-        gone = await deps.registry.deleted(tenant.id, after, limit + 1)
-        return list_page([deleted_object(one, deps.registry.retention) for one in gone], limit)
+        restorable = await deps.registry.deleted(tenant.id, after, limit + 1)
+        return list_page([deleted_object(item, deps.registry.retention) for item in restorable], limit)
     adapters = await deps.registry.list(tenant.id, after, limit + 1)
     return list_page([adapter_object(adapter) for adapter in adapters], limit)
 
 
 @router.get("/{name}")
 async def get_adapter(deps: Deps, tenant: CurrentTenant, name: str) -> Response:
-    """Adds to the list's facts how versions that were trained here compare with the base, the newest few."""
+    """As in the list, with the evaluations of the newest versions that were trained here."""
     adapter = await deps.registry.get(tenant.id, name)
-    trained = [version for version in reversed(adapter.versions) if version.evaluated][:EVALUATIONS]
+    trained = [version for version in reversed(adapter.versions) if version.evaluated][:MAX_EVALUATIONS]
     manifests = [deps.registry.manifest(tenant.id, name, version.version) for version in trained]
-    found = {manifest.version: manifest.evaluation for manifest in await asyncio.gather(*manifests)}
-    answer = adapter_object(adapter) | {"evaluation": found.get(adapter.latest.version)}
+    evaluations = {manifest.version: manifest.evaluation for manifest in await asyncio.gather(*manifests)}
+    answer = adapter_object(adapter) | {"evaluation": evaluations.get(adapter.latest.version)}
     for version in answer["versions"]:
-        version["evaluation"] = found.get(version["version"])
+        version["evaluation"] = evaluations.get(version["version"])
     return json_response(answer, headers=etag_header(adapter.etag))
 
 
@@ -110,9 +110,9 @@ async def delete_adapter(
     condition: MatchOnly,
     purge: str = "false",
 ) -> Response:
-    """All its versions and aliases. Running requests end as they would.
+    """With all versions and aliases. Running requests are not affected.
 
-    It can be restored for a while; with `purge=true` it cannot, nor what was deleted before.
+    It can be restored for `retention_seconds`; with `purge=true` neither it nor earlier deleted versions can.
     """
     forever = _flag(purge, "purge")
     await delete(deps, tenant.id, name, None, actor, condition=condition, purge=forever)
@@ -123,7 +123,7 @@ async def delete_adapter(
 async def restore_adapter(
     deps: Deps, tenant: CurrentTenant, actor: Actor, name: str, version: str | None = None
 ) -> Response:
-    """Bring back what is deleted of the name, all of it or one version, and aliases that went with it."""
+    """Restore the deleted versions of the name, all or one, and the aliases that were deleted with them."""
     number = None if version is None else version_number(version)
     if version is not None and number is None:
         raise InvalidField(
@@ -136,18 +136,18 @@ async def restore_adapter(
 
 @router.get("/{name}/history")
 async def get_history(deps: Deps, tenant: CurrentTenant, name: str) -> Response:
-    """Who changed what, newest first; also of an adapter that is deleted."""
+    """The audit log, newest first; also of a deleted adapter."""
     entries = await deps.registry.history(tenant.id, name)
     return json_response({"object": "list", "data": [change_object(entry) for entry in entries]})
 
 
 @router.get("/{name}/versions/{version}")
 async def get_version(deps: Deps, tenant: CurrentTenant, name: str, version: str) -> Response:
-    """Adds to the list's facts what the engine found: parameters, bytes on the device, ..."""
-    found = await deps.registry.resolve(tenant.id, name, version)
-    manifest = await deps.registry.manifest(tenant.id, name, found.version)
-    more = {"facts": manifest.facts, "config": manifest.config, "evaluation": manifest.evaluation}
-    return json_response(version_object(found) | more)
+    """As in the list, with facts from the engine: parameters, bytes on the device, ..."""
+    resolved = await deps.registry.resolve(tenant.id, name, version)
+    manifest = await deps.registry.manifest(tenant.id, name, resolved.version)
+    details = {"facts": manifest.facts, "config": manifest.config, "evaluation": manifest.evaluation}
+    return json_response(version_object(resolved) | details)
 
 
 @router.delete("/{name}/versions/{version}")
@@ -160,7 +160,7 @@ async def delete_version(
     condition: MatchOnly,
     purge: str = "false",
 ) -> Response:
-    """One version, also one that is deleted already if it is to be purged; `purge` as for an adapter."""
+    """One version. With `purge=true`, which is as for an adapter, also one that is deleted already."""
     forever, number = _flag(purge, "purge"), version_number(version)
     if number is None:
         number = (await exact_version(deps, tenant.id, name, version)).version
@@ -173,9 +173,9 @@ async def delete_version(
 async def download(
     deps: Deps, tenant: CurrentTenant, name: str, version: str, file: str | None = None
 ) -> Response:
-    """One file as it was uploaded: the weights, or the one `file` names."""
-    found = await deps.registry.resolve(tenant.id, name, version)
-    manifest = await deps.registry.manifest(tenant.id, name, found.version)
+    """A file as it was uploaded: the one named `file`, else the weights."""
+    resolved = await deps.registry.resolve(tenant.id, name, version)
+    manifest = await deps.registry.manifest(tenant.id, name, resolved.version)
     blob = manifest.weights if file is None else _blob(manifest, file)
     return await stored_file(deps.settings, deps.objects, blob.key, blob.name, blob.sha256)
 
@@ -190,7 +190,10 @@ async def delete(
     condition: str = "",
     purge: bool = False,
 ) -> None:
-    """Forget it here and in the engine. Raises NotFound, PreconditionFailed."""
+    """Delete an adapter, or one version, in the registry and in the engine's caches.
+
+    Raises NotFound, PreconditionFailed.
+    """
     digests = await deps.registry.delete(
         tenant_id, name, version, actor=actor, condition=condition, purge=purge
     )
@@ -199,7 +202,10 @@ async def delete(
 
 
 async def uploaded_files(deps: Services, upload: Upload) -> AdapterUpload:
-    """The upload's files, if it holds them and they are what the client meant to send."""
+    """The adapter's files in an upload; a pickle is converted to safetensors.
+
+    Raises InvalidAdapter if files are missing, InvalidField if the client's `sha256` differs.
+    """
     upload.required("name")
     name = check_files(upload.files)
     file, expected = upload.files[name], upload.fields.get("sha256")
@@ -217,6 +223,7 @@ async def uploaded_files(deps: Services, upload: Upload) -> AdapterUpload:
 
 
 def _flag(value: str, name: str) -> bool:
+    """Raises InvalidField unless `value` is true or false."""
     if value.lower() not in ("true", "false"):
         raise InvalidField(f"{name} must be true or false, not {shown(value)}.", param=name)
     return value.lower() == "true"

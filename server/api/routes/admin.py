@@ -1,4 +1,4 @@
-"""/admin: tenants and their keys. The operator's key only; a secret is shown once, when it is made."""
+"""/admin: tenants and their API keys, for the operator. A secret is shown only when it is made."""
 
 from typing import Annotated, Any
 
@@ -49,7 +49,7 @@ async def list_keys(deps: Deps, tenant_id: str) -> Response:
 
 @router.delete("/tenants/{tenant_id}/keys/{key_id}")
 async def revoke_key(deps: Deps, tenant_id: str, key_id: str) -> Response:
-    """The key fails from the next request on, in every process."""
+    """The key is refused from the next request on, in every process."""
     await deps.tenants.revoke(tenant_id, key_id)
     return json_response({"id": key_id, "object": "key", "deleted": True})
 

@@ -1,6 +1,6 @@
-"""/v1/adapters/{name}/aliases: where an adapter's aliases point, and how to take that back.
+"""/v1/adapters/{name}/aliases: set, read, delete and roll back the aliases of an adapter.
 
-Every change takes If-Match, with the ETag of the alias or of its adapter.
+A change takes If-Match, with the ETag of the alias or of its adapter.
 """
 
 from typing import Annotated
@@ -27,12 +27,14 @@ Weights = Annotated[dict[str, float], BeforeValidator(at_most_entries(MAX_WEIGHT
 
 
 class AliasBody(Body):
+    """An alias and its target: a version, or several with weights."""
+
     alias: str
     version: Annotated[int, Field(ge=1, le=99_999_999)] | None = None
     weights: Weights | None = None
 
     @model_validator(mode="after")
-    def _one_of_them(self) -> "AliasBody":
+    def _version_or_weights(self) -> "AliasBody":
         if (self.version is None) == (self.weights is None):
             raise InvalidField(
                 "alias needs either version or weights, and not both.",
@@ -43,6 +45,7 @@ class AliasBody(Body):
 
     @property
     def points(self) -> AliasTarget:
+        """Raises InvalidField for weights that do not fit."""
         return self.version if self.version is not None else check_weights(self.weights or {})
 
 
@@ -55,9 +58,9 @@ async def set_alias(
     condition: Condition,
     body: Annotated[AliasBody, Depends(json_body(AliasBody))],
 ) -> Response:
-    """Point an alias at a version, or at several by weight, wherever it pointed before.
+    """Point a new or existing alias at a version, or at several by weight. `latest` is pinned to the version.
 
-    `If-None-Match: *` makes a new one only. `latest` is pinned to the version.
+    With `If-None-Match: *` an alias that exists is a conflict.
     """
     await deps.registry.aliases.set(
         tenant.id, name, body.alias, body.points, actor=actor, condition=condition
@@ -69,15 +72,15 @@ async def set_alias(
 
 @router.get("/{name}/aliases/{alias}")
 async def get_alias(deps: Deps, tenant: CurrentTenant, name: str, alias: str) -> Response:
-    found = await deps.registry.aliases.get(tenant.id, name, alias)
-    return json_response(alias_object(name, alias, found), headers=etag_header(found.etag))
+    target = await deps.registry.aliases.get(tenant.id, name, alias)
+    return json_response(alias_object(name, alias, target), headers=etag_header(target.etag))
 
 
 @router.delete("/{name}/aliases/{alias}")
 async def delete_alias(
     deps: Deps, tenant: CurrentTenant, actor: Actor, name: str, alias: str, condition: MatchOnly
 ) -> Response:
-    """Of `latest`: it is pinned no longer, and points at the newest promoted version again."""
+    """Deleting `latest` unpins it: it points at the newest promoted version again."""
     await deps.registry.aliases.unset(tenant.id, name, alias, actor=actor, condition=condition)
     return json_response({"id": f"{name}@{alias}", "object": "adapter.alias", "deleted": True})
 
@@ -86,16 +89,16 @@ async def delete_alias(
 async def roll_back(
     deps: Deps, tenant: CurrentTenant, actor: Actor, name: str, alias: str, condition: MatchOnly
 ) -> Response:
-    """Point the alias where it pointed before it was last moved; each call goes one step further back."""
+    """Point the alias at its previous target; each call goes back one change further."""
     await deps.registry.aliases.rollback(tenant.id, name, alias, actor=actor, condition=condition)
-    found = await deps.registry.aliases.get(tenant.id, name, alias)
-    await _prefetch(deps, tenant.id, name, found)
-    return json_response(alias_object(name, alias, found), headers=etag_header(found.etag))
+    target = await deps.registry.aliases.get(tenant.id, name, alias)
+    await _prefetch(deps, tenant.id, name, target)
+    return json_response(alias_object(name, alias, target), headers=etag_header(target.etag))
 
 
-async def _prefetch(deps: Services, tenant_id: str, name: str, found: Alias | None) -> None:
-    """Requests for these versions come next."""
-    points = found.points if found else {}
+async def _prefetch(deps: Services, tenant_id: str, name: str, target: Alias | None) -> None:
+    """Load the alias's versions, which requests will need next."""
+    points = target.points if target else {}
     for number in [points] if isinstance(points, int) else points:
         version = await deps.registry.resolve(tenant_id, name, str(number))
         deps.engine.prefetch(adapter_ref(version))

@@ -29,8 +29,9 @@ async def create_chat_completion(
     tenant: CurrentTenant,
     body: Annotated[ChatBody, Depends(json_body(ChatBody))],
 ) -> Response:
+    """One object with all choices, or a stream of chunks."""
     target = await resolve(deps, tenant, body.model, body.adapters, sticky_key(request, body.user))
-    asked = RouteOptions(
+    options = RouteOptions(
         prefix="chatcmpl",
         prompts=[await chat_prompt(deps, tenant, body.messages)],
         max_tokens=body.max_completion_tokens or body.max_tokens,
@@ -38,21 +39,22 @@ async def create_chat_completion(
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         grammar=await grammar_for(body.response_format),
     )
-    generation = build_generation(deps, tenant, request, target, body, asked)
+    generation = build_generation(deps, tenant, request, target, body, options)
     answer = _Chat(generation, body)
     if body.stream:
         return await open_stream(request, answer.events(), target.headers, deadline=generation.deadline)
-    return json_response(await while_connected(request.receive, answer.whole()), headers=target.headers)
+    return json_response(await while_connected(request.receive, answer.full_object()), headers=target.headers)
 
 
 class _Chat:
-    """A generation as `chat.completion` and `chat.completion.chunk` objects."""
+    """Renders a generation as `chat.completion` and `chat.completion.chunk` objects."""
 
     def __init__(self, generation: Generation, body: ChatBody) -> None:
         self._generation = generation
         self._body = body
 
-    async def whole(self) -> dict[str, Any]:
+    async def full_object(self) -> dict[str, Any]:
+        """The answer without streaming, once every choice has finished."""
         answers = [self._empty(choice.index) for choice in self._generation.choices]
         async with aclosing(self._generation.pieces()) as pieces:
             async for piece in pieces:
@@ -64,14 +66,15 @@ class _Chat:
         return self._object("chat.completion", answers) | {"usage": usage}
 
     async def events(self) -> AsyncGenerator[dict[str, Any], None]:
-        options = self._body.stream_options
-        with_usage = options is not None and options.include_usage
+        """The answer's chunks, with the usage in the last if the body asks for it."""
+        stream_options = self._body.stream_options
+        with_usage = stream_options is not None and stream_options.include_usage
         extra: dict[str, Any] = {"usage": None} if with_usage else {}
-        greeted: set[int] = set()
+        begun: set[int] = set()  # choices whose role has been sent
         async with aclosing(self._generation.pieces()) as pieces:
             async for piece in pieces:
-                role = {} if piece.index in greeted else {"role": "assistant", "refusal": None}
-                greeted.add(piece.index)
+                role = {} if piece.index in begun else {"role": "assistant", "refusal": None}
+                begun.add(piece.index)
                 if piece.text or piece.tokens or role:
                     delta = role | ({"content": piece.text} if piece.text or role else {})
                     yield self._chunk(piece.index, delta, self._logprobs(piece), None) | extra

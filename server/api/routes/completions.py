@@ -30,18 +30,19 @@ async def create_completion(
     tenant: CurrentTenant,
     body: Annotated[CompletionBody, Depends(json_body(CompletionBody))],
 ) -> Response:
+    """One object with all choices, or a stream of them."""
     target = await resolve(deps, tenant, body.model, body.adapters, sticky_key(request, body.user))
     prompts = await completion_prompts(deps, tenant, body.prompt)
-    asked = RouteOptions("cmpl", prompts, body.max_tokens, DEFAULT_MAX_TOKENS, body.logprobs)
-    generation = build_generation(deps, tenant, request, target, body, asked)
+    options = RouteOptions("cmpl", prompts, body.max_tokens, DEFAULT_MAX_TOKENS, body.logprobs)
+    generation = build_generation(deps, tenant, request, target, body, options)
     answer = _Completion(generation, body)
     if body.stream:
         return await open_stream(request, answer.events(), target.headers, deadline=generation.deadline)
-    return json_response(await while_connected(request.receive, answer.whole()), headers=target.headers)
+    return json_response(await while_connected(request.receive, answer.full_object()), headers=target.headers)
 
 
 class _Completion:
-    """A generation as `text_completion` objects."""
+    """Renders a generation as `text_completion` objects."""
 
     def __init__(self, generation: Generation, body: CompletionBody) -> None:
         self._generation = generation
@@ -50,7 +51,8 @@ class _Completion:
         if body.echo:
             self._echoes = [self._echo(i // generation.n) for i in range(len(generation.choices))]
 
-    async def whole(self) -> dict[str, Any]:
+    async def full_object(self) -> dict[str, Any]:
+        """The answer without streaming, once every choice has finished."""
         choices = [self._choice(i, echo) for i, echo in enumerate(self._echoes)]
         async with aclosing(self._generation.pieces()) as pieces:
             async for piece in pieces:
@@ -61,8 +63,9 @@ class _Completion:
         return self._object(choices) | {"usage": usage_object(self._generation.usage)}
 
     async def events(self) -> AsyncGenerator[dict[str, Any], None]:
-        options = self._body.stream_options
-        with_usage = options is not None and options.include_usage
+        """The answer's chunks, with the usage in the last if the body asks for it."""
+        stream_options = self._body.stream_options
+        with_usage = stream_options is not None and stream_options.include_usage
         extra: dict[str, Any] = {"usage": None} if with_usage else {}
         async with aclosing(self._generation.pieces()) as pieces:
             async for piece in pieces:
@@ -96,7 +99,7 @@ class _Completion:
         return completion_logprobs(self._generation.deps.tokenizer, piece.tokens, self._body.logprobs)
 
     def _echo(self, number: int) -> str:
-        """The prompt's text: as it was sent, or decoded when it came as tokens."""
+        """The text of a prompt: as it was sent, or decoded from token ids."""
         prompt = self._body.prompt
         sent = [prompt] if isinstance(prompt, str) else prompt
         if isinstance(sent[0], int) or isinstance(sent[number], list):

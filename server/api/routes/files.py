@@ -1,4 +1,4 @@
-"""/v1/files: a tenant's training data and the results of its jobs, as OpenAI's file objects."""
+"""/v1/files: training data and results of jobs, as OpenAI's file objects."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -20,7 +20,7 @@ MAX_PAGE = 10_000
 
 @router.post("")
 async def upload_file(request: Request, deps: Deps, tenant: CurrentTenant) -> Response:
-    """multipart/form-data: `file` and `purpose`, which is fine-tune."""
+    """multipart/form-data: `file`, and `purpose`, which must be fine-tune."""
     deps.refuse_if_draining()
     await deps.files.check_quota(tenant.id, 0)
     form = Form(fields=("purpose",), file="file", max_bytes=deps.settings.max_file_bytes)
@@ -47,7 +47,7 @@ async def list_files(
     order: Annotated[str, Query()] = "desc",
     purpose: str | None = None,
 ) -> Response:
-    """By creation, the newest first unless `order` is asc; `after` is the last id of the page before."""
+    """By creation, the newest first unless `order` is asc; `after` is the last id of the previous page."""
     check_limit(limit, MAX_PAGE)
     if order not in ("asc", "desc"):
         raise InvalidField(f"order must be asc or desc, not {shown(order)}.", param="order")
@@ -69,7 +69,7 @@ async def get_file(deps: Deps, tenant: CurrentTenant, file_id: str) -> Response:
 
 @router.delete("/{file_id}")
 async def delete_file(deps: Deps, tenant: CurrentTenant, file_id: str) -> Response:
-    """Not while an unfinished job needs it."""
+    """Raises Conflict while an unfinished job needs the file."""
     await deps.files.get(tenant.id, file_id)
     for job in await deps.jobs.unfinished(tenant.id):
         if file_id in (job.training_file, job.validation_file):
@@ -87,6 +87,7 @@ async def get_content(deps: Deps, tenant: CurrentTenant, file_id: str) -> Respon
 
 
 def check_purpose(purpose: str) -> Purpose:
+    """Raises InvalidField for any purpose but fine-tune."""
     allowed: Literal["fine-tune"] = "fine-tune"
     if purpose != allowed:
         raise InvalidField(
@@ -96,12 +97,13 @@ def check_purpose(purpose: str) -> Purpose:
 
 
 def file_object(file: File) -> dict[str, Any]:
+    """OpenAI's `file`, with its SHA-256."""
     return {
         "id": file.id,
         "object": "file",
         "bytes": file.bytes,
         "created_at": file.created,
-        "expires_at": None,  # stays until it is deleted
+        "expires_at": None,  # files stay until they are deleted
         "filename": file.name,
         "purpose": file.purpose,
         "status": "processed",

@@ -1,4 +1,4 @@
-"""/v1/fine_tuning/jobs: OpenAI's jobs, with a `peft` block of ours for the five methods."""
+"""/v1/fine_tuning/jobs: OpenAI's jobs, with an additional block `peft` for the method's parameters."""
 
 import hashlib
 import time
@@ -9,11 +9,11 @@ from fastapi import APIRouter, Depends, Query, Request, Response
 from pydantic import Field
 
 from server.api.adapters.publish import check_adapter_name
-from server.api.fine_tuning import dataset_check as job_data
+from server.api.fine_tuning import dataset_check
 from server.api.fine_tuning.event_stream import follow
 from server.api.fine_tuning.json_objects import (
-    CHECKPOINT,
-    EVENT,
+    CHECKPOINT_PREFIX,
+    EVENT_PREFIX,
     checkpoint_object,
     event_object,
     job_object,
@@ -35,12 +35,14 @@ from server.tenancy.tenants import Tenant
 router = APIRouter(prefix="/v1/fine_tuning/jobs", dependencies=[Depends(current_tenant)])
 
 MAX_PAGE = 100
-MAX_IDEMPOTENCY_KEY = 255
+MAX_IDEMPOTENCY_KEY_CHARS = 255
 
 FileId = Annotated[str, Field(min_length=1, max_length=64)]
 
 
 class JobBody(Body):
+    """A new job. server/finetune/recipe.py parses `method`, `hyperparameters` and `peft`."""
+
     refused: ClassVar[dict[str, str]] = {"integrations": "this server sends nothing to other services"}
 
     model: Annotated[str, Field(min_length=1, max_length=512)]
@@ -49,7 +51,7 @@ class JobBody(Body):
     hyperparameters: dict[str, Any] | None = None
     method: dict[str, Any] | None = None
     peft: dict[str, Any] | None = None
-    suffix: str | None = None  # the adapter's name; a known one gets a version more
+    suffix: str | None = None  # the adapter's name; an existing adapter gets a new version
     seed: int | None = None
     metadata: Metadata | None = None
 
@@ -61,13 +63,13 @@ async def create_job(
     tenant: CurrentTenant,
     body: Annotated[JobBody, Depends(json_body(JobBody))],
 ) -> Response:
-    """Everything is checked before anything is queued: fields, files, every line of the data.
+    """Checks fields, files and every line of the data before the job is queued.
 
-    With an `Idempotency-Key` known from the last 24 hours, the job that it made then.
+    With an `Idempotency-Key` of the last 24 hours it answers with the job that was made then.
     """
     deps.refuse_if_draining()
-    same = _same(request, body)
-    if same and (job := await deps.jobs.find_same(tenant.id, same)):
+    idempotency = _idempotency(request, body)
+    if idempotency and (job := await deps.jobs.find_same(tenant.id, idempotency)):
         return _created(job)
     if body.model != deps.base.id:
         raise InvalidField(
@@ -75,17 +77,18 @@ async def create_job(
         )
     if body.suffix is not None:
         check_adapter_name(deps, body.suffix, "suffix")
-    recipe = _recipe(deps, body, body.seed, examples=1)  # what is wrong with the fields needs no file
-    data = await job_data.find(deps, tenant.id, body.training_file, body.validation_file)
+    recipe = _recipe(deps, body, body.seed, examples=1)  # to check the fields before the files
+    data = await dataset_check.find(deps, tenant.id, body.training_file, body.validation_file)
     async with deps.dataset_check_lock.acquire(tenant.id, deps.settings.request_seconds):
-        if same and (job := await deps.jobs.find_same(tenant.id, same)):  # it came twice at a time
+        # the same request may have come twice at once
+        if idempotency and (job := await deps.jobs.find_same(tenant.id, idempotency)):
             return _created(job)
-        reports = await job_data.check(deps, data, recipe.max_tokens)
+        reports = await dataset_check.check(deps, data, recipe.max_tokens)
     recipe = _recipe(deps, body, recipe.seed, reports["training_file"].examples)
-    figures = {param: job_data.dataset_stats(report) for param, report in reports.items()}
-    events = [_data_event(param, found) for param, found in figures.items()]
-    fixed = _fixed(deps, tenant, body, recipe, figures)
-    return _created(await deps.jobs.create(fixed, same, *events))
+    stats = {param: dataset_check.dataset_stats(report) for param, report in reports.items()}
+    events = [_data_event(param, counts) for param, counts in stats.items()]
+    fixed = _fixed_part(deps, tenant, body, recipe, stats)
+    return _created(await deps.jobs.create(fixed, idempotency, *events))
 
 
 @router.get("")
@@ -96,14 +99,14 @@ async def list_jobs(
     after: str | None = None,
     limit: Annotated[int, Query()] = 20,
 ) -> Response:
-    """The newest first; `metadata[k]=v`, repeated, leaves those out that have it otherwise."""
+    """The newest first. `metadata[k]=v`, repeated, lists only jobs with these values."""
     check_limit(limit, MAX_PAGE)
-    wanted = _metadata_filter(request)
-    found: list[Job] = []
-    while len(found) <= limit and (page := await deps.jobs.page(tenant.id, after, MAX_PAGE)):
-        found += [job for job in page if wanted is None or _matches(job, wanted)]
+    metadata = _metadata_filter(request)
+    jobs: list[Job] = []
+    while len(jobs) <= limit and (page := await deps.jobs.page(tenant.id, after, MAX_PAGE)):
+        jobs += [job for job in page if metadata is None or _matches(job, metadata)]
         after = page[-1].id
-    return list_page([job_object(job) for job in found], limit)
+    return list_page([job_object(job) for job in jobs], limit)
 
 
 @router.get("/{job_id}")
@@ -113,13 +116,13 @@ async def get_job(deps: Deps, tenant: CurrentTenant, job_id: str) -> Response:
 
 @router.post("/{job_id}/cancel")
 async def cancel_job(deps: Deps, tenant: CurrentTenant, job_id: str) -> Response:
-    """The job is cancelled when the answer comes, and nothing of it will be published."""
+    """When the answer comes, the job is cancelled: it will publish nothing."""
     return json_response(job_object(await deps.jobs.cancel(tenant.id, job_id)))
 
 
 @router.post("/{job_id}/pause")
 async def pause_job(deps: Deps, tenant: CurrentTenant, job_id: str) -> Response:
-    """A running job pauses within seconds, once its worker has saved; `paused` says when."""
+    """A running job pauses within seconds, once its worker has saved a checkpoint; then `paused` is true."""
     return json_response(job_object(await deps.jobs.pause(tenant.id, job_id)))
 
 
@@ -138,18 +141,18 @@ async def list_events(
     limit: Annotated[int, Query()] = 20,
     stream: bool = False,
 ) -> Response:
-    """The newest first. With `stream=true` all of them, the oldest first, and those to come, until the job is
-    over; `Last-Event-ID` goes on after the event it names.
+    """The newest first. With `stream=true` all events, the oldest first, and new ones until the job ends; the
+    header `Last-Event-ID` resumes after the event that it names.
     """
     job = await deps.jobs.get(tenant.id, job_id)
     if stream:
         last = request.headers.get("last-event-id", "")
-        seen = number_in(last, EVENT, job.id, "Last-Event-ID") if last else 0
+        seen = number_in(last, EVENT_PREFIX, job.id, "Last-Event-ID") if last else 0
         return await open_stream(request, follow(deps, job.id, seen))
     check_limit(limit, MAX_PAGE)
-    before = None if after is None else number_in(after, EVENT, job.id, "after")
-    found = await deps.jobs.events(job.id, before=before, limit=limit + 1, newest=True)
-    return list_page([event_object(job.id, event) for event in found], limit)
+    before = None if after is None else number_in(after, EVENT_PREFIX, job.id, "after")
+    events = await deps.jobs.events(job.id, before=before, limit=limit + 1, newest=True)
+    return list_page([event_object(job.id, event) for event in events], limit)
 
 
 @router.get("/{job_id}/checkpoints")
@@ -163,24 +166,25 @@ async def list_checkpoints(
     """The newest first."""
     check_limit(limit, MAX_PAGE)
     job = await deps.jobs.get(tenant.id, job_id)
-    found = await deps.jobs.checkpoints(job.id)
+    checkpoints = await deps.jobs.checkpoints(job.id)
     if after is not None:
-        step = number_in(after, CHECKPOINT, job.id, "after")
-        found = [checkpoint for checkpoint in found if checkpoint.step < step]
-    return list_page([checkpoint_object(job, checkpoint) for checkpoint in found], limit)
+        step = number_in(after, CHECKPOINT_PREFIX, job.id, "after")
+        checkpoints = [checkpoint for checkpoint in checkpoints if checkpoint.step < step]
+    return list_page([checkpoint_object(job, checkpoint) for checkpoint in checkpoints], limit)
 
 
 def _created(job: Job) -> Response:
     return json_response(job_object(job), headers={"Location": f"{router.prefix}/{job.id}"})
 
 
-def _same(request: Request, body: JobBody) -> IdempotencyKey | None:
+def _idempotency(request: Request, body: JobBody) -> IdempotencyKey | None:
+    """The request's Idempotency-Key with a hash of its body. Raises InvalidField."""
     key = request.headers.get("idempotency-key")
     if key is None:
         return None
-    if not 0 < len(key) <= MAX_IDEMPOTENCY_KEY:
+    if not 0 < len(key) <= MAX_IDEMPOTENCY_KEY_CHARS:
         raise InvalidField(
-            f"Idempotency-Key must have 1 to {MAX_IDEMPOTENCY_KEY} characters.", param="Idempotency-Key"
+            f"Idempotency-Key must have 1 to {MAX_IDEMPOTENCY_KEY_CHARS} characters.", param="Idempotency-Key"
         )
     content = msgspec.json.encode(body.model_dump(), order="deterministic")
     return IdempotencyKey(key, hashlib.sha256(content).hexdigest())
@@ -199,8 +203,8 @@ def _recipe(deps: Services, body: JobBody, seed: int | None, examples: int) -> R
     )
 
 
-def _fixed(
-    deps: Services, tenant: Tenant, body: JobBody, recipe: Recipe, figures: dict[str, dict[str, int]]
+def _fixed_part(
+    deps: Services, tenant: Tenant, body: JobBody, recipe: Recipe, stats: dict[str, dict[str, int]]
 ) -> FixedPart:
     id_ = new_job_id()
     return FixedPart(
@@ -216,34 +220,35 @@ def _fixed(
         suffix=body.suffix,
         seed=recipe.seed,
         metadata=body.metadata,
-        data=figures,
+        data=stats,
     )
 
 
-def _data_event(param: str, found: dict[str, int]) -> bytes:
-    cut = f"; {found['truncated']} are longer than a training example may be, and lose their beginning"
+def _data_event(param: str, counts: dict[str, int]) -> bytes:
+    """An event that tells what the file of the field `param` holds."""
+    cut = f"; {counts['truncated']} are longer than a training example may be, and lose their beginning"
     return new_event(
-        "warn" if found["truncated"] or found["dropped"] else "info",
-        f"{param} has {found['examples']} examples of {found['tokens']} tokens, {found['trained_tokens']} of "
-        f"which are learned{cut if found['truncated'] else ''}.",
-        data=dict(found),
+        "warn" if counts["truncated"] or counts["dropped"] else "info",
+        f"{param} has {counts['examples']} examples of {counts['tokens']} tokens, "
+        f"{counts['trained_tokens']} of which are learned{cut if counts['truncated'] else ''}.",
+        data=dict(counts),
     )
 
 
 def _metadata_filter(request: Request) -> dict[str, str] | None:
-    """{} means: those without any."""
+    """The metadata that listed jobs must have; {}: none at all; None: any."""
     query = request.query_params
     if query.get("metadata") == "null":
         return {}
-    wanted = {
+    metadata = {
         name.removeprefix("metadata[").removesuffix("]"): value
         for name, value in query.items()
         if name.startswith("metadata[") and name.endswith("]")
     }
-    return wanted or None
+    return metadata or None
 
 
-def _matches(job: Job, wanted: dict[str, str]) -> bool:
-    if not wanted:
+def _matches(job: Job, metadata: dict[str, str]) -> bool:
+    if not metadata:
         return not job.metadata
-    return job.metadata is not None and wanted.items() <= job.metadata.items()
+    return job.metadata is not None and metadata.items() <= job.metadata.items()

@@ -1,4 +1,4 @@
-"""What needs no key: alive, ready, and the metrics while they hold nothing that a tenant chose."""
+"""Liveness, readiness and metrics, without an API key (metrics: unless `metrics_closed`)."""
 
 import asyncio
 
@@ -16,28 +16,28 @@ from server.tenancy.keys import same_secret
 router = APIRouter()
 
 STORE_SECONDS = 1.0
-HUNG = 2.0
+HUNG_AFTER_TIMEOUTS = 2.0  # in units of request_seconds
 
 
 @router.get("/healthz")
 async def healthz(deps: Deps) -> Response:
-    """200 while this process answers, whatever the others do: a restart of all is no cure for one of them.
+    """200 while this process answers, whatever the state of the others: restarting all would not help.
 
-    503 when the engine has said nothing for so long that `serve` must have failed to end it: for HUNG times
-    the longest that a request may take, so that no row waits for it.
+    503 when the engine has been silent for so long that `serve` must have failed to restart it:
+    HUNG_AFTER_TIMEOUTS times the longest time of a request, so that no row can be waiting for it.
     """
     silence = deps.engine.silent_seconds
-    if silence > HUNG * deps.settings.request_seconds:
+    if silence > HUNG_AFTER_TIMEOUTS * deps.settings.request_seconds:
         return json_response({"status": "hangs", "engine": {"silent_seconds": round(silence, 1)}}, 503)
     return json_response({"status": "ok"})
 
 
 @router.get("/readyz")
 async def readyz(deps: Deps) -> Response:
-    """200 when a request would be served now; 503 and what is missing otherwise.
+    """200 when a request would be served now, else 503 with the failed checks.
 
-    A silent engine is none that serves now, so others may get what is new. What comes all the same is taken,
-    and waits for the engine until its deadline.
+    With a silent engine it is not ready, so that a load balancer prefers other servers; requests that
+    still come are accepted, and wait for the engine until their deadlines.
     """
     checks = {
         "accepting": not deps.draining,
@@ -45,29 +45,28 @@ async def readyz(deps: Deps) -> Response:
         "control_store": await _store_answers(deps),
     }
     ready = all(checks.values())
-    # for information: adapters on the device, in RAM and on disk are served without the store
+    # object_store is for information: adapters on the device, in RAM and on disk are served without it
     body = {
         "status": "ready" if ready else "not ready",
         "checks": checks,
         "object_store": {"breaker": deps.objects.breaker.state},
-        # a request sent now waits at least so long
-        "engine": {"silent_seconds": round(deps.engine.silent_seconds, 1)},
+        "engine": {"silent_seconds": round(deps.engine.silent_seconds, 1)},  # how long requests wait already
     }
     return json_response(body, 200 if ready else 503, {} if ready else {"Retry-After": "1"})
 
 
 @router.get("/metrics")
 async def metrics(request: Request, deps: Deps) -> Response:
-    """Open, unless it names somebody or the operator has closed it."""
+    """Prometheus metrics. Open, unless they show tenants' data or the operator has closed them."""
     if deps.settings.metrics_closed:
         _check_reader(bearer(request), deps)
     await deps.cluster_metrics.refresh()
-    page = await run_sync(deps.metrics.render)  # some milliseconds, which no stream shall wait
+    page = await run_sync(deps.metrics.render)  # takes milliseconds, which would delay streams
     return Response(page, media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
 
 def _check_reader(secret: str, deps: Services) -> None:
-    """Raises Unauthenticated."""
+    """Raise Unauthenticated unless `secret` may read the metrics."""
     token = deps.settings.metrics_token
     known = [deps.operator_secret] + ([token] if token else [])
     if not any(same_secret(secret, each) for each in known):

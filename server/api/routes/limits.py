@@ -1,4 +1,4 @@
-"""GET /v1/limits: every cap the server enforces, as data, so that a client need not find them by refusals."""
+"""GET /v1/limits: every cap that the server enforces, as data. It enforces none itself."""
 
 from fastapi import APIRouter, Depends, Response
 
@@ -54,11 +54,12 @@ FROM_SETTINGS = (
 
 @router.get("/v1/limits")
 async def get_limits(deps: Deps) -> Response:
+    """The caps of Settings, those that follow from the base, and constants."""
     return json_response(
         {"object": "limits", "model": deps.base.id, "max_context_tokens": deps.max_context}
         | {name: getattr(deps.settings, name) for name in FROM_SETTINGS}
         | {
-            "max_rows_per_tenant": deps.max_rows // 2,  # running and waiting, while it is alone
+            "max_rows_per_tenant": deps.max_rows // 2,  # running and waiting, while no other tenant has any
             "default_max_tokens_completions": completions.DEFAULT_MAX_TOKENS,
             "default_max_tokens_chat": None,  # all that fits
             "max_body_bytes": max_body_bytes(deps),

@@ -1,4 +1,4 @@
-"""/v1/models in OpenAI's shape: the base, and the tenant's own adapters as models that descend from it."""
+"""/v1/models in OpenAI's shape: the base, and the tenant's adapters as models whose parent it is."""
 
 from typing import Any
 
@@ -35,7 +35,7 @@ async def get_model(deps: Deps, tenant: CurrentTenant, model: str) -> Response:
 
 @router.delete("/{model:path}")
 async def delete_model(deps: Deps, tenant: CurrentTenant, actor: Actor, model: str) -> Response:
-    """An adapter with all its versions, or the one version that `name@...` or `ft:...` means."""
+    """An adapter with all its versions, or the one version that `name@...` or `ft:...` names."""
     if model == deps.base.id:
         raise Forbidden("The base model cannot be deleted.", param="model")
     version = await find_version(deps, tenant, model)

@@ -1,8 +1,7 @@
-"""/v1/adapters/{name}/pin: adapters that a tenant wants on the device before anybody asks for them.
+"""/v1/adapters/{name}/pin: adapters that stay on the device, so that the first request does not load them.
 
-What a pin names, it names as a request does, and follows: `poet` is whatever version `poet` answers with. The
-engine keeps pinned adapters as far as half of the tenant's share goes; the others of its share stay free for
-its other adapters.
+A pin is a model name as in a request, resolved as one: `poet` pins the version that `poet` answers with.
+Pinned adapters take up to half of the tenant's share of the device; the rest stays for its other adapters.
 """
 
 import asyncio
@@ -20,13 +19,13 @@ from server.messages import AdapterRef
 
 router = APIRouter(prefix="/v1/adapters", dependencies=[Depends(current_tenant)])
 
-LOOK_SECONDS = 2.0
+POLL_SECONDS = 2.0
 log = logging.getLogger(__name__)
 
 
 @router.post("/{name}/pin")
 async def pin(deps: Deps, tenant: CurrentTenant, name: str) -> Response:
-    """Raises ModelNotFound, and QuotaExceeded past `max_pins_per_tenant`."""
+    """Raises ModelNotFound, and QuotaExceeded over `max_pins_per_tenant`."""
     version = await find_version(deps, tenant, name)
     await deps.pins.add(tenant.id, name)
     deps.engine.prefetch(adapter_ref(version))
@@ -42,30 +41,30 @@ async def get_pin(deps: Deps, tenant: CurrentTenant, name: str) -> Response:
 
 @router.delete("/{name}/pin")
 async def unpin(deps: Deps, tenant: CurrentTenant, name: str) -> Response:
-    """Also of what there is no more; its adapter stays where it is until its room is needed."""
+    """Also for a name that no longer exists. The adapter stays on the device until its memory is needed."""
     await deps.pins.remove(tenant.id, name)
     return json_response({"object": "adapter.pin", "id": name, "pinned": False})
 
 
 async def keep_pins(deps: Services, sleep: Callable[[float], Awaitable[None]] = asyncio.sleep) -> None:
-    """Tell the engine what is pinned: when it starts, and within seconds of any change, be it a pin, an alias
-    that moved, a new version or another process's doing.
+    """Send the engine the pinned versions when it starts and whenever they change: by a pin, a moved alias or
+    a new version, in any process. Runs until cancelled.
     """
-    told: tuple[str | None, tuple[AdapterRef, ...]] = (None, ())
+    sent: tuple[str | None, tuple[AdapterRef, ...]] = (None, ())
     while True:
         try:
             boot, pinned = deps.engine.boot, await _pinned(deps)
         except Unavailable as error:
             log.warning("What is pinned could not be read: %s", error)
         else:
-            if boot is not None and (boot, pinned) != told and deps.engine.pin(pinned):
-                told = (boot, pinned)
-        await sleep(LOOK_SECONDS)
+            if boot is not None and (boot, pinned) != sent and deps.engine.pin(pinned):
+                sent = (boot, pinned)
+        await sleep(POLL_SECONDS)
 
 
 async def _pinned(deps: Services) -> tuple[AdapterRef, ...]:
-    """The versions that are pinned now; what does not exist is left out until it does."""
-    found: dict[str, AdapterRef] = {}
+    """The pinned versions of all tenants, each once; names that do not exist are left out."""
+    refs: dict[str, AdapterRef] = {}  # by digest
     if deps.engine.base is None:
         return ()
     for tenant, model in await deps.pins.all():
@@ -73,5 +72,5 @@ async def _pinned(deps: Services) -> tuple[AdapterRef, ...]:
             version = await deps.registry.resolve(tenant, *split_model(deps, model))
         except NotFound:
             continue
-        found.setdefault(version.digest, adapter_ref(version))
-    return tuple(found.values())
+        refs.setdefault(version.digest, adapter_ref(version))
+    return tuple(refs.values())

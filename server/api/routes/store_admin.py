@@ -1,4 +1,4 @@
-"""/admin: repairs and garbage of the store, and uploads for a tenant. The operator's key only."""
+"""/admin: index rebuild, garbage collection, verification, uploads for a tenant. For the operator."""
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -20,7 +20,7 @@ from server.api.services import Services
 
 router = APIRouter(prefix="/admin", dependencies=[Depends(operator)])
 
-SHOWN = 100  # keys in an answer; the figures count all
+MAX_KEYS_SHOWN = 100  # in an answer; its counts are of all
 
 
 class CollectBody(Body):
@@ -29,24 +29,24 @@ class CollectBody(Body):
 
 @router.post("/tenants/{tenant_id}/adapters")
 async def upload_for_tenant(request: Request, deps: Deps, tenant_id: str) -> Response:
-    """The form of POST /v1/adapters; what comes belongs to the tenant."""
+    """As POST /v1/adapters; the adapter belongs to the tenant."""
     tenant = await deps.tenants.get(tenant_id)
     return await receive_adapter(request, deps, tenant, OPERATOR.id)
 
 
 @router.post("/rebuild-index")
 async def rebuild_index(deps: Deps) -> Response:
-    """For a lost or damaged index: it learns of every manifest in the store. Aliases are in none."""
+    """Rebuild a lost or damaged index from the manifests in the store. Aliases cannot be restored."""
     return json_response({"object": "index", "versions": await deps.registry.rebuild_index()})
 
 
 @router.post("/gc")
 async def collect(deps: Deps, body: Annotated[CollectBody, Depends(json_body(CollectBody))]) -> Response:
-    """Remove, or only name, what no version and no upload under way needs; purge what is due."""
+    """Delete, or only list, objects that no version and no running upload needs; purge what is due."""
     settings = deps.settings
     if not body.dry_run:
         await deps.registry.finish_deletes()
-    found = await deps.registry.collector.collect(dry_run=body.dry_run)
+    garbage = await deps.registry.collector.collect(dry_run=body.dry_run)
     drafts = await run_sync(
         lambda: remove_stale_temp_files(settings.store_url, settings.grace_seconds, dry_run=body.dry_run)
     )
@@ -54,18 +54,18 @@ async def collect(deps: Deps, body: Annotated[CollectBody, Depends(json_body(Col
         {
             "object": "garbage",
             "dry_run": body.dry_run,
-            "blobs": len(found.keys),
-            "bytes": found.bytes,
+            "blobs": len(garbage.keys),
+            "bytes": garbage.bytes,
             "drafts": len(drafts),
-            "keys": [*found.keys, *drafts][:SHOWN],
-            "skipped_tenants": found.unreadable,
+            "keys": [*garbage.keys, *drafts][:MAX_KEYS_SHOWN],
+            "skipped_tenants": garbage.unreadable,
         }
     )
 
 
 @router.post("/verify")
 async def verify(request: Request, deps: Deps) -> Response:
-    """Server-sent events: how far it is and what it finds, for each object."""
+    """Server-sent events: progress and findings, for each object."""
     return await open_stream(request, _steps(deps))
 
 

@@ -1,4 +1,4 @@
-"""/v1/uploads: a file that comes in parts, as OpenAI's upload objects."""
+"""/v1/uploads: files uploaded in parts, as OpenAI's upload objects."""
 
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -27,7 +27,7 @@ class CreateBody(Body):
 
     bytes: Annotated[int, Field(ge=1)]
     filename: str
-    mime_type: Annotated[str, Field(max_length=256)]  # taken, and of no consequence
+    mime_type: Annotated[str, Field(max_length=256)]  # accepted and ignored
     purpose: str
 
 
@@ -71,7 +71,7 @@ async def complete_upload(
     upload_id: str,
     body: Annotated[CompleteBody, Depends(json_body(CompleteBody))],
 ) -> Response:
-    """`part_ids` in the order of the file. The same call again gives the same answer."""
+    """`part_ids` in the order of the file. Idempotent."""
     with temp_folder(deps.settings) as folder:
         upload, file = await deps.uploads.complete(
             tenant.id, upload_id, body.part_ids, body.md5, Path(folder)
@@ -85,6 +85,7 @@ async def cancel_upload(deps: Deps, tenant: CurrentTenant, upload_id: str) -> Re
 
 
 def upload_object(upload: Upload, file: File | None = None) -> dict[str, Any]:
+    """OpenAI's `upload`, with the `file` that it has become."""
     return {
         "id": upload.id,
         "object": "upload",

@@ -1,7 +1,7 @@
-"""vLLM's dynamic-LoRA routes, for the operator: an adapter from a folder the operator configured.
+"""vLLM's dynamic-LoRA routes, for the operator: publish an adapter from a folder under `lora_folder`.
 
-What is loaded belongs to the operator, like an upload with the operator's key. Off unless
-`lora_folder` is set.
+The adapter belongs to the operator, as an upload with the operator's key does. Off without
+`lora_folder`.
 """
 
 from pathlib import Path
@@ -35,7 +35,7 @@ class UnloadBody(Body):
 
 @router.post("/load_lora_adapter")
 async def load(deps: Deps, body: Annotated[LoadBody, Depends(json_body(LoadBody))]) -> Response:
-    """`load_inplace` adds a version to an adapter that exists; without it that is a conflict."""
+    """With `load_inplace` an existing adapter gets a new version; without it that is a conflict."""
     if deps.settings.lora_folder is None:
         raise NotFound("Loading from paths is off: the operator has set no lora_folder.")
     folder = _inside(deps.settings.lora_folder, body.lora_path)
@@ -53,12 +53,14 @@ async def unload(deps: Deps, body: Annotated[UnloadBody, Depends(json_body(Unloa
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
 
-def _inside(root: Path, given: str) -> Path:
-    """`given`, relative to `root` or absolute, if links and dots resolved it is under `root`."""
-    refusal = InvalidField(f"lora_path {shown(given)} is not in the configured folder.", param="lora_path")
-    if "\0" in given:
+def _inside(root: Path, lora_path: str) -> Path:
+    """The folder, relative to `root` or absolute. Raises InvalidField if it resolves to another place."""
+    refusal = InvalidField(
+        f"lora_path {shown(lora_path)} is not in the configured folder.", param="lora_path"
+    )
+    if "\0" in lora_path:
         raise refusal
-    path = (root / given).resolve()
+    path = (root / lora_path).resolve()
     if not path.is_relative_to(root.resolve()) or not path.is_dir():
         raise refusal
     return path

@@ -1,4 +1,4 @@
-"""`polypeft adapters`: a tenant's adapters, as files come and go."""
+"""`polypeft adapters`: upload, list, delete, restore and alias a tenant's adapters."""
 
 from contextlib import ExitStack
 from datetime import UTC, datetime
@@ -19,7 +19,7 @@ adapters = typer.Typer(help="A tenant's adapters.", no_args_is_help=True)
 
 Name = Annotated[str, typer.Argument(help="The adapter's name: what a request gives as `model`.")]
 
-_FILES = {  # what PEFT and AdapterHub call theirs; one of the weights is enough
+_ADAPTER_FILES = {  # file names of PEFT and AdapterHub
     "adapter_config.json",
     "adapter_interface.json",
     "adapter_model.safetensors",
@@ -56,8 +56,8 @@ def list_(
     columns = ["name", "version", "method", "rank", "bytes"]
     with connection(url, key, data_dir) as client:
         if not deleted:
-            found = pages(client, "/v1/adapters")
-            print_table(columns, [[adapter[column] for column in columns] for adapter in found])
+            current = pages(client, "/v1/adapters")
+            print_table(columns, [[adapter[column] for column in columns] for adapter in current])
             return
         names = pages(client, "/v1/adapters", deleted="true")
         gone = [{"name": name["name"]} | version for name in names for version in name["versions"]]
@@ -69,8 +69,8 @@ def list_(
 def show(name: Name, url: Url = DEFAULT_URL, key: Key = None, data_dir: DataDir = None) -> None:
     """One adapter with all its versions, as JSON."""
     with connection(url, key, data_dir) as client:
-        found = answer(client.get(f"/v1/adapters/{name}"))
-    Console().print_json(data=found)
+        adapter = answer(client.get(f"/v1/adapters/{name}"))
+    Console().print_json(data=adapter)
 
 
 @adapters.command()
@@ -100,8 +100,8 @@ def restore(
     """Bring back what is deleted of an adapter."""
     params = {} if version is None else {"version": version}
     with connection(url, key, data_dir) as client:
-        found = answer(client.post(f"/v1/adapters/{name}/restore", params=params))
-    typer.echo(f"{name} has {len(found['versions'])} versions.")
+        adapter = answer(client.post(f"/v1/adapters/{name}/restore", params=params))
+    typer.echo(f"{name} has {len(adapter['versions'])} versions.")
 
 
 @adapters.command()
@@ -122,7 +122,7 @@ def alias(
             typer.echo(f"{name}@{alias} is forgotten.")
             return
         if to is not None:
-            answer(client.post(path, json={"alias": alias} | _points(to)))
+            answer(client.post(path, json={"alias": alias} | _alias_target(to)))
         _show_alias(answer(client.get(f"{path}/{alias}")))
 
 
@@ -143,8 +143,10 @@ def rollback(
 def history(name: Name, url: Url = DEFAULT_URL, key: Key = None, data_dir: DataDir = None) -> None:
     """Who changed what of an adapter, newest first."""
     with connection(url, key, data_dir) as client:
-        found = answer(client.get(f"/v1/adapters/{name}/history"))["data"]
-    rows = [[_when(change["created"]), change["actor"], change["action"], _moves(change)] for change in found]
+        changes = answer(client.get(f"/v1/adapters/{name}/history"))["data"]
+    rows = [
+        [_when(change["created"]), change["actor"], change["action"], _moves(change)] for change in changes
+    ]
     print_table(["when", "who", "what", "of"], rows)
 
 
@@ -157,13 +159,13 @@ def send(client: httpx.Client, path: str, name: str, files: list[Path]) -> Any:
 
 
 def not_sent(folder: Path) -> list[dict[str, str]]:
-    """The files beside an adapter that would matter if it were prompted as its training was; and why not."""
+    """The files beside an adapter that changed the prompts of its training, and why they are not sent."""
     beside = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     return [file for file in ignored(beside) if file["reason"] in CHANGES_PROMPTS]
 
 
-def _points(text: str) -> dict[str, Any]:
-    """`3`, `v3` or `3=0.9,4=0.1` as the body's field."""
+def _alias_target(text: str) -> dict[str, Any]:
+    """`3`, `v3` or `3=0.9,4=0.1` as a field of the body. Raises InvalidField."""
     try:
         if "=" not in text:
             return {"version": int(text.removeprefix("v"))}
@@ -173,19 +175,21 @@ def _points(text: str) -> dict[str, Any]:
         raise InvalidField(f"{text!r} is neither a version nor versions with weights: 3=0.9,4=0.1.") from None
 
 
-def _show_alias(found: dict[str, Any]) -> None:
-    typer.echo(f"{found['id']} -> {_target(found['weights'] or found['version'])}")
+def _show_alias(alias: dict[str, Any]) -> None:
+    typer.echo(f"{alias['id']} -> {_target_text(alias['weights'] or alias['version'])}")
 
 
 def _moves(change: dict[str, Any]) -> str:
-    """What a change did, in a line."""
+    """A change in one line: versions added and removed, aliases moved."""
     signs = [f"+{v}" for v in change["versions_added"]] + [f"-{v}" for v in change["versions_removed"]]
     before, after = change["before"], change["after"]
-    moves = [f"{alias}: {_target(before[alias])} -> {_target(after[alias])}" for alias in sorted(after)]
+    moves = [
+        f"{alias}: {_target_text(before[alias])} -> {_target_text(after[alias])}" for alias in sorted(after)
+    ]
     return "; ".join([*signs, *moves])
 
 
-def _target(points: Any) -> str:
+def _target_text(points: Any) -> str:
     if isinstance(points, dict):
         return ",".join(f"{version}={weight:g}" for version, weight in points.items())
     return "-" if points is None else str(points)
@@ -196,13 +200,18 @@ def _when(seconds: int) -> str:
 
 
 def files_of(path: Path) -> list[Path]:
-    """An adapter's own files: not the README, tokenizer or checkpoints that training leaves beside them."""
+    """The files of an adapter at `path`, without the README, tokenizer or checkpoints beside them.
+
+    Raises InvalidField if there are none.
+    """
     if path.is_file():
         config = path.with_name("adapter_config.json")
         return [path, *([config] if config.is_file() else [])]
-    found = sorted(p for p in path.iterdir() if p.is_file() and p.name in _FILES) if path.is_dir() else []
-    if any(p.suffix == ".safetensors" for p in found):
-        found = [p for p in found if p.suffix != ".bin"]
-    if not found:
+    files = (
+        sorted(p for p in path.iterdir() if p.is_file() and p.name in _ADAPTER_FILES) if path.is_dir() else []
+    )
+    if any(p.suffix == ".safetensors" for p in files):
+        files = [p for p in files if p.suffix != ".bin"]
+    if not files:
         raise InvalidField(f"{str(path)!r} holds no adapter_config.json and no adapter_model.safetensors.")
-    return found
+    return files

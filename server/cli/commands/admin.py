@@ -1,20 +1,18 @@
-"""`polypeft admin`: repairs, garbage, imports. Needs the operator's key."""
+"""`polypeft admin`: repairs, garbage collection, imports. Needs the operator's key."""
 
-import json
-from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
-import httpx
 import typer
 from rich.console import Console
 from rich.progress import Progress
 
 from server.cli.commands.adapters import send
-from server.cli.http_client import DEFAULT_URL, DataDir, Key, Url, answer, connection, refusal
-from server.cli.hub import fetch
+from server.cli.http_client import DEFAULT_URL, DataDir, Key, Url, answer, connection
+from server.cli.hub import fetch_adapter
 from server.cli.output import print_table
+from server.cli.sse import read_events
 from server.errors import PolypeftError
 
 admin = typer.Typer(help="Repairs and imports (operator).", no_args_is_help=True)
@@ -43,13 +41,13 @@ def gc(
         connection(url, key, data_dir) as client,
         Console(stderr=True).status("Comparing blobs with manifests"),
     ):
-        found = answer(client.post("/admin/gc", json={"dry_run": dry_run}))
-    for name in found["keys"]:
+        garbage = answer(client.post("/admin/gc", json={"dry_run": dry_run}))
+    for name in garbage["keys"]:
         typer.echo(name)
     verb = "would be removed" if dry_run else "are removed"
-    typer.echo(f"{found['blobs']} blobs ({found['bytes']} bytes) and {found['drafts']} drafts {verb}.")
-    if found["skipped_tenants"]:
-        skipped = ", ".join(found["skipped_tenants"])
+    typer.echo(f"{garbage['blobs']} blobs ({garbage['bytes']} bytes) and {garbage['drafts']} drafts {verb}.")
+    if garbage["skipped_tenants"]:
+        skipped = ", ".join(garbage["skipped_tenants"])
         raise PolypeftError(f"Nothing was collected of {skipped}: a manifest cannot be read.")
 
 
@@ -59,9 +57,10 @@ def verify(url: Url = DEFAULT_URL, key: Key = None, data_dir: DataDir = None) ->
     findings: list[dict[str, Any]] = []
     with connection(url, key, data_dir) as client, Progress(console=Console(stderr=True)) as bars:
         task = bars.add_task("Reading the store", total=None)
-        for step in _steps(client):
-            bars.update(task, completed=step["done"], total=step["total"])
-            findings += step["findings"]
+        with client.stream("POST", "/admin/verify") as response:
+            for event in read_events(response):
+                bars.update(task, completed=event.data["done"], total=event.data["total"])
+                findings += event.data["findings"]
     print_table(["kind", "version", "key"], [[f["kind"], f["version"] or "-", f["key"]] for f in findings])
     faults = sum(finding["fault"] for finding in findings)
     if faults:
@@ -83,24 +82,6 @@ def import_(
     """Fetch an adapter from the hub to this machine, and upload it for a tenant. Safetensors only."""
     with connection(url, key, data_dir) as client, TemporaryDirectory() as folder:
         with Console(stderr=True).status(f"Fetching {model}"):
-            files = fetch(model, Path(folder))
+            files = fetch_adapter(model, Path(folder))
         made = send(client, f"/admin/tenants/{tenant}/adapters", name, files)
     Console().print_json(data=made)
-
-
-def _steps(client: httpx.Client) -> Iterator[dict[str, Any]]:
-    """Raises what the server says went wrong, also midway."""
-    with client.stream("POST", "/admin/verify") as response:
-        if not response.is_success:
-            raise refusal(response.read(), f"The server answered {response.status_code}.")
-        for line in response.iter_lines():
-            kind, _, data = line.partition(": ")
-            if kind != "data":
-                continue
-            if data == "[DONE]":
-                return
-            step: dict[str, Any] = json.loads(data)
-            if "error" in step:
-                raise refusal(data, "The server gave up.")
-            yield step
-    raise PolypeftError("The server's answer was cut.")

@@ -35,7 +35,7 @@ def chat(
         for line in _lines():
             messages.append({"role": "user", "content": line})
             text = ""
-            for piece in _answer_to(client, {**options, "messages": messages, "stream": True}):
+            for piece in _stream_answer(client, {**options, "messages": messages, "stream": True}):
                 typer.echo(visible(piece, keep="\n\t"), nl=False)
                 text += piece
             typer.echo()
@@ -43,7 +43,7 @@ def chat(
 
 
 def _lines() -> Iterator[str]:
-    """What the user says: typed at a prompt, or read from a pipe; empty lines say nothing."""
+    """The user's messages, typed at a prompt or read from a pipe; empty lines are skipped."""
     console = Console(stderr=True)
     while True:
         try:
@@ -57,8 +57,8 @@ def _lines() -> Iterator[str]:
             yield line.strip()
 
 
-def _answer_to(client: httpx.Client, body: dict[str, Any]) -> Iterator[str]:
-    """The pieces of text of one streamed answer. Raises what the server says went wrong, also midway."""
+def _stream_answer(client: httpx.Client, body: dict[str, Any]) -> Iterator[str]:
+    """The pieces of text of a streamed answer. Raises the server's error, also within the stream."""
     with client.stream("POST", "/v1/chat/completions", json=body) as response:
         for event in read_events(response):
             for choice in event.data.get("choices", []):

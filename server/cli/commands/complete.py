@@ -1,4 +1,4 @@
-"""`polypeft complete`: how the base or an adapter goes on with a text."""
+"""`polypeft complete`: the base or an adapter completes a text."""
 
 import sys
 from typing import Annotated

@@ -7,7 +7,7 @@ import typer
 from rich.console import Console
 
 from server.cli.commands.tune import watch
-from server.cli.data_files import fetch
+from server.cli.data_files import download
 from server.cli.http_client import DEFAULT_URL, DataDir, Key, Url, answer, connection, options_to_reach, pages
 from server.cli.output import print_table
 
@@ -28,8 +28,8 @@ def list_(url: Url = DEFAULT_URL, key: Key = None, data_dir: DataDir = None) -> 
 def show(job: Job, url: Url = DEFAULT_URL, key: Key = None, data_dir: DataDir = None) -> None:
     """One job, as JSON."""
     with connection(url, key, data_dir) as client:
-        found = answer(client.get(f"{PATH}/{job}"))
-    Console().print_json(data=found)
+        job_object = answer(client.get(f"{PATH}/{job}"))
+    Console().print_json(data=job_object)
 
 
 @jobs.command()
@@ -51,31 +51,31 @@ def results(
     """Fetch what a job has left: its figures by step (CSV) and a plot of its losses (PNG)."""
     with connection(url, key, data_dir) as client:
         for id_ in answer(client.get(f"{PATH}/{job}"))["result_files"]:
-            typer.echo(fetch(client, id_, into))
+            typer.echo(download(client, id_, into))
 
 
 @jobs.command()
 def cancel(job: Job, url: Url = DEFAULT_URL, key: Key = None, data_dir: DataDir = None) -> None:
     """End it; nothing of it will be published."""
-    _ask(job, "cancel", url, key, data_dir)
+    _post(job, "cancel", url, key, data_dir)
 
 
 @jobs.command()
 def pause(job: Job, url: Url = DEFAULT_URL, key: Key = None, data_dir: DataDir = None) -> None:
     """Let it rest, as soon as what it has learnt is saved."""
-    _ask(job, "pause", url, key, data_dir)
+    _post(job, "pause", url, key, data_dir)
 
 
 @jobs.command()
 def resume(job: Job, url: Url = DEFAULT_URL, key: Key = None, data_dir: DataDir = None) -> None:
     """Let a paused one go on where it was."""
-    _ask(job, "resume", url, key, data_dir)
+    _post(job, "resume", url, key, data_dir)
 
 
-def _ask(job: str, what: str, url: str, key: str | None, data_dir: Path | None) -> None:
+def _post(job: str, action: str, url: str, key: str | None, data_dir: Path | None) -> None:
     with connection(url, key, data_dir) as client:
-        found = answer(client.post(f"{PATH}/{job}/{what}"))
-    typer.echo(f"{job} is {_status(found)}.")
+        job_object = answer(client.post(f"{PATH}/{job}/{action}"))
+    typer.echo(f"{job} is {_status(job_object)}.")
 
 
 def _row(job: dict[str, Any]) -> tuple[str, ...]:

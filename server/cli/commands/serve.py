@@ -1,4 +1,4 @@
-"""`polypeft serve`: the whole system on this machine. Its options are the Settings, read off the class."""
+"""`polypeft serve`: the whole system on this machine. Its options are generated from Settings."""
 
 import logging
 import shlex
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from adapters_store.object_store.store import Objects
 
 log = logging.getLogger(__name__)
-INTERNAL = {"supervisor_pid", "api_number"}  # between `serve` and its children
+INTERNAL = {"supervisor_pid", "api_number"}  # settings that `serve` gives its children; no options
 WELCOME = """
 {model} is ready at {url}/v1
 
@@ -32,7 +32,7 @@ WELCOME = """
 """
 
 
-def serve(**given: str | bool | None) -> None:
+def serve(**options: str | bool | None) -> None:
     """Start Valkey, engine and API as one, and stop them as one. Every option is also POLYPEFT_<OPTION>."""
     from adapters_store.object_store.store import Objects
     from server.base_model.resolve import (
@@ -42,7 +42,7 @@ def serve(**given: str | bool | None) -> None:
     from server.supervisor.resources import make_data_dir
     from server.tenancy.keys import operator_key
 
-    settings = read_settings(given)
+    settings = read_settings(options)
     configure_logs(settings, "serve")
     make_data_dir(settings)
     key = operator_key(settings)
@@ -63,7 +63,10 @@ def serve(**given: str | bool | None) -> None:
 
 
 def _try_store(objects: "Objects") -> None:
-    """Now, not whenever a child starts: what is cached is served without it. Raises StartupError."""
+    """Check the store before any child starts. An unreachable one is only logged: cached adapters are served.
+
+    Raises StartupError.
+    """
     if not objects.shared:
         raise StartupError(
             "store memory:// is one process's own, and serve runs several; name a folder, file://..."
@@ -75,7 +78,7 @@ def _try_store(objects: "Objects") -> None:
 
 
 async def _prove_identity(settings: Settings, redis_url: str) -> None:
-    """Raises StartupError if store and Valkey are not of one system; later, if one does not answer now."""
+    """Raise StartupError if store and Valkey belong to different systems; if one is away, children check."""
     from adapters_store.object_store.store import Objects
     from adapters_store.registry.identity import prove_identity
     from adapters_store.valkey import connect
@@ -90,7 +93,7 @@ async def _prove_identity(settings: Settings, redis_url: str) -> None:
 
 
 def _options_to_reach(settings: Settings, url: str) -> str:
-    """What other commands must be told, where this server does not run with the defaults."""
+    """The options by which other commands reach this server, where its settings are not the defaults."""
     default = Settings.model_construct()
     options = f" --url {url}" if settings.port != default.port else ""
     if settings.admin_key_file is not None:
@@ -98,7 +101,7 @@ def _options_to_reach(settings: Settings, url: str) -> str:
     return options + (f" --data-dir {settings.data_dir}" if settings.data_dir != default.data_dir else "")
 
 
-# typer reads options off a function's signature; this one's is the Settings class
+# typer generates options from the function's signature, which is made from the Settings class
 serve.__signature__ = signature_of(  # type: ignore[attr-defined]
     [name for name in Settings.model_fields if name not in INTERNAL]
 )

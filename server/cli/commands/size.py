@@ -1,4 +1,4 @@
-"""`polypeft size`: how much memory a server will need, from the model's config.json alone."""
+"""`polypeft size`: estimates the memory of a server from the model's config.json alone."""
 
 import subprocess
 import sys
@@ -53,7 +53,7 @@ def size(
 
 
 def shapes_of(settings: Settings) -> Shapes:
-    """What the model's config.json says, computed by a child that has torch. Raises StartupError."""
+    """The model's shapes by its config.json, from a child process that imports torch. Raises StartupError."""
     folder = resolve_config(settings)
     command = [sys.executable, "-m", "server.engine.model.config_shapes", str(folder)]
     environment = inherited_environment() | OFFLINE
@@ -65,7 +65,7 @@ def shapes_of(settings: Settings) -> Shapes:
 
 
 def options(shapes: Shapes, plan: Deployment, parts: list[MemoryItem]) -> list[str]:
-    """The options of `serve` under which what the table says will fit."""
+    """The options of `serve` for the memory in the table."""
     known = {part.what: part.bytes for part in parts}
     one = adapter_bytes(shapes, plan.rank, plan.dtype)
     mebibyte = 1 << 20
@@ -90,7 +90,7 @@ def _totals(parts: list[MemoryItem], *, on_cpu: bool) -> list[tuple[str, int, st
 
 
 def readable(count: int) -> str:
-    """Bytes in the unit that leaves one to four digits before the point."""
+    """Bytes in the unit that has one to four digits before the point."""
     value, unit = float(count), "B"
     for larger in ("KiB", "MiB", "GiB", "TiB"):
         if value < 1024:

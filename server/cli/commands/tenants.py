@@ -1,4 +1,4 @@
-"""`polypeft tenants`: who may use the server. Needs the operator's key."""
+"""`polypeft tenants`: tenants and their API keys. Needs the operator's key."""
 
 from typing import Annotated
 
@@ -21,16 +21,16 @@ def add(
 ) -> None:
     """Make a tenant and its first key. The key is shown once."""
     with connection(url, key, data_dir) as client:
-        made = answer(client.post("/admin/tenants", json={"name": name}))
-    typer.echo(f"id   {made['id']}\nkey  {made['key']}")
+        created = answer(client.post("/admin/tenants", json={"name": name}))
+    typer.echo(f"id   {created['id']}\nkey  {created['key']}")
 
 
 @tenants.command("list")
 def list_(url: Url = DEFAULT_URL, key: Key = None, data_dir: DataDir = None) -> None:
     """All tenants, oldest first."""
     with connection(url, key, data_dir) as client:
-        found = answer(client.get("/admin/tenants"))["data"]
-    print_table(["id", "name"], ((tenant["id"], tenant["name"]) for tenant in found))
+        all_tenants = answer(client.get("/admin/tenants"))["data"]
+    print_table(["id", "name"], ((tenant["id"], tenant["name"]) for tenant in all_tenants))
 
 
 @tenants.command()
@@ -44,11 +44,11 @@ def keys(
     """A tenant's keys, without their secrets."""
     with connection(url, key, data_dir) as client:
         if new:
-            made = answer(client.post(f"/admin/tenants/{tenant}/keys"))
-            typer.echo(f"id      {made['id']}\nsecret  {made['secret']}")
+            created = answer(client.post(f"/admin/tenants/{tenant}/keys"))
+            typer.echo(f"id      {created['id']}\nsecret  {created['secret']}")
             return
-        found = answer(client.get(f"/admin/tenants/{tenant}/keys"))["data"]
-    for info in found:
+        all_keys = answer(client.get(f"/admin/tenants/{tenant}/keys"))["data"]
+    for info in all_keys:
         typer.echo(info["id"])
 
 

@@ -1,4 +1,4 @@
-"""`polypeft tune`: an adapter out of a file of examples."""
+"""`polypeft tune`: train an adapter from a file of examples."""
 
 import inspect
 import json
@@ -10,12 +10,12 @@ import httpx
 import typer
 from rich.console import Console
 
-from server.cli.data_files import Sent, check_data, send, unsend
+from server.cli.data_files import DataFile, check_data, delete_if_new, upload
 from server.cli.http_client import DEFAULT_URL, DataDir, Key, Url, answer, connection, options_to_reach
 from server.cli.job_follow import follow
 from server.cli.job_summary import print_outcome
 from server.cli.retry import retry_while_away
-from server.cli.training_options import blocks, knob_parameters
+from server.cli.training_options import recipe_blocks, training_parameters
 from server.errors import PolypeftError, Unavailable
 
 INTERRUPTED = 130  # exit status, as a shell has it for SIGINT
@@ -35,11 +35,11 @@ def tune(
     url: Url = DEFAULT_URL,
     key: Key = None,
     data_dir: DataDir = None,
-    **knobs: Any,
+    **training: Any,
 ) -> None:
     """Train an adapter, show how that goes, compare it with the base. What is unset suits method and data."""
     console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
-    body = {"suffix": name, "seed": _number(seed)} | blocks(method, knobs)
+    body = {"suffix": name, "seed": _number(seed)} | recipe_blocks(method, training)
     with connection(url, key, data_dir) as client:
         job = _create(client, body, data, validation, console)
         if detach:
@@ -49,7 +49,7 @@ def tune(
 
 
 def watch(client: httpx.Client, job: str, options: str, chats: bool | None = None) -> None:
-    """Follow a job to its end. Ctrl-C leaves it alone."""
+    """Follow a job to its end and print the outcome. Ctrl-C stops following, not the job."""
     console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
     console.print(
         f"Job {job}. Ctrl-C leaves it running; to see it again: polypeft jobs follow {job}{options}"
@@ -65,52 +65,52 @@ def watch(client: httpx.Client, job: str, options: str, chats: bool | None = Non
 def _create(
     client: httpx.Client, body: dict[str, Any], data: Path, validation: Path | None, console: Console
 ) -> dict[str, Any]:
-    """Send the files and make a job of them. One that is refused leaves none of them there."""
+    """Upload the files and create the job. If it is refused, the new files are deleted."""
     limits = answer(client.get("/v1/limits"))
     paths = [data, *([validation] if validation else [])]
     for path in paths:
         check_data(path, limits["max_file_bytes"])
-    sent: list[Sent] = []
+    files: list[DataFile] = []
     try:
         for path in paths:
-            sent.append(send(client, path, console))  # noqa: PERF401 - what was sent counts if one fails
-        files = dict(zip(("training_file", "validation_file"), (file.id for file in sent), strict=False))
+            files.append(upload(client, path, console))  # noqa: PERF401 - kept if a later one fails
+        fields = dict(zip(("training_file", "validation_file"), (file.id for file in files), strict=False))
         with console.status("Checking the data"):
-            return _job(client, {"model": limits["model"], **files, **body}, console)
+            return _job(client, {"model": limits["model"], **fields, **body}, console)
     except Unavailable:
-        raise  # nobody knows whether a job needs them
+        raise  # the job may have been created, and need them
     except PolypeftError:
-        for file in sent:
-            unsend(client, file)
+        for file in files:
+            delete_if_new(client, file)
         raise
 
 
 def _job(client: httpx.Client, body: dict[str, Any], console: Console) -> dict[str, Any]:
-    """Ask until there is an answer: with the same key, it is the same job."""
+    """Create the job, again until there is an answer: the Idempotency-Key makes it the same job."""
     headers = {"Idempotency-Key": uuid.uuid4().hex}
-    given = {name: value for name, value in body.items() if value is not None}
-    made: dict[str, Any] = retry_while_away(
-        lambda: answer(client.post("/v1/fine_tuning/jobs", json=given, headers=headers)),
+    fields = {name: value for name, value in body.items() if value is not None}
+    job: dict[str, Any] = retry_while_away(
+        lambda: answer(client.post("/v1/fine_tuning/jobs", json=fields, headers=headers)),
         lambda error: console.print(f"The server does not answer ({error}); trying again."),
     )
-    return made
+    return job
 
 
 def _number(text: str | None) -> int | str | None:
-    """What is no number goes as it is, to be refused."""
+    """An integer, or the text as it is, for the server to refuse."""
     return int(text) if text is not None and text.isascii() and text.isdecimal() and len(text) < 20 else text
 
 
 def _chats(data: Path) -> bool:
-    """Whether the first example, which the server has found sound, is a conversation."""
+    """Whether the first example is a conversation. The server has validated the file."""
     with data.open(encoding="utf-8-sig") as file:
         first = json.loads(next(line for line in file if line.strip()))
     return bool(first.get("messages")) or isinstance(first.get("prompt"), list)
 
 
-# typer reads options off a function's signature
-_own = inspect.signature(tune, eval_str=True).parameters.values()
+# typer generates options from the function's signature
+_declared = inspect.signature(tune, eval_str=True).parameters.values()
 tune.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-    [parameter for parameter in _own if parameter.kind is not inspect.Parameter.VAR_KEYWORD]
-    + knob_parameters()
+    [parameter for parameter in _declared if parameter.kind is not inspect.Parameter.VAR_KEYWORD]
+    + training_parameters()
 )

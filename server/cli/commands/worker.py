@@ -9,7 +9,7 @@ from server.cli.options import read_settings, signature_of
 from server.logs import configure_logs
 from server.settings import OFFLINE, child_environment
 
-USED = (
+SETTINGS = (
     "model",
     "data_dir",
     "store",
@@ -26,7 +26,7 @@ USED = (
 )
 
 
-def worker(**given: Any) -> None:
+def worker(**options: Any) -> None:
     """Train jobs of servers that have the same model, --store and --redis-url. Ctrl-C hands a job on.
 
     Without --redis-url: of the server that runs on this --data-dir. A password is better given in
@@ -38,7 +38,7 @@ def worker(**given: Any) -> None:
     from server.supervisor.embedded_valkey import answering, embedded_url
     from server.supervisor.system import COMMANDS, REDIS_SECONDS
 
-    settings = read_settings(given)
+    settings = read_settings(options)
     configure_logs(settings, "worker")
     resolve_model(settings)
     url = settings.redis_url or embedded_url(settings.run_dir)
@@ -47,4 +47,4 @@ def worker(**given: Any) -> None:
     os.execve(sys.executable, [*COMMANDS["worker"]], environment)  # noqa: S606 - no shell is what we want
 
 
-worker.__signature__ = signature_of(USED)  # type: ignore[attr-defined]
+worker.__signature__ = signature_of(SETTINGS)  # type: ignore[attr-defined]

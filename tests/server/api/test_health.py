@@ -220,7 +220,7 @@ def test_a_silent_engine_is_not_ready_and_hangs_only_beyond_any_request(
     late = http.post("/v1/completions", json=body, headers={"x-request-timeout": "0.5"})
     assert late.status_code == 504
     with monkeypatch.context() as brief:
-        brief.setattr("server.api.routes.health.HUNG", 0.0001)  # of ten minutes
+        brief.setattr("server.api.routes.health.HUNG_AFTER_TIMEOUTS", 0.0001)  # of ten minutes
         answer = http.get("/healthz")
         assert (answer.status_code, answer.json()["status"]) == (503, "hangs")
     engine.behaviour.mute = False

@@ -143,16 +143,16 @@ class Drop:
     """A watcher that looks when it is told, and a team that copies files."""
 
     def __init__(self, system: System, tenant: str) -> None:
-        self.system, self.parts = system, system.app.state.services
-        self.watcher = BucketWatcher(self.parts, PREFIX)
+        self.system, self.deps = system, system.app.state.services
+        self.watcher = BucketWatcher(self.deps, PREFIX)
         self.tenant = tenant
 
     def look(self, times: int = 1) -> None:
         for _ in range(times):
-            self.system.call(self.watcher.look())
+            self.system.call(self.watcher.poll())
 
     def put(self, file: str, data: bytes, name: str = "poet") -> None:
-        self.parts.objects.put_sync(f"{PREFIX}/{self.tenant}/{name}/{file}", data)
+        self.deps.objects.put_sync(f"{PREFIX}/{self.tenant}/{name}/{file}", data)
 
     def copy(self, seed: int = 0, name: str = "poet", **config: Any) -> None:
         for _, (file, data, _) in lora_files(seed, **config):
@@ -166,7 +166,7 @@ def drop(system: System, tenant: dict[str, str]) -> Iterator[Drop]:
     objects = system.app.state.services.objects
     for key in objects.list_sync(PREFIX):
         objects.delete_sync(key)
-    system.call(_flush(drop.parts))
+    system.call(_flush(drop.deps))
 
 
 async def _flush(parts: Services) -> None:
@@ -210,7 +210,7 @@ def test_a_watcher_that_died_before_it_said_so_publishes_nothing_twice(
 ) -> None:
     drop.copy()
     drop.look(2)
-    drop.system.call(_flush(drop.parts))
+    drop.system.call(_flush(drop.deps))
     drop.look(2)
     assert versions(http) == [1]
 
@@ -235,7 +235,7 @@ def test_nobodys_folder_and_strange_names_do_no_harm(
     nobody = Drop(drop.system, "ten_nobody")
     nobody.copy()
     for key in ("x", "ten/adapter_config.json", "a/b/c/adapter_config.json", "..x/y/adapter_config.json"):
-        drop.parts.objects.put_sync(f"{PREFIX}/{key}", b"{}")
+        drop.deps.objects.put_sync(f"{PREFIX}/{key}", b"{}")
     drop.copy()
     drop.look(3)
     assert versions(http) == [1]
@@ -265,12 +265,12 @@ def test_an_adapter_that_kills_the_engine_is_given_up(
 
 
 def test_two_watchers_publish_it_once(drop: Drop, http: httpx.Client) -> None:
-    others = [BucketWatcher(drop.parts, PREFIX) for _ in range(3)]
+    others = [BucketWatcher(drop.deps, PREFIX) for _ in range(3)]
     drop.copy()
 
     async def together() -> None:
         for _ in range(3):
-            await asyncio.gather(*(watcher.look() for watcher in [drop.watcher, *others]))
+            await asyncio.gather(*(watcher.poll() for watcher in [drop.watcher, *others]))
 
     drop.system.call(together())
     assert versions(http) == [1]
@@ -288,4 +288,4 @@ def test_too_large_a_copy_is_not_fetched(
     drop.put("adapter_model.safetensors", b"\0" * ((1 << 20) + 1))
     drop.look(4)
     assert sum("more than" in record.getMessage() for record in caplog.records) == 1
-    assert not [*(Path(drop.parts.settings.data_dir) / "incoming").iterdir()]
+    assert not [*(Path(drop.deps.settings.data_dir) / "incoming").iterdir()]

@@ -9,10 +9,10 @@ import httpx
 import pytest
 from rich.console import Console
 
-from server.cli import job_follow as follow
-from server.cli import retry as patience
-from server.cli.job_follow import Bar, Lines, figures_line
+from server.cli import job_follow, retry
+from server.cli.job_follow import Bar, Lines, progress_line
 from server.cli.retry import retry_while_away
+from server.cli.sse import read_events
 from server.errors import NotFound, Unavailable
 
 Answer = httpx.Response | Exception
@@ -26,20 +26,25 @@ def event(number: int, message: str = "", **data: Any) -> dict[str, Any]:
 
 def stream(*numbers: int, end: str = "data: [DONE]\n\n") -> httpx.Response:
     lines = [f"id: e-{number}\ndata: {json.dumps(event(number))}\n\n" for number in numbers]
-    return httpx.Response(200, text=": keep-alive\n\n" + "".join(lines) + end)
+    return event_stream(KEEP_ALIVE + KEEP_ALIVE.join(lines) + end)
+
+
+def event_stream(content: str) -> httpx.Response:
+    return httpx.Response(200, text=content, headers={"content-type": "text/event-stream"})
 
 
 def error(status: int, code: str) -> httpx.Response:
     return httpx.Response(status, json={"error": {"code": code, "message": f"It is {code}."}})
 
 
+KEEP_ALIVE = ": keep-alive\n\n"
 ENDED = 'data: {"error": {"code": "unavailable", "message": "Come again."}}\n\n'
 
 
 @pytest.fixture(autouse=True)
 def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(follow, "RETRY_SECONDS", 0.0)
-    monkeypatch.setattr(patience, "RETRY_SECONDS", 0.0)
+    monkeypatch.setattr(job_follow, "RETRY_INTERVAL_SECONDS", 0.0)
+    monkeypatch.setattr(retry, "RETRY_INTERVAL_SECONDS", 0.0)
 
 
 @pytest.fixture
@@ -71,21 +76,36 @@ def test_each_event_comes_once_over_broken_streams_and_restarts(server: Callable
         stream(4),
     )
     away: list[Exception] = []
-    seen = [found["id"] for found in follow._events(client, "ftjob-1", away.append)]
+    seen = [found["id"] for found in job_follow._events(client, "ftjob-1", away.append)]
     assert seen == ["e-1", "e-2", "e-3", "e-4"]
     assert asked == ["", "e-2", "e-2", "e-2", "e-2", "e-3"]
     assert [str(fault) for fault in away] == ["refused", "It is unavailable.", "The server answered 502."]
 
 
+def test_unicode_line_separators_within_a_text_end_no_line() -> None:
+    text = json.dumps({"text": "a\u2028b\x85c"}, ensure_ascii=False)
+    events = read_events(event_stream(f"data: {text}\n\ndata: [DONE]\n\n"))
+    assert [found.data for found in events] == [{"text": "a\u2028b\x85c"}]
+
+
+def test_what_is_no_event_stream_or_ends_early_is_unavailable() -> None:
+    for answer in (
+        httpx.Response(200, text="<html>a proxy's</html>"),
+        event_stream('data: {"text": "a"}\n\n'),
+    ):
+        with pytest.raises(Unavailable, match="was cut"):
+            list(read_events(answer))
+
+
 def test_a_server_that_stays_away_is_given_up(
     server: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(follow, "PATIENCE_SECONDS", 0.0)
+    monkeypatch.setattr(job_follow, "RETRY_FOR_SECONDS", 0.0)
     client, _ = server(stream(1, end=""), httpx.ConnectError("refused"), stream(2))
     seen = []
     with pytest.raises(httpx.ConnectError):
-        seen += [found["id"] for found in follow._events(client, "ftjob-1", lambda _: None)]
-    monkeypatch.setattr(patience, "PATIENCE_SECONDS", 0.0)
+        seen += [found["id"] for found in job_follow._events(client, "ftjob-1", lambda _: None)]
+    monkeypatch.setattr(retry, "RETRY_FOR_SECONDS", 0.0)
     with pytest.raises(httpx.ConnectError):
         retry_while_away(lambda: server(httpx.ConnectError("refused"))[0].get("/"), lambda _: None)
 
@@ -93,7 +113,7 @@ def test_a_server_that_stays_away_is_given_up(
 def test_a_job_that_is_gone_is_no_reason_to_wait(server: Callable[..., Any]) -> None:
     client, asked = server(error(404, "not_found"))
     with pytest.raises(NotFound):
-        list(follow._events(client, "ftjob-1", lambda _: None))
+        list(job_follow._events(client, "ftjob-1", lambda _: None))
     assert len(asked) == 1
 
 
@@ -155,5 +175,5 @@ def test_a_bar_shows_where_training_stands() -> None:
 
 
 def test_only_what_is_known_is_shown() -> None:
-    assert figures_line({}) == ""
-    assert figures_line({"step": 1, "total_steps": 2, "train_loss": 0.5}) == "1/2  loss 0.500"
+    assert progress_line({}) == ""
+    assert progress_line({"step": 1, "total_steps": 2, "train_loss": 0.5}) == "1/2  loss 0.500"

@@ -130,7 +130,7 @@ def test_a_large_body_is_parsed_and_a_long_text_tokenised_off_the_loop(
 
     monkeypatch.setattr(body_module, "parse", parse)
     monkeypatch.setattr(tokenizer, "encode", encode)
-    monkeypatch.setattr("server.api.generation.prompts.INLINE_CHARS", 100)
+    monkeypatch.setattr("server.api.generation.prompts.MAX_INLINE_CHARS", 100)
     text, padding = "hello" * 30, " " * 20_000
     assert http.post(URL, content=json.dumps({"model": "toy", "prompt": text}) + padding).status_code == 200
     loop_thread = system.call(_name())
