@@ -124,6 +124,8 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Logprob of a sampled token, and the (token, logprob) of the most likely ones."""
+
     logprob: float
     top: list[tuple[int, float]]  # best first
 

@@ -106,6 +106,7 @@ class EngineServer:
                     self.send_result(Checked(id_, (fault.code, fault.message, fault.param)))
 
     def execute(self, peer: bytes, command: Command) -> None:
+        """Answer Hello; pass any other command to the engine and note which peer gets its events."""
         match command:
             case Hello():
                 self.peers.add(peer)

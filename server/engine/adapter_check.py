@@ -134,9 +134,8 @@ class AdapterCheck:
         ref = AdapterRef(
             manifest.tenant, manifest.name, manifest.version, manifest.digest, manifest.method, ""
         )
-        self.cache.add_pending(
-            ref, dry_run.loading
-        )  # the loader could not fetch it: its manifest is not in the store yet
+        # the loader could not fetch it: its manifest is not in the store yet
+        self.cache.add_pending(ref, dry_run.loading)
         if self.base_row is None:
             self.base_row = self._row("gate-base", None)
             self.scheduler.add(self.base_row)

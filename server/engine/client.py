@@ -101,6 +101,7 @@ class EngineClient:
                 await self._stats_received.wait()
 
     async def close(self) -> None:
+        """Disconnect; rows in flight end with EngineLost."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

@@ -92,6 +92,7 @@ class Engine:
         self.admission.close()
 
     def submit(self, command: Generate | Request | Cancel | Check | Prefetch | Forget | Pins) -> None:
+        """Execute a command. Rows that it starts or refuses get their chunks from the next steps."""
         match command:
             case Generate():
                 self.admission.accept((command,))
@@ -212,7 +213,8 @@ class Engine:
                 chunk = self._deliver_row(row, sampled[row.id])
             except Exception as error:  # noqa: BLE001 - the same
                 chunk = self._fail(row, error)
-            chunks += [chunk] if chunk else []
+            if chunk:
+                chunks.append(chunk)
         return chunks
 
     def _deliver_row(self, row: Row, sampled: list[Sampled]) -> Chunk | None:

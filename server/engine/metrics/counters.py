@@ -66,6 +66,8 @@ class SavedMetrics(msgspec.Struct, array_like=True):
 
 
 class EngineMetrics:
+    """All counters and histograms of an engine, by (key, label values)."""
+
     def __init__(self, path: Path | None = None, mode: Mode = "off", top: int = 0) -> None:
         """`path`: the file that keeps the values, if any. `top`: tenants and adapters with own series."""
         self.counters: defaultdict[tuple[str, Labels], float] = defaultdict(float)

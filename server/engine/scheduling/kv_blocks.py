@@ -1,10 +1,10 @@
 """The blocks of the KV cache: reference counts, free list and prefix cache. The pages belong to the model.
 
-A block holds the K/V of BLOCK tokens of one row, or of several rows that share a prefix. The name of a full
-block is a hash over its tokens and all before them, salted by tenant and adapter content. A freed block keeps
-its name and its contents until it is allocated again, least recently freed first.
+A block holds the K/V of BLOCK tokens of one row, or of several rows that share a prefix. A full block is
+found in the prefix cache by a hash over its tokens and all before them, salted by tenant and adapter content.
+A freed block stays in the prefix cache until it is allocated again, least recently freed first.
 
-    free, unnamed  ->  owned (refs >= 1)  ->  free, named  ->  owned again by a hit, or reused
+    free, not cached  ->  owned (refs >= 1)  ->  free, cached  ->  owned again by a hit, or reused
 """
 
 from collections import OrderedDict
@@ -25,8 +25,8 @@ class BlockPool:
         self.count = count
         self.share_prefixes = share_prefixes
         self.refs = [0] * count  # rows that own each block
-        self.names: dict[int, bytes] = {}  # block -> hash
-        self.named: dict[bytes, int] = {}  # hash -> block
+        self.hash_of: dict[int, bytes] = {}  # by block, of cached ones
+        self.block_of: dict[bytes, int] = {}  # by hash: the prefix cache
         self.free: OrderedDict[int, None] = OrderedDict.fromkeys(range(count))  # in order of reuse
         self.queries = 0  # prompt tokens looked up
         self.hits = 0  # prompt tokens found
@@ -54,8 +54,8 @@ class BlockPool:
     def match(self, hashes: Sequence[bytes]) -> list[int]:
         """The blocks of the longest cached prefix of `hashes`; each gets one more owner."""
         matched: list[int] = []
-        for name in hashes:
-            block = self.named.get(name)
+        for hash_ in hashes:
+            block = self.block_of.get(hash_)
             if block is None:
                 break
             if self.refs[block] == 0:
@@ -64,11 +64,11 @@ class BlockPool:
             matched.append(block)
         return matched
 
-    def name(self, block: int, name: bytes) -> None:
+    def cache(self, block: int, hash_: bytes) -> None:
         """Put a full block into the prefix cache. Of two equal blocks the first one stays in it."""
-        if self.share_prefixes and name not in self.named and block not in self.names:
-            self.names[block] = name
-            self.named[name] = block
+        if self.share_prefixes and hash_ not in self.block_of and block not in self.hash_of:
+            self.hash_of[block] = hash_
+            self.block_of[hash_] = block
 
     def release(self, blocks: Sequence[int]) -> None:
         """Remove one owner of each block. The end of a prefix is reused before its beginning."""
@@ -77,16 +77,16 @@ class BlockPool:
             assert self.refs[block] >= 0, f"block {block} was released twice"
             if self.refs[block] == 0:
                 self.free[block] = None
-                if block not in self.names:
+                if block not in self.hash_of:
                     self.free.move_to_end(block, last=False)
 
     def _forget(self, block: int) -> None:
-        if name := self.names.pop(block, None):
-            del self.named[name]
+        if hash_ := self.hash_of.pop(block, None):
+            del self.block_of[hash_]
 
 
 def block_hashes(salt: bytes, tokens: Sequence[int], known: list[bytes]) -> list[bytes]:
-    """Extend `known` to the names of all full blocks of `tokens`, and return it."""
+    """Extend `known` to the hashes of all full blocks of `tokens`, and return it."""
     for i in range(len(known), len(tokens) // BLOCK):
         previous = known[-1] if known else salt
         content = _encode(tokens[i * BLOCK : (i + 1) * BLOCK])

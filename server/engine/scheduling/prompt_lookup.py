@@ -21,9 +21,8 @@ AVERAGED_DRAFTS = 8  # the hit rate is a moving average over about so many predi
 class PromptLookup:
     """Index of the n-grams of one row, up to token `num_indexed`."""
 
-    followers: dict[tuple[int, ...], int] = field(
-        default_factory=dict
-    )  # n-gram -> index of the token after it
+    # n-gram -> index of the token after its last occurrence
+    followers: dict[tuple[int, ...], int] = field(default_factory=dict)
     num_indexed: int = 0
     hit_rate: float = 0.5  # how often the index has predicted the next token lately
 

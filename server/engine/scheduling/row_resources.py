@@ -74,13 +74,13 @@ class RowResources:
 
     def allocate_blocks(self, row: Row, slots: tuple[int, ...]) -> bool:
         """Give a row blocks for all its tokens, cached ones first. False, and none, if too few are free."""
-        names: list[bytes] = []
+        hashes: list[bytes] = []
         if (variant := self.rope_variant(row)) != row.rope_variant:
             row.hashes, row.rope_variant = [], variant
         if self.blocks.share_prefixes:
             # At least one token is computed, so that there are logits to sample from.
-            names = block_hashes(row.salt, row.tokens, row.hashes)[: (len(row.tokens) - 1) // BLOCK]
-        shared = self.blocks.match(names)
+            hashes = block_hashes(row.salt, row.tokens, row.hashes)[: (len(row.tokens) - 1) // BLOCK]
+        shared = self.blocks.match(hashes)
         fresh = self.blocks.allocate(blocks_for(len(row.tokens)) - len(shared))
         if fresh is None:
             self.blocks.release(shared)

@@ -97,11 +97,11 @@ class Scheduler:
         row.scheduled = 0
         row.draft = []
         if row.sampled and self.blocks.share_prefixes:
-            names = block_hashes(row.salt, row.tokens, row.hashes)
+            hashes = block_hashes(row.salt, row.tokens, row.hashes)
             for i in range(row.computed // BLOCK - 1, -1, -1):
-                if row.blocks[i] in self.blocks.names:
+                if row.blocks[i] in self.blocks.hash_of:
                     break
-                self.blocks.name(row.blocks[i], names[i])
+                self.blocks.cache(row.blocks[i], hashes[i])
         if self.resources.rope_variant(row) != row.rope_variant:
             self.resources.discard_kv(row)
 

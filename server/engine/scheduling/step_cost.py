@@ -11,10 +11,8 @@ from itertools import pairwise
 
 TIMED_TOKENS = (1, 8, 16, 24, 64)  # sizes of the timed steps; at 16 a tile of rows is full
 MAX_TIMED_SECONDS = 0.2  # of one timed step: past it the model is too large to time the others
-DEFAULT_COSTS = {
-    1: 3.0,
-    64: 66.0,
-}  # in arbitrary units: a step costs two tokens and one for each of its tokens
+# in arbitrary units: a step costs two tokens and one for each of its tokens
+DEFAULT_COSTS = {1: 3.0, 64: 66.0}
 ACCEPTANCE_MARGIN = 1.1  # a draft that only breaks even lets rows drift apart, and batches become small
 AVERAGED_STEPS = 16  # the overhead is a moving average over about so many steps
 MIN_ACCEPTANCE = 0.02  # no lower acceptance is asked for: timings have noise

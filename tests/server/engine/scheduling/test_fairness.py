@@ -214,12 +214,12 @@ def test_a_tenant_pays_for_what_is_computed_once_and_for_what_the_cache_has_noth
     world.step()
     assert queues.tenant_queue(row).virtual_counter == 61
     world.scheduler._preempt(row, 0)
-    world.pool.named.clear()
+    world.pool.block_of.clear()
     world.step()
     world.step()
     assert row.output_length == 2
     assert queues.tenant_queue(row).virtual_counter == 62
-    world.pool.named.clear()
+    world.pool.block_of.clear()
     again = world.add(prompt=list(range(60)))
     other = world.add(prompt=list(range(60)), after=again.id)
     for _ in range(5):

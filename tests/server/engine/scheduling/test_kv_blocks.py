@@ -9,7 +9,7 @@ def named(pool: BlockPool, tokens: list[int], salt: bytes = b"a") -> list[int]:
     blocks = pool.allocate(len(names))
     assert blocks is not None
     for block, name in zip(blocks, names, strict=True):
-        pool.name(block, name)
+        pool.cache(block, name)
     return blocks
 
 
