@@ -34,7 +34,7 @@ from server.adapters.loading.thread_pools import LoadPools
 from server.adapters.methods.interface import Method, Packed, Spec
 from server.adapters.sites import Base
 from server.errors import CorruptObject, InvalidAdapter, ModelNotFound, NotFound, StoreError
-from server.kernels.cpu.int8.linear import is_dequantised
+from server.kernels.cpu.int8.quantization import is_dequantised
 from server.messages import AdapterRef
 
 MAX_URGENT_BYTES = 8 << 20  # of a file: larger ones would take a step's time and more from the rows that run
