@@ -35,7 +35,7 @@ from server.adapters.sites import Base
 from server.adapters.specs.interface import Spec
 from server.adapters.tensors import find_non_finite, view_tensors
 from server.errors import CorruptObject, InvalidAdapter, ModelNotFound, NotFound, StoreError
-from server.kernels.cpu.int8.linear import is_dequantised
+from server.kernels.cpu.int8.quantization import is_dequantised
 from server.messages import AdapterRef
 
 MAX_URGENT_BYTES = 8 << 20  # of a file: a larger one would delay running rows by a step or more

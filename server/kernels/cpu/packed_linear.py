@@ -110,14 +110,14 @@ if AVAILABLE:
         return LARGE_TILE, LARGE_PANELS, large
 
     @nb.njit(cache=True, error_model="numpy")
-    def _interleave_rows(laid, x, stride, first, end, depth, rows, tiles, low, high):  # type: ignore[no-untyped-def]
+    def _interleave_rows(interleaved, x, stride, first, end, depth, rows, tiles, low, high):  # type: ignore[no-untyped-def]
         """Inputs [low, high) of rows [first, end) of x as blocks [in, rows] of `tiles` tiles.
 
         Padding rows repeat the last row.
         """
         for block in range(tiles):
             at = first + block * rows
-            target = floats(laid + block * rows * depth * 4, rows * depth)
+            target = floats(interleaved + block * rows * depth * 4, rows * depth)
             r = 0
             while r + 4 <= rows:  # four at a time: their values are stored together
                 x0 = floats(x + min(at + r, end - 1) * stride * 4, depth)
@@ -157,7 +157,9 @@ if AVAILABLE:
                     target[j] = sums[j]
 
     @nb.njit(cache=True, error_model="numpy")
-    def _multiply(laid, y, y_stride, w, bias, depth, n, first, end, rows, panels, tiles, low, high, args):  # type: ignore[no-untyped-def]
+    def _multiply(
+        interleaved, y, y_stride, w, bias, depth, n, first, end, rows, panels, tiles, low, high, args
+    ):  # type: ignore[no-untyped-def]
         """Interleaved rows [first, end) times panels [low, high)."""
         out = np.empty(tiles * rows * panels * LANES, np.float32)
         panel_bytes = depth * 4 * LANES
@@ -170,9 +172,9 @@ if AVAILABLE:
                 add_biases(target, y_stride, first, end - first, column, last, args, BIASES_ARG, False)
             out[: tiles * rows * width] = np.float32(0)
             for k in range(0, depth, INPUT_CHUNK):
-                own, some = w + p * panel_bytes + k * 4 * LANES, min(INPUT_CHUNK, depth - k)
+                panel, some = w + p * panel_bytes + k * 4 * LANES, min(INPUT_CHUNK, depth - k)
                 # tiles after the first hit the cache: each prefetches its share of the next panels
-                following = own + some * 4 * LANES
+                following = panel + some * 4 * LANES
                 if k + INPUT_CHUNK >= depth:
                     following += (here - 1) * panel_bytes
                 for block in range(tiles):
@@ -181,15 +183,15 @@ if AVAILABLE:
                         rows_left = min(rows, end - first - done)
                         prefetch_outputs(target + done * y_stride * 4, y_stride, rows_left, last)
                     later = (
-                        own + PREFETCH_BYTES
+                        panel + PREFETCH_BYTES
                         if tiles == 1
                         else following + block * (some * 4 * LANES // tiles)
                     )
                     _run_tile(
                         rows,
                         here < panels,
-                        own,
-                        laid + (block * depth + k) * rows * 4,
+                        panel,
+                        interleaved + (block * depth + k) * rows * 4,
                         out.ctypes.data + block * rows * width * 4,
                         some,
                         panel_bytes,
@@ -204,7 +206,7 @@ if AVAILABLE:
 
     @kernel
     def _linear(args):  # type: ignore[no-untyped-def]
-        depth, n, laid, w, bias = args[0], args[1], args[2], args[3], args[4]
+        depth, n, interleaved, w, bias = args[0], args[1], args[2], args[3], args[4]
         count, x, x_stride, y, y_stride = args[5], args[6], args[7], args[8], args[9]
         shares = (n + PANEL_STEP * LANES - 1) // (PANEL_STEP * LANES)
         thread, threads = thread_num(), num_threads()
@@ -216,9 +218,11 @@ if AVAILABLE:
             if first > 0:
                 barrier()
             mine = (depth * thread // threads, depth * (thread + 1) // threads)
-            _interleave_rows(laid, x, x_stride, first, end, depth, rows, tiles, mine[0], mine[1])
+            _interleave_rows(interleaved, x, x_stride, first, end, depth, rows, tiles, mine[0], mine[1])
             barrier()
-            _multiply(laid, y, y_stride, w, bias, depth, n, first, end, rows, panels, tiles, low, high, args)
+            _multiply(
+                interleaved, y, y_stride, w, bias, depth, n, first, end, rows, panels, tiles, low, high, args
+            )
 
 
 _row_buffers: dict[int, torch.Tensor] = {}

@@ -25,13 +25,13 @@ def members(blocks, order, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def summed(  # type: ignore[no-untyped-def]
-    parts, n, places, held, columns, WIDTH: tl.constexpr, SPLITS: tl.constexpr
+    parts, n, places, valid, columns, WIDTH: tl.constexpr, SPLITS: tl.constexpr
 ):
     """Float32 parts [SPLITS, n, WIDTH] summed over the splits, at these rows `places` and columns."""
     total = tl.zeros((places.shape[0], columns.shape[0]), tl.float32)
     for split in tl.static_range(SPLITS):
         at = parts + (split * n + places)[:, None] * WIDTH + columns[None, :]
-        total += tl.load(at, mask=held[:, None], other=0.0)
+        total += tl.load(at, mask=valid[:, None], other=0.0)
     return total
 
 

@@ -57,11 +57,11 @@ def _shrink(  # type: ignore[no-untyped-def]
         return
     split = tl.program_id(2)
     a = tl.multiple_of(tl.load(entry).to(tl.pointer_type(DTYPE)), 16)
-    places, tokens, held = members(blocks, order, BLOCK)
+    places, tokens, valid = members(blocks, order, BLOCK)
     total = tl.zeros((BLOCK, STEP), tl.float32)
     if EMBEDDING:
         ids = tl.load(x + tokens)
-        real = held & (ids >= 0)  # virtual tokens have no row in a table
+        real = valid & (ids >= 0)  # virtual tokens have no row in a table
         at = a + ids[:, None] * rank + ranks[None, :]
         total += tl.load(at, mask=real[:, None] & (ranks < rank)[None, :], other=0.0).to(tl.float32)
     else:
@@ -69,12 +69,12 @@ def _shrink(  # type: ignore[no-untyped-def]
         for start in range(split * share, tl.minimum(fan_in, (split + 1) * share), BLOCK_K):
             k = start + tl.arange(0, BLOCK_K)
             at = x + tokens[:, None] * x_stride + k[None, :]
-            part = tl.load(at, mask=held[:, None] & (k < fan_in)[None, :], other=0.0)
+            part = tl.load(at, mask=valid[:, None] & (k < fan_in)[None, :], other=0.0)
             at = a + ranks[None, :] * fan_in + k[:, None]
             weights = tl.load(at, mask=(ranks < rank)[None, :] & (k < fan_in)[:, None], other=0.0)
             total = tl.dot(part.to(DOT), weights.to(DOT), total, input_precision="ieee")
     at = h + (split * n + places)[:, None] * (SITES * RANKS) + site * RANKS + ranks[None, :]
-    tl.store(at, total, mask=held[:, None])
+    tl.store(at, total, mask=valid[:, None])
 
 
 @triton.jit
@@ -147,21 +147,21 @@ def _expand(  # type: ignore[no-untyped-def]
     rank = tl.load(entry + 4)
     if (rank == 0) & (tl.load(entry + 2) == 0) & (tl.load(entry + 3) == 0):
         return
-    places, tokens, held = members(blocks, order, BLOCK)
+    places, tokens, valid = members(blocks, order, BLOCK)
     columns = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     within = columns < outputs
     at = y + tokens[:, None] * y_stride + (first_column + columns)[None, :]
-    own = tl.load(at, mask=held[:, None] & within[None, :], other=0.0).to(tl.float32)
+    own = tl.load(at, mask=valid[:, None] & within[None, :], other=0.0).to(tl.float32)
     total = _affine(entry, own, columns, outputs, base_bias + first_column, HAS_BIAS, DTYPE)
     if HAS_RANKS:
         b = tl.multiple_of(tl.load(entry + 1).to(tl.pointer_type(DTYPE)), 16)
         for start in range(0, rank, STEP):
             ranks = start + tl.arange(0, STEP)
-            low = summed(h, n, places, held, site * RANKS + ranks, SITES * RANKS, SPLITS)
+            low = summed(h, n, places, valid, site * RANKS + ranks, SITES * RANKS, SPLITS)
             ahead = b + ranks[:, None] * outputs + columns[None, :]
             weights = tl.load(ahead, mask=(ranks < rank)[:, None] & within[None, :], other=0.0)
             total = tl.dot(low.to(DTYPE).to(DOT), weights.to(DOT), total, input_precision="ieee")
-    tl.store(at, (own + total).to(DTYPE), mask=held[:, None] & within[None, :])
+    tl.store(at, (own + total).to(DTYPE), mask=valid[:, None] & within[None, :])
 
 
 def grouped_affine(

@@ -93,23 +93,23 @@ def _down(  # type: ignore[no-untyped-def]
     kind = tl.load(entry + 6)
     split = tl.program_id(2)
     down = tl.multiple_of(tl.load(entry).to(tl.pointer_type(DTYPE)), 16)
-    places, tokens, held = members(blocks, order, BLOCK)
+    places, tokens, valid = members(blocks, order, BLOCK)
     rows = tl.program_id(1) * STEP + tl.arange(0, STEP)
     total = tl.zeros((BLOCK, STEP), tl.float32)
     square = tl.zeros((BLOCK,), tl.float32)
     share = tl.cdiv(tl.cdiv(hidden, BLOCK_K), SPLITS) * BLOCK_K
     for start in range(split * share, tl.minimum(hidden, (split + 1) * share), BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
-        inside = held[:, None] & (k < hidden)[None, :]
+        inside = valid[:, None] & (k < hidden)[None, :]
         x = _input(h, r, h_stride, r_stride, kind, tokens, k, inside, BLOCK, BLOCK_K).to(DTYPE)
         at = down + rows[None, :] * hidden + k[:, None]
         weights = tl.load(at, mask=(rows < width)[None, :] & (k < hidden)[:, None], other=0.0)
         total = tl.dot(x.to(DOT), weights.to(DOT), total, input_precision="ieee")
         square += tl.sum(x.to(tl.float32) * x.to(tl.float32), 1)
     at = split * n + places
-    tl.store(z + at[:, None] * WIDTHS + rows[None, :], total, mask=held[:, None])
+    tl.store(z + at[:, None] * WIDTHS + rows[None, :], total, mask=valid[:, None])
     if tl.program_id(1) == 0:
-        tl.store(squares + at, square, mask=held)
+        tl.store(squares + at, square, mask=valid)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -140,14 +140,14 @@ def _up(  # type: ignore[no-untyped-def]
     width, kind, bits = tl.load(entry + 4), tl.load(entry + 5), tl.load(entry + 7).to(tl.int32)
     if width == 0:
         return
-    places, tokens, held = members(blocks, order, BLOCK)
+    places, tokens, valid = members(blocks, order, BLOCK)
     columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     within = columns < hidden
     scale = tl.full((BLOCK,), 1.0, tl.float32)
     if bits != 0:
         square = tl.zeros((BLOCK,), tl.float32)
         for split in tl.static_range(SPLITS):
-            square += tl.load(squares + split * n + places, mask=held, other=0.0)
+            square += tl.load(squares + split * n + places, mask=valid, other=0.0)
         scale = tl.rsqrt(square / hidden + bits.to(tl.float32, bitcast=True))
     down_bias = tl.multiple_of(tl.load(entry + 1).to(tl.pointer_type(DTYPE)), 16)
     up = tl.multiple_of(tl.load(entry + 2).to(tl.pointer_type(DTYPE)), 16)
@@ -156,15 +156,15 @@ def _up(  # type: ignore[no-untyped-def]
     for start in range(0, width, STEP):
         rows = start + tl.arange(0, STEP)
         bias = tl.load(down_bias + rows, mask=rows < width, other=0.0).to(tl.float32)
-        low = summed(z, n, places, held, rows, WIDTHS, SPLITS) * scale[:, None] + bias[None, :]
+        low = summed(z, n, places, valid, rows, WIDTHS, SPLITS) * scale[:, None] + bias[None, :]
         low = _activate(low, kind, PLAIN).to(DTYPE)
         at = up + rows[:, None] * hidden + columns[None, :]
         weights = tl.load(at, mask=(rows < width)[:, None] & within[None, :], other=0.0)
         total = tl.dot(low.to(DOT), weights.to(DOT), total, input_precision="ieee")
     total += tl.load(up_bias + columns, mask=within, other=0.0).to(tl.float32)[None, :]
     at = h + tokens[:, None] * h_stride + columns[None, :]
-    own = tl.load(at, mask=held[:, None] & within[None, :], other=0.0).to(tl.float32)
-    tl.store(at, (own + total).to(DTYPE), mask=held[:, None] & within[None, :])
+    own = tl.load(at, mask=valid[:, None] & within[None, :], other=0.0).to(tl.float32)
+    tl.store(at, (own + total).to(DTYPE), mask=valid[:, None] & within[None, :])
 
 
 def grouped_bottleneck(
@@ -188,13 +188,13 @@ def grouped_bottleneck(
     }
     z = h.new_empty(splits, n, plan.ranks, dtype=torch.float32)
     squares = h.new_empty(splits, n, dtype=torch.float32)
-    held = (tables, plan.order, plan.blocks, z, squares)
+    shared = (tables, plan.order, plan.blocks, z, squares)
     _down[groups, plan.ranks // RANK_STEP, splits](
-        *(h, r, *held, h.stride(0), r.stride(0), n, site, tables.shape[1], hidden), BLOCK_K=64, **common
+        *(h, r, *shared, h.stride(0), r.stride(0), n, site, tables.shape[1], hidden), BLOCK_K=64, **common
     )
     block_n = 256 if plan.size == SMALL_BLOCK else 128
     _up[groups, -(-hidden // block_n)](
-        *(h, *held, h.stride(0), n, site, tables.shape[1], hidden),
+        *(h, *shared, h.stride(0), n, site, tables.shape[1], hidden),
         BLOCK_N=block_n,
         num_warps=4 if plan.size == SMALL_BLOCK else 8,
         PLAIN=INTERPRETED,

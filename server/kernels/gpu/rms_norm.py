@@ -22,14 +22,14 @@ def _rms_norm(  # type: ignore[no-untyped-def]
     row = tl.program_id(0)
     column = tl.arange(0, WIDE)
     inside = column < WIDTH
-    own = tl.load(x + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
-    own = own * tl.rsqrt(tl.sum(own * own, 0) / WIDTH + epsilon)
+    normed = tl.load(x + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
+    normed = normed * tl.rsqrt(tl.sum(normed * normed, 0) / WIDTH + epsilon)
     gain = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
     if AROUND_ONE:
-        own = own * (1 + gain)
+        normed = normed * (1 + gain)
     else:  # rounded before the weight, as Llama's is
-        own = own.to(DTYPE).to(tl.float32) * gain
-    tl.store(y + row * WIDTH + column, own.to(DTYPE), mask=inside)
+        normed = normed.to(DTYPE).to(tl.float32) * gain
+    tl.store(y + row * WIDTH + column, normed.to(DTYPE), mask=inside)
 
 
 def rms_norm(

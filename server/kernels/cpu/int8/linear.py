@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from server.kernels.cpu.fused_bias import Biases
+from server.kernels.cpu.int8.quantization import max_quantized_input, quantize
 from server.kernels.cpu.openmp import AVAILABLE, Arguments
 from server.kernels.cpu.packed_linear import (
     CHUNK_ROWS,
@@ -23,26 +24,6 @@ from server.kernels.cpu.packed_linear import (
     PREFETCH_BYTES,
     PackedLinear,
 )
-
-MAX_INT8 = 127  # largest weight, and largest input of 8 bits. For the latter (vnni_linear.py):
-GROUP_INPUTS = 64  # inputs that share a scale, set by their largest
-MIN_GROUP_MAX = 1e-30  # a group whose largest is smaller is taken for zeros
-UNSIGNED_OFFSET = 128  # added to weights that are stored unsigned
-MAX_INT32 = (1 << 31) - 1
-BFLOAT16_ERROR = 2.0**-8  # largest relative rounding error of bfloat16
-
-
-def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(int8 [out, in], float32 scales [out]): symmetric, by output."""
-    scales = (weight.abs().amax(1) / MAX_INT8).clamp_(min=torch.finfo(torch.float32).tiny)
-    return (weight / scales[:, None]).round_().to(torch.int8), scales
-
-
-def is_dequantised(dequantised: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether `dequantised` [out, in] may be `weight` after int8; `weight` may be rounded to bfloat16."""
-    step = dequantised.abs().amax(1, keepdim=True) / MAX_INT8
-    error = (weight.float() - dequantised).abs()
-    return bool((error <= 0.51 * step + dequantised.abs() * BFLOAT16_ERROR).all())
 
 
 def pack(quantized: torch.Tensor) -> torch.Tensor:
@@ -56,11 +37,6 @@ def pack(quantized: torch.Tensor) -> torch.Tensor:
 def unpack(panels: torch.Tensor, outputs: int, inputs: int) -> torch.Tensor:
     """The int8 [out, in] that `pack` packed."""
     return panels.transpose(1, 2).reshape(panels.shape[0] * LANES, -1)[:outputs, :inputs].contiguous()
-
-
-def max_quantized_input(inputs: int) -> int:
-    """The largest integer an input may become, so that no sum overflows 32 bits."""
-    return min(32767, MAX_INT32 // (MAX_INT8 * inputs))
 
 
 def int8_linear_reference(
@@ -110,7 +86,7 @@ if AVAILABLE:
             _t4(w, x, out, pairs, panel_bytes, later, pace)
 
     @nb.njit(cache=True, error_model="numpy", fastmath={"reassoc", "contract"})  # NaN must stay NaN
-    def _quantize_row(target, rows, x, depth, most):  # type: ignore[no-untyped-def]
+    def _quantize_row(target, rows, x, depth, limit):  # type: ignore[no-untyped-def]
         """Write x [depth] as pairs of integers, `rows` pairs apart; returns their scale, NaN for such x."""
         top, wrong = np.float32(0), np.float32(0)
         for k in range(depth):
@@ -118,26 +94,26 @@ if AVAILABLE:
             wrong += x[k] * np.float32(0)
         if top == 0 or wrong != 0:
             top = np.float32(1)
-        factor = np.float32(most) / top
+        factor = np.float32(limit) / top
         for k in range(depth // 2):
             target[k * rows * 2] = np.int16(np.rint(x[2 * k] * factor))
             target[k * rows * 2 + 1] = np.int16(np.rint(x[2 * k + 1] * factor))
         if depth % 2:
             target[depth // 2 * rows * 2] = np.int16(np.rint(x[depth - 1] * factor))
             target[depth // 2 * rows * 2 + 1] = np.int16(0)
-        return top / np.float32(most) + wrong
+        return top / np.float32(limit) + wrong
 
     @nb.njit(cache=True, error_model="numpy")
-    def _quantize_rows(laid, steps, x, stride, first, end, depth, most, rows, low, high):  # type: ignore[no-untyped-def]
+    def _quantize_rows(scratch, steps, x, stride, first, end, depth, limit, rows, low, high):  # type: ignore[no-untyped-def]
         """Quantize rows [low, high), counted from `first`, into blocks [pairs, rows of a tile, 2].
 
         Padding rows, from `end` on, repeat the last row.
         """
         pairs = (depth + 1) // 2
         for i in range(low, high):
-            block = shorts(laid + i // rows * rows * pairs * 4, rows * pairs * 2)
+            block = shorts(scratch + i // rows * rows * pairs * 4, rows * pairs * 2)
             row = floats(x + min(first + i, end - 1) * stride * 4, depth)
-            steps[i] = _quantize_row(block[i % rows * 2 :], rows, row, depth, most)
+            steps[i] = _quantize_row(block[i % rows * 2 :], rows, row, depth, limit)
 
     @nb.njit(cache=True, error_model="numpy", fastmath=False)  # see kernel: the same bits wherever a row lies
     def _write(y, y_stride, out, width, count, last, steps, scales, bias):  # type: ignore[no-untyped-def]
@@ -156,7 +132,23 @@ if AVAILABLE:
 
     @nb.njit(cache=True, error_model="numpy")
     def _multiply(  # type: ignore[no-untyped-def]
-        laid, steps, y, y_stride, w, scales, bias, depth, n, first, end, rows, panels, tiles, low, high, args
+        scratch,
+        steps,
+        y,
+        y_stride,
+        w,
+        scales,
+        bias,
+        depth,
+        n,
+        first,
+        end,
+        rows,
+        panels,
+        tiles,
+        low,
+        high,
+        args,
     ):
         """Quantized rows [first, end) times panels [low, high)."""
         pairs = (depth + 1) // 2
@@ -166,24 +158,24 @@ if AVAILABLE:
         while p < high and p * LANES < n:
             here = panels if p + panels <= high else PANEL_STEP
             width, column = here * LANES, p * LANES
-            added, own = 0 if bias == 0 else bias + column * 4, w + p * panel_bytes
+            added, panel = 0 if bias == 0 else bias + column * 4, w + p * panel_bytes
             last = min(width, n - column)
             if args[BIASES_ARG] != 0:
                 add_biases(y, y_stride, first, end - first, column, last, args, BIASES_ARG, False)
             for block in range(tiles):
                 done = first + block * rows
-                x = laid + block * rows * pairs * 4
+                x = scratch + block * rows * pairs * 4
                 later = (
-                    own + PREFETCH_BYTES
+                    panel + PREFETCH_BYTES
                     if tiles == 1
-                    else own + (here * pairs + block * (pairs // tiles)) * 2 * LANES
+                    else panel + (here * pairs + block * (pairs // tiles)) * 2 * LANES
                 )
                 target, some = y + (done * y_stride + column) * 4, min(rows, end - done)
                 prefetch_outputs(target, y_stride, some, last)
                 _run_tile(
                     rows,
                     here < panels,
-                    own,
+                    panel,
                     x,
                     out.ctypes.data,
                     pairs,
@@ -199,7 +191,8 @@ if AVAILABLE:
 
     @kernel
     def _linear(args):  # type: ignore[no-untyped-def]
-        depth, n, laid, most, w, scales, bias = args[0], args[1], args[2], args[3], args[4], args[5], args[6]
+        depth, n, scratch, limit = args[0], args[1], args[2], args[3]
+        w, scales, bias = args[4], args[5], args[6]
         count, x, x_stride, y, y_stride = args[7], args[8], args[9], args[10], args[11]
         shares = (n + PANEL_STEP * LANES - 1) // (PANEL_STEP * LANES)
         thread, threads = thread_num(), num_threads()
@@ -209,12 +202,12 @@ if AVAILABLE:
             first, end = count * piece // pieces, count * (piece + 1) // pieces
             rows, panels, tiles = tiles_for(end - first)
             total = rows * tiles
-            steps = floats(laid, total)
-            blocks = laid + total * 4
+            steps = floats(scratch, total)
+            blocks = scratch + total * 4
             if first > 0:
                 barrier()
             mine = (total * thread // threads, total * (thread + 1) // threads)
-            _quantize_rows(blocks, steps, x, x_stride, first, end, depth, most, rows, mine[0], mine[1])
+            _quantize_rows(blocks, steps, x, x_stride, first, end, depth, limit, rows, mine[0], mine[1])
             barrier()
             _multiply(
                 blocks,

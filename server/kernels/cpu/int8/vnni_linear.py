@@ -9,7 +9,8 @@ Panels of 16 outputs, inputs in fours, each weight plus 128: uint8 [panels, quad
 import torch
 import torch.nn.functional as F
 
-from server.kernels.cpu.int8.linear import GROUP_INPUTS, MAX_INT8, MIN_GROUP_MAX, UNSIGNED_OFFSET, Int8Linear
+from server.kernels.cpu.int8.linear import Int8Linear
+from server.kernels.cpu.int8.quantization import GROUP_INPUTS, MAX_INT8, MIN_GROUP_MAX, UNSIGNED_OFFSET
 from server.kernels.cpu.openmp import AVAILABLE, Arguments
 from server.kernels.cpu.packed_linear import CHUNK_ROWS, LANES, PREFETCH_BYTES, padded, row_buffer
 
@@ -77,7 +78,7 @@ if AVAILABLE:
             _t4(w, x, out, groups, panel_bytes, later, pace)
 
     @nb.njit(cache=True, error_model="numpy", fastmath=False)
-    def _quantize_rows(laid, x, stride, first, end, depth, groups, rows, low, high):  # type: ignore[no-untyped-def]
+    def _quantize_rows(buffer, x, stride, first, end, depth, groups, rows, low, high):  # type: ignore[no-untyped-def]
         """Quantize rows [low, high), counted from `first`, into blocks of `rows`, one block a tile.
 
         Padding rows, from `end` on, repeat the last row.
@@ -85,14 +86,14 @@ if AVAILABLE:
         rest = depth % GROUP_INPUTS
         scratch = np.zeros(GROUP_INPUTS, np.float32)
         for i in range(low, high):
-            block = laid + i // rows * rows * groups * GROUP_BYTES
+            block = buffer + i // rows * rows * groups * GROUP_BYTES
             row = x + min(first + i, end - 1) * stride * 4
             for group in range(groups):
                 source = row + group * GROUP_INPUTS * 4
                 if rest and group == groups - 1:
-                    own = floats(source, rest)
+                    values = floats(source, rest)
                     for k in range(rest):
-                        scratch[k] = own[k]
+                        scratch[k] = values[k]
                     source = scratch.ctypes.data
                 quantize_group(source, block + group * rows * GROUP_BYTES, i % rows, rows)
 
@@ -111,7 +112,7 @@ if AVAILABLE:
                     target[j] = sums[j] * by_output[j]
 
     @nb.njit(cache=True, error_model="numpy", fastmath=False)
-    def _multiply(laid, y, y_stride, args, groups, first, end, rows, panels, tiles, low, high):  # type: ignore[no-untyped-def]
+    def _multiply(buffer, y, y_stride, args, groups, first, end, rows, panels, tiles, low, high):  # type: ignore[no-untyped-def]
         """Quantized rows [first, end) times panels [low, high)."""
         n, w, scales, bias = args[1], args[3], args[4], args[5]
         out = np.empty(rows * panels * LANES, np.float32)
@@ -120,16 +121,16 @@ if AVAILABLE:
         while p < high and p * LANES < n:
             here = panels if p + panels <= high else PANEL_STEP
             width, column = here * LANES, p * LANES
-            added, own = 0 if bias == 0 else bias + column * 4, w + p * panel_bytes
+            added, panel = 0 if bias == 0 else bias + column * 4, w + p * panel_bytes
             last = min(width, n - column)
             if args[BIASES_ARG] != 0:
                 add_biases(y, y_stride, first, end - first, column, last, args, BIASES_ARG, False)
             for block in range(tiles):
                 done = first + block * rows
                 later = (
-                    own + PREFETCH_BYTES
+                    panel + PREFETCH_BYTES
                     if tiles == 1
-                    else own + here * panel_bytes + block * (panel_bytes // tiles)
+                    else panel + here * panel_bytes + block * (panel_bytes // tiles)
                 )
                 target, some = y + (done * y_stride + column) * 4, min(rows, end - done)
                 prefetch_outputs(target, y_stride, some, last)
@@ -137,8 +138,8 @@ if AVAILABLE:
                 _run_tile(
                     rows,
                     here < panels,
-                    own,
-                    laid + block * rows * groups * GROUP_BYTES,
+                    panel,
+                    buffer + block * rows * groups * GROUP_BYTES,
                     out.ctypes.data,
                     groups,
                     panel_bytes,
@@ -152,7 +153,7 @@ if AVAILABLE:
 
     @kernel
     def _linear(args):  # type: ignore[no-untyped-def]
-        depth, n, laid = args[0], args[1], args[2]
+        depth, n, buffer = args[0], args[1], args[2]
         count, x, x_stride, y, y_stride = args[6], args[7], args[8], args[9], args[10]
         groups = (depth + GROUP_INPUTS - 1) // GROUP_INPUTS
         shares = (n + PANEL_STEP * LANES - 1) // (PANEL_STEP * LANES)
@@ -166,9 +167,9 @@ if AVAILABLE:
             if first > 0:
                 barrier()
             mine = (total * thread // threads, total * (thread + 1) // threads)
-            _quantize_rows(laid, x, x_stride, first, end, depth, groups, rows, mine[0], mine[1])
+            _quantize_rows(buffer, x, x_stride, first, end, depth, groups, rows, mine[0], mine[1])
             barrier()
-            _multiply(laid, y, y_stride, args, groups, first, end, rows, panels, tiles, low, high)
+            _multiply(buffer, y, y_stride, args, groups, first, end, rows, panels, tiles, low, high)
 
 
 class VnniLinear(Int8Linear):

@@ -15,7 +15,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from server.kernels.cpu.int8.linear import GROUP_INPUTS, MAX_INT8, MIN_GROUP_MAX, UNSIGNED_OFFSET
+from server.kernels.cpu.int8.quantization import GROUP_INPUTS, MAX_INT8, MIN_GROUP_MAX, UNSIGNED_OFFSET
 from server.kernels.cpu.llvm_tiles import (
     BYTE,
     FEATURES,

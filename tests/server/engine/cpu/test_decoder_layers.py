@@ -11,7 +11,8 @@ from transformers import GraniteConfig, GraniteForCausalLM
 from server.engine.model.base_model import Placement
 from server.engine.model.module_hooks import decoder_layers
 from server.engine.served_model import ServedModel
-from server.kernels.cpu.int8.linear import int8_linear_reference, quantize
+from server.kernels.cpu.int8.linear import int8_linear_reference
+from server.kernels.cpu.int8.quantization import quantize
 from server.kernels.cpu.int8.vnni_linear import FASTEST_INT8, VnniLinear, vnni_linear_reference
 from server.kernels.cpu.openmp import AVAILABLE
 from server.messages import Generate, Sampling

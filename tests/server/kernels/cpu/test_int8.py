@@ -8,16 +8,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from server.kernels.cpu.int8.linear import (
-    Int8Linear,
-    int8_linear_reference,
-    is_dequantised,
-    max_quantized_input,
-    pack,
-    quantize,
-    unpack,
-    without_rounding,
-)
+from server.kernels.cpu.int8.linear import Int8Linear, int8_linear_reference, pack, unpack, without_rounding
+from server.kernels.cpu.int8.quantization import is_dequantised, max_quantized_input, quantize
 from server.kernels.cpu.int8.vnni_linear import VnniLinear, pack_bytes, unpack_bytes, vnni_linear_reference
 from server.kernels.cpu.openmp import AVAILABLE
 from server.kernels.cpu.packed_linear import join
@@ -156,5 +148,5 @@ def test_the_base_can_do_without_numba() -> None:
     """As on a Mac, where the plain layout serves."""
     alone = "import sys; sys.modules.update(numba=None, llvmlite=None)"
     loaded = "import server.engine.model.linear_sites as linear"
-    check = "assert not linear.AVAILABLE and linear.LAYOUTS"
+    check = "assert not linear.AVAILABLE and linear.WEIGHT_FORMATS"
     subprocess.run([sys.executable, "-c", f"{alone}; {loaded}; {check}"], check=True)
