@@ -91,11 +91,8 @@ PLACEMENTS: dict[str, dict[str, Any]] = {
     "double_seq_bn": {"non_linearity": "silu"},
     "par_bn": {"scaling": 4.0},
 }
-OPENAI_FIELDS = (
-    "n_epochs",
-    "batch_size",
-    "learning_rate_multiplier",
-)  # the other fields are ours, in `peft`
+# OpenAI's hyperparameters; the other fields are ours, in `peft`
+OPENAI_FIELDS = ("n_epochs", "batch_size", "learning_rate_multiplier")
 
 
 def recipe_object(recipe: Recipe) -> dict[str, Any]:
@@ -155,7 +152,7 @@ def _collect(
     hyperparameters: dict[str, Any] | None,
     peft: dict[str, Any] | None,
 ) -> type[Peft]:
-    """Add all fields of the request to `request`; returns the recipe type of the PEFT method it names.
+    """Add the fields of all blocks to `request`; returns the recipe type of the PEFT method they name.
 
     Raises InvalidField for an unknown field or method, and for a field that is given twice.
     """

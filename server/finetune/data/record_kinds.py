@@ -95,9 +95,7 @@ def _prompt_completion(prompt: Any, completion: Any, max_messages: int) -> Chat 
 
 
 def _chat(field: str, context: list[_Message], turns: list[_Message]) -> Chat:
-    """A conversation, of which only the assistant turns in `turns`, which is the value of `field`, are
-    targets.
-    """
+    """A conversation whose targets are in `turns`, the value of `field`. Raises LineError."""
     if not any(turn.role == "assistant" for turn in turns):
         raise LineError(field, f"{field} has no assistant turn, so there is nothing to learn.")
     if turns[-1].role != "assistant":
