@@ -55,6 +55,8 @@ class Training(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Recipe(Training, frozen=True, kw_only=True):
+    """All settings of one training. It is stored with its job."""
+
     objective: ObjectiveName = "supervised"
     peft: Peft
     seed: Annotated[int, msgspec.Meta(ge=0, le=MAX_SEED)]
@@ -131,8 +133,8 @@ def parse_recipe(
     elif kind is BottleneckRecipe:
         settings = PLACEMENTS[settings.get("placement", "seq_bn")] | settings
     peft_recipe = kind(**settings)
-    given = request.fields(Training) | {"objective": objective}
-    recipe = _complete(peft_recipe, given, _seed(seed), base, examples, limits)
+    requested = request.fields(Training) | {"objective": objective}
+    recipe = _complete(peft_recipe, requested, _seed(seed), base, examples, limits)
     _check_method(peft_recipe, request, base, limits)
     _check_training(recipe, request, base, examples, limits)
     return recipe
@@ -193,11 +195,11 @@ def _objective(named: object) -> ObjectiveName:
 
 
 def _complete(
-    peft: Peft, given: dict[str, Any], seed: int, base: Base, examples: int, limits: RecipeLimits
+    peft: Peft, requested: dict[str, Any], seed: int, base: Base, examples: int, limits: RecipeLimits
 ) -> Recipe:
     """Fill the fields that were not given with defaults for this method and number of examples."""
     learning_rate, updates = DEFAULTS[type(peft)]
-    batch_size = given.get("batch_size") or (2 if examples < 32 else 4 if examples < 256 else 8)
+    batch_size = requested.get("batch_size") or (2 if examples < 32 else 4 if examples < 256 else 8)
     epoch_updates = max(1, examples // batch_size)
     min_epochs = 3 if examples < 1000 else 1
     virtual = getattr(peft, "num_virtual_tokens", 0)
@@ -206,9 +208,9 @@ def _complete(
         "batch_size": batch_size,
         "max_tokens": max(2, min(1024, limits.max_tokens, base.max_context - virtual)),
         "max_seconds": limits.seconds,
-        "learning_rate": learning_rate * given.get("learning_rate_multiplier", 1.0),
+        "learning_rate": learning_rate * requested.get("learning_rate_multiplier", 1.0),
     }
-    return Recipe(peft=peft, seed=seed, **(defaults | given))
+    return Recipe(peft=peft, seed=seed, **(defaults | requested))
 
 
 def _seed(seed: int | None) -> int:

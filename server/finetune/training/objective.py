@@ -21,6 +21,8 @@ from server.finetune.training.observer import TrainingLog
 
 
 class Objective(Protocol):
+    """What a training minimises."""
+
     def load(self, path: Path, tokenizer: Tokenizer, max_tokens: int, param: str) -> list[Example]:
         """The examples of a file, each of at most `max_tokens`. Raises InvalidField, with `param`."""
         ...

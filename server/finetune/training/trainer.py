@@ -41,6 +41,8 @@ SCHEDULERS = {"linear": "linear", "cosine": "cosine", "constant": "constant_with
 
 
 class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers has no types
+    """Trains an AdapterModel by a recipe; `fit` runs it."""
+
     def __init__(
         self,
         model: AdapterModel,
@@ -120,6 +122,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers has no type
         return_outputs: bool = False,
         num_items_in_batch: float | None = None,
     ) -> Any:
+        """The loss [] of one batch's share in the update. Raises NonFinite."""
         assert num_items_in_batch is not None, "get_batch_samples gives it"
         output = self.objective.loss(model, inputs["batch"])
         loss = output.loss_sum / num_items_in_batch
@@ -153,6 +156,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers has no type
         self._notify(done)
 
     def evaluate(self, *_args: Any, **_kwargs: Any) -> dict[str, float]:
+        """Score the held-out examples, keep the best tensors, and end early if scores stopped improving."""
         self.control.should_evaluate, self.control.should_save = False, True
         start = time.monotonic()
         scores = self.objective.score(self.model, self.plan.examples)
