@@ -53,6 +53,8 @@ return 1
 
 
 class File(msgspec.Struct, frozen=True, kw_only=True):
+    """A file's record."""
+
     id: str  # file-...
     tenant: str
     name: str  # given by the tenant; for display only

@@ -33,6 +33,8 @@ Status = Literal["pending", "completed", "cancelled", "expired"]
 
 
 class Upload(msgspec.Struct, frozen=True, kw_only=True):
+    """An upload's record, with the parts that have come."""
+
     id: str  # upload_...
     tenant: str
     name: str  # of the file
@@ -47,6 +49,8 @@ class Upload(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Part(msgspec.Struct, frozen=True, kw_only=True):
+    """A stored part of an upload."""
+
     id: str  # part-...
     bytes: int
     sha256: str

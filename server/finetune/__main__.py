@@ -20,9 +20,7 @@ def main() -> None:
         from server.finetune.worker.resource_limits import yield_to_others
 
         yield_to_others()  # before any thread is made, which would not
-        from server.finetune.worker.training_process import (
-            train,  # loads torch, which the worker does not need
-        )
+        from server.finetune.worker.training_process import train  # loads torch; the worker does not
 
         run_child("training", lambda settings: train(settings, args.job, args.fence, args.folder))
 

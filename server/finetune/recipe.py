@@ -7,7 +7,7 @@ number of examples, so `recipe_object` reports what training will really use.
 
 import math
 import secrets
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import msgspec
 
@@ -27,6 +27,7 @@ from server.finetune.recipe_methods import (
 MAX_SEED = 2**31 - 1
 MAX_LEARNING_RATE = 10.0
 
+ObjectiveName = Literal["supervised"]  # method.type; training/objective.py implements each
 Fraction = Annotated[float, msgspec.Meta(ge=0, le=0.5)]
 
 
@@ -54,6 +55,9 @@ class Training(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Recipe(Training, frozen=True, kw_only=True):
+    """All settings of one training. It is stored with its job."""
+
+    objective: ObjectiveName = "supervised"
     peft: Peft
     seed: Annotated[int, msgspec.Meta(ge=0, le=MAX_SEED)]
 
@@ -91,11 +95,8 @@ PLACEMENTS: dict[str, dict[str, Any]] = {
     "double_seq_bn": {"non_linearity": "silu"},
     "par_bn": {"scaling": 4.0},
 }
-OPENAI_FIELDS = (
-    "n_epochs",
-    "batch_size",
-    "learning_rate_multiplier",
-)  # the other fields are ours, in `peft`
+# OpenAI's hyperparameters; the other fields are ours, in `peft`
+OPENAI_FIELDS = ("n_epochs", "batch_size", "learning_rate_multiplier")
 
 
 def recipe_object(recipe: Recipe) -> dict[str, Any]:
@@ -103,10 +104,10 @@ def recipe_object(recipe: Recipe) -> dict[str, Any]:
     fields = msgspec.to_builtins(recipe)
     hyperparameters = {name: fields.pop(name) for name in OPENAI_FIELDS}
     method = fields.pop("peft")
-    seed = fields.pop("seed")
+    seed, objective = fields.pop("seed"), fields.pop("objective")
     peft = method | fields
-    supervised = {"type": "supervised", "supervised": {"hyperparameters": hyperparameters}, "peft": peft}
-    return {"hyperparameters": hyperparameters, "method": supervised, "seed": seed}
+    settings = {"type": objective, objective: {"hyperparameters": hyperparameters}, "peft": peft}
+    return {"hyperparameters": hyperparameters, "method": settings, "seed": seed}
 
 
 def parse_recipe(
@@ -125,14 +126,15 @@ def parse_recipe(
     as "method.peft.r".
     """
     request = RequestFields()
-    kind = _collect(request, method, hyperparameters, peft)
+    objective, kind = _collect(request, method, hyperparameters, peft)
     settings = request.fields(kind)
     if kind is LoraRecipe:
         settings = {"target_modules": inner_linears(base)} | settings
     elif kind is BottleneckRecipe:
         settings = PLACEMENTS[settings.get("placement", "seq_bn")] | settings
     peft_recipe = kind(**settings)
-    recipe = _complete(peft_recipe, request.fields(Training), _seed(seed), base, examples, limits)
+    requested = request.fields(Training) | {"objective": objective}
+    recipe = _complete(peft_recipe, requested, _seed(seed), base, examples, limits)
     _check_method(peft_recipe, request, base, limits)
     _check_training(recipe, request, base, examples, limits)
     return recipe
@@ -154,18 +156,17 @@ def _collect(
     method: dict[str, Any] | None,
     hyperparameters: dict[str, Any] | None,
     peft: dict[str, Any] | None,
-) -> type[Peft]:
-    """Add all fields of the request to `request`; returns the recipe type of the PEFT method it names.
+) -> tuple[ObjectiveName, type[Peft]]:
+    """Add the fields of all blocks to `request`; the objective and the PEFT method's recipe that they name.
 
-    Raises InvalidField for an unknown field or method, and for a field that is given twice.
+    Raises InvalidField for an unknown field, objective or method, and for a field that is given twice.
     """
     blocks = present("method", method)
-    if (named := blocks.pop("type", "supervised")) != "supervised":
-        raise InvalidField(f"method.type is {shown(named)}; it must be supervised.", param="method.type")
-    supervised = present("method.supervised", blocks.pop("supervised", None))
-    request.add("method.supervised.hyperparameters", supervised.pop("hyperparameters", None), OPENAI_FIELDS)
+    objective = _objective(blocks.pop("type", "supervised"))
+    settings = present(f"method.{objective}", blocks.pop(objective, None))
+    request.add(f"method.{objective}.hyperparameters", settings.pop("hyperparameters", None), OPENAI_FIELDS)
     request.add("hyperparameters", hyperparameters, OPENAI_FIELDS)
-    request.add("method.supervised", supervised, ())
+    request.add(f"method.{objective}", settings, ())
     path, block = "method.peft", present("method.peft", blocks.pop("peft", None))
     request.add("method", blocks, ())
     if peft is not None:
@@ -181,15 +182,24 @@ def _collect(
     kind = PEFT[name]
     known = {*kind.__struct_fields__, *Training.__struct_fields__, "type"} - {*OPENAI_FIELDS}
     request.add(path, block, known)
-    return kind
+    return objective, kind
+
+
+def _objective(named: object) -> ObjectiveName:
+    known: tuple[ObjectiveName, ...] = get_args(ObjectiveName)
+    for name in known:
+        if named == name:
+            return name
+    rule = f"it must be {' or '.join(known)}"
+    raise InvalidField(f"method.type is {shown(named)}; {rule}.", param="method.type")
 
 
 def _complete(
-    peft: Peft, given: dict[str, Any], seed: int, base: Base, examples: int, limits: RecipeLimits
+    peft: Peft, requested: dict[str, Any], seed: int, base: Base, examples: int, limits: RecipeLimits
 ) -> Recipe:
     """Fill the fields that were not given with defaults for this method and number of examples."""
     learning_rate, updates = DEFAULTS[type(peft)]
-    batch_size = given.get("batch_size") or (2 if examples < 32 else 4 if examples < 256 else 8)
+    batch_size = requested.get("batch_size") or (2 if examples < 32 else 4 if examples < 256 else 8)
     epoch_updates = max(1, examples // batch_size)
     min_epochs = 3 if examples < 1000 else 1
     virtual = getattr(peft, "num_virtual_tokens", 0)
@@ -198,9 +208,9 @@ def _complete(
         "batch_size": batch_size,
         "max_tokens": max(2, min(1024, limits.max_tokens, base.max_context - virtual)),
         "max_seconds": limits.seconds,
-        "learning_rate": learning_rate * given.get("learning_rate_multiplier", 1.0),
+        "learning_rate": learning_rate * requested.get("learning_rate_multiplier", 1.0),
     }
-    return Recipe(peft=peft, seed=seed, **(defaults | given))
+    return Recipe(peft=peft, seed=seed, **(defaults | requested))
 
 
 def _seed(seed: int | None) -> int:

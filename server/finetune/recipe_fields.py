@@ -16,12 +16,12 @@ class RequestFields:
         self.values: dict[str, Any] = {}
         self.paths: dict[str, str] = {}
 
-    def add(self, path: str, given: object, known: Collection[str]) -> None:
-        """Add the fields of the object `given`, which is at `path`.
+    def add(self, path: str, block: object, known: Collection[str]) -> None:
+        """Add the fields of the object `block`, which is at `path`.
 
         Raises InvalidField for a name that is not in `known` and for a field that is given twice.
         """
-        for name, value in present(path, given).items():
+        for name, value in present(path, block).items():
             field_path = f"{path}.{name}" if name in known else path
             if name not in known:
                 raise InvalidField(
@@ -58,13 +58,13 @@ class RequestFields:
             raise self.invalid(name, reason[0].lower() + reason[1:]) from error
 
 
-def present(path: str, given: object) -> dict[str, Any]:
+def present(path: str, block: object) -> dict[str, Any]:
     """The fields of the object at `path` that are neither null nor "auto".
 
-    Raises InvalidField if `given` is no object.
+    Raises InvalidField if `block` is no object.
     """
-    if given is None:
+    if block is None:
         return {}
-    if not isinstance(given, dict):
-        raise InvalidField(f"{path} is {shown(given)}; it must be an object.", param=path)
-    return {name: value for name, value in given.items() if value is not None and value != "auto"}
+    if not isinstance(block, dict):
+        raise InvalidField(f"{path} is {shown(block)}; it must be an object.", param=path)
+    return {name: value for name, value in block.items() if value is not None and value != "auto"}

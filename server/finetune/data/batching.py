@@ -58,6 +58,7 @@ class EvaluationPlan(msgspec.Struct, frozen=True):
 def plan_evaluation(
     recipe: Recipe, examples: Sequence[Example], held_out: Sequence[Example]
 ) -> EvaluationPlan:
+    """Evenly spaced evaluations, whose cost is bounded by EVALUATION_SHARE and MAX_EVALUATION_TOKENS."""
     total = recipe.steps(len(examples))
     count = min(total, MAX_EVALUATIONS, max(MIN_EVALUATIONS, EVALUATIONS_PER_EPOCH * recipe.n_epochs))
     steps = {round(total * (i + 1) / count) for i in range(count)}

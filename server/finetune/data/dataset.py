@@ -59,6 +59,8 @@ class Report(msgspec.Struct):
 
 
 class _Line(NamedTuple):
+    """A line as it was read: an example, an error, or neither if no target was left."""
+
     number: int
     shape: RecordKind | None = None
     length: int = 0  # tokens of the whole example

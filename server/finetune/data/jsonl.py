@@ -56,7 +56,7 @@ def parse_line(raw: bytes) -> dict[str, Any]:
 
 
 def described(value: object) -> str:
-    """A value in a few words, without the content of lists and objects: a deep repr exhausts the stack."""
+    """A value in a few words, without the content of lists and objects: their repr may exhaust the stack."""
     return "a list" if isinstance(value, list) else "an object" if isinstance(value, dict) else shown(value)
 
 

@@ -39,16 +39,20 @@ class Chat(msgspec.Struct, frozen=True):
 
 
 class Pair(msgspec.Struct, frozen=True):
+    """A prompt, and a completion as the target."""
+
     prompt: str
     completion: str
 
 
 class Text(msgspec.Struct, frozen=True):
+    """A text, all of which is a target."""
+
     text: str
 
 
 class _Message(msgspec.Struct, frozen=True):
-    field: str
+    field: str  # its path in the line
     role: str
     content: str
     weight: int  # 0 for all other roles than assistant
@@ -56,8 +60,8 @@ class _Message(msgspec.Struct, frozen=True):
 
 def record_kind(line: dict[str, Any]) -> RecordKind:
     """The kind of a record by the names of its fields. Raises LineError if they fit none, or two."""
-    given = _without_nulls(line).keys()
-    shapes = [shape for shape, fields in FIELDS.items() if given & set(fields)]
+    present = _without_nulls(line).keys()
+    shapes = [shape for shape, fields in FIELDS.items() if present & set(fields)]
     if not shapes:
         raise LineError("", "The line has neither messages nor prompt and completion nor text.")
     if len(shapes) > 1:
@@ -69,16 +73,16 @@ def record_kind(line: dict[str, Any]) -> RecordKind:
 
 def read_record(shape: RecordKind, line: dict[str, Any], max_messages: int) -> Chat | Pair | Text:
     """The checked record. Raises LineError for the first field that is missing, unknown or wrong."""
-    given = _without_nulls(line)
-    _check_fields(given, FIELDS[shape], "", _REFUSED)
+    present = _without_nulls(line)
+    _check_fields(present, FIELDS[shape], "", _REFUSED)
     for field in FIELDS[shape]:
-        if field not in given:
+        if field not in present:
             raise LineError(field, f"{field} is required.")
     if shape == "messages":
-        return _chat("messages", [], _messages("messages", given["messages"], max_messages, weighted=True))
+        return _chat("messages", [], _messages("messages", present["messages"], max_messages, weighted=True))
     if shape == "text":
-        return Text(_learnable("text", given["text"]))
-    return _prompt_completion(given["prompt"], given["completion"], max_messages)
+        return Text(_learnable("text", present["text"]))
+    return _prompt_completion(present["prompt"], present["completion"], max_messages)
 
 
 def _prompt_completion(prompt: Any, completion: Any, max_messages: int) -> Chat | Pair:
@@ -95,9 +99,7 @@ def _prompt_completion(prompt: Any, completion: Any, max_messages: int) -> Chat 
 
 
 def _chat(field: str, context: list[_Message], turns: list[_Message]) -> Chat:
-    """A conversation, of which only the assistant turns in `turns`, which is the value of `field`, are
-    targets.
-    """
+    """A conversation whose targets are in `turns`, the value of `field`. Raises LineError."""
     if not any(turn.role == "assistant" for turn in turns):
         raise LineError(field, f"{field} has no assistant turn, so there is nothing to learn.")
     if turns[-1].role != "assistant":
@@ -132,19 +134,19 @@ def _messages(field: str, value: Any, limit: int, *, weighted: bool) -> list[_Me
 def _message(path: str, value: Any, weighted: bool) -> _Message:
     if not isinstance(value, dict):
         raise LineError(path, f"{path} must be an object with role and content, not {described(value)}.")
-    given = _without_nulls(value)
-    _check_fields(given, ("role", "content", "name", "weight"), path, _REFUSED_IN_MESSAGE)
-    role = given.get("role")
+    present = _without_nulls(value)
+    _check_fields(present, ("role", "content", "name", "weight"), path, _REFUSED_IN_MESSAGE)
+    role = present.get("role")
     if role not in ROLES:
         raise LineError(
             f"{path}.role", f"{path}.role must be one of {', '.join(ROLES)}, not {described(role)}."
         )
-    content = _content(f"{path}.content", given.get("content"))
-    if not isinstance(given.get("name", ""), str):  # accepted, but not shown to the model, as in serving
-        raise LineError(f"{path}.name", f"{path}.name must be text, not {described(given['name'])}.")
-    if "weight" in given and (role != "assistant" or not weighted):
+    content = _content(f"{path}.content", present.get("content"))
+    if not isinstance(present.get("name", ""), str):  # accepted, but not shown to the model, as in serving
+        raise LineError(f"{path}.name", f"{path}.name must be text, not {described(present['name'])}.")
+    if "weight" in present and (role != "assistant" or not weighted):
         raise LineError(f"{path}.weight", f"{path}.weight is only for assistant turns that may be learnt.")
-    weight = given.get("weight", int(role == "assistant"))
+    weight = present.get("weight", int(role == "assistant"))
     if isinstance(weight, bool) or weight not in (0, 1):
         raise LineError(f"{path}.weight", f"{path}.weight must be 0 or 1, not {described(weight)}.")
     return _Message(path, "system" if role == "developer" else role, content, int(weight))
@@ -178,8 +180,8 @@ def _without_nulls(value: dict[str, Any]) -> dict[str, Any]:
     return {name: item for name, item in value.items() if item is not None}
 
 
-def _check_fields(given: Iterable[str], known: tuple[str, ...], path: str, refused: dict[str, str]) -> None:
-    for name in given:
+def _check_fields(present: Iterable[str], known: tuple[str, ...], path: str, refused: dict[str, str]) -> None:
+    for name in present:
         if name in refused:
             raise LineError(f"{path}.{name}".lstrip("."), f"{name} is not supported: {refused[name]}.")
         if name not in known:

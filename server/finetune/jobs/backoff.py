@@ -5,6 +5,8 @@ from collections.abc import Collection
 
 
 class Backoff:
+    """The delays of any number of keys. Unknown keys are due."""
+
     def __init__(self, first_seconds: float, max_seconds: float) -> None:
         """The delay after a key's first failure, which doubles with each further one, and its limit."""
         self._first_seconds = first_seconds

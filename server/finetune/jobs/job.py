@@ -26,6 +26,8 @@ job is cancelled; stop, because another worker has the job or its record is gone
 
 
 class JobError(msgspec.Struct, frozen=True):
+    """Why a job or an attempt at it failed, in the form of OpenAI's API."""
+
     code: str
     message: str  # one sentence, shown to the tenant: no path, no traceback
     param: str | None = None  # training_file or validation_file, if one is to blame
@@ -52,6 +54,8 @@ class TrainingResult(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Progress(msgspec.Struct, frozen=True, kw_only=True):
+    """What a worker reports with a heartbeat. `trained_tokens` is the total of all attempts."""
+
     step: int
     total_steps: int
     trained_tokens: int
@@ -77,6 +81,8 @@ class FixedPart(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Job(FixedPart, frozen=True, kw_only=True):
+    """A job's record: its fixed part and its state."""
+
     status: Status = "queued"
     phase: Phase = "queued"
     fence: int = 0  # fencing token; what a worker writes under a lower one is refused
@@ -114,6 +120,8 @@ class Event(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
+    """A saved state of the training, and the metrics at its step."""
+
     created: int
     step: int
     metrics: dict[str, float]  # OpenAI's names: step, train_loss, valid_loss, ...

@@ -31,6 +31,8 @@ class IdempotencyKey(NamedTuple):
 
 
 class Jobs(Leases, Publications):
+    """All calls on jobs. All raise StoreError when Valkey does not answer."""
+
     def __init__(self, redis: Redis, max_active: int = 16) -> None:
         super().__init__(redis)
         self._max_active = max_active
@@ -72,10 +74,10 @@ class Jobs(Leases, Publications):
         Raises InvalidField if that request had another content.
         """
         with store_errors():
-            known = await self._redis.get(f"{TENANT_KEY}{tenant}:same:{_digest(idempotency.key)}")
-        if known is None:
+            record = await self._redis.get(f"{TENANT_KEY}{tenant}:same:{_digest(idempotency.key)}")
+        if record is None:
             return None
-        return await self.get(tenant, _same_job(text(known), idempotency.fingerprint))
+        return await self.get(tenant, _same_job(text(record), idempotency.fingerprint))
 
     async def get(self, tenant: str, id_: str) -> Job:
         """Raises NotFound, the same for an unknown job and another tenant's."""
@@ -168,9 +170,9 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _same_job(known: str, fingerprint: str) -> str:
+def _same_job(record: str, fingerprint: str) -> str:
     """The job id in an idempotency key's record, "FINGERPRINT JOB". Raises InvalidField for another one."""
-    known_fingerprint, _, id_ = known.partition(" ")
+    known_fingerprint, _, id_ = record.partition(" ")
     if known_fingerprint != fingerprint:
         raise InvalidField(
             "This Idempotency-Key came with another request before; a new request needs a new key.",

@@ -32,6 +32,8 @@ WORKER_LOST = JobError(
 
 
 class Leases(JobRecords):
+    """The worker's transitions of a job. All calls raise StoreError."""
+
     async def take(self, id_: str, worker: str) -> Job | None:
         """Lease the job: its record with the new `fence`, or None if it is not waiting for a worker.
 

@@ -59,6 +59,8 @@ class AdmissionCheck(Protocol):
 
 
 class Publisher:
+    """Publishes trained jobs, one at a time, and sweeps jobs and deletions."""
+
     def __init__(
         self, jobs: Jobs, files: FileStore, registry: Registry, objects: Objects, admission: AdmissionCheck
     ) -> None:

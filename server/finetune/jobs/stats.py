@@ -20,12 +20,16 @@ MAX_WORKERS = 64  # in JobStats
 
 
 class WorkerState(msgspec.Struct, frozen=True):
+    """A worker's latest report."""
+
     at: float  # time of the report, Unix seconds
     busy: bool
     loss: float | None = None  # of the last update
 
 
 class JobStats(msgspec.Struct, frozen=True):
+    """Jobs by phase, totals of all workers, and the workers that are alive."""
+
     queued: int
     training: int
     publishing: int
@@ -72,8 +76,8 @@ async def report(
     with store_errors():
         seconds, microseconds = await redis.time()
         now = int(seconds) + int(microseconds) / 1e6
-        known: Any = await redis.hgetall(WORKERS_KEY)
-        gone = [name for name, state in known.items() if now - _reported_at(state) > WORKER_TIMEOUT_SECONDS]
+        states: Any = await redis.hgetall(WORKERS_KEY)
+        gone = [name for name, state in states.items() if now - _reported_at(state) > WORKER_TIMEOUT_SECONDS]
         async with redis.pipeline(transaction=True) as pipeline:
             pipeline.hset(WORKERS_KEY, worker, msgspec.json.encode(WorkerState(now, busy, loss)).decode())
             for key, amount in increments.items():

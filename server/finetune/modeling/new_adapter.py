@@ -36,6 +36,8 @@ Shapes = dict[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class NewAdapter:
+    """The files and the spec of an adapter whose tensors are not initialised."""
+
     method: Method
     spec: Any  # of the method's own type
     config: dict[str, Any]  # adapter_config.json
@@ -63,13 +65,13 @@ def _lora(peft: LoraRecipe, base: Base) -> tuple[dict[str, Any], Shapes]:
     targets = [site for site in layer_linears(base) if f".{site.name}".endswith(ends)]
     shapes: Shapes = {}
     for site in targets:
-        at = f"{PREFIX}{site.name}"
+        prefix = f"{PREFIX}{site.name}"
         shapes |= {
-            f"{at}.lora_A.weight": (peft.r, site.inputs),
-            f"{at}.lora_B.weight": (site.outputs, peft.r),
+            f"{prefix}.lora_A.weight": (peft.r, site.inputs),
+            f"{prefix}.lora_B.weight": (site.outputs, peft.r),
         }
         if peft.use_dora:
-            shapes[f"{at}.lora_magnitude_vector"] = (site.outputs,)
+            shapes[f"{prefix}.lora_magnitude_vector"] = (site.outputs,)
     config = _peft("LORA", base) | {
         "r": peft.r,
         "lora_alpha": peft.lora_alpha,
@@ -90,9 +92,12 @@ def _bottleneck(peft: BottleneckRecipe, base: Base) -> tuple[dict[str, Any], Sha
     shapes: Shapes = {}
     for site in base.sites.values():
         if site.kind == "mlp" or (both and site.kind == "attention"):
-            at = f"{site.name.rpartition('.')[0]}.{ADAPTER_MODULES[site.kind]}.adapters.{ADAPTER_NAME}"
-            shapes |= {f"{at}.adapter_down.0.weight": (width, hidden), f"{at}.adapter_down.0.bias": (width,)}
-            shapes |= {f"{at}.adapter_up.weight": (hidden, width), f"{at}.adapter_up.bias": (hidden,)}
+            prefix = f"{site.name.rpartition('.')[0]}.{ADAPTER_MODULES[site.kind]}.adapters.{ADAPTER_NAME}"
+            shapes |= {
+                f"{prefix}.adapter_down.0.weight": (width, hidden),
+                f"{prefix}.adapter_down.0.bias": (width,),
+            }
+            shapes |= {f"{prefix}.adapter_up.weight": (hidden, width), f"{prefix}.adapter_up.bias": (hidden,)}
     inner: dict[str, Any] = {
         "mh_adapter": both,
         "output_adapter": True,

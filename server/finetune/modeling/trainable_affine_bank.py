@@ -47,6 +47,7 @@ class TrainableAffineBank(AffineBank):
         rows: TokenSpans,  # noqa: ARG002 - every token is slot 1's
         bias: torch.Tensor | None,
     ) -> None:
+        """Add the adapter's delta for x [T, in] to y [T, out], with dropout on the input of A."""
         delta = self.deltas.get(site.name)
         if delta is None:
             return

@@ -122,7 +122,7 @@ def _summary(scores: EvalScores, with_label: Sequence[int]) -> dict[str, float]:
 
 
 def _improvement(base: EvalScores, adapter: EvalScores) -> tuple[float, float | None]:
-    """How much lower the adapter's mean loss is, and the standard error of that over examples, if n > 1."""
+    """By how much the adapter's mean loss is lower, and its standard error over examples, if n > 1."""
     gains = [b - a for b, a in zip(base.losses, adapter.losses, strict=True)]
     total, n = math.fsum(base.weights), len(gains)
     mean = math.fsum(gains) / total

@@ -55,7 +55,7 @@ def draw_losses(log: TrainingLog, path: Path, *, base_loss: float | None = None)
 
 
 def _scale(axes: Any, drawn: list[float], held_out: list[float]) -> None:
-    """Set the y axis: up to the highest smoothed loss, logarithmic if the best would be near its bottom."""
+    """Set the y axis up to the highest smoothed loss, logarithmic if the best loss were near its bottom."""
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     top = 1.1 * max(drawn, default=1.0)

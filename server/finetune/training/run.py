@@ -1,6 +1,4 @@
-"""One training, from data files to an adapter and its reports. No Valkey, no network; the result is
-reproducible.
-"""
+"""One training, from data files to an adapter and its reports. No Valkey, no network; reproducible."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,12 +9,12 @@ import torch
 
 from server.base_model.tokenizer import Tokenizer
 from server.errors import InvalidField
-from server.finetune.data.dataset import load, split
+from server.finetune.data.dataset import split
 from server.finetune.data.examples import Example
 from server.finetune.modeling.adapter_model import AdapterModel
 from server.finetune.recipe import Recipe
 from server.finetune.recipe_methods import PrefixRecipe, PromptRecipe
-from server.finetune.training.evaluation import compare
+from server.finetune.training.objective import OBJECTIVES
 from server.finetune.training.observer import TrainingObserver
 from server.finetune.training.reports import draw_losses, write_metrics
 from server.finetune.training.trainer import AdapterTrainer
@@ -28,7 +26,7 @@ class TrainingOutput(msgspec.Struct, frozen=True):
     adapter: Path  # a folder with the config and the safetensors file, as in an upload
     metrics: Path  # CSV
     plot: Path  # PNG
-    evaluation: dict[str, Any] | None  # the evaluation of evaluation.compare; None if nothing was held out
+    evaluation: dict[str, Any] | None  # of the objective's compare; None if nothing was held out
     better: bool | None
     trained_tokens: int
     steps: int
@@ -64,7 +62,7 @@ def run_training(
     log = trainer.fit(resume_from)
     evaluation = None
     if final := trainer.plan.final:
-        evaluation = compare(model, final, examples, log, len(trainer.plan.examples))
+        evaluation = trainer.objective.compare(model, final, examples, log, len(trainer.plan.examples))
     result = TrainingOutput(
         adapter=work / "adapter",
         metrics=work / "metrics.csv",
@@ -84,9 +82,10 @@ def _examples(
     recipe: Recipe, training: Path, validation: Path | None, tokenizer: Tokenizer
 ) -> tuple[list[Example], list[Example]]:
     """(training examples, held-out examples). Raises InvalidField if none is left to train on."""
-    examples = load(training, tokenizer, recipe.max_tokens)
+    objective = OBJECTIVES[recipe.objective]
+    examples = objective.load(training, tokenizer, recipe.max_tokens, "training_file")
     if validation:
-        held_out = load(validation, tokenizer, recipe.max_tokens, param="validation_file")
+        held_out = objective.load(validation, tokenizer, recipe.max_tokens, "validation_file")
     else:
         examples, held_out = split(examples, recipe.eval_share, recipe.seed)
     if not examples:

@@ -30,7 +30,7 @@ from server.finetune.data.examples import Example
 from server.finetune.modeling.adapter_model import AdapterModel
 from server.finetune.modeling.batch_loss import Batch, BatchOutput
 from server.finetune.recipe import Recipe
-from server.finetune.training.evaluation import score
+from server.finetune.training.objective import OBJECTIVES
 from server.finetune.training.observer import StepDone, Stopped, TrainingLog, TrainingObserver
 
 ADAPTER_FILE, BEST_FILE, STATE_FILE = "adapter.safetensors", "best.safetensors", "trainer_state.json"
@@ -41,6 +41,8 @@ SCHEDULERS = {"linear": "linear", "cosine": "cosine", "constant": "constant_with
 
 
 class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers has no types
+    """Trains an AdapterModel by a recipe; `fit` runs it."""
+
     def __init__(
         self,
         model: AdapterModel,
@@ -57,6 +59,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers has no type
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = True  # compute_loss divides by the weight of the whole update
         self.recipe = recipe
+        self.objective = OBJECTIVES[recipe.objective]
         self.observer = observer
         self.plan: EvaluationPlan = plan_evaluation(recipe, examples, held_out)
         self.batches = LengthGroupedBatches([len(e.tokens) for e in examples], recipe.batch_size, recipe.seed)
@@ -119,8 +122,9 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers has no type
         return_outputs: bool = False,
         num_items_in_batch: float | None = None,
     ) -> Any:
+        """The loss [] of one batch's share in the update. Raises NonFinite."""
         assert num_items_in_batch is not None, "get_batch_samples gives it"
-        output: BatchOutput = model(inputs["batch"])
+        output = self.objective.loss(model, inputs["batch"])
         loss = output.loss_sum / num_items_in_batch
         self._check_finite(float(loss.detach()), "loss")
         self.outputs.append(output)
@@ -152,9 +156,10 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers has no type
         self._notify(done)
 
     def evaluate(self, *_args: Any, **_kwargs: Any) -> dict[str, float]:
+        """Score the held-out examples, keep the best tensors, and end early if scores stopped improving."""
         self.control.should_evaluate, self.control.should_save = False, True
         start = time.monotonic()
-        scores = score(self.model, self.plan.examples)
+        scores = self.objective.score(self.model, self.plan.examples)
         self.seconds_per_token = (time.monotonic() - start) / sum(len(e.tokens) for e in self.plan.examples)
         done = self.training_log.add_evaluation(self.state.global_step, scores.loss, scores.accuracy)
         metrics = {"eval_loss": done.loss, "eval_accuracy": done.accuracy}

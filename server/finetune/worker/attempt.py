@@ -39,6 +39,8 @@ log = logging.getLogger(__name__)
 
 
 class Attempt:
+    """A running child process, its lease and its limits; `run` returns when it is over."""
+
     def __init__(
         self,
         jobs: Leases,

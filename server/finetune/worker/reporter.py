@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 
 
 class Reporter:
+    """Passes a training's callbacks on to the job's record. Implements TrainingObserver."""
+
     def __init__(
         self,
         portal: BlockingPortal,
@@ -92,6 +94,7 @@ class Reporter:
         self._counters.write(self._folder)
 
     def on_evaluation(self, evaluated: Evaluated) -> None:
+        """Queue the evaluation's event."""
         metrics = {
             "step": evaluated.step,
             "valid_loss": evaluated.loss,

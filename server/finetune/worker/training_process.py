@@ -36,7 +36,7 @@ from server.finetune.jobs.job import Job, JobError, TrainingResult, result_prefi
 from server.finetune.jobs.jobs import Jobs
 from server.finetune.training.observer import Stopped
 from server.finetune.training.run import TrainingOutput, run_training
-from server.finetune.worker import job_errors as faults
+from server.finetune.worker import job_errors
 from server.finetune.worker.attempt import EXIT_SAVED
 from server.finetune.worker.checkpoints import Checkpoints, store_files
 from server.finetune.worker.reporter import OUTAGE_SECONDS, Reporter
@@ -60,18 +60,20 @@ def train(settings: Settings, id_: str, fence: int, folder: Path) -> None:
     cuda = choose_placement(settings).device.type == "cuda"
     limit_resources(settings.max_training_disk_bytes, None if cuda else machine_bytes())
     with start_blocking_portal("asyncio") as portal:
-        session = TrainingProcess(settings, portal, folder)
-        signal.signal(signal.SIGTERM, session.stop)
-        job = session.retry_on_outage(lambda: session.jobs.find(id_))
+        process = TrainingProcess(settings, portal, folder)
+        signal.signal(signal.SIGTERM, process.stop)
+        job = process.retry_on_outage(lambda: process.jobs.find(id_))
         if job is None or job.fence != fence:
             log.info("Job %s: another's by now", id_)
             return
-        status = session.run(job)
+        status = process.run(job)
         logging.shutdown()
         os._exit(status)  # at once: torch's clean-up takes seconds
 
 
 class TrainingProcess:
+    """The connections of a training process, and the training of its job."""
+
     def __init__(self, settings: Settings, portal: BlockingPortal, folder: Path) -> None:
         assert settings.redis_url is not None, "the worker sets it"
         self._settings = settings
@@ -102,9 +104,9 @@ class TrainingProcess:
         except Exception as error:
             job_error, retry = job_error_of(error, self._settings)
             if is_disk_full(error, self._folder):  # libraries wrap it in errors of their own
-                job_error, retry = faults.DISK_FULL, True
+                job_error, retry = job_errors.DISK_FULL, True
                 self._wait_for_space()
-            unexpected = job_error is faults.INTERNAL
+            unexpected = job_error is job_errors.INTERNAL
             log.error("Job %s: %s: %s", job.id, type(error).__name__, job_error.code, exc_info=unexpected)
             self.retry_on_outage(lambda: self.jobs.fail(job.id, job.fence, job_error, retry=retry))
             return 0
@@ -198,15 +200,15 @@ def job_error_of(error: Exception, settings: Settings) -> tuple[JobError, bool]:
     """The error as the tenant sees it, and whether another attempt may succeed."""
     match error:
         case StoreError():
-            return faults.STORES_UNAVAILABLE, True
+            return job_errors.STORES_UNAVAILABLE, True
         case StartupError():  # the operator's mistake: this worker cannot load the base
-            return faults.INTERNAL, True
+            return job_errors.INTERNAL, True
         case PolypeftError():
-            return faults.refused(error), error.status >= 500 and not isinstance(error, NonFinite)
+            return job_errors.refused(error), error.status >= 500 and not isinstance(error, NonFinite)
         case MemoryError() | torch.OutOfMemoryError():
-            return faults.OUT_OF_MEMORY, False
+            return job_errors.OUT_OF_MEMORY, False
         case RuntimeError() if "can't allocate memory" in str(error):  # torch's allocator on a CPU
-            return faults.OUT_OF_MEMORY, False
+            return job_errors.OUT_OF_MEMORY, False
         case OSError(errno=errno.EFBIG):
-            return faults.too_large(settings.max_training_disk_bytes), False
-    return faults.INTERNAL, False
+            return job_errors.too_large(settings.max_training_disk_bytes), False
+    return job_errors.INTERNAL, False

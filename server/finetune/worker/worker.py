@@ -42,6 +42,8 @@ log = logging.getLogger(__name__)
 
 
 class Worker:
+    """The worker process: a loop that runs jobs, and a thread that sweeps and reports metrics."""
+
     def __init__(self, settings: Settings, command: Sequence[str] = COMMAND) -> None:
         if settings.redis_url is None:
             raise StartupError("A worker needs redis_url: the Valkey that its servers use.")

@@ -3,6 +3,8 @@
 import asyncio
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -100,6 +102,13 @@ async def test_sigterm_saves_and_gives_the_job_back(site: Plant, jobs: Jobs, chi
     assert list((site.settings.data_dir / "finetune").iterdir()) == []
     site.start_worker(site.folder / "child.py")
     assert (await children.wait(2))[0] == ID
+
+
+def test_a_worker_loads_no_model_library() -> None:
+    """It only waits and starts children; the child that trains loads them."""
+    program = "import sys, server.finetune.worker.worker; print(*sys.modules)"
+    modules = subprocess.check_output([sys.executable, "-c", program], text=True).split()
+    assert not {"torch", "transformers", "numba"} & set(modules)
 
 
 async def test_an_idle_worker_stops_at_once(site: Plant) -> None:
