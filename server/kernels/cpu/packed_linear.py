@@ -157,9 +157,9 @@ if AVAILABLE:
                     target[j] = sums[j]
 
     @nb.njit(cache=True, error_model="numpy")
-    def _multiply(
+    def _multiply(  # type: ignore[no-untyped-def]
         interleaved, y, y_stride, w, bias, depth, n, first, end, rows, panels, tiles, low, high, args
-    ):  # type: ignore[no-untyped-def]
+    ):
         """Interleaved rows [first, end) times panels [low, high)."""
         out = np.empty(tiles * rows * panels * LANES, np.float32)
         panel_bytes = depth * 4 * LANES
