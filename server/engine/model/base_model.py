@@ -4,22 +4,7 @@ Linear and embedding modules are replaced by sites, norms and sub-blocks are hoo
 current step add what each token's adapter adds. The engine's ServedModel and training's AdapterModel build on
 it.
 
-These are all patches of transformers (* for the duration of a call). They change the objects of one model,
-never a class; only the attention function is registered globally, under a name of ours.
-
-    where                   what is replaced or added           why
-    base_model              attention function; polypeft_step   paged K/V; to find the context
-    linear_sites            Linear, Conv1D, Embedding modules   adapters, packed weights
-    module_hooks            hooks on norms, attention, MLP      adapters that act there
-                            polypeft_hook, polypeft_site        the same where no module is called
-    rotary                  forward of longrope embeddings      frequencies by row, not by batch
-    cpu/verified_swap       forward of decoder layers           our kernels, if states stay equal
-    cuda/fused_modules      forward of RMSNorms                 one launch
-                            forward of attention, same code     one launch: our apply_rotary_pos_emb
-    module_tokens           pre-hooks, eager attention *        to see which tokens modules see
-    exactness_check         original modules, sliding_window *  transformers' own logits
-    finetune split_model    forward of layers; the decoder *    recomputation; logits of given states
-    finetune onednn_linear  linear sites                        gradients through packed weights
+docs/architecture.md lists every place where an object of transformers is patched; a new one goes there, too.
 """
 
 import hashlib
