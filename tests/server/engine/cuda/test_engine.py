@@ -33,7 +33,7 @@ def on_gpu(tiny_models: Callable[[str], Path], tmp_path: Path) -> Iterator[Pair]
     def build(family: str, *, fused: bool = False) -> tuple[Stand, Stand]:
         common = {"dtype": "float32", "max_batch_tokens": 48}
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(gpu, "chosen", lambda device: True)
+            patch.setattr(gpu, "uses_triton", lambda device: True)
             if not fused and DEVICE.type == "cpu":  # programs for single tokens, which take milliseconds
                 patch.setattr("server.engine.served_model.fuse_norms", lambda model: 0)
                 patch.setattr("server.engine.served_model.fuse_rotary", lambda model: 0)
