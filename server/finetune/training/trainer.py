@@ -207,9 +207,8 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers has no type
             self.stopped = Stopped(signal)
             self.control.should_training_stop = True
             self.control.should_save = signal == "pause"
-            self.control.should_evaluate &= (
-                signal == "pause"
-            )  # a resumed training would skip an evaluation that is due now
+            # a resumed training would skip an evaluation that is due now
+            self.control.should_evaluate &= signal == "pause"
         elif self.late and not last:
             self._end_early(f"max_seconds ({self.recipe.max_seconds}) are used up")
             self.control.should_evaluate, self.control.should_save = bool(self.plan.examples), True
