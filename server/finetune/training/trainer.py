@@ -72,9 +72,9 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers has no type
         self.stopped: Stopped | None = None
 
     def fit(self, resume: Path | None = None) -> TrainingLog:
-        """Train until the model has the best adapter; the log.
+        """Train, from a checkpoint folder if there is one; the model ends with the best adapter's tensors.
 
-        Raises Stopped, or NonFinite if it diverges.
+        Raises Stopped, or NonFinite if the training diverges.
         """
         if resume:
             state = json.loads((resume / STATE_FILE).read_text(encoding="utf-8"))
