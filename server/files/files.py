@@ -93,8 +93,7 @@ class FileStore:
         purpose: Purpose,
         id_: str | None = None,
     ) -> File:
-        """Store the `size` bytes at `path` as a file. If `id_` exists already, that file is returned as it
-        is.
+        """Store the `size` bytes at `path` as a file. If `id_` exists already, return that file unchanged.
 
         Raises InvalidField for the name, QuotaExceeded above the tenant's limits. Result files count towards
         these but are never refused.

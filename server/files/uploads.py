@@ -196,9 +196,9 @@ class Uploads:
         return upload, await self._files.get(upload.tenant, upload.file)
 
     async def _join(self, upload: Upload, parts: list[Part], md5: str | None, joined: Path) -> str:
-        """Write the parts to `joined`, one after the other; returns its SHA-256.
+        """Write the parts to `joined`, one after the other; returns the SHA-256 of all.
 
-        Raises InvalidField for MD5.
+        Raises InvalidField if the MD5 is not `md5`.
         """
         sha256, check = hashlib.sha256(), hashlib.md5(usedforsecurity=False)
         downloaded = joined.with_name("part")

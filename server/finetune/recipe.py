@@ -45,9 +45,7 @@ class Training(msgspec.Struct, frozen=True, kw_only=True):
     weight_decay: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.0
     warmup_ratio: Fraction = 0.05
     scheduler: Literal["linear", "cosine", "constant"] = "linear"
-    early_stopping: Annotated[int, msgspec.Meta(ge=0, le=100)] = (
-        3  # after so many evaluations without a better one; 0: off
-    )
+    early_stopping: Annotated[int, msgspec.Meta(ge=0, le=100)] = 3  # evaluations that are no better; 0: off
     max_tokens: Annotated[int, msgspec.Meta(ge=2)]  # of an example; longer ones are cut to their last tokens
     eval_share: Fraction = 0.1  # held out of the training file if there is no validation file
     publish: Literal["if_better", "always", "never"] = "if_better"

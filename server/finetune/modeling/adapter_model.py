@@ -48,8 +48,7 @@ class AdapterModel(nn.Module):
         device: torch.device | None = None,
         memory: int = 3 << 30,
     ) -> None:
-        """`init_text`: tokens whose K and V, or embeddings, initialise virtual tokens; random tokens if
-        empty.
+        """`init_text`: the tokens that initialise virtual tokens; random ones if it is empty.
 
         If the backward pass of a batch would need more than `memory` bytes, layers are recomputed in it.
         Raises InvalidAdapter if the recipe does not fit this base.
@@ -82,9 +81,8 @@ class AdapterModel(nn.Module):
         Call backward before the next forward, which replaces what the banks hold.
         """
         virtual = self.adapter.num_virtual_tokens if adapted else 0
-        first = (
-            0 if self.adapter.method.name == "prefix" else virtual
-        )  # virtual tokens that run through the base
+        # virtual tokens that run through the base; in prefix tuning only their K and V exist
+        first = 0 if self.adapter.method.name == "prefix" else virtual
         self._begin(([first] if first else []) + batch.lengths, adapted=adapted)
         sequence_positions = [torch.arange(virtual, virtual + n) for n in batch.lengths]
         ids = torch.cat([-1 - torch.arange(first), batch.ids])  # negative ids: virtual tokens

@@ -38,8 +38,9 @@ class TrainingObserver(Protocol):
     """The callbacks of a training."""
 
     def on_step(self, done: StepDone) -> ControlSignal:
-        """Called after each step. On any signal but "go" training ends with Stopped, on "pause" with a
-        checkpoint.
+        """Called after each step. Any signal but "go" ends the training with Stopped.
+
+        "pause" saves a checkpoint before.
         """
 
     def on_evaluation(self, evaluated: Evaluated) -> None: ...

@@ -72,9 +72,9 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers has no type
         self.stopped: Stopped | None = None
 
     def fit(self, resume: Path | None = None) -> TrainingLog:
-        """Train until the model has the best adapter; the log.
+        """Train, from a checkpoint folder if there is one; the model ends with the best adapter's tensors.
 
-        Raises Stopped, or NonFinite if it diverges.
+        Raises Stopped, or NonFinite if the training diverges.
         """
         if resume:
             state = json.loads((resume / STATE_FILE).read_text(encoding="utf-8"))
@@ -207,9 +207,8 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers has no type
             self.stopped = Stopped(signal)
             self.control.should_training_stop = True
             self.control.should_save = signal == "pause"
-            self.control.should_evaluate &= (
-                signal == "pause"
-            )  # a resumed training would skip an evaluation that is due now
+            # a resumed training would skip an evaluation that is due now
+            self.control.should_evaluate &= signal == "pause"
         elif self.late and not last:
             self._end_early(f"max_seconds ({self.recipe.max_seconds}) are used up")
             self.control.should_evaluate, self.control.should_save = bool(self.plan.examples), True
