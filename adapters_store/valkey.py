@@ -1,7 +1,7 @@
-"""The one way to reach Valkey: a client with time-outs and one layer of retries, and its failures as ours.
+"""The client of Valkey: time-outs, one layer of retries, call metrics, and translation of its failures.
 
-Knows no key and no record: registry and tenants each own theirs. A command may run twice when its first
-answer was lost, so every write built on this client is idempotent.
+Knows no key and no record: registry and tenants each own theirs. A command may run twice if its first answer
+was lost, so every write through this client is idempotent.
 """
 
 import asyncio
@@ -25,38 +25,48 @@ from redis.exceptions import (
 
 from server.errors import InsufficientStorage, StoreError
 
+CONNECT_SECONDS = 2.0
+ANSWER_SECONDS = 5.0
+MAX_CONNECTIONS = 64
+# Error codes of writes that Valkey has no space for: its file cannot be written, or `serve` has configured it
+# to refuse writes while its disk is full (server/supervisor/disk_reserve.py). Lack of memory has a class.
+NO_SPACE_CODES = ("MISCONF", "NOREPLICAS")
 OnCall = Callable[[float, bool], None]  # seconds, failed
 
 
 class InstrumentedRedis(Redis):
-    """Tells `on_call`. Assign that once, before use."""
+    """Calls `on_call` after each command or pipeline. Assign it once, before use."""
 
     on_call: OnCall = staticmethod(lambda _seconds, _failed: None)
 
     async def execute_command(self, *args: Any, **options: Any) -> Any:
-        with _told(self.on_call):
+        with _reported(self.on_call):
             return await super().execute_command(*args, **options)  # type: ignore[no-untyped-call]
 
     def pipeline(self, transaction: bool = True, shard_hint: str | None = None) -> "InstrumentedPipeline":
-        made = InstrumentedPipeline(self.connection_pool, self.response_callbacks, transaction, shard_hint)
-        made.on_call = self.on_call
-        return made
+        pipeline = InstrumentedPipeline(
+            self.connection_pool, self.response_callbacks, transaction, shard_hint
+        )
+        pipeline.on_call = self.on_call
+        return pipeline
 
 
 class InstrumentedPipeline(Pipeline):
+    """Calls `on_call` once for all its commands."""
+
     on_call: OnCall = staticmethod(lambda _seconds, _failed: None)
 
     async def execute(self, raise_on_error: bool = True) -> list[Any]:
-        with _told(self.on_call):
+        with _reported(self.on_call):
             return await super().execute(raise_on_error)
 
 
 @contextmanager
-def _told(on_call: OnCall) -> Iterator[None]:
+def _reported(on_call: OnCall) -> Iterator[None]:
     start, failed = time.perf_counter(), False
     try:
         yield
-    except ResponseError:  # an answer, and scripts ask for some (NOSCRIPT)
+    except ResponseError:  # an answer, and part of the protocol of scripts (NOSCRIPT)
         raise
     except RedisError:
         failed = True
@@ -65,25 +75,17 @@ def _told(on_call: OnCall) -> Iterator[None]:
         on_call(time.perf_counter() - start, failed)
 
 
-CONNECT_SECONDS = 2.0
-ANSWER_SECONDS = 5.0
-MAX_CONNECTIONS = 64
-# How Valkey refuses a write, and only a write: its file cannot be written, it has no memory left, or `serve`
-# has told it to take none while its disk is full (see server/supervisor/disk_reserve.py).
-NO_ROOM = ("MISCONF", "NOREPLICAS")
-
-
 class Pool(BlockingConnectionPool):
-    """redis-py's pool, made safe against callers that go away.
+    """redis-py's pool, made safe against the cancellation of callers.
 
-    Cancelled while it hands a connection back, a caller there keeps its place in the pool for ever;
-    cancelled as it is woken, it takes the wake-up along. Either way the pool ends up starved. And cancelled
-    just as its command is sent, it goes on as if nothing were: Python 3.11's wait_for swallows that.
+    In redis-py, a caller that is cancelled while it returns a connection occupies it for ever, and one that
+    is cancelled while it is woken loses the wake-up for the next; either starves the pool. A caller that is
+    cancelled while its command is sent goes on uncancelled: Python 3.11's wait_for swallows the cancellation.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self._cancels: dict[AbstractConnection, int] = {}  # of who has the connection, before it asked
+        self._cancels: dict[AbstractConnection, int] = {}  # cancellations of its holder before it asked
 
     async def get_connection(self, *args: Any, **options: Any) -> Any:
         before = _cancels()
@@ -107,7 +109,7 @@ class Pool(BlockingConnectionPool):
 
 
 def _cancels() -> int:
-    """How often the running task was asked to stop."""
+    """Cancellation requests of the running task so far."""
     task = asyncio.current_task()
     return task.cancelling() if task else 0
 
@@ -115,8 +117,8 @@ def _cancels() -> int:
 def connect(url: str) -> InstrumentedRedis:
     """A client for redis://, rediss:// or unix:// URLs; opens no connection yet.
 
-    A cancelled command's connection is closed, never handed to the next caller with an answer pending.
-    More callers than connections wait in line, at most ANSWER_SECONDS.
+    The connection of a cancelled command is closed, because its answer is still pending. Callers beyond
+    MAX_CONNECTIONS wait for at most ANSWER_SECONDS.
     """
     pool = Pool.from_url(
         url,
@@ -129,20 +131,20 @@ def connect(url: str) -> InstrumentedRedis:
         decode_responses=False,
     )
     client = InstrumentedRedis(connection_pool=pool)
-    client.auto_close_connection_pool = True  # it is nobody else's
+    client.auto_close_connection_pool = True  # the pool has no other user
     return client
 
 
 @contextmanager
 def store_errors() -> Iterator[None]:
-    """Valkey's failures as StoreError (503): its being down lets nobody in and makes nothing unknown.
+    """Translate Valkey's failures to StoreError (503): no caller is let in or gets "not found" by an outage.
 
-    A write that it has no room for is InsufficientStorage (507); it is done by none of its halves.
+    A write that it has no space for, which is not done at all, becomes InsufficientStorage (507).
     """
     try:
         yield
     except ResponseError as error:
-        if isinstance(error, OutOfMemoryError) or any(code in str(error) for code in NO_ROOM):
+        if isinstance(error, OutOfMemoryError) or any(code in str(error) for code in NO_SPACE_CODES):
             raise InsufficientStorage from error
         raise StoreError("The control store did not answer; try again.") from error
     except RedisError as error:
@@ -150,5 +152,5 @@ def store_errors() -> Iterator[None]:
 
 
 def text(value: object) -> str:
-    """What Valkey answers, which its client's types leave open."""
+    """A value of Valkey's as str; the client types it loosely."""
     return value.decode() if isinstance(value, bytes) else str(value)

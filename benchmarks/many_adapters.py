@@ -41,7 +41,7 @@ from benchmarks.support.machine import measure
 from server.adapters.formats.safetensors import read_header
 from server.base_model.default_model import ensure_default_model
 from server.engine.engine import Engine
-from server.memory import settle
+from server.memory import freeze_garbage_collector
 from server.messages import AdapterRef, Generate, Sampling
 from server.settings import SPINS, Settings
 from tests.fixtures.engine import publish
@@ -177,7 +177,7 @@ def main(
         )
         engine = Engine(settings, folder)
         refs = register(engine, folder, Path(scratch), adapters)
-        settle()
+        freeze_garbage_collector()
         load = Load(engine, make_prompts(folder, 64, PROMPT), most_open)
         resident = psutil.Process().memory_info().rss
         first = Load(engine, [load.prompts[0][:1]], most_open)

@@ -1,4 +1,4 @@
-"""What this process is made of, as figures show it. Loads nothing."""
+"""Versions of this build, for the metric `polypeft_build_info`. Imports no torch."""
 
 import platform
 from importlib.metadata import version

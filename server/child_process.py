@@ -1,6 +1,6 @@
-"""What every child process of `serve` does around its own work: it ends with its parent, and says why not.
+"""What all child processes of `serve` have in common: they end with their parent, and log why they fail.
 
-`python -m server.child_process PID COMMAND...` is the same for a program that is not ours.
+`python -m server.child_process PID COMMAND...` runs another program so that it ends with process PID.
 """
 
 import ctypes
@@ -17,7 +17,7 @@ from server.errors import StartupError, disk_error
 from server.logs import configure_logs
 from server.settings import Settings
 
-REFUSED = 78  # exit status of a child that cannot start as it is configured (sysexits' EX_CONFIG): no restart
+REFUSED = 78  # exit status (sysexits' EX_CONFIG) of a child whose configuration is wrong: no restart
 
 _PR_SET_PDEATHSIG = 1
 _POLL_SECONDS = 0.5
@@ -26,14 +26,14 @@ log = logging.getLogger(__name__)
 
 
 def run_child(name: str, work: Callable[[Settings], None]) -> NoReturn:
-    """The whole of a child's main: settings from the environment, logs, lifeline, then `work(settings)`.
+    """The main function of a child: settings, logs, the tie to its parent, then `work(settings)`.
 
-    A StartupError becomes one logged sentence and status REFUSED, on which `serve` gives up; a full disk
-    a sentence and any other exception a traceback, and status 1, on which it restarts the child.
+    Exit status REFUSED after a StartupError, which is logged as a sentence: `serve` stops. Exit status 1
+    after another exception, logged with its traceback (a full disk: a sentence): `serve` restarts the child.
     """
     settings = Settings()
     configure_logs(settings, name)
-    hold(settings.supervisor_pid)
+    end_with_parent(settings.supervisor_pid)
     status = 0
     try:
         work(settings)
@@ -47,31 +47,33 @@ def run_child(name: str, work: Callable[[Settings], None]) -> NoReturn:
             log.exception("The %s process failed", name)
         status = 1
     logging.shutdown()
-    os._exit(status)  # at once: torch and numba take seconds to tear down, and a thread may never end
+    os._exit(
+        status
+    )  # skips the teardown of torch and numba, which takes seconds, and threads that may never end
 
 
-def hold(supervisor_pid: int) -> None:
-    """From here on this process is killed when process `supervisor_pid` ends; 0: it runs alone.
+def end_with_parent(supervisor_pid: int) -> None:
+    """Have this process killed when its parent, process `supervisor_pid`, ends; 0: it has none.
 
-    Linux does it in the kernel, whatever this process is busy with, and also across exec. Elsewhere a
-    thread looks for it, so a program that is exec'ed after is not held there.
+    On Linux the kernel does it, whatever this process is doing, and also after an exec. Elsewhere a thread
+    polls, so there it does not hold for a program that is exec'ed afterwards.
     """
     if supervisor_pid == 0:
         return
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     else:
-        threading.Thread(target=_watch, args=(supervisor_pid,), name="lifeline", daemon=True).start()
-    if os.getppid() != supervisor_pid:  # it ended before we held on
+        threading.Thread(target=_poll_parent, args=(supervisor_pid,), name="lifeline", daemon=True).start()
+    if os.getppid() != supervisor_pid:  # it ended before the call above
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _watch(supervisor_pid: int) -> None:
+def _poll_parent(supervisor_pid: int) -> None:
     while os.getppid() == supervisor_pid:
         time.sleep(_POLL_SECONDS)
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 if __name__ == "__main__":
-    hold(int(sys.argv[1]))
+    end_with_parent(int(sys.argv[1]))
     os.execv(sys.argv[2], sys.argv[2:])  # noqa: S606 - no shell is what we want

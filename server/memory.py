@@ -1,36 +1,31 @@
-"""The machine's memory, and what this process takes of it."""
+"""The machine's memory, and this process's part of it."""
 
 import gc
-import os
-import resource
-import sys
 from contextlib import suppress
 from pathlib import Path
 
-_STATM = Path("/proc/self/statm")
-_UNIT = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
+import psutil
+
+_THIS_PROCESS = psutil.Process()
 
 
 def resident_bytes() -> int:
-    """Resident now; where the system does not say, the most it ever was."""
-    if _STATM.exists():
-        return int(_STATM.read_text().split()[1]) * resource.getpagesize()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _UNIT
+    return int(_THIS_PROCESS.memory_info().rss)
 
 
 def machine_bytes() -> int:
-    """The machine's memory, or less where a container has less."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    """The machine's memory, or the container's limit if that is less."""
+    total = int(psutil.virtual_memory().total)
     with suppress(OSError, ValueError):  # no cgroup, or "max"
         total = min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
     return total
 
 
-def settle() -> None:
-    """What is there now stays for good: Python's collector looks through it once more, and never again.
+def freeze_garbage_collector() -> None:
+    """Collect once, then exempt all objects that exist now from every later collection.
 
-    Torch and transformers make half a million objects. To look through them takes 0.2 s, in which no thread
-    of the process gets on, and comes at a moment that the next few thousand objects decide: a load's, say.
+    Torch and transformers create half a million objects. A collection over them takes 0.2 s, in which no
+    thread of the process runs, and begins at a random moment, such as an adapter's load.
     """
     gc.collect()
     gc.freeze()

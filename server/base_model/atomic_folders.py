@@ -1,4 +1,4 @@
-"""Folders and files that are complete or absent, whoever makes them and whenever it is cut."""
+"""Folders and files that appear complete or not at all, also if their writer is killed."""
 
 import os
 from collections.abc import Callable
@@ -8,10 +8,10 @@ from filelock import FileLock
 
 
 def build_once(target: Path, build: Callable[[Path], None]) -> Path:
-    """`target`, filled by `build(staging)` if it is not there yet.
+    """`target`, which `build(staging)` fills if it does not exist.
 
-    Two starters wait for each other. `staging` may hold what a cut run left: `build` resumes or clears it.
-    The rename comes last, after everything is on the disk, so a folder that exists is whole.
+    Concurrent calls wait for each other. `staging` may hold files of an interrupted call, which `build`
+    resumes or clears. The rename comes last, after all files are synced, so an existing folder is complete.
     """
     if target.is_dir():
         return target
@@ -29,8 +29,8 @@ def build_once(target: Path, build: Callable[[Path], None]) -> Path:
     return target
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a small file so that a reader sees the old content or the new, never a half."""
+def write_atomically(path: Path, text: str) -> None:
+    """Write a small file durably; a reader sees either the old content or the new."""
     staging = path.with_name(f".{path.name}.partial")
     staging.write_text(text)
     _sync(staging)

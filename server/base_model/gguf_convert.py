@@ -1,6 +1,6 @@
-"""`python -m server.base_model.gguf_convert GGUF TARGET`: a GGUF file as a safetensors folder with tokenizer.
+"""`python -m server.base_model.gguf_convert GGUF TARGET`: a GGUF file to a safetensors folder with tokenizer.
 
-A program of its own because it holds two copies of the weights for a moment.
+A program of its own because it holds two copies of the weights.
 """
 
 import sys
@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-# what the loader remembers of where the weights came from: neither is true of the folder we write
-_PROVENANCE = ("quantization_config", "_name_or_path")
+# fields of the loaded config that describe the GGUF file, not the folder that is written
+_GGUF_FIELDS = ("quantization_config", "_name_or_path")
 
 
 def convert(gguf: Path, target: Path) -> None:
@@ -22,7 +22,7 @@ def convert(gguf: Path, target: Path) -> None:
     source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name, "local_files_only": True}
     tokenizer = AutoTokenizer.from_pretrained(**source)
     loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-    fields = {key: value for key, value in loaded.config.to_dict().items() if key not in _PROVENANCE}
+    fields = {key: value for key, value in loaded.config.to_dict().items() if key not in _GGUF_FIELDS}
     plain = type(loaded)(type(loaded.config)(**fields))
     plain.load_state_dict(loaded.state_dict())
     plain.save_pretrained(target)

@@ -1,6 +1,6 @@
 """Which folder holds the base model: the default model's, a local one, or a hub snapshot. No torch here.
 
-It finds and fetches; whether the engine can serve what lies there is `support`'s question.
+Whether the engine can serve the model is checked by compatibility.py.
 """
 
 import re
@@ -9,20 +9,20 @@ from pathlib import Path
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-from server.base_model.atomic_folders import write_whole
+from server.base_model.atomic_folders import write_atomically
 from server.base_model.default_model import NAME, ensure_default_model
 from server.errors import StartupError
 from server.settings import Settings
 
 # weights as safetensors, configs, tokenizers, chat templates; never a pickle, never code
-_WANTED = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+_FILES_TO_FETCH = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(@\w[\w.-]*)?")
 
 
 def resolve_model(settings: Settings) -> Path:
     """The folder of `settings.model`, complete. Fetches at most once; later calls need no network.
 
-    Raises StartupError when it is neither the default model, nor a folder, nor a hub id that can be had.
+    Raises StartupError if it is neither the default model, nor a folder, nor a hub id that can be fetched.
     """
     if settings.model == NAME:
         return ensure_default_model(settings.data_dir)
@@ -37,9 +37,9 @@ def resolve_model(settings: Settings) -> Path:
 
 
 def resolve_config(settings: Settings) -> Path:
-    """A folder with the model's config.json, and with its weights only if they are here already.
+    """A folder with the model's config.json. Weights of a hub model are not fetched for it.
 
-    Raises StartupError as `resolve_model` does. The default model comes whole: it is small.
+    Raises StartupError as `resolve_model` does. The default model is small and fetched completely.
     """
     if settings.model == NAME or not _HUB_ID.fullmatch(settings.model) or Path(settings.model).is_dir():
         return resolve_model(settings)
@@ -58,21 +58,21 @@ def _not_fetched(model: str, error: Exception) -> StartupError:
 def _from_hub(model: str, data_dir: Path) -> Path:
     """The snapshot of `owner/name[@revision]` in the hub's own cache.
 
-    The commit seen first is pinned in the data directory: a restart serves the base its adapters were made
-    for. The pin is written after the last file, so a cut fetch is never taken for a whole one.
+    The first commit fetched is recorded in the data directory: a restart serves the base that its adapters
+    were made for. The record is written after the last file, so an interrupted fetch leaves none.
     """
     name, _, revision = model.partition("@")
-    pin = data_dir / "models" / f"{model.replace('/', '--')}.revision"
+    commit_file = data_dir / "models" / f"{model.replace('/', '--')}.revision"
     try:
-        if pin.exists():
-            revision = pin.read_text().strip()
+        if commit_file.exists():
+            revision = commit_file.read_text().strip()
             try:
                 return Path(snapshot_download(name, revision=revision, local_files_only=True))
-            except LocalEntryNotFoundError:  # the hub's cache was emptied: the same commit again
-                return Path(snapshot_download(name, revision=revision, allow_patterns=_WANTED))
-        folder = Path(snapshot_download(name, revision=revision or None, allow_patterns=_WANTED))
+            except LocalEntryNotFoundError:  # the hub's cache was emptied: fetch the same commit again
+                return Path(snapshot_download(name, revision=revision, allow_patterns=_FILES_TO_FETCH))
+        folder = Path(snapshot_download(name, revision=revision or None, allow_patterns=_FILES_TO_FETCH))
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise _not_fetched(model, error) from error
-    pin.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(pin, folder.name)
+    commit_file.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(commit_file, folder.name)
     return folder

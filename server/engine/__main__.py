@@ -18,7 +18,7 @@ from server.engine.snapshot import stats
 from server.engine.unexpected_errors import as_polypeft_error
 from server.engine.watchdog import Watchdog
 from server.kernels.cpu.paged_attention import BLOCK
-from server.memory import settle
+from server.memory import freeze_garbage_collector
 from server.messages import (
     Cancel,
     Check,
@@ -188,7 +188,7 @@ def serve(settings: Settings) -> None:
     server = EngineServer(engine, settings.engine_socket)
     signal.signal(signal.SIGTERM, server.stop)
     signal.signal(signal.SIGINT, server.stop)
-    settle()
+    freeze_garbage_collector()
     log.info(
         "%s ready in %.1f s, weights %s", engine.base.id, time.perf_counter() - start, engine.base.digest[:16]
     )

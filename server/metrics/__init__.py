@@ -1,4 +1,4 @@
-"""Figures for Prometheus: `names` declares every one, `page` shows them."""
+"""Metrics for Prometheus: names.py declares every family, exposition.py collects and shows them."""
 
 from server.metrics.exposition import Metrics
 

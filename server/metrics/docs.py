@@ -1,4 +1,4 @@
-"""docs/metrics.md, made from the declarations. `tests/server/metrics/test_names.py` holds the file to it."""
+"""docs/metrics.md, generated from the declarations. `tests/server/metrics/test_names.py` compares the two."""
 
 from collections.abc import Mapping
 
@@ -29,7 +29,7 @@ TABLES: Mapping[str, tuple[str, Mapping[str, Family]]] = {
 
 
 def tables() -> str:
-    """Every family in Markdown, table by table."""
+    """All families as Markdown tables."""
     parts = []
     for title, (text, families) in TABLES.items():
         rows = [_row(family) for family in families.values()]

@@ -1,7 +1,7 @@
-"""What /metrics of the API shows: its own figures, the engine's, and those of the whole system.
+"""/metrics of the API: the metrics of the API processes, of the engine and of the whole system.
 
-The API's own are prometheus_client's objects; of several API processes, its multiprocess mode sums them. The
-engine's come as `messages.Stats`, absolute, so every API process shows them all and none adds to them.
+The API's are prometheus_client's objects, which its multiprocess mode sums over the API processes. The engine
+sends its own as absolute values (`messages.Stats`), so each API process shows them unchanged.
 """
 
 import contextlib
@@ -25,41 +25,43 @@ from prometheus_client.multiprocess import MultiProcessCollector, mark_process_d
 from server.build_info import build
 from server.memory import resident_bytes
 from server.messages import Stats
-from server.metrics.metrics_file import write_figures_without_mapping
+from server.metrics.metrics_file import write_metrics_without_mapping
 from server.metrics.names import API, ENGINE, FLEET, OPERATIONS, OTHER, SHARED, Family
 from server.metrics.render import Counts, Values, merged, metrics_of, with_zeros
 
 ENGINE_ID = "0"  # vLLM's label `engine`
 PROCESS = "api"
-OWN = {**API, **SHARED}
+API_FAMILIES = {**API, **SHARED}
 
 
 class Metrics:
     def __init__(self, model: str = "", folder: Path | None = None) -> None:
-        """`folder`: where all API processes keep their figures (see `settings.multiprocess_dir`)."""
+        """`folder` holds the metrics files of all API processes (see `settings.multiprocess_dir`)."""
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
         self.registry.register(self)
         self.engine_up: Callable[[], bool] = lambda: self._stats is not None
-        self.breaker: Callable[[], str] = lambda: "closed"  # the store's
-        self.system: Values = {}  # of FLEET, as last read
-        self._base = (model, ENGINE_ID)
-        self._folder = folder
+        self.breaker: Callable[[], str] = lambda: "closed"  # state of the store's circuit breaker
+        self.system: Values = {}  # of FLEET, as last read by ClusterMetrics
+        self._model_labels = (model, ENGINE_ID)
+        self._multiprocess_dir = folder
         self._stats: Stats | None = None
-        self._own = CollectorRegistry()
+        self._api_registry = CollectorRegistry()
         self._children: dict[tuple[str, ...], Any] = {}
-        self._open = 0
+        self._open_requests = 0
         if folder is not None:
-            write_figures_without_mapping()
-            _bury_dead(folder)
-        self._instruments = {key: _instrument(family, self._own) for key, family in OWN.items()}
+            write_metrics_without_mapping()
+            _drop_gauges_of_dead(folder)
+        self._instruments = {
+            key: _instrument(family, self._api_registry) for key, family in API_FAMILIES.items()
+        }
         self._child("http_seconds", OTHER)
-        for key, family in OWN.items():
-            for labels in product(*family.labels.values()):  # a rate needs a beginning
+        for key, family in API_FAMILIES.items():
+            for labels in product(*family.labels.values()):  # a rate needs a first value
                 if "process" not in family.labels or labels[0] == PROCESS:
                     self._child(key, *labels)
 
-    # what the API's rooms say
+    # recorded by the API
 
     def count(self, key: str, *labels: str) -> None:
         self._child(key, *labels).inc()
@@ -68,79 +70,83 @@ class Metrics:
         self._child(key, *labels).observe(value)
 
     def opened(self, requests: int) -> None:
-        """So many HTTP requests more, or fewer, are under way."""
-        self._open += requests
-        self._child("http_open").set(self._open)
+        """Add `requests` (-1: one has ended) to the number of open HTTP requests."""
+        self._open_requests += requests
+        self._child("http_open").set(self._open_requests)
 
     def on_valkey_call(self, seconds: float, failed: bool) -> None:
+        """Callback for `InstrumentedRedis.on_call`."""
         self.observe("valkey_seconds", seconds)
         if failed:
             self.count("valkey_errors")
 
     def on_store_call(self, operation: str, seconds: float, outcome: str) -> None:
-        """What `Objects.on_call` wants; from any thread."""
+        """Callback for `Objects.on_call`; thread-safe."""
         operation = operation if operation in OPERATIONS else OTHER
         self.observe("store_seconds", seconds, PROCESS, operation)
         if outcome in ("failed", "refused"):
             self.count("store_errors", PROCESS, operation, outcome)
 
     def absorb(self, stats: Stats) -> None:
-        """The engine's latest figures, about once a second."""
+        """Take over the engine's latest metrics; called about once a second."""
         self._stats = stats
         self._child("memory", PROCESS).set(resident_bytes())
         self._child("store_breaker", PROCESS).set(self.breaker() != "closed")
 
-    # what Prometheus asks
+    # read by Prometheus
 
     def render(self) -> bytes:
-        """Prometheus text format 0.0.4. Takes milliseconds, on any thread."""
+        """Prometheus text format 0.0.4. Takes milliseconds; thread-safe."""
         return generate_latest(self.registry)
 
     def collect(self) -> Iterator[Metric]:
+        """Called by the registry that `render` reads."""
         return merged([*self._of_api(), *self._of_engine(), *self._of_system()])
 
     def describe(self) -> list[Metric]:
-        """Nothing: what is not collected cannot clash."""
+        """Nothing, so that the registry does not check for name clashes."""
         return []
 
     def _of_api(self) -> Iterator[Metric]:
-        if self._folder is None or not self._folder.is_dir():  # there was no room for one
-            yield from self._own.collect()
+        if self._multiprocess_dir is None or not self._multiprocess_dir.is_dir():  # the disk was full
+            yield from self._api_registry.collect()
         else:
-            yield from MultiProcessCollector(None, str(self._folder)).collect()  # type: ignore[no-untyped-call]
+            yield from MultiProcessCollector(None, str(self._multiprocess_dir)).collect()  # type: ignore[no-untyped-call]
 
     def _of_engine(self) -> Iterator[Metric]:
         up, values, counts = self.engine_up(), Values(), Counts()
         if stats := self._stats:
-            given = [*stats.gauges.items(), *stats.counters.items()]
-            for key, labels, value in [*((key, (), value) for key, value in given), *stats.series]:
-                if key in _FROM_ENGINE and (up or _FROM_ENGINE[key].kind == "counter"):
+            unlabelled = [*stats.gauges.items(), *stats.counters.items()]
+            for key, labels, value in [*((key, (), value) for key, value in unlabelled), *stats.series]:
+                if key in _ENGINE_FAMILIES and (up or _ENGINE_FAMILIES[key].kind == "counter"):
                     values.setdefault(key, []).append((labels, value))
             for key, labels, buckets, total in stats.histograms:
-                if key in _FROM_ENGINE:
+                if key in _ENGINE_FAMILIES:
                     counts.setdefault(key, []).append((labels, buckets, total))
-        values, counts = with_zeros(_WITH_ZEROS, values, counts)
-        yield from metrics_of(_FROM_ENGINE, self._base, values, counts)
+        values, counts = with_zeros(_ZERO_FAMILIES, values, counts)
+        yield from metrics_of(_ENGINE_FAMILIES, self._model_labels, values, counts)
 
     def _of_system(self) -> Iterator[Metric]:
         values: Values = {
             **self.system,
-            "build_info": [(build(self._base[0]), 1.0)],
+            "build_info": [(build(self._model_labels[0]), 1.0)],
             "engine_up": [((), float(self.engine_up()))],
         }
-        yield from metrics_of(FLEET, self._base, values)
+        yield from metrics_of(FLEET, self._model_labels, values)
 
     def _child(self, key: str, *labels: str) -> Any:
         found = self._children.get((key, *labels))
         if found is None:
-            base = self._base if OWN[key].name.startswith("vllm:") else ()
+            base = self._model_labels if API_FAMILIES[key].name.startswith("vllm:") else ()
             instrument, values = self._instruments[key], (*base, *labels)
             found = self._children[key, *labels] = instrument.labels(*values) if values else instrument
         return found
 
 
-_FROM_ENGINE = {**ENGINE, **SHARED}
-_WITH_ZEROS = {key: family for key, family in ENGINE.items() if key != "gpu_memory"}  # there may be no GPU
+_ENGINE_FAMILIES = {**ENGINE, **SHARED}
+_ZERO_FAMILIES = {
+    key: family for key, family in ENGINE.items() if key != "gpu_memory"
+}  # a machine without a GPU has no series
 
 
 def _instrument(family: Family, registry: CollectorRegistry) -> Counter | Gauge | Histogram:
@@ -153,8 +159,8 @@ def _instrument(family: Family, registry: CollectorRegistry) -> Counter | Gauge 
     return Histogram(family.name, family.help, labels, registry=registry, buckets=family.buckets)
 
 
-def _bury_dead(folder: Path) -> None:
-    """Gauges of processes that are gone count no more; their counters do."""
+def _drop_gauges_of_dead(folder: Path) -> None:
+    """Remove the gauges of dead processes; their counters stay in the sums."""
     for path in folder.glob("gauge_live*_*.db"):
         pid = int(path.stem.rpartition("_")[2])
         if pid != os.getpid() and not _alive(pid):

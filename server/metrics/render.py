@@ -1,4 +1,4 @@
-"""Samples into Prometheus families: of the engine, of Valkey, of a worker, which are no library's objects."""
+"""Prometheus families from plain samples, as engine, Valkey and workers have them."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import product
@@ -15,24 +15,24 @@ Counts = dict[str, list[tuple[Labels, list[int], float]]]  # key -> (labels, cou
 def metrics_of(
     families: Mapping[str, Family], base: Labels, values: Values, counts: Counts | None = None
 ) -> Iterator[Metric]:
-    """A family each; `base` are the values of vLLM's labels. Nothing is made up: see `with_zeros`."""
+    """One Metric for each family. `base`: values of the labels that vLLM's metrics have in common."""
     for key, family in families.items():
         metric = Metric(family.name, family.help, family.kind)
-        own = base if family.name.startswith("vllm:") else ()
+        shared = base if family.name.startswith("vllm:") else ()
         for labels, value in values.get(key, ()):
-            metric.add_sample(family.shown, _named(family, own + tuple(labels)), value)
+            metric.add_sample(family.shown, _named(family, shared + tuple(labels)), value)
         for labels, buckets, total in (counts or {}).get(key, ()):
-            _add_histogram(metric, family, _named(family, own + tuple(labels)), buckets, total)
+            _add_histogram(metric, family, _named(family, shared + tuple(labels)), buckets, total)
         yield metric
 
 
 def with_zeros(families: Mapping[str, Family], values: Values, counts: Counts) -> tuple[Values, Counts]:
-    """The same, and 0 for every series that is known to exist: a rate needs a beginning."""
+    """`values` and `counts` with 0 for each missing series of known labels: a rate needs a first value."""
     values = {key: [*found] for key, found in values.items()}
     counts = {key: [*found] for key, found in counts.items()}
     for key, family in families.items():
         known = {tuple(found[0]) for found in (*values.get(key, ()), *counts.get(key, ()))}
-        for labels in product(*family.labels.values()):  # none at all if a label's values are open
+        for labels in product(*family.labels.values()):  # empty if a label has no fixed list of values
             if labels in known:
                 continue
             if family.kind == "histogram":
@@ -43,7 +43,7 @@ def with_zeros(families: Mapping[str, Family], values: Values, counts: Counts) -
 
 
 def merged(metrics: Iterable[Metric]) -> Iterator[Metric]:
-    """One family for each name, whoever gave samples of it."""
+    """`metrics` with those of one name joined."""
     found: dict[str, Metric] = {}
     for metric in metrics:
         first = found.setdefault(metric.name, metric)
@@ -53,7 +53,7 @@ def merged(metrics: Iterable[Metric]) -> Iterator[Metric]:
 
 
 def _bound(value: float) -> str:
-    """As prometheus_client writes it."""
+    """A bucket's upper bound as prometheus_client writes it."""
     return "+Inf" if value == float("inf") else str(float(value))
 
 

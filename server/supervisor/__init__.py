@@ -1,4 +1,4 @@
-"""`polypeft serve`: one parent without torch that starts Valkey, engine and API, and stops them as one."""
+"""`polypeft serve`: the parent of Valkey, engine, API and workers; starts and stops them, without torch."""
 
 from server.supervisor.system import serve
 

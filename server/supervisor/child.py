@@ -1,4 +1,4 @@
-"""One child process, kept alive: started, restarted with capped backoff, stopped by SIGTERM, then SIGKILL.
+"""One child process: starts it, restarts it with capped backoff, stops it by SIGTERM, then SIGKILL.
 
 Knows nothing of what the child does.
 """
@@ -15,14 +15,14 @@ from server.child_process import REFUSED
 from server.errors import StartupError
 
 FIRST_DELAY_SECONDS = 0.25
-LONGEST_DELAY_SECONDS = 15.0
-STEADY_SECONDS = 60.0  # a child that ran this long starts again with the first delay
+MAX_DELAY_SECONDS = 15.0
+STABLE_SECONDS = 60.0  # after this long a child counts as healthy: its next restart has the first delay
 
 log = logging.getLogger(__name__)
 
 
 class Child:
-    """`start` it once, then await `keep`; `stop` from another task ends both."""
+    """`start` it once, then await `supervise`; `stop` from another task ends both."""
 
     def __init__(
         self,
@@ -41,7 +41,7 @@ class Child:
         self._stopping = asyncio.Event()
 
     async def start(self) -> None:
-        # A process group of its own: Ctrl-C in a terminal reaches `serve` alone, which then stops in order.
+        # Its own process group: Ctrl-C in a terminal reaches `serve` alone, which stops children in order.
         self._process = await asyncio.create_subprocess_exec(
             *self._command,
             env=self._environment,
@@ -52,10 +52,10 @@ class Child:
         if self._stopping.is_set():  # while the process was being made
             self.kill()
 
-    async def keep(self, may_restart: Callable[[], bool]) -> None:
-        """Restart the child whenever it ends, while `may_restart()` says so; returns after `stop`.
+    async def supervise(self, may_restart: Callable[[], bool]) -> None:
+        """Restart the child each time it ends, while `may_restart()` is true; returns after `stop`.
 
-        Raises StartupError when it refused to start, or ended while `may_restart()` said no.
+        Raises StartupError if it refused to start, or ended while `may_restart()` was false.
         """
         failures = 0
         while self._process is not None:
@@ -66,10 +66,12 @@ class Child:
             if status == REFUSED:
                 raise StartupError(f"The {self.name} process refused to start; its reason stands above.")
             if not may_restart():
-                raise StartupError(f"The {self.name} process {_ending(status)} before the server was ready.")
-            failures = 0 if time.monotonic() - started > STEADY_SECONDS else failures + 1
-            delay = min(FIRST_DELAY_SECONDS * 2 ** max(failures - 1, 0), LONGEST_DELAY_SECONDS)
-            log.error("The %s process %s; it starts again in %.2f s", self.name, _ending(status), delay)
+                raise StartupError(
+                    f"The {self.name} process {_exit_text(status)} before the server was ready."
+                )
+            failures = 0 if time.monotonic() - started > STABLE_SECONDS else failures + 1
+            delay = min(FIRST_DELAY_SECONDS * 2 ** max(failures - 1, 0), MAX_DELAY_SECONDS)
+            log.error("The %s process %s; it starts again in %.2f s", self.name, _exit_text(status), delay)
             try:
                 await asyncio.wait_for(self._stopping.wait(), delay)
             except TimeoutError:
@@ -89,15 +91,17 @@ class Child:
             await self._process.wait()
 
     def kill(self) -> None:
+        """SIGKILL, and no restart."""
         self._stopping.set()
         self.kill_process()
 
     def kill_process(self) -> None:
-        """The one that runs now; `keep` starts the next."""
+        """SIGKILL to the running process; `supervise` starts the next."""
         self._signal(signal.SIGKILL)
 
     @property
     def pid(self) -> int | None:
+        """Of the latest process; None before `start`."""
         return self._process.pid if self._process else None
 
     def _signal(self, number: signal.Signals) -> None:
@@ -105,5 +109,5 @@ class Child:
             self._process.send_signal(number)
 
 
-def _ending(status: int) -> str:
+def _exit_text(status: int) -> str:
     return f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"

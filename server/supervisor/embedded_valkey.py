@@ -1,4 +1,4 @@
-"""The control store of a running system: an embedded Valkey in the data directory, or somebody's at a URL."""
+"""The control store of a running system: a Valkey embedded in the data directory, or an external one."""
 
 import asyncio
 import os
@@ -33,7 +33,7 @@ def embedded_folder(settings: Settings) -> Path:
 
 
 def embedded_command(settings: Settings) -> list[str]:
-    """Valkey on a Unix socket only, with every acknowledged write on the disk; it ends with this process."""
+    """Command of a Valkey on a Unix socket, which syncs every write and ends with this process."""
     folder = embedded_folder(settings)
     folder.mkdir(mode=0o700, exist_ok=True)
     options = {
@@ -55,8 +55,8 @@ def embedded_command(settings: Settings) -> list[str]:
     return [sys.executable, "-m", "server.child_process", str(os.getpid()), *program]
 
 
-async def end_orphan(url: str) -> None:
-    """End a Valkey that outlived its `serve` (not on Linux): two must never write one append-only file."""
+async def stop_orphan(url: str) -> None:
+    """Stop a Valkey that outlived its `serve` (not on Linux): two must not write one append-only file."""
     async with _client(url) as client:
         while True:
             try:
@@ -64,20 +64,20 @@ async def end_orphan(url: str) -> None:
                 await client.shutdown(nosave=True)
             except BusyLoadingError:
                 await asyncio.sleep(_POLL_SECONDS)
-            except (ConnectionError, OSError):  # nobody is there, or no longer
+            except (ConnectionError, OSError):  # none runs, or no longer
                 return
 
 
-async def keep_room(settings: Settings, url: str) -> None:
+async def keep_disk_reserve(settings: Settings, url: str) -> None:
     """Until cancelled: see disk_reserve.py."""
     async with _client(url) as client:
         await keep_reserve(client, DiskReserve(embedded_folder(settings)))
 
 
-async def answering(url: str, seconds: float) -> None:
-    """Returns once the store at `url` answers. Raises StartupError, without its password, if it does not.
+async def wait_until_answering(url: str, seconds: float) -> None:
+    """Wait until the Valkey at `url` answers. Raises StartupError, without its password, after `seconds`.
 
-    One that says it is reading its file is there, and is waited for as long as that takes.
+    While it reports that it is loading its file there is no limit.
     """
     deadline = time.monotonic() + seconds
     async with _client(url) as client:
@@ -89,13 +89,13 @@ async def answering(url: str, seconds: float) -> None:
                 continue
             except (ConnectionError, TimeoutError, OSError) as error:
                 failure: Exception = error
-            except RedisError as error:  # it is there, and it refuses us: waiting will not help
-                raise StartupError(f"--redis-url {_shown(url)} refused this server: {error}.") from error
+            except RedisError as error:  # it runs and refuses us: waiting does not help
+                raise StartupError(f"--redis-url {_redacted(url)} refused this server: {error}.") from error
             else:
                 return
             if time.monotonic() > deadline:
                 raise StartupError(
-                    f"--redis-url {_shown(url)} did not answer within {seconds:g} s."
+                    f"--redis-url {_redacted(url)} did not answer within {seconds:g} s."
                 ) from failure
             await asyncio.sleep(_POLL_SECONDS)
 
@@ -105,11 +105,11 @@ def _client(url: str) -> Redis:
         return Redis.from_url(url, socket_timeout=_ANSWER_SECONDS, socket_connect_timeout=_ANSWER_SECONDS)
     except ValueError as error:
         raise StartupError(
-            f"--redis-url {_shown(url)} is not a redis://, rediss:// or unix:// URL."
+            f"--redis-url {_redacted(url)} is not a redis://, rediss:// or unix:// URL."
         ) from error
 
 
-def _shown(url: str) -> str:
-    """The URL without user and password."""
+def _redacted(url: str) -> str:
+    """The URL without user and password, quoted."""
     parts = urlsplit(url)
     return repr(f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}")

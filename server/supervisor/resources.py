@@ -1,4 +1,4 @@
-"""What `serve` owns before any child runs: the data directory, the folder of the sockets, the port."""
+"""What `serve` takes before any child runs: the data directory, the folder of sockets, the listening port."""
 
 import os
 import shutil
@@ -16,7 +16,7 @@ from server.settings import LONGEST_RUN_DIR, Settings
 
 
 def make_data_dir(settings: Settings) -> None:
-    """The data directory, made if it is missing. Raises StartupError where nothing can be written."""
+    """Create the data directory if it is missing. Raises StartupError if it is not writable."""
     folder = settings.data_dir
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -31,7 +31,7 @@ def _unusable(folder: Path, error: OSError) -> StartupError:
 
 @contextmanager
 def locked_data_dir(settings: Settings) -> Iterator[None]:
-    """The data directory, ours alone until the block ends or this process dies."""
+    """Lock the data directory until the block or this process ends. Raises StartupError."""
     folder = settings.data_dir
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -48,10 +48,10 @@ def locked_data_dir(settings: Settings) -> Iterator[None]:
 
 
 def make_run_dir(settings: Settings) -> Path:
-    """`settings.run_dir` as a folder only this user can enter; what listens in it can be trusted.
+    """Create `settings.run_dir` for this user alone, so that its sockets can be trusted.
 
-    Raises StartupError when somebody else owns it (the name in a shared temporary folder is guessable) or
-    when its path is too long for a socket.
+    Raises StartupError if another user owns it (its name in a shared temporary folder can be guessed) or if
+    its path is too long for a socket.
     """
     folder = settings.run_dir
     if len(os.fsencode(folder)) > LONGEST_RUN_DIR:
@@ -59,8 +59,8 @@ def make_run_dir(settings: Settings) -> Path:
             f"The path {str(folder)!r} is too long for Unix sockets; set TMPDIR to a shorter one."
         )
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    found = folder.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+    status = folder.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
         raise StartupError(
             f"{str(folder)!r} belongs to somebody else, and the sockets of this server go there."
         )
@@ -68,10 +68,10 @@ def make_run_dir(settings: Settings) -> Path:
     return folder
 
 
-def begin_figures(settings: Settings) -> None:
-    """An empty folder for the figures of this `serve`: what an earlier one counted is not its own.
+def clear_metrics_dir(settings: Settings) -> None:
+    """Empty the folder of this system's metrics, which may hold those of an earlier `serve`.
 
-    On a disk without room there is none yet; whoever writes there makes it once there is.
+    On a full disk it is missing at first; the processes that write metrics create it later.
     """
     shutil.rmtree(settings.figures_dir, ignore_errors=True)
     with suppress(OSError):
@@ -80,10 +80,10 @@ def begin_figures(settings: Settings) -> None:
 
 @contextmanager
 def listening(host: str, port: int) -> Iterator[socket.socket]:
-    """A TCP socket that listens on host:port (0: any free one) and that children may inherit.
+    """A TCP socket that listens on host:port (0: any free port) and that children can inherit.
 
-    It is bound before any child runs, and it outlives each of them: while the API restarts, connections
-    wait in its backlog.
+    It is bound before any child runs and outlives each: while the API restarts, connections wait in its
+    backlog. Raises StartupError.
     """
     try:
         family, *_, address = socket.getaddrinfo(
@@ -91,7 +91,7 @@ def listening(host: str, port: int) -> Iterator[socket.socket]:
         )[0]
         listener = socket.create_server(address[:2], family=family, backlog=2048)
     except OSError as error:
-        reason = (error.strerror or str(error)).partition(" (while")[0]  # which repeats the address
+        reason = (error.strerror or str(error)).partition(" (while")[0]  # the rest repeats the address
         raise StartupError(f"Cannot listen on {host}:{port}: {reason}.") from error
     with closing(listener):
         listener.set_inheritable(True)
@@ -99,7 +99,7 @@ def listening(host: str, port: int) -> Iterator[socket.socket]:
 
 
 def address_of(listener: socket.socket) -> str:
-    """An URL under which this machine reaches `listener`."""
+    """A URL of `listener` for clients on this machine."""
     host, port = listener.getsockname()[:2]
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - compared, not bound
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

@@ -1,8 +1,8 @@
-"""An engine that cannot judge itself: every thread of its process stands still.
+"""Kills an engine process whose heartbeat has stopped, because none of its threads runs.
 
-An engine whose step hangs ends by itself (server/engine/watchdog.py). One that is stopped, or in a call that
-holds Python's lock, or in the kernel, says nothing at all. It may go on yet: it is killed only when it has
-been silent for longer than any request may take, so that all it had to do when it fell silent is over.
+An engine whose step hangs ends by itself (server/engine/watchdog.py). A process that is stopped, or in a call
+that holds Python's lock, or in the kernel, sends no heartbeat. It may still recover, so it is killed only
+after a silence longer than any request may take: by then every request that it had is over.
 """
 
 import asyncio
@@ -19,17 +19,17 @@ TICK_SECONDS = 1.0
 log = logging.getLogger(__name__)
 
 
-async def end_silent(engine: Child, address: str, seconds: float) -> None:
-    """For ever: kill the engine at `address` after so many seconds of silence, or its step's bound if longer.
+async def kill_silent(engine: Child, address: str, seconds: float) -> None:
+    """Until cancelled, kill the engine at `address` after `seconds` without heartbeat (its bound, if longer).
 
-    Its first beat begins it: one that loads a model says nothing. Silence is counted in ticks: time in which
-    this process is stopped itself is none.
+    The watch of a process begins with its first heartbeat: an engine that loads a model sends none. Silence
+    is counted in ticks, so time in which this process itself is stopped does not count.
     """
     context = zmq.asyncio.Context()
     socket = context.socket(zmq.SUB)
     socket.connect(beat_address(address))
     socket.subscribe(b"")
-    heard, silence, bound = None, 0.0, seconds
+    watched_pid, silence, bound = None, 0.0, seconds
     try:
         while True:
             try:
@@ -39,10 +39,12 @@ async def end_silent(engine: Child, address: str, seconds: float) -> None:
                 silence += TICK_SECONDS
             else:
                 assert isinstance(beat, Beat), "an engine publishes nothing else there"
-                heard, silence, bound = engine.pid, 0.0, max(seconds, beat.bound)
-            if heard is not None and heard == engine.pid and silence > bound:
-                log.error("The engine process %d has been silent for %.0f s and is killed", heard, silence)
+                watched_pid, silence, bound = engine.pid, 0.0, max(seconds, beat.bound)
+            if watched_pid is not None and watched_pid == engine.pid and silence > bound:
+                log.error(
+                    "The engine process %d has been silent for %.0f s and is killed", watched_pid, silence
+                )
                 engine.kill_process()
-                heard = None
+                watched_pid = None
     finally:
         context.destroy(linger=0)

@@ -1,9 +1,9 @@
-"""The life of one system: take the places, start the children in order, keep them, stop them in order.
+"""One system from start to stop: takes its resources, starts the children in order, restarts and stops them.
 
-start   Valkey, and wait for it; then engine and API processes side by side; ready when GET /readyz says
-        200, whichever of them answers; then the workers for fine-tuning, for which nobody waits;
-        from then on an engine that has been silent for too long is killed
-stop    the API drains (at most drain_seconds) while workers save what they train, then the engine, then
+start   Valkey first; once it answers, engine and API processes together; ready when GET /readyz of any API
+        process is 200; then the fine-tuning workers, without waiting for them; from then on an engine that
+        is silent for too long is killed
+stop    the API drains (at most drain_seconds) while workers save their training; then the engine; then
         Valkey; a second signal kills all
 """
 
@@ -19,29 +19,41 @@ import httpx
 
 from server.settings import MULTIPROCESS, OFFLINE, SPINS, Settings, child_environment
 from server.supervisor.child import Child
-from server.supervisor.embedded_valkey import answering, embedded_command, embedded_url, end_orphan, keep_room
-from server.supervisor.resources import address_of, begin_figures, listening, locked_data_dir, make_run_dir
-from server.supervisor.silent_engine import end_silent
+from server.supervisor.embedded_valkey import (
+    embedded_command,
+    embedded_url,
+    keep_disk_reserve,
+    stop_orphan,
+    wait_until_answering,
+)
+from server.supervisor.resources import (
+    address_of,
+    clear_metrics_dir,
+    listening,
+    locked_data_dir,
+    make_run_dir,
+)
+from server.supervisor.silent_engine import kill_silent
 
 Commands = Mapping[str, Sequence[str]]
-Prove = Callable[[str], Awaitable[None]]  # of Valkey at this URL; raises StartupError
+Prove = Callable[[str], Awaitable[None]]  # checks the Valkey at a URL; raises StartupError
 
-# the API's gets `--fd N` as well: the listening socket it inherits
+# the API gets `--fd N`, too: the listening socket that it inherits
 COMMANDS: Commands = {
     "engine": (sys.executable, "-m", "server.engine"),
     "api": (sys.executable, "-m", "server.api"),
     "worker": (sys.executable, "-m", "server.finetune"),
 }
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-STOP_SECONDS = 10.0  # for a child that has nothing to drain; a worker saves within it
-REDIS_SECONDS = 10.0  # for a Valkey of somebody's to answer
-EMBEDDED_SECONDS = 120.0  # for ours, which may have a long file to read
+STOP_SECONDS = 10.0  # of a child beside its drain; a worker saves its training within it
+REDIS_SECONDS = 10.0  # for an external Valkey to answer
+EMBEDDED_SECONDS = 120.0  # for the embedded Valkey, which may have a long file to load
 POLL_SECONDS = 0.1
 
 log = logging.getLogger(__name__)
 
 
-async def _proves_nothing(_redis_url: str) -> None:
+async def _no_check(_redis_url: str) -> None:
     pass
 
 
@@ -49,16 +61,16 @@ def serve(
     settings: Settings,
     ready: Callable[[str], None],
     commands: Commands = COMMANDS,
-    prove: Prove = _proves_nothing,
+    prove: Prove = _no_check,
 ) -> None:
     """Run the whole system until SIGTERM, SIGINT or SIGHUP. `ready(url)` is called once, when it answers.
 
-    `prove` is asked as soon as Valkey answers, before anything uses it.
-    Raises StartupError when it cannot start; whatever had been started is gone by then.
+    `prove(redis_url)` is awaited as soon as Valkey answers, before anything uses it.
+    Raises StartupError if the system cannot start; all children have ended by then.
     """
     with locked_data_dir(settings), listening(settings.host, settings.port) as listener:
         make_run_dir(settings)
-        begin_figures(settings)
+        clear_metrics_dir(settings)
         asyncio.run(_run(settings, listener, ready, commands, prove))
 
 
@@ -73,9 +85,9 @@ async def _run(
 
 
 class _System:
-    """The children of one `serve`, in the order they start; those in one list stop together.
+    """The children of one `serve`, in the order of their start; those in one list stop together.
 
-    Made inside its event loop.
+    Construct it inside its event loop.
     """
 
     def __init__(
@@ -93,9 +105,9 @@ class _System:
         self._prove = prove
         self._children: list[list[Child]] = []
         self._tasks: list[asyncio.Task[None]] = []
-        self._room: asyncio.Task[None] | None = None  # keeps some on the disk for an embedded Valkey
+        self._reserve: asyncio.Task[None] | None = None  # of disk space for an embedded Valkey
         self._was_ready = False
-        self._end = asyncio.get_running_loop().create_future()  # done at a signal, failed by a StartupError
+        self._end = asyncio.get_running_loop().create_future()  # set by a signal, failed by a StartupError
 
     async def run(self) -> None:
         for number in STOP_SIGNALS:
@@ -105,48 +117,47 @@ class _System:
             await self._end
         finally:
             starting.cancel()
-            if self._room is not None:
-                self._room.cancel()
+            if self._reserve is not None:
+                self._reserve.cancel()
             for children in reversed(self._children):
                 await asyncio.gather(*(child.stop() for child in children))
             await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _start(self) -> None:
-        """Start all, then watch the engine; until cancelled."""
+        """Start all children, then watch the engine until cancelled."""
         settings, url = self._settings, self._settings.redis_url
         if url is None:
             url = embedded_url(settings.run_dir)
-            await end_orphan(url)
+            await stop_orphan(url)
             environment = child_environment(settings)
             await self._add(Child("valkey", embedded_command(settings), environment, STOP_SECONDS))
-            await answering(url, EMBEDDED_SECONDS)
-            self._room = self._spawn(keep_room(settings, url))
+            await wait_until_answering(url, EMBEDDED_SECONDS)
+            self._reserve = self._spawn(keep_disk_reserve(settings, url))
         else:
-            await answering(url, REDIS_SECONDS)
+            await wait_until_answering(url, REDIS_SECONDS)
         await self._prove(url)
         environment = _environment(settings, url)
         engine = Child("engine", self._commands["engine"], environment, STOP_SECONDS)
         await self._add(engine)
         for number in range(settings.api_processes):
             await self._add(self._api(number, environment), beside_last=number > 0)
-        await _answering_readyz(address_of(self._listener))
+        await _wait_until_ready(address_of(self._listener))
         self._was_ready = True
         self._ready(address_of(self._listener))
         for number in range(settings.workers):
-            own = environment | _own_port(settings, number)
-            worker = Child(f"worker {number + 1}", self._commands["worker"], own, STOP_SECONDS)
+            variables = environment | _worker_port(settings, number)
+            worker = Child(f"worker {number + 1}", self._commands["worker"], variables, STOP_SECONDS)
             await self._add(worker, beside_last=True)
-        await end_silent(engine, settings.engine_socket, settings.request_seconds)
+        await kill_silent(engine, settings.engine_socket, settings.request_seconds)
 
     def _api(self, number: int, environment: dict[str, str]) -> Child:
-        """All API processes accept from one listening socket: whoever is alive and idle takes a connection,
-        and none waits for one that has died."""
+        """An API process. All accept from one listening socket, so no connection waits for one that died."""
         settings, fd = self._settings, self._listener.fileno()
-        own = {MULTIPROCESS: str(settings.figures_dir), "POLYPEFT_API_NUMBER": str(number)}
+        variables = {MULTIPROCESS: str(settings.figures_dir), "POLYPEFT_API_NUMBER": str(number)}
         return Child(
             "api" if settings.api_processes == 1 else f"api {number + 1}",
             [*self._commands["api"], "--fd", str(fd)],
-            environment | own,
+            environment | variables,
             settings.drain_seconds + STOP_SECONDS,
             fds=(fd,),
         )
@@ -156,7 +167,7 @@ class _System:
             self._children.append([])
         self._children[-1].append(child)
         await child.start()
-        self._spawn(child.keep(may_restart=lambda: self._was_ready))
+        self._spawn(child.supervise(may_restart=lambda: self._was_ready))
 
     def _spawn(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)
@@ -179,21 +190,21 @@ class _System:
 
 
 def _environment(settings: Settings, redis_url: str) -> dict[str, str]:
-    """What engine, API and workers see: the store's URL, whom to end with, no way to the hub, how to wait.
+    """Environment of engine, API and workers: Valkey's URL, the parent's pid, thread options, no hub.
 
     The model has been fetched before they start.
     """
-    told = settings.model_copy(update={"redis_url": redis_url, "supervisor_pid": os.getpid()})
-    return SPINS | child_environment(told) | OFFLINE
+    passed = settings.model_copy(update={"redis_url": redis_url, "supervisor_pid": os.getpid()})
+    return SPINS | child_environment(passed) | OFFLINE
 
 
-def _own_port(settings: Settings, number: int) -> dict[str, str]:
-    """Workers of one machine show their figures on ports that follow each other."""
+def _worker_port(settings: Settings, number: int) -> dict[str, str]:
+    """Each worker serves its metrics on a port of its own, in sequence."""
     port = settings.metrics_port and settings.metrics_port + number
     return {"POLYPEFT_METRICS_PORT": str(port)}
 
 
-async def _answering_readyz(url: str) -> None:
+async def _wait_until_ready(url: str) -> None:
     async with httpx.AsyncClient(base_url=url, trust_env=False, timeout=2.0) as client:
         while True:
             try:

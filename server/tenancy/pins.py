@@ -1,6 +1,6 @@
-"""Which adapters tenants have pinned, in Valkey. Knows no engine, and not whether there are such adapters.
+"""The adapters that tenants have pinned, in Valkey. Knows no engine, and not whether the adapters exist.
 
-pp:pins             set          tenants that have pinned anything
+pp:pins             set          tenants with pins
 pp:pins:{tenant}    sorted set   models as a request names them (name, name@alias, name@version), oldest first
 """
 
@@ -42,24 +42,25 @@ class Pins:
         self._remove = redis.register_script(REMOVE)
 
     async def add(self, tenant: str, model: str) -> None:
-        """Raises QuotaExceeded for one too many."""
+        """Pin `model`; twice changes nothing. Raises QuotaExceeded."""
         with store_errors():
-            done = await self._add(keys=_keys(tenant), args=[tenant, model, time.time(), self._max_pins])
-        if not done:
+            added = await self._add(keys=_keys(tenant), args=[tenant, model, time.time(), self._max_pins])
+        if not added:
             raise QuotaExceeded(f"A tenant may pin {self._max_pins} adapters; unpin one first.")
 
     async def remove(self, tenant: str, model: str) -> None:
-        """Nothing happens if it is not pinned."""
+        """Unpin `model`, if it is pinned."""
         with store_errors():
             await self._remove(keys=_keys(tenant), args=[tenant, model])
 
     async def of(self, tenant: str) -> list[str]:
+        """The tenant's pinned models, oldest first."""
         with store_errors():
             found: Any = await self._redis.zrange(_keys(tenant)[1], 0, -1)
         return [text(model) for model in found]
 
     async def all(self) -> list[tuple[str, str]]:
-        """(tenant, model) of everybody."""
+        """(tenant, model) of every pin."""
         with store_errors():
             tenants = sorted(text(tenant) for tenant in await self._redis.smembers(PINS))
         return [(tenant, model) for tenant in tenants for model in await self.of(tenant)]

@@ -4,8 +4,8 @@
     pp:tenants:{id}:keys      hash   key id -> KeyRecord
     pp:keys                   hash   SHA-256 of a secret -> tenant id
 
-A secret is returned once, when it is made, and kept nowhere. Nothing is cached: a revoked key fails at the
-next request, in every process.
+A secret is returned once, when it is created, and not stored. Nothing is cached: a revoked key fails at the
+next request in every process.
 """
 
 import secrets
@@ -36,7 +36,7 @@ return 1
 
 
 class Tenant(msgspec.Struct, frozen=True):
-    """Who owns adapters, files and jobs. `id` is ours; `name` is only ever shown."""
+    """The owner of adapters, files and jobs. `id` is generated; `name` is only displayed."""
 
     id: str
     name: str
@@ -44,12 +44,12 @@ class Tenant(msgspec.Struct, frozen=True):
     created: int  # Unix seconds
 
 
-# The operator's key on a tenant's route: a tenant like any other, which owns what the operator loads.
+# The tenant of the operator's key on tenants' routes: owns what the operator loads there.
 OPERATOR = Tenant(id="operator", name="operator", weight=1.0, created=0)
 
 
 class KeyInfo(msgspec.Struct, frozen=True):
-    """A key as it may be shown: never its secret, nor anything made from it."""
+    """The public part of a key: neither its secret nor anything derived from it."""
 
     id: str
     created: int
@@ -69,7 +69,7 @@ class Tenants:
         self._revoke = redis.register_script(REVOKE)
 
     async def create(self, name: str, weight: float = 1.0) -> tuple[Tenant, str]:
-        """A new tenant and its first secret. Two tenants may share a name."""
+        """A new tenant and its first secret. Names need not be unique. Raises InvalidField."""
         if not name or len(name) > MAX_NAME or not name.isprintable():
             raise InvalidField(
                 f"name {shown(name)} must have 1 to {MAX_NAME} printable characters.", param="name"
@@ -83,11 +83,12 @@ class Tenants:
         return tenant, secret
 
     async def add_key(self, tenant_id: str) -> tuple[KeyInfo, str]:
+        """A new key and its secret. Raises NotFound."""
         await self.get(tenant_id)
         return await self._write_key(tenant_id)
 
     async def keys(self, tenant_id: str) -> list[KeyInfo]:
-        """Oldest first."""
+        """Oldest first. Raises NotFound."""
         await self.get(tenant_id)
         with store_errors():
             records = await self._redis.hvals(_keys_of(tenant_id))
@@ -95,7 +96,7 @@ class Tenants:
         return sorted(infos, key=lambda info: (info.created, info.id))
 
     async def key_id(self, tenant_id: str, secret: str) -> str:
-        """Which of the tenant's keys it is; "revoked" if it is none any more."""
+        """The id of the tenant's key with this secret; "revoked" if there is none any more."""
         with store_errors():
             values = await self._redis.hvals(_keys_of(tenant_id))
         records = [msgspec.json.decode(value, type=KeyRecord) for value in values]
@@ -103,7 +104,7 @@ class Tenants:
         return next((record.info.id for record in records if record.sha256 == sha256), "revoked")
 
     async def revoke(self, tenant_id: str, key_id: str) -> None:
-        """From here on the key is unknown. Raises NotFound if it was already."""
+        """Remove the key. Raises NotFound."""
         with store_errors():
             found = await self._redis.hget(_keys_of(tenant_id), key_id)
         if found is None:
@@ -120,6 +121,7 @@ class Tenants:
         return sorted(tenants, key=lambda tenant: (tenant.created, tenant.id))
 
     async def get(self, tenant_id: str) -> Tenant:
+        """Raises NotFound."""
         with store_errors():
             value = await self._redis.hget(TENANTS, tenant_id)
         if value is None:
@@ -127,7 +129,7 @@ class Tenants:
         return msgspec.json.decode(value, type=Tenant)
 
     async def authenticate(self, secret: str) -> Tenant | None:
-        """Whose secret this is, in one round trip; None for anything that is not a live key."""
+        """The tenant of this secret, in one round trip; None if it is no valid key."""
         if not well_formed(secret):
             return None
         with store_errors():

@@ -13,7 +13,7 @@ import yaml
 
 from server.settings import Settings
 from server.supervisor.system import STOP_SECONDS
-from server.tenancy.keys import OTHERS_MAY_WRITE
+from server.tenancy.keys import WRITABLE_BY_OTHERS
 from tests.deploy.prometheus import DEPLOY, load, rules
 
 OVERLAYS = ("cpu", "gpu")
@@ -99,7 +99,7 @@ def test_all_pods_take_the_operators_key_of_one_secret(folder: str) -> None:
     (volume,) = (volume for volume in spec["volumes"] if volume["name"] == mount["name"])
     assert volume["secret"]["secretName"] == "polypeft"
     assert given == f"{mount['mountPath']}/{volume['secret']['items'][0]['path']}"
-    assert not volume["secret"]["defaultMode"] & OTHERS_MAY_WRITE
+    assert not volume["secret"]["defaultMode"] & WRITABLE_BY_OTHERS
 
 
 @pytest.mark.parametrize("folder", OVERLAYS)

@@ -35,14 +35,14 @@ def worker(**options: Any) -> None:
     from server.base_model.resolve import (
         resolve_model,  # these load more than the other commands should wait for
     )
-    from server.supervisor.embedded_valkey import answering, embedded_url
+    from server.supervisor.embedded_valkey import embedded_url, wait_until_answering
     from server.supervisor.system import COMMANDS, REDIS_SECONDS
 
     settings = read_settings(options)
     configure_logs(settings, "worker")
     resolve_model(settings)
     url = settings.redis_url or embedded_url(settings.run_dir)
-    asyncio.run(answering(url, REDIS_SECONDS))
+    asyncio.run(wait_until_answering(url, REDIS_SECONDS))
     environment = child_environment(settings.model_copy(update={"redis_url": url})) | OFFLINE
     os.execve(sys.executable, [*COMMANDS["worker"]], environment)  # noqa: S606 - no shell is what we want
 

@@ -11,7 +11,7 @@ from server.api.cluster_metrics import ClusterMetrics
 from server.finetune.jobs.jobs import Jobs
 from server.finetune.jobs.stats import report
 from server.metrics import Metrics
-from server.supervisor.disk_reserve import SWITCH
+from server.supervisor.disk_reserve import REFUSE_WRITES
 from tests.fixtures.jobs import fixed
 
 pytestmark = pytest.mark.anyio
@@ -44,11 +44,11 @@ async def test_jobs_and_workers_are_shown_and_losses_if_wanted(
 
 async def test_a_valkey_that_refuses_writes_is_told_of(redis: Redis) -> None:
     metrics = Metrics("toy")
-    await redis.config_set(SWITCH, 1)
+    await redis.config_set(REFUSE_WRITES, 1)
     try:
         await ClusterMetrics(redis, metrics, losses=False).refresh()
     finally:
-        await redis.config_set(SWITCH, 0)
+        await redis.config_set(REFUSE_WRITES, 0)
     assert value(metrics, "polypeft_valkey_up") == 1
     assert value(metrics, "polypeft_valkey_aof_ok") == 0
 

@@ -11,7 +11,7 @@ import pytest
 from redis import Redis as SyncRedis
 
 from server.engine.fake import FakeEngine
-from server.supervisor.disk_reserve import SWITCH
+from server.supervisor.disk_reserve import REFUSE_WRITES
 from tests.server.api.conftest import System, upload
 
 FILE = {"file": ("a.jsonl", b'{"text": "hello"}\n')}
@@ -69,7 +69,7 @@ def test_a_valkey_without_room_refuses_writes_and_inference_goes_on(
     assert upload(http, "poet").status_code == 201
     alias = {"alias": "live", "version": 1}
     with SyncRedis.from_url(valkey_url) as redis, system.http(system.operator) as operator:
-        redis.config_set(SWITCH, 1)
+        redis.config_set(REFUSE_WRITES, 1)
         try:
             writes = [
                 operator.post("/admin/tenants", json={"name": "n"}),
@@ -84,7 +84,7 @@ def test_a_valkey_without_room_refuses_writes_and_inference_goes_on(
                 http.get("/readyz"),
             ]
         finally:
-            redis.config_set(SWITCH, 0)
+            redis.config_set(REFUSE_WRITES, 0)
     assert [answer.json()["error"]["code"] for answer in writes] == ["insufficient_storage"] * 5
     assert [answer.status_code for answer in writes] == [507] * 5
     assert [answer.status_code for answer in reads] == [200] * 3

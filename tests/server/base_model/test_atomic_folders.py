@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from server.base_model.atomic_folders import build_once, write_whole
+from server.base_model.atomic_folders import build_once, write_atomically
 
 
 def test_a_cut_build_leaves_nothing_and_the_next_one_succeeds(tmp_path: Path) -> None:
@@ -50,6 +50,6 @@ def test_two_starters_build_once(tmp_path: Path) -> None:
 
 
 def test_a_small_file_is_replaced_whole(tmp_path: Path) -> None:
-    write_whole(tmp_path / "pin", "old")
-    write_whole(tmp_path / "pin", "new")
+    write_atomically(tmp_path / "pin", "old")
+    write_atomically(tmp_path / "pin", "new")
     assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"pin": "new"}

@@ -18,7 +18,7 @@ def read(path: Path) -> dict[str, float]:
 
 @pytest.fixture(autouse=True)
 def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(figures_file, "AGAIN_SECONDS", 0.0)
+    monkeypatch.setattr(figures_file, "RETRY_SECONDS", 0.0)
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def test_a_full_disk_loses_nothing_that_is_counted(path: Path, monkeypatch: pyte
     assert file.read_value("a") == (2.0, 0.0)
     assert read(path) == {"a": 1.0}, "what stood there, and nothing by half"
     monkeypatch.undo()
-    monkeypatch.setattr(figures_file, "AGAIN_SECONDS", 0.0)
+    monkeypatch.setattr(figures_file, "RETRY_SECONDS", 0.0)
     file.write_value("c", 4.0, 0.0)
     assert read(path) == {"a": 2.0, "b": 3.0, "c": 4.0}
     file.close()
@@ -77,7 +77,7 @@ def test_a_disk_that_is_full_or_read_only_from_the_start(path: Path, monkeypatch
     file.write_value("a", 2.0, 0.0)
     assert not path.exists(), "no file that a reader would stumble over"
     monkeypatch.undo()
-    monkeypatch.setattr(figures_file, "AGAIN_SECONDS", 0.0)
+    monkeypatch.setattr(figures_file, "RETRY_SECONDS", 0.0)
     file.write_value("b", 1.0, 0.0)
     assert read(path) == {"a": 2.0, "b": 1.0}
     file.close()

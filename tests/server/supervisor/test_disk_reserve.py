@@ -12,10 +12,10 @@ from redis.asyncio import Redis
 from server.errors import InsufficientStorage
 from server.supervisor import disk_reserve as reserve
 from server.supervisor.disk_reserve import (
-    REFUSED_BYTES,
+    AUTO_REWRITE,
+    REFUSE_BELOW_BYTES,
+    REFUSE_WRITES,
     RESERVED_BYTES,
-    REWRITE,
-    SWITCH,
     DiskReserve,
     State,
     keep_reserve,
@@ -38,25 +38,25 @@ def ahead(file: Path) -> int:
 
 
 def test_blocks_lie_behind_the_end_of_the_newest_file(tmp_path: Path, file: Path) -> None:
-    assert DiskReserve(tmp_path).hold() == "whole"
+    assert DiskReserve(tmp_path).refill() == "whole"
     assert file.read_bytes() == b"*1\r\n" * 10, "as long as it was"
     assert ahead(file) >= RESERVED_BYTES - 4096
-    assert ahead(file.with_name("appendonly.aof.9.incr.aof")) < REFUSED_BYTES
+    assert ahead(file.with_name("appendonly.aof.9.incr.aof")) < REFUSE_BELOW_BYTES
 
 
 def test_a_full_disk_is_written_to_until_the_reserve_is_nearly_used_up(
     tmp_path: Path, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert DiskReserve(tmp_path).hold() == "whole"
+    assert DiskReserve(tmp_path).refill() == "whole"
     monkeypatch.setattr(reserve, "_reserve", lambda _descriptor: False)
     seen = []
     for _ in range(4):
-        seen.append(DiskReserve(tmp_path).hold())
+        seen.append(DiskReserve(tmp_path).refill())
         with file.open("ab") as end:
             end.write(bytes(RESERVED_BYTES // 3))
     assert seen == ["whole", "shrinking", "shrinking", "used up"]
     monkeypatch.undo()
-    assert DiskReserve(tmp_path).hold() == "whole"
+    assert DiskReserve(tmp_path).refill() == "whole"
 
 
 def test_where_blocks_cannot_be_reserved_the_disk_itself_is_looked_at(
@@ -66,21 +66,25 @@ def test_where_blocks_cannot_be_reserved_the_disk_itself_is_looked_at(
         raise NotImplementedError
 
     monkeypatch.setattr(reserve, "_reserve", unsupported)
-    for free, state in ((1 << 30, "whole"), (REFUSED_BYTES, "shrinking"), (REFUSED_BYTES - 1, "used up")):
+    for free, state in (
+        (1 << 30, "whole"),
+        (REFUSE_BELOW_BYTES, "shrinking"),
+        (REFUSE_BELOW_BYTES - 1, "used up"),
+    ):
         usage = shutil._ntuple_diskusage(1 << 40, 0, free)
         monkeypatch.setattr(shutil, "disk_usage", lambda _folder, usage=usage: usage)
-        assert DiskReserve(tmp_path).hold() == state
+        assert DiskReserve(tmp_path).refill() == state
 
 
 def test_where_there_is_no_file_yet_writes_are_taken(tmp_path: Path) -> None:
-    assert DiskReserve(tmp_path).hold() == "whole"
+    assert DiskReserve(tmp_path).refill() == "whole"
 
 
 class Disk(DiskReserve):
     def __init__(self) -> None:
         self.state: State = "whole"
 
-    def hold(self) -> State:
+    def refill(self) -> State:
         return self.state
 
 
@@ -109,16 +113,16 @@ async def test_without_room_writes_are_refused_as_a_whole_and_reads_go_on(redis:
     tenant, secret = await tenants.create("before")
     async with kept(redis, disk):
         disk.state = "shrinking"
-        await until(redis, REWRITE, "0")
+        await until(redis, AUTO_REWRITE, "0")
         assert await tenants.add_key(tenant.id)
         disk.state = "used up"
-        await until(redis, SWITCH, "1")
+        await until(redis, REFUSE_WRITES, "1")
         for write in (tenants.create("full"), tenants.add_key(tenant.id)):
             with pytest.raises(InsufficientStorage):
                 await write
         assert await tenants.authenticate(secret) == tenant
         assert [found.name for found in await tenants.list()] == ["before"]
         disk.state = "whole"
-        await until(redis, SWITCH, "0")
-        await until(redis, REWRITE, "100")
+        await until(redis, REFUSE_WRITES, "0")
+        await until(redis, AUTO_REWRITE, "100")
         assert await tenants.create("after")

@@ -20,7 +20,7 @@ from redis.exceptions import BusyLoadingError
 
 from server.errors import StartupError
 from server.settings import MULTIPROCESS, Settings
-from server.supervisor.embedded_valkey import answering, embedded_url
+from server.supervisor.embedded_valkey import embedded_url, wait_until_answering
 
 PARENT = """
 import sys, json, pathlib
@@ -321,7 +321,7 @@ def test_a_redis_url_is_used_and_nothing_is_embedded(system: System, valkey_url:
 @pytest.mark.anyio
 async def test_a_dead_redis_url_is_a_sentence_without_its_password() -> None:
     with pytest.raises(StartupError, match=r"127\.0\.0\.1:1.* did not answer within 0\.1 s") as refusal:
-        await answering("redis://user:hunter2@127.0.0.1:1/0", 0.1)
+        await wait_until_answering("redis://user:hunter2@127.0.0.1:1/0", 0.1)
     assert "hunter2" not in refusal.value.message
 
 
@@ -336,14 +336,14 @@ async def test_a_valkey_that_reads_its_file_is_waited_for(monkeypatch: pytest.Mo
         return True
 
     monkeypatch.setattr(AsyncRedis, "ping", ping)
-    await answering("redis://127.0.0.1:1/0", 0.0)
+    await wait_until_answering("redis://127.0.0.1:1/0", 0.0)
     assert not answers
 
 
 @pytest.mark.anyio
 async def test_a_redis_url_of_another_kind_is_a_sentence() -> None:
     with pytest.raises(StartupError, match="is not a redis://"):
-        await answering("http://127.0.0.1:1", 0.1)
+        await wait_until_answering("http://127.0.0.1:1", 0.1)
 
 
 def test_a_long_data_dir_gets_a_short_run_dir(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from redis.asyncio import Redis
 
 from adapters_store.valkey import connect
 from server.errors import InvalidField, NotFound, StoreError
-from server.tenancy.keys import LENGTH, new_secret
+from server.tenancy.keys import KEY_LENGTH, new_secret
 from server.tenancy.tenants import Tenants
 
 pytestmark = pytest.mark.anyio
@@ -64,7 +64,7 @@ async def test_one_tenant_cannot_revoke_anothers_key(tenants: Tenants) -> None:
 async def test_no_secret_is_kept(tenants: Tenants, redis: Redis) -> None:
     tenant, secret = await tenants.create("a")
     kept = [str(key) + str(await redis.hgetall(key)) for key in await redis.keys("*")]
-    assert len(secret) == LENGTH
+    assert len(secret) == KEY_LENGTH
     assert secret not in "".join(kept)
     assert secret not in repr(await tenants.keys(tenant.id))
 
