@@ -321,8 +321,11 @@ def test_no_torch_comes_with_it(module: str) -> None:
     assert not reached(module) & HEAVY
 
 
-def test_text_brings_no_torch_of_ours() -> None:
-    assert "torch" not in reached(TEXT)
+@pytest.mark.parametrize("module", [TEXT, "server.api.app", "server.api.__main__"])
+def test_the_api_imports_no_torch(module: str) -> None:
+    """It asks transformers for a tokenizer, and for nothing else."""
+    assert not reached(module) & {"torch", "numba"}
+    assert {name for name in reached(module) & MODULES.keys() if "transformers" in imports(name)} == {TEXT}
 
 
 def test_uploads_are_checked_without_torch() -> None:
