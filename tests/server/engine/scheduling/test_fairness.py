@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from server.engine.scheduling.fair_queue import CREDIT
 from server.engine.scheduling.kv_blocks import BLOCK
 from server.engine.scheduling.row import Row
 from tests.server.engine.scheduling.test_scheduler import World
@@ -278,7 +279,7 @@ def test_two_tenants_that_always_wait_are_served_alike(data: st.DataObject, max_
     crowd += [Client("b", outputs[1], prompts[1], since=30) for _ in range(2 * max_seqs * more)]
     town = Town(crowd, max_seqs=max_seqs)
     town.run(100)
-    bound = 2 * max_seqs * max(map(sum, zip(outputs, prompts, strict=True)))
+    bound = CREDIT + 2 * max_seqs * max(map(sum, zip(outputs, prompts, strict=True)))
     for _ in range(400):
         town.run(1)
         served = [queue.virtual_counter for queue in town.scheduler.queues.by_tenant.values()]

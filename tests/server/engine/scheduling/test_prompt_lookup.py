@@ -87,7 +87,10 @@ def test_guesses_change_no_answer(
         same(found, expected)
     counts = with_.engine.counts
     if guessed:
-        assert counts["guessed_tokens"] > counts["guessed_right"] > 0, "or this tests nothing"
+        assert counts["guessed_right"] > 0, "or this tests nothing"
+        # the row that a stop token ends has few drafts, and which are made depends on measured step times
+        refused = counts["guessed_tokens"] - counts["guessed_right"]
+        assert refused > 0 or "stop_token_ids" in sampling
     assert not without.engine.counts["guessed_tokens"]
     assert with_.engine.blocks.available == with_.engine.blocks.count
 
