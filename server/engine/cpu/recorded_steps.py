@@ -5,9 +5,9 @@ program runs them all in one parallel region. What differs from step to step lie
 addresses, filled before it runs; kernels read from them what a launch's arguments cannot say.
 
 Recorded are steps in which all tokens read their past in place (rows that decode, chunks of prompts) and
-every adapter is a bank's that can be (`Bank.trace`); others run layer by layer. Results are the same bit for
-bit: it is the same kernels in the same order. To record a step takes no longer than what else stands between
-its kernels, so each is recorded when it first comes.
+every adapter is a bank's that can be (`Bank.recorded_sites`); others run layer by layer. Results are the same
+bit for bit: it is the same kernels in the same order. To record a step takes no longer than what else stands
+between its kernels, so each is recorded when it first comes.
 """
 
 from collections import OrderedDict
@@ -52,7 +52,7 @@ class StepBuffers:
         self.tables = arena.take("tables", none, (count, blocks))  # no more of a row than its length is read
         self.lengths, self.ahead = none.clone(), none.clone()
         self.affine, self.sublayer = (
-            [(bank, TokenSpans.held(count, bank.touched(trace))) for bank, trace in traces]
+            [(bank, TokenSpans.of_recorded_step(count, bank.touched(trace))) for bank, trace in traces]
             for traces in (need.affine, need.sublayer)
         )
         self.output = torch.empty(0)
@@ -68,7 +68,7 @@ class StepBuffers:
         for held, acting in ((self.affine, step.affine), (self.sublayer, step.sublayer)):
             own = dict(acting)
             for bank, rows in held:
-                rows.fill(own[bank])
+                rows.copy_from(own[bank])
 
 
 class RecordedSteps:
@@ -113,13 +113,13 @@ class RecordedSteps:
             own = []
             for bank, rows in acting:
                 mask = biased = 0
-                for slot in {span.slot for span in rows.few}:
-                    trace = bank.trace(slot)
+                for slot in {span.slot for span in rows.kernel_spans}:
+                    trace = bank.recorded_sites(slot)
                     if trace is None:
                         return None
                     mask |= trace.mask
                     biased |= trace.biased
-                if rows.many:
+                if rows.other_spans:
                     return None
                 own.append((bank, RecordedSites(mask, biased=biased)))
             traces.append(tuple(own))

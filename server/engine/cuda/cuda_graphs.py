@@ -3,7 +3,7 @@
 A step of Python and a thousand launches takes longer than an 8B model's weights take to be read; a replay is
 one call. What differs from step to step lies in tables at fixed addresses, which one copy fills (and a second
 brings tokens that the host does not know yet). Recorded are steps in which all rows decode and every adapter
-can be (`Bank.trace`); all others run as they come.
+can be (`Bank.recorded_sites`); all others run as they come.
 
 A step is recorded when its like has come AFTER times, which takes a few tenths of a second. Of the recorded
 steps that hold all that a batch needs, the one that holds least besides is replayed: launches for sites that
@@ -228,7 +228,7 @@ class DecodeGraphs:
             acting = 0
             for use, slot in zip(row.uses, row.slots, strict=True):
                 bank = self.step.banks[use.adapter.method]
-                trace = bank.trace(slot)
+                trace = bank.recorded_sites(slot)
                 if trace is None or use.weight != 1:
                     return None
                 if trace.mask:
@@ -246,7 +246,7 @@ class DecodeGraphs:
             (slot, i, i + 1)
             for i, row in enumerate(rows)
             for use, slot in zip(row.uses, row.slots, strict=True)
-            if self.step.banks[use.adapter.method] is bank and bank.trace(slot) != RecordedSites()
+            if self.step.banks[use.adapter.method] is bank and bank.recorded_sites(slot) != RecordedSites()
         ]
 
     def _record(self, variant: GraphSignature) -> bool:
@@ -273,7 +273,7 @@ class DecodeGraphs:
         acting: list[tuple[Bank, TokenSpans]] = []
         for i, (bank, trace) in enumerate(variant.traces):
             plan = BlockPlan(plans[2 * i], plans[2 * i + 1].view(-1, FIELDS), SMALL_BLOCK, trace.ranks)
-            acting.append((bank, TokenSpans.recorded(plan, bank.touched(trace), variant.rows)))
+            acting.append((bank, TokenSpans.of_graph(plan, bank.touched(trace), variant.rows)))
         step.affine, step.inputs, step.norm, step.sublayer = (
             [(bank, rows) for bank, rows in acting if bank.acts(hook, ())]
             for hook in ("affine", "inputs", "norm", "sublayer")

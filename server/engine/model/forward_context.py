@@ -38,14 +38,14 @@ class Spans:
         """Tokens [start, end) are this row's."""
         for use, slot in zip(row.uses, row.slots, strict=True):
             bank = banks[use.adapter.method]
-            if bank.leads and row.computed >= row.virtual:
+            if bank.virtual_tokens_only and row.computed >= row.virtual:
                 continue
             self.by_bank.setdefault(bank, []).append(Span(slot, start, end, use.weight))
 
     def acting(self, hook: str, count: int) -> list[tuple[Bank, TokenSpans]]:
         """Those of them that act through `hook`, which sees `count` tokens."""
         return [
-            (bank, TokenSpans(spans, bank.most, count))
+            (bank, TokenSpans(spans, bank.max_span, count))
             for bank, spans in self.by_bank.items()
             if bank.acts(hook, (span.slot for span in spans))
         ]

@@ -141,7 +141,7 @@ class AdapterModel(nn.Module):
             return TrainableAffineBank(*size)
         bank = self.blank.method.bank(*size)
         if isinstance(bank, BottleneckBank):
-            bank.fast = False  # kernels know no gradients
+            bank.use_kernels = False  # kernels know no gradients
         return bank
 
     @torch.no_grad()
