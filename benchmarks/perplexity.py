@@ -141,7 +141,7 @@ class Subject:
             ids, count = torch.tensor(example.tokens), len(example.tokens)
             self.step.lengths = [count]
             if self.bank:
-                self.step.affine = [(self.bank, TokenSpans([Span(1, 0, count)], self.bank.most))]
+                self.step.affine = [(self.bank, TokenSpans([Span(1, 0, count)], self.bank.max_span))]
             positions = torch.arange(count)[None]
             output = self.frozen.model(input_ids=ids[None], position_ids=positions, use_cache=False)
             own = F.cross_entropy(output.logits[0, :-1].float(), ids[1:], reduction="none")

@@ -13,6 +13,7 @@ from fastapi import FastAPI
 from server.api.app import build_app
 from server.api.http.connection import Connection
 from server.api.services import Services
+from server.base_model.tokenizer import forbid_torch
 from server.child_process import run_child
 from server.settings import Settings
 
@@ -106,6 +107,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m server.api")
     parser.add_argument("--fd", type=int, help="a listening socket to inherit, in place of host and port")
     fd: int | None = parser.parse_args().fd
+    forbid_torch()
     run_child("api", lambda settings: serve(build_app(settings), settings, fd))
 
 

@@ -1,8 +1,9 @@
-"""AdapterHub's adapter_config.json as a closed list of fields, for bottleneck adapters of any age.
+"""AdapterHub's files: adapter_config.json of bottleneck adapters, and adapter_interface.json.
 
-Written by the libraries `adapters` and, before it, adapter-transformers. As with PEFT's, a field is kept
-because it changes what the adapter computes, dropped because it cannot, or refused. Prediction heads lie in
-files of their own, which nothing here needs.
+The config is a closed list of fields, as PEFT's is (config_fields.py), in the versions that the libraries
+`adapters` and, before it, adapter-transformers wrote. The interface names the modules around which the
+library put the adapters; it must be the one that the engine serves. Prediction heads have their own files,
+not read.
 """
 
 from typing import Annotated, Any, Literal
@@ -13,7 +14,7 @@ from server.adapters.formats.config_fields import Fields, refused
 from server.adapters.formats.strict_json import strict_json
 from server.errors import InvalidAdapter, shown
 
-# Say how the adapter was made or trained, or qualify what must be off.
+# These say how the adapter was made or trained, or qualify features that must be off.
 DROPPED = frozenset({"config_id", "hidden_size", "model_class", "model_name", "name", "type"})
 DROPPED_OF_CONFIG = frozenset(
     {
@@ -38,7 +39,7 @@ DROPPED_OF_CONFIG = frozenset(
         "stochastic_depth",
     }
 )
-# Ask for another method, or for more than a bottleneck after a sub-block.
+# These ask for another method, or for more than a bottleneck after a sub-block.
 OFF = {
     "architecture": "it names another method",
     "cross_adapter": "it acts between an encoder and a decoder",
@@ -49,7 +50,7 @@ OFF = {
     "phm_layer": "its matrices are products of smaller ones",
     "use_gating": "a gate averages over tokens that are yet to come",
 }
-# Before configs carried a version, two names meant something else.
+# In configs without a version, these two names meant other functions.
 OLD_NON_LINEARITIES = {"gelu": "gelu_new", "gelu_orig": "gelu"}
 
 NonLinearity = Literal["relu", "silu", "gelu", "gelu_new", "tanh", "leakyrelu", "linear"]
@@ -59,7 +60,7 @@ LayerKey = Annotated[str, msgspec.Meta(pattern=r"\A(default|0|[1-9][0-9]{0,3})\Z
 
 
 class BottleneckConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What is kept of `config`. `original_*` and `residual_*` say where the residual stream is added."""
+    """The kept fields of `config`. `original_*` and `residual_*` say where the residual stream is added."""
 
     mh_adapter: bool
     output_adapter: bool
@@ -74,7 +75,7 @@ class BottleneckConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
 
     @property
     def input(self) -> Literal["output", "residual", "sum"]:
-        """What the adapter sees: the sub-block's output, the residual before it, or both added."""
+        """The adapter's input: the sub-block's output, the residual stream before it, or their sum."""
         if self.is_parallel:
             return "residual"
         return "sum" if self.original_ln_before else "output"
@@ -92,7 +93,7 @@ class BottleneckConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
 
 
 class HubConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What is kept of a file. `version` only tells that the names are today's."""
+    """The kept fields of a file. `version` marks that names are current ones."""
 
     model_type: Annotated[str, msgspec.Meta(max_length=64)]
     config: BottleneckConfig
@@ -104,15 +105,15 @@ CONFIG_FIELDS = Fields(BottleneckConfig, dropped=DROPPED_OF_CONFIG, empty=OFF)
 
 
 def hub_config(raw: dict[str, Any]) -> HubConfig:
-    """Accepts what AdapterHub wrote as well as what was kept of it. Raises InvalidAdapter by field."""
+    """Read a config as AdapterHub wrote it, or as it was kept. InvalidAdapter names the field."""
     inner = raw.get("config")
     if not isinstance(inner, dict):
         raise refused("config", inner, "it must be an object, not a name")
-    today = {
+    current = {
         "non_linearity": _non_linearity(inner.get("non_linearity"), is_old="version" not in raw),
         "leave_out": _layers(inner.get("leave_out")),
     }
-    config = CONFIG_FIELDS.read(inner | today)
+    config = CONFIG_FIELDS.read(inner | current)
     file = FILE_FIELDS.read(raw | {"config": msgspec.to_builtins(config), "version": "adapters"})
     assert isinstance(config, BottleneckConfig)
     assert isinstance(file, HubConfig)
@@ -121,7 +122,7 @@ def hub_config(raw: dict[str, Any]) -> HubConfig:
 
 
 def _non_linearity(value: Any, *, is_old: bool) -> Any:
-    """Today's name, one for each function."""
+    """The current name of the function; one name for each."""
     if not isinstance(value, str):
         return value
     name = (OLD_NON_LINEARITIES.get(value, value) if is_old else value).lower()
@@ -129,7 +130,7 @@ def _non_linearity(value: Any, *, is_old: bool) -> Any:
 
 
 def _layers(value: Any) -> Any:
-    """A list in no order stands for a set."""
+    """The layers as a sorted set: their order has no meaning."""
     if value is None:
         return []
     if not isinstance(value, list) or not all(type(layer) is int for layer in value):
@@ -138,7 +139,7 @@ def _layers(value: Any) -> Any:
 
 
 def _check_residuals(config: BottleneckConfig) -> None:
-    """The residual stream is added once: a config that adds it twice or never is a mistake somewhere."""
+    """Raises InvalidAdapter unless the fields add the residual stream exactly once."""
     if not config.mh_adapter and not config.output_adapter:
         raise refused("output_adapter", False, "it or mh_adapter must be true")
     around = config.residual_before_ln if config.input == "sum" else True
@@ -150,8 +151,8 @@ def _check_residuals(config: BottleneckConfig) -> None:
 INTERFACE_FILE = "adapter_interface.json"
 MAX_INTERFACE_BYTES = 64 << 10
 
-# What decides: the module whose output an adapter changes, the norm whose input is the residual, and the
-# norm that the library puts before an adapter.
+# The fields that matter: modules whose outputs an adapter changes, norms whose inputs are the residual, and
+# norms that the library applies before an adapter.
 PRE_NORM = {
     "layer_self_attn": "self_attn",
     "attn_o_proj": "o_proj",
@@ -170,7 +171,7 @@ EXPECTED = {"gemma2": SANDWICHED, "gemma3_text": SANDWICHED}
 
 
 def check_interface(data: bytes, model_type: str) -> None:
-    """Raises InvalidAdapter, by the field, if an adapter trained under it is not what the engine serves."""
+    """Raises InvalidAdapter if the interface is not the one that the engine serves for `model_type`."""
     file = strict_json(data, INTERFACE_FILE, MAX_INTERFACE_BYTES)
     interface: Any = file.get("interface")
     if file.get("model_type") != model_type or not isinstance(interface, dict):

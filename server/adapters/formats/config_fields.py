@@ -1,9 +1,8 @@
-"""A tenant's config as a closed list of fields. Nothing of it is run, imported, fetched or compiled.
+"""An uploaded config as a closed list of fields. Nothing in it is run, imported, fetched or compiled.
 
-A field is kept because it changes what the adapter computes, is dropped because it cannot, or must ask for
-nothing because what it asks for is not served. Libraries add fields with every release: one in no list is
-dropped while it asks for nothing, and refused as soon as it asks for something, since to ignore that would
-change outputs.
+A field is kept if it changes what the adapter computes, and dropped if it cannot; one that asks for something
+not served must be empty. Libraries add fields with every release: an unknown field is dropped if it is empty
+and refused otherwise, since ignoring it could change outputs.
 """
 
 import re
@@ -17,7 +16,7 @@ import msgspec
 from server.errors import InvalidAdapter, shown
 
 FILE = "adapter_config.json"
-CLIP = 100  # characters of each end of a long explanation
+CLIPPED_END = 100  # characters kept of each end of a long message
 
 MODULE_NAME = r"\A[A-Za-z0-9_.-]{1,256}\Z"
 ModuleName = Annotated[str, msgspec.Meta(pattern=MODULE_NAME)]
@@ -27,29 +26,29 @@ NO_SAVED_MODULES = {"modules_to_save": "whole modules of the base cannot be repl
 
 
 class OneOf(NamedTuple):
-    """The values that a field may have, and why any other would change outputs."""
+    """The allowed values of a field, and why any other would change outputs."""
 
     values: tuple[object, ...]
     reason: str
 
     def allows(self, value: object) -> bool:
-        """JSON's types are told apart: 1 is not true."""
+        """Whether `value` is one of them, of the same JSON type: 1 is not true."""
         return any(type(value) is type(one) and value == one for one in self.values)
 
 
 @dataclass(frozen=True)
 class Fields:
-    """Every field that one type of adapter may have."""
+    """The fields that one type of adapter may have."""
 
     kept: type[msgspec.Struct]  # frozen, forbids unknown fields
-    dropped: frozenset[str] = frozenset()  # says how the adapter was made, or where from
-    empty: Mapping[str, str] = field(default_factory=dict)  # asks for what is not served: why that matters
+    dropped: frozenset[str] = frozenset()  # says how the adapter was made, or where it comes from
+    empty: Mapping[str, str] = field(default_factory=dict)  # must be empty; name -> why
     one_of: Mapping[str, OneOf] = field(default_factory=dict)
-    modules: tuple[str, ...] = ()  # kept: names of modules, in no order
-    pairs: tuple[str, ...] = ()  # kept: a mapping whose order decides
+    modules: tuple[str, ...] = ()  # kept; sets of module names
+    pairs: tuple[str, ...] = ()  # kept; mappings whose order matters
 
     def read(self, config: dict[str, Any]) -> msgspec.Struct:
-        """Accepts what a library wrote as well as what `kept` encodes to. Raises InvalidAdapter by field."""
+        """Read a config as a library wrote it, or as `kept` encodes. InvalidAdapter names the field."""
         kept = {name: value for name, value in config.items() if self._is_kept(name, value)}
         for name in self.pairs:
             if isinstance(kept.get(name), dict):
@@ -59,7 +58,7 @@ class Fields:
         for name in self.modules:
             kept[name] = _modules(name, kept.get(name))
         for name in _flags(self.kept) & kept.keys():
-            if kept[name] is None:  # which the libraries' own code takes for false
+            if kept[name] is None:  # the libraries treat null as false
                 kept[name] = False
         try:
             return msgspec.convert(kept, self.kept)
@@ -67,7 +66,7 @@ class Fields:
             raise InvalidAdapter(f"{FILE}: {_clipped(str(error))}.", param="adapter_config") from error
 
     def _is_kept(self, name: str, value: Any) -> bool:
-        """False for a field to drop; raises for one that must not be there, or not so."""
+        """Whether to keep the field, or drop it. Raises InvalidAdapter if the value is not served."""
         if (one_of := self.one_of.get(name)) and not one_of.allows(value):
             allowed = " or ".join(map(_json, one_of.values))
             raise refused(name, value, f"it must be {allowed}: {one_of.reason}")
@@ -85,7 +84,7 @@ class Fields:
 
 
 def asks_for_nothing(value: object) -> bool:
-    """Whether a field with this value asks as little as one that is not there."""
+    """Whether a field with this value is as good as absent."""
     return value is None or value is False or value in ("", [], {})
 
 
@@ -94,10 +93,10 @@ def refused(name: str, value: object, rule: str) -> InvalidAdapter:
 
 
 def _modules(name: str, value: Any) -> list[str] | None:
-    """A list in no order stands for a set; what no module can be called names none.
+    """Module names, sorted and without impossible ones; None for null and for an expression.
 
-    A string is an expression that chose the modules when training began. It is not evaluated: which modules
-    were trained, the tensors say.
+    An expression (a string) chose the modules when training started. It is not evaluated: the tensors show
+    which modules were trained.
     """
     if value is None or isinstance(value, str):
         return None
@@ -108,14 +107,16 @@ def _modules(name: str, value: Any) -> list[str] | None:
 
 @cache
 def _flags(kind: type[msgspec.Struct]) -> frozenset[str]:
-    """The fields that are true or false."""
+    """The names of boolean fields."""
     return frozenset(found.name for found in msgspec.structs.fields(kind) if found.type is bool)
 
 
 def _clipped(text: str) -> str:
-    """msgspec's own words, which quote whatever came and end with where it stands."""
+    """A message of msgspec's, which quotes the input and ends with its path, as short ASCII."""
     escaped = ascii(text)[1:-1]
-    return escaped if len(escaped) <= 2 * CLIP else f"{escaped[:CLIP]}...{escaped[-CLIP:]}"
+    return (
+        escaped if len(escaped) <= 2 * CLIPPED_END else f"{escaped[:CLIPPED_END]}...{escaped[-CLIPPED_END:]}"
+    )
 
 
 def _json(value: object) -> str:

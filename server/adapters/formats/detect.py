@@ -1,4 +1,4 @@
-"""Which library wrote an adapter_config.json, and so which method serves it."""
+"""Detects which library wrote an adapter_config.json, and which method serves it."""
 
 from typing import Any
 
@@ -13,9 +13,9 @@ MAX_BYTES = peft.MAX_BYTES
 
 
 def read_config(data: bytes) -> dict[str, Any]:
-    """An uploaded config as what is kept of it: equal adapters give equal dicts.
+    """The kept fields of an uploaded config; equal adapters give equal dicts.
 
-    Raises InvalidAdapter whose `param` is the field, and TooLarge.
+    Raises InvalidAdapter with the field as param, and TooLarge.
     """
     raw = strict_json(data, FILE, MAX_BYTES)
     if not _is_hub(raw):
@@ -24,10 +24,10 @@ def read_config(data: bytes) -> dict[str, Any]:
 
 
 def method_of(config: dict[str, Any]) -> str:
-    """The method that serves a config of ours."""
+    """The method that serves a config returned by `read_config`."""
     return "bottleneck" if _is_hub(config) else peft.method_of(config)
 
 
 def _is_hub(config: dict[str, Any]) -> bool:
-    """PEFT always writes its type at the top; AdapterHub nests what it says of the method."""
+    """PEFT always writes `peft_type` at the top level; AdapterHub nests the method's fields in `config`."""
     return "peft_type" not in config and {"config", "model_type"} <= config.keys()

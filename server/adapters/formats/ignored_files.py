@@ -1,4 +1,4 @@
-"""Files that libraries save beside an adapter: what the server makes of them, which is nothing, and why."""
+"""Files that libraries save beside an adapter and the server ignores, with the reason for each."""
 
 from collections.abc import Iterable
 
@@ -32,12 +32,12 @@ CHANGES_PROMPTS = frozenset({_TOKENIZER, _TEMPLATE})
 
 
 def why_ignored(name: str) -> str | None:
-    """Why a file of this name is read by nobody; None if it is none that lies beside adapters."""
-    found = _REASONS.get(name)
-    return found or next((why for ending, why in _BY_ENDING.items() if name.endswith(ending)), None)
+    """Why a file of this name is ignored; None if it is not a known file of this kind."""
+    reason = _REASONS.get(name)
+    return reason or next((why for ending, why in _BY_ENDING.items() if name.endswith(ending)), None)
 
 
 def ignored(names: Iterable[str]) -> list[dict[str, str]]:
-    """Of these files those that are ignored, each once, as {"file", "reason"}."""
+    """Those of the files that are ignored, each once, as {"file", "reason"}."""
     reasons = {name: why for name in names if (why := why_ignored(name))}
     return [{"file": name, "reason": why} for name, why in reasons.items()]

@@ -1,14 +1,14 @@
-"""PEFT's rank_pattern and alpha_pattern keys: regular expressions, matched without an engine for them.
+"""PEFT's rank_pattern and alpha_pattern keys: a subset of regular expressions, matched in linear time.
 
-PEFT asks `re.match(r"(.*\\.)?(KEY)$", module)`. A tenant's regular expression can take exponential time, so
-only what people write is understood, and it is matched in one pass over the name, whatever the key:
+PEFT evaluates `re.match(r"(.*\\.)?(KEY)$", module)`. An uploaded expression could take exponential time, so
+only this subset is read, and a key is matched in one pass over the name:
 
     x        itself: letters, digits, _ and -       \\.        a dot
     .        any one character                       \\d [0-9]  one digit, or with + several
     .* .+    any characters                          [qkv]     one of these; ranges, too
     (a|b)    one or the other, of anything here      ^ ... $   at the ends only
 
-A key with alternatives is written out: `layers.(0|1).[qk]_proj` stands for two without them.
+A key with alternatives is expanded: `layers.(0|1).[qk]_proj` becomes two keys.
 """
 
 from string import ascii_letters, digits
@@ -17,28 +17,28 @@ from server.errors import InvalidAdapter, shown
 
 MAX_KEY = 256  # characters
 MAX_ALTERNATIVES = 256  # of a key
-MAX_DEPTH = 8  # of brackets in each other
-MAX_KEYS = 1024  # written out
-MAX_WILD = 64  # of them, with * or +
+MAX_DEPTH = 8  # of nested brackets
+MAX_KEYS = 1024  # after expansion
+MAX_WILD = 64  # of these, with * or +
 LITERALS = frozenset(ascii_letters + digits + "_-")
 ANY = "any"
 QUANTIFIERS = ("*", "+", "?", "{")
 
-Step = tuple[str, str]  # what it takes: ANY or these characters; "", "*" or "+"
+Step = tuple[str, str]  # (ANY or the characters it accepts, "" or "*" or "+")
 START, END = ("^", ""), ("$", "")
 
 
 class Chain:
-    """A key without alternatives. Bit i of a mask is about step i: what it takes, whether it repeats."""
+    """A key without alternatives, as bit masks over its steps: which accept a character, which repeat."""
 
     def __init__(self, steps: list[Step]) -> None:
-        """Raises _UnknownError for an anchor that is not at its end."""
+        """Raises _UnknownError for ^ that is not first or $ that is not last."""
         self.from_start = steps[:1] == [START]
         inner = steps[self.from_start : len(steps) - (steps[-1:] == [END])]
         if START in inner or END in inner:
             raise _UnknownError
         self.size = 0
-        self.takes: dict[str, int] = {}  # by ANY or the character
+        self.takes: dict[str, int] = {}  # ANY or a character -> steps that accept it
         self.repeats = 0
         self.optional = 0
         for kind, repeat in inner:
@@ -49,7 +49,7 @@ class Chain:
         return self.repeats != 0
 
     def matches(self, name: str) -> bool:
-        """Whether PEFT's expression would. One pass: `reached` is the set of steps that may come next."""
+        """Whether PEFT's expression matches. One pass; `reached` is the set of steps that may come next."""
         if not self.is_wild:  # the usual key: a module's name, or its end
             start = len(name) - self.size
             begins = start == 0 or (start > 0 and name[start - 1] == "." and not self.from_start)
@@ -59,13 +59,13 @@ class Chain:
             taken = self._skip(reached) & self._takers(character)
             reached = taken << 1 | taken & self.repeats
             if character == "." and not self.from_start:
-                reached |= 1  # the key may begin anew behind a dot
+                reached |= 1  # the key may start after any dot
         return bool(self._skip(reached) >> self.size & 1)
 
     def _append(self, kind: str, repeat: str) -> None:
         step = 1 << self.size
         if repeat == "*" and self.optional & step >> 1:
-            return  # ".*.*" is ".*": so that no two optional steps stand together
+            return  # ".*.*" is ".*": two adjacent optional steps would need more than one skip
         for taken in [ANY] if kind == ANY else kind:
             self.takes[taken] = self.takes.get(taken, 0) | step
         self.repeats |= step if repeat else 0
@@ -80,10 +80,10 @@ class Chain:
 
 
 class Pattern:
-    """One key: the chains that it stands for."""
+    """One key, as the chains it expands to."""
 
     def __init__(self, key: str, field: str) -> None:
-        """Raises InvalidAdapter for a key that uses more of the regular expressions than this."""
+        """Raises InvalidAdapter for a key outside of the subset."""
         if not 0 < len(key) <= MAX_KEY:
             raise InvalidAdapter(
                 f"{field} has a key of {len(key)} characters; it must have 1 to {MAX_KEY}.", param=field
@@ -103,7 +103,7 @@ class Pattern:
 
 
 class Patterns:
-    """A whole rank_pattern or alpha_pattern, as (key, value) pairs in the order they were written."""
+    """A rank_pattern or alpha_pattern as pairs (key, value). Raises InvalidAdapter for too many."""
 
     def __init__(self, pairs: list[tuple[str, float]], field: str) -> None:
         self._pairs: list[tuple[Pattern, float]] = []
@@ -126,11 +126,11 @@ class Patterns:
 
 
 class _UnknownError(ValueError):
-    """The key uses more of the regular expressions than is understood."""
+    """The key is outside of the subset."""
 
 
 class _Reader:
-    """Reads a key from left to right; each of its methods gives all that a part of it stands for."""
+    """Parses a key from left to right. Each method returns all expansions of the part it reads."""
 
     def __init__(self, key: str) -> None:
         self.rest = key

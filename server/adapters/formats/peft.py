@@ -1,4 +1,4 @@
-"""PEFT's adapter_config.json, and ours in its manner: which types are read, and by which method served."""
+"""PEFT's adapter_config.json, and our own types in its format, with the method that serves each."""
 
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -32,7 +32,7 @@ TYPES: dict[str, tuple[str, Fields]] = {
     "IA3": ("ia3", IA3),
     "LN_TUNING": ("ln_tuning", LN_TUNING),
 }
-# What every config of PEFT's has; `runtime_config` is of its process, and old versions saved it.
+# In every config of PEFT; old versions also saved the `runtime_config` of their process.
 COMMON_DROPPED = frozenset(
     {
         "auto_mapping",
@@ -43,7 +43,7 @@ COMMON_DROPPED = frozenset(
         "runtime_config",
     }
 )
-# FEATURE_EXTRACTION: around a causal model PEFT computes the same; some libraries write it for those.
+# FEATURE_EXTRACTION: some libraries write it for causal models, for which PEFT computes the same.
 COMMON_ONE_OF = {
     "task_type": OneOf(
         (None, "CAUSAL_LM", "FEATURE_EXTRACTION"), "an adapter for another task has a head that is not served"
@@ -55,25 +55,25 @@ Config = TypeVar("Config", bound=msgspec.Struct)
 
 
 def read_config(data: bytes) -> dict[str, Any]:
-    """An uploaded adapter_config.json as what is kept of it: equal adapters give equal dicts.
+    """The kept fields of an uploaded adapter_config.json; equal adapters give equal dicts.
 
-    Raises InvalidAdapter whose `param` is the field.
+    Raises InvalidAdapter with the field as param, and TooLarge.
     """
     config = _typed(strict_json(data, FILE, MAX_BYTES))
     return msgspec.json.decode(msgspec.json.encode(config), type=dict[str, Any])
 
 
 def method_of(config: dict[str, Any]) -> str:
-    """The method that serves a config of ours."""
+    """The method that serves a config returned by `read_config`."""
     return TYPES[config["peft_type"]][0]
 
 
 def typed_config(config: dict[str, Any], kind: type[Config]) -> Config:
-    """A config of this kind. Accepts what PEFT wrote as well as what `read_config` made of it."""
-    found = _typed(config)
-    if not isinstance(found, kind):
+    """The config as a `kind`, from what PEFT wrote or `read_config` returned. Raises InvalidAdapter."""
+    typed = _typed(config)
+    if not isinstance(typed, kind):
         raise InvalidAdapter(f"{FILE} has another peft_type than its method.", param="peft_type")
-    return found
+    return typed
 
 
 def _typed(config: dict[str, Any]) -> msgspec.Struct:
@@ -87,7 +87,7 @@ def _typed(config: dict[str, Any]) -> msgspec.Struct:
     if not isinstance(peft_type, str) or peft_type not in TYPES:
         raise refused("peft_type", peft_type, f"it must be {' or '.join(TYPES)}")
     _, fields = TYPES[peft_type]
-    whole = replace(
+    all_fields = replace(
         fields, dropped=fields.dropped | COMMON_DROPPED, one_of={**fields.one_of, **COMMON_ONE_OF}
     )
-    return whole.read(config)
+    return all_fields.read(config)

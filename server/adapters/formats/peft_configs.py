@@ -1,4 +1,8 @@
-"""PEFT's LoRA config. Kept as pairs are the patterns, whose order decides."""
+"""The fields of each adapter config: one struct with the kept fields and one Fields rule for each peft_type.
+
+LoRA (whose patterns are kept as pairs, since their order decides), BitFit, BEFT, IA3, LN_TUNING, prefix
+tuning, prompt tuning and P-tuning. peft.py has the table of types.
+"""
 
 from typing import Annotated, Literal
 
@@ -30,7 +34,8 @@ class LoraConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
 
 
 BIASES = OneOf(("none", "all", "lora_only"), "it says which biases of the base were trained")
-# They changed the base as training began. Converted as the sentence says, an adapter's init is true.
+# Other inits changed the base's weights when training started. After the conversion that the reason names,
+# init_lora_weights is true.
 INIT = OneOf(
     (True, False, None, "gaussian", "orthogonal", "eva", "mica"),
     "others change the base's weights as training starts, so these matrices alone are not the change; save "
@@ -38,7 +43,7 @@ INIT = OneOf(
 )
 LORA = Fields(
     LoraConfig,
-    # Of the settings of inits, `init_lora_weights` alone says whether the base was changed.
+    # Of the fields about initialisation, only `init_lora_weights` says whether the base was changed.
     dropped=frozenset(
         {
             "corda_config",
@@ -53,7 +58,7 @@ LORA = Fields(
             "qalora_group_size",
         }
     ),
-    # Ask for another forward pass, another base, or code; or are served by no method yet.
+    # These ask for another forward pass, another base or code, or are not served yet.
     empty={
         "alora_invocation_tokens": "the matrices would act from these tokens on only",
         "arrow_config": "it routes each token to adapters of its own",
@@ -86,7 +91,7 @@ class BeftConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
 
 
 class Ia3Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """`feedforward_modules`: those whose inputs are scaled, not their outputs."""
+    """`feedforward_modules`: the modules whose inputs are scaled instead of their outputs."""
 
     peft_type: Literal["IA3"]
     target_modules: Modules | None = None

@@ -1,9 +1,9 @@
-"""Weights in torch's pickle format, converted to safetensors in a child process that can do nothing else.
+"""Converts weights in torch's pickle format to safetensors, in a sandboxed child process.
 
-What the child does is in pickle_sandbox_child.py. It has no environment, no arguments from tenants, no file
-but its standard input and output; limits on memory, processor time and file sizes; and no network where the
-system lets an unprivileged process give it up (user namespaces; elsewhere torch's weights_only unpickler and
-the limits are what stands). Its result is then read as suspiciously as any upload.
+The child (pickle_sandbox_child.py) has no environment, no arguments from tenants, and no file but its
+standard input and output. Its memory, processor time and file sizes are limited. It has no network where the
+system lets an unprivileged process give it up (user namespaces); elsewhere the limits and torch's
+weights_only unpickler are the protection. Its output is checked like any upload.
 """
 
 import subprocess
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from server.errors import InvalidAdapter
 
-# What AdapterHub and PEFT call theirs -> what the converted file is called.
+# Names of AdapterHub's and PEFT's pickle files -> names of the converted files.
 PICKLES = {
     "pytorch_adapter.bin": "adapter.safetensors",
     "adapter_model.bin": "adapter_model.safetensors",
@@ -22,7 +22,7 @@ PROGRAM = Path(__file__).with_name("pickle_sandbox_child.py")
 
 
 def convert_pickle(source: Path, destination: Path, *, seconds: int = SECONDS) -> None:
-    """Blocking. Raises InvalidAdapter if the file is no plain dictionary of tensors, or takes too long."""
+    """Convert a file; blocking. Raises InvalidAdapter if it is no dictionary of tensors, or is slow."""
     command = [sys.executable, "-I", "-B", str(PROGRAM), str(seconds)]
     with source.open("rb") as pickled, destination.open("wb") as converted:
         try:

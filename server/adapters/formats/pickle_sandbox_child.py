@@ -1,9 +1,9 @@
-"""The inside of the sandbox: a torch pickle on stdin becomes safetensors on stdout, or exit status 1.
+"""The sandboxed program: reads a torch pickle from stdin, writes safetensors to stdout, or exits with status
+1.
 
-A program, run by `pickle_sandbox.py` with `python -I`; imports nothing of ours. It takes from itself what it
-will not need before it looks at the first byte. Only plain tensors are let through: torch's weights_only
-unpickler builds nothing else, and what is odd about a tensor (sparse, quantised, larger than the file) is
-refused.
+pickle_sandbox.py runs it with `python -I`; it imports nothing of ours. It gives up its rights before it reads
+the first byte. torch's weights_only unpickler builds nothing but tensors, and unusual ones (sparse,
+quantised, larger than the file) are refused.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ def main() -> None:
     torch.set_num_threads(1)
     rehearsal = io.BytesIO()
     torch.save({"": torch.zeros(1)}, rehearsal)
-    convert(rehearsal, len(rehearsal.getvalue()))  # all that is imported late is imported now
+    convert(rehearsal, len(rehearsal.getvalue()))  # all late imports happen here, before the limits
     size = os.fstat(sys.stdin.fileno()).st_size
     limit(size, cpu_seconds=int(sys.argv[1]))
     sys.stdout.buffer.write(convert(sys.stdin.buffer, size))
@@ -39,15 +39,15 @@ def convert(file: BinaryIO, size: int) -> bytes:
     from safetensors.torch import save
 
     file.seek(0)
-    found = torch.load(file, map_location="cpu", weights_only=True)
-    if not isinstance(found, dict) or not found:
+    tensors = torch.load(file, map_location="cpu", weights_only=True)
+    if not isinstance(tensors, dict) or not tensors:
         raise ValueError("not a dictionary of tensors")
-    if not all(isinstance(name, str) and plain(tensor) for name, tensor in found.items()):
+    if not all(isinstance(name, str) and plain(tensor) for name, tensor in tensors.items()):
         raise ValueError("not all plain tensors")
-    if sum(tensor.numel() * tensor.element_size() for tensor in found.values()) > 2 * size:
+    if sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()) > 2 * size:
         raise ValueError("larger than its file")
-    # clones: two names for one storage are legal in a pickle and not in safetensors
-    return save({name: tensor.detach().contiguous().clone() for name, tensor in found.items()})
+    # clones: a pickle may have two names for one storage, safetensors may not
+    return save({name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()})
 
 
 def plain(tensor: object) -> bool:
@@ -59,7 +59,7 @@ def plain(tensor: object) -> bool:
 
 
 def leave_network() -> None:
-    """An empty network of its own, where the system lets an ordinary process have one; and no new rights."""
+    """Enter an empty network namespace, where an unprivileged process may; forbid new privileges."""
     libc = ctypes.CDLL(None, use_errno=True)
     with contextlib.suppress(AttributeError):  # not Linux
         libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
@@ -68,15 +68,15 @@ def leave_network() -> None:
 
 
 def limit(size: int, cpu_seconds: int) -> None:
-    """Memory for a few copies of the file, some seconds, no file to open, and no process to start."""
-    if sys.platform == "linux":  # elsewhere nobody says, or heeds, how much it is
+    """Limit memory to a few copies of the file, and processor time; forbid new files and processes."""
+    if sys.platform == "linux":  # elsewhere the size is not known, or the limit not enforced
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         room = pages * resource.getpagesize() + ROOM_BYTES + 8 * size
         resource.setrlimit(resource.RLIMIT_AS, (room, room))
     resource.setrlimit(resource.RLIMIT_CPU, (cpu_seconds, cpu_seconds))
     resource.setrlimit(resource.RLIMIT_FSIZE, (2 * size + (8 << 20), 2 * size + (8 << 20)))
-    for nothing in (resource.RLIMIT_CORE, resource.RLIMIT_NOFILE, resource.RLIMIT_NPROC):
-        resource.setrlimit(nothing, (0, 0))
+    for kind in (resource.RLIMIT_CORE, resource.RLIMIT_NOFILE, resource.RLIMIT_NPROC):
+        resource.setrlimit(kind, (0, 0))
 
 
 if __name__ == "__main__":
@@ -85,4 +85,4 @@ if __name__ == "__main__":
         main()
         status = 0
     finally:
-        os._exit(status)  # nothing of what was read gets to run a destructor, or to say a word
+        os._exit(status)  # no destructor of what was read runs, and nothing is printed

@@ -1,8 +1,9 @@
-"""Safetensors, read more strictly than its library does. Knows no method and no base.
+"""A reader of safetensors headers, stricter than the library's. Knows no method and no base.
 
     [8 bytes: n, little-endian] [n bytes: JSON header] [tensors, back to back, to the end of the file]
 
-The header is read and checked without the tensors and without torch: the API holds none.
+The header is read without the tensors and without torch, neither of which the API has. tensors.py makes the
+tensors.
 """
 
 import math
@@ -18,9 +19,9 @@ MAX_NAME = 256
 MAX_DIMS = 8
 WHAT = "The safetensors header"
 
-# How other files begin. Asked only once the beginning has turned out not to be safetensors: a header of
-# 640 bytes begins like a pickle too.
-FOREIGN = {
+# First bytes of other kinds of files. Compared only if the file is no safetensors: its header may begin with
+# the same bytes (a length of 640 looks like a pickle).
+FOREIGN_MAGICS = {
     "a pickle": (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"\x93NUMPY"),
     "a zip archive": (b"PK",),
     "gzip data": (b"\x1f\x8b",),
@@ -68,7 +69,7 @@ def read_header(
 
 
 def _info(name: str, entry: Any, data: int) -> TensorInfo:
-    """`data`: where in the file the tensors begin."""
+    """One entry of the header. `data`: offset in the file at which the tensors begin."""
     if not 0 < len(name) <= MAX_NAME or not name.isascii() or not name.isprintable():
         raise _invalid(f"names a tensor {shown(name)}; a name has 1 to {MAX_NAME} ASCII characters")
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
@@ -87,7 +88,10 @@ def _info(name: str, entry: Any, data: int) -> TensorInfo:
 
 
 def _check_layout(infos: dict[str, TensorInfo], data: int, size: int) -> None:
-    """The tensors fill [data, size): an overlap would alias, a hole or a tail could hold another file."""
+    """Raises InvalidAdapter unless the tensors fill [data, size) without overlap or hole.
+
+    Overlapping tensors would alias; a hole or a tail could hold another file.
+    """
     position = data
     for name, info in sorted(infos.items(), key=lambda item: item[1].begin):
         if info.begin != position:
@@ -100,7 +104,7 @@ def _check_layout(infos: dict[str, TensorInfo], data: int, size: int) -> None:
 
 
 def _check_metadata(metadata: Any) -> None:
-    """Free text that nothing here reads; it only has to be text."""
+    """Raises InvalidAdapter unless all metadata is text. Nothing reads it."""
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise _invalid("must hold text alone in __metadata__")
 
@@ -110,7 +114,7 @@ def _integers(value: Any) -> bool:
 
 
 def _refuse_foreign(start: bytes) -> None:
-    for kind, magics in FOREIGN.items():
+    for kind, magics in FOREIGN_MAGICS.items():
         if start.startswith(magics):
             raise UnsupportedMedia(f"The file is {kind}, not safetensors.", param="files")
     if start[TAR_OFFSET:].startswith(TAR_MAGIC):

@@ -1,4 +1,4 @@
-"""JSON from tenants, read strictly: UTF-8, no duplicate keys, no NaN, no depth that could exhaust a stack.
+"""A strict reader of uploaded JSON: UTF-8, no duplicate keys, no NaN, bounded depth.
 
 A byte order mark, which editors on Windows write, is skipped.
 """
@@ -8,16 +8,16 @@ from typing import Any
 
 from server.errors import InvalidAdapter, TooLarge, shown
 
-MAX_DEPTH = 32  # of lists and objects in each other; what libraries write has 3
+MAX_DEPTH = 32  # of nested lists and objects; configs of the libraries have 3
 
 
 def strict_json(data: bytes, what: str, max_bytes: int) -> dict[str, Any]:
-    """The JSON object in `data`. `what` names it in messages: "adapter_config.json"."""
+    """The JSON object in `data`; `what` names it in error messages. Raises InvalidAdapter, TooLarge."""
     if len(data) > max_bytes:
         raise TooLarge(f"{what} has {len(data)} bytes, more than {max_bytes}.", param="files")
     try:
         value = json.loads(data.decode("utf-8-sig"), object_pairs_hook=_unique, parse_constant=_no_constant)
-        if b"\\u" in data:  # an escape can name half a character, which no message could carry
+        if b"\\u" in data:  # an escape can be half of a surrogate pair, which no message could encode
             json.dumps(value, ensure_ascii=False).encode()
     except UnicodeError as error:
         raise InvalidAdapter(f"{what} is not UTF-8.", param="files") from error
@@ -35,7 +35,7 @@ def strict_json(data: bytes, what: str, max_bytes: int) -> dict[str, Any]:
 
 
 def _is_deep(value: Any) -> bool:
-    """Whether lists and objects lie deeper in each other than MAX_DEPTH."""
+    """Whether lists and objects are nested deeper than MAX_DEPTH."""
     level = [value]
     for _ in range(MAX_DEPTH):
         objects = [list(item.values()) for item in level if isinstance(item, dict)]
@@ -45,7 +45,7 @@ def _is_deep(value: Any) -> bool:
 
 
 class _RefusedError(ValueError):
-    """Says in a few words what the parser itself would have let through."""
+    """Input that the parser itself would accept; the message completes "WHAT ..."."""
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

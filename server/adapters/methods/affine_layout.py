@@ -1,8 +1,9 @@
-"""What the layout of an affine adapter comes to.
+"""What an affine adapter does at each site, and where its tensors lie in its flat buffer.
 
-A LoRA has hundreds of pieces, and to look at each takes the engine's thread a millisecond or more, each time
-an adapter comes into a slot. The loader gives one layout to all that were made alike (parse_cache.py), and
-what that comes to is remembered.
+AffineDelta is the change at one site, TensorPiece one tensor in a buffer, and SlotLayout the offsets and site
+masks of a list of pieces. A LoRA has hundreds of pieces, and going through them takes a millisecond or more
+of the engine's thread whenever an adapter enters a slot. The loader gives the same list to all adapters that
+were made alike (parse_cache.py), so SlotLayouts keeps the last layouts by the list's identity.
 """
 
 from collections import OrderedDict
@@ -24,13 +25,12 @@ from server.kernels.site_table import SiteTable
 
 @dataclass(frozen=True)
 class AffineDelta:
-    """What an adapter does at one site; absent parts do nothing.
+    """The change at one site; absent parts change nothing.
 
-    a [r, in] (of an embedding [vocabulary, r], so that a token's row is contiguous), b [r, out],
-    gain [out], bias [out]. scale [in], upon the inputs, is for banks that have the hook for it.
-    norm [1 or 2, out]: a norm's own weight, and its bias if it has one, in the place of the base's.
-    Until it is packed b may lack a `factor`; in a bank all scalings are folded in. Matrices may be narrower
-    than what they are multiplied with.
+    a [r, in] (of an embedding [vocabulary, r], so that a token's row is contiguous), b [r, out], gain [out],
+    bias [out]. scale [in] multiplies the inputs, in banks with the hook `inputs`. norm [1 or 2, out]: a
+    weight, and a bias if the norm has one, that replace the base's. `factor` is still to be multiplied into b
+    when it is packed; in a bank it is 1. Matrices may have fewer bits than the inputs and outputs.
     """
 
     site: str
@@ -44,11 +44,11 @@ class AffineDelta:
 
 
 COLUMN = {"a": 0, "b": 1, "gain": kernel.GAIN, "bias": kernel.BIAS}
-MAX_LAYOUTS = 64  # layouts
+MAX_LAYOUTS = 64  # kept in a bank
 
 
-class TensorPiece(msgspec.Struct, frozen=True, gc=False):  # by the hundred thousand, and no cycle
-    """One tensor of a change; in the flat buffer they lie back to back, in order."""
+class TensorPiece(msgspec.Struct, frozen=True, gc=False):  # hundreds of thousands, and never in a cycle
+    """One tensor of a delta. The pieces of a layout lie in the flat buffer back to back, in order."""
 
     site: str
     part: str
@@ -56,13 +56,14 @@ class TensorPiece(msgspec.Struct, frozen=True, gc=False):  # by the hundred thou
 
 
 class SlotLayout:
-    """`ways`: how each site is changed. `mask`: bits of these sites; `biased`: of those by a bias alone.
+    """Offsets of pieces in a buffer of numbers of `item` bytes, and the sites that they change.
 
-    `norms`: the norms that have other parameters, and are in none of these.
+    `ways`: site -> BIAS, SCALE or MATRICES. `mask`: bits of these sites in the table; `biased`: of those with
+    BIAS. `norms`: norms whose parameters are replaced, which are in none of these.
     """
 
     def __init__(self, layout: list[TensorPiece], table: SiteTable, item: int) -> None:
-        self.layout = layout  # held, so that nothing else gets its id
+        self.layout = layout  # kept alive, so that no other list gets its id
         parts: dict[str, set[str]] = {}
         self.rank, begin = 0, 0
         offsets = np.zeros((len(table.names), kernel.COLUMNS), dtype=np.int64)
@@ -78,59 +79,59 @@ class SlotLayout:
             begin += prod(piece.shape)
         self._offsets, self._present = torch.from_numpy(offsets), torch.from_numpy(present)
         assert self.rank <= MAX_RANK, f"rank {self.rank} is over the kernel's scratch"
-        self.norms = frozenset(site for site, own in parts.items() if "norm" in own)
-        self.ways = {site: _way(own) for site, own in parts.items() if site not in self.norms}
+        self.norms = frozenset(site for site, names in parts.items() if "norm" in names)
+        self.ways = {site: _way(names) for site, names in parts.items() if site not in self.norms}
         self.mask = table.mask(self.ways)
         self.biased = table.mask(site for site, way in self.ways.items() if way == BIAS)
 
     def rows(self, address: int) -> torch.Tensor:
-        """The table's, int64 [sites, COLUMNS], of a buffer that begins there."""
+        """Rows of the site table, int64 [sites, COLUMNS], for a buffer at this address."""
         return self._offsets + self._present * address
 
 
 class SlotLayouts:
-    """Of a bank's adapters; those of the last layouts are remembered."""
+    """The last MAX_LAYOUTS layouts of a bank, by the identity of their lists."""
 
     def __init__(self, table: SiteTable) -> None:
         self.table = table
         self._known: OrderedDict[tuple[int, int], SlotLayout] = OrderedDict()
 
     def of(self, layout: list[TensorPiece], item: int) -> SlotLayout:
-        """Of a buffer of numbers of `item` bytes."""
+        """The layout of a buffer of numbers of `item` bytes."""
         key = (id(layout), item)
-        found = self._known.get(key)
-        if found is None:
-            found = self._known[key] = SlotLayout(layout, self.table, item)
+        known = self._known.get(key)
+        if known is None:
+            known = self._known[key] = SlotLayout(layout, self.table, item)
             if len(self._known) > MAX_LAYOUTS:
                 self._known.popitem(last=False)
         self._known.move_to_end(key)
-        return found
+        return known
 
 
 class LoadedSlot:
-    """An adapter in a slot."""
+    """An adapter in a slot: its buffer, layout and, for code that runs without tables, its deltas."""
 
-    def __init__(self, flat: torch.Tensor, anatomy: SlotLayout, *, aligned: bool) -> None:
+    def __init__(self, flat: torch.Tensor, layout: SlotLayout, *, aligned: bool) -> None:
         self.flat = flat
-        self.anatomy = anatomy
-        self.aligned = aligned  # each piece as a GPU's kernels want it
+        self.layout = layout
+        self.aligned = aligned  # GPU kernels need each piece aligned
 
     @cached_property
-    def changes(self) -> dict[str, AffineDelta]:
-        return deltas_of(self.flat, self.anatomy.layout, aligned=self.aligned)
+    def deltas(self) -> dict[str, AffineDelta]:
+        return deltas_of(self.flat, self.layout.layout, aligned=self.aligned)
 
 
 def deltas_of(
     flat: torch.Tensor, layout: list[TensorPiece], *, aligned: bool = False
 ) -> dict[str, AffineDelta]:
-    """By site: views of the buffer, or copies where these must be aligned."""
+    """Deltas by site: views of the flat buffer [n], or copies where `aligned` asks for them."""
     sizes = [prod(piece.shape) for piece in layout]
     # one split, so that in training the gradients come back as one concatenation
     views = gpu.aligned(flat, sizes) if aligned else torch.split(flat, sizes)
-    found: dict[str, dict[str, Any]] = {}
+    parts: dict[str, dict[str, Any]] = {}
     for piece, view in zip(layout, views, strict=True):
-        found.setdefault(piece.site, {})[piece.part] = view.view(piece.shape)
-    return {name: AffineDelta(name, **parts) for name, parts in found.items()}
+        parts.setdefault(piece.site, {})[piece.part] = view.view(piece.shape)
+    return {name: AffineDelta(name, **tensors) for name, tensors in parts.items()}
 
 
 def _way(parts: set[str]) -> int:

@@ -31,7 +31,7 @@ class Bitfit(BitfitReader):
         weights: Mapping[str, torch.Tensor],
         rng: torch.Generator,  # noqa: ARG002 - as Method
     ) -> Tensors:
-        """The base's own biases: as they are, or as differences of zero."""
+        """The base's biases: as they are if the tensors replace them, else zeros to add."""
         shapes = self.shapes(spec, base)
         tensors = {tensor: torch.zeros(shapes[tensor]) for tensor in spec.biases.values()}
         for site, tensor in spec.biases.items():
@@ -47,6 +47,7 @@ class Bitfit(BitfitReader):
         weights: Mapping[str, torch.Tensor],
         dtype: torch.dtype,
     ) -> Packed:
+        """One bias [out] for each site."""
         deltas = bias_deltas(spec, base, tensors, weights)
         return pack_deltas((AffineDelta(site, bias=delta) for site, delta in deltas.items()), dtype)
 
@@ -54,7 +55,7 @@ class Bitfit(BitfitReader):
 def bias_deltas(
     spec: BitfitSpec, base: Base, tensors: Tensors, weights: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """What is added at each site: {site: [out]}, float32."""
+    """What is added to the base's bias: {site: [out]}, float32."""
     deltas = {}
     for site, tensor in spec.biases.items():
         deltas[site] = tensors[tensor].float().flatten()
@@ -66,9 +67,10 @@ def bias_deltas(
 def to_beft(
     spec: BitfitSpec, base: Base, tensors: Tensors, weights: Mapping[str, torch.Tensor]
 ) -> dict[str, bytes]:
-    """The files by which PEFT itself runs the adapter, by name.
+    """The adapter as files of PEFT's BEFT, by name.
 
-    BEFT adds to the outputs of nn.Linear alone: InvalidAdapter for biases of norms and of GPT-2's Conv1D.
+    BEFT only adds to the outputs of nn.Linear. Raises InvalidAdapter for biases of norms and of GPT-2's
+    Conv1D.
     """
     for site in spec.biases:
         if base.sites[site].kind != "linear" or base.sites[site].conv1d:

@@ -12,7 +12,7 @@ from server.adapters.methods.interface import Packed, Tensors
 from server.adapters.sites import Base
 from server.adapters.specs.bottleneck import BottleneckReader, BottleneckSpec, BottleneckTarget
 
-BERT_STD = 0.02
+BERT_STD = 0.02  # of BERT's initial weights, which AdapterHub uses
 
 
 class Bottleneck(BottleneckReader):
@@ -25,7 +25,7 @@ class Bottleneck(BottleneckReader):
         weights: Mapping[str, torch.Tensor],  # noqa: ARG002 - as Method
         rng: torch.Generator,
     ) -> Tensors:
-        """As AdapterHub starts: normal weights, or for parallel adapters Kaiming-uniform D and zero U."""
+        """As in AdapterHub: normal D and U, or for parallel adapters Kaiming-uniform D and zero U."""
         tensors: Tensors = {}
         for target in spec.targets:
             down = torch.empty(target.width, base.hidden_size)
@@ -50,6 +50,7 @@ class Bottleneck(BottleneckReader):
         weights: Mapping[str, torch.Tensor],
         dtype: torch.dtype,
     ) -> Packed:
+        """One BottleneckDelta for each site."""
         return pack_deltas((_fold(target, spec, base, tensors, weights) for target in spec.targets), dtype)
 
 
@@ -60,7 +61,7 @@ def _fold(
     tensors: Tensors,
     weights: Mapping[str, torch.Tensor],
 ) -> BottleneckDelta:
-    """The scaling goes into U and u, the norm's gain into D, so that only its division is left to do."""
+    """Fold the scaling into U and u, and the norm's weight into D: of the norm only the division remains."""
     scaling = torch.tensor(spec.scaling) if target.scaling is None else tensors[target.scaling].float()
     down, epsilon = tensors[target.down].float(), 0.0
     if target.norm is not None:

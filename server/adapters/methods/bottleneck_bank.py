@@ -1,7 +1,7 @@
-"""Bottleneck adapters on the device: h += U act(D x + d) + u at the outputs of attention and MLP blocks.
+"""The bank of bottleneck adapters: h += U act(D x + d) + u at the outputs h of attention and MLP blocks.
 
-As in affine_bank.py, each adapter is one flat buffer of exactly its own bytes, whatever its widths and
-layers, and a table per site says where its pieces lie; a slot is a row of a table.
+As in affine_bank.py, each adapter is one flat buffer of exactly its own bytes, and a table of addresses has a
+row for each slot and site.
 """
 
 import sys
@@ -35,10 +35,10 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 @dataclass(frozen=True)
 class BottleneckDelta:
-    """What an adapter does at one site, all scalings folded in.
+    """The change at one site, all scalings folded in.
 
-    down [b, hidden], down_bias [b], up [b, hidden] (transposed, so that a width's row is contiguous),
-    up_bias [hidden]. With an epsilon, x is divided by its root mean square first.
+    down [width, hidden], down_bias [width], up [width, hidden] (transposed, so that its rows are contiguous),
+    up_bias [hidden]. If epsilon is not 0, x is divided by its root mean square first.
     """
 
     site: str
@@ -51,8 +51,8 @@ class BottleneckDelta:
     epsilon: float = 0.0
 
 
-class BottleneckPiece(msgspec.Struct, frozen=True, gc=False):  # by the hundred thousand, and no cycle
-    """A change in the flat buffer: down, down_bias, up, up_bias, back to back, behind the piece before it."""
+class BottleneckPiece(msgspec.Struct, frozen=True, gc=False):  # hundreds of thousands, and never in a cycle
+    """A delta's place in the flat buffer: down, down_bias, up, up_bias, back to back."""
 
     site: str
     width: int
@@ -61,13 +61,15 @@ class BottleneckPiece(msgspec.Struct, frozen=True, gc=False):  # by the hundred 
     epsilon: float
 
 
-def pack_deltas(changes: Iterable[BottleneckDelta], dtype: torch.dtype) -> Packed:
-    """One host buffer. Raises InvalidAdapter if a folded value overflows `dtype`."""
+def pack_deltas(deltas: Iterable[BottleneckDelta], dtype: torch.dtype) -> Packed:
+    """Pack deltas into one host buffer. Raises InvalidAdapter if a folded value overflows `dtype`."""
     pieces: list[BottleneckPiece] = []
     parts: list[torch.Tensor] = []
-    for c in changes:
-        pieces.append(BottleneckPiece(c.site, c.down.shape[0], c.non_linearity, c.input, c.epsilon))
-        parts += [c.down, c.down_bias, c.up, c.up_bias]
+    for delta in deltas:
+        pieces.append(
+            BottleneckPiece(delta.site, delta.down.shape[0], delta.non_linearity, delta.input, delta.epsilon)
+        )
+        parts += [delta.down, delta.down_bias, delta.up, delta.up_bias]
     return Packed(flatten(parts, dtype), pieces)
 
 
@@ -77,7 +79,7 @@ def views(
     hidden: int,
     split: Callable[[torch.Tensor, list[int]], Iterable[torch.Tensor]] = torch.split,
 ) -> Iterator[BottleneckDelta]:
-    """The pieces' changes; one split, so that in training the gradients come back as one concatenation."""
+    """Deltas as views of `flat` [n]. One split: in training its gradient is one concatenation."""
     sizes = [size for p in pieces for size in (p.width * hidden, p.width, p.width * hidden, hidden)]
     parts = iter(split(flat, sizes))
     for p, down, down_bias, up, up_bias in zip(pieces, parts, parts, parts, parts, strict=True):
@@ -86,76 +88,81 @@ def views(
 
 
 class BottleneckBank(Bank):
-    """Slots for adapters that act on the outputs of sub-blocks."""
+    """Slots of adapters that change the outputs of attention and MLP blocks."""
 
     def __init__(self, base: Base, slots: int, device: torch.device, dtype: torch.dtype) -> None:
         self.hidden = base.hidden_size
         self.device = device
-        self.changes: list[dict[str, BottleneckDelta]] = [{} for _ in range(slots + 1)]
+        self.deltas: list[dict[str, BottleneckDelta]] = [{} for _ in range(slots + 1)]
         names = [name for name, site in base.sites.items() if site.kind in ("attention", "mlp")]
         self.table = SiteTable(names, slots, kernel.COLUMNS, device)
-        self.gpu = gpu.uses_triton(device)
-        self.most = sys.maxsize if self.gpu else MAX_DECODE_SPAN
-        self.fast = self.gpu or (AVAILABLE and device.type == "cpu" and dtype == torch.float32)
+        self.use_gpu_kernels = gpu.uses_triton(device)
+        self.max_span = sys.maxsize if self.use_gpu_kernels else MAX_DECODE_SPAN
+        self.use_kernels = self.use_gpu_kernels or (
+            AVAILABLE and device.type == "cpu" and dtype == torch.float32
+        )
 
     def put(self, slot: int, packed: Packed) -> None:
-        """Fill a free slot. On a CPU this copies nothing: the host buffer is the device's."""
+        """Fill an empty slot. On a CPU this copies nothing: the bank uses the host buffer."""
         flat = packed.flat.to(self.device, non_blocking=True)
-        split = gpu.aligned if self.gpu else torch.split
-        self.changes[slot] = {c.site: c for c in views(flat, packed.layout, self.hidden, split)}
-        rows = {name: table_row(change) for name, change in self.changes[slot].items()}
+        split = gpu.aligned if self.use_gpu_kernels else torch.split
+        self.deltas[slot] = {delta.site: delta for delta in views(flat, packed.layout, self.hidden, split)}
+        rows = {name: table_row(delta) for name, delta in self.deltas[slot].items()}
         self.table.put(slot, rows, max((piece.width for piece in packed.layout), default=0))
 
     def clear(self, slot: int) -> None:
         self.table.clear(slot)
-        self.changes[slot] = {}
+        self.deltas[slot] = {}
 
     def sublayer(self, site: Site, h: torch.Tensor, r: torch.Tensor, rows: TokenSpans) -> None:
         if rows.touched is None:
-            changed = {name for span in rows.spans for name in self.changes[span.slot]}
+            changed = {name for span in rows.spans for name in self.deltas[span.slot]}
             rows.touched = dict.fromkeys(changed, MATRICES)
         if site.name not in rows.touched:
             return
-        rows.check(len(h))
-        if self.fast:
+        rows.check_count(len(h))
+        if self.use_kernels:
             self._launch(site, h, r, rows)
-        for slot, start, end, _ in rows.many if self.fast else rows.spans:
-            if change := self.changes[slot].get(site.name):
-                apply(change, h[start:end], r[start:end])
+        for slot, start, end, _ in rows.other_spans if self.use_kernels else rows.spans:
+            if delta := self.deltas[slot].get(site.name):
+                apply(delta, h[start:end], r[start:end])
 
-    def trace(self, slot: int) -> RecordedSites | None:
-        return RecordedSites(self.table.masks[slot], self.table.ranks[slot]) if self.fast else None
+    def recorded_sites(self, slot: int) -> RecordedSites | None:
+        return RecordedSites(self.table.masks[slot], self.table.ranks[slot]) if self.use_kernels else None
 
-    def touched(self, trace: RecordedSites) -> dict[str, int]:
-        return dict.fromkeys(self.table.among(trace.mask), MATRICES)
+    def touched(self, recorded: RecordedSites) -> dict[str, int]:
+        return dict.fromkeys(self.table.among(recorded.mask), MATRICES)
 
     def _launch(self, site: Site, h: torch.Tensor, r: torch.Tensor, rows: TokenSpans) -> None:
         number = self.table.numbers[site.name]
-        if not self.gpu:
+        if not self.use_gpu_kernels:
             if len(rows.tokens):
                 kernel.grouped_bottleneck(h, r, rows.tokens, rows.slots, self.table.rows[:, number])
             return
         from server.kernels.gpu.grouped_bottleneck import grouped_bottleneck  # Triton is not everywhere
 
-        plan = rows.plan(self.device, self.table.ranks.__getitem__)
+        plan = rows.block_plan(self.device, self.table.ranks.__getitem__)
         grouped_bottleneck(h, r, plan, self.table.rows, number)
 
 
-def apply(change: BottleneckDelta, h: torch.Tensor, r: torch.Tensor) -> None:
-    """One adapter's tokens, in place; the plain twin of the kernel, and the better way for many tokens."""
-    x = h + r if change.input == "sum" else r if change.input == "residual" else h
+def apply(delta: BottleneckDelta, h: torch.Tensor, r: torch.Tensor) -> None:
+    """Apply one adapter to its tokens h [n, hidden] in place; r [n, hidden] is the residual before the block.
+
+    The reference implementation of the kernels, and on a CPU faster than they are for many tokens.
+    """
+    x = h + r if delta.input == "sum" else r if delta.input == "residual" else h
     if x is h and torch.is_grad_enabled():
         x = h.clone()  # autograd keeps it while h changes
-    z = x @ change.down.T
-    if change.epsilon:
-        z = z * torch.rsqrt(x.square().mean(-1, keepdim=True) + change.epsilon)
-    h.addmm_(ACTIVATIONS[change.non_linearity](z + change.down_bias), change.up)
-    h += change.up_bias
+    z = x @ delta.down.T
+    if delta.epsilon:
+        z = z * torch.rsqrt(x.square().mean(-1, keepdim=True) + delta.epsilon)
+    h.addmm_(ACTIVATIONS[delta.non_linearity](z + delta.down_bias), delta.up)
+    h += delta.up_bias
 
 
-def table_row(change: BottleneckDelta) -> list[int]:
-    """What a kernel reads of a change: COLUMNS numbers."""
-    parts = (change.down, change.down_bias, change.up, change.up_bias)
-    kinds = (kernel.NON_LINEARITIES.index(change.non_linearity), kernel.INPUTS.index(change.input))
-    epsilon = bits_of(change.epsilon)
-    return [*(t.data_ptr() for t in parts), change.down.shape[0], *kinds, epsilon]
+def table_row(delta: BottleneckDelta) -> list[int]:
+    """The COLUMNS numbers of a delta that kernels read."""
+    parts = (delta.down, delta.down_bias, delta.up, delta.up_bias)
+    kinds = (kernel.NON_LINEARITIES.index(delta.non_linearity), kernel.INPUTS.index(delta.input))
+    epsilon = bits_of(delta.epsilon)
+    return [*(t.data_ptr() for t in parts), delta.down.shape[0], *kinds, epsilon]

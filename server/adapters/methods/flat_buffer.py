@@ -12,10 +12,10 @@ from server.kernels.cpu.pack_tensors import Copies, copies_of
 def flatten(
     parts: Iterable[torch.Tensor], dtype: torch.dtype, factors: Iterable[float] | None = None
 ) -> torch.Tensor:
-    """One host buffer of all of them, back to back, each times its factor if there are any.
+    """All tensors in one host buffer [n] of `dtype`, back to back, each times its factor if there are any.
 
-    Every number is read once and written once, where it goes: transposed views need no copy of their own
-    before. Raises InvalidAdapter if a value overflows `dtype`.
+    Every number is read once and written once: transposed views are not copied first. Raises InvalidAdapter
+    if a value overflows `dtype`.
     """
     return flatten_noting(parts, dtype, factors)[0]
 
@@ -23,28 +23,28 @@ def flatten(
 def flatten_noting(
     parts: Iterable[torch.Tensor], dtype: torch.dtype, factors: Iterable[float] | None = None
 ) -> tuple[torch.Tensor, Copies | None]:
-    """The same, and how it was done, if it was nothing but copies."""
+    """As `flatten`; also the copies that fill the buffer, if it took nothing but copies."""
     parts = list(parts)
     scales = [1.0] * len(parts) if factors is None else list(factors)
     training = any(part.requires_grad for part in parts)
     copies = None if training else copies_of(parts, scales, dtype)
-    flat = copies.run(0) if copies else _flattened(parts, dtype, scales, training=training)
+    flat = copies.run(0) if copies else _concatenate(parts, dtype, scales, training=training)
     if flat is None or not (copies or is_finite(flat)):
         raise InvalidAdapter(f"The adapter overflows {str(dtype).removeprefix('torch.')} once it is scaled.")
     return flat, copies
 
 
-def _flattened(
+def _concatenate(
     parts: list[torch.Tensor], dtype: torch.dtype, scales: list[float], *, training: bool
 ) -> torch.Tensor:
-    if training:  # gradients come back through this
+    if training:  # through which gradients flow back
         scaled = (p if scale == 1 else scale * p.float() for p, scale in zip(parts, scales, strict=True))
         return torch.cat([part.to(dtype).reshape(-1) for part in scaled])
     flat = torch.empty(sum(part.numel() for part in parts), dtype=dtype)
-    places = torch.split(flat, [part.numel() for part in parts])
-    for place, part, scale in zip(places, parts, scales, strict=True):
+    views = torch.split(flat, [part.numel() for part in parts])
+    for view, part, scale in zip(views, parts, scales, strict=True):
         if scale == 1:
-            place.view(part.shape).copy_(part)
-        else:  # products are float32's, whatever is stored
-            torch.mul(part.float(), scale, out=place.view(part.shape))
+            view.view(part.shape).copy_(part)
+        else:  # computed in float32, whatever is stored
+            torch.mul(part.float(), scale, out=view.view(part.shape))
     return flat

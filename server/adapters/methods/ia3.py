@@ -16,27 +16,28 @@ from server.adapters.specs.ia3 import Ia3Reader, Ia3Spec
 
 
 class Ia3Bank(AffineBank):
-    """An affine bank that scales inputs, too; apart from the others', so that their rows never pay for it."""
+    """An affine bank that also scales inputs. Separate, so that rows of other methods do not pay for that."""
 
     def inputs(self, site: Site, x: torch.Tensor, rows: TokenSpans) -> torch.Tensor:
-        found = rows.spread(lambda slot: self._scale(slot, site.name))
-        if found is None:
+        """x [T, in] with the tokens of input-scaling adapters scaled, in a copy."""
+        scaled = rows.gather(lambda slot: self._scale(slot, site.name))
+        if scaled is None:
             return x
-        rows.check(len(x))
-        tokens, scales = found
+        rows.check_count(len(x))
+        tokens, scales = scaled  # [n], [n, in]
         x = x.clone()
         x[tokens] *= scales
         return x
 
-    def trace(self, slot: int) -> RecordedSites | None:
-        """Inputs are scaled by the host's lists: no step of these is recorded."""
-        held = self.held[slot]
-        scales = held and any(piece.part == "scale" for piece in held.anatomy.layout)
-        return None if scales else super().trace(slot)
+    def recorded_sites(self, slot: int) -> RecordedSites | None:
+        """None for an adapter that scales inputs: its tokens are found on the host, during the step."""
+        loaded = self.loaded[slot]
+        scales = loaded and any(piece.part == "scale" for piece in loaded.layout.layout)
+        return None if scales else super().recorded_sites(slot)
 
     def _scale(self, slot: int, site: str) -> torch.Tensor | None:
-        change = self.change(slot, site)
-        return None if change is None else change.scale
+        delta = self.delta(slot, site)
+        return None if delta is None else delta.scale
 
 
 class Ia3(Ia3Reader):
@@ -49,7 +50,7 @@ class Ia3(Ia3Reader):
         weights: Mapping[str, torch.Tensor],  # noqa: ARG002 - as Method
         rng: torch.Generator,  # noqa: ARG002 - as Method
     ) -> Tensors:
-        """As PEFT starts: ones."""
+        """As in PEFT: ones."""
         return {
             tensor: torch.ones(shape)
             for tensor, shape in self.shapes(spec, base).items()
@@ -64,11 +65,12 @@ class Ia3(Ia3Reader):
         weights: Mapping[str, torch.Tensor],
         dtype: torch.dtype,
     ) -> Packed:
-        changes = [
+        """One AffineDelta for each site: a gain and bias [out], or a scale [in]."""
+        deltas = [
             AffineDelta(site, scale=tensors[tensor].float().flatten()) for site, tensor in spec.inputs.items()
         ]
         for site, tensor in spec.outputs.items():
             gain = tensors[tensor].float().flatten() - 1
             bias = gain * weights[f"{site}.bias"].float() if base.sites[site].bias else None
-            changes.append(AffineDelta(site, gain=gain, bias=bias))
-        return pack_deltas(changes, dtype)
+            deltas.append(AffineDelta(site, gain=gain, bias=bias))
+        return pack_deltas(deltas, dtype)

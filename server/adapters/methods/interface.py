@@ -43,51 +43,52 @@ class Packed:
 
 @dataclass(frozen=True)
 class Start:
-    """Keys and values of a row's virtual tokens, as they go into the cache: no rotary embedding, no norm."""
+    """Keys and values of a row's virtual tokens, as the KV cache stores them: not rotated, not normed."""
 
-    keys: torch.Tensor  # [layers, virtual, kv_heads, head_dim]
-    values: torch.Tensor
+    keys: torch.Tensor  # [layers, virtual tokens, kv_heads, head_dim]
+    values: torch.Tensor  # of the same shape
 
 
 class RecordedSites(NamedTuple):
-    """What a slot asks of a recorded step: bits of the sites it touches, its highest rank or width.
+    """The sites that a recorded step must cover for a slot's rows, as bits of the bank's table."""
 
-    `biased`: sites at which it asks for nothing but what `Bank.biases` gives; these are not in the mask.
-    """
-
-    mask: int = 0
-    ranks: int = 0
-    biased: int = 0
+    mask: int = 0  # sites whose kernels must be launched
+    ranks: int = 0  # the slot's highest rank or width
+    biased: int = 0  # sites where `Bank.biases` gives all that the slot adds; not in `mask`
 
 
-# x [n, hidden] -> (fixed, scaled): with any weight w and bias b, the norm of x is fixed + scaled * w + b
+# x [n, hidden] -> (fixed, scaled): for any weight w and bias b, the norm of x is fixed + scaled * w + b
 NormParts = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
 class Bank:
-    """Device memory for the adapters of one method, or of several that act alike, addressed by slot.
+    """Device memory for the adapters of one method, or of several that act alike, by slot.
 
-    `put` and `clear` are called between steps, the hooks within one; they do nothing by default. A bank is
-    asked only about rows of its own methods, and only through the hooks that it overrides.
+    `put` and `clear` are called between steps, the hooks during one. Hooks do nothing by default; a bank gets
+    only the rows of its own methods, and only through the hooks that it overrides.
     """
 
-    leads = False  # it acts on virtual tokens alone: rows that are past them need not ask it
-    most = MAX_DECODE_SPAN  # tokens of a span that its kernels take, as Rows has it
+    virtual_tokens_only = False  # if so, it is not called for rows whose virtual tokens are computed
+    max_span = MAX_DECODE_SPAN  # tokens; see TokenSpans
 
     def __init__(self, base: Base, slots: int, device: torch.device, dtype: torch.dtype) -> None:
-        """Empty, for slots 1..slots."""
+        """Make empty slots 1 to `slots`."""
 
     def put(self, slot: int, packed: Packed) -> None:
+        """Fill an empty slot with an adapter whose buffer lies on the device."""
         raise NotImplementedError
 
     def clear(self, slot: int) -> None:
+        """Empty a slot."""
         raise NotImplementedError
 
     def affine(
         self, site: Site, x: torch.Tensor, y: torch.Tensor, rows: TokenSpans, bias: torch.Tensor | None
     ) -> None:
-        """Change y [T, out] = W x + b in place by what each token's adapter adds, inside a linear,
-        an embedding (x is token ids [T], negative for virtual tokens) or a norm. `bias` is the base's b.
+        """Add the change of each token's adapter to y [T, out] = W x + b, in place.
+
+        Called at linears (x [T, in]), embeddings (x [T] token ids, negative for virtual tokens) and norms.
+        `bias` [out] is the base's b.
         """
 
     def joint(
@@ -98,10 +99,10 @@ class Bank:
         rows: TokenSpans,
         bias: torch.Tensor | None,
     ) -> None:
-        """As `affine`, for several sites that see the same x; their columns stand side by side in y and b.
+        """As `affine`, for several sites with the same x, whose outputs are adjacent columns of y and `bias`.
 
-        A bank may do here what it would do at each, and name them in `rows.settled`; `affine` comes all the
-        same. By default it does nothing.
+        A bank may apply all of them here and add their names to `rows.applied`. `affine` is called for each
+        of them in any case.
         """
 
     def biases(
@@ -111,60 +112,66 @@ class Bank:
         rows: TokenSpans,  # noqa: ARG002
         count: int,  # noqa: ARG002
     ) -> Biases | None:
-        """What a kernel that computes these sites' outputs, in these columns, for `count` tokens may add as
-        it writes them: the biases of adapters that change them by nothing else. `affine` and `joint` come
-        all the same and leave out what was given here.
+        """Biases that the base's own kernel adds while it writes these sites' outputs, in these `columns`.
+
+        They are those of adapters that change the sites by a bias alone, for `count` tokens. `affine` and
+        `joint` are called in any case, and leave these out.
         """
         return None
 
     def inputs(self, site: Site, x: torch.Tensor, rows: TokenSpans) -> torch.Tensor:  # noqa: ARG002 - a hook's default
-        """What a linear sees in the place of x [T, in], which stays as it is."""
+        """The inputs [T, in] that a linear gets in place of x [T, in], which is not changed."""
         return x
 
     def norm(self, site: Site, parts: NormParts, x: torch.Tensor, y: torch.Tensor, rows: TokenSpans) -> None:
-        """Change y [T, hidden], a norm of x, in place."""
+        """Change y [T, hidden], the norm of x [T, hidden], in place."""
 
     def sublayer(self, site: Site, h: torch.Tensor, r: torch.Tensor, rows: TokenSpans) -> None:
-        """Change h [T, hidden], the output of an attention or MLP block, in place; r [T, hidden] is the
-        residual stream before that block's norm.
+        """Change h [T, hidden], the output of an attention or MLP block, in place.
+
+        r [T, hidden] is the residual stream before that block's norm.
         """
 
     def start(self, slot: int) -> Start | None:  # noqa: ARG002 - a hook's default
-        """The K/V of an adapter's virtual tokens; asked when a row begins and finds them nowhere cached."""
+        """K/V of an adapter's virtual tokens; called when a row starts without them in the KV cache."""
         return None
 
-    def trace(self, slot: int) -> RecordedSites | None:  # noqa: ARG002 - as above
-        """What a decode step that is recorded once and replayed must hold for this slot's rows; None if
-        this slot's rows cannot be in one.
+    def recorded_sites(self, slot: int) -> RecordedSites | None:  # noqa: ARG002 - as above
+        """What a decode step that is recorded once and replayed must cover for rows of this slot.
+
+        None if such a step cannot compute them.
         """
         return None
 
-    def touched(self, trace: RecordedSites) -> dict[str, int]:  # noqa: ARG002 - as above
-        """`Rows.touched` for the sites of a trace."""
+    def touched(self, recorded: RecordedSites) -> dict[str, int]:  # noqa: ARG002 - as above
+        """`TokenSpans.touched` of a recorded step."""
         return {}
 
     def acts(self, hook: str, slots: Iterable[int]) -> bool:  # noqa: ARG002 - a bank may tell them apart
-        """Whether this bank may act through `hook` on rows of these slots: by default, if it overrides it."""
+        """Whether `hook` may change rows of these slots; by default, whether this bank overrides it."""
         return getattr(type(self), hook) is not getattr(Bank, hook)
 
 
 class Method(SpecReader, Protocol):
-    """Stateless. `spec` is always what this method's own `parse` returned."""
+    """One PEFT method: reads specs, makes initial tensors, packs adapters. Stateless.
+
+    `spec` is always what this method's own `parse` returned; `weights` are the base's own, read-only, by site
+    name, and its biases by "SITE.bias".
+    """
 
     @property
     def bank(self) -> type[Bank]:
-        """Methods that name the same class share one bank, and one launch a site."""
+        """Methods of the same class of bank share one bank, and one kernel launch for each site."""
 
     def init(
         self, spec: Any, base: Base, weights: Mapping[str, torch.Tensor], rng: torch.Generator
     ) -> Tensors:
-        """Where training starts; `weights` as in `pack`. New tensors, float32."""
+        """The tensors with which training starts, new ones in float32, with the shapes of `shapes`."""
 
     def pack(
         self, spec: Any, base: Base, tensors: Tensors, weights: Mapping[str, torch.Tensor], dtype: torch.dtype
     ) -> Packed:
-        """Fold scalings and norms in, once, off the hot path.
+        """Fold scalings and norms into the tensors, and put them into one flat buffer of `dtype`.
 
-        `weights` are the base's own, by site name, read-only; a bias is at "SITE.bias". Raises InvalidAdapter
-        if the result overflows.
+        Done once for each load, off the hot path. Raises InvalidAdapter if the result overflows.
         """

@@ -22,7 +22,7 @@ class LnTuning(LnTuningReader):
         weights: Mapping[str, torch.Tensor],  # noqa: ARG002 - as Method
         rng: torch.Generator,  # noqa: ARG002 - as Method
     ) -> Tensors:
-        """Not one of the methods that are trained here: InvalidAdapter."""
+        """Raises InvalidAdapter: the method is not trained here."""
         raise InvalidAdapter("LN_TUNING is served, but not trained here.", param="method")
 
     def pack(
@@ -33,4 +33,5 @@ class LnTuning(LnTuningReader):
         weights: Mapping[str, torch.Tensor],  # noqa: ARG002 - as Method
         dtype: torch.dtype,
     ) -> Packed:
+        """One AffineDelta with `norm` for each site."""
         return pack_deltas(norm_deltas(spec.norms, tensors), dtype)

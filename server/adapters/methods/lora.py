@@ -22,8 +22,8 @@ Narrow = Literal["never", "exact", "rounded"]
 
 
 class Lora(LoraReader):
-    """`narrow`: whether a CPU's kernels may find float32's matrices in bfloat16, half the bytes to hold and
-    to read for each token: where nothing is lost by that, or also where they are rounded.
+    """`narrow`: whether A and B of a float32 engine on a CPU may be stored in bfloat16, which halves the
+    bytes that each token reads: never, where that is exact, or also where it rounds.
     """
 
     bank = AffineBank
@@ -39,9 +39,9 @@ class Lora(LoraReader):
         weights: Mapping[str, torch.Tensor],
         rng: torch.Generator,
     ) -> Tensors:
-        """As PEFT starts: A Kaiming-uniform and B zero, so that the adapter begins as the base.
+        """As in PEFT: A Kaiming-uniform and B zero, so that the adapter starts as the base.
 
-        DoRA's magnitudes begin as the norms of the base's weights, biases as the base's own.
+        DoRA's magnitudes start as the norms of the base's weights, biases as the base's own.
         """
         tensors: Tensors = {
             tensor: weights[f"{name}.bias"].float().clone() for name, tensor in spec.biases.items()
@@ -51,7 +51,7 @@ class Lora(LoraReader):
             bound = 1 / math.sqrt(site.inputs)
             a = torch.empty(target.rank, site.inputs).uniform_(-bound, bound, generator=rng)
             b = torch.zeros(site.outputs, target.rank)
-            if target.embedding:  # PEFT starts these the other way round
+            if target.embedding:  # PEFT has A zero and B normal there
                 a, b = torch.zeros_like(a), b.normal_(generator=rng)
             tensors |= {target.A: a, target.B: b}
             if target.bias is not None:
@@ -69,30 +69,33 @@ class Lora(LoraReader):
         weights: Mapping[str, torch.Tensor],
         dtype: torch.dtype,
     ) -> Packed:
-        changes = {
+        """One AffineDelta for each site: scaled matrices and bias, and trained biases of the base."""
+        deltas = {
             target.site: fold(target, base.sites[target.site], tensors, weights) for target in spec.targets
         }
         for name, tensor in spec.biases.items():
-            change = changes.get(name) or AffineDelta(name)
-            delta = tensors[tensor].float() - weights[f"{name}.bias"].float()
-            changes[name] = replace(change, bias=delta if change.bias is None else change.bias + delta)
-        changes |= {change.site: change for change in norm_deltas(spec.norms, tensors)}
-        halved = all(self._can_be_narrow(change, base.sites[name]) for name, change in changes.items())
-        return pack_deltas(changes.values(), torch.bfloat16 if halved else dtype)
+            delta = deltas.get(name) or AffineDelta(name)
+            bias = tensors[tensor].float() - weights[f"{name}.bias"].float()
+            deltas[name] = replace(delta, bias=bias if delta.bias is None else delta.bias + bias)
+        deltas |= {delta.site: delta for delta in norm_deltas(spec.norms, tensors)}
+        in_bfloat16 = all(self._fits_bfloat16(delta, base.sites[name]) for name, delta in deltas.items())
+        return pack_deltas(deltas.values(), torch.bfloat16 if in_bfloat16 else dtype)
 
-    def _can_be_narrow(self, change: AffineDelta, site: Site) -> bool:
-        a, b = change.a, change.b
-        if a is None or b is None or change.gain is not None or change.bias is not None:
+    def _fits_bfloat16(self, delta: AffineDelta, site: Site) -> bool:
+        """Whether `narrow` and the kernels allow this delta's matrices in bfloat16."""
+        a, b = delta.a, delta.b
+        if a is None or b is None or delta.gain is not None or delta.bias is not None:
             return False
-        kept = a.dtype == b.dtype == torch.bfloat16 and abs(math.frexp(change.factor)[0]) == 0.5
-        allowed = self.narrow == "rounded" or (self.narrow == "exact" and kept)
+        # saved in bfloat16, and scaled by a power of two, which changes no mantissa
+        exact = a.dtype == b.dtype == torch.bfloat16 and abs(math.frexp(delta.factor)[0]) == 0.5
+        allowed = self.narrow == "rounded" or (self.narrow == "exact" and exact)
         return allowed and site.kind == "linear" and supports_bfloat16(site.inputs, site.outputs)
 
 
 def fold(
     target: LoraTarget, site: Site, tensors: Tensors, weights: Mapping[str, torch.Tensor]
 ) -> AffineDelta:
-    """One target as an affine change. Formulas: PEFT's tuners/lora/layer.py and variants.py.
+    """One target as an affine delta. Formulas: PEFT's tuners/lora/layer.py and variants.py.
 
     DoRA (arXiv 2402.09353): y = base + (m/n - 1)(base - b) + (m/n) s B A x, with n the norm of each row of
     W + s B A; n is computed here, once, and is a constant to gradients (section 4.3 of the paper).

@@ -16,7 +16,7 @@ from server.adapters.specs.virtual_tokens import TENSOR
 
 
 class PrefixBank(Bank):
-    """Keys and values by slot, for the engine to copy into the pages of rows that begin."""
+    """Keys and values by slot; the engine copies them into the KV cache when a row starts."""
 
     def __init__(self, base: Base, slots: int, device: torch.device, dtype: torch.dtype) -> None:  # noqa: ARG002 - as Bank
         self.device = device
@@ -29,7 +29,7 @@ class PrefixBank(Bank):
     def clear(self, slot: int) -> None:
         self.starts[slot] = None
 
-    def trace(self, slot: int) -> RecordedSites | None:  # noqa: ARG002 - as Bank
+    def recorded_sites(self, slot: int) -> RecordedSites | None:  # noqa: ARG002 - as Bank
         return RecordedSites()
 
     def start(self, slot: int) -> Start | None:
@@ -46,7 +46,7 @@ class Prefix(PrefixReader):
         weights: Mapping[str, torch.Tensor],  # noqa: ARG002 - as Method
         rng: torch.Generator,
     ) -> Tensors:
-        """As PEFT starts: normal. A text's own keys and values are a better start."""
+        """As in PEFT: normal. Keys and values of a text are better initial values (adapter_model.py)."""
         return {TENSOR: torch.randn(self.shapes(spec, base)[TENSOR], generator=rng)}
 
     def pack(
@@ -57,6 +57,9 @@ class Prefix(PrefixReader):
         weights: Mapping[str, torch.Tensor],  # noqa: ARG002 - as Method
         dtype: torch.dtype,
     ) -> Packed:
+        """Keys, then values, [2, layers, tokens, kv_heads, head_dim]."""
         saved = tensors[TENSOR].view(spec.tokens, base.layers, 2, base.kv_heads, base.head_dim)
-        both = saved.permute(2, 1, 0, 3, 4)  # [keys and values, layers, tokens, kv_heads, head_dim]
-        return Packed(flatten([both], dtype), both.shape, virtual_tokens=spec.tokens, kv_precomputed=True)
+        keys_values = saved.permute(2, 1, 0, 3, 4)
+        return Packed(
+            flatten([keys_values], dtype), keys_values.shape, virtual_tokens=spec.tokens, kv_precomputed=True
+        )

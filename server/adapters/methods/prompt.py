@@ -1,6 +1,6 @@
-"""Prompt tuning and P-tuning: embeddings of virtual tokens, which the model computes like a prompt's own.
+"""Prompt tuning and P-tuning: embeddings of virtual tokens before each row (arXiv 2104.08691, 2103.10385).
 
-(arXiv 2104.08691, 2103.10385.) They enter as the saved values, never scaled as Gemma scales its own.
+They enter the first layer as saved: Gemma's scaling of embeddings does not apply to them.
 """
 
 from collections.abc import Mapping
@@ -16,9 +16,9 @@ from server.adapters.specs.virtual_tokens import TENSOR
 
 
 class PromptBank(Bank):
-    """Embeddings by slot, put in the place of negative token ids: -1 is an adapter's first."""
+    """Embeddings by slot, for tokens with negative ids: -1 is an adapter's first."""
 
-    leads = True
+    virtual_tokens_only = True
 
     def __init__(self, base: Base, slots: int, device: torch.device, dtype: torch.dtype) -> None:  # noqa: ARG002 - as Bank
         self.device = device
@@ -38,15 +38,16 @@ class PromptBank(Bank):
         rows: TokenSpans,
         bias: torch.Tensor | None,  # noqa: ARG002 - as Bank
     ) -> None:
+        """Replace the rows of y [T, hidden] whose ids x [T] are negative."""
         if site.kind != "embedding":
             return
         for slot, start, end, _ in rows.spans:
             embeddings, ids = self.embeddings[slot], x[start:end, None]
-            if embeddings is not None:  # no index that the host would have to wait for
-                own = embeddings[(-1 - ids[:, 0]).clamp(0, embeddings.shape[0] - 1)]
-                y[start:end] = torch.where(ids < 0, own, y[start:end])
+            if embeddings is not None:  # where() instead of a mask, for which the host would wait
+                replaced = embeddings[(-1 - ids[:, 0]).clamp(0, embeddings.shape[0] - 1)]
+                y[start:end] = torch.where(ids < 0, replaced, y[start:end])
 
-    def trace(self, slot: int) -> RecordedSites | None:  # noqa: ARG002 - as Bank
+    def recorded_sites(self, slot: int) -> RecordedSites | None:  # noqa: ARG002 - as Bank
         return RecordedSites()
 
 
@@ -60,7 +61,7 @@ class Prompt(PromptReader):
         weights: Mapping[str, torch.Tensor],  # noqa: ARG002 - as Method
         rng: torch.Generator,
     ) -> Tensors:
-        """As PEFT starts: normal. A text's own embeddings are a better start."""
+        """As in PEFT: normal. Embeddings of a text are better initial values (adapter_model.py)."""
         return {TENSOR: torch.randn(self.shapes(spec, base)[TENSOR], generator=rng)}
 
     def pack(
@@ -71,5 +72,6 @@ class Prompt(PromptReader):
         weights: Mapping[str, torch.Tensor],  # noqa: ARG002 - as Method
         dtype: torch.dtype,
     ) -> Packed:
+        """[tokens, hidden]."""
         shape = self.shapes(spec, base)[TENSOR]
         return Packed(flatten([tensors[TENSOR]], dtype), shape, virtual_tokens=spec.tokens)

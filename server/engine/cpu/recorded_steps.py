@@ -53,7 +53,7 @@ class StepBuffers:
         self.tables = arena.take("tables", zeros, (count, blocks))  # read up to the row's length only
         self.lengths, self.kv_positions = zeros.clone(), zeros.clone()
         self.affine, self.sublayer = (
-            [(bank, TokenSpans.held(count, bank.touched(trace))) for bank, trace in traces]
+            [(bank, TokenSpans.of_recorded_step(count, bank.touched(trace))) for bank, trace in traces]
             for traces in (signature.affine, signature.sublayer)
         )
         self.output = torch.empty(0)  # [T, hidden]
@@ -70,7 +70,7 @@ class StepBuffers:
         for recorded, acting in ((self.affine, step.affine), (self.sublayer, step.sublayer)):
             by_bank = dict(acting)
             for bank, rows in recorded:
-                rows.fill(by_bank[bank])
+                rows.copy_from(by_bank[bank])
 
 
 class RecordedSteps:
@@ -138,13 +138,13 @@ def _traces(acting: ActingBanks) -> tuple[tuple[Bank, RecordedSites], ...] | Non
     traces = []
     for bank, rows in acting:
         mask = biased = 0
-        for slot in {span.slot for span in rows.few}:
-            trace = bank.trace(slot)
+        for slot in {span.slot for span in rows.kernel_spans}:
+            trace = bank.recorded_sites(slot)
             if trace is None:
                 return None
             mask |= trace.mask
             biased |= trace.biased
-        if rows.many:
+        if rows.other_spans:
             return None
         traces.append((bank, RecordedSites(mask, biased=biased)))
     return tuple(traces)

@@ -170,7 +170,7 @@ class DecodeGraphs:
             acting = 0
             for use, slot in zip(row.uses, row.slots, strict=True):
                 bank = self.step.banks[use.adapter.method]
-                trace = bank.trace(slot)
+                trace = bank.recorded_sites(slot)
                 if trace is None or use.weight != 1:
                     return None
                 if trace.mask:
@@ -188,7 +188,7 @@ class DecodeGraphs:
             (slot, i, i + 1)
             for i, row in enumerate(rows)
             for use, slot in zip(row.uses, row.slots, strict=True)
-            if self.step.banks[use.adapter.method] is bank and bank.trace(slot) != RecordedSites()
+            if self.step.banks[use.adapter.method] is bank and bank.recorded_sites(slot) != RecordedSites()
         ]
 
     def _record(self, signature: GraphSignature) -> bool:
@@ -212,7 +212,7 @@ class DecodeGraphs:
         acting: ActingBanks = []
         for i, (bank, trace) in enumerate(signature.traces):
             plan = BlockPlan(plans[2 * i], plans[2 * i + 1].view(-1, BLOCK_FIELDS), SMALL_BLOCK, trace.ranks)
-            acting.append((bank, TokenSpans.recorded(plan, bank.touched(trace), signature.rows)))
+            acting.append((bank, TokenSpans.of_graph(plan, bank.touched(trace), signature.rows)))
         batch = GpuBatch(kv_positions, lengths, blocks, blocks.new_empty(0, 4))
         self.step.begin_graph(batch, acting)
         return self.run(ids, positions)

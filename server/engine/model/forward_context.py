@@ -42,14 +42,14 @@ class SpansByBank:
         """Assign packed tokens [start, end) to the adapters of `row`."""
         for use, slot in zip(row.uses, row.slots, strict=True):
             bank = banks[use.adapter.method]
-            if bank.leads and row.computed >= row.num_virtual_tokens:
+            if bank.virtual_tokens_only and row.computed >= row.num_virtual_tokens:
                 continue
             self.by_bank.setdefault(bank, []).append(Span(slot, start, end, use.weight))
 
     def acting(self, hook: str, count: int) -> ActingBanks:
         """Banks that act through `hook`, which sees `count` tokens, each with its spans."""
         return [
-            (bank, TokenSpans(spans, bank.most, count))
+            (bank, TokenSpans(spans, bank.max_span, count))
             for bank, spans in self.by_bank.items()
             if bank.acts(hook, (span.slot for span in spans))
         ]

@@ -149,7 +149,7 @@ class AdapterModel(nn.Module):
             return TrainableAffineBank(*size)
         bank = self.adapter.method.bank(*size)
         if isinstance(bank, BottleneckBank):
-            bank.fast = False  # the kernels have no backward
+            bank.use_kernels = False  # the kernels have no backward
         return bank
 
     @torch.no_grad()

@@ -11,7 +11,7 @@ from server.kernels.site_table import SiteTable
 NAMES = ["q", "k", "v", "norm", "down"]
 
 
-def changes() -> list[AffineDelta]:
+def deltas() -> list[AffineDelta]:
     return [
         AffineDelta("v", a=torch.randn(3, 8), b=torch.randn(3, 6), bias=torch.randn(6)),
         AffineDelta("norm", bias=torch.randn(8)),
@@ -22,33 +22,31 @@ def changes() -> list[AffineDelta]:
 
 def test_a_table_of_addresses() -> None:
     table = SiteTable(NAMES, 2, COLUMNS, torch.device("cpu"))
-    packed = pack_deltas(changes(), torch.float32)
-    anatomy = SlotLayouts(table).of(packed.layout, 4)
-    held = LoadedSlot(packed.flat, anatomy, aligned=False)
+    packed = pack_deltas(deltas(), torch.float32)
+    layout = SlotLayouts(table).of(packed.layout, 4)
+    loaded = LoadedSlot(packed.flat, layout, aligned=False)
     expected = torch.zeros(len(NAMES), COLUMNS, dtype=torch.int64)
-    for name, change in held.changes.items():
-        expected[NAMES.index(name)] = torch.tensor(table_row(change))
-    assert torch.equal(anatomy.rows(packed.flat.data_ptr()), expected)
-    assert anatomy.rank == 3
-    assert anatomy.ways == {"v": MATRICES, "norm": BIAS, "q": MATRICES, "down": SCALE}
-    assert table.among(anatomy.mask) == ["q", "v", "norm", "down"]
-    assert table.among(anatomy.biased) == ["norm"]
+    for name, delta in loaded.deltas.items():
+        expected[NAMES.index(name)] = torch.tensor(table_row(delta))
+    assert torch.equal(layout.rows(packed.flat.data_ptr()), expected)
+    assert layout.rank == 3
+    assert layout.ways == {"v": MATRICES, "norm": BIAS, "q": MATRICES, "down": SCALE}
+    assert table.among(layout.mask) == ["q", "v", "norm", "down"]
+    assert table.among(layout.biased) == ["norm"]
 
 
 def test_one_for_all_that_were_made_alike() -> None:
-    anatomies = SlotLayouts(SiteTable(NAMES, 2, COLUMNS, torch.device("cpu")))
-    first, second = (pack_deltas(changes(), torch.float32) for _ in range(2))
-    assert anatomies.of(first.layout, 4) is anatomies.of(first.layout, 4)
-    assert anatomies.of(second.layout, 4) is not anatomies.of(
-        first.layout, 4
-    )  # parse_cache.py makes them one
+    layouts = SlotLayouts(SiteTable(NAMES, 2, COLUMNS, torch.device("cpu")))
+    first, second = (pack_deltas(deltas(), torch.float32) for _ in range(2))
+    assert layouts.of(first.layout, 4) is layouts.of(first.layout, 4)
+    assert layouts.of(second.layout, 4) is not layouts.of(first.layout, 4)  # parse_cache.py makes them one
 
 
 def test_layouts_that_come_once_do_not_displace_one_that_is_asked_for() -> None:
-    anatomies = SlotLayouts(SiteTable(NAMES, 2, COLUMNS, torch.device("cpu")))
-    shared = pack_deltas(changes(), torch.float32).layout
-    kept = anatomies.of(shared, 4)
+    layouts = SlotLayouts(SiteTable(NAMES, 2, COLUMNS, torch.device("cpu")))
+    shared = pack_deltas(deltas(), torch.float32).layout
+    kept = layouts.of(shared, 4)
     for _ in range(3 * MAX_LAYOUTS):
-        own = pack_deltas(changes(), torch.float32).layout
-        assert anatomies.of(own, 4).layout is own
-        assert anatomies.of(shared, 4) is kept
+        own = pack_deltas(deltas(), torch.float32).layout
+        assert layouts.of(own, 4).layout is own
+        assert layouts.of(shared, 4) is kept

@@ -68,6 +68,6 @@ def test_other_shapes_are_refused(launch: Callable[[], object]) -> None:
 
 def test_a_module_that_sees_other_tokens_than_the_step_is_refused() -> None:
     rows = TokenSpans([Span(1, 0, 1)], count=8)
-    rows.check(8)
+    rows.check_count(8)
     with pytest.raises(RuntimeError, match="saw 3 tokens in a step of 8"):
-        rows.check(3)
+        rows.check_count(3)
