@@ -195,7 +195,7 @@ def test_a_trial_is_not_judged_by_a_base_that_failed(stand: Stands, monkeypatch:
     assert trial(s, s.refs[0]).error is None
 
 
-@pytest.mark.parametrize("step", ["offer", "_too_large", "_compare_with_base"])
+@pytest.mark.parametrize("step", ["add_pending", "_too_large", "_compare_with_base"])
 def test_whatever_fails_in_a_trial_ends_that_trial(
     stand: Stands, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
@@ -205,7 +205,7 @@ def test_whatever_fails_in_a_trial_ends_that_trial(
         raise ZeroDivisionError
 
     with monkeypatch.context() as broken:
-        broken.setattr(s.engine.cache if step == "offer" else s.engine.adapter_check, step, failing)
+        broken.setattr(s.engine.cache if step == "add_pending" else s.engine.adapter_check, step, failing)
         verdict = trial(s, s.refs[0])
         assert verdict.error is not None
         assert verdict.error[0] == "internal_error"

@@ -28,8 +28,8 @@ pytestmark = pytest.mark.anyio
 ID = "ftjob-1"
 CHILD = """
 import os, pathlib, signal, sys, time
-from server.child_process import hold
-hold(int(os.environ["POLYPEFT_SUPERVISOR_PID"]))
+from server.child_process import end_with_parent
+end_with_parent(int(os.environ["POLYPEFT_SUPERVISOR_PID"]))
 job, fence, folder = sys.argv[1], int(sys.argv[2]), pathlib.Path(sys.argv[3])
 signal.signal(signal.SIGTERM, lambda *_: sys.exit({saved}))
 with pathlib.Path({said!r}).open("a") as file:
