@@ -199,7 +199,7 @@ class StartupError(PolypeftError):
 
 
 class UnsupportedModel(StartupError):
-    """Its message is a reason, which base/support.py makes a sentence of."""
+    """Its message is a reason, which base_model/compatibility.py makes a sentence of."""
 
     code = "unsupported_model"
 

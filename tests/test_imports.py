@@ -255,7 +255,7 @@ NO_TORCH = {
 # tests/server/base_model/test_text_process.py looks.
 TEXT = "server.base_model.tokenizer"
 HEAVY = {"numba", "torch", "transformers"}
-WITH_TORCH = ["triton"]  # comes with its CUDA build, and is imported only where kernels/gpu.py says so
+WITH_TORCH = ["triton"]  # comes with its CUDA build; kernels/token_blocks.py says where it is imported
 MAX_LINES, MAX_FUNCTION_LINES, MAX_FOLDER_FILES = 300, 60, 16
 
 

@@ -54,7 +54,7 @@ class ClusterMetrics:
         with store_errors():
             info = await self._redis.info()
         aof_failed = "err" in (info.get("aof_last_write_status"), info.get("aof_last_bgrewrite_status"))
-        aof_failed |= info.get("min_slaves_good_slaves") == 0  # it refuses writes: see supervisor/reserve.py
+        aof_failed |= info.get("min_slaves_good_slaves") == 0  # refuses writes: disk_reserve.py
         return {
             "valkey_up": [((), 1.0)],
             "valkey_aof_ok": [((), float(not aof_failed))],

@@ -2,7 +2,7 @@
 
 Served: any decoder-only causal LM class of transformers that attends through AttentionInterface. The rest is
 refused here, at start, by name and reason. What only the weights at work show is the engine's own check
-(engine/exactness.py). docs/bases.md lists the families.
+(engine/model/exactness_check.py). docs/bases.md lists the families.
 """
 
 import inspect

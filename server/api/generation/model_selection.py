@@ -12,7 +12,7 @@ from server.messages import AdapterRef, Use
 from server.tenancy.tenants import Tenant
 
 FINGERPRINT_CHARS = 16
-FINE_TUNED_PREFIX = "ft:"  # before the base's id, as OpenAI names fine-prefix models
+FINE_TUNED_PREFIX = "ft:"  # before the base's id, as OpenAI names fine-tuned models
 
 
 @dataclass(frozen=True)
