@@ -9,13 +9,10 @@ ends it. `help` is `polypeft --help`; memory is of idle processes, resident, aft
 
 import json
 import os
-import re
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
-import tomllib
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,10 +23,10 @@ from rich.console import Console
 from rich.table import Table
 
 from server.settings import inherited_environment
+from tests.same_answers.serving import READY, command_of
 
 CACHE = Path(__file__).resolve().parents[1] / ".cache"
 MODEL = "smollm2-135m-instruct"
-READY = re.compile(r"is ready at (\S+)/v1$", re.MULTILINE)
 POLL_SECONDS = 0.02
 START_SECONDS = 180.0
 PROCESSES = {"api": "server.api", "engine": "server.engine"}
@@ -40,9 +37,7 @@ class Checkout:
 
     def __init__(self, folder: Path, scratch: Path) -> None:
         self.folder = folder.resolve()
-        project = tomllib.loads((self.folder / "pyproject.toml").read_text())["project"]
-        module, _, name = project["scripts"]["polypeft"].partition(":")
-        self.command = [sys.executable, "-c", f"from {module} import {name}; {name}()"]
+        self.command = command_of(self.folder)
         self.environment = inherited_environment() | {"PYTHONPATH": str(self.folder)}
         self.data = scratch / "data"
         self.data.mkdir(parents=True)

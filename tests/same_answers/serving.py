@@ -18,15 +18,20 @@ START_SECONDS, STOP_SECONDS, CALL_SECONDS = 300.0, 60.0, 120.0
 OPTIONS = ("--threads", "1", "--kv-bytes", str(64 << 20))
 
 
+def command_of(checkout: Path) -> tuple[str, ...]:
+    """`polypeft` of the code in a folder, by the entry point that it declares."""
+    project = tomllib.loads((checkout / "pyproject.toml").read_text())["project"]
+    module, _, name = project["scripts"]["polypeft"].partition(":")
+    return sys.executable, "-c", f"from {module} import {name}; {name}()"
+
+
 class Checkout:
     """A folder with the code, whose `server` package the processes import."""
 
     def __init__(self, folder: Path, model: Path) -> None:
         self.folder = folder.resolve()
         self.model = model.resolve()
-        project = tomllib.loads((self.folder / "pyproject.toml").read_text())["project"]
-        module, _, name = project["scripts"]["polypeft"].partition(":")
-        self.command = (sys.executable, "-c", f"from {module} import {name}; {name}()")
+        self.command = command_of(self.folder)
 
     def run(self, *arguments: str, stdin: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
         """One command to its end."""
