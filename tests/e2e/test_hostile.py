@@ -315,11 +315,12 @@ async def test_under_ten_times_the_load_health_answers_and_what_is_accepted_comp
             beside += 1
             await asyncio.sleep(0.02)
     answers = [task.result() for task in flood]
-    assert {answer.status_code for answer in answers} <= {200, 503}
+    refused = [answer for answer in answers if answer.status_code != 200]
+    assert {answer.status_code for answer in refused} <= {429, 503}  # past the tenant's limit, past the server's
     texts = {answer.json()["choices"][0]["text"] for answer in answers if answer.status_code == 200}
     assert texts == {golden(None, PROMPT)}
-    assert sum(answer.status_code == 200 for answer in answers) >= 256
-    assert all(answer.headers["retry-after"] for answer in answers if answer.status_code == 503)
+    assert len(answers) - len(refused) >= 256
+    assert all(answer.headers["retry-after"] for answer in refused)
     assert beside > 0
 
 

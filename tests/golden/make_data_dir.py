@@ -202,9 +202,10 @@ def _answers(redis: Redis) -> bool:
         return False
 
 
-def keep_unfinished(redis: Redis, tenant: str, upload: str) -> None:
+def keep_unfinished(redis: Redis, upload: str) -> None:
     """An upload ends after an hour, this one does not. What rq noted of its workers goes: it names a host."""
-    key = f"pp:upload:{tenant}:{upload}"
+    [key] = map(bytes.decode, redis.keys(f"pp:upload:*:{upload}"))
+    tenant = key.split(":")[2]
     redis.hset(key, "expires", FAR)
     redis.persist(key)
     redis.zadd(f"pp:uploads:{tenant}", {upload: FAR})
@@ -233,9 +234,8 @@ def main(old: str, model: str, target: str) -> None:
             train(to)
             unfinished = upload(to)
             note_all(to)
-            tenant = to.ask("operator", "GET", "/admin/tenants")["data"][0]["id"]
         with valkey(folder / "data" / "valkey") as redis:
-            keep_unfinished(redis, tenant, unfinished["id"])
+            keep_unfinished(redis, unfinished["id"])
         into.mkdir(parents=True, exist_ok=True)
         pack(folder / "data", into / "data.tar.xz")
     expected = {"keys": to.keys, "answers": to.answers, "texts": to.texts, "upload": unfinished}
