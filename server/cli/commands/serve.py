@@ -1,5 +1,6 @@
 """`polypeft serve`: the whole system on this machine. Its options are generated from Settings."""
 
+import asyncio
 import logging
 import shlex
 from typing import TYPE_CHECKING
@@ -34,10 +35,9 @@ WELCOME = """
 
 def serve(**options: str | bool | None) -> None:
     """Start Valkey, engine and API as one, and stop them as one. Every option is also POLYPEFT_<OPTION>."""
+    # these load more than the other commands should wait for
     from adapters_store.object_store.store import Objects
-    from server.base_model.resolve import (
-        resolve_model,  # these load more than the other commands should wait for
-    )
+    from server.base_model.resolve import resolve_model
     from server.supervisor import serve as run
     from server.supervisor.resources import make_data_dir
     from server.tenancy.keys import operator_key
@@ -47,7 +47,8 @@ def serve(**options: str | bool | None) -> None:
     make_data_dir(settings)
     key = operator_key(settings)
     resolve_model(settings)
-    _try_store(Objects.open(settings.store_url, settings.store_config))
+    objects = Objects.open(settings.store_url, settings.store_config)
+    _check_shared(objects)
     console = Console(highlight=False, markup=False, soft_wrap=True)
     console.print(f"The operator's key lies in {settings.operator_key_path}.")
     loading = Console(stderr=True).status(f"Loading {settings.model}")
@@ -59,33 +60,32 @@ def serve(**options: str | bool | None) -> None:
         console.print(WELCOME.format(model=model, url=url, options=_options_to_reach(settings, url)))
 
     with loading:
-        run(settings, welcome, prove=lambda url: _prove_identity(settings, url))
+        run(settings, welcome, prove=lambda url: _prove(objects, url))
 
 
-def _try_store(objects: "Objects") -> None:
-    """Check the store before any child starts. An unreachable one is only logged: cached adapters are served.
-
-    Raises StartupError.
-    """
+def _check_shared(objects: "Objects") -> None:
+    """Raise StartupError for a store that several processes cannot share."""
     if not objects.shared:
         raise StartupError(
             "store memory:// is one process's own, and serve runs several; name a folder, file://..."
         )
-    try:
-        objects.self_test()
-    except StoreError:
-        log.warning("The object store does not answer; what needs it will fail until it does")
 
 
-async def _prove_identity(settings: Settings, redis_url: str) -> None:
-    """Raise StartupError if store and Valkey belong to different systems; if one is away, children check."""
-    from adapters_store.object_store.store import Objects
+async def _prove(objects: "Objects", redis_url: str) -> None:
+    """Raise StartupError for a store that overwrites, or that belongs to another system than Valkey.
+
+    A store or a Valkey that is away is only logged: cached adapters are served, and children check later.
+    """
     from adapters_store.registry.identity import prove_identity
     from adapters_store.valkey import connect
 
+    try:
+        await asyncio.to_thread(objects.self_test)
+    except StoreError:
+        log.warning("The object store does not answer; what needs it will fail until it does")
     redis = connect(redis_url)
     try:
-        await prove_identity(redis, Objects.open(settings.store_url, settings.store_config))
+        await prove_identity(redis, objects)
     except StoreError as error:
         log.warning("Whether store and Valkey belong together is looked at later: %s", error.message)
     finally:

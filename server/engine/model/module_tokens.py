@@ -110,8 +110,8 @@ def _input_width(module: Any) -> int:
 
 def norm_width(module: Any) -> int:
     """Numbers a norm sees of each token; 0 if the module is no norm: it has no 1-D weight."""
-    weight = getattr(module, "weight", None)
-    return len(weight) if isinstance(weight, nn.Parameter) and weight.dim() == 1 else 0
+    weight = dict(module.named_parameters(recurse=False)).get("weight")
+    return 0 if weight is None or weight.dim() != 1 else len(weight)
 
 
 def _count_tokens(counts: set[int], module: nn.Module, ids: torch.Tensor) -> Any:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from server.base_model import resolve
+import server.base_model.hub
 from server.base_model.resolve import resolve_model
 from server.errors import StartupError
 from server.settings import Settings
@@ -35,7 +35,7 @@ class Hub:
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
     fake = Hub(tmp_path / "cache")
-    monkeypatch.setattr(resolve, "snapshot_download", fake)
+    monkeypatch.setattr(server.base_model.hub, "snapshot_download", fake)
     return fake
 
 
