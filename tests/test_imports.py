@@ -27,6 +27,7 @@ LEAVES = {
     "server.errors",
     "server.settings",
     "server.messages",
+    "server.json_reader",
     "server.adapters.sites",
     "server.metrics.names",
 }
@@ -64,6 +65,7 @@ ROOMS: dict[str, set[str]] = {
     "server.errors": set(),
     "server.settings": set(),
     "server.messages": set(),
+    "server.json_reader": set(),
     "server.adapters.sites": set(),
     "server.metrics.names": set(),
     "server.logs": set(),
