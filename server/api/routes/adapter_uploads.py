@@ -22,14 +22,8 @@ from pydantic import BeforeValidator, Field
 
 from adapters_store.index.records import Version
 from adapters_store.object_store.store import sha256_of
-from adapters_store.registry.presigned_uploads import (
-    CLAIM_SECONDS,
-    LIFE_SECONDS,
-    AnnouncedFile,
-    PresignedUpload,
-    ended,
-    new_id,
-)
+from adapters_store.registry.presigned_uploads import AnnouncedFile, PresignedUpload, new_id
+from adapters_store.upload_records import CLAIM_SECONDS, LIFE_SECONDS, ended
 from server.adapters.formats.ignored_files import ignored
 from server.api.adapters.json_objects import uploaded_object
 from server.api.adapters.publish import AdapterUpload, check_adapter_name, publish
