@@ -6,7 +6,6 @@ tenants/{tenant}/uploads/{id}/{part}            a part's bytes, scheduled for de
 """
 
 import hashlib
-import logging
 import secrets
 import time
 from collections.abc import Callable
@@ -20,13 +19,12 @@ from redis.asyncio import Redis
 from adapters_store.names import TENANTS
 from adapters_store.object_store.store import Objects
 from adapters_store.upload_records import LIFE_SECONDS, Status, UploadRecord, UploadRecords, ended
-from server.errors import InvalidField, NotFound, StoreError, shown
+from server.errors import InvalidField, NotFound, shown
 from server.files.files import File, FileStore, Purpose, check_file_name
 
 GRACE_SECONDS = 600  # for parts that are still being written when the upload ends
 MAX_PARTS = 1000
 PART_PREFIX = "part-"
-log = logging.getLogger(__name__)
 
 ADD_PART = """
 local part, record, size = ARGV[2], ARGV[3], tonumber(ARGV[4])
@@ -86,7 +84,7 @@ class Uploads:
         id_, now = f"upload_{secrets.token_hex(12)}", int(time.time())
         upload = Upload(id=id_, tenant=tenant, name=name, purpose=purpose, bytes=size, created=now)
         created = await self._records.create(upload, bytes=0)
-        await self._files.scheduled_deletes.add(_prefix(upload), LIFE_SECONDS + GRACE_SECONDS)
+        await self._files.scheduled_deletes.add([_prefix(upload)], LIFE_SECONDS + GRACE_SECONDS)
         return created
 
     async def get(self, tenant: str, id_: str) -> Upload:
@@ -182,11 +180,7 @@ class Uploads:
     async def _end(self, upload: Upload, status: Status, file: str = "", request: str = "") -> bool:
         """End a pending upload and schedule its parts for deletion. False if it had ended otherwise."""
         answer = await self._records.finish(upload, status, file=file, asked=request)
-        try:
-            await self._files.scheduled_deletes.remove(_prefix(upload))
-            await self._files.scheduled_deletes.add(_prefix(upload), GRACE_SECONDS)
-        except StoreError as error:
-            log.warning("The parts of an upload stay until the next sweep: %s", error)
+        await self._files.scheduled_deletes.discard(_prefix(upload), GRACE_SECONDS)
         return answer == status
 
 

@@ -11,13 +11,15 @@
     pp:jobs:leases              zset     jobs in phase training, by when the lease ends (ms)
     pp:jobs:publishing          zset     jobs in phase publishing, by when training finished (ms)
     pp:figures                  hash     finished:STATUS -> number of jobs (see stats.py)
-    pp:doomed                   zset     object keys and prefixes, by when to delete them (ms)
+    pp:doomed                   zset     prefix of an ended job's objects (see scheduled_deletes.py)
 
 A job whose lease has expired goes back to the queue, with the fence of the lease in `lapsed`. Until another
 worker takes the job, the next call under that fence gives it back to its worker, which was slow, not dead.
 
 Scripts use Valkey's clock. They build keys from the job's id, so a cluster of several nodes is not supported.
 """
+
+from adapters_store.maintenance.scheduled_deletes import SCHEDULED_KEY
 
 MAX_EVENTS = 2000
 DELETE_AFTER_SECONDS = 600  # from a job's end; by then its worker has noticed and writes no more objects
@@ -61,7 +63,7 @@ local function finish(status)
   redis.call('HINCRBY', 'pp:figures', 'finished:' .. status, 1)
   local tenant = get('tenant')
   redis.call('SREM', 'pp:jobs:' .. tenant .. ':active', id)
-  redis.call('ZADD', 'pp:doomed', integer(now() + {DELETE_AFTER_SECONDS * 1000}),
+  redis.call('ZADD', '{SCHEDULED_KEY}', integer(now() + {DELETE_AFTER_SECONDS * 1000}),
              'tenants/' .. tenant .. '/jobs/' .. id .. '/')
 end
 local function pause()
