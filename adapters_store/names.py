@@ -36,6 +36,11 @@ def is_name(text: str) -> bool:
     )
 
 
+def is_file_name(text: str, max_length: int) -> bool:
+    """Whether it is printable and without a path: it is displayed, and suggested at a download."""
+    return 0 < len(text) <= max_length and text.isprintable() and not set(text) & set("/\\")
+
+
 def check_name(text: str, param: str = "name") -> str:
     """`text`, if it is a valid name of an adapter or an alias. Raises InvalidField."""
     if not is_name(text):
@@ -90,17 +95,8 @@ def deleted_key(tenant: str, name: str, version: int) -> str:
 
 def parse_manifest_key(key: str) -> ManifestKey | None:
     """The version whose manifest is at `key`; None if `key` is no manifest's."""
-    return _parse(key, "adapters")
-
-
-def parse_deleted_key(key: str) -> ManifestKey | None:
-    """The version whose deletion mark is at `key`; None if `key` is no mark's."""
-    return _parse(key, "deleted")
-
-
-def _parse(key: str, folder: str) -> ManifestKey | None:
     match key.split("/"):
-        case [root, tenant, where, name, file] if (root, where) == (TENANTS, folder):
+        case [root, tenant, "adapters", name, file] if root == TENANTS:
             version = version_number(file.removesuffix(".json")) if file.endswith(".json") else None
             return None if version is None else ManifestKey(tenant, name, version)
     return None

@@ -3,7 +3,6 @@
 import asyncio
 import os
 import random
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,29 +18,10 @@ from adapters_store.object_store.store import Objects
 from adapters_store.registry.registry import Registry
 from server.errors import StoreError
 from tests.adapters_store.test_registry import manifest, publish, stage
+from tests.fixtures.faults import Interrupted
 
 pytestmark = pytest.mark.anyio
 NO_GRACE = -1.0
-Work = Callable[[], Awaitable[Any]]
-
-
-class Interrupted:
-    """An object store at whose k-th call something else happens, before it or after it."""
-
-    def __init__(self, objects: Objects, at: int, work: Work, *, after: bool) -> None:
-        self.objects, self.at, self.work, self.after, self.calls = objects, at, work, after, 0
-
-    def __getattr__(self, name: str) -> Callable[..., Awaitable[Any]]:
-        async def call(*args: Any) -> Any:
-            self.calls += 1
-            if self.calls == self.at and not self.after:
-                await self.work()
-            result = await getattr(self.objects, name)(*args)
-            if self.calls == self.at and self.after:
-                await self.work()
-            return result
-
-        return call
 
 
 async def expire(redis: Redis) -> None:
@@ -140,7 +120,7 @@ async def test_uploads_deletions_and_collectors_all_at_once(objects: Objects, re
             if chance.random() < 0.5:
                 await collector.collect()
             else:
-                await collector.collect_expired()
+                await collector.sweep()
 
     async def upload(name: str) -> None:
         registry = Registry(objects, redis, grace_seconds=0.02)
@@ -173,15 +153,15 @@ async def test_blobs_are_young_or_leased_or_gone(registry: Registry, objects: Ob
     blobs = await stage(registry, "t")
     await objects.put("tenants/t/blobs/stray", b"")
     staged = BlobLeases(redis)
-    assert await Collector(objects, staged, NO_GRACE).collect_expired() == ([], 0, [])
+    assert await Collector(objects, staged, NO_GRACE).sweep() == ([], 0, [])
     assert (await Collector(objects, staged, 3600).collect()).keys == [], "too young, whoever wrote it"
     dry = await Collector(objects, staged, NO_GRACE).collect(dry_run=True)
     assert (dry.keys, dry.bytes) == (["tenants/t/blobs/stray"], 0)
     assert await objects.list("tenants/t/blobs/stray") or await objects.head("tenants/t/blobs/stray")
     assert (await Collector(objects, staged, NO_GRACE).collect()).keys == dry.keys
     await expire(redis)
-    assert (await Collector(objects, staged, 3600).collect_expired()).keys == []
-    found = await Collector(objects, staged, NO_GRACE).collect_expired()
+    assert (await Collector(objects, staged, 3600).sweep()).keys == []
+    found = await Collector(objects, staged, NO_GRACE).sweep()
     assert (found.keys, found.bytes) == ([blobs[0].key], blobs[0].bytes)
     assert await redis.exists(STAGED) == 0
 

@@ -2,18 +2,19 @@
 
 import asyncio
 import hashlib
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from redis.asyncio import Redis
 
 from adapters_store.object_store.store import Objects
+from adapters_store.upload_records import KEPT_SECONDS, LIFE_SECONDS
 from adapters_store.valkey import text
 from server.errors import Conflict, InvalidField, NotFound, PolypeftError, QuotaExceeded, StoreError
-from server.files import uploads as module
 from server.files.files import File, FileStore
 from server.files.uploads import Upload, Uploads
+from tests.fixtures.faults import Failing
 
 pytestmark = pytest.mark.anyio
 TEN = b"0123456789"
@@ -144,25 +145,6 @@ async def test_names_are_only_shown(files: FileStore, uploads: Uploads, source: 
         await uploads.create("t", name, 10, "fine-tune")
 
 
-class Failing:
-    """An object store that fails at its k-th call, before or after doing it."""
-
-    def __init__(self, objects: Objects, at: int, *, after: bool) -> None:
-        self.objects, self.at, self.after, self.calls = objects, at, after, 0
-
-    def __getattr__(self, name: str) -> Callable[..., Awaitable[object]]:
-        async def call(*args: object) -> object:
-            self.calls += 1
-            if self.calls == self.at and not self.after:
-                raise StoreError("broken")
-            found = await getattr(self.objects, name)(*args)
-            if self.calls == self.at:
-                raise StoreError("broken")
-            return found
-
-        return call
-
-
 @pytest.mark.parametrize("after", [False, True])
 async def test_a_store_that_fails_anywhere_leaves_no_bytes_behind(
     redis: Redis, objects: Objects, source: Source, tmp_path: Path, after: bool
@@ -262,7 +244,7 @@ async def test_uploads_are_capped_and_end(
     await age(redis)
     await files.scheduled_deletes.sweep()
     assert await objects.list("tenants") == []
-    assert 0 < await redis.ttl(f"pp:upload:t:{first.id}") <= module.PENDING_SECONDS + module.RECORD_SECONDS
+    assert 0 < await redis.ttl(f"pp:upload:t:{first.id}") <= LIFE_SECONDS + KEPT_SECONDS
 
 
 async def test_others_uploads_and_unknown_ones_are_one_answer(
