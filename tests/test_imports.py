@@ -39,7 +39,13 @@ STORE = {
     "adapters_store.object_store",
     "adapters_store.registry",
 }
-KERNELS = {"server.kernels", "server.kernels.cpu", "server.kernels.cpu.int8", "server.kernels.gpu"}
+KERNELS = {
+    "server.kernels",
+    "server.kernels.cpu",
+    "server.kernels.cpu.int8",
+    "server.kernels.gpu",
+    "server.kernels.weight_formats",
+}
 SPECS = {"server.adapters.formats", "server.adapters.specs"}
 METHODS = {*SPECS, "server.adapters", "server.adapters.methods"}
 # Of each room, the rooms it may import beside the leaves. Files beside folders are rooms by name.
@@ -78,6 +84,7 @@ ROOMS: dict[str, set[str]] = {
     "server.kernels.cpu": {"server.kernels"},
     "server.kernels.cpu.int8": {"server.kernels", "server.kernels.cpu"},
     "server.kernels.gpu": {"server.kernels", "server.kernels.cpu"},
+    "server.kernels.weight_formats": {"server.kernels.cpu", "server.kernels.cpu.int8"},
     "server.adapters": {"server.adapters.formats"},
     "server.adapters.formats": set(),
     "server.adapters.specs": {"server.adapters.formats", "server.kernels"},

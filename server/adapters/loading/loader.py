@@ -35,7 +35,7 @@ from server.adapters.sites import Base
 from server.adapters.specs.interface import Spec
 from server.adapters.tensors import find_non_finite, view_tensors
 from server.errors import CorruptObject, InvalidAdapter, ModelNotFound, NotFound, StoreError
-from server.kernels.cpu.int8.quantization import is_dequantised
+from server.kernels.weight_formats import WEIGHT_FORMATS
 from server.messages import AdapterRef
 
 MAX_URGENT_BYTES = 8 << 20  # of a file: a larger one would delay running rows by a step or more
@@ -258,14 +258,9 @@ class Loader:
             raise
 
     def _check_base_copies(self, spec: Spec, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Raises InvalidAdapter for a changed copy of a base table, which PEFT saves along with an adapter.
-
-        Either side may have been rounded: the copy when it was saved, the base when it was loaded.
-        """
+        """Raises InvalidAdapter for a changed copy of a base table: PEFT saves them along with an adapter."""
         for name, site in spec.base_copies.items():
-            copy, weight = tensors[name], self.weights[site]
-            same = torch.equal(copy, weight.to(copy.dtype)) or torch.equal(copy.to(weight.dtype), weight)
-            if not same and not (self.base.layout == "int8" and is_dequantised(weight, copy)):
+            if not WEIGHT_FORMATS[self.base.layout].is_copy(self.weights[site], tensors[name]):
                 raise InvalidAdapter(
                     f"Tensor {name!r} replaces the base's {site!r}; only low-rank changes can be served.",
                     param=name,

@@ -25,8 +25,8 @@ from server.engine.model.linear_sites import FusedLinears, LinearSite, biases_of
 from server.engine.model.module_hooks import decoder_layers
 from server.kernels.cpu.decode_attention import supports_pages
 from server.kernels.cpu.fused_bias import Biases
-from server.kernels.cpu.int8.linear import without_rounding
 from server.kernels.cpu.llama_ops import RmsNorm, add_, rotate_, silu_times
+from server.kernels.cpu.packed_linear import without_rounding
 
 # Names of the modules that a Llama-like layer consists of
 LAYER_MODULES = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}

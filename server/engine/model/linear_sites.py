@@ -1,14 +1,13 @@
 """Sites in the model's tree: a linear layer or an embedding, then what each token's adapter adds.
 
-On a CPU the weight is packed once at load for a kernel of ours, in one of WEIGHT_FORMATS: float32
-(kernels/cpu/packed_linear.py, `weight()` restores it bit for bit) or int8 (kernels/cpu/int8/, `weight()` is
-the dequantised weight); the plain copy is dropped. Linears that see the same input (q, k and v; gate and up)
-are concatenated and computed in one launch, when the first of them is called.
+Where the weight format has a kernel (kernels/weight_formats.py), the weight is packed for it once at load and
+the plain copy is dropped. Linears that see the same input (q, k and v; gate and up) are concatenated and
+computed in one launch, when the first of them is called.
 """
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,17 +19,10 @@ from server.adapters.methods.token_spans import TokenSpans
 from server.adapters.sites import Site
 from server.engine.model.forward_context import ForwardContext
 from server.kernels.cpu.fused_bias import Biases
-from server.kernels.cpu.int8.linear import Int8Linear
-from server.kernels.cpu.int8.vnni_linear import FASTEST_INT8
-from server.kernels.cpu.openmp import AVAILABLE
-from server.kernels.cpu.packed_linear import PackedLinear, join
+from server.kernels.cpu.packed_linear import PackedLinear
+from server.kernels.weight_formats import WeightFormat
 
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-WeightFormat = Literal["float32", "int8"]
-WEIGHT_FORMATS: dict[WeightFormat, type[PackedLinear | Int8Linear]] = {
-    "float32": PackedLinear,
-    "int8": FASTEST_INT8,
-}
 
 
 class LinearSite(nn.Module):
@@ -52,7 +44,7 @@ class LinearSite(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self.plain_weight: torch.Tensor
         self.register_buffer("plain_weight", weight, persistent=False)  # [out, in]; empty once packed
-        self.packed: PackedLinear | Int8Linear | None = None
+        self.packed: PackedLinear | None = None
         self.fused: FusedLinears | None = None  # the product it is a part of
 
     @classmethod
@@ -66,11 +58,10 @@ class LinearSite(nn.Module):
         return cls(site, weight, bias, step, is_head=is_head)
 
     def pack_weight(self, weight_format: WeightFormat) -> None:
-        """Keep the weight as a CPU kernel reads it, where there is one: faster, but without gradients."""
-        weight = self.plain_weight
-        if AVAILABLE and weight.device.type == "cpu" and weight.dtype == torch.float32:
-            self.packed = WEIGHT_FORMATS[weight_format].of(weight, self.bias)
-            self.plain_weight = weight.new_empty(0)
+        """Keep the weight as the format's kernel reads it, if it has one: faster, but without gradients."""
+        self.packed = weight_format.pack(self.plain_weight, self.bias)
+        if self.packed:
+            self.plain_weight = self.plain_weight.new_empty(0)
 
     @property
     def weight(self) -> torch.Tensor:
@@ -118,7 +109,8 @@ class FusedLinears:
 
     def __init__(self, members: list[LinearSite]) -> None:
         """Of packed linears; their weights become views of one."""
-        self.packed, columns = join([member.packed for member in members if member.packed])
+        packed = [member.packed for member in members if member.packed]
+        self.packed, columns = packed[0].join(packed)
         self.bias = self.packed.bias
         self.attach(members, columns)
 
