@@ -28,6 +28,7 @@ LEAVES = {
     "server.settings",
     "server.messages",
     "server.adapters.sites",
+    "server.base_model.families",
     "server.metrics.names",
 }
 # The processes' frames: they import what they like, and nothing else imports them.
@@ -71,6 +72,7 @@ ROOMS: dict[str, set[str]] = {
     "server.settings": set(),
     "server.messages": set(),
     "server.adapters.sites": set(),
+    "server.base_model.families": set(),
     "server.metrics.names": set(),
     "server.logs": set(),
     "server.tracing": set(),
@@ -255,6 +257,7 @@ NO_TORCH = {
     "server.tracing",
     "server.metrics",
     "server.base_model.control_tokens",
+    "server.base_model.families",
     "server.base_model.resolve",
     "adapters_store.registry.registry",
 }

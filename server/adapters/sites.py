@@ -10,8 +10,6 @@ import msgspec
 
 SiteKind = Literal["linear", "embedding", "norm", "attention", "mlp"]
 
-INNER_NORMS = ("q_norm", "k_norm")  # norms inside attention see heads, not tokens; no method acts there
-
 
 class Site(msgspec.Struct, frozen=True):
     """`name` is the module path in the transformers class, e.g. "model.layers.0.self_attn.q_proj".

@@ -17,7 +17,6 @@ import msgspec
 import torch
 from torch import nn
 from transformers import AttentionInterface, AutoModelForCausalLM
-from transformers.pytorch_utils import Conv1D
 
 from server.adapters.methods.lora import Narrow
 from server.adapters.sites import Base, Site
@@ -30,6 +29,7 @@ from server.engine.model.linear_sites import (
     put_modules,
 )
 from server.engine.model.module_hooks import hook_norms, hook_sublayers, norm_gains
+from server.engine.model.module_kinds import kind_of
 from server.engine.model.module_tokens import SeenTokens, module_tokens
 from server.engine.model.rotary import longest_context, scale_by_row
 from server.errors import UnsupportedModel
@@ -185,9 +185,10 @@ def replace_modules(
     """
     sites: Sites = {}
     for name, module in list(model.named_modules()):
-        if name in seen and isinstance(module, nn.Linear | Conv1D):
+        kind = kind_of(module) if name in seen else None
+        if kind == "linear":
             sites[name] = LinearSite.of(name, module, step, is_head=seen[name] == "logits")
-        elif name in seen and isinstance(module, nn.Embedding):
+        elif kind == "embedding":
             sites[name] = EmbeddingSite.of(name, module, step)
     originals = {name: model.get_submodule(name) for name in sites}
     put_modules(model, sites)

@@ -10,13 +10,12 @@ from typing import Any
 
 import msgspec
 from accelerate import init_empty_weights
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.pytorch_utils import Conv1D
 
 from server.engine.model.base_model import describe_base, replace_modules
 from server.engine.model.forward_context import ForwardContext
 from server.engine.model.memory_estimate import ITEM_BYTES, Shapes
+from server.engine.model.module_kinds import kind_of
 from server.engine.model.module_tokens import SeenTokens
 from server.engine.model.rotary import longest_context
 from server.kernels.weight_formats import FLOAT32
@@ -36,10 +35,7 @@ def read_shapes(folder: Path) -> Shapes:
     tied = head is not None and head.weight is model.get_input_embeddings().weight
     names = {module: name for name, module in model.named_modules()}
     head_name = names.get(head, "")
-    kinds = (nn.Linear, Conv1D, nn.Embedding)
-    seen: dict[str, SeenTokens] = {
-        name: "all" for name, module in model.named_modules() if isinstance(module, kinds)
-    }
+    seen: dict[str, SeenTokens] = {name: "all" for name, module in model.named_modules() if kind_of(module)}
     modules, _ = replace_modules(model, seen, ForwardContext())
     sites = {name: module.site for name, module in modules.items()}
     packed = weights

@@ -17,12 +17,11 @@ from transformers.pytorch_utils import Conv1D
 from server.adapters.methods.interface import Bank
 from server.adapters.methods.token_spans import TokenSpans
 from server.adapters.sites import Site
+from server.base_model.families import SIBLINGS, embedding_scale
 from server.engine.model.forward_context import ForwardContext
 from server.kernels.cpu.fused_bias import Biases
 from server.kernels.cpu.packed_linear import PackedLinear
 from server.kernels.weight_formats import WeightFormat
-
-SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 class LinearSite(nn.Module):
@@ -79,7 +78,7 @@ class LinearSite(nn.Module):
         elif self.fused and not input_banks:
             y = self.fused.output(self, x, flat)
         elif self.packed:
-            acting = self.step.head if self.is_head else self.step.affine
+            acting = self.step.head_affine if self.is_head else self.step.affine
             y = self.packed(flat, biases_of(acting, [self.site], [slice(0, self.site.outputs)], len(flat)))
         else:
             y = F.linear(flat, self.plain_weight, self.bias)
@@ -89,7 +88,7 @@ class LinearSite(nn.Module):
 
     def add_adapters(self, x: torch.Tensor, y: torch.Tensor) -> None:
         """Add to y [T, out], in place, what each token's adapter makes of x [T, in]."""
-        for bank, rows in self.step.head if self.is_head else self.step.affine:
+        for bank, rows in self.step.head_affine if self.is_head else self.step.affine:
             bank.affine(self.site, x, y, rows, self.bias)
 
 
@@ -184,12 +183,8 @@ class EmbeddingSite(nn.Module):
     @classmethod
     def of(cls, name: str, module: nn.Embedding, step: ForwardContext) -> "EmbeddingSite":
         """The site that takes the place of an embedding of this path."""
-        scale = float(getattr(module, "embed_scale", 1.0))
-        return cls(
-            Site(name, "embedding", module.num_embeddings, module.embedding_dim, False, scale=scale),
-            module,
-            step,
-        )
+        scale, rows, width = embedding_scale(module), module.num_embeddings, module.embedding_dim
+        return cls(Site(name, "embedding", rows, width, False, scale=scale), module, step)
 
     @property
     def weight(self) -> torch.Tensor:
