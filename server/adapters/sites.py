@@ -42,7 +42,8 @@ class Base(msgspec.Struct, frozen=True):
     vocab_size: int
     max_context: int
     sites: dict[str, Site]
-    layout: str = "float32"  # what linears' weights became: int8 serves the same adapters, a little otherwise
+    # Of linears' weights (kernels/weight_formats.py): int8 serves the same adapters, a little otherwise
+    weight_format: str = msgspec.field(default="float32", name="layout")  # as engine and API call it
 
 
 def encode_base(base: Base) -> bytes:

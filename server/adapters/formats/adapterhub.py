@@ -93,7 +93,7 @@ class BottleneckConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
         return found
 
 
-class HubConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class AdapterHubConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The kept fields of a file. `version` marks that names are current ones."""
 
     model_type: Annotated[str, msgspec.Meta(max_length=64)]
@@ -101,11 +101,11 @@ class HubConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     version: Literal["adapters"]
 
 
-FILE_FIELDS = Fields(HubConfig, dropped=DROPPED)
+FILE_FIELDS = Fields(AdapterHubConfig, dropped=DROPPED)
 CONFIG_FIELDS = Fields(BottleneckConfig, dropped=DROPPED_OF_CONFIG, empty=OFF)
 
 
-def hub_config(raw: dict[str, Any]) -> HubConfig:
+def adapterhub_config(raw: dict[str, Any]) -> AdapterHubConfig:
     """Read a config as AdapterHub wrote it, or as it was kept. InvalidAdapter names the field."""
     inner = raw.get("config")
     if not isinstance(inner, dict):
@@ -117,7 +117,7 @@ def hub_config(raw: dict[str, Any]) -> HubConfig:
     config = CONFIG_FIELDS.read(inner | current)
     file = FILE_FIELDS.read(raw | {"config": msgspec.to_builtins(config), "version": "adapters"})
     assert isinstance(config, BottleneckConfig)
-    assert isinstance(file, HubConfig)
+    assert isinstance(file, AdapterHubConfig)
     _check_residuals(config)
     return file
 

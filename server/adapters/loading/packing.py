@@ -72,7 +72,7 @@ class Packer:
     def _check_base_copies(self, spec: Spec, tensors: Mapping[str, torch.Tensor]) -> None:
         """Raises InvalidAdapter for a changed copy of a base table: PEFT saves them along with an adapter."""
         for name, site in spec.base_copies.items():
-            if not WEIGHT_FORMATS[self.base.layout].is_copy(self.weights[site], tensors[name]):
+            if not WEIGHT_FORMATS[self.base.weight_format].is_copy(self.weights[site], tensors[name]):
                 raise InvalidAdapter(
                     f"Tensor {name!r} replaces the base's {site!r}; only low-rank changes can be served.",
                     param=name,

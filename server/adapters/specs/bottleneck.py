@@ -8,7 +8,7 @@ from typing import Literal
 
 import msgspec
 
-from server.adapters.formats.adapterhub import HubConfig, hub_config
+from server.adapters.formats.adapterhub import AdapterHubConfig, adapterhub_config
 from server.adapters.formats.safetensors import TensorInfo
 from server.adapters.sites import Base, Site
 from server.adapters.specs.interface import AdapterFiles
@@ -77,7 +77,7 @@ class BottleneckReader:
     name = "bottleneck"
 
     def parse(self, files: AdapterFiles, base: Base) -> BottleneckSpec:
-        file = hub_config(files.config)
+        file = adapterhub_config(files.config)
         config = file.config
         if file.model_type != base.model_type:
             raise InvalidAdapter(
@@ -118,7 +118,7 @@ class BottleneckReader:
         return shapes
 
 
-def _targets(file: HubConfig, roles: Roles, base: Base) -> Iterator[BottleneckTarget]:
+def _targets(file: AdapterHubConfig, roles: Roles, base: Base) -> Iterator[BottleneckTarget]:
     """Each site that the config names, with its tensors."""
     config = file.config
     norms = _norms(base) if config.input == "sum" else {}

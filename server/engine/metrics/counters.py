@@ -212,7 +212,7 @@ class EngineMetrics:
             draft.replace(self._path)
         except OSError as error:  # counting goes on; the next report writes them
             if not self._save_failed:
-                log.warning("The engine's figures cannot be kept for its next start: %s", error.strerror)
+                log.warning("The engine's metrics cannot be kept for its next start: %s", error.strerror)
             self._save_failed = True
         else:
             self._save_failed = False
@@ -222,7 +222,7 @@ class EngineMetrics:
         try:
             saved = msgspec.msgpack.decode(path.read_bytes(), type=SavedMetrics)
         except (OSError, msgspec.DecodeError):
-            log.warning("The figures of the engine before cannot be read; counters begin at 0")
+            log.warning("The metrics of the engine before cannot be read; counters begin at 0")
             return
         self._starts = saved.starts + 1
         self.counters.update(

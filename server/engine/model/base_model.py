@@ -127,7 +127,7 @@ class FrozenModel:
         sites |= hook_sublayers(self.model, config.num_hidden_layers, config.hidden_size, step)
         self.base = describe_base(config, base_id, sites, identity, context)
         weight_format = placement.weight_format if packed else FLOAT32
-        self.base = msgspec.structs.replace(self.base, layout=weight_format.name)
+        self.base = msgspec.structs.replace(self.base, weight_format=weight_format.name)
         for module in self.model.modules():
             if hasattr(module, "layer_idx"):
                 module.polypeft_step = step  # how attention, a plain function, finds its step

@@ -240,7 +240,7 @@ class ForwardContext:
 
     def select_logit_rows(self, rows: list[Row]) -> None:
         """Set the banks of the output head, which sees, in this order, the tokens that get logits: of each
-        row that completes its last token, with the tokens guessed after it.
+        row that completes its last token, with its draft tokens.
         """
         spans = SpansByBank()
         start = 0
