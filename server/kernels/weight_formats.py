@@ -3,7 +3,7 @@
 This table is all that the rest knows of quantisation. To add a scheme:
 
 1. Write its linear, a PackedLinear (cpu/packed_linear.py) that packs a weight, multiplies by it, and says how
-   many bytes it takes. cpu/int8/ is an example.
+   many bytes it takes. cpu/int8/ is an example. One for a GPU also overrides `__call__` and `join`.
 2. Add its line here: name, linear, where it runs, and which weights it rounds to which.
 3. Add its name to `quantize` of server/settings.py.
 

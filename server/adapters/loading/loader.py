@@ -89,7 +89,7 @@ class Loader:
 
     def report_corrupt(self, digest: str, tier: str) -> None:
         """Count a copy in memory that fails its checksum, and drop it from RAM: the next request loads it."""
-        log.warning("An adapter in memory (%s) did not match its seal; it is loaded again.", tier)
+        log.warning("An adapter in memory (%s) did not match its checksum; it is loaded again.", tier)
         self.corrupt[tier] += 1
         self.ram.drop(digest)
 

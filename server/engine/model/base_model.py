@@ -15,7 +15,6 @@ from typing import Any
 
 import msgspec
 import torch
-from torch import nn
 from transformers import AttentionInterface, AutoModelForCausalLM
 
 from server.adapters.methods.lora import Narrow
@@ -23,14 +22,13 @@ from server.adapters.sites import Base, Site
 from server.engine.model.exactness_check import ExactnessCheck
 from server.engine.model.forward_context import ForwardContext
 from server.engine.model.linear_sites import (
-    EmbeddingSite,
     LinearSite,
+    Sites,
     fuse_packed_siblings,
-    put_modules,
+    replace_modules,
 )
 from server.engine.model.module_hooks import hook_norms, hook_sublayers, norm_gains
-from server.engine.model.module_kinds import kind_of
-from server.engine.model.module_tokens import SeenTokens, module_tokens
+from server.engine.model.module_tokens import module_tokens
 from server.engine.model.rotary import longest_context, scale_by_row
 from server.errors import UnsupportedModel
 from server.kernels.weight_formats import FLOAT32, WeightFormat
@@ -155,9 +153,7 @@ class BaseWeights(Mapping[str, torch.Tensor]):
     [width] of a norm (`norm_gains`); and the biases [out] of linears and norms as "SITE.bias".
     """
 
-    def __init__(
-        self, sites: dict[str, LinearSite | EmbeddingSite], biases: Mapping[str, torch.Tensor]
-    ) -> None:
+    def __init__(self, sites: Sites, biases: Mapping[str, torch.Tensor]) -> None:
         self._sites = sites
         self._biases = biases
 
@@ -171,28 +167,6 @@ class BaseWeights(Mapping[str, torch.Tensor]):
 
     def __len__(self) -> int:
         return len(self._sites) + len(self._biases)
-
-
-Sites = dict[str, LinearSite | EmbeddingSite]
-
-
-def replace_modules(
-    model: nn.Module, seen: Mapping[str, SeenTokens], step: ForwardContext
-) -> tuple[Sites, dict[str, nn.Module]]:
-    """Replace every Linear, Conv1D and Embedding that an adapter can act at by a site.
-
-    Returns the sites and the modules that they replaced, both by module path.
-    """
-    sites: Sites = {}
-    for name, module in list(model.named_modules()):
-        kind = kind_of(module) if name in seen else None
-        if kind == "linear":
-            sites[name] = LinearSite.of(name, module, step, is_head=seen[name] == "logits")
-        elif kind == "embedding":
-            sites[name] = EmbeddingSite.of(name, module, step)
-    originals = {name: model.get_submodule(name) for name in sites}
-    put_modules(model, sites)
-    return sites, originals
 
 
 def describe_base(config: Any, base_id: str, sites: dict[str, Site], digest: str, max_context: int) -> Base:

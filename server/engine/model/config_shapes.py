@@ -12,8 +12,9 @@ import msgspec
 from accelerate import init_empty_weights
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from server.engine.model.base_model import describe_base, replace_modules
+from server.engine.model.base_model import describe_base
 from server.engine.model.forward_context import ForwardContext
+from server.engine.model.linear_sites import replace_modules
 from server.engine.model.memory_estimate import ITEM_BYTES, Shapes
 from server.engine.model.module_kinds import kind_of
 from server.engine.model.module_tokens import SeenTokens

@@ -19,6 +19,8 @@ from server.adapters.methods.token_spans import TokenSpans
 from server.adapters.sites import Site
 from server.base_model.families import SIBLINGS, embedding_scale
 from server.engine.model.forward_context import ForwardContext
+from server.engine.model.module_kinds import kind_of
+from server.engine.model.module_tokens import SeenTokens
 from server.kernels.cpu.fused_bias import Biases
 from server.kernels.cpu.packed_linear import PackedLinear
 from server.kernels.weight_formats import WeightFormat
@@ -164,13 +166,6 @@ def fuse_packed_siblings(model: nn.Module) -> None:
                 FusedLinears(members)
 
 
-def put_modules(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
-    """Set each module at its path in the model's tree."""
-    for name, module in modules.items():
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, module)
-
-
 class EmbeddingSite(nn.Module):
     """The model's own embedding, then the banks, which see token ids."""
 
@@ -197,3 +192,32 @@ class EmbeddingSite(nn.Module):
         for bank, rows in self.step.affine:
             bank.affine(self.site, ids.reshape(-1), y.view(-1, y.shape[-1]), rows, None)
         return y
+
+
+Sites = dict[str, LinearSite | EmbeddingSite]
+
+
+def replace_modules(
+    model: nn.Module, seen: Mapping[str, SeenTokens], step: ForwardContext
+) -> tuple[Sites, dict[str, nn.Module]]:
+    """Replace every Linear, Conv1D and Embedding that an adapter can act at by a site.
+
+    Returns the sites and the modules that they replaced, both by module path.
+    """
+    sites: Sites = {}
+    for name, module in list(model.named_modules()):
+        kind = kind_of(module) if name in seen else None
+        if kind == "linear":
+            sites[name] = LinearSite.of(name, module, step, is_head=seen[name] == "logits")
+        elif kind == "embedding":
+            sites[name] = EmbeddingSite.of(name, module, step)
+    originals = {name: model.get_submodule(name) for name in sites}
+    put_modules(model, sites)
+    return sites, originals
+
+
+def put_modules(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+    """Set each module at its path in the model's tree."""
+    for name, module in modules.items():
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, module)
