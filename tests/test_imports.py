@@ -29,6 +29,7 @@ LEAVES = {
     "server.messages",
     "server.adapters.sites",
     "server.base_model.families",
+    "server.metrics.family",
     "server.metrics.names",
 }
 # The processes' frames: they import what they like, and nothing else imports them.
@@ -73,7 +74,8 @@ ROOMS: dict[str, set[str]] = {
     "server.messages": set(),
     "server.adapters.sites": set(),
     "server.base_model.families": set(),
-    "server.metrics.names": set(),
+    "server.metrics.family": set(),
+    "server.metrics.names": {"server.metrics.family"},
     "server.logs": set(),
     "server.tracing": set(),
     "server.child_process": {"server.logs"},

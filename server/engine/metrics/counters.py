@@ -16,7 +16,7 @@ import msgspec
 from server.engine.metrics.top_labels import TopLabels
 from server.engine.scheduling.row import Row
 from server.messages import AdapterRef, Stats
-from server.metrics.names import ENGINE, OPERATIONS, OTHER, SHARED
+from server.metrics.names import ENGINE, SHARED, operation_label
 
 Labels = tuple[str, ...]
 Mode = Literal["off", "ids", "names"]
@@ -99,7 +99,7 @@ class EngineMetrics:
 
     def on_store_call(self, operation: str, seconds: float, outcome: str) -> None:
         """Observe a call of the object store (`Objects.on_call`). Called from any thread."""
-        operation = operation if operation in OPERATIONS else OTHER
+        operation = operation_label(operation)
         self.from_threads.append(("store_seconds", (PROCESS, operation), seconds))
         if outcome in ("failed", "refused"):
             self.from_threads.append(("store_errors", (PROCESS, operation, outcome), 1))
