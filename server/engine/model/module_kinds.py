@@ -14,8 +14,9 @@ def kind_of(module: nn.Module) -> ModuleKind | None:
         return "linear"
     if isinstance(module, nn.Embedding):
         return "embedding"
-    weight = getattr(module, "weight", None)
-    return "norm" if isinstance(weight, nn.Parameter) and weight.dim() == 1 else None
+    # not getattr: a site's `weight` is a property that unpacks it
+    weight = dict(module.named_parameters(recurse=False)).get("weight")
+    return "norm" if weight is not None and weight.dim() == 1 else None
 
 
 def input_width(module: Any) -> int:
