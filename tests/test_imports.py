@@ -72,7 +72,7 @@ ROOMS: dict[str, set[str]] = {
     "server.errors": set(),
     "server.settings": set(),
     "server.messages": set(),
-    "server.adapters.sites": set(),
+    "server.adapters.sites": {"server.base_model.families"},
     "server.base_model.families": set(),
     "server.metrics.family": set(),
     "server.metrics.names": {"server.metrics.family"},

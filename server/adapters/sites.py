@@ -8,7 +8,10 @@ from typing import Literal
 
 import msgspec
 
-SiteKind = Literal["linear", "embedding", "norm", "attention", "mlp"]
+from server.base_model.families import SubBlockKind
+
+ModuleKind = Literal["linear", "embedding", "norm"]
+SiteKind = Literal[ModuleKind, SubBlockKind]
 
 
 class Site(msgspec.Struct, frozen=True):

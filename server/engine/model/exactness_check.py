@@ -32,6 +32,7 @@ from server.messages import Generate, Sampling
 # Norm of the difference over the norm of transformers' logits. Another order of sums alone makes up to 2e-4
 # in float32 and 1e-2 in bfloat16; another formula makes tenths.
 TOLERANCES = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+CODE = ("base_model", "engine", "kernels")  # folders of server/ that the result depends on
 SHORT_ROW = 9  # tokens of the shorter row
 # Wider windows are narrowed to this during the check, in both models, so that the longer row stays short.
 MAX_WINDOW = 64
@@ -224,7 +225,7 @@ def _fingerprint(model: Any, identity: str, weight_format: str, context: int) ->
     """SHA-256 of everything the result depends on."""
     root = Path(__file__).parents[2]
     total = hashlib.sha256()
-    for path in sorted(path for part in ("engine", "kernels") for path in (root / part).rglob("*.py")):
+    for path in sorted(path for part in CODE for path in (root / part).rglob("*.py")):
         total.update(path.read_bytes())
     parameter = next(model.parameters())
     facts = (

@@ -1,11 +1,11 @@
 """At which modules of a transformers model adapters can act, by class: the only place that asks."""
 
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-ModuleKind = Literal["linear", "embedding", "norm"]
+from server.adapters.sites import ModuleKind
 
 
 def kind_of(module: nn.Module) -> ModuleKind | None:
