@@ -106,14 +106,14 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers has no type
     # called by transformers
 
     def get_train_dataloader(self) -> DataLoader[Example]:
-        return DataLoader(self.train_dataset, batch_sampler=self.batches, collate_fn=_collate)
+        return DataLoader(self.train_dataset, batch_sampler=self.batches, collate_fn=self._collate)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Inputs], num_batches: int, device: torch.device
     ) -> tuple[list[Inputs], float]:
-        """The batches of one update, and the total weight of their targets, by which losses are divided."""
+        """The batches of one update, and their total weight, by which losses are divided."""
         inputs, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        return inputs, sum(float(item["batch"].weights.sum()) for item in inputs)
+        return inputs, sum(self.objective.weight(item["batch"]) for item in inputs)
 
     def compute_loss(
         self,
@@ -189,6 +189,9 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers has no type
 
     # our own methods
 
+    def _collate(self, examples: Sequence[Example]) -> Inputs:
+        return {"batch": self.objective.batch(examples)}
+
     def _check_finite(self, value: float, what: str) -> None:
         if not math.isfinite(value):
             rate = self.lr_scheduler.get_last_lr()[0]
@@ -254,10 +257,6 @@ class _Callbacks(TrainerCallback):  # type: ignore[misc]
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         trainer.observer.on_checkpoint(folder, state.global_step, trainer.checkpoint_metrics())
         trainer.saved_at = time.monotonic()
-
-
-def _collate(examples: Sequence[Example]) -> Inputs:
-    return {"batch": Batch.of(examples)}
 
 
 def training_arguments(recipe: Recipe, folder: Path, device: torch.device) -> TrainingArguments:
