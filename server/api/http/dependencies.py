@@ -2,6 +2,12 @@
 
 Every router but health has one that authenticates. The key is taken from the Authorization header alone,
 never from the query string.
+
+There is no limit on a tenant's requests per second yet. It belongs into `current_tenant`, which every request
+passes before its body is read: the limit as a field of Tenant (tenancy/tenants.py) that routes/admin.py sets;
+the count in Valkey, by a file of tenancy/, since there may be several API processes; the refusal a subclass
+of QuotaExceeded (server/errors.py), to which error_responses.py adds Retry-After and which middleware.py
+counts. A limit on tokens belongs into `Services.admit`, where the length of the prompt is known.
 """
 
 from typing import Annotated
