@@ -1,4 +1,4 @@
-"""What README, the documents and the comments name exists: files, folders, links, and the names to look for."""
+"""What the documents and comments name exists: files, folders, links, and names to look for."""
 
 import re
 from fnmatch import fnmatch
@@ -56,7 +56,8 @@ def test_every_file_that_the_source_names_exists(source: str) -> None:
 
 def rows_to_change() -> list[tuple[str, str]]:
     """(what is to be changed, where to go) of README's table."""
-    _, _, table = (ROOT / "README.md").read_text().partition("| to change | go to |\n|---|---|\n")
+    _, header, table = (ROOT / "README.md").read_text().partition("| to change | open first |\n|---|---|\n")
+    assert header, "README has no table of changes"
     rows = [line.strip("|").split("|") for line in table.partition("\n\n")[0].splitlines()]
     return [(what.strip(), where) for what, where in rows]
 
