@@ -18,7 +18,7 @@ from server.api.services import Services
 from server.errors import Forbidden, Unauthenticated
 from server.tenancy.keys import fingerprint, same_secret
 from server.tenancy.tenants import OPERATOR, Tenant
-from server.tracing import span, tell
+from server.tracing import annotate, span
 
 __all__ = ["OPERATOR", "CurrentTenant", "Deps", "current_tenant", "operator", "services"]
 
@@ -40,7 +40,7 @@ async def current_tenant(request: Request, deps: Deps) -> Tenant:
     if tenant is None:
         raise Unauthenticated("The API key is not valid.")
     request.state.tenant = tenant  # for the metrics of RequestMiddleware
-    tell({"polypeft.tenant": tenant.id})
+    annotate({"polypeft.tenant": tenant.id})
     return tenant
 
 
