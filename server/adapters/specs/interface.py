@@ -36,7 +36,7 @@ class SpecReader(Protocol):
         """The method's name, as manifests store it."""
 
     def parse(self, files: AdapterFiles, base: Base) -> Spec:
-        """The spec of a config and tensor headers. Raises InvalidAdapter if it is unknown or cannot be served."""
+        """The spec of a config and headers. Raises InvalidAdapter for what is unknown or cannot be served."""
 
     def shapes(self, spec: Any, base: Base) -> dict[str, tuple[int, ...]]:
         """All tensors, {name: shape}; used to check uploads, to charge the cache and to start trainings."""

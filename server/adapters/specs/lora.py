@@ -127,7 +127,7 @@ class LoraReader:
         tensors: dict[str, TensorInfo],
         config: LoraConfig,
     ) -> LoraTarget:
-        """One site's tensors. Raises InvalidAdapter if one is missing or has a rank that the config denies."""
+        """One site's tensors. Raises InvalidAdapter if one is missing or has another rank than configured."""
         wanted = {"A": True, "B": True, "magnitude": config.use_dora, "bias": config.lora_bias}
         for role, needed in wanted.items():
             if needed and role not in roles:
