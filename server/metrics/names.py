@@ -1,16 +1,8 @@
 """Every Prometheus metric of the system: declarations only. vLLM's name where it means the same.
 
-To add one, declare it in a table below, under a key; then give that key its values, where the table says:
-
-    ENGINE   events, as they happen: `count` and `observe` of EngineMetrics (engine/metrics/counters.py).
-             States, and counts that a component keeps itself: read once a second by engine/snapshot.py
-    API      `count` and `observe` of Metrics (metrics/exposition.py), which handlers have as deps.metrics
-    FLEET    what is read from Valkey at a scrape: api/cluster_metrics.py
-    SHARED   of several processes: at the places of ENGINE, API and WORKER
-    WORKER   finetune/worker/metrics.py
-
+To add one, declare it in a table below, under a key; the comment of the table says where the key gets values.
 Each label has its values listed here, or is bounded otherwise (see `OPEN`): no request can add a series.
-The tables of docs/metrics.md are made from these by docs.py; a test compares them.
+docs.py makes the tables of docs/metrics.md of these; a test compares them.
 """
 
 from collections.abc import Mapping
@@ -89,7 +81,7 @@ def _histogram(name: str, buckets: tuple[float, ...], text: str, **labels: Value
     return Family(name, "histogram", text, labels, buckets)
 
 
-# The engine counts these itself; they go on where they were when it is restarted.
+# Events, as they happen: engine/metrics/counters.py. States, and counts that parts keep: engine/snapshot.py.
 ENGINE: Mapping[str, Family] = {
     "running": _gauge("vllm:num_requests_running", "Rows in the batch"),
     "waiting": _gauge("vllm:num_requests_waiting", "Rows that wait for the batch"),
@@ -204,7 +196,7 @@ ENGINE: Mapping[str, Family] = {
     ),
 }
 
-# Each API process counts for itself; /metrics shows the sum over all processes of one `serve`.
+# Of each API process, by `count` and `observe` of Metrics (exposition.py), which sums over the processes.
 API: Mapping[str, Family] = {
     "http_requests": _counter(
         "polypeft_http_requests",
@@ -236,7 +228,7 @@ API: Mapping[str, Family] = {
     "valkey_errors": _counter("polypeft_valkey_errors", "Calls of Valkey that failed"),
 }
 
-# Of the system as a whole, out of Valkey: every API shows the same, so take the max, not the sum.
+# Of the whole system, read from Valkey: api/cluster_metrics.py. Each API shows the same: take max, not sum.
 FLEET: Mapping[str, Family] = {
     "engine_up": _gauge("polypeft_engine_up", "1 while the engine answers this API"),
     "build_info": _gauge("polypeft_build_info", "Always 1", version=(), python=(), torch=(), model_name=()),
@@ -266,7 +258,7 @@ FLEET: Mapping[str, Family] = {
     "checkpoint_bytes": _counter("polypeft_checkpoint_bytes", "Bytes of checkpoints stored"),
 }
 
-# Of more than one process, told apart by the label
+# Of several kinds of process, by the label `process`, at the places of ENGINE, API and WORKER
 SHARED: Mapping[str, Family] = {
     "memory": _gauge("polypeft_process_resident_memory_bytes", "Resident memory", process=PROCESSES),
     "store_seconds": _histogram(
@@ -288,7 +280,7 @@ SHARED: Mapping[str, Family] = {
     ),
 }
 
-# On a worker's own port
+# On a worker's own port: finetune/worker/metrics.py
 WORKER: Mapping[str, Family] = {
     "worker_busy": _gauge("polypeft_worker_busy", "1 while it has a job"),
     "worker_attempts": _counter("polypeft_worker_attempts", "Attempts at a job", outcome=OUTCOMES),
