@@ -90,17 +90,8 @@ def deleted_key(tenant: str, name: str, version: int) -> str:
 
 def parse_manifest_key(key: str) -> ManifestKey | None:
     """The version whose manifest is at `key`; None if `key` is no manifest's."""
-    return _parse(key, "adapters")
-
-
-def parse_deleted_key(key: str) -> ManifestKey | None:
-    """The version whose deletion mark is at `key`; None if `key` is no mark's."""
-    return _parse(key, "deleted")
-
-
-def _parse(key: str, folder: str) -> ManifestKey | None:
     match key.split("/"):
-        case [root, tenant, where, name, file] if (root, where) == (TENANTS, folder):
+        case [root, tenant, "adapters", name, file] if root == TENANTS:
             version = version_number(file.removesuffix(".json")) if file.endswith(".json") else None
             return None if version is None else ManifestKey(tenant, name, version)
     return None

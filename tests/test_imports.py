@@ -27,6 +27,8 @@ LEAVES = {
     "server.errors",
     "server.settings",
     "server.messages",
+    "server.atomic_files",
+    "server.json_reader",
     "server.adapters.sites",
     "server.metrics.names",
 }
@@ -45,7 +47,7 @@ METHODS = {*SPECS, "server.adapters", "server.adapters.methods"}
 # Of each room, the rooms it may import beside the leaves. Files beside folders are rooms by name.
 ROOMS: dict[str, set[str]] = {
     "adapters_store": {"server.errors"},
-    "adapters_store.object_store": {"server.errors"},
+    "adapters_store.object_store": {"server.atomic_files", "server.errors"},
     "adapters_store.index": {"server.errors", "adapters_store"},
     "adapters_store.maintenance": {
         "server.errors",
@@ -64,6 +66,8 @@ ROOMS: dict[str, set[str]] = {
     "server.errors": set(),
     "server.settings": set(),
     "server.messages": set(),
+    "server.atomic_files": set(),
+    "server.json_reader": set(),
     "server.adapters.sites": set(),
     "server.metrics.names": set(),
     "server.logs": set(),

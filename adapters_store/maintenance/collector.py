@@ -19,7 +19,7 @@ from adapters_store import names
 from adapters_store.maintenance.blob_leases import BlobLeases
 from adapters_store.manifest import decode_manifest
 from adapters_store.object_store.store import Objects
-from server.errors import NotFound
+from server.errors import NotFound, StoreError
 
 MAX_CONCURRENT = 32
 log = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ class Collected(NamedTuple):
 
 
 class Collector:
-    """All calls raise StoreError."""
+    """All calls but `discard` raise StoreError."""
 
     def __init__(self, objects: Objects, leases: BlobLeases, grace_seconds: float) -> None:
         self._objects = objects
@@ -45,15 +45,21 @@ class Collector:
         return await self._collect([key for key in keys if names.blob_tenant(key)], dry_run=dry_run)
 
     async def discard(self, keys: list[str]) -> None:
-        """Remove the blobs of a refused upload at once: many refused uploads would fill the store."""
-        released = await self._leases.release(keys)
-        for key in released:
-            await self._objects.delete(key)
-        await self._leases.forget(released)
+        """Remove the blobs of a refused upload at once: many refused uploads would fill the store.
 
-    async def collect_expired(self) -> Collected:
+        If the store does not answer, a later sweep does it.
+        """
+        try:
+            released = await self._leases.release(keys)
+            for key in released:
+                await self._objects.delete(key)
+            await self._leases.forget(released)
+        except StoreError as error:
+            log.warning("The bytes of a refused upload stay for a while: %s", error.message)
+
+    async def sweep(self) -> Collected:
         """Check only blobs whose lease has expired. Costs one command where there are none."""
-        return await self._collect(await self._leases.expired(), dry_run=False)
+        return await self._collect(await self._leases.due(), dry_run=False)
 
     async def _collect(self, keys: list[str], *, dry_run: bool) -> Collected:
         done = Collected([], 0, [])

@@ -1,4 +1,4 @@
-"""Temporary files that killed processes left in a file:// store; atomic_files.py gives them their names.
+"""Temporary files that killed processes left in a file:// store; server/atomic_files.py names them.
 
 Nothing reads them. In a cloud's store, unfinished multipart uploads are removed by the bucket's own rule.
 """

@@ -27,10 +27,11 @@ from anyio.to_thread import run_sync
 from obstore.exceptions import AlreadyExistsError, BaseError
 from obstore.store import AzureStore, GCSStore, LocalStore, MemoryStore, S3Store
 
-from adapters_store.object_store import atomic_files
-from adapters_store.object_store.atomic_files import chunks_of, within_deadline
+from adapters_store.object_store import streams
 from adapters_store.object_store.circuit_breaker import CircuitBreaker
 from adapters_store.object_store.cloud import BULK_SECONDS, Clients, open_cloud, read_options
+from adapters_store.object_store.streams import DAMAGED, chunks_of, verified, within_deadline
+from server import atomic_files
 from server.errors import CorruptObject, NotFound, StartupError, StoreError, TooLarge, disk_error, shown
 
 T = TypeVar("T")
@@ -119,7 +120,7 @@ class Objects:
 
     def put_sync(self, key: str, source: Path | bytes, sha256: str | None = None) -> None:
         """Write the object atomically, replacing any. Raises StoreError if the digest is not `sha256`."""
-        chunks = atomic_files.verified(chunks_of(source, CHUNK_BYTES), sha256)
+        chunks = verified(chunks_of(source, CHUNK_BYTES), sha256)
         with self._call("put"):
             path = _checked(key)
             if self._folder:
@@ -141,7 +142,7 @@ class Objects:
         """The content. Raises NotFound; TooLarge over MAX_GET_BYTES."""
         with self._call("get"):
             if self._folder:
-                return atomic_files.read_file(self._folder / _checked(key), MAX_GET_BYTES)
+                return streams.read_file(self._folder / _checked(key), MAX_GET_BYTES)
             found = obstore.get(self._quick, _checked(key))
             if found.meta["size"] > MAX_GET_BYTES:
                 raise TooLarge(f"A stored object has {found.meta['size']} bytes, more than {MAX_GET_BYTES}.")
@@ -152,7 +153,7 @@ class Objects:
         with self._call("download"):
             found = obstore.get(self._bulk, _checked(key))
             chunks = (bytes(chunk) for chunk in found.stream(min_chunk_size=CHUNK_BYTES))
-            atomic_files.write_file(path, within_deadline(chunks, BULK_SECONDS), sha256)
+            atomic_files.write_file(path, verified(within_deadline(chunks, BULK_SECONDS), sha256))
 
     def read_sync(self, key: str, buffer: memoryview, sha256: str) -> None:
         """Fill `buffer`. Raises CorruptObject if the object's length or digest is another; NotFound."""
@@ -160,14 +161,14 @@ class Objects:
             if self._folder:
                 with (self._folder / _checked(key)).open("rb", buffering=0) as file:
                     same_size = os.fstat(file.fileno()).st_size == len(buffer)
-                    if not same_size or not atomic_files.read_into(buffer, file.readinto, sha256):
-                        raise CorruptObject(atomic_files.DAMAGED)
+                    if not same_size or not streams.read_into(buffer, file.readinto, sha256):
+                        raise CorruptObject(DAMAGED)
                 return
             found, filled = obstore.get(self._bulk, _checked(key)), 0
             if found.meta["size"] != len(buffer):
-                raise CorruptObject(atomic_files.DAMAGED)
+                raise CorruptObject(DAMAGED)
             chunks = map(bytes, found.stream(min_chunk_size=CHUNK_BYTES))
-            for chunk in atomic_files.verified(within_deadline(chunks, BULK_SECONDS), sha256):
+            for chunk in verified(within_deadline(chunks, BULK_SECONDS), sha256):
                 buffer[filled : filled + len(chunk)] = chunk
                 filled += len(chunk)
 

@@ -1,10 +1,11 @@
-"""Folders and files that appear complete or not at all, also if their writer is killed."""
+"""Folders that appear complete or not at all, also if their writer is killed."""
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 from filelock import FileLock
+
+from server.atomic_files import sync
 
 
 def build_once(target: Path, build: Callable[[Path], None]) -> Path:
@@ -23,24 +24,7 @@ def build_once(target: Path, build: Callable[[Path], None]) -> Path:
         staging.mkdir(exist_ok=True)
         build(staging)
         for path in [*staging.rglob("*"), staging]:
-            _sync(path)
+            sync(path)
         staging.rename(target)
-        _sync(target.parent)
+        sync(target.parent)
     return target
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a small file durably; a reader sees either the old content or the new."""
-    staging = path.with_name(f".{path.name}.partial")
-    staging.write_text(text)
-    _sync(staging)
-    staging.rename(path)
-    _sync(path.parent)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -9,7 +9,7 @@ from pathlib import Path
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-from server.base_model.atomic_folders import write_atomically
+from server.atomic_files import replace_file
 from server.base_model.default_model import NAME, ensure_default_model
 from server.errors import StartupError
 from server.settings import Settings
@@ -74,5 +74,5 @@ def _from_hub(model: str, data_dir: Path) -> Path:
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise _not_fetched(model, error) from error
     commit_file.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(commit_file, folder.name)
+    replace_file(commit_file, folder.name.encode())
     return folder

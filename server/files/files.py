@@ -8,7 +8,6 @@ A file exists once its record does. Before its bytes are written they are schedu
 that adds the record cancels that, so a crash leaves no bytes behind.
 """
 
-import logging
 import secrets
 import time
 from pathlib import Path
@@ -21,13 +20,12 @@ from adapters_store.maintenance.scheduled_deletes import SCHEDULED_KEY, Schedule
 from adapters_store.names import TENANTS
 from adapters_store.object_store.store import Objects
 from adapters_store.valkey import store_errors
-from server.errors import InvalidField, NotFound, QuotaExceeded, StoreError, shown
+from server.errors import InvalidField, NotFound, QuotaExceeded, shown
 
 Purpose = Literal["fine-tune", "fine-tune-results"]
 MAX_NAME_LENGTH = 255
 WRITE_SECONDS = 3600  # the longest time that writing a file may take
 NO_LIMIT = 2**53
-log = logging.getLogger(__name__)
 
 ADD = """
 local files, total, deletes = unpack(KEYS)
@@ -101,7 +99,7 @@ class FileStore:
         id_, now = id_ or new_id(), int(time.time())
         check_file_name(name)
         file = File(id=id_, tenant=tenant, name=name, purpose=purpose, bytes=size, sha256=sha256, created=now)
-        await self.scheduled_deletes.add(file.key, WRITE_SECONDS)
+        await self.scheduled_deletes.add([file.key], WRITE_SECONDS)
         await self._objects.put(file.key, path, sha256)
         caps = (self._max_files, self._max_bytes) if purpose == "fine-tune" else (NO_LIMIT, NO_LIMIT)
         with store_errors():
@@ -110,7 +108,7 @@ class FileStore:
                 args=[id_, msgspec.json.encode(file), size, file.key, *caps],
             )
         if answer != b"done":
-            await self._discard(file.key)
+            await self.scheduled_deletes.discard(file.key)
             raise self._quota(answer)
         return await self.get(tenant, id_)
 
@@ -151,13 +149,7 @@ class FileStore:
                 keys=[*_keys(tenant), SCHEDULED_KEY], args=[id_, file.bytes, file.key]
             )
         if removed:
-            await self._discard(file.key)
-
-    async def _discard(self, key: str) -> None:
-        try:
-            await self.scheduled_deletes.remove(key)
-        except StoreError as error:
-            log.warning("The bytes of a deleted file stay until the next sweep: %s", error)
+            await self.scheduled_deletes.discard(file.key)
 
     def _quota(self, which: bytes) -> QuotaExceeded:
         limit = f"{self._max_files} files" if which == b"files" else f"{self._max_bytes} bytes in files"

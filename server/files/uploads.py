@@ -1,15 +1,16 @@
 """Multipart uploads of files: parts come in any order and over several connections, and one call joins them.
 
-The keys and transitions of an upload are in uploads_lua.py.
+pp:uploads:{tenant}, pp:upload:{tenant}:{id}    see upload_records.py; `bytes` of all parts, `file` once it
+                                                is completed, and a `part-...` (JSON) for each
+tenants/{tenant}/uploads/{id}/{part}            a part's bytes, scheduled for deletion from the start
 """
 
 import hashlib
-import logging
 import secrets
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import msgspec
 from anyio.to_thread import run_sync
@@ -17,35 +18,25 @@ from redis.asyncio import Redis
 
 from adapters_store.names import TENANTS
 from adapters_store.object_store.store import Objects
-from adapters_store.valkey import store_errors, text
-from server.errors import Conflict, InvalidField, NotFound, QuotaExceeded, StoreError, shown
-from server.files import uploads_lua as lua
+from adapters_store.upload_records import LIFE_SECONDS, Status, UploadRecord, UploadRecords, ended
+from server.errors import InvalidField, NotFound, shown
 from server.files.files import File, FileStore, Purpose, check_file_name
 
-PENDING_SECONDS = 3600
-RECORD_SECONDS = 24 * 3600  # the record stays so long after expiry, to answer late calls
 GRACE_SECONDS = 600  # for parts that are still being written when the upload ends
 MAX_PARTS = 1000
 PART_PREFIX = "part-"
-log = logging.getLogger(__name__)
 
-Status = Literal["pending", "completed", "cancelled", "expired"]
-
-
-class Upload(msgspec.Struct, frozen=True, kw_only=True):
-    """An upload's record, with the parts that have come."""
-
-    id: str  # upload_...
-    tenant: str
-    name: str  # of the file
-    purpose: Purpose
-    bytes: int  # declared size of the file
-    created: int  # Unix seconds
-    expires: int = 0
-    status: Status = "pending"
-    file: str | None = None
-    asked: str = ""  # hash of the arguments that completed the upload
-    parts: dict[str, "Part"] = {}
+ADD_PART = """
+local part, record, size = ARGV[2], ARGV[3], tonumber(ARGV[4])
+local found = status()
+if found ~= 'pending' then return found end
+if redis.call('HEXISTS', upload, part) == 1 then return 'done' end
+local bytes = redis.call('HGET', upload, 'bytes') + size
+if bytes > tonumber(ARGV[5]) then return 'bytes' end
+if redis.call('HLEN', upload) >= tonumber(ARGV[6]) then return 'parts' end
+redis.call('HSET', upload, part, record, 'bytes', bytes)
+return 'done'
+"""
 
 
 class Part(msgspec.Struct, frozen=True, kw_only=True):
@@ -57,21 +48,32 @@ class Part(msgspec.Struct, frozen=True, kw_only=True):
     created: int
 
 
+class Upload(UploadRecord, frozen=True, kw_only=True):
+    """An upload upload_... of the file `name`, with the parts that have come."""
+
+    purpose: Purpose
+    bytes: int  # declared size of the file
+    file: str | None = None
+    parts: dict[str, Part] = msgspec.field(default_factory=dict)
+
+    @staticmethod
+    def stored(fields: dict[str, str]) -> dict[str, Any]:
+        records = (record for name, record in fields.items() if name.startswith(PART_PREFIX))
+        parts = [msgspec.json.decode(record, type=Part) for record in records]
+        return {"file": fields.get("file") or None, "parts": {part.id: part for part in parts}}
+
+
 class Uploads:
     """All calls raise StoreError, and NotFound for an unknown upload or another tenant's."""
 
     def __init__(
         self, redis: Redis, objects: Objects, files: FileStore, *, max_bytes: int, max_pending: int
     ) -> None:
-        self._redis = redis
+        self._records = UploadRecords(redis, "pp:upload", Upload, max_pending)
+        self._add_part = self._records.script(ADD_PART)
         self._objects = objects
         self._files = files
         self._max_bytes = max_bytes
-        self._max_pending = max_pending
-        scripts = (lua.CREATE, lua.ADD_PART, lua.FINISH)
-        self._create, self._add_part, self._finish = (
-            redis.register_script(lua.PRELUDE + script) for script in scripts
-        )
 
     async def create(self, tenant: str, name: str, size: int, purpose: Purpose) -> Upload:
         """Start an upload of `size` bytes. Raises InvalidField for name or size, QuotaExceeded."""
@@ -81,43 +83,13 @@ class Uploads:
         await self._files.check_quota(tenant, size)
         id_, now = f"upload_{secrets.token_hex(12)}", int(time.time())
         upload = Upload(id=id_, tenant=tenant, name=name, purpose=purpose, bytes=size, created=now)
-        args: list[bytes | str | int] = [
-            id_,
-            msgspec.json.encode(upload),
-            self._max_pending,
-            PENDING_SECONDS,
-            RECORD_SECONDS,
-        ]
-        with store_errors():
-            expires = int(await self._create(keys=_keys(tenant, id_), args=args))
-        if not expires:
-            raise QuotaExceeded(f"A tenant may have {self._max_pending} uploads open at a time.")
-        await self._files.scheduled_deletes.add(_prefix(upload), PENDING_SECONDS + GRACE_SECONDS)
-        return await self.get(tenant, id_)
+        created = await self._records.create(upload, bytes=0)
+        await self._files.scheduled_deletes.add([_prefix(upload)], LIFE_SECONDS + GRACE_SECONDS)
+        return created
 
     async def get(self, tenant: str, id_: str) -> Upload:
         """The upload with its parts; a pending one that is past its time has the status "expired"."""
-        with store_errors():
-            fields = await self._redis.hgetall(_keys(tenant, id_)[0]) if id_.isidentifier() else {}
-            now, _ = await self._redis.time()
-        if not fields:
-            raise NotFound(f"There is no upload {shown(id_)}.", param="upload_id")
-        values = {text(name): text(value) for name, value in fields.items()}
-        parts = [
-            msgspec.json.decode(record, type=Part)
-            for name, record in values.items()
-            if name.startswith(PART_PREFIX)
-        ]
-        expires = int(values["expires"])
-        late = values["status"] == "pending" and expires <= int(now)
-        return msgspec.structs.replace(
-            msgspec.json.decode(values["fixed"], type=Upload),
-            expires=expires,
-            status="expired" if late else values["status"],
-            file=values.get("file") or None,
-            asked=values.get("asked", ""),
-            parts={part.id: part for part in parts},
-        )
+        return await self._records.get(tenant, id_)
 
     async def add_part(self, tenant: str, id_: str, path: Path, size: int, sha256: str) -> Part:
         """Store the `size` bytes at `path` as a part.
@@ -126,23 +98,17 @@ class Uploads:
         """
         upload = await self.get(tenant, id_)
         if upload.status != "pending":
-            raise _ended(upload)
+            raise ended(id_, upload.status)
         part = Part(
             id=f"{PART_PREFIX}{secrets.token_hex(12)}", bytes=size, sha256=sha256, created=int(time.time())
         )
         key = _part_key(upload, part)
         await self._objects.put(key, path, sha256)
+        record = msgspec.json.encode(part)
         # twice the declared size: a client sends a part again whose answer was lost
-        args: list[bytes | str | int] = [
-            id_,
-            part.id,
-            msgspec.json.encode(part),
-            size,
-            2 * upload.bytes,
-            MAX_PARTS,
-        ]
-        with store_errors():
-            answer = (await self._add_part(keys=_keys(tenant, id_), args=args) or b"").decode()
+        answer = await self._records.run(
+            self._add_part, tenant, id_, part.id, record, size, 2 * upload.bytes, MAX_PARTS
+        )
         if answer == "done":
             return part
         await self._objects.delete(key)
@@ -152,7 +118,7 @@ class Uploads:
             )
         if answer == "parts":
             raise InvalidField(f"An upload may have about {MAX_PARTS} parts.", param="data")
-        raise _ended(await self.get(tenant, id_))
+        raise ended(id_, (await self.get(tenant, id_)).status)
 
     async def complete(
         self, tenant: str, id_: str, part_ids: list[str], md5: str | None, folder: Path
@@ -186,13 +152,13 @@ class Uploads:
             await self._end(upload, "cancelled")
             upload = await self.get(tenant, id_)
         if upload.status != "cancelled":
-            raise _ended(upload)
+            raise ended(id_, upload.status)
         return upload
 
     async def _completed(self, upload: Upload, request: str) -> tuple[Upload, File]:
         """The result of an upload that the same `request` has completed. Raises Conflict for all others."""
         if upload.status != "completed" or upload.file is None or upload.asked != request:
-            raise _ended(upload)
+            raise ended(upload.id, upload.status)
         return upload, await self._files.get(upload.tenant, upload.file)
 
     async def _join(self, upload: Upload, parts: list[Part], md5: str | None, joined: Path) -> str:
@@ -213,15 +179,9 @@ class Uploads:
 
     async def _end(self, upload: Upload, status: Status, file: str = "", request: str = "") -> bool:
         """End a pending upload and schedule its parts for deletion. False if it had ended otherwise."""
-        keys = _keys(upload.tenant, upload.id)
-        with store_errors():
-            ended = await self._finish(keys=keys, args=[upload.id, status, file, request])
-        try:
-            await self._files.scheduled_deletes.remove(_prefix(upload))
-            await self._files.scheduled_deletes.add(_prefix(upload), GRACE_SECONDS)
-        except StoreError as error:
-            log.warning("The parts of an upload stay until the next sweep: %s", error)
-        return bool(ended)
+        answer = await self._records.finish(upload, status, file=file, asked=request)
+        await self._files.scheduled_deletes.discard(_prefix(upload), GRACE_SECONDS)
+        return answer == status
 
 
 def _chosen(upload: Upload, part_ids: list[str]) -> list[Part]:
@@ -249,14 +209,6 @@ def _append(source: Path, target: Path, sinks: tuple[Callable[[bytes], object], 
             joined.write(chunk)
             for sink in sinks:
                 sink(chunk)
-
-
-def _ended(upload: Upload) -> Conflict:
-    return Conflict(f"The upload {shown(upload.id)} is {upload.status}.", param="upload_id")
-
-
-def _keys(tenant: str, id_: str) -> list[str]:
-    return [f"pp:upload:{tenant}:{id_}", f"pp:uploads:{tenant}"]
 
 
 def _prefix(upload: Upload) -> str:

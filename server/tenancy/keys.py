@@ -7,11 +7,11 @@ weighted aliases (`sticky_key` in api/http/dependencies.py).
 
 import hashlib
 import hmac
-import os
 import secrets
 import stat
 from pathlib import Path
 
+from server.atomic_files import write_file
 from server.errors import StartupError
 from server.settings import Settings
 
@@ -53,7 +53,7 @@ def operator_key(settings: Settings) -> str:
     if settings.admin_key_file is None:
         try:
             if not path.exists():
-                _create_once(path, new_secret())
+                write_file(path, [f"{new_secret()}\n".encode()], only_if_absent=True, mode=0o600)
         except OSError as error:
             raise StartupError("admin.key in the data directory cannot be made.") from error
         return _read_operator_key(path, "admin.key in the data directory")
@@ -81,25 +81,3 @@ def _read_operator_key(path: Path, description: str) -> str:
         rule = f"one line of {MIN_OPERATOR_KEY_CHARS} to {MAX_OPERATOR_KEY_CHARS} printable ASCII characters"
         raise StartupError(f"{description} holds no key: {rule} without a space.", param="admin_key_file")
     return key.decode("ascii")
-
-
-def _create_once(path: Path, secret: str) -> None:
-    """Write a new file of mode 0600 durably, unless it exists."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temp = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    descriptor = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    try:
-        with os.fdopen(descriptor, "w") as file:
-            file.write(secret + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.link(temp, path)
-    except FileExistsError:
-        return
-    finally:
-        temp.unlink()
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

@@ -140,7 +140,7 @@ async def test_uploads_deletions_and_collectors_all_at_once(objects: Objects, re
             if chance.random() < 0.5:
                 await collector.collect()
             else:
-                await collector.collect_expired()
+                await collector.sweep()
 
     async def upload(name: str) -> None:
         registry = Registry(objects, redis, grace_seconds=0.02)
@@ -173,15 +173,15 @@ async def test_blobs_are_young_or_leased_or_gone(registry: Registry, objects: Ob
     blobs = await stage(registry, "t")
     await objects.put("tenants/t/blobs/stray", b"")
     staged = BlobLeases(redis)
-    assert await Collector(objects, staged, NO_GRACE).collect_expired() == ([], 0, [])
+    assert await Collector(objects, staged, NO_GRACE).sweep() == ([], 0, [])
     assert (await Collector(objects, staged, 3600).collect()).keys == [], "too young, whoever wrote it"
     dry = await Collector(objects, staged, NO_GRACE).collect(dry_run=True)
     assert (dry.keys, dry.bytes) == (["tenants/t/blobs/stray"], 0)
     assert await objects.list("tenants/t/blobs/stray") or await objects.head("tenants/t/blobs/stray")
     assert (await Collector(objects, staged, NO_GRACE).collect()).keys == dry.keys
     await expire(redis)
-    assert (await Collector(objects, staged, 3600).collect_expired()).keys == []
-    found = await Collector(objects, staged, NO_GRACE).collect_expired()
+    assert (await Collector(objects, staged, 3600).sweep()).keys == []
+    found = await Collector(objects, staged, NO_GRACE).sweep()
     assert (found.keys, found.bytes) == ([blobs[0].key], blobs[0].bytes)
     assert await redis.exists(STAGED) == 0
 

@@ -2,15 +2,15 @@
 
 import logging
 import os
-import secrets
 import shutil
 from pathlib import Path
 from threading import Lock
 
-from adapters_store.object_store.atomic_files import read_into
+from adapters_store.object_store.streams import read_into
 from server.adapters.cache.entries import Entry
 from server.adapters.cache.eviction_policy import FROM_STORE, FairShares
 from server.adapters.cache.tier_index import TierIndex
+from server.atomic_files import write_file
 
 HEX = frozenset("0123456789abcdef")
 MIN_FREE_BYTES, MIN_FREE_PART = 256 << 20, 0.01  # of the disk, whichever is less: copies leave this free
@@ -94,17 +94,12 @@ class DiskTier:
                 self._remove(entry.key)
             self.evictions += len(victims)
             self.index.add(Entry(sha256, tenant, len(data), references=1))
-        temp = self.folder / f"{sha256}#{secrets.randbits(63)}"
         try:
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # it may have been full at the start
-            with temp.open("xb", buffering=0) as file:
-                while data:
-                    data = data[file.write(data) :]
-            temp.replace(self.path(sha256))
+            write_file(self.path(sha256), [data], durable=False)
         except OSError as error:
             self._failed("write", error)
             self.drop(sha256)
-            _unlink(temp)
             return False
         with self._lock:
             if sha256 not in self.index.entries:  # dropped while it was being written

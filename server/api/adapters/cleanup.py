@@ -31,7 +31,7 @@ class CleanupLoop:
         """Whether it succeeded."""
         try:
             await self._registry.finish_deletes()
-            removed = await self._registry.collector.collect_expired()
+            removed = await self._registry.collector.sweep()
             if removed.keys:
                 log.info("Removed %d blobs of dead uploads, %d bytes", len(removed.keys), removed.bytes)
         except StoreError as error:

@@ -5,7 +5,6 @@ Nothing is visible before the last step. A refused adapter leaves nothing; a cra
 manifest names, which the collector removes.
 """
 
-import logging
 import time
 from dataclasses import dataclass
 from math import prod
@@ -34,13 +33,10 @@ from server.errors import (
     NotFound,
     PolypeftError,
     QuotaExceeded,
-    StoreError,
     error_from_code,
     shown,
 )
 from server.tenancy.tenants import Tenant
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -144,11 +140,8 @@ async def prepare(
 
 
 async def _discard(deps: Services, blobs: list[Blob]) -> None:
-    """Remove blobs that no version will name; those that cannot be removed now are collected later."""
-    try:
-        await deps.registry.collector.discard([blob.key for blob in blobs])
-    except StoreError as error:
-        log.warning("The bytes of a refused upload stay for a while: %s", error.message)
+    """Remove blobs that no version will name."""
+    await deps.registry.collector.discard([blob.key for blob in blobs])
 
 
 def check_adapter_name(deps: Services, name: str, param: str = "name") -> str:

@@ -1,9 +1,8 @@
-"""A JSON body, read strictly: its bytes are capped while they arrive, its values counted before it is parsed;
-duplicate keys are refused. Then pydantic validates it as a model (see body_model.py). Knows no route.
+"""A JSON body, read strictly: its bytes are capped while they arrive, its values counted before it is parsed.
+Then pydantic validates it as a model (see body_model.py). Knows no route.
 """
 
 import asyncio
-import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
@@ -16,6 +15,7 @@ from server.api.http.dependencies import Deps
 from server.api.http.error_responses import first_error
 from server.api.http.request_limits import max_body_bytes, max_values
 from server.errors import DeadlineExceeded, InvalidField, InvalidRequest, TooLarge, UnsupportedMedia, shown
+from server.json_reader import JsonError, is_deeper, read_json
 from server.settings import Settings
 from server.tracing import span
 
@@ -88,24 +88,13 @@ def parse(raw: bytes, values: int = MAX_MEMBERS) -> dict[str, Any]:
     """
     _check_counts(raw, values)
     try:
-        value = json.loads(raw.decode(), object_pairs_hook=_object)
-        if rb"\ud" in raw.lower():  # escaped surrogates: encoding fails unless they come in pairs
-            json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeDecodeError as error:
-        raise InvalidRequest(f"The body is not UTF-8 at byte {error.start}.", code="invalid_json") from None
-    except UnicodeEncodeError:
-        raise InvalidRequest("The body holds half a surrogate pair.", code="invalid_json") from None
-    except json.JSONDecodeError as error:
-        raise InvalidRequest(
-            f"The body is not JSON: {error.msg} at character {error.pos}.", code="invalid_json"
-        ) from None
-    except RecursionError:
-        raise InvalidRequest("The body is nested too deeply.", code="invalid_json") from None
-    except ValueError:  # an integer of more digits than Python converts
-        raise InvalidRequest("The body holds a number with too many digits.", code="invalid_json") from None
+        value = read_json(raw, allow_nan=True)
+    except JsonError as error:
+        raise InvalidRequest(f"The body {error.reason}.", code="invalid_json") from None
     if not isinstance(value, dict):
         raise InvalidRequest("The body must be a JSON object.", code="invalid_json")
-    _check_depth(value)
+    if is_deeper(value, MAX_DEPTH):
+        raise InvalidRequest(f"The body is nested deeper than {MAX_DEPTH} levels.", code="invalid_json")
     return value
 
 
@@ -134,28 +123,3 @@ def _check_counts(raw: bytes, values: int) -> None:
 def _outside_strings(raw: bytes) -> bytes:
     """`raw` without its strings."""
     return b"".join(raw.replace(rb"\\", b"").replace(rb"\"", b"").split(b'"')[::2])
-
-
-def _check_depth(value: dict[str, Any]) -> None:
-    """Raise InvalidRequest for a value so deep that a recursive walk might overflow the stack."""
-    level: list[Any] = [value]
-    for _ in range(MAX_DEPTH):
-        level = [
-            item
-            for outer in level
-            for item in (outer.values() if isinstance(outer, dict) else outer)
-            if isinstance(item, dict | list)
-        ]
-        if not level:
-            return
-    raise InvalidRequest(f"The body is nested deeper than {MAX_DEPTH} levels.", code="invalid_json")
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The object of these fields. Raises InvalidRequest for a key that comes twice."""
-    fields = dict(pairs)
-    if len(fields) < len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise InvalidRequest(f"The body has the key {shown(twice)} twice.", code="invalid_json")
-    return fields

@@ -22,14 +22,8 @@ from pydantic import BeforeValidator, Field
 
 from adapters_store.index.records import Version
 from adapters_store.object_store.store import sha256_of
-from adapters_store.registry.presigned_uploads import (
-    CLAIM_SECONDS,
-    LIFE_SECONDS,
-    AnnouncedFile,
-    PresignedUpload,
-    ended,
-    new_id,
-)
+from adapters_store.registry.presigned_uploads import AnnouncedFile, PresignedUpload, new_id
+from adapters_store.upload_records import CLAIM_SECONDS, LIFE_SECONDS, ended
 from server.adapters.formats.ignored_files import ignored
 from server.api.adapters.json_objects import uploaded_object
 from server.api.adapters.publish import AdapterUpload, check_adapter_name, publish
@@ -48,7 +42,6 @@ from server.errors import (
     InvalidRequest,
     NotFound,
     PolypeftError,
-    StoreError,
     TooLarge,
     shown,
 )
@@ -103,7 +96,7 @@ async def create_upload(
         allow_noop=body.allow_noop,
         created=int(time.time()),
     )
-    await deps.files.scheduled_deletes.add(upload.prefix, LIFE_SECONDS + GRACE_SECONDS)
+    await deps.files.scheduled_deletes.add([upload.prefix], LIFE_SECONDS + GRACE_SECONDS)
     answer = await _object(deps, await deps.presigned_uploads.create(upload))
     return json_response(answer | {"ignored": ignored(file.name for file in body.files)}, 201)
 
@@ -239,13 +232,8 @@ async def _published_before(deps: Services, upload: PresignedUpload, files: Adap
 
 async def _clear(deps: Services, upload: PresignedUpload) -> None:
     """Delete the uploaded objects now, and again when the URLs have expired: until then a PUT is possible."""
-    try:
-        await deps.files.scheduled_deletes.remove(upload.prefix)
-        await deps.files.scheduled_deletes.add(
-            upload.prefix, max(0, upload.expires - upload.now) + GRACE_SECONDS
-        )
-    except StoreError as error:
-        log.warning("The bytes of %s stay until the next sweep: %s", upload.id, error)
+    valid_seconds = max(0, upload.expires - upload.now)
+    await deps.files.scheduled_deletes.discard(upload.prefix, valid_seconds + GRACE_SECONDS)
 
 
 def _needed_files(deps: Services, body: CreateBody) -> list[AnnouncedFile]:

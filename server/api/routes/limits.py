@@ -2,7 +2,7 @@
 
 from fastapi import APIRouter, Depends, Response
 
-from adapters_store.registry import presigned_uploads
+from adapters_store.upload_records import LIFE_SECONDS
 from server.api.generation import response_format
 from server.api.http import connection
 from server.api.http.body_model import MAX_METADATA
@@ -10,7 +10,6 @@ from server.api.http.dependencies import Deps, current_tenant
 from server.api.http.error_responses import json_response
 from server.api.http.request_limits import max_body_bytes, max_prompt_chars
 from server.api.routes import adapters, completions, uploads
-from server.files.uploads import PENDING_SECONDS
 from server.finetune.jobs.jobs import IDEMPOTENCY_SECONDS
 
 router = APIRouter(dependencies=[Depends(current_tenant)])
@@ -73,8 +72,8 @@ async def get_limits(deps: Deps) -> Response:
             "max_schema_chars": response_format.MAX_SCHEMA_CHARS,
             "page": adapters.MAX_PAGE,
             "max_part_bytes": uploads.MAX_PART_BYTES,
-            "upload_seconds": PENDING_SECONDS,
-            "adapter_upload_seconds": presigned_uploads.LIFE_SECONDS,
+            "upload_seconds": LIFE_SECONDS,
+            "adapter_upload_seconds": LIFE_SECONDS,
             "idempotency_seconds": IDEMPOTENCY_SECONDS,
         }
     )

@@ -13,6 +13,7 @@ from typing import Literal
 
 import msgspec
 
+from server.atomic_files import replace_file
 from server.engine.metrics.top_labels import TopLabels
 from server.engine.scheduling.row import Row
 from server.messages import AdapterRef, Stats
@@ -205,11 +206,9 @@ class EngineMetrics:
             [*self.tenants.counts.items()],
             [*self.adapters.counts.items()],
         )
-        draft = self._path.with_suffix(".new")
         try:
             self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            draft.write_bytes(msgspec.msgpack.encode(saved))  # no fsync: it need not survive the machine
-            draft.replace(self._path)
+            replace_file(self._path, msgspec.msgpack.encode(saved), durable=False)
         except OSError as error:  # counting goes on; the next report writes them
             if not self._save_failed:
                 log.warning("The engine's figures cannot be kept for its next start: %s", error.strerror)

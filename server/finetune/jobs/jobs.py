@@ -14,12 +14,12 @@ from adapters_store.valkey import store_errors, text
 from server.errors import Conflict, InvalidField, NotFound, QuotaExceeded, shown
 from server.finetune.jobs import transitions_lua as lua
 from server.finetune.jobs.job import FixedPart, Job, new_event
+from server.finetune.jobs.keys import job_key, tenant_key
 from server.finetune.jobs.leases import Leases
-from server.finetune.jobs.record_store import Publications, decode_job, key
+from server.finetune.jobs.record_store import Publications, decode_job
 
 MAX_JOBS_KEPT = 1000  # records of a tenant; above this the oldest of ended jobs are deleted
 IDEMPOTENCY_SECONDS = 24 * 3600  # the life of an idempotency key
-TENANT_KEY = "pp:jobs:"
 PREFIX = "ftjob-"
 
 
@@ -74,7 +74,7 @@ class Jobs(Leases, Publications):
         Raises InvalidField if that request had another content.
         """
         with store_errors():
-            record = await self._redis.get(f"{TENANT_KEY}{tenant}:same:{_digest(idempotency.key)}")
+            record = await self._redis.get(f"{tenant_key(tenant)}:same:{_digest(idempotency.key)}")
         if record is None:
             return None
         return await self.get(tenant, _same_job(text(record), idempotency.fingerprint))
@@ -91,22 +91,22 @@ class Jobs(Leases, Publications):
         start = 0
         with store_errors():
             if after is not None:
-                rank = await self._redis.zrevrank(f"{TENANT_KEY}{tenant}", after)
+                rank = await self._redis.zrevrank(tenant_key(tenant), after)
                 if rank is None:
                     raise _unknown(after)
                 assert isinstance(rank, int)  # without scores
                 start = rank + 1
-            ids = await self._redis.zrevrange(f"{TENANT_KEY}{tenant}", start, start + limit - 1)
+            ids = await self._redis.zrevrange(tenant_key(tenant), start, start + limit - 1)
             async with self._redis.pipeline(transaction=False) as pipeline:
                 for id_ in ids:
-                    pipeline.hgetall(key(text(id_)))
+                    pipeline.hgetall(job_key(text(id_)))
                 records = await pipeline.execute()
         return [decode_job(fields) for fields in records if fields]
 
     async def unfinished(self, tenant: str) -> list[Job]:
         """The tenant's jobs that have not ended, by id."""
         with store_errors():
-            ids = await self._redis.smembers(f"{TENANT_KEY}{tenant}:active")
+            ids = await self._redis.smembers(f"{tenant_key(tenant)}:active")
         jobs = [await self.find(text(id_)) for id_ in sorted(ids)]
         return [job for job in jobs if job is not None]
 
@@ -152,7 +152,7 @@ class Jobs(Leases, Publications):
     async def _forget_oldest(self, tenant: str) -> None:
         """Delete the records of ended jobs above MAX_JOBS_KEPT."""
         with store_errors():
-            oldest = await self._redis.zrange(f"{TENANT_KEY}{tenant}", 0, -MAX_JOBS_KEPT - 1)
+            oldest = await self._redis.zrange(tenant_key(tenant), 0, -MAX_JOBS_KEPT - 1)
         for id_ in oldest:
             await self._run(lua.FORGET, text(id_), tenant)
 

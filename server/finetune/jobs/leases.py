@@ -21,6 +21,7 @@ from server.finetune.jobs.job import (
     TrainingResult,
     new_event,
 )
+from server.finetune.jobs.keys import LEASES, QUEUED
 from server.finetune.jobs.record_store import JobRecords, decode_job
 
 LEASE_SECONDS = 45.0  # time for three heartbeats, each of which may have to wait for Valkey
@@ -69,10 +70,6 @@ class Leases(JobRecords):
         record = msgspec.json.encode(checkpoint)
         return bool(await self._run(lua.CHECKPOINT, id_, fence, checkpoint.step, record))
 
-    async def paused(self, id_: str, fence: int) -> bool:
-        """Confirm a pause; the checkpoint to resume from is stored."""
-        return bool(await self._run(lua.PAUSED, id_, fence, new_event("info", "The job is paused.")))
-
     async def release(self, id_: str, fence: int) -> Literal["queued", "paused", "lost"]:
         """Give up the lease: the job is paused if that was requested, otherwise queued for another worker.
 
@@ -108,14 +105,14 @@ class Leases(JobRecords):
         Every worker and every API process calls this every few seconds.
         """
         with store_errors():
-            expired: Any = await self._redis.zrange("pp:jobs:leases", 0, await self._now(), byscore=True)
+            expired: Any = await self._redis.zrange(LEASES, 0, await self._now(), byscore=True)
         for id_ in expired:
             event = new_event(
                 "warn", "The training's worker seems lost; the next one goes on from the last checkpoint."
             )
             await self._run(lua.LAPSE, id_.decode(), MAX_ATTEMPTS, msgspec.json.encode(WORKER_LOST), event)
         with store_errors():
-            queued: Any = await self._redis.zrange("pp:jobs:queued", 0, -1)
+            queued: Any = await self._redis.zrange(QUEUED, 0, -1)
         if queued:
             in_list = await self._queue.waiting()
             for id_ in (id_.decode() for id_ in queued):

@@ -1,6 +1,6 @@
 """The job records in Valkey: what all processes read, and the publisher's transitions (Publications).
 
-The keys are listed in transitions_lua.py, whose scripts make every change; leases.py has the worker's
+The scripts of transitions_lua.py make every change; leases.py has the worker's
 transitions and jobs.py the tenant's.
 
 A publisher claims a trained job, commits it to one version number, publishes that version and reports it. The
@@ -18,6 +18,7 @@ from adapters_store.valkey import store_errors, text
 from server.errors import StoreError
 from server.finetune.jobs import transitions_lua as lua
 from server.finetune.jobs.job import Checkpoint, Event, Job, JobError, new_event
+from server.finetune.jobs.keys import PUBLISHING, job_key
 from server.finetune.jobs.queue import WorkerQueue
 
 log = logging.getLogger(__name__)
@@ -36,7 +37,7 @@ class JobRecords:
     async def find(self, id_: str) -> Job | None:
         """The job of any tenant, or None; for workers and the publisher."""
         with store_errors():
-            fields: Any = await self._redis.hgetall(key(id_))
+            fields: Any = await self._redis.hgetall(job_key(id_))
         return decode_job(fields) if fields else None
 
     async def events(
@@ -50,7 +51,7 @@ class JobRecords:
         first, last = (high, low) if newest else (low, high)
         with store_errors():
             numbered: Any = await self._redis.zrange(
-                f"{key(id_)}:events",
+                f"{job_key(id_)}:events",
                 first,
                 last,
                 desc=newest,
@@ -67,7 +68,7 @@ class JobRecords:
     async def checkpoints(self, id_: str) -> list[Checkpoint]:
         """All checkpoints, the highest step first; also those whose files are pruned."""
         with store_errors():
-            records = await self._redis.hvals(f"{key(id_)}:checkpoints")
+            records = await self._redis.hvals(f"{job_key(id_)}:checkpoints")
         decoded = [msgspec.json.decode(checkpoint, type=Checkpoint) for checkpoint in records]
         return sorted(decoded, key=lambda checkpoint: -checkpoint.step)
 
@@ -96,10 +97,6 @@ class JobRecords:
             log.warning("No worker could be called for %s yet: %s", id_, error)
 
 
-def key(id_: str) -> str:
-    return f"pp:job:{id_}"
-
-
 def decode_job(fields: dict[bytes, bytes]) -> Job:
     """A job's hash as a Job, without the fields that only scripts use."""
     values: dict[str, Any] = {name.decode(): value.decode() for name, value in fields.items()}
@@ -115,7 +112,7 @@ class Publications(JobRecords):
     async def to_publish(self) -> list[str]:
         """The ids of all trained jobs that are not published, the oldest first."""
         with store_errors():
-            return [text(id_) for id_ in await self._redis.zrange("pp:jobs:publishing", 0, -1)]
+            return [text(id_) for id_ in await self._redis.zrange(PUBLISHING, 0, -1)]
 
     async def claim(self, id_: str, publisher: str) -> bool:
         """Whether this publisher may try the job for CLAIM_SECONDS.
@@ -124,7 +121,7 @@ class Publications(JobRecords):
         """
         with store_errors():
             holder = await self._redis.set(
-                f"{key(id_)}:claim", publisher, nx=True, get=True, px=int(CLAIM_SECONDS * 1000)
+                f"{job_key(id_)}:claim", publisher, nx=True, get=True, px=int(CLAIM_SECONDS * 1000)
             )
         return holder in (None, publisher.encode())
 
@@ -135,7 +132,7 @@ class Publications(JobRecords):
     async def count_failure(self, id_: str) -> int:
         """Add one to the failed tries to publish the job; their number."""
         with store_errors():
-            return int(await self._redis.hincrby(key(id_), "tries", 1))
+            return int(await self._redis.hincrby(job_key(id_), "tries", 1))
 
     async def commit_to_version(self, id_: str, previous: int, version: int) -> int | None:
         """Commit the job to `version` if it is committed to `previous` (0: to none).

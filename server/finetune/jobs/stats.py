@@ -1,8 +1,4 @@
-"""Statistics of fine-tuning in Valkey, for the API's /metrics: jobs by phase, and what workers report.
-
-pp:figures            hash   counter -> total of all workers; finished:STATUS -> number of jobs
-pp:figures:workers    hash   worker -> WorkerState (JSON), its latest report
-"""
+"""Statistics of fine-tuning in Valkey, for the API's /metrics: jobs by phase, and what workers report."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,10 +7,9 @@ import msgspec
 from redis.asyncio import Redis
 
 from adapters_store.valkey import store_errors
+from server.finetune.jobs.keys import COUNTERS, LEASES, PUBLISHING, QUEUED, WORKERS
 from server.finetune.jobs.leases import LEASE_SECONDS
 
-COUNTERS_KEY = "pp:figures"
-WORKERS_KEY = "pp:figures:workers"
 WORKER_TIMEOUT_SECONDS = 60.0  # after its last report a worker counts as gone
 MAX_WORKERS = 64  # in JobStats
 
@@ -42,12 +37,12 @@ async def job_stats(redis: Redis) -> JobStats:
     """The statistics in one round trip, however many jobs there are. Raises StoreError."""
     with store_errors():
         async with redis.pipeline(transaction=True) as pipeline:
-            for phase in ("queued", "leases", "publishing"):
-                pipeline.zcard(f"pp:jobs:{phase}")
-            pipeline.zrange("pp:jobs:leases", 0, 0, withscores=True)
+            for phase in (QUEUED, LEASES, PUBLISHING):
+                pipeline.zcard(phase)
+            pipeline.zrange(LEASES, 0, 0, withscores=True)
             pipeline.time()
-            pipeline.hgetall(COUNTERS_KEY)
-            pipeline.hgetall(WORKERS_KEY)
+            pipeline.hgetall(COUNTERS)
+            pipeline.hgetall(WORKERS)
             queued, training, publishing, first_lease, time, counters, workers = await pipeline.execute()
     now = time[0] + time[1] / 1e6
     silence = LEASE_SECONDS - (first_lease[0][1] / 1000 - now) if first_lease else 0.0
@@ -76,14 +71,14 @@ async def report(
     with store_errors():
         seconds, microseconds = await redis.time()
         now = int(seconds) + int(microseconds) / 1e6
-        states: Any = await redis.hgetall(WORKERS_KEY)
+        states: Any = await redis.hgetall(WORKERS)
         gone = [name for name, state in states.items() if now - _reported_at(state) > WORKER_TIMEOUT_SECONDS]
         async with redis.pipeline(transaction=True) as pipeline:
-            pipeline.hset(WORKERS_KEY, worker, msgspec.json.encode(WorkerState(now, busy, loss)).decode())
+            pipeline.hset(WORKERS, worker, msgspec.json.encode(WorkerState(now, busy, loss)).decode())
             for key, amount in increments.items():
-                pipeline.hincrby(COUNTERS_KEY, key, amount)
+                pipeline.hincrby(COUNTERS, key, amount)
             if gone:
-                pipeline.hdel(WORKERS_KEY, *gone)
+                pipeline.hdel(WORKERS, *gone)
             await pipeline.execute()
 
 

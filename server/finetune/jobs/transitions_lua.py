@@ -1,17 +1,4 @@
-"""The transitions of a job as Lua scripts, each atomic and idempotent, and the keys they change.
-
-    pp:job:{id}                 hash     `fixed` (JSON of FixedPart), and each value that changes
-    pp:job:{id}:events          zset     Event (JSON), by sequence number
-    pp:job:{id}:checkpoints     hash     step -> Checkpoint (JSON)
-    pp:job:{id}:claim           string   the publisher that may try it; expires
-    pp:jobs:{tenant}            zset     job ids, by creation (Unix seconds)
-    pp:jobs:{tenant}:active     set      job ids that have not ended
-    pp:jobs:{tenant}:same:{..}  string   by hash of an idempotency key: "FINGERPRINT JOB"; expires
-    pp:jobs:queued              zset     jobs in phase queued, by when a worker was last woken for them (ms)
-    pp:jobs:leases              zset     jobs in phase training, by when the lease ends (ms)
-    pp:jobs:publishing          zset     jobs in phase publishing, by when training finished (ms)
-    pp:figures                  hash     finished:STATUS -> number of jobs (see stats.py)
-    pp:doomed                   zset     object keys and prefixes, by when to delete them (ms)
+"""The transitions of a job as Lua scripts, each atomic and idempotent. The keys they change: keys.py.
 
 A job whose lease has expired goes back to the queue, with the fence of the lease in `lapsed`. Until another
 worker takes the job, the next call under that fence gives it back to its worker, which was slow, not dead.
@@ -19,13 +6,17 @@ worker takes the job, the next call under that fence gives it back to its worker
 Scripts use Valkey's clock. They build keys from the job's id, so a cluster of several nodes is not supported.
 """
 
+from adapters_store.maintenance.scheduled_deletes import SCHEDULED_KEY
+from server.finetune.jobs.keys import COUNTERS, LEASES, PUBLISHING, QUEUED, job_key, tenant_key
+
 MAX_EVENTS = 2000
 DELETE_AFTER_SECONDS = 600  # from a job's end; by then its worker has noticed and writes no more objects
 
 PRELUDE = f"""
 local id = ARGV[1]
-local job = 'pp:job:' .. id
-local QUEUED, LEASES, PUBLISHING = 'pp:jobs:queued', 'pp:jobs:leases', 'pp:jobs:publishing'
+local job = '{job_key("")}' .. id
+local QUEUED, LEASES, PUBLISHING = '{QUEUED}', '{LEASES}', '{PUBLISHING}'
+local function jobs_of(tenant) return '{tenant_key("")}' .. tenant end
 local function get(field) return redis.call('HGET', job, field) or '' end
 local function set(...) redis.call('HSET', job, ...) end
 local function integer(number) return string.format('%.0f', number) end
@@ -58,10 +49,10 @@ local function finish(status)
   set('status', status, 'phase', 'done', 'finished', seconds(), 'pausing', 0)
   redis.call('HDEL', job, 'estimated_finish')
   redis.call('HINCRBY', job, 'fence', 1)
-  redis.call('HINCRBY', 'pp:figures', 'finished:' .. status, 1)
+  redis.call('HINCRBY', '{COUNTERS}', 'finished:' .. status, 1)
   local tenant = get('tenant')
-  redis.call('SREM', 'pp:jobs:' .. tenant .. ':active', id)
-  redis.call('ZADD', 'pp:doomed', integer(now() + {DELETE_AFTER_SECONDS * 1000}),
+  redis.call('SREM', jobs_of(tenant) .. ':active', id)
+  redis.call('ZADD', '{SCHEDULED_KEY}', integer(now() + {DELETE_AFTER_SECONDS * 1000}),
              'tenants/' .. tenant .. '/jobs/' .. id .. '/')
 end
 local function pause()
@@ -82,9 +73,9 @@ end
 CREATE = """
 local tenant, same, fingerprint = ARGV[2], ARGV[3], ARGV[4]
 local fixed, created, max_active, same_seconds = ARGV[5], ARGV[6], tonumber(ARGV[7]), ARGV[8]
-local active = 'pp:jobs:' .. tenant .. ':active'
+local active = jobs_of(tenant) .. ':active'
 if same ~= '' then
-  same = 'pp:jobs:' .. tenant .. ':same:' .. same
+  same = jobs_of(tenant) .. ':same:' .. same
   local known = redis.call('GET', same)
   if known then return known end
 end
@@ -92,7 +83,7 @@ if redis.call('EXISTS', job) == 1 then return '' end
 if redis.call('SCARD', active) >= max_active then return 'quota' end
 set('fixed', fixed, 'tenant', tenant)
 redis.call('SADD', active, id)
-redis.call('ZADD', 'pp:jobs:' .. tenant, created, id)
+redis.call('ZADD', jobs_of(tenant), created, id)
 if same ~= '' then redis.call('SET', same, fingerprint .. ' ' .. id, 'EX', same_seconds) end
 queue()
 for i = 9, #ARGV do event(ARGV[i]) end
@@ -101,7 +92,7 @@ return ''
 
 FORGET = """
 if get('tenant') ~= ARGV[2] or get('phase') ~= 'done' then return 0 end
-redis.call('ZREM', 'pp:jobs:' .. ARGV[2], id)
+redis.call('ZREM', jobs_of(ARGV[2]), id)
 redis.call('DEL', job, job .. ':events', job .. ':checkpoints', job .. ':claim')
 return 1
 """
@@ -171,13 +162,6 @@ if not training(ARGV[2]) then return 0 end
 local step = tonumber(ARGV[3])
 redis.call('HSET', job .. ':checkpoints', step, ARGV[4])
 if step > tonumber(get('saved') == '' and 0 or get('saved')) then set('saved', step, 'attempts', 0) end
-return 1
-"""
-
-PAUSED = """
-if not training(ARGV[2]) then return 0 end
-pause()
-event(ARGV[3])
 return 1
 """
 

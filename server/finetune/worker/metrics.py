@@ -13,6 +13,7 @@ from pathlib import Path
 import msgspec
 from prometheus_client import CollectorRegistry, Metric, start_http_server
 
+from server.atomic_files import replace_file
 from server.build_info import build
 from server.errors import StartupError
 from server.finetune.worker.store_calls import Calls, StoreCalls, merge_calls, metric_values, read_calls
@@ -40,10 +41,8 @@ class AttemptCounters(msgspec.Struct):
 
     def write(self, folder: Path) -> None:
         """Write the counters where the worker of the process that works in `folder` reads them."""
-        draft = folder / f".{COUNTERS_FILE}"
         with suppress(OSError):  # a full disk: the training goes on, and the next step writes it all again
-            draft.write_bytes(msgspec.json.encode(self))
-            draft.replace(folder / COUNTERS_FILE)
+            replace_file(folder / COUNTERS_FILE, msgspec.json.encode(self), durable=False)
 
 
 class WorkerMetrics:

@@ -14,6 +14,7 @@ from threading import Lock
 
 import msgspec
 
+from server.atomic_files import replace_file
 from server.metrics.names import OPERATIONS, OTHER, SHARED
 from server.metrics.render import Counts, Values
 
@@ -44,16 +45,11 @@ class StoreCalls:
             self._calls = merge_calls(self._calls, call)
             if self._folder is not None:
                 with suppress(OSError):  # a full disk: the call has been made all the same
-                    self._write(self._folder)
+                    replace_file(self._folder / CALLS_FILE, msgspec.json.encode(self._calls), durable=False)
 
     def calls(self) -> Calls:
         with self._lock:
             return self._calls
-
-    def _write(self, folder: Path) -> None:
-        draft = folder / f".{CALLS_FILE}"
-        draft.write_bytes(msgspec.json.encode(self._calls))
-        draft.replace(folder / CALLS_FILE)
 
 
 def read_calls(folder: Path) -> Calls:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from server.base_model.atomic_folders import build_once, write_atomically
+from server.base_model.atomic_folders import build_once
 
 
 def test_a_cut_build_leaves_nothing_and_the_next_one_succeeds(tmp_path: Path) -> None:
@@ -47,9 +47,3 @@ def test_two_starters_build_once(tmp_path: Path) -> None:
         starter.join(10)
     assert len(builds) == 1
     assert (tmp_path / "m" / "f").exists()
-
-
-def test_a_small_file_is_replaced_whole(tmp_path: Path) -> None:
-    write_atomically(tmp_path / "pin", "old")
-    write_atomically(tmp_path / "pin", "new")
-    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"pin": "new"}

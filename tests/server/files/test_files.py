@@ -9,9 +9,9 @@ import pytest
 from redis.asyncio import Redis
 
 from adapters_store.object_store.store import Objects
+from adapters_store.upload_records import KEPT_SECONDS, LIFE_SECONDS
 from adapters_store.valkey import text
 from server.errors import Conflict, InvalidField, NotFound, PolypeftError, QuotaExceeded, StoreError
-from server.files import uploads as module
 from server.files.files import File, FileStore
 from server.files.uploads import Upload, Uploads
 
@@ -262,7 +262,7 @@ async def test_uploads_are_capped_and_end(
     await age(redis)
     await files.scheduled_deletes.sweep()
     assert await objects.list("tenants") == []
-    assert 0 < await redis.ttl(f"pp:upload:t:{first.id}") <= module.PENDING_SECONDS + module.RECORD_SECONDS
+    assert 0 < await redis.ttl(f"pp:upload:t:{first.id}") <= LIFE_SECONDS + KEPT_SECONDS
 
 
 async def test_others_uploads_and_unknown_ones_are_one_answer(

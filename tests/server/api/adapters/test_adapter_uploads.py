@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
-from adapters_store.registry import presigned_uploads as direct
+from adapters_store import upload_records
 from server.engine.fake import FakeEngine
 from tests.fixtures.faults import StoreFaults
 from tests.fixtures.s3 import Weed
@@ -237,7 +237,7 @@ def test_open_uploads_are_capped_and_cancelled_ones_do_not_count(http: httpx.Cli
 def test_an_abandoned_one_expires_and_is_swept(
     http: httpx.Client, system: System, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(direct, "LIFE_SECONDS", 0)
+    monkeypatch.setattr(upload_records, "LIFE_SECONDS", 0)
     files = contents(lora_files())
     services = system.app.state.services
     monkeypatch.setattr("server.api.routes.adapter_uploads.LIFE_SECONDS", 0)
@@ -289,7 +289,7 @@ def test_who_died_after_publishing_is_followed_by_one_who_finds_it(
     monkeypatch.setattr(directs, "complete", real)
     assert complete(http, upload, files).status_code == 409  # somebody seems to be at it
     assert http.post(f"{URL}/{upload['id']}/cancel").status_code == 409
-    monkeypatch.setattr(direct, "CLAIM_SECONDS", -1)
+    monkeypatch.setattr(upload_records, "CLAIM_SECONDS", -1)
     answer = complete(http, upload, files)
     assert (answer.status_code, answer.json()["version"]) == (201, 1)
     assert len(http.get("/v1/adapters/mine").json()["versions"]) == 1
@@ -304,7 +304,7 @@ def test_what_a_dead_one_held_can_be_cancelled(
     system.call(directs.claim(held, "somebody", 1))
     cancel = f"{URL}/{upload['id']}/cancel"
     assert http.post(cancel).status_code == 409
-    monkeypatch.setattr(direct, "CLAIM_SECONDS", -1)
+    monkeypatch.setattr(upload_records, "CLAIM_SECONDS", -1)
     assert http.post(cancel).json()["status"] == "cancelled"
 
 

@@ -70,7 +70,7 @@ class Worker:
         self._call(self._jobs.checkpoint, Checkpoint(created=1, step=step, metrics={"step": step} | metrics))
 
     def paused(self) -> None:
-        self._call(self._jobs.paused)
+        assert self._system.call(self._jobs.release(self.job.id, self.job.fence)) == "paused"
 
     def finish(self, files: Files | None = None, **fields: Any) -> None:
         """As after a training whose outcome is `files`."""

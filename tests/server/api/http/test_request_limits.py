@@ -42,7 +42,7 @@ CROWDED = {
 def test_a_crowded_body_is_refused_before_it_is_parsed(
     http: httpx.Client, engine: FakeEngine, field: str, unit: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(body_module, "json", None)
+    monkeypatch.setattr(body_module, "read_json", None)
     given = {"model": '"toy"', "prompt": '"x"'} | {field: crowded(unit)}
     raw = "{" + ",".join(f'"{name}":{value}' for name, value in given.items()) + "}"
     answer = http.post(URL, content=raw, headers=JSON)

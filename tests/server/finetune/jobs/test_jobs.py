@@ -13,7 +13,8 @@ from server.finetune.jobs import jobs as module
 from server.finetune.jobs import leases
 from server.finetune.jobs.job import Checkpoint, JobError, Progress, new_event
 from server.finetune.jobs.jobs import IdempotencyKey, Jobs
-from server.finetune.jobs.queue import QUEUE_KEY, WorkerQueue
+from server.finetune.jobs.keys import WORKER_QUEUE
+from server.finetune.jobs.queue import WorkerQueue
 from server.finetune.jobs.transitions_lua import MAX_EVENTS
 from tests.fixtures.jobs import fixed, lapse, result, taken
 
@@ -145,7 +146,7 @@ async def test_a_stale_fence_changes_nothing(jobs: Jobs, redis: Redis) -> None:
     assert await jobs.heartbeat(ID, old, Progress(step=9, total_steps=9, trained_tokens=9)) == "lost"
     assert not await jobs.add_event(ID, old, new_event("info", "late"))
     assert not await jobs.checkpoint(ID, old, Checkpoint(created=1, step=9, metrics={}))
-    assert not await jobs.paused(ID, old)
+    assert await jobs.release(ID, old) == "lost"
     assert not await jobs.trained(ID, old, result())
     assert await jobs.fail(ID, old, JobError("x", "y"), retry=False) == "lost"
     assert await jobs.get("t", ID) == before
@@ -162,7 +163,7 @@ async def test_a_lapsed_lease_goes_back_to_the_queue_and_a_live_one_stays(
 ) -> None:
     await jobs.create(fixed())
     await taken(jobs)
-    await redis.delete(QUEUE_KEY)
+    await redis.delete(WORKER_QUEUE)
     await jobs.sweep()
     assert (await jobs.get("t", ID)).phase == "training"
     await lapse(redis)
@@ -308,7 +309,7 @@ async def test_a_running_job_is_paused_by_its_worker(jobs: Jobs) -> None:
     fence = (await taken(jobs)).fence
     assert (await jobs.pause("t", ID)).phase == "training"
     assert await jobs.heartbeat(ID, fence) == "pause"
-    assert await jobs.paused(ID, fence)
+    assert await jobs.release(ID, fence) == "paused"
     assert (await jobs.get("t", ID)).phase == "paused"
     assert await jobs.heartbeat(ID, fence) == "lost"
     assert (await jobs.resume("t", ID)).attempts == 0
@@ -332,13 +333,13 @@ async def test_an_entry_that_got_lost_is_pushed_again(
 ) -> None:
     await jobs.create(fixed())
     await jobs.sweep()
-    assert await redis.llen(QUEUE_KEY) == 1, "the entry still waits"
-    await redis.delete(QUEUE_KEY)
+    assert await redis.llen(WORKER_QUEUE) == 1, "the entry still waits"
+    await redis.delete(WORKER_QUEUE)
     await jobs.sweep()
     assert await queue.waiting() == set(), "the worker that took it may be on its way"
     await redis.zadd("pp:jobs:queued", {ID: 1})
     await asyncio.gather(*(jobs.sweep() for _ in range(5)))
-    assert await redis.llen(QUEUE_KEY) == 1
+    assert await redis.llen(WORKER_QUEUE) == 1
 
 
 async def test_a_job_that_rq_was_to_bring_is_queued_again(
@@ -346,7 +347,7 @@ async def test_a_job_that_rq_was_to_bring_is_queued_again(
 ) -> None:
     """A Valkey that an older version used: what rq has left there is not read."""
     await jobs.create(fixed())
-    await redis.delete(QUEUE_KEY)
+    await redis.delete(WORKER_QUEUE)
     await redis.zadd("pp:jobs:queued", {ID: 1})
     await redis.rpush("rq:queue:finetune", f"{ID}_0")
     await redis.hset(f"rq:job:{ID}_0", mapping={"status": "queued", "timeout": -1})

@@ -7,11 +7,11 @@ import pytest
 from redis.asyncio import Redis
 
 from server.finetune.jobs.jobs import Jobs
+from server.finetune.jobs.keys import WORKERS
 from server.finetune.jobs.leases import LEASE_SECONDS
 from server.finetune.jobs.stats import (
     MAX_WORKERS,
     WORKER_TIMEOUT_SECONDS,
-    WORKERS_KEY,
     JobStats,
     WorkerState,
     job_stats,
@@ -57,10 +57,10 @@ async def test_workers_add_up_and_those_long_silent_are_gone(redis: Redis) -> No
         "w2": (False, None),
     }
     long_ago = WorkerState(time.time() - WORKER_TIMEOUT_SECONDS - 1, True, 9.0)
-    await redis.hset(WORKERS_KEY, "w1", msgspec.json.encode(long_ago).decode())
+    await redis.hset(WORKERS, "w1", msgspec.json.encode(long_ago).decode())
     assert set((await job_stats(redis)).workers) == {"w2"}
     await report(redis, "w3", False, None, {})
-    assert set(await redis.hkeys(WORKERS_KEY)) == {b"w2", b"w3"}
+    assert set(await redis.hkeys(WORKERS)) == {b"w2", b"w3"}
     for number in range(MAX_WORKERS + 5):
         await report(redis, f"x{number}", False, None, {})
     assert len((await job_stats(redis)).workers) == MAX_WORKERS

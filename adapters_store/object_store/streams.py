@@ -1,15 +1,12 @@
-"""Streams of chunks with a digest and a deadline, and durable, atomic writes of files.
+"""Streams of chunks with a digest and a deadline, and reads of a file:// store.
 
-A write goes to a temporary file, which is synced, then linked or renamed, and its folder synced. obstore's
-LocalStore renames without fsync, so a power failure can lose a write that it has acknowledged. Writes to a
-file:// store and to the disk tier use this module. So do reads of a file:// store: obstore's own threads have
-normal priority, and would take processor time from the running batch.
+obstore's own threads would read a file:// store with normal priority, and take processor time from the
+running batch. Its LocalStore renames without fsync, so a power failure can lose a write that it has
+acknowledged: writes to a file:// store use server/atomic_files.py.
 """
 
-import contextlib
 import hashlib
 import os
-import secrets
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -40,35 +37,6 @@ def within_deadline(chunks: Iterator[bytes], seconds: float) -> Iterator[bytes]:
         yield chunk
 
 
-def write_file(
-    path: Path, chunks: Iterable[bytes], sha256: str | None = None, *, only_if_absent: bool = False
-) -> bool:
-    """Write `path` durably. False if `only_if_absent` and the file exists.
-
-    Raises CorruptObject if the bytes' digest is not `sha256`; then nothing is written. The temporary file is
-    beside its target; its name ends in "#" and digits, which obstore's listing leaves out.
-    """
-    make_folder(path.parent)
-    temp = path.with_name(f"{path.name}#{secrets.randbits(63)}")
-    try:
-        with temp.open("xb") as file:
-            for chunk in verified(chunks, sha256):
-                file.write(chunk)
-            file.flush()
-            os.fsync(file.fileno())
-        if only_if_absent:
-            os.link(temp, path)
-        else:
-            temp.replace(path)
-    except FileExistsError:
-        return False
-    finally:
-        temp.unlink(missing_ok=True)
-        # also if another writer was first: its file may not be on disk yet, and the caller relies on that
-        _sync_folder(path.parent)
-    return True
-
-
 def read_file(path: Path, max_bytes: int) -> bytes:
     """The content of `path`. Raises TooLarge over `max_bytes`; FileNotFoundError, for a folder, too."""
     try:
@@ -79,22 +47,6 @@ def read_file(path: Path, max_bytes: int) -> bytes:
             return file.readall()
     except (IsADirectoryError, NotADirectoryError) as error:
         raise FileNotFoundError from error
-
-
-def remove_file(path: Path) -> None:
-    """Remove `path` durably; nothing happens if it is not there."""
-    path.unlink(missing_ok=True)
-    with contextlib.suppress(FileNotFoundError):
-        _sync_folder(path.parent)
-
-
-def make_folder(path: Path) -> None:
-    """Make `path` and its parents durably."""
-    if path.is_dir():
-        return
-    make_folder(path.parent)
-    path.mkdir(exist_ok=True)
-    _sync_folder(path.parent)
 
 
 def verified(chunks: Iterable[bytes], sha256: str | None) -> Iterator[bytes]:
@@ -123,11 +75,3 @@ def read_into(buffer: memoryview, readinto: ReadInto, sha256: str) -> bool:
         digest.update(buffer[filled : filled + count])
         filled += count
     return digest.hexdigest() == sha256
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
