@@ -36,6 +36,7 @@ from server.engine.model.base_model import FrozenModel, Placement
 from server.finetune.data.examples import Example
 from server.finetune.modeling.adapter_model import AdapterModel
 from server.finetune.modeling.attention import TrainingStep, attend_within
+from server.kernels.weight_formats import INT8
 
 CACHE = Path(__file__).resolve().parents[1] / ".cache"
 SOURCES = ("titles", "style")
@@ -44,7 +45,7 @@ EXACT = "float32"
 ARMS = {
     EXACT: Placement(CPU, torch.float32),
     "lora-bf16": Placement(CPU, torch.float32, lora_bfloat16=True),
-    "int8": Placement(CPU, torch.float32, "int8"),
+    "int8": Placement(CPU, torch.float32, INT8),
 }
 BARE = (EXACT, "int8")  # those that tell the base apart
 BATCH, HELD_OUT = 4, 200  # examples

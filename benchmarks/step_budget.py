@@ -29,9 +29,9 @@ from benchmarks.support.machine import measure, work_of
 from server.base_model.default_model import ensure_default_model
 from server.engine.engine import Engine
 from server.kernels.cpu import decode_attention as decode
+from server.kernels.cpu import float32_linear as linear
 from server.kernels.cpu import grouped_affine as affine
 from server.kernels.cpu import llama_ops as elementwise
-from server.kernels.cpu import packed_linear as linear
 from server.kernels.cpu.int8 import linear as int8
 from server.kernels.cpu.int8 import vnni_linear as int8_dot
 from server.messages import AdapterRef, Generate, Sampling

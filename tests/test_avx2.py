@@ -38,7 +38,7 @@ print(json.dumps({
 """
 # float32 and int8 as a user has them, by kernels and by an engine
 SEEN = (
-    "tests/server/kernels/cpu/test_packed_linear.py",
+    "tests/server/kernels/cpu/test_float32_linear.py",
     "tests/server/kernels/cpu/test_int8.py",
     "tests/server/engine/cpu/test_decoder_layers.py",
 )

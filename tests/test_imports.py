@@ -30,6 +30,8 @@ LEAVES = {
     "server.atomic_files",
     "server.json_reader",
     "server.adapters.sites",
+    "server.base_model.families",
+    "server.metrics.family",
     "server.metrics.names",
 }
 # The processes' frames: they import what they like, and nothing else imports them.
@@ -41,7 +43,13 @@ STORE = {
     "adapters_store.object_store",
     "adapters_store.registry",
 }
-KERNELS = {"server.kernels", "server.kernels.cpu", "server.kernels.cpu.int8", "server.kernels.gpu"}
+KERNELS = {
+    "server.kernels",
+    "server.kernels.cpu",
+    "server.kernels.cpu.int8",
+    "server.kernels.gpu",
+    "server.kernels.weight_formats",
+}
 SPECS = {"server.adapters.formats", "server.adapters.specs"}
 METHODS = {*SPECS, "server.adapters", "server.adapters.methods"}
 # Of each room, the rooms it may import beside the leaves. Files beside folders are rooms by name.
@@ -68,8 +76,10 @@ ROOMS: dict[str, set[str]] = {
     "server.messages": set(),
     "server.atomic_files": set(),
     "server.json_reader": set(),
-    "server.adapters.sites": set(),
-    "server.metrics.names": set(),
+    "server.adapters.sites": {"server.base_model.families"},
+    "server.base_model.families": set(),
+    "server.metrics.family": set(),
+    "server.metrics.names": {"server.metrics.family"},
     "server.logs": set(),
     "server.tracing": set(),
     "server.child_process": {"server.logs"},
@@ -82,6 +92,7 @@ ROOMS: dict[str, set[str]] = {
     "server.kernels.cpu": {"server.kernels"},
     "server.kernels.cpu.int8": {"server.kernels", "server.kernels.cpu"},
     "server.kernels.gpu": {"server.kernels", "server.kernels.cpu"},
+    "server.kernels.weight_formats": {"server.kernels.cpu", "server.kernels.cpu.int8"},
     "server.adapters": {"server.adapters.formats"},
     "server.adapters.formats": set(),
     "server.adapters.specs": {"server.adapters.formats", "server.kernels"},
@@ -252,6 +263,7 @@ NO_TORCH = {
     "server.tracing",
     "server.metrics",
     "server.base_model.control_tokens",
+    "server.base_model.families",
     "server.base_model.resolve",
     "adapters_store.registry.registry",
 }

@@ -8,9 +8,10 @@ from typing import Literal
 
 import msgspec
 
-SiteKind = Literal["linear", "embedding", "norm", "attention", "mlp"]
+from server.base_model.families import SubBlockKind
 
-INNER_NORMS = ("q_norm", "k_norm")  # norms inside attention see heads, not tokens; no method acts there
+ModuleKind = Literal["linear", "embedding", "norm"]
+SiteKind = Literal[ModuleKind, SubBlockKind]
 
 
 class Site(msgspec.Struct, frozen=True):
@@ -44,7 +45,8 @@ class Base(msgspec.Struct, frozen=True):
     vocab_size: int
     max_context: int
     sites: dict[str, Site]
-    layout: str = "float32"  # what linears' weights became: int8 serves the same adapters, a little otherwise
+    # Of linears' weights (kernels/weight_formats.py): int8 serves the same adapters, a little otherwise
+    weight_format: str = msgspec.field(default="float32", name="layout")  # as engine and API call it
 
 
 def encode_base(base: Base) -> bytes:

@@ -1,8 +1,8 @@
 """Whether the engine can serve the model in a folder. Reads no weights, runs no code of the folder.
 
-Served: any decoder-only causal LM class of transformers that attends through AttentionInterface. The rest is
-refused here, at start, by name and reason. What only the weights at work show is the engine's own check
-(engine/model/exactness_check.py). docs/bases.md lists the families.
+Served: any decoder-only causal LM class of transformers that attends through AttentionInterface. All others
+are refused here, at start, with the reason. Whether the logits are right, the engine checks once the weights
+are loaded (engine/model/exactness_check.py). docs/bases.md lists the families.
 """
 
 import inspect
@@ -21,7 +21,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from server.errors import StartupError, UnsupportedModel
 
-MAX_REASON = 200  # characters of what transformers has to say
+MAX_REASON = 200  # characters of an error of transformers
 _MULTIMODAL = ("text_config", "vision_config", "audio_config")
 _SERVED_LAYERS = {"full_attention", "sliding_attention"}
 _RECURRENT = "it has recurrent, convolutional or state-space layers"
@@ -79,7 +79,7 @@ def _name_of(fields: dict[str, Any]) -> str:
 
 
 def _check(model_dir: Path, fields: dict[str, Any]) -> None:
-    """Raises UnsupportedModel with the reason; cheapest question first."""
+    """Raises UnsupportedModel with the reason. The cheapest checks come first."""
     model_type = fields.get("model_type")
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         raise UnsupportedModel(
@@ -108,7 +108,7 @@ def _check(model_dir: Path, fields: dict[str, Any]) -> None:
 
 @contextmanager
 def _refusing(what: str, model_dir: Path) -> Iterator[None]:
-    """Whatever transformers raises about a config becomes the reason: its last line, without the path."""
+    """Turn what transformers raises about a config into UnsupportedModel: its last line, without the path."""
     try:
         yield
     except Exception as error:
@@ -135,7 +135,7 @@ def _check_sizes(config: Any) -> None:
 
 
 def _field(config: Any, name: str) -> Any:
-    """None if the config has no such field."""
+    """The config's field; None if it has none. Raises UnsupportedModel if layers differ in it."""
     try:
         return getattr(config, name, None)
     except RuntimeError as error:
@@ -143,7 +143,7 @@ def _field(config: Any, name: str) -> Any:
 
 
 def _check_modules(model: nn.Module) -> None:
-    """What only the built model shows; on the meta device it costs no memory."""
+    """Check the model as built on the meta device, where it takes no memory. Raises UnsupportedModel."""
     for name, module in model.named_modules():
         if getattr(module, "is_causal", True) is False:
             raise UnsupportedModel(f"its attention {name} looks at later tokens")

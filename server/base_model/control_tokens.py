@@ -1,11 +1,13 @@
-"""A base's control tokens, such as <|im_end|>: in a chat only those count that the template writes itself.
+"""Control tokens of a base, such as <|im_end|>: in a chat only the template may write them.
 
-What a message spells is text. `quoted` takes its control tokens out of the template's sight, and `encode`
-reads the rendering: the template's control tokens as such, what was quoted as it reads ordinary text.
+A control token in a message is read as ordinary text, in two steps. Before the template is rendered, `quoted`
+replaces a character of each control token in a message, so that neither template nor tokenizer sees one.
+`encode` then makes token ids of the rendering: control tokens for what the template wrote, and ordinary
+tokens for what was quoted, with its own characters again.
 
-Control is what the tokenizer calls special, and of its other added tokens those that the template's source
-has, such as <tool_call>. The assistant's turns may hold the latter, as its answers do (<think>), except for
-those that the template writes around turns.
+Control tokens are those that the tokenizer calls special, and those of its other added tokens that occur in
+the template's source, such as <tool_call>. An assistant's message may contain the second kind, as answers do
+(<think>), but not those that the template writes around messages.
 """
 
 import re
@@ -19,21 +21,24 @@ from tokenizers import Tokenizer as Backend
 
 from server.errors import InvalidRequest
 
-MARK = "\ufdd0"  # stands before a quoted character; Unicode reserves it for a program's own use
-OTHER_PLANE = 0x10000  # a quoted character is itself in Unicode's next plane
+MARK = "\ufdd0"  # precedes each quoted character; Unicode reserves it for a program's own use
+OTHER_PLANE = 0x10000  # added to the code of a quoted character
 _QUOTED = re.compile(f"{MARK}([\U00010000-\U0001ffff])")
 
 
 class ControlTokens:
-    """Immutable, so threads may share it."""
+    """The control tokens of one tokenizer and chat template. Immutable, so threads may share it."""
 
     def __init__(self, backend: Any, template: str, plain_chat: str) -> None:
-        """`plain_chat`: what `template` makes of turns that hold MARK alone, "" where there is none."""
+        """`backend`: a tokenizers.Tokenizer. `template`: its source, "" if there is none.
+
+        `plain_chat`: a chat rendered by the template in which each message is MARK; "" if that fails.
+        """
         added: dict[int, AddedToken] = backend.get_added_tokens_decoder()
         ids = {i: token for i, token in added.items() if _is_control(token, template)}
         self._tokens = [token.content for token in ids.values()]
         self._finder = _finder(ids.values(), backend.normalizer)
-        # a nonce: no text can spell the name that a control token of the template's has for the reader
+        # Added to a control token's text for the reader. It is random, so no message can contain it.
         self._nonce = f"control{secrets.token_hex(16)}:"
         self._reader, self._real = self._build_reader(backend, added, ids.keys())
         unknown = backend.token_to_id(getattr(backend.model, "unk_token", None) or "")
@@ -43,25 +48,28 @@ class ControlTokens:
         self._longest = max(map(len, self._tokens), default=0)
         self._heads = {token[:at] for token in self._tokens for at in range(1, len(token))}
         self._tails = {token[at:] for token in self._tokens for at in range(1, len(token))}
-        # a template may put what a message holds into the middle of a token, as <|...|>
+        # a template may put a message into the middle of a token, as <|...|>
         self._around = any(
             self._head_at_end(before) and self._tail_at_start(after)
             for before, after in pairwise(plain_chat.split(MARK))
         )
 
     def quoted(self, text: str, role: str) -> str:
-        """`text` with a character quoted in all that is, or next to other text could be, a control token."""
+        """`text` with a character quoted in each control token, and in each part of one at its ends.
+
+        What a template puts beside such a part could complete the token. `role`: who wrote the message.
+        """
         control = self._not_spoken if role == "assistant" else None
         if MARK in text:
             text = _quote(text, {at for at, character in enumerate(text) if character == MARK})
-        while spots := self._spelt(text, control):  # what is left of one may spell another
+        while spots := self._spelt(text, control):  # the rest of one token may be another
             text = _quote(text, spots)
         return text
 
     def encode(self, rendered: str) -> list[int]:
-        """Token ids of a rendering, or part of one, of messages that were `quoted`.
+        """Token ids of a rendered chat, or a part of one, whose messages were `quoted`.
 
-        Raises InvalidRequest if the tokenizer has no other way to read a control token's text.
+        Raises InvalidRequest if the tokenizer can read a control token's text as nothing else.
         """
         pieces, at = [], 0
         for start, _ in self._found(rendered):
@@ -77,7 +85,7 @@ class ControlTokens:
         return [self._real.get(i, i) for i in ids]
 
     def _spelt(self, text: str, control: set[str] | None) -> set[int]:
-        """Where in `text` a character must be quoted. `control`: which tokens count, all by default."""
+        """Indices of the characters to quote. `control`: the tokens that count; None: all."""
         spots = {at for at, token in self._found(text) if control is None or token in control}
         start, body = len(text) - len(text.lstrip()), text.strip()  # a template may strip it, too
         spots |= {start + at for at in self._head_at_end(body) | self._tail_at_start(body)}
@@ -86,7 +94,7 @@ class ControlTokens:
         return spots
 
     def _head_at_end(self, text: str) -> set[int]:
-        """Where in `text` begins what is less than a control token and could become one with what follows."""
+        """Indices at which the beginning of a control token starts that the text's end cuts off."""
         return {
             len(text) - length
             for length in range(1, min(len(text) + 1, self._longest))
@@ -94,7 +102,7 @@ class ControlTokens:
         }
 
     def _tail_at_start(self, text: str) -> set[int]:
-        """Where in `text` ends what is less than a control token and could become one with what precedes."""
+        """Indices at which the end of a control token stops whose beginning lies before the text."""
         return {
             length - 1
             for length in range(1, min(len(text) + 1, self._longest))
@@ -102,8 +110,8 @@ class ControlTokens:
         }
 
     def _found(self, text: str) -> list[tuple[int, str]]:
-        """Every control token in `text` as the base's tokenizer would find it: where, and its name."""
-        if not any(self._finder.encode_batch_fast([text])[0].ids):  # ten times as fast: it tells no offsets
+        """(start, text) of every control token in `text`, as the base's tokenizer finds them."""
+        if not any(self._finder.encode_batch_fast([text])[0].ids):  # ten times as fast, without offsets
             return []
         found = self._finder.encode_batch([text])[0]
         return [
@@ -115,9 +123,9 @@ class ControlTokens:
     def _build_reader(
         self, backend: Any, added: dict[int, AddedToken], control: Iterable[int]
     ) -> tuple[Any, dict[int, int]]:
-        """The base's tokenizer with each control token under the nonce, and its ids as the base's.
+        """A tokenizer that knows each control token by nonce and text, and {its id: the base's id}.
 
-        Both share the model, so the vocabulary is in memory once.
+        It shares the base tokenizer's model, so the vocabulary is in memory once.
         """
         reader: Any = Backend(backend.model)
         reader.normalizer, reader.pre_tokenizer = backend.normalizer, backend.pre_tokenizer
@@ -133,13 +141,13 @@ class ControlTokens:
 
 
 def _is_control(token: AddedToken, template: str) -> bool:
-    """Words and white space are never control, though they be in the template."""
+    """Whether an added token is a control token: words and white space never are, whatever the template."""
     content = token.content.strip()
     return bool(content) and (token.special or (token.content in template and not content.isalnum()))
 
 
 def _finder(tokens: Iterable[AddedToken], normalizer: Any) -> Any:
-    """A tokenizer to which `tokens` are 1, 2, ... and all other text is 0."""
+    """A tokenizer that gives `tokens` the ids 1, 2, ... and all other text 0."""
     finder = Backend(models.WordLevel({"": 0}, unk_token=""))
     finder.normalizer = normalizer
     finder.add_tokens([AddedToken(token.content, normalized=token.normalized) for token in tokens])
@@ -147,6 +155,7 @@ def _finder(tokens: Iterable[AddedToken], normalizer: Any) -> Any:
 
 
 def _quote(text: str, spots: set[int]) -> str:
+    """`text` with the characters at these indices quoted."""
     pieces, done = [], 0
     for at in sorted(spots):
         pieces += [text[done:at], MARK, _swap(text[at])]
@@ -155,5 +164,5 @@ def _quote(text: str, spots: set[int]) -> str:
 
 
 def _swap(character: str) -> str:
-    """To the other plane, or back."""
+    """A quoted character for a plain one, and the other way round."""
     return chr(ord(character) ^ OTHER_PLANE)

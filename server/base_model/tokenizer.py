@@ -1,11 +1,10 @@
-"""A base's tokenizer: text to token ids and back, chat templates.
+"""The tokenizer of a base: text to token ids and back, and the chat template.
 
-Knows the base's folder and nothing of requests, tenants or the engine, so that serving and training read
-the same text as the same tokens. Templates are the operator's: no text of a caller is ever compiled or
-rendered as one.
+Serving and training use the same one, so the same text has the same tokens in both. The template comes from
+the model's folder: no text of a caller is compiled or rendered as one.
 
-transformers reads the folder, because which class a folder means is a matter of its tables. It loads torch
-where it finds it, for models' sake; a process that serves text alone calls `forbid_torch` first.
+transformers reads the folder, since its tables say which tokenizer class a folder needs. It imports torch if
+torch can be imported; a process that needs no model calls `forbid_torch` first.
 """
 
 import json
@@ -23,7 +22,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from server.base_model.control_tokens import MARK, ControlTokens
 from server.errors import InvalidRequest, StartupError
 
-SEAM = 64  # characters before a part that can matter to its tokens
+CONTEXT_CHARS = 64  # before a part of a text: they may change its tokens
 
 
 def forbid_torch() -> None:
@@ -33,8 +32,8 @@ def forbid_torch() -> None:
     """
     assert "torch" not in sys.modules, "torch is imported already"
     assert "transformers" not in sys.modules, "transformers has looked for torch already"
-    sys.modules["torch"] = None  # type: ignore[assignment]  # Python's own way to say: not to be imported
-    # transformers' first words would be the advice to install it
+    sys.modules["torch"] = None  # type: ignore[assignment]  # makes `import torch` raise ImportError
+    # without this, transformers logs the advice to install torch
     logging.getLogger("transformers").addFilter(lambda record: "PyTorch was not found" not in str(record.msg))
 
 
@@ -54,7 +53,7 @@ class Tokenizer:
         self._special = {i for i, token in hf.added_tokens_decoder.items() if token.special}
         self.pieces = [self._piece(i) for i in range(len(self._literals))]
         self.end: int | None = hf.eos_token_id
-        self.lead = self.encode("")  # what stands before every prompt
+        self.lead = self.encode("")  # the tokens before every prompt
         self._control = ControlTokens(backend, chat_template or "", self._plain_chat())
 
     @classmethod
@@ -64,7 +63,7 @@ class Tokenizer:
 
         try:
             hf = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-        except Exception as error:  # whatever a damaged file makes of transformers
+        except Exception as error:  # what transformers raises for a damaged file
             raise StartupError(
                 f"The model folder {folder.name!r} has no tokenizer that can be loaded."
             ) from error
@@ -73,49 +72,51 @@ class Tokenizer:
         return cls(hf, hf.chat_template)
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
-        """Token ids of a raw `text`: who writes it writes its control tokens, such as <|im_end|>, too.
+        """Token ids of a raw `text`, in which control tokens such as <|im_end|> count as such.
 
-        `special` adds what the tokenizer puts around every prompt.
+        `special`: with the tokens that the tokenizer adds to every prompt.
         """
-        # as a batch of one: the other encode holds the interpreter's lock, for seconds on a long text
+        # as a batch of one: the other `encode` holds the GIL, for seconds on a long text
         ids: list[int] = self._backend.encode_batch_fast([text], add_special_tokens=special)[0].ids
         return ids
 
     def encode_chat(self, rendered: str) -> list[int]:
-        """Token ids of what `render_chat` returned, or of a part: messages hold text, no control tokens.
+        """Token ids of what `render_chat` returned, or of a part: control tokens in messages are text.
 
-        Raises InvalidRequest if the tokenizer has no other way to read a control token's text.
+        Raises InvalidRequest if the tokenizer can read a control token's text as nothing else.
         """
         return self._control.encode(rendered) if MARK in rendered else self.encode(rendered, special=False)
 
     def encode_part(self, text: str, start: int, stop: int, *, chat: bool = False) -> list[int]:
-        """Token ids of text[start:stop] as they are in the whole, unless a token would straddle `start`.
+        """Token ids of text[start:stop] as they are in the whole text; `chat`: the text is a rendered chat.
 
-        Then as after a line break, lest SentencePiece take the part for a beginning and put a space there.
-        `chat`: the text is a rendered chat.
+        If a token crosses `start`, the ids are those after a line break: at the beginning of a text,
+        SentencePiece would add a space.
         """
         encode = self.encode_chat if chat else partial(self.encode, special=False)
         part = text[start:stop]
-        for before in (text[max(0, start - SEAM) : start], "\n"):
+        for before in (text[max(0, start - CONTEXT_CHARS) : start], "\n"):
             first, both = encode(before), encode(before + part)
             if both[: len(first)] == first:
                 return both[len(first) :]
         return encode(part)
 
     def up_to_special(self, text: str) -> int | None:
-        """Characters of `text` through its first special token, such as <|im_end|>; None: it has none."""
+        """How many characters of `text` end with its first special token; None if it has none."""
         found = (self._literals[i] for i in self.encode(text, special=False) if i in self._special)
         literal = next(found, None)
         return None if literal is None else text.index(literal) + len(literal)
 
     def decode(self, ids: Sequence[int]) -> str:
+        """The text of these tokens, without special ones."""
         text: str = self._backend.decode(list(ids), skip_special_tokens=True)
         return text
 
     def render_chat(self, messages: list[dict[str, str]], *, answer: bool = True) -> str:
-        """What the model's own template makes of `messages`; `answer`: ready for the assistant's turn.
+        """`messages` rendered by the model's template, for `encode_chat`: control tokens in them are quoted.
 
-        For `encode_chat`: control tokens that a message spells are quoted in it.
+        `answer`: with the beginning of the assistant's next message. Raises InvalidRequest if there is no
+        template, or if it refuses the messages.
         """
         if self._chat_template is None:
             raise InvalidRequest(
@@ -124,7 +125,7 @@ class Tokenizer:
         return self._render([self.quoted(message) for message in messages], answer)
 
     def quoted(self, message: dict[str, str]) -> dict[str, str]:
-        """`message` as the template gets it: every text but the role, which we wrote, may hold anything."""
+        """`message` with control tokens quoted in every field but the role, which is checked before."""
         role = message["role"]
         return {
             name: text if name == "role" else self._control.quoted(text, role)
@@ -132,10 +133,10 @@ class Tokenizer:
         }
 
     def _plain_chat(self) -> str:
-        """The template around contents that are MARK alone; "" if there is none, or it takes no such chat."""
+        """A rendered chat in which each message is MARK; "" if there is no template, or it refuses that."""
         system, user, answer = ({"role": role, "content": MARK} for role in ("system", "user", "assistant"))
         for messages in ([system, user, answer, user], [user, answer, user]):
-            with suppress(Exception):  # whatever a template raises is told to who asks for a chat
+            with suppress(Exception):  # `render_chat` reports what a template raises
                 return self._render(messages, answer=False) if self._chat_template else ""
         return ""
 
@@ -149,9 +150,9 @@ class Tokenizer:
         return text
 
     def token_text(self, token: int) -> tuple[str, bytes]:
-        """How one token is shown in logprobs: its text and its bytes.
+        """A token's text and bytes for logprobs; ("", b"") for an id that does not exist.
 
-        A token that is only part of a character shows as OpenAI's `bytes:\\xe2\\x80`.
+        The text of a token that is part of a character is `bytes:\\xe2\\x80`, as OpenAI writes it.
         """
         if not 0 <= token < len(self.pieces):
             return "", b""
@@ -163,7 +164,7 @@ class Tokenizer:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw), raw
 
     def _piece(self, token: int) -> bytes | str:
-        """What one token adds to the text: bytes that may be half a character, or whole text."""
+        """What a token adds to a text: bytes, perhaps part of a character, or a whole text."""
         literal = self._literals[token]
         if token in self._special:
             return b""
@@ -176,7 +177,7 @@ class Tokenizer:
 
 
 def _byte_characters() -> dict[str, int]:
-    """GPT-2's alphabet: which byte each character stands for. Printable ones stand for themselves."""
+    """The byte that each character of GPT-2's alphabet means. Printable ones mean themselves."""
     alphabet = sorted(ByteLevel.alphabet())
     bytes_ = {char: ord(char) for char in alphabet if ord(char) < 256}
     others = sorted(set(range(256)) - set(bytes_.values()))
@@ -187,7 +188,10 @@ _BYTES = _byte_characters()
 
 
 def _is_byte_level(decoder: dict[str, Any] | None) -> bool:
-    """True: tokens are bytes (GPT-2, Llama 3, Qwen). False: text with byte fallback (Llama 2, Gemma)."""
+    """Whether tokens are bytes (GPT-2, Llama 3, Qwen); else text with byte fallback (Llama 2, Gemma).
+
+    Raises StartupError for a decoder of another kind.
+    """
     parts = (decoder or {}).get("decoders", [decoder or {"type": "none"}])
     kinds = {part["type"] for part in parts}
     if not kinds & {"ByteLevel", "ByteFallback"}:

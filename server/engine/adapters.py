@@ -7,6 +7,7 @@ from server.adapters.cache.eviction_policy import FairShares
 from server.adapters.cache.ram_tier import RamTier
 from server.adapters.loading.device_copy import DeviceCopier
 from server.adapters.loading.loader import Loader
+from server.adapters.loading.packing import Packer
 from server.adapters.loading.parse_cache import HeaderLimits
 from server.adapters.methods import build_methods
 from server.adapters.methods.interface import Bank
@@ -25,16 +26,19 @@ def build_adapters(
     banks = {name: by_type[method.bank] for name, method in methods.items()}
     model.install(banks)
     shares = FairShares()
-    loader = Loader(
-        Objects.open(settings.store_url, settings.store_config),
-        DiskTier(settings.data_dir / "cache" / "adapters", settings.adapter_disk_bytes, shares),
-        RamTier(settings.adapter_ram_bytes, shares),
+    packer = Packer(
         methods,
         model.base,
         model.weights,
         placement.dtype,
         HeaderLimits(settings.max_header_bytes, settings.max_tensors),
         pin_memory=placement.device.type == "cuda",
+    )
+    loader = Loader(
+        Objects.open(settings.store_url, settings.store_config),
+        DiskTier(settings.data_dir / "cache" / "adapters", settings.adapter_disk_bytes, shares),
+        RamTier(settings.adapter_ram_bytes, shares),
+        packer,
     )
     cache = AdapterCache(
         banks,

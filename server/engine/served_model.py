@@ -110,7 +110,7 @@ class ServedModel(FrozenModel):
 
         step, blocks = self.step, min(self.step.pages.count, 8)
         if self.decoder:  # programs round what the check of a rounded base wants unrounded
-            self.decoder.recorded_steps.off = self.base.layout != "float32"
+            self.decoder.recorded_steps.off = self.placement.weight_format.rounds
         for pairs, what in (
             (MAX_IN_PLACE_PAIRS, "packed beside another row"),
             (0, "packed, with a past that is gathered"),

@@ -4,9 +4,9 @@ A separate thread compiles the schemas, so that a large one delays its own row o
 refused schemas that are too large or cannot be compiled; a matcher that fails here ends its row.
 """
 
-from collections import OrderedDict
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ class Grammars:
         self.model_dir = model_dir
         self.vocab_size = vocab_size
         self.end_token_ids = end_token_ids
-        self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
+        self._matcher_of: Callable[[str], LLMatcher] = lru_cache(MAX_COMPILED)(self._make_matcher)
         self._pool = ThreadPoolExecutor(1, "grammar")
 
     def compile(self, schema: str) -> "Future[LLMatcher]":
@@ -49,16 +49,14 @@ class Grammars:
         return LLTokenizer(text, n_vocab=self.vocab_size, eos_token=sorted(self.end_token_ids))
 
     def _compile(self, schema: str) -> LLMatcher:
-        if schema not in self._compiled:
-            grammar = LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_pattern": WHITESPACE})
-            self._compiled[schema] = LLMatcher(self._tokenizer, grammar, log_level=0, limits=PARSER_LIMITS)
-            while len(self._compiled) > MAX_COMPILED:
-                self._compiled.popitem(last=False)
-        self._compiled.move_to_end(schema)
-        matcher = self._compiled[schema].deep_copy()
+        matcher = self._matcher_of(schema).deep_copy()
         if matcher.is_error():
             raise InvalidField("response_format cannot be compiled for this model.", param="response_format")
         return matcher
+
+    def _make_matcher(self, schema: str) -> LLMatcher:
+        grammar = LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_pattern": WHITESPACE})
+        return LLMatcher(self._tokenizer, grammar, log_level=0, limits=PARSER_LIMITS)
 
 
 def consume(matcher: Any, token: int) -> bool:

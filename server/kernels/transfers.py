@@ -7,9 +7,9 @@ import torch
 
 
 def send(values: Sequence[float], device: torch.device, dtype: torch.dtype = torch.int64) -> torch.Tensor:
-    """The values as a tensor [len(values)] on the device; the copy from pinned memory is asynchronous."""
-    pinned = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
-    return pinned.to(device, non_blocking=True)
+    """The values as a tensor [len(values)] on the device, by an asynchronous copy from page-locked memory."""
+    page_locked = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
+    return page_locked.to(device, non_blocking=True)
 
 
 def upload(parts: Sequence[Sequence[int]], device: torch.device) -> list[torch.Tensor]:
@@ -24,8 +24,8 @@ class Download:
     def __init__(self, parts: Sequence[torch.Tensor]) -> None:
         self._parts, self._event = list(parts), None
         if parts[0].is_cuda:
-            pinned = [torch.empty(part.shape, dtype=part.dtype, pin_memory=True) for part in parts]
-            self._parts = [to.copy_(part, non_blocking=True) for to, part in zip(pinned, parts, strict=True)]
+            hosts = [torch.empty(part.shape, dtype=part.dtype, pin_memory=True) for part in parts]
+            self._parts = [to.copy_(part, non_blocking=True) for to, part in zip(hosts, parts, strict=True)]
             self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._event.record()
 

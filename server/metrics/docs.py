@@ -2,7 +2,8 @@
 
 from collections.abc import Mapping
 
-from server.metrics.names import API, ENGINE, FLEET, OPEN, SHARED, WORKER, Family
+from server.metrics.family import Family
+from server.metrics.names import API, ENGINE, FLEET, OPEN, SHARED, WORKER
 
 TABLES: Mapping[str, tuple[str, Mapping[str, Family]]] = {
     "The engine": (

@@ -25,8 +25,9 @@ from prometheus_client.multiprocess import MultiProcessCollector, mark_process_d
 from server.build_info import build
 from server.memory import resident_bytes
 from server.messages import Stats
+from server.metrics.family import Family
 from server.metrics.metrics_file import write_metrics_without_mapping
-from server.metrics.names import API, ENGINE, FLEET, OPERATIONS, OTHER, SHARED, Family
+from server.metrics.names import API, ENGINE, FLEET, OTHER, SHARED, operation_label
 from server.metrics.render import Counts, Values, merged, metrics_of, with_zeros
 
 ENGINE_ID = "0"  # vLLM's label `engine`
@@ -82,7 +83,7 @@ class Metrics:
 
     def on_store_call(self, operation: str, seconds: float, outcome: str) -> None:
         """Callback for `Objects.on_call`; thread-safe."""
-        operation = operation if operation in OPERATIONS else OTHER
+        operation = operation_label(operation)
         self.observe("store_seconds", seconds, PROCESS, operation)
         if outcome in ("failed", "refused"):
             self.count("store_errors", PROCESS, operation, outcome)

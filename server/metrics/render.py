@@ -5,7 +5,7 @@ from itertools import product
 
 from prometheus_client import Metric
 
-from server.metrics.names import Family
+from server.metrics.family import Family
 
 Labels = tuple[str, ...]
 Values = dict[str, list[tuple[Labels, float]]]  # key -> (labels, value)

@@ -8,7 +8,8 @@ import pytest
 
 from deploy.grafana.make import DASHBOARDS as TABLES
 from deploy.grafana.make import text_of
-from server.metrics.names import FAMILIES, Family
+from server.metrics.family import Family
+from server.metrics.names import FAMILIES
 from tests.deploy.prometheus import rules
 from tests.deploy.queries import DASHBOARDS, TARGET_LABELS, Query, conditions, grouped, named, panels
 

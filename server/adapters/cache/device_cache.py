@@ -8,22 +8,17 @@ use, not while it is used.
 """
 
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future
 from typing import Any
 
-from server.adapters.cache.entries import DeviceCopy, Fetcher, Loaded, Pending, Resident, Slots
+from server.adapters.cache.entries import DeviceCopy, Fetcher, Loaded, Resident, Slots
 from server.adapters.cache.eviction_policy import FROM_RAM, FairShares
 from server.adapters.cache.load_errors import adapter_errors, load_error
+from server.adapters.cache.pending_loads import PendingLoads
 from server.adapters.cache.tier_index import TierIndex
 from server.errors import PolypeftError, StoreError
 from server.messages import AdapterRef
-
-LEASE_SECONDS = 30.0  # how long RAM keeps a finished load that no row has asked for again
-# Loads of one tenant that run or wait for slots; more would delay the next tenant's load.
-MAX_LOADS_PER_TENANT = 8
-MAX_STALE_STEPS = 2  # a finished load that no row asked for in so many steps gives up its place to another
 
 
 class AdapterCache:
@@ -49,14 +44,12 @@ class AdapterCache:
         self.index: TierIndex[Resident] = TierIndex(budget, FROM_RAM, self.shares, slots)
         self.by_digest = self.index.entries
         self.by_slot: dict[int, Resident] = {}
-        self.pending: OrderedDict[str, Pending] = OrderedDict()
+        self.pending = PendingLoads(loader, slots, clock)
         self.pinned: dict[str, AdapterRef] = {}  # by their tenants
         self.pins_to_load: list[AdapterRef] = []  # pinned adapters whose loads have not been tried yet
         self.copy_errors: dict[str, PolypeftError] = {}  # by digest; raised to the next row that asks
         self.hits = self.misses = self.evictions = self.failures = 0
         self._copy = copy
-        self._clock = clock
-        self._step = 0
 
     @property
     def nbytes(self) -> int:
@@ -87,14 +80,12 @@ class AdapterCache:
 
     def is_loading(self, ref: AdapterRef) -> bool:
         """Whether it is not in RAM yet, or is being copied to the device."""
-        resident, pending = self.by_digest.get(ref.digest), self.pending.get(ref.digest)
-        if resident is not None and resident.copy is not None:
-            return True
-        return pending is None or not pending.future.done()
+        resident = self.by_digest.get(ref.digest)
+        return (resident is not None and resident.copy is not None) or self.pending.is_loading(ref)
 
     def waits_for_own_rows(self, ref: AdapterRef) -> bool:
         """Whether its tenant is over its share, so that only that tenant's rows can free a slot."""
-        pending = self.pending.get(ref.digest)
+        pending = self.pending.loads.get(ref.digest)
         return pending is not None and pending.waits_for_own_rows
 
     def release(self, slot: int) -> None:
@@ -111,14 +102,13 @@ class AdapterCache:
 
     def prefetch(self, ref: AdapterRef) -> None:
         """Start loading into RAM for a later `acquire`. A hint: ignored while too many loads are pending."""
-        if ref.digest not in self.by_digest and ref.digest not in self.pending:
-            self._start(ref)
+        if ref.digest not in self.by_digest:
+            self.pending.start(ref)
 
     def add_pending(self, ref: AdapterRef, load: "Future[Any]") -> None:
         """Use a load that was started elsewhere for the rows that name this adapter."""
-        if ref.digest not in self.by_digest and ref.digest not in self.pending:
-            self.loader.claim(ref.digest)
-            self.pending[ref.digest] = Pending(ref, load, self._step, self._clock())
+        if ref.digest not in self.by_digest:
+            self.pending.adopt(ref, load)
 
     def pin(self, refs: Collection[AdapterRef]) -> None:
         """Set the pinned adapters of all tenants. They are loaded as far as there is memory for them."""
@@ -128,7 +118,7 @@ class AdapterCache:
 
     def forget(self, digest: str) -> None:
         """Remove a deleted version from every tier; from its slot as soon as no row uses it."""
-        self._drop_pending(digest)
+        self.pending.drop(digest)
         self.loader.forget(digest)
         if resident := self.by_digest.get(digest):
             resident.forgotten = True
@@ -137,22 +127,16 @@ class AdapterCache:
 
     def prioritise(self, free_rows: int) -> None:
         """With `free_rows` unused rows in the batch, make up to that many running loads urgent."""
-        for digest, load in self.pending.items():
-            if free_rows > 0 and not load.future.done():
-                free_rows -= self.loader.prioritise(digest)
+        self.pending.prioritise(free_rows)
 
     def poll(self) -> None:
         """Once a step: finish copies, drop loads that no row asks for any more, load a pinned adapter."""
-        self._step += 1
         for resident in [r for r in self.by_digest.values() if r.copy is not None]:
             try:
                 self._finish_copy(resident, references=0)
             except PolypeftError as error:
                 self.copy_errors[resident.digest] = error
-        now = self._clock()
-        for digest, pending in [*self.pending.items()]:
-            if pending.future.done() and now - pending.requested > LEASE_SECONDS:
-                self._drop_pending(digest)
+        self.pending.poll()
         for ref in self.pins_to_load[:1]:  # one at a time, each tried once: loads of rows come first
             if ref.digest in self.by_digest or self._load_pinned(ref):
                 self.pins_to_load = self.pins_to_load[1:]
@@ -168,7 +152,7 @@ class AdapterCache:
             self.release(slot)
         elif self.is_loading(ref):
             return False
-        self._drop_pending(ref.digest)
+        self.pending.drop(ref.digest)
         return True
 
     def _count(self, ref: AdapterRef, weight: float) -> None:
@@ -187,43 +171,15 @@ class AdapterCache:
         self.loader.report_corrupt(resident.digest, "device")
         return False
 
-    def _start(self, ref: AdapterRef) -> bool:
-        """Start a load; False if too many are pending."""
-        if self._too_many_pending(ref.tenant):
-            return False
-        self.pending[ref.digest] = Pending(ref, self.loader.fetch(ref), self._step, self._clock())
-        return True
-
-    def _too_many_pending(self, tenant: str) -> bool:
-        return len(self.pending) >= self.slots or len(self._pending_of(tenant)) >= MAX_LOADS_PER_TENANT
-
-    def _pending_of(self, tenant: str) -> list[Pending]:
-        return [pending for pending in self.pending.values() if pending.ref.tenant == tenant]
-
-    def _drop_stale(self, tenant: str) -> None:
-        """If too many loads are pending, drop the finished one that no row has asked for the longest."""
-        if self._too_many_pending(tenant):
-            pending = self.pending.values()
-            candidates = self._pending_of(tenant) if len(pending) < self.slots else pending
-            done = [load for load in candidates if load.future.done()]
-            oldest = min(done, key=lambda load: load.step, default=None)
-            if oldest is not None and self._step - oldest.step > MAX_STALE_STEPS:
-                self._drop_pending(oldest.ref.digest)
-
     def _fetch(self, ref: AdapterRef, row_slots: Collection[int]) -> int | None:
         """Load the adapter and copy it to a slot, as far as that goes now; the slot once it is there."""
         if error := self.copy_errors.pop(ref.digest, None):
             raise error
-        if ref.digest not in self.pending:
-            self._drop_stale(ref.tenant)
-            if not self._start(ref):
-                return None
-        pending = self.pending[ref.digest]
-        pending.step, pending.requested = self._step, self._clock()
-        if not pending.future.done():
+        pending = self.pending.request(ref)
+        if pending is None or not pending.future.done():
             return None
         if failure := pending.future.exception():
-            self._drop_pending(ref.digest)
+            self.pending.drop(ref.digest)
             self.failures += 1
             raise load_error(failure)
         packed: Loaded = pending.future.result()
@@ -238,7 +194,7 @@ class AdapterCache:
         Raises StoreError for an adapter over the whole budget.
         """
         if packed.nbytes > self.budget:
-            self._drop_pending(ref.digest)
+            self.pending.drop(ref.digest)
             self.failures += 1
             raise StoreError(
                 f"The adapter needs {packed.nbytes} bytes on the device; all adapters share {self.budget}."
@@ -247,10 +203,10 @@ class AdapterCache:
         victims = self.index.plan_eviction(ref.tenant, packed.nbytes, row_keys)
         if victims is None:
             return None
-        self._drop_pending(ref.digest)
+        self.pending.drop(ref.digest)
         if not packed.intact():
             self.loader.report_corrupt(ref.digest, "ram")
-            self._start(ref)
+            self.pending.start(ref)
             return None
         for victim in victims:
             self._evict(victim)
@@ -286,11 +242,6 @@ class AdapterCache:
         if resident.forgotten and not references:
             self._evict(resident)
         return resident.slot
-
-    def _drop_pending(self, digest: str) -> None:
-        """Stop waiting for a load, and release its claim in RAM."""
-        if self.pending.pop(digest, None):
-            self.loader.release(digest)
 
     def _evict(self, resident: Resident) -> None:
         if resident.copy is None:

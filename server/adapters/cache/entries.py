@@ -88,17 +88,6 @@ class DeviceCopy(Protocol):
     def arrived(self) -> Callable[[], bool]: ...
 
 
-@dataclass
-class Pending:
-    """A load that rows wait for, claimed in RAM until the adapter has a slot."""
-
-    ref: AdapterRef
-    future: "Future[Any]"
-    step: int  # of the engine, in which a row last asked for it
-    requested: float  # when that was
-    waits_for_own_rows: bool = False  # its tenant is over its share: only that tenant's rows can free a slot
-
-
 @dataclass(eq=False)
 class Resident(Entry):
     """An adapter on the device, or being copied there. `key` is its digest."""

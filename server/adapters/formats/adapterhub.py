@@ -12,6 +12,7 @@ import msgspec
 
 from server.adapters.formats.config_fields import Fields, refused
 from server.adapters.formats.strict_json import strict_json
+from server.base_model.families import DecoderLayer, layer_of
 from server.errors import InvalidAdapter, shown
 
 # These say how the adapter was made or trained, or qualify features that must be off.
@@ -92,7 +93,7 @@ class BottleneckConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
         return found
 
 
-class HubConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class AdapterHubConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The kept fields of a file. `version` marks that names are current ones."""
 
     model_type: Annotated[str, msgspec.Meta(max_length=64)]
@@ -100,11 +101,11 @@ class HubConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     version: Literal["adapters"]
 
 
-FILE_FIELDS = Fields(HubConfig, dropped=DROPPED)
+FILE_FIELDS = Fields(AdapterHubConfig, dropped=DROPPED)
 CONFIG_FIELDS = Fields(BottleneckConfig, dropped=DROPPED_OF_CONFIG, empty=OFF)
 
 
-def hub_config(raw: dict[str, Any]) -> HubConfig:
+def adapterhub_config(raw: dict[str, Any]) -> AdapterHubConfig:
     """Read a config as AdapterHub wrote it, or as it was kept. InvalidAdapter names the field."""
     inner = raw.get("config")
     if not isinstance(inner, dict):
@@ -116,7 +117,7 @@ def hub_config(raw: dict[str, Any]) -> HubConfig:
     config = CONFIG_FIELDS.read(inner | current)
     file = FILE_FIELDS.read(raw | {"config": msgspec.to_builtins(config), "version": "adapters"})
     assert isinstance(config, BottleneckConfig)
-    assert isinstance(file, HubConfig)
+    assert isinstance(file, AdapterHubConfig)
     _check_residuals(config)
     return file
 
@@ -151,23 +152,20 @@ def _check_residuals(config: BottleneckConfig) -> None:
 INTERFACE_FILE = "adapter_interface.json"
 MAX_INTERFACE_BYTES = 64 << 10
 
-# The fields that matter: modules whose outputs an adapter changes, norms whose inputs are the residual, and
-# norms that the library applies before an adapter.
-PRE_NORM = {
-    "layer_self_attn": "self_attn",
-    "attn_o_proj": "o_proj",
-    "layer_output_proj": "mlp.down_proj",
-    "layer_pre_self_attn": "input_layernorm",
-    "layer_pre_ffn": "post_attention_layernorm",
-    "layer_ln_1": None,
-    "layer_ln_2": None,
-}
-SANDWICHED = PRE_NORM | {
-    "layer_pre_ffn": "pre_feedforward_layernorm",
-    "layer_ln_1": "post_attention_layernorm",
-    "layer_ln_2": "post_feedforward_layernorm",
-}
-EXPECTED = {"gemma2": SANDWICHED, "gemma3_text": SANDWICHED}
+
+def _interface(layer: DecoderLayer) -> dict[str, str | None]:
+    """The fields that matter: modules whose outputs an adapter changes, norms whose inputs are the residual,
+    and norms that the library applies before an adapter.
+    """
+    return {
+        "layer_self_attn": layer.attention.name,
+        "attn_o_proj": layer.attention.output,
+        "layer_output_proj": f"{layer.mlp.name}.{layer.mlp.output}",
+        "layer_pre_self_attn": layer.attention.norm_before,
+        "layer_pre_ffn": layer.mlp.norm_before,
+        "layer_ln_1": layer.attention.norm_behind,
+        "layer_ln_2": layer.mlp.norm_behind,
+    }
 
 
 def check_interface(data: bytes, model_type: str) -> None:
@@ -176,7 +174,7 @@ def check_interface(data: bytes, model_type: str) -> None:
     interface: Any = file.get("interface")
     if file.get("model_type") != model_type or not isinstance(interface, dict):
         raise InvalidAdapter(f"{INTERFACE_FILE} is not one for a {model_type}.", param=INTERFACE_FILE)
-    for field, expected in EXPECTED.get(model_type, PRE_NORM).items():
+    for field, expected in _interface(layer_of(model_type)).items():
         found = interface.get(field)
         if found != expected:
             raise InvalidAdapter(

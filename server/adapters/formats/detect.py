@@ -5,7 +5,7 @@ from typing import Any
 import msgspec
 
 from server.adapters.formats import peft
-from server.adapters.formats.adapterhub import hub_config
+from server.adapters.formats.adapterhub import adapterhub_config
 from server.adapters.formats.config_fields import FILE
 from server.adapters.formats.strict_json import strict_json
 
@@ -20,7 +20,7 @@ def read_config(data: bytes) -> dict[str, Any]:
     raw = strict_json(data, FILE, MAX_BYTES)
     if not _is_hub(raw):
         return peft.read_config(data)
-    return msgspec.json.decode(msgspec.json.encode(hub_config(raw)), type=dict[str, Any])
+    return msgspec.json.decode(msgspec.json.encode(adapterhub_config(raw)), type=dict[str, Any])
 
 
 def method_of(config: dict[str, Any]) -> str:

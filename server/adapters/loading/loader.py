@@ -12,30 +12,22 @@ import logging
 import threading
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import replace
 from functools import partial
-from math import prod
 
 import msgspec
-import torch
 
 from adapters_store.manifest import Manifest, content_digest, decode_manifest
 from adapters_store.object_store.store import Objects
 from server.adapters.cache.disk_tier import DiskTier
 from server.adapters.cache.ram_tier import RamTier
-from server.adapters.checksum import checksum
 from server.adapters.loading.buffer_pool import BufferPool
 from server.adapters.loading.disk_writer import DiskWriter, LoadedFile
-from server.adapters.loading.parse_cache import HeaderLimits, PackPlan, ParseCache
+from server.adapters.loading.packing import Packer
 from server.adapters.loading.thread_pools import LoadPools
-from server.adapters.methods.interface import Method, Packed
-from server.adapters.sites import Base
-from server.adapters.specs.interface import Spec
-from server.adapters.tensors import find_non_finite, view_tensors
+from server.adapters.methods.interface import Packed
 from server.errors import CorruptObject, InvalidAdapter, ModelNotFound, NotFound, StoreError
-from server.kernels.cpu.int8.quantization import is_dequantised
 from server.messages import AdapterRef
 
 MAX_URGENT_BYTES = 8 << 20  # of a file: a larger one would delay running rows by a step or more
@@ -46,28 +38,11 @@ log = logging.getLogger(__name__)
 class Loader:
     """Loads for the engine's cache and its admission check. Used on the engine's thread; loads are not."""
 
-    def __init__(
-        self,
-        objects: Objects,
-        disk: DiskTier,
-        ram: RamTier[Packed],
-        methods: Mapping[str, Method],
-        base: Base,
-        weights: Mapping[str, torch.Tensor],  # the base's own, by site, read-only
-        dtype: torch.dtype,
-        limits: HeaderLimits,
-        *,
-        pin_memory: bool = False,  # pack into page-locked memory, for asynchronous copies to a GPU
-    ) -> None:
+    def __init__(self, objects: Objects, disk: DiskTier, ram: RamTier[Packed], packer: Packer) -> None:
         self.objects = objects
         self.disk = disk
         self.ram = ram
-        self.methods = methods
-        self.base = base
-        self.weights = weights
-        self.dtype = dtype
-        self.parse_cache = ParseCache(methods, base, limits)
-        self.pin_memory = pin_memory
+        self.packer = packer
         self.copies_to_disk = not objects.on_same_disk(disk.folder)  # not if the store is on the same disk
         self.observations: list[tuple[str, str, float]] = []  # (name, tier, value)
         self.sources: OrderedDict[str, str] = OrderedDict()  # digest -> tier that it was last loaded from
@@ -114,7 +89,7 @@ class Loader:
 
     def report_corrupt(self, digest: str, tier: str) -> None:
         """Count a copy in memory that fails its checksum, and drop it from RAM: the next request loads it."""
-        log.warning("An adapter in memory (%s) did not match its seal; it is loaded again.", tier)
+        log.warning("An adapter in memory (%s) did not match its checksum; it is loaded again.", tier)
         self.corrupt[tier] += 1
         self.ram.drop(digest)
 
@@ -170,9 +145,10 @@ class Loader:
 
     def _load(self, future: "Future[Packed]", digest: str, tenant: str, manifest: Manifest) -> None:
         check_identity(manifest)
-        if manifest.base_digest != self.base.digest:
+        base = self.packer.base
+        if manifest.base_digest != base.digest:
             raise InvalidAdapter(
-                f"The adapter was made for the base {manifest.base!r}; this server runs {self.base.id!r}."
+                f"The adapter was made for the base {manifest.base!r}; this server runs {base.id!r}."
             )
         self.ram.claim(digest)  # until all memory of this load is free again, or the packed adapter's
         try:
@@ -182,7 +158,7 @@ class Loader:
             raise
 
     def _fetch_and_pack(self, future: "Future[Packed]", digest: str, tenant: str, manifest: Manifest) -> None:
-        blob, start, max_bytes = manifest.weights, time.perf_counter(), packing_bytes(manifest, self.dtype)
+        blob, start, max_bytes = manifest.weights, time.perf_counter(), self.packer.max_bytes(manifest)
         self.ram.reserve(digest, tenant, blob.bytes + max_bytes)
         try:
             buffer = self._buffers.take(blob.bytes)
@@ -192,7 +168,7 @@ class Loader:
             tier = "disk" if self.disk.read(blob.sha256, data) else "store"
             if tier == "store":
                 self._download(manifest, data)
-            packed = self._pack(manifest, raw)
+            packed = self.packer.pack(manifest, raw)
             if packed.nbytes > max_bytes:
                 raise StoreError("The adapter's manifest does not describe its weights.")
         except BaseException:
@@ -235,42 +211,6 @@ class Loader:
             else:
                 return
 
-    def _pack(self, manifest: Manifest, raw: torch.Tensor) -> Packed:
-        """`raw`: the file, uint8 [bytes]."""
-        plan = self.parse_cache.read(manifest, raw)
-        packed = plan.replay(raw)
-        if packed is None:
-            packed = self._pack_by_method(manifest.method, plan, raw)
-            plan.record(packed, raw)
-            packed = replace(packed, copies=None)
-        if self.pin_memory:
-            packed = replace(packed, flat=packed.flat.pin_memory())
-        return replace(packed, checksum=checksum(packed.flat))
-
-    def _pack_by_method(self, method: str, plan: PackPlan, raw: torch.Tensor) -> Packed:
-        tensors = view_tensors(raw, plan.header)
-        self._check_base_copies(plan.spec, tensors)
-        try:
-            return self.methods[method].pack(plan.spec, self.base, tensors, self.weights, self.dtype)
-        except InvalidAdapter:  # `pack` checks that all packed numbers are finite; here, which tensor is not
-            if name := find_non_finite(tensors):
-                raise InvalidAdapter(f"Tensor {name!r} holds NaN or Inf.", param=name) from None
-            raise
-
-    def _check_base_copies(self, spec: Spec, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Raises InvalidAdapter for a changed copy of a base table, which PEFT saves along with an adapter.
-
-        Either side may have been rounded: the copy when it was saved, the base when it was loaded.
-        """
-        for name, site in spec.base_copies.items():
-            copy, weight = tensors[name], self.weights[site]
-            same = torch.equal(copy, weight.to(copy.dtype)) or torch.equal(copy.to(weight.dtype), weight)
-            if not same and not (self.base.layout == "int8" and is_dequantised(weight, copy)):
-                raise InvalidAdapter(
-                    f"Tensor {name!r} replaces the base's {site!r}; only low-rank changes can be served.",
-                    param=name,
-                )
-
     def _observe(self, tier: str, start: float, digest: str, nbytes: int) -> None:
         seconds = ("adapter_load_seconds", tier, time.perf_counter() - start)
         self.observations.extend((seconds, ("adapter_load_bytes", tier, nbytes)))
@@ -283,14 +223,6 @@ class Loader:
 def _is_small(manifest: Manifest) -> bool:
     """Whether loading takes less than a step. DoRA's does not: it computes norms of the base's weights."""
     return manifest.weights.bytes <= MAX_URGENT_BYTES and not manifest.config.get("use_dora")
-
-
-def packing_bytes(manifest: Manifest, dtype: torch.dtype) -> int:
-    """The most memory that packing takes beside the file: every number twice, scaled and packed, and some for
-    parts that are absent from the file but not from the buffer (a bias of zeros).
-    """
-    numbers = sum(prod(shape) for _, shape in manifest.tensors.values())
-    return 2 * numbers * max(dtype.itemsize, 4) + (64 << 10)
 
 
 def check_identity(manifest: Manifest) -> None:

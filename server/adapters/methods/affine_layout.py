@@ -48,7 +48,7 @@ MAX_LAYOUTS = 64  # kept in a bank
 
 
 class TensorPiece(msgspec.Struct, frozen=True, gc=False):  # hundreds of thousands, and never in a cycle
-    """One tensor of a delta. The pieces of a layout lie in the flat buffer back to back, in order."""
+    """One tensor of a delta. The pieces of an adapter lie in the flat buffer back to back, in order."""
 
     site: str
     part: str
@@ -62,13 +62,13 @@ class SlotLayout:
     BIAS. `norms`: norms whose parameters are replaced, which are in none of these.
     """
 
-    def __init__(self, layout: list[TensorPiece], table: SiteTable, item: int) -> None:
-        self.layout = layout  # kept alive, so that no other list gets its id
+    def __init__(self, pieces: list[TensorPiece], table: SiteTable, item: int) -> None:
+        self.pieces = pieces  # kept alive, so that no other list gets its id
         parts: dict[str, set[str]] = {}
         self.rank, begin = 0, 0
         offsets = np.zeros((len(table.names), kernel.COLUMNS), dtype=np.int64)
         present = np.zeros_like(offsets)
-        for piece in layout:
+        for piece in pieces:
             parts.setdefault(piece.site, set()).add(piece.part)
             site = table.numbers[piece.site]
             if (column := COLUMN.get(piece.part)) is not None:
@@ -96,12 +96,12 @@ class SlotLayouts:
         self.table = table
         self._known: OrderedDict[tuple[int, int], SlotLayout] = OrderedDict()
 
-    def of(self, layout: list[TensorPiece], item: int) -> SlotLayout:
-        """The layout of a buffer of numbers of `item` bytes."""
-        key = (id(layout), item)
+    def of(self, pieces: list[TensorPiece], item: int) -> SlotLayout:
+        """The layout of a buffer of these pieces, in numbers of `item` bytes."""
+        key = (id(pieces), item)
         known = self._known.get(key)
         if known is None:
-            known = self._known[key] = SlotLayout(layout, self.table, item)
+            known = self._known[key] = SlotLayout(pieces, self.table, item)
             if len(self._known) > MAX_LAYOUTS:
                 self._known.popitem(last=False)
         self._known.move_to_end(key)
@@ -118,18 +118,18 @@ class LoadedSlot:
 
     @cached_property
     def deltas(self) -> dict[str, AffineDelta]:
-        return deltas_of(self.flat, self.layout.layout, aligned=self.aligned)
+        return deltas_of(self.flat, self.layout.pieces, aligned=self.aligned)
 
 
 def deltas_of(
-    flat: torch.Tensor, layout: list[TensorPiece], *, aligned: bool = False
+    flat: torch.Tensor, pieces: list[TensorPiece], *, aligned: bool = False
 ) -> dict[str, AffineDelta]:
     """Deltas by site: views of the flat buffer [n], or copies where `aligned` asks for them."""
-    sizes = [prod(piece.shape) for piece in layout]
+    sizes = [prod(piece.shape) for piece in pieces]
     # one split, so that in training the gradients come back as one concatenation
     views = gpu.aligned(flat, sizes) if aligned else torch.split(flat, sizes)
     parts: dict[str, dict[str, Any]] = {}
-    for piece, view in zip(layout, views, strict=True):
+    for piece, view in zip(pieces, views, strict=True):
         parts.setdefault(piece.site, {})[piece.part] = view.view(piece.shape)
     return {name: AffineDelta(name, **tensors) for name, tensors in parts.items()}
 

@@ -32,7 +32,7 @@ class Ia3Bank(AffineBank):
     def recorded_sites(self, slot: int) -> RecordedSites | None:
         """None for an adapter that scales inputs: its tokens are found on the host, during the step."""
         loaded = self.loaded[slot]
-        scales = loaded and any(piece.part == "scale" for piece in loaded.layout.layout)
+        scales = loaded and any(piece.part == "scale" for piece in loaded.layout.pieces)
         return None if scales else super().recorded_sites(slot)
 
     def _scale(self, slot: int, site: str) -> torch.Tensor | None:

@@ -60,6 +60,11 @@ class RecordedSites(NamedTuple):
 # x [n, hidden] -> (fixed, scaled): for any weight w and bias b, the norm of x is fixed + scaled * w + b
 NormParts = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
+# The hooks: methods of Bank through which banks act at a step's tokens; then those that also see, by
+# themselves, the tokens that get logits.
+HOOKS = ("affine", "inputs", "norm", "sublayer")
+HEAD_HOOKS = ("affine", "inputs", "norm")
+
 
 class Bank:
     """Device memory for the adapters of one method, or of several that act alike, by slot.

@@ -8,20 +8,20 @@ from typing import Literal
 
 import msgspec
 
-from server.adapters.formats.adapterhub import HubConfig, hub_config
+from server.adapters.formats.adapterhub import AdapterHubConfig, adapterhub_config
 from server.adapters.formats.safetensors import TensorInfo
 from server.adapters.sites import Base, Site
 from server.adapters.specs.interface import AdapterFiles
 from server.adapters.specs.tensor_names import Roles, check_shapes, invalid
+from server.base_model.families import SANDWICHED, SubBlockKind
 from server.errors import InvalidAdapter, shown
 from server.kernels.limits import MAX_WIDTH
 
-# where in a layer -> (kind of site, the config's field, the norm behind it in a layer that has one there)
-PLACES = {
-    "attention_adapters": ("attention", "mh_adapter", "post_attention_layernorm"),
-    "output_adapters": ("mlp", "output_adapter", "post_feedforward_layernorm"),
+# where in a layer -> (kind of site, the config's field)
+PLACES: dict[str, tuple[SubBlockKind, str]] = {
+    "attention_adapters": ("attention", "mh_adapter"),
+    "output_adapters": ("mlp", "output_adapter"),
 }
-SANDWICHED = "pre_feedforward_layernorm"  # a layer that has it has norms behind its sub-blocks as well
 # The part before the adapter's name; all but the first are what version 1 wrote.
 GROUPS = frozenset(
     {
@@ -77,7 +77,7 @@ class BottleneckReader:
     name = "bottleneck"
 
     def parse(self, files: AdapterFiles, base: Base) -> BottleneckSpec:
-        file = hub_config(files.config)
+        file = adapterhub_config(files.config)
         config = file.config
         if file.model_type != base.model_type:
             raise InvalidAdapter(
@@ -118,7 +118,7 @@ class BottleneckReader:
         return shapes
 
 
-def _targets(file: HubConfig, roles: Roles, base: Base) -> Iterator[BottleneckTarget]:
+def _targets(file: AdapterHubConfig, roles: Roles, base: Base) -> Iterator[BottleneckTarget]:
     """Each site that the config names, with its tensors. Raises InvalidAdapter."""
     config = file.config
     norms = _norms(base) if config.input == "sum" else {}
@@ -127,7 +127,7 @@ def _targets(file: HubConfig, roles: Roles, base: Base) -> Iterator[BottleneckTa
             f"original_ln_after must be true for a {base.model_type}, as AdapterHub has it.",
             param="original_ln_after",
         )
-    kinds = {kind for kind, field, _norm in PLACES.values() if getattr(config, field)}
+    kinds = {kind for kind, field in PLACES.values() if getattr(config, field)}
     wanted = [role for role in ROLES.values() if role != "scaling" or isinstance(config.scaling, str)]
     for site in base.sites.values():
         layer = _layer(site)
@@ -168,7 +168,7 @@ def _locate(tensors: dict[str, TensorInfo], base: Base) -> Roles:
 
 def _parse(tensor: str, places: dict[tuple[str, str], str]) -> tuple[str, str, str]:
     """(site, adapter's name, role) of a tensor LAYER.PLACE.GROUP.NAME.ENDING. Raises InvalidAdapter."""
-    for place, (kind, _field, _norm) in PLACES.items():
+    for place, (kind, _field) in PLACES.items():
         layer, _, rest = tensor.partition(f".{place}.")
         group, _, rest = rest.partition(".")
         name, _, ending = rest.partition(".")
@@ -196,9 +196,9 @@ def _norms(base: Base) -> dict[str, str]:
     """
     layers = [site.name.rpartition(".")[0] for site in base.sites.values() if site.kind == "mlp"]
     last = max(layers, key=lambda layer: int(layer.rpartition(".")[2]), default="")
-    if f"{last}.{SANDWICHED}" not in base.sites:
+    if f"{last}.{SANDWICHED.mlp.norm_before}" not in base.sites:
         return {}
-    return {kind: f"{last}.{norm}" for kind, _field, norm in PLACES.values()}
+    return {kind: f"{last}.{block.norm_behind}" for kind, block in SANDWICHED.blocks.items()}
 
 
 def _layer(site: Site) -> int:

@@ -6,7 +6,8 @@ Names are PEFT's: `base_model.model.MODULE.ENDING`. Each method has a table of i
 from collections.abc import Iterable, Mapping
 
 from server.adapters.formats.safetensors import TensorInfo
-from server.adapters.sites import INNER_NORMS, Base, Site
+from server.adapters.sites import Base, Site
+from server.base_model.families import HEAD_NORMS
 from server.errors import InvalidAdapter, shown
 
 PREFIX = "base_model.model."
@@ -44,7 +45,7 @@ def _locate(tensor: str, base: Base, endings: Endings, what: str) -> tuple[str, 
             raise invalid(tensor, "belongs to no module of the base model")
         if site.kind not in kinds:
             raise invalid(tensor, f"cannot belong to {shown(name)}, which is of kind {site.kind}")
-        if site.kind == "norm" and name.endswith(INNER_NORMS):
+        if site.kind == "norm" and name.endswith(HEAD_NORMS):
             raise invalid(tensor, "is of a norm inside attention, which is not served")
         return name, role
     raise invalid(tensor, f"is not one that {what} has")

@@ -55,13 +55,13 @@ async def resolve(
     if model == base.id:
         if uses:
             return await _combine(deps, tenant, uses, sticky)
-        return Target(model, None, base.digest, layout=base.layout)
+        return Target(model, None, base.digest, layout=base.weight_format)
     if uses:
         raise InvalidField(
             f"With adapters, model must be the base {shown(base.id)}, not {shown(model)}.", param="model"
         )
     version = await find_version(deps, tenant, model, sticky=sticky)
-    return Target(model, adapter_ref(version), version.digest, layout=base.layout)
+    return Target(model, adapter_ref(version), version.digest, layout=base.weight_format)
 
 
 async def _combine(deps: Services, tenant: Tenant, uses: list[AdapterUse], sticky: str | None) -> Target:
@@ -72,7 +72,7 @@ async def _combine(deps: Services, tenant: Tenant, uses: list[AdapterUse], stick
     )
     content = ",".join(f"{use.adapter.digest}*{use.weight}" for use in adapters)
     digest = hashlib.sha256(content.encode()).hexdigest()
-    return Target(deps.base.id, None, digest, adapters, deps.base.layout)
+    return Target(deps.base.id, None, digest, adapters, deps.base.weight_format)
 
 
 async def find_version(

@@ -18,20 +18,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from server.base_model.families import HEAD_NORMS, LLAMA_ATTENTION, LLAMA_LAYER, LLAMA_MLP
 from server.engine.cpu.recorded_steps import RecordedSteps
 from server.engine.cpu.verified_swap import PROBE_TOKENS, probe_states, swap_forward_if_equal
 from server.engine.model.forward_context import ForwardContext
 from server.engine.model.linear_sites import FusedLinears, LinearSite, biases_of
-from server.engine.model.module_hooks import decoder_layers
+from server.engine.model.module_hooks import decoder_layers, hook_of, site_of
 from server.kernels.cpu.decode_attention import supports_pages
 from server.kernels.cpu.fused_bias import Biases
-from server.kernels.cpu.int8.linear import without_rounding
 from server.kernels.cpu.llama_ops import RmsNorm, add_, rotate_, silu_times
-
-# Names of the modules that a Llama-like layer consists of
-LAYER_MODULES = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
-ATTENTION_MODULES, HEAD_NORMS = {"q_proj", "k_proj", "v_proj", "o_proj"}, {"q_norm", "k_norm"}
-MLP_MODULES = {"gate_proj", "up_proj", "down_proj", "act_fn"}
+from server.kernels.cpu.packed_linear import without_rounding
 
 
 class LayerParts:
@@ -46,8 +42,10 @@ class LayerParts:
         self.fast_norms = [RmsNorm(norm.weight, norm.variance_epsilon) for norm in self.norms]
         self.head_norms = [
             RmsNorm(norm.weight, norm.variance_epsilon) if norm is not None else None
-            for norm in (getattr(attention, name, None) for name in ("q_norm", "k_norm"))
+            for norm in (getattr(attention, name, None) for name in HEAD_NORMS)
         ]
+        self.after_first_norm, self.after_second_norm = (hook_of(norm) for norm in self.norms)
+        self.after_attention, self.after_mlp = hook_of(attention), hook_of(mlp)
         self.dim: int = attention.head_dim
         self.options = step.attention_options[self.index]
 
@@ -69,25 +67,25 @@ class Layer(LayerParts):
         step, (first, second) = self.step, self.norms
         step.residual = stream
         normed = self.fast_norms[0](stream, self._biases(first, stream))
-        first.polypeft_hook(first, (stream,), normed)
+        self.after_first_norm(first, (stream,), normed)
         q, k, v = (by_head(y, self.dim) for y in fused_outputs(self.qkv, normed))
         for x, norm in ((q, self.head_norms[0]), (k, self.head_norms[1])):
             rotate_(x, cos, sin, norm)
         attended = step.attention(self.index, q, k, v, self.options)
         added = self.attention.o_proj(attended.flatten(1))
-        self.attention.polypeft_hook(self.attention, None, added)
+        self.after_attention(self.attention, None, added)
 
         stream, normed = self.fast_norms[1].of_sum(stream, added, self._biases(second, stream))
         step.residual = stream
-        second.polypeft_hook(second, (stream,), normed)
+        self.after_second_norm(second, (stream,), normed)
         gate, up = fused_outputs(self.gate_up, normed)
         added = self.mlp.down_proj(silu_times(gate, up))
-        self.mlp.polypeft_hook(self.mlp, None, added)
+        self.after_mlp(self.mlp, None, added)
         return add_(added, stream)
 
     def _biases(self, norm: Any, stream: torch.Tensor) -> Biases | None:
         columns = [slice(0, stream.shape[1])]
-        return biases_of(self.step.affine, [norm.polypeft_site], columns, len(stream))
+        return biases_of(self.step.affine, [site_of(norm)], columns, len(stream))
 
 
 class Decoder:
@@ -151,17 +149,21 @@ def is_llama_like(layer: Any) -> bool:
 
 def is_built_as_llama(layer: Any) -> bool:
     """Whether the layer has exactly the modules of a Llama layer, and SiLU as its activation."""
-    if {name for name, _ in layer.named_children()} != LAYER_MODULES:
+    if children_of(layer) != LLAMA_LAYER:
         return False
-    attention = {name for name, _ in layer.self_attn.named_children()}
-    if attention not in (ATTENTION_MODULES, ATTENTION_MODULES | HEAD_NORMS):
+    if children_of(layer.self_attn) not in (LLAMA_ATTENTION, LLAMA_ATTENTION | set(HEAD_NORMS)):
         return False
     x = torch.linspace(-8, 8, 33)
     return (
-        {name for name, _ in layer.mlp.named_children()} == MLP_MODULES
+        children_of(layer.mlp) == LLAMA_MLP
         and all(hasattr(norm, "variance_epsilon") for norm in norms_of(layer))
         and torch.allclose(layer.mlp.act_fn(x), F.silu(x))
     )
+
+
+def children_of(module: nn.Module) -> set[str]:
+    """The names of a module's children."""
+    return {name for name, _ in module.named_children()}
 
 
 def norms_of(layer: Any) -> Iterator[nn.Module]:

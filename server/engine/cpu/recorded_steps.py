@@ -6,9 +6,9 @@ all in one parallel region. Whatever differs from step to step lies in tensors a
 filled before the launch and read by the kernels.
 
 A step can be recorded if all its tokens read their past in place (rows that decode, chunks of prompts) and
-all its adapters belong to banks that support it (`Bank.trace`); other steps run layer by layer. Results are
-the same bit for bit, for the same kernels run in the same order. Recording takes no longer than launching the
-kernels one by one, so a step is recorded the first time its signature occurs.
+all its adapters belong to banks that support it (`Bank.recorded_sites`); other steps run layer by layer.
+Results are the same bit for bit, for the same kernels run in the same order. Recording takes no longer than
+launching the kernels one by one, so a step is recorded the first time its signature occurs.
 """
 
 from collections import OrderedDict
@@ -53,8 +53,8 @@ class StepBuffers:
         self.tables = arena.take("tables", zeros, (count, blocks))  # read up to the row's length only
         self.lengths, self.kv_positions = zeros.clone(), zeros.clone()
         self.affine, self.sublayer = (
-            [(bank, TokenSpans.of_recorded_step(count, bank.touched(trace))) for bank, trace in traces]
-            for traces in (signature.affine, signature.sublayer)
+            [(bank, TokenSpans.of_recorded_step(count, bank.touched(sites))) for bank, sites in acting]
+            for acting in (signature.affine, signature.sublayer)
         )
         self.output = torch.empty(0)  # [T, hidden]
 
@@ -110,8 +110,8 @@ class RecordedSteps:
             return None
         if step.timed and (step.affine or step.sublayer):  # timing needs a Python call for each bank
             return None
-        affine = _traces(step.affine)
-        sublayer = _traces(step.sublayer)
+        affine = _sites_by_bank(step.affine)
+        sublayer = _sites_by_bank(step.sublayer)
         if affine is None or sublayer is None:
             return None
         return StepSignature(tokens, step.kv_positions is not None, affine, sublayer)
@@ -133,18 +133,18 @@ class RecordedSteps:
         self.recorded[signature] = (RecordedLaunches(recorder), buffers)
 
 
-def _traces(acting: ActingBanks) -> tuple[tuple[Bank, RecordedSites], ...] | None:
+def _sites_by_bank(acting: ActingBanks) -> tuple[tuple[Bank, RecordedSites], ...] | None:
     """Of each bank the sites that the batch's adapters touch; None if one of them cannot be recorded."""
-    traces = []
+    by_bank = []
     for bank, rows in acting:
         mask = biased = 0
         for slot in {span.slot for span in rows.kernel_spans}:
-            trace = bank.recorded_sites(slot)
-            if trace is None:
+            sites = bank.recorded_sites(slot)
+            if sites is None:
                 return None
-            mask |= trace.mask
-            biased |= trace.biased
+            mask |= sites.mask
+            biased |= sites.biased
         if rows.other_spans:
             return None
-        traces.append((bank, RecordedSites(mask, biased=biased)))
-    return tuple(traces)
+        by_bank.append((bank, RecordedSites(mask, biased=biased)))
+    return tuple(by_bank)

@@ -4,7 +4,7 @@ replayed.
 Python and a thousand launches take longer than the GPU needs to read the weights of an 8B model; a replay is
 one call. Whatever differs from step to step lies in tables at fixed addresses, which one copy fills (a second
 copy brings tokens that the host does not know yet). A step can be recorded if all its rows decode and all its
-adapters support it (`Bank.trace`); all others run eagerly.
+adapters support it (`Bank.recorded_sites`); all others run eagerly.
 
 A step is recorded, in a few tenths of a second, when its signature occurs for the RECORD_AFTER-th time. Of
 the graphs that cover a batch the cheapest is replayed: launches for sites that no adapter touches end at

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from server.engine.model.linear_sites import SIBLINGS, FusedLinears, LinearSite
+from server.base_model.families import ROTARY_FUNCTION, SIBLINGS, norm_epsilon
+from server.engine.model.linear_sites import FusedLinears, LinearSite
 
 Rotary = Callable[..., tuple[torch.Tensor, torch.Tensor]]  # (q, k, cos, sin, unsqueeze_dim=1)
 
@@ -79,7 +80,7 @@ def rms_norm_of(module: Any) -> tuple[torch.Tensor, float, bool] | None:
     from server.kernels.gpu.rms_norm import rms_norm_reference
 
     weight = getattr(module, "weight", None)
-    epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    epsilon = norm_epsilon(module)
     if not isinstance(weight, nn.Parameter) or weight.dim() != 1 or not isinstance(epsilon, float):
         return None
     if getattr(module, "bias", None) is not None:
@@ -96,25 +97,25 @@ def rms_norm_of(module: Any) -> tuple[torch.Tensor, float, bool] | None:
 
 
 DEPRECATION = "transformers.utils.deprecation"  # its decorators only accept arguments by their former names
-ROTARY = "apply_rotary_pos_emb"  # the function that transformers' attention classes call, a global of theirs
 
 
 def fuse_rotary(model: nn.Module) -> int:
     """Let attention modules rotate queries and keys in one launch; returns how many there are.
 
     The code of their `forward` stays the same: a copy of the function is bound to the module object, with the
-    global name ROTARY bound to our function. The class and other models of it are not affected.
+    global ROTARY_FUNCTION bound to our function. The class and other models of it are not affected.
     """
     count = 0
     for module in model.modules():
         forward: Any = type(module).forward
         if getattr(forward, "__globals__", {}).get("__name__") == DEPRECATION:
             forward = forward.__wrapped__
-        if not isinstance(forward, FunctionType) or ROTARY not in forward.__code__.co_names:
+        if not isinstance(forward, FunctionType) or ROTARY_FUNCTION not in forward.__code__.co_names:
             continue
-        if not rotates_halves(forward.__globals__[ROTARY]):
+        original = forward.__globals__[ROTARY_FUNCTION]
+        if not rotates_halves(original):
             continue
-        other_globals = forward.__globals__ | {ROTARY: rotary_like(forward.__globals__[ROTARY])}
+        other_globals = forward.__globals__ | {ROTARY_FUNCTION: rotary_like(original)}
         copied = FunctionType(
             forward.__code__, other_globals, forward.__name__, forward.__defaults__, forward.__closure__
         )

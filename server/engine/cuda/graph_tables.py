@@ -1,4 +1,4 @@
-"""The inputs of a CUDA graph: tables at fixed addresses on the device, filled from pinned host memory."""
+"""The inputs of a CUDA graph: tables at fixed addresses on the device, filled from the host."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -12,8 +12,8 @@ from server.kernels.token_blocks import BLOCK_FIELDS, SMALL_BLOCK, put_in_blocks
 
 
 @dataclass
-class PinnedBuffer:
-    """A host copy of a graph's tables."""
+class HostBuffer:
+    """A host copy of a graph's tables, page-locked where the device is CUDA."""
 
     host: torch.Tensor  # int64, flat
     parts: "list[np.ndarray[Any, Any]]"  # views of it, one a table
@@ -34,19 +34,19 @@ class GraphTables:
 
     | ids | positions | lengths | KV positions | order and blocks of each bank | block tables |
 
-    Two pinned buffers are used in turns, so that the previous copy may still be under way.
+    Two host buffers are used in turns, so that the previous copy may still be under way.
     """
 
     def __init__(self, rows: int, banks: int, max_blocks: int, device: torch.device) -> None:
         self.rows = rows
         small = rows * (4 + banks * (1 + BLOCK_FIELDS))
-        size, pinned = small + rows * max_blocks, device.type == "cuda"
+        size, page_locked = small + rows * max_blocks, device.type == "cuda"
         self.flat = torch.zeros(size, dtype=torch.int64, device=device)
         self.parts = self._split(self.flat, banks, max_blocks)
         self.parts[3][:] = -1  # while the step is recorded it writes K/V nowhere
-        hosts = [torch.zeros(size, dtype=torch.int64, pin_memory=pinned) for _ in range(2)]
+        hosts = [torch.zeros(size, dtype=torch.int64, pin_memory=page_locked) for _ in range(2)]
         self.buffers = [
-            PinnedBuffer(
+            HostBuffer(
                 host, [part.numpy() for part in self._split(host, banks, max_blocks)], [([], 0)] * rows
             )
             for host in hosts

@@ -43,18 +43,18 @@ class Lookahead:
         self.off = False  # each step waits for the one before it
         self.taken = self.wasted = 0  # precomputed rows: reused, and dropped
 
-    def begin(self, rows: list[Row], tokens: torch.Tensor, room: Callable[[Row, int], bool]) -> None:
+    def begin(self, rows: list[Row], tokens: torch.Tensor, reserve: Callable[[Row, int], bool]) -> None:
         """Launch the step after that of `rows`, which will have these tokens, int64 [rows] on the device.
 
-        It computes the rows that have tokens left and for which `room(row, tokens)` reserves the blocks of so
-        many tokens. Nothing is launched while a row is in prefill, or if no recorded step serves the rows.
+        It computes the rows that have tokens left and for which `reserve(row, tokens)` can reserve the blocks
+        of so many tokens. Nothing is launched while a row is in prefill, or if no recorded step serves them.
         """
         if self.off or not all(row.completes and not row.draft for row in rows):
             return
         going = [
             (i, row)
             for i, row in enumerate(rows)
-            if row.remaining_output(self._max_context) > 1 and room(row, len(row.tokens) + 1)
+            if row.remaining_output(self._max_context) > 1 and reserve(row, len(row.tokens) + 1)
         ]
         if not going:
             return

@@ -17,7 +17,7 @@ from server.atomic_files import replace_file
 from server.engine.metrics.top_labels import TopLabels
 from server.engine.scheduling.row import Row
 from server.messages import AdapterRef, Stats
-from server.metrics.names import ENGINE, OPERATIONS, OTHER, SHARED
+from server.metrics.names import ENGINE, SHARED, operation_label
 
 Labels = tuple[str, ...]
 Mode = Literal["off", "ids", "names"]
@@ -100,7 +100,7 @@ class EngineMetrics:
 
     def on_store_call(self, operation: str, seconds: float, outcome: str) -> None:
         """Observe a call of the object store (`Objects.on_call`). Called from any thread."""
-        operation = operation if operation in OPERATIONS else OTHER
+        operation = operation_label(operation)
         self.from_threads.append(("store_seconds", (PROCESS, operation), seconds))
         if outcome in ("failed", "refused"):
             self.from_threads.append(("store_errors", (PROCESS, operation, outcome), 1))
@@ -211,7 +211,7 @@ class EngineMetrics:
             replace_file(self._path, msgspec.msgpack.encode(saved), durable=False)
         except OSError as error:  # counting goes on; the next report writes them
             if not self._save_failed:
-                log.warning("The engine's figures cannot be kept for its next start: %s", error.strerror)
+                log.warning("The engine's metrics cannot be kept for its next start: %s", error.strerror)
             self._save_failed = True
         else:
             self._save_failed = False
@@ -221,7 +221,7 @@ class EngineMetrics:
         try:
             saved = msgspec.msgpack.decode(path.read_bytes(), type=SavedMetrics)
         except (OSError, msgspec.DecodeError):
-            log.warning("The figures of the engine before cannot be read; counters begin at 0")
+            log.warning("The metrics of the engine before cannot be read; counters begin at 0")
             return
         self._starts = saved.starts + 1
         self.counters.update(

@@ -15,25 +15,23 @@ from typing import Any
 
 import msgspec
 import torch
-from torch import nn
 from transformers import AttentionInterface, AutoModelForCausalLM
-from transformers.pytorch_utils import Conv1D
 
 from server.adapters.methods.lora import Narrow
 from server.adapters.sites import Base, Site
 from server.engine.model.exactness_check import ExactnessCheck
 from server.engine.model.forward_context import ForwardContext
 from server.engine.model.linear_sites import (
-    EmbeddingSite,
     LinearSite,
-    WeightFormat,
+    Sites,
     fuse_packed_siblings,
-    put_modules,
+    replace_modules,
 )
 from server.engine.model.module_hooks import hook_norms, hook_sublayers, norm_gains
-from server.engine.model.module_tokens import SeenTokens, module_tokens
+from server.engine.model.module_tokens import module_tokens
 from server.engine.model.rotary import longest_context, scale_by_row
 from server.errors import UnsupportedModel
+from server.kernels.weight_formats import FLOAT32, WeightFormat
 
 
 @dataclass(frozen=True)
@@ -42,17 +40,17 @@ class Placement:
 
     device: torch.device
     dtype: torch.dtype  # of activations, and of all weights but packed linears'
-    weight_format: WeightFormat = "float32"  # of linears' weights, on a CPU
+    weight_format: WeightFormat = FLOAT32  # of linears' weights
     lora_bfloat16: bool = False  # round LoRA's matrices to bfloat16, on a CPU
 
     @property
     def narrow(self) -> Narrow:
-        """Which matrices of adapters are kept in bfloat16 on a CPU: all of them beside a base in int8, whose
-        own rounding is coarser.
+        """Which matrices of adapters are kept in bfloat16 on a CPU: all of them beside a quantised base,
+        whose own rounding is coarser.
         """
         if self.device.type != "cpu" or self.dtype != torch.float32:
             return "never"
-        return "rounded" if self.lora_bfloat16 or self.weight_format == "int8" else "exact"
+        return "rounded" if self.lora_bfloat16 or self.weight_format.rounds else "exact"
 
 
 def load_base(folder: Path, placement: Placement) -> Any:
@@ -115,7 +113,7 @@ class FrozenModel:
                 if isinstance(site, LinearSite):
                     site.pack_weight(placement.weight_format)
             fuse_packed_siblings(self.model)
-        if check and placement.weight_format != "float32":
+        if check and placement.weight_format.rounds:
             check.take_rounded_reference(self.model)
         self.model.set_attn_implementation(name)
         self.rope_switches = scale_by_row(self.model, step)
@@ -126,8 +124,8 @@ class FrozenModel:
         sites |= hook_norms(self.model, step, seen)
         sites |= hook_sublayers(self.model, config.num_hidden_layers, config.hidden_size, step)
         self.base = describe_base(config, base_id, sites, identity, context)
-        weight_format = placement.weight_format if packed else "float32"
-        self.base = msgspec.structs.replace(self.base, layout=weight_format)
+        weight_format = placement.weight_format if packed else FLOAT32
+        self.base = msgspec.structs.replace(self.base, weight_format=weight_format.name)
         for module in self.model.modules():
             if hasattr(module, "layer_idx"):
                 module.polypeft_step = step  # how attention, a plain function, finds its step
@@ -155,9 +153,7 @@ class BaseWeights(Mapping[str, torch.Tensor]):
     [width] of a norm (`norm_gains`); and the biases [out] of linears and norms as "SITE.bias".
     """
 
-    def __init__(
-        self, sites: dict[str, LinearSite | EmbeddingSite], biases: Mapping[str, torch.Tensor]
-    ) -> None:
+    def __init__(self, sites: Sites, biases: Mapping[str, torch.Tensor]) -> None:
         self._sites = sites
         self._biases = biases
 
@@ -171,27 +167,6 @@ class BaseWeights(Mapping[str, torch.Tensor]):
 
     def __len__(self) -> int:
         return len(self._sites) + len(self._biases)
-
-
-Sites = dict[str, LinearSite | EmbeddingSite]
-
-
-def replace_modules(
-    model: nn.Module, seen: Mapping[str, SeenTokens], step: ForwardContext
-) -> tuple[Sites, dict[str, nn.Module]]:
-    """Replace every Linear, Conv1D and Embedding that an adapter can act at by a site.
-
-    Returns the sites and the modules that they replaced, both by module path.
-    """
-    sites: Sites = {}
-    for name, module in list(model.named_modules()):
-        if name in seen and isinstance(module, nn.Linear | Conv1D):
-            sites[name] = LinearSite.of(name, module, step, is_head=seen[name] == "logits")
-        elif name in seen and isinstance(module, nn.Embedding):
-            sites[name] = EmbeddingSite.of(name, module, step)
-    originals = {name: model.get_submodule(name) for name in sites}
-    put_modules(model, sites)
-    return sites, originals
 
 
 def describe_base(config: Any, base_id: str, sites: dict[str, Site], digest: str, max_context: int) -> Base:

@@ -1,7 +1,7 @@
 """A batch as a GPU's kernels need it: a few tables on the device, filled with one copy.
 
 In an eager step the tables are as large as the batch. In a CUDA graph (cuda_graphs.py) they lie at fixed
-addresses and have room for the recorded number of rows; unused rows have length 0 and KV position -1.
+addresses and are as long as the recorded number of rows; unused rows have length 0 and KV position -1.
 """
 
 from collections.abc import Sequence

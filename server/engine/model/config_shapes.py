@@ -10,17 +10,16 @@ from typing import Any
 
 import msgspec
 from accelerate import init_empty_weights
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.pytorch_utils import Conv1D
 
-from server.engine.model.base_model import describe_base, replace_modules
+from server.engine.model.base_model import describe_base
 from server.engine.model.forward_context import ForwardContext
-from server.engine.model.memory_estimate import Shapes
+from server.engine.model.linear_sites import replace_modules
+from server.engine.model.memory_estimate import ITEM_BYTES, Shapes
+from server.engine.model.module_kinds import kind_of
 from server.engine.model.module_tokens import SeenTokens
 from server.engine.model.rotary import longest_context
-from server.kernels.cpu.openmp import AVAILABLE
-from server.kernels.cpu.packed_linear import padded
+from server.kernels.weight_formats import FLOAT32
 
 
 def read_shapes(folder: Path) -> Shapes:
@@ -37,17 +36,15 @@ def read_shapes(folder: Path) -> Shapes:
     tied = head is not None and head.weight is model.get_input_embeddings().weight
     names = {module: name for name, module in model.named_modules()}
     head_name = names.get(head, "")
-    kinds = (nn.Linear, Conv1D, nn.Embedding)
-    seen: dict[str, SeenTokens] = {
-        name: "all" for name, module in model.named_modules() if isinstance(module, kinds)
-    }
+    seen: dict[str, SeenTokens] = {name: "all" for name, module in model.named_modules() if kind_of(module)}
     modules, _ = replace_modules(model, seen, ForwardContext())
     sites = {name: module.site for name, module in modules.items()}
     packed = weights
     for site in sites.values():
-        if site.kind == "linear" and AVAILABLE:
+        if site.kind == "linear" and FLOAT32.available:
             replaced = 0 if tied and site.name == head_name else site.outputs * site.inputs
-            packed += padded(site.outputs) * site.inputs - replaced
+            packed_bytes = FLOAT32.linear.packed_bytes(site.outputs, site.inputs)
+            packed += packed_bytes // ITEM_BYTES["float32"] - replaced
     return Shapes(
         describe_base(config, folder.name, sites, "", longest_context(model)), head_name, weights, packed
     )

@@ -24,13 +24,15 @@ from server.engine.model.linear_sites import put_modules
 from server.engine.model.module_tokens import as_unsupported, eager_attention, logits_of
 from server.engine.scheduling.row import Row
 from server.errors import UnsupportedModel
-from server.kernels.cpu.int8.linear import without_rounding
+from server.kernels.cpu.packed_linear import without_rounding
 from server.kernels.cpu.paged_attention import BLOCK, AttentionOptions
+from server.kernels.weight_formats import WeightFormat
 from server.messages import Generate, Sampling
 
 # Norm of the difference over the norm of transformers' logits. Another order of sums alone makes up to 2e-4
 # in float32 and 1e-2 in bfloat16; another formula makes tenths.
 TOLERANCES = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+CODE = ("base_model", "engine", "kernels")  # folders of server/ that the result depends on
 SHORT_ROW = 9  # tokens of the shorter row
 # Wider windows are narrowed to this during the check, in both models, so that the longer row stays short.
 MAX_WINDOW = 64
@@ -77,14 +79,19 @@ class ExactnessCheck:
         return bool(self._expected)
 
     def take_reference(
-        self, model: Any, originals: Mapping[str, nn.Module], identity: str, weight_format: str, context: int
+        self,
+        model: Any,
+        originals: Mapping[str, nn.Module],
+        identity: str,
+        weight_format: WeightFormat,
+        context: int,
     ) -> None:
         """Compute the rows by transformers, unless success is on record.
 
         `originals`: the modules that sites replaced in `model`, by path. `context`: tokens of the longest
         row. Raises UnsupportedModel.
         """
-        self._fingerprint = _fingerprint(model, identity, weight_format, context)
+        self._fingerprint = _fingerprint(model, identity, weight_format.name, context)
         if self._folder and (self._folder / self._fingerprint).exists():
             return
         with _narrow_windows(model) as window:
@@ -93,7 +100,7 @@ class ExactnessCheck:
             put_modules(model, originals)
             self._expected = self._by_transformers(model)
             put_modules(model, sites)
-            if weight_format != "float32":  # steps are compared with the rounded model, so check sites here
+            if weight_format.rounds:  # steps are compared with the rounded model, so check sites here
                 logits = self._by_transformers(model)
                 _compare(logits, self._expected, model.dtype, "with sites in the place of its linears")
 
@@ -218,7 +225,7 @@ def _fingerprint(model: Any, identity: str, weight_format: str, context: int) ->
     """SHA-256 of everything the result depends on."""
     root = Path(__file__).parents[2]
     total = hashlib.sha256()
-    for path in sorted(path for part in ("engine", "kernels") for path in (root / part).rglob("*.py")):
+    for path in sorted(path for part in CODE for path in (root / part).rglob("*.py")):
         total.update(path.read_bytes())
     parameter = next(model.parameters())
     facts = (

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import torch
 
-from server.adapters.methods.interface import Bank
+from server.adapters.methods.interface import HEAD_HOOKS, HOOKS, Bank
 from server.adapters.methods.token_spans import Span, TokenSpans
 from server.engine.model.batch_tables import GpuBatch
 from server.engine.model.kv_pages import KvPages, PrefillChunk, kv_positions, prefill_chunk
@@ -28,8 +28,8 @@ from server.kernels.cpu.paged_attention import (
 MAX_IN_PLACE_PAIRS = 1 << 16
 
 ActingBanks = list[tuple[Bank, TokenSpans]]  # banks with rows in the batch, each with its tokens
-HOOKS = ("affine", "inputs", "norm", "sublayer")  # what banks act through, at all tokens
-HEAD_HOOKS = ("affine", "inputs", "norm")  # the same at the tokens that get logits
+# By hook: the field for the tokens that get logits; the one for all tokens has the name of the hook.
+AT_HEAD = {hook: f"head_{hook}" for hook in HEAD_HOOKS}
 
 
 class SpansByBank:
@@ -71,12 +71,12 @@ class ForwardContext:
         # int64 [T]: the length of each token's row, where rotary scaling depends on it (rotary.py). None: a
         # token's row is as long as its position says
         self.row_lengths: torch.Tensor | None = None
-        # By hook: HOOKS, then HEAD_HOOKS
+        # By hook: at all tokens, then at those that get logits (AT_HEAD)
         self.affine: ActingBanks = []
         self.inputs: ActingBanks = []
         self.norm: ActingBanks = []
         self.sublayer: ActingBanks = []
-        self.head: ActingBanks = []
+        self.head_affine: ActingBanks = []
         self.head_inputs: ActingBanks = []
         self.head_norm: ActingBanks = []
         self.timed = False  # every call of these banks is timed
@@ -127,7 +127,8 @@ class ForwardContext:
             spans.add(self.banks, row, start, end)
             self.last_token[row.id] = end - 1
             start = end
-        self.affine, self.inputs, self.norm, self.sublayer = (spans.acting(hook, start) for hook in HOOKS)
+        for hook in HOOKS:
+            setattr(self, hook, spans.acting(hook, start))
         if by_row_length:
             lengths = [row.length for row in rows for _ in range(row.scheduled)]
             self.row_lengths = torch.tensor(lengths, device=device)
@@ -139,10 +140,10 @@ class ForwardContext:
         """
         self.batch = batch
         self.in_place, self.chunks, self.last_token, self.row_lengths = len(batch.lengths), [], {}, None
-        self.affine, self.inputs, self.norm, self.sublayer = (
-            [(bank, rows) for bank, rows in acting if bank.acts(hook, ())] for hook in HOOKS
-        )
-        self.head, self.head_inputs, self.head_norm = self.affine, self.inputs, self.norm
+        for hook in HOOKS:
+            setattr(self, hook, [(bank, rows) for bank, rows in acting if bank.acts(hook, ())])
+        for hook, at_head in AT_HEAD.items():
+            setattr(self, at_head, getattr(self, hook))
 
     @contextmanager
     def recording(
@@ -183,9 +184,9 @@ class ForwardContext:
         """Replace the banks of the current step by timed ones; None: they are not timed."""
         self.timed = timed is not None
         if timed:
-            for hook in (*HOOKS, "head", "head_inputs"):
-                acting: ActingBanks = getattr(self, hook)
-                setattr(self, hook, [(timed(bank), rows) for bank, rows in acting])
+            for name in (*HOOKS, *AT_HEAD.values()):
+                acting: ActingBanks = getattr(self, name)
+                setattr(self, name, [(timed(bank), rows) for bank, rows in acting])
 
     def order(self, rows: list[Row]) -> list[Row]:
         """The rows with those that read their past in place first."""
@@ -239,7 +240,7 @@ class ForwardContext:
 
     def select_logit_rows(self, rows: list[Row]) -> None:
         """Set the banks of the output head, which sees, in this order, the tokens that get logits: of each
-        row that completes its last token, with the tokens guessed after it.
+        row that completes its last token, with its draft tokens.
         """
         spans = SpansByBank()
         start = 0
@@ -247,4 +248,5 @@ class ForwardContext:
             end = start + 1 + len(row.draft)
             spans.add(self.banks, row, start, end)
             start = end
-        self.head, self.head_inputs, self.head_norm = (spans.acting(hook, start) for hook in HEAD_HOOKS)
+        for hook, at_head in AT_HEAD.items():
+            setattr(self, at_head, spans.acting(hook, start))

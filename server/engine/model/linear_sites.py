@@ -1,14 +1,13 @@
 """Sites in the model's tree: a linear layer or an embedding, then what each token's adapter adds.
 
-On a CPU the weight is packed once at load for a kernel of ours, in one of WEIGHT_FORMATS: float32
-(kernels/cpu/packed_linear.py, `weight()` restores it bit for bit) or int8 (kernels/cpu/int8/, `weight()` is
-the dequantised weight); the plain copy is dropped. Linears that see the same input (q, k and v; gate and up)
-are concatenated and computed in one launch, when the first of them is called.
+Where the weight format has a kernel (kernels/weight_formats.py), the weight is packed for it once at load and
+the plain copy is dropped. Linears that see the same input (q, k and v; gate and up) are concatenated and
+computed in one launch, when the first of them is called.
 """
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,19 +17,13 @@ from transformers.pytorch_utils import Conv1D
 from server.adapters.methods.interface import Bank
 from server.adapters.methods.token_spans import TokenSpans
 from server.adapters.sites import Site
+from server.base_model.families import SIBLINGS, embedding_scale
 from server.engine.model.forward_context import ForwardContext
+from server.engine.model.module_kinds import kind_of
+from server.engine.model.module_tokens import SeenTokens
 from server.kernels.cpu.fused_bias import Biases
-from server.kernels.cpu.int8.linear import Int8Linear
-from server.kernels.cpu.int8.vnni_linear import FASTEST_INT8
-from server.kernels.cpu.openmp import AVAILABLE
-from server.kernels.cpu.packed_linear import PackedLinear, join
-
-SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-WeightFormat = Literal["float32", "int8"]
-WEIGHT_FORMATS: dict[WeightFormat, type[PackedLinear | Int8Linear]] = {
-    "float32": PackedLinear,
-    "int8": FASTEST_INT8,
-}
+from server.kernels.cpu.packed_linear import PackedLinear
+from server.kernels.weight_formats import WeightFormat
 
 
 class LinearSite(nn.Module):
@@ -52,7 +45,7 @@ class LinearSite(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self.plain_weight: torch.Tensor
         self.register_buffer("plain_weight", weight, persistent=False)  # [out, in]; empty once packed
-        self.packed: PackedLinear | Int8Linear | None = None
+        self.packed: PackedLinear | None = None
         self.fused: FusedLinears | None = None  # the product it is a part of
 
     @classmethod
@@ -66,11 +59,10 @@ class LinearSite(nn.Module):
         return cls(site, weight, bias, step, is_head=is_head)
 
     def pack_weight(self, weight_format: WeightFormat) -> None:
-        """Keep the weight as a CPU kernel reads it, where there is one: faster, but without gradients."""
-        weight = self.plain_weight
-        if AVAILABLE and weight.device.type == "cpu" and weight.dtype == torch.float32:
-            self.packed = WEIGHT_FORMATS[weight_format].of(weight, self.bias)
-            self.plain_weight = weight.new_empty(0)
+        """Keep the weight as the format's kernel reads it, if it has one: faster, but without gradients."""
+        self.packed = weight_format.pack(self.plain_weight, self.bias)
+        if self.packed:
+            self.plain_weight = self.plain_weight.new_empty(0)
 
     @property
     def weight(self) -> torch.Tensor:
@@ -88,7 +80,7 @@ class LinearSite(nn.Module):
         elif self.fused and not input_banks:
             y = self.fused.output(self, x, flat)
         elif self.packed:
-            acting = self.step.head if self.is_head else self.step.affine
+            acting = self.step.head_affine if self.is_head else self.step.affine
             y = self.packed(flat, biases_of(acting, [self.site], [slice(0, self.site.outputs)], len(flat)))
         else:
             y = F.linear(flat, self.plain_weight, self.bias)
@@ -98,7 +90,7 @@ class LinearSite(nn.Module):
 
     def add_adapters(self, x: torch.Tensor, y: torch.Tensor) -> None:
         """Add to y [T, out], in place, what each token's adapter makes of x [T, in]."""
-        for bank, rows in self.step.head if self.is_head else self.step.affine:
+        for bank, rows in self.step.head_affine if self.is_head else self.step.affine:
             bank.affine(self.site, x, y, rows, self.bias)
 
 
@@ -118,7 +110,8 @@ class FusedLinears:
 
     def __init__(self, members: list[LinearSite]) -> None:
         """Of packed linears; their weights become views of one."""
-        self.packed, columns = join([member.packed for member in members if member.packed])
+        packed = [member.packed for member in members if member.packed]
+        self.packed, columns = packed[0].join(packed)
         self.bias = self.packed.bias
         self.attach(members, columns)
 
@@ -173,13 +166,6 @@ def fuse_packed_siblings(model: nn.Module) -> None:
                 FusedLinears(members)
 
 
-def put_modules(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
-    """Set each module at its path in the model's tree."""
-    for name, module in modules.items():
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, module)
-
-
 class EmbeddingSite(nn.Module):
     """The model's own embedding, then the banks, which see token ids."""
 
@@ -192,12 +178,8 @@ class EmbeddingSite(nn.Module):
     @classmethod
     def of(cls, name: str, module: nn.Embedding, step: ForwardContext) -> "EmbeddingSite":
         """The site that takes the place of an embedding of this path."""
-        scale = float(getattr(module, "embed_scale", 1.0))
-        return cls(
-            Site(name, "embedding", module.num_embeddings, module.embedding_dim, False, scale=scale),
-            module,
-            step,
-        )
+        scale, rows, width = embedding_scale(module), module.num_embeddings, module.embedding_dim
+        return cls(Site(name, "embedding", rows, width, False, scale=scale), module, step)
 
     @property
     def weight(self) -> torch.Tensor:
@@ -210,3 +192,32 @@ class EmbeddingSite(nn.Module):
         for bank, rows in self.step.affine:
             bank.affine(self.site, ids.reshape(-1), y.view(-1, y.shape[-1]), rows, None)
         return y
+
+
+Sites = dict[str, LinearSite | EmbeddingSite]
+
+
+def replace_modules(
+    model: nn.Module, seen: Mapping[str, SeenTokens], step: ForwardContext
+) -> tuple[Sites, dict[str, nn.Module]]:
+    """Replace every Linear, Conv1D and Embedding that an adapter can act at by a site.
+
+    Returns the sites and the modules that they replaced, both by module path.
+    """
+    sites: Sites = {}
+    for name, module in list(model.named_modules()):
+        kind = kind_of(module) if name in seen else None
+        if kind == "linear":
+            sites[name] = LinearSite.of(name, module, step, is_head=seen[name] == "logits")
+        elif kind == "embedding":
+            sites[name] = EmbeddingSite.of(name, module, step)
+    originals = {name: model.get_submodule(name) for name in sites}
+    put_modules(model, sites)
+    return sites, originals
+
+
+def put_modules(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+    """Set each module at its path in the model's tree."""
+    for name, module in modules.items():
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, module)

@@ -4,11 +4,11 @@ Both are forward hooks on transformers' own modules. A norm's output goes to the
 norm before a sub-block receives the residual stream r; the sub-block's output h goes to the banks together
 with it. Sub-block sites are named by their path, e.g. "model.layers.0.mlp".
 
-A hooked module keeps its hook as `polypeft_hook`, for code that runs layers without calling their modules
-(cpu/decoder_layers.py), and a norm its site as `polypeft_site`.
+A hooked module keeps its hook and its site (`hook_of`, `site_of`), for code that runs layers without calling
+their modules: cpu/decoder_layers.py.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from typing import Any
 
@@ -16,57 +16,34 @@ import torch
 from torch import nn
 
 from server.adapters.methods.interface import NormParts
-from server.adapters.sites import INNER_NORMS, Site, SiteKind
+from server.adapters.sites import Site
+from server.base_model.families import HEAD_NORMS, layer_with, norm_epsilon
 from server.engine.model.forward_context import ForwardContext
-from server.engine.model.module_tokens import SeenTokens, norm_width
+from server.engine.model.module_kinds import input_width, kind_of
+from server.engine.model.module_tokens import SeenTokens
 
-Sublayers = tuple[tuple[str, SiteKind, str], ...]  # (sub-block, kind, the norm before it)
-
-# The sub-blocks of a decoder layer, by the names of the norms it has.
-SUBLAYERS_BY_NORMS: dict[frozenset[str], Sublayers] = {
-    frozenset({"ln_1", "ln_2"}): (
-        ("attn", "attention", "ln_1"),
-        ("mlp", "mlp", "ln_2"),
-    ),
-    frozenset({"input_layernorm", "post_attention_layernorm"}): (
-        ("self_attn", "attention", "input_layernorm"),
-        ("mlp", "mlp", "post_attention_layernorm"),
-    ),
-    frozenset(
-        {
-            "input_layernorm",
-            "post_attention_layernorm",
-            "pre_feedforward_layernorm",
-            "post_feedforward_layernorm",
-        }
-    ): (
-        ("self_attn", "attention", "input_layernorm"),
-        ("mlp", "mlp", "pre_feedforward_layernorm"),
-    ),
-}
+# (module, its inputs, its output, changed in place)
+Hook = Callable[[nn.Module, Any, Any], None]
 
 
 def hook_norms(model: nn.Module, step: ForwardContext, seen: Mapping[str, SeenTokens]) -> dict[str, Site]:
     """Hook every norm that sees tokens: {site name: site}. Norms of single heads get no hook."""
     sites = {}
     for name, norm in norms_of(model):
-        bias, width = getattr(norm, "bias", None), norm_width(norm)
-        epsilon = getattr(norm, "eps", getattr(norm, "variance_epsilon", 0.0))
-        site = Site(name, "norm", width, width, bias is not None, epsilon=epsilon)
-        inner = name.endswith(INNER_NORMS)
-        if inner or name in seen:
+        bias, width = getattr(norm, "bias", None), input_width(norm)
+        site = Site(name, "norm", width, width, bias is not None, epsilon=norm_epsilon(norm) or 0.0)
+        of_heads = name.endswith(HEAD_NORMS)
+        if of_heads or name in seen:
             sites[name] = site
-        if name in seen and not inner:
+        if name in seen and not of_heads:
             at_head = seen[name] == "logits"
-            hook = norm.polypeft_hook = norm_hook(site, bias, norm_parts(norm), step, at_head=at_head)
-            norm.register_forward_hook(hook)
-            norm.polypeft_site = site
+            _hook(norm, site, norm_hook(site, bias, norm_parts(norm), step, at_head=at_head))
     return sites
 
 
 def norms_of(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """All norms of a model, by name."""
-    return ((name, module) for name, module in model.named_modules() if norm_width(module))
+    return ((name, module) for name, module in model.named_modules() if kind_of(module) == "norm")
 
 
 @torch.no_grad()
@@ -91,18 +68,33 @@ def hook_sublayers(model: nn.Module, layers: int, hidden_size: int, step: Forwar
     """
     sites = {}
     for path, layer in decoder_layers(model, layers):
-        norms = frozenset(name for name, _ in layer.named_children() if "norm" in name or "ln_" in name)
-        blocks = SUBLAYERS_BY_NORMS.get(norms, ())
-        if not all(hasattr(layer, leaf) for leaf, _, _ in blocks):
+        known = layer_with(name for name, _ in layer.named_children())
+        blocks = known.blocks if known else {}
+        if not all(hasattr(layer, block.name) for block in blocks.values()):
             continue
-        for leaf, kind, norm in blocks:
-            site = Site(f"{path}.{leaf}", kind, hidden_size, hidden_size, False)
+        for kind, block in blocks.items():
+            site = Site(f"{path}.{block.name}", kind, hidden_size, hidden_size, False)
             sites[site.name] = site
-            getattr(layer, norm).register_forward_pre_hook(residual_hook(step))
-            block = getattr(layer, leaf)
-            hook = block.polypeft_hook = sublayer_hook(site, step)
-            block.register_forward_hook(hook)
+            getattr(layer, block.norm_before).register_forward_pre_hook(residual_hook(step))
+            _hook(getattr(layer, block.name), site, sublayer_hook(site, step))
     return sites
+
+
+def _hook(module: Any, site: Site, hook: Hook) -> None:
+    module.register_forward_hook(hook)
+    module.polypeft_hook, module.polypeft_site = hook, site
+
+
+def hook_of(module: Any) -> Hook:
+    """What runs after a hooked norm, attention or MLP: called with the module, its inputs and its output."""
+    hook: Hook = module.polypeft_hook
+    return hook
+
+
+def site_of(module: Any) -> Site:
+    """The site of a hooked module."""
+    site: Site = module.polypeft_site
+    return site
 
 
 def decoder_layers(model: nn.Module, count: int) -> Iterator[tuple[str, nn.Module]]:
@@ -134,14 +126,14 @@ def norm_parts(norm: Any) -> NormParts:
 
 def norm_hook(
     site: Site, bias: torch.Tensor | None, parts: NormParts, step: ForwardContext, *, at_head: bool
-) -> Any:
+) -> Hook:
     """A forward hook that lets the banks change a norm's output [..., width].
 
     `at_head`: the norm sees the tokens that get logits, not all.
     """
 
     def after_norm(_norm: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        affine, norm = (step.head, step.head_norm) if at_head else (step.affine, step.norm)
+        affine, norm = (step.head_affine, step.head_norm) if at_head else (step.affine, step.norm)
         if not affine and not norm:
             return
         x, y = args[0].view(-1, site.outputs), output.view(-1, site.outputs)
@@ -162,7 +154,7 @@ def residual_hook(step: ForwardContext) -> Any:
     return before_norm
 
 
-def sublayer_hook(site: Site, step: ForwardContext) -> Any:
+def sublayer_hook(site: Site, step: ForwardContext) -> Hook:
     """A forward hook that lets the banks change a sub-block's output [..., hidden]."""
 
     def after_block(_block: nn.Module, _args: Any, output: Any) -> None:

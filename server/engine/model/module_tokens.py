@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
+from server.engine.model.module_kinds import input_width, kind_of
 from server.errors import UnsupportedModel
 
 SeenTokens = Literal["all", "logits"]  # every token of the step, or those that get logits
@@ -57,7 +57,7 @@ def module_tokens(model: Any) -> Mapping[str, SeenTokens]:
     hooks = [
         module.register_forward_pre_hook(_count_tokens(counts.setdefault(name, set()), module, ids))
         for name, module in model.named_modules()
-        if _input_width(module)
+        if kind_of(module)
     ]
     try:
         with eager_attention(model), as_unsupported("its class cannot be called for packed tokens"):
@@ -97,31 +97,14 @@ def logits_of(
     return logits
 
 
-def _input_width(module: Any) -> int:
-    """Numbers a module sees of each token; 0 for kinds of modules at which no adapter acts."""
-    if isinstance(module, nn.Linear):
-        return module.in_features
-    if isinstance(module, Conv1D):
-        return int(module.nx)
-    if isinstance(module, nn.Embedding):
-        return 1
-    return norm_width(module)
-
-
-def norm_width(module: Any) -> int:
-    """Numbers a norm sees of each token; 0 if the module is no norm: it has no 1-D weight."""
-    weight = getattr(module, "weight", None)
-    return len(weight) if isinstance(weight, nn.Parameter) and weight.dim() == 1 else 0
-
-
 def _count_tokens(counts: set[int], module: nn.Module, ids: torch.Tensor) -> Any:
     """A hook that adds to `counts` the number of tokens it sees; 0 if an embedding sees others than `ids`."""
 
     def before(_module: nn.Module, args: tuple[Any, ...]) -> None:
         x = args[0] if args and isinstance(args[0], torch.Tensor) else None
-        if x is None or (isinstance(module, nn.Embedding) and not torch.equal(x.flatten(), ids)):
+        if x is None or (kind_of(module) == "embedding" and not torch.equal(x.flatten(), ids)):
             counts.add(0)
         else:
-            counts.add(x.numel() // _input_width(module))
+            counts.add(x.numel() // input_width(module))
 
     return before

@@ -10,7 +10,7 @@ import torch
 from server.engine.model.base_model import Placement
 from server.errors import StartupError
 from server.kernels import token_blocks as gpu
-from server.kernels.cpu.openmp import AVAILABLE
+from server.kernels.weight_formats import weight_format_of
 from server.settings import Settings
 
 
@@ -30,16 +30,15 @@ def choose_placement(settings: Settings) -> Placement:
     dtype = (
         settings.dtype if settings.dtype != "auto" else ("bfloat16" if device.type == "cuda" else "float32")
     )
-    if settings.quantize == "int8" and (device.type != "cpu" or dtype != "float32" or not AVAILABLE):
-        rule = "needs a CPU, float32, and numba with torch's own libgomp"
-        raise StartupError(f"--quantize int8 {rule}; here is {device.type}, {dtype}.", param="quantize")
+    weight_format = weight_format_of(settings.quantize)
+    if weight_format.rounds and not weight_format.runs_on(device, getattr(torch, dtype)):
+        raise StartupError(
+            f"--quantize {settings.quantize} needs {weight_format.needs}; here is {device.type}, {dtype}.",
+            param="quantize",
+        )
     torch.set_num_threads(settings.threads or len(os.sched_getaffinity(0)))
-    return Placement(
-        device,
-        getattr(torch, dtype),
-        "int8" if settings.quantize == "int8" else "float32",
-        lora_bfloat16=settings.lora_dtype == "bfloat16",
-    )
+    lora_bfloat16 = settings.lora_dtype == "bfloat16"
+    return Placement(device, getattr(torch, dtype), weight_format, lora_bfloat16=lora_bfloat16)
 
 
 def check_compiler() -> None:

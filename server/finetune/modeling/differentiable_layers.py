@@ -36,7 +36,7 @@ class TrainingLayer(LayerParts):
         step, attention, (first, second) = self.step, self.attention, self.norms
         step.residual = stream
         normed = norm(stream, self.fast_norms[0])
-        first.polypeft_hook(first, (stream,), normed)
+        self.after_first_norm(first, (stream,), normed)
         k = self._rotated(attention.k_proj(normed), cos, sin, self.head_norms[1])
         v = by_head(attention.v_proj(normed), self.dim)
         if selected is not None:
@@ -45,13 +45,13 @@ class TrainingLayer(LayerParts):
         seen = step.attend(self.index, q, k, v, self.options, selected=selected is not None)
         added = attention.o_proj(seen.flatten(1))
         step.residual = stream
-        attention.polypeft_hook(attention, None, added)
+        self.after_attention(attention, None, added)
 
         stream, normed = norm_of_sum(stream, added, self.fast_norms[1])
         step.residual = stream
-        second.polypeft_hook(second, (stream,), normed)
+        self.after_second_norm(second, (stream,), normed)
         added = self.mlp.down_proj(gated(self.mlp.gate_proj(normed), self.mlp.up_proj(normed)))
-        self.mlp.polypeft_hook(self.mlp, None, added)
+        self.after_mlp(self.mlp, None, added)
         result: torch.Tensor = stream + added
         return result
 

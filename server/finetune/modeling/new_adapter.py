@@ -14,10 +14,12 @@ import msgspec
 from server.adapters.formats.safetensors import TensorInfo
 from server.adapters.methods import build_methods
 from server.adapters.methods.interface import Method
-from server.adapters.sites import INNER_NORMS, Base
+from server.adapters.sites import Base
+from server.adapters.specs.bottleneck import PLACES
 from server.adapters.specs.interface import AdapterFiles
 from server.adapters.specs.tensor_names import PREFIX
 from server.adapters.specs.virtual_tokens import TENSOR
+from server.base_model.families import HEAD_NORMS
 from server.finetune.recipe_methods import (
     BitfitRecipe,
     BottleneckRecipe,
@@ -30,7 +32,7 @@ from server.finetune.recipe_methods import (
 
 MAX_RANK = 1024  # the recipe's rank was checked against the server's limit before
 ADAPTER_NAME = "tuned"  # AdapterHub's tensor names contain the adapter's
-ADAPTER_MODULES = {"attention": "attention_adapters", "mlp": "output_adapters"}
+ADAPTER_MODULES = {kind: place for place, (kind, _field) in PLACES.items()}
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -152,7 +154,7 @@ def _prompt(peft: PromptRecipe, base: Base) -> tuple[dict[str, Any], Shapes]:
 def _bitfit(peft: BitfitRecipe, base: Base) -> tuple[dict[str, Any], Shapes]:
     linears = layer_linears(base) if peft.biases != "norm" else []
     norms = [site for site in base.sites.values() if site.kind == "norm" and peft.biases != "linear"]
-    sites = [*linears, *(site for site in norms if not site.name.endswith(INNER_NORMS))]
+    sites = [*linears, *(site for site in norms if not site.name.endswith(HEAD_NORMS))]
     config = _peft("BITFIT", base) | {"bias_mode": "delta"}
     return config, {f"{PREFIX}{site.name}.bias": (site.outputs,) for site in sites}
 

@@ -51,7 +51,7 @@ class OneDnnLinear(nn.Module):
         flat = x.reshape(-1, self.site.inputs)
         multiply: Any = _Product.apply
         y: torch.Tensor = multiply(flat, self.forward_weight, self.backward_weight, self.bias)
-        for bank, rows in self.step.head if self.is_head else self.step.affine:
+        for bank, rows in self.step.head_affine if self.is_head else self.step.affine:
             bank.affine(self.site, flat, y, rows, self.bias)
         return y.view(*x.shape[:-1], self.site.outputs)
 

@@ -15,7 +15,7 @@ from threading import Lock
 import msgspec
 
 from server.atomic_files import replace_file
-from server.metrics.names import OPERATIONS, OTHER, SHARED
+from server.metrics.names import OPERATIONS, SHARED, operation_label
 from server.metrics.render import Counts, Values
 
 CALLS_FILE = "store.json"  # in an attempt's work folder
@@ -37,7 +37,7 @@ class StoreCalls:
 
     def on_call(self, operation: str, seconds: float, outcome: str) -> None:
         """Count one call; assign it to `Objects.on_call`."""
-        operation = operation if operation in OPERATIONS else OTHER
+        operation = operation_label(operation)
         call = {f"{operation}:{bisect_left(BUCKETS, seconds)}": 1.0, f"{operation}:seconds": seconds}
         if outcome in OUTCOMES:
             call[f"{operation}:{outcome}"] = 1.0

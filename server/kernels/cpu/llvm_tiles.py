@@ -1,4 +1,4 @@
-"""The innermost loop of packed_linear.py and int8/ in LLVM's terms: sums that never leave the registers.
+"""The innermost loop of float32_linear.py and int8/ in LLVM's terms: sums that never leave the registers.
 
 For every input, a tile of rows x panels loads one vector of each panel's weights and multiplies it by each
 row's value, broadcast over the vector. The processor's own prefetcher stops at each page of 4 KiB, so the

@@ -9,6 +9,8 @@ from server.kernels import token_blocks as gpu
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 FIELDS = tl.constexpr(gpu.BLOCK_FIELDS)
 STEP = tl.constexpr(gpu.RANK_STEP)
+MIN_SPLIT_WIDTH = 1024  # of inputs in a split
+MAX_SPLITS = 8
 
 
 @triton.jit
@@ -33,6 +35,11 @@ def summed(  # type: ignore[no-untyped-def]
         at = parts + (split * n + places)[:, None] * WIDTH + columns[None, :]
         total += tl.load(at, mask=valid[:, None], other=0.0)
     return total
+
+
+def splits_of(width: int) -> int:
+    """Into how many programs the sums over inputs of this width are split; `summed` adds their results."""
+    return min(MAX_SPLITS, -(-width // MIN_SPLIT_WIDTH))
 
 
 INTERPRETED = not isinstance(members, triton.JITFunction)

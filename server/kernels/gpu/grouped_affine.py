@@ -16,11 +16,9 @@ import triton
 import triton.language as tl
 
 from server.kernels.cpu import grouped_affine as affine
-from server.kernels.gpu.common import DTYPES, FIELDS, STEP, dot_type, members, summed
+from server.kernels.gpu.common import DTYPES, FIELDS, STEP, dot_type, members, splits_of, summed
 from server.kernels.token_blocks import RANK_STEP, SMALL_BLOCK, BlockPlan
 
-MIN_SPLIT_WIDTH = 1024  # of x in a split
-MAX_SPLITS = 8
 UNSPECIALIZED = ["n", "first_site", "sites"]  # arguments whose values need no kernel of their own
 COLUMNS = tl.constexpr(affine.COLUMNS)
 
@@ -181,7 +179,7 @@ def grouped_affine(
     n, groups = plan.order.shape[0], plan.blocks.shape[0]
     if not n or not groups:
         return
-    splits = 1 if embedding else min(MAX_SPLITS, -(-x.shape[-1] // MIN_SPLIT_WIDTH))
+    splits = 1 if embedding else splits_of(x.shape[-1])
     common = {
         "SITES": len(outputs),
         "RANKS": plan.ranks,

@@ -12,11 +12,9 @@ import triton.language as tl
 from triton.language.extra import libdevice
 
 from server.kernels.cpu import grouped_bottleneck as bottleneck
-from server.kernels.gpu.common import DTYPES, FIELDS, INTERPRETED, STEP, dot_type, members, summed
+from server.kernels.gpu.common import DTYPES, FIELDS, INTERPRETED, STEP, dot_type, members, splits_of, summed
 from server.kernels.token_blocks import RANK_STEP, SMALL_BLOCK, BlockPlan
 
-MIN_SPLIT_WIDTH = 1024  # of x in a split
-MAX_SPLITS = 8
 UNSPECIALIZED = ["n", "site", "sites"]  # arguments whose values need no kernel of their own
 COLUMNS = tl.constexpr(bottleneck.COLUMNS)
 
@@ -178,7 +176,7 @@ def grouped_bottleneck(
     n, groups, hidden = plan.order.shape[0], plan.blocks.shape[0], h.shape[1]
     if not n or not groups:
         return
-    splits = min(MAX_SPLITS, -(-hidden // MIN_SPLIT_WIDTH))
+    splits = splits_of(hidden)
     common = {
         "WIDTHS": plan.ranks,
         "SPLITS": splits,

@@ -9,12 +9,12 @@ from server.adapters.checksum import checksum
 @given(size=st.integers(1, 3000), data=st.data())
 def test_any_changed_byte_breaks_it(size: int, data: st.DataObject) -> None:
     flat = torch.randint(0, 256, (size,), dtype=torch.uint8)
-    seal = checksum(flat)
+    expected = checksum(flat)
     place, mask = data.draw(st.integers(0, size - 1)), data.draw(st.integers(1, 255))
     flat[place] ^= mask
-    assert checksum(flat) != seal
+    assert checksum(flat) != expected
     flat[place] ^= mask
-    assert checksum(flat) == seal
+    assert checksum(flat) == expected
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -34,7 +34,7 @@ def test_a_request_in_line_has_its_adapter_loaded_meanwhile(stand: Callable[...,
     driver.submit(s.generate(1, s.refs[0]))  # there is a seat for one: the scheduler does not even look at it
     driver.step()
     assert s.engine.scheduler.waiting == 1
-    s.engine.cache.pending[s.refs[0].digest].future.result(60)
+    s.engine.cache.pending.loads[s.refs[0].digest].future.result(60)
     assert s.engine.loader.ram.get(s.refs[0].digest) is not None
     driver.finish()
     assert all(done.finish == "length" for done in driver.rows.values())

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from server.metrics.docs import tables
-from server.metrics.names import API, ENGINE, FAMILIES, FLEET, OPEN, SHARED, WORKER, Family
+from server.metrics.family import Family
+from server.metrics.names import API, ENGINE, FAMILIES, FLEET, OPEN, SHARED, WORKER
 
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "metrics.md"
 

@@ -8,8 +8,7 @@ result is the same bit for bit alone and in any batch.
 Panels of 16 outputs, inputs in pairs: [panels, pairs, 16, 2]. One multiply-add takes a pair for 16 outputs.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -20,18 +19,18 @@ from server.kernels.cpu.openmp import AVAILABLE, Arguments
 from server.kernels.cpu.packed_linear import (
     CHUNK_ROWS,
     LANES,
-    MAX_TILE_PANELS,
     PREFETCH_BYTES,
     PackedLinear,
+    padded,
 )
 
 
 def pack(quantized: torch.Tensor) -> torch.Tensor:
     """int8 [out, in] as panels [out / 16, in / 2, 16, 2], padded with zeros to a multiple of 64 outputs."""
     outputs, inputs = quantized.shape
-    padded = -(-outputs // (LANES * MAX_TILE_PANELS)) * LANES * MAX_TILE_PANELS
-    whole = F.pad(quantized, (0, inputs % 2, 0, padded - outputs))
-    return whole.view(padded // LANES, LANES, -1, 2).transpose(1, 2).contiguous()
+    width = padded(outputs)
+    whole = F.pad(quantized, (0, inputs % 2, 0, width - outputs))
+    return whole.view(width // LANES, LANES, -1, 2).transpose(1, 2).contiguous()
 
 
 def unpack(panels: torch.Tensor, outputs: int, inputs: int) -> torch.Tensor:
@@ -233,16 +232,21 @@ if AVAILABLE:
 class Int8Linear(PackedLinear):
     """PackedLinear with the weight in int8. Its parts are the panels, and the scales [panels, 16]."""
 
-    unrounded_inputs = False  # see without_rounding
+    input_multiple = 2  # inputs are padded to a multiple of these
 
     @classmethod
-    def of(cls, weight: torch.Tensor, bias: torch.Tensor | None) -> "Int8Linear":
+    def of(cls, weight: torch.Tensor, bias: torch.Tensor | None) -> Self:
         """Quantize and pack a weight [out, in]; bias [out]."""
         outputs, inputs = weight.shape
         quantized, scales = quantize(weight)
         panels = cls.packed(quantized)
-        padded = F.pad(scales, (0, len(panels) * LANES - outputs))
-        return cls((panels, padded.view(-1, LANES)), inputs, outputs, bias)
+        by_panel = F.pad(scales, (0, len(panels) * LANES - outputs)).view(-1, LANES)
+        return cls((panels, by_panel), inputs, outputs, bias)
+
+    @classmethod
+    def packed_bytes(cls, outputs: int, inputs: int) -> int:
+        scale = 4
+        return padded(outputs) * (inputs + -inputs % cls.input_multiple + scale)
 
     @staticmethod
     def packed(quantized: torch.Tensor) -> torch.Tensor:
@@ -260,7 +264,7 @@ class Int8Linear(PackedLinear):
         return self.unpacked(panels, self.outputs, self.inputs) * scales.flatten()[: self.outputs, None]
 
     def __call__(self, x: torch.Tensor, biases: Biases | None = None) -> torch.Tensor:
-        if Int8Linear.unrounded_inputs:
+        if PackedLinear.unrounded_inputs:
             assert biases is None, "only equality checks of the base compute without rounding"
             return F.linear(x, self.weight(), self.bias)
         return super().__call__(x, biases)
@@ -270,15 +274,3 @@ class Int8Linear(PackedLinear):
 
     def _launch(self, args: Arguments) -> None:
         _linear(args)
-
-
-@contextmanager
-def without_rounding() -> Iterator[None]:
-    """Inside, inputs are not quantised, so that rounding does not mask what an equality check of other code
-    looks for: the last bit of a norm may change an input's integer.
-    """
-    Int8Linear.unrounded_inputs = True
-    try:
-        yield
-    finally:
-        Int8Linear.unrounded_inputs = False

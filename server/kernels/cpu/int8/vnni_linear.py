@@ -175,6 +175,7 @@ if AVAILABLE:
 class VnniLinear(Int8Linear):
     """Int8Linear with inputs of 8 bits."""
 
+    input_multiple = GROUP_INPUTS
     packed, unpacked = staticmethod(pack_bytes), staticmethod(unpack_bytes)
 
     def _sizes(self) -> tuple[int, ...]:

@@ -2,7 +2,8 @@ from typing import Any
 
 import pytest
 
-from server.adapters.cache.device_cache import LEASE_SECONDS, MAX_LOADS_PER_TENANT, AdapterCache
+from server.adapters.cache.device_cache import AdapterCache
+from server.adapters.cache.pending_loads import KEEP_SECONDS, MAX_LOADS_PER_TENANT
 from server.adapters.loading.device_copy import Copy
 from server.errors import InvalidAdapter, StoreError
 from server.messages import AdapterRef
@@ -108,13 +109,13 @@ def test_loads_nobody_comes_back_for_make_way() -> None:
     cache, loader, _ = build(slots=2)
     for i in range(20):
         cache.acquire(ref(str(i)))
-        assert len(cache.pending) <= 2
-        for digest in [d for d, pending in cache.pending.items() if not pending.future.done()]:
+        assert len(cache.pending.loads) <= 2
+        for digest in [d for d, pending in cache.pending.loads.items() if not pending.future.done()]:
             loader.arrive(digest)
         for _step in range(4):
             cache.poll()
     assert len(loader.fetched) == 20
-    assert sum(loader.claims.values()) == len(cache.pending) <= 2
+    assert sum(loader.claims.values()) == len(cache.pending.loads) <= 2
 
 
 def test_as_many_loads_are_prioritised_as_places_are_empty() -> None:
@@ -148,16 +149,16 @@ def test_a_load_that_is_waited_for_keeps_its_place() -> None:
     assert loader.fetched[-1] == "c"
 
 
-def test_a_claim_ends_with_its_lease() -> None:
+def test_a_load_that_nobody_comes_back_for_is_dropped() -> None:
     clock = Clock()
     cache, loader, _ = build(slots=2, clock=clock)
     cache.prefetch(ref("a"))
     loader.arrive("a")
     cache.poll()
     assert loader.claims["a"] == 1
-    clock.now = LEASE_SECONDS + 1
+    clock.now = KEEP_SECONDS + 1
     cache.poll()
-    assert (loader.claims["a"], len(cache.pending)) == (0, 0)
+    assert (loader.claims["a"], len(cache.pending.loads)) == (0, 0)
 
 
 def test_a_prefetch_is_found_by_the_row_it_was_for() -> None:

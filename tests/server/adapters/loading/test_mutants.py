@@ -230,7 +230,7 @@ class Door:
             self.engine.submit(Forget(digest))
         assert self.engine.cache.nbytes == 0
         assert len(self.engine.cache.free) == self.engine.cache.slots
-        assert not self.engine.cache.pending
+        assert not self.engine.cache.pending.loads
 
 
 def check_refusal(error: PolypeftError, seed: str) -> None:

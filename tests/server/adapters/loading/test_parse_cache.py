@@ -78,8 +78,8 @@ def test_the_second_is_what_its_method_would_make_of_it(
     assert plan.template
     assert plan.template[0].flat.untyped_storage().nbytes() == 0  # it keeps nobody's numbers
 
-    loader = engine.loader
-    loader.parse_cache = ParseCache(loader.methods, engine.base, loader.parse_cache.limits)
+    loader, packer = engine.loader, engine.loader.packer
+    packer.parse_cache = ParseCache(packer.methods, engine.base, packer.parse_cache.limits)
     loader.ram.drop(refs[1].digest)
     by_method = loader.fetch(refs[1]).result(LONG)
     assert not replayed[-1]

@@ -48,5 +48,5 @@ def test_layouts_that_come_once_do_not_displace_one_that_is_asked_for() -> None:
     kept = layouts.of(shared, 4)
     for _ in range(3 * MAX_LAYOUTS):
         own = pack_deltas(deltas(), torch.float32).layout
-        assert layouts.of(own, 4).layout is own
+        assert layouts.of(own, 4).pieces is own
         assert layouts.of(shared, 4) is kept

@@ -15,6 +15,7 @@ from server.kernels.cpu.int8.linear import int8_linear_reference
 from server.kernels.cpu.int8.quantization import quantize
 from server.kernels.cpu.int8.vnni_linear import FASTEST_INT8, VnniLinear, vnni_linear_reference
 from server.kernels.cpu.openmp import AVAILABLE
+from server.kernels.weight_formats import INT8
 from server.messages import Generate, Sampling
 from tests.fixtures.engine import Stand, record_logits, run, same
 from tests.server.engine.test_mixed_methods import kinds
@@ -73,7 +74,7 @@ def test_a_model_that_scales_in_its_own_way_stays_with_its_class(
 
 def test_int8_runs_by_kernels_and_is_the_same_base(tiny_models: Callable[[str], Path]) -> None:
     folder = tiny_models("llama")
-    int8 = served(folder, Placement(CPU.device, CPU.dtype, "int8"))
+    int8 = served(folder, Placement(CPU.device, CPU.dtype, INT8))
     assert by_kernels(int8)
     assert int8.base.digest == served(folder).base.digest, "adapters of one are adapters of the other"
     assert int8.digest() != int8.base.digest, "what is held is not what came"

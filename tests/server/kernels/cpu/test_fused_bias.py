@@ -5,13 +5,14 @@ import torch
 
 from server.adapters.methods.affine_bank import table_row
 from server.adapters.methods.affine_layout import AffineDelta
+from server.kernels.cpu.float32_linear import Float32Linear
 from server.kernels.cpu.fused_bias import Biases
 from server.kernels.cpu.grouped_affine import COLUMNS, grouped_affine
 from server.kernels.cpu.int8.linear import Int8Linear
 from server.kernels.cpu.int8.vnni_linear import VnniLinear
 from server.kernels.cpu.llama_ops import RmsNorm
 from server.kernels.cpu.openmp import AVAILABLE
-from server.kernels.cpu.packed_linear import PackedLinear, join
+from server.kernels.cpu.packed_linear import PackedLinear
 
 pytestmark = pytest.mark.skipif(not AVAILABLE, reason="needs numba and libgomp")
 
@@ -50,13 +51,13 @@ def lone_bias(change: AffineDelta, width: int) -> torch.Tensor:
     return change.bias if alone and change.bias is not None else torch.zeros(width)
 
 
-@pytest.mark.parametrize("kind", [PackedLinear, Int8Linear, VnniLinear])
+@pytest.mark.parametrize("kind", [Float32Linear, Int8Linear, VnniLinear])
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("count", [1, 3, 16, 64, TOKENS])
 def test_a_linear_adds_them(kind: type[PackedLinear], with_bias: bool, count: int) -> None:
     torch.manual_seed(count)
     members = [kind.of(torch.randn(n, IN), torch.randn(n) if with_bias else None) for n in WIDTHS]
-    joint, columns = join(members)
+    joint, columns = kind.join(members)
     own = changes()
     table, slots = table_of(own), torch.arange(count) % (len(KINDS) + 1)
     x = torch.randn(count, IN)

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from server.kernels.cpu.int8.linear import Int8Linear, int8_linear_reference, pack, unpack, without_rounding
+from server.kernels.cpu.int8.linear import Int8Linear, int8_linear_reference, pack, unpack
 from server.kernels.cpu.int8.quantization import is_dequantised, max_quantized_input, quantize
 from server.kernels.cpu.int8.vnni_linear import VnniLinear, pack_bytes, unpack_bytes, vnni_linear_reference
 from server.kernels.cpu.openmp import AVAILABLE
-from server.kernels.cpu.packed_linear import join
+from server.kernels.cpu.packed_linear import without_rounding
 
 pytestmark = pytest.mark.skipif(not AVAILABLE, reason="needs numba and libgomp")
 
@@ -128,7 +128,7 @@ def test_joined_they_give_what_each_gave(kind: Kind) -> None:
     linears = [kind.linear.of(*make(outputs, 41)) for outputs in (65, 64, 3)]
     x = torch.randn(9, 41)
     before = [linear(x) for linear in linears]
-    whole, columns = join([*linears])
+    whole, columns = kind.linear.join(linears)
     y = whole(x)
     for linear, span, expected in zip(linears, columns, before, strict=True):
         assert torch.equal(y[:, span], expected)
@@ -147,6 +147,6 @@ def test_unrounded_inputs_are_as_good_as_float32(kind: Kind) -> None:
 def test_the_base_can_do_without_numba() -> None:
     """As on a Mac, where the plain layout serves."""
     alone = "import sys; sys.modules.update(numba=None, llvmlite=None)"
-    loaded = "import server.engine.model.linear_sites as linear"
-    check = "assert not linear.AVAILABLE and linear.WEIGHT_FORMATS"
+    loaded = "import server.engine.model.linear_sites, server.kernels.weight_formats as formats"
+    check = "assert not any(kind.available for kind in formats.WEIGHT_FORMATS.values())"
     subprocess.run([sys.executable, "-c", f"{alone}; {loaded}; {check}"], check=True)

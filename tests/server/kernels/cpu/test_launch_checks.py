@@ -7,11 +7,11 @@ import torch
 
 from server.adapters.methods.token_spans import Span, TokenSpans
 from server.kernels.cpu.decode_attention import decode_attention
+from server.kernels.cpu.float32_linear import Float32Linear
 from server.kernels.cpu.grouped_affine import COLUMNS, grouped_affine
 from server.kernels.cpu.grouped_bottleneck import grouped_bottleneck
 from server.kernels.cpu.llama_ops import RmsNorm, add_, rotate_, silu_times
 from server.kernels.cpu.openmp import AVAILABLE, ShapeError
-from server.kernels.cpu.packed_linear import PackedLinear
 from server.kernels.cpu.paged_attention import BLOCK, AttentionOptions, write_pages
 
 pytestmark = pytest.mark.skipif(not AVAILABLE, reason="the kernels need numba and torch's own libgomp")
@@ -50,7 +50,7 @@ def bottleneck() -> None:
         lambda: decode(3, 2, 16),
         lambda: decode(4, 2, 8),
         lambda: decode(4, 2, 16, tables=2),
-        lambda: PackedLinear.of(zeros(16, 8), None)(zeros(3, 4)),
+        lambda: Float32Linear.of(zeros(16, 8), None)(zeros(3, 4)),
         lambda: RmsNorm(zeros(16), 1e-6)(zeros(3, 8)),
         lambda: rotate_(zeros(3, 2, 16), zeros(3, 8), zeros(3, 8)),
         lambda: rotate_(zeros(3, 2, 16), zeros(2, 16), zeros(2, 16)),

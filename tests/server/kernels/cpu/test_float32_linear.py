@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from server.kernels.cpu.float32_linear import Float32Linear, linear_reference, pack, unpack
 from server.kernels.cpu.openmp import AVAILABLE
-from server.kernels.cpu.packed_linear import LANES, PackedLinear, linear_reference, pack, unpack
+from server.kernels.cpu.packed_linear import LANES
 
 pytestmark = pytest.mark.skipif(not AVAILABLE, reason="needs numba and libgomp")
 
@@ -30,7 +31,7 @@ def test_packing_loses_nothing(shape: tuple[int, int]) -> None:
 def test_equals_its_twin(shape: tuple[int, int], with_bias: bool) -> None:
     weight, bias = make(*shape)
     panels, added = pack(weight), bias if with_bias else None
-    linear = PackedLinear.of(weight, added)
+    linear = Float32Linear.of(weight, added)
     for rows in ROWS:
         x = torch.randn(rows, shape[1])
         torch.testing.assert_close(linear(x), linear_reference(x, panels, shape[0], added), atol=2e-4, rtol=0)
@@ -38,7 +39,7 @@ def test_equals_its_twin(shape: tuple[int, int], with_bias: bool) -> None:
 
 def test_a_row_is_the_same_bit_for_bit_in_any_batch() -> None:
     weight, bias = make(200, 300)
-    linear = PackedLinear.of(weight, bias)
+    linear = Float32Linear.of(weight, bias)
     x = torch.randn(300, 300)
     alone = torch.cat([linear(x[i : i + 1]) for i in range(300)])
     for rows in ROWS:
@@ -47,7 +48,7 @@ def test_a_row_is_the_same_bit_for_bit_in_any_batch() -> None:
 
 def test_rows_may_lie_apart() -> None:
     weight, _ = make(65, 40)
-    linear = PackedLinear.of(weight, None)
+    linear = Float32Linear.of(weight, None)
     wide = torch.randn(9, 100)
     assert torch.equal(linear(wide[:, 10:50]), linear(wide[:, 10:50].contiguous()))
     assert torch.equal(linear(wide[:, 0:80:2]), linear(wide[:, 0:80:2].contiguous()))
