@@ -54,6 +54,15 @@ def test_every_file_that_the_source_names_exists(source: str) -> None:
     assert missing_files((ROOT / source).read_text()) == set()
 
 
+@pytest.mark.parametrize("document", ["docs/architecture.md", "docs/glossary.md"])
+def test_every_name_that_the_architecture_names_is_in_the_source(document: str) -> None:
+    spans = [span.strip("()") for span in CODE.findall((ROOT / document).read_text())]
+    names = {part for span in spans if re.fullmatch(r"\w+(?:\.\w+)*", span) for part in span.split(".")}
+    source = "\n".join((ROOT / path).read_text() for path in SOURCES if not path.startswith("tests/"))
+    known = set(re.findall(r"\w+", source)) | {path.rpartition("/")[2].split(".")[0] for path in SOURCES}
+    assert names - known - {"md", "py"} == set()
+
+
 def rows_to_change() -> list[tuple[str, str]]:
     """(what is to be changed, where to go) of README's table."""
     _, header, table = (ROOT / "README.md").read_text().partition("| to change | open first |\n|---|---|\n")
