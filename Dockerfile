@@ -1,11 +1,11 @@
-# The base model, adapters, keys and caches lie in /data; nothing else but /tmp is written:
+# The server writes to /data (the base model, adapters, keys, caches) and /tmp, and nowhere else:
 #
 #   docker build -t polypeft --build-arg VARIANT=cpu --build-arg TORCH_INDEX_URL=... .
 #   docker run --read-only --tmpfs /tmp -v polypeft:/data -p 8000:8000 polypeft
 #
-# VARIANT  what torch must turn out to be: cpu (with PyTorch's index of CPU wheels as TORCH_INDEX_URL; a much
-#          smaller image) or cuda (the default index will do), which comes with a C compiler for Triton.
-# BASE     pinned by tag. For a build that repeats to the byte, give it by digest: python@sha256:...
+# VARIANT  cpu (a much smaller image; needs PyTorch's index of CPU wheels as TORCH_INDEX_URL), or cuda (from the
+#          default index, with a C compiler for Triton). The build fails if torch is of the other variant.
+# BASE     pinned by tag. For a reproducible build give it by digest: python@sha256:...
 #
 # Debian 12 and Python 3.11 are what the tests run on. deploy/check-image builds and runs this file without Docker.
 ARG BASE=python:3.11-slim-bookworm

@@ -32,7 +32,7 @@ from server.base_model.default_model import ensure_default_model
 from server.base_model.tokenizer import Tokenizer
 from server.finetune.data.dataset import load
 from server.finetune.data.examples import Example
-from server.finetune.recipe import DEFAULTS, Recipe
+from server.finetune.recipe import Recipe
 from server.finetune.recipe_methods import LoraRecipe, Peft, PrefixRecipe, PromptRecipe
 
 CACHE = Path(__file__).resolve().parents[1] / ".cache"
@@ -174,7 +174,7 @@ def recipe(peft: Peft, batch_size: int) -> Recipe:
         peft=peft,
         n_epochs=1,
         batch_size=batch_size,
-        learning_rate=DEFAULTS[type(peft)][0],
+        learning_rate=peft.default_learning_rate,
         early_stopping=0,
         max_tokens=1024,
         max_seconds=24 * 3600,

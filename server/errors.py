@@ -1,37 +1,37 @@
-"""Every error this project raises on purpose, one tree.
+"""All errors that this project raises on purpose, as one tree.
 
-PolypeftError                           500  our fault unless a subclass says otherwise
-├── InvalidRequest                      400  the request cannot be understood
-│   ├── ContextTooLong                  400  prompt and max_tokens over the model's context
-│   └── InvalidField                    422  one field holds a value we refuse
-│       └── InvalidAdapter              422  an uploaded adapter that this base cannot serve
-├── Unauthenticated                     401  no key, or one we do not know
-├── Forbidden                           403  a good key on the wrong door
-├── NotFound                            404  unknown, or somebody else's: the same answer
-│   └── ModelNotFound                   404  ... a base or an adapter, in OpenAI's words
-├── HeadTimeout                         408  the head of a request did not arrive in time
-├── Conflict                            409  the thing exists, or changed meanwhile
-├── PreconditionFailed                  412  the thing is not as If-Match or If-None-Match says
-├── TooLarge                            413  more bytes than the cap
-├── UrlTooLong                          414  more bytes of URL than the cap
-├── UnsupportedMedia                    415  not a kind of file we take
-├── QuotaExceeded                       429  the tenant's limit
-│   └── TenantQueueFull                 429  ... of rows that wait
-├── HeadTooLarge                        431  more header fields, or bytes of them, than the cap
+PolypeftError                           500  a bug or failure of ours, unless a subclass says otherwise
+├── InvalidRequest                      400  the request cannot be parsed
+│   ├── ContextTooLong                  400  prompt and max_tokens exceed the model's context
+│   └── InvalidField                    422  one field has an invalid value
+│       └── InvalidAdapter              422  an uploaded adapter that cannot be served on this base
+├── Unauthenticated                     401  no key, or an unknown one
+├── Forbidden                           403  a valid key without the right to this route
+├── NotFound                            404  unknown, or another tenant's: the same answer
+│   └── ModelNotFound                   404  ... a base or an adapter, with OpenAI's code
+├── HeadTimeout                         408  the head of the request did not arrive in time
+├── Conflict                            409  the object exists, or has changed meanwhile
+├── PreconditionFailed                  412  If-Match or If-None-Match does not hold
+├── TooLarge                            413  more bytes than the limit
+├── UrlTooLong                          414  a longer URL than the limit
+├── UnsupportedMedia                    415  a kind of file that is not accepted
+├── QuotaExceeded                       429  a limit of the tenant
+│   └── TenantQueueFull                 429  ... on its rows in the engine
+├── HeadTooLarge                        431  more header fields or header bytes than the limit
 ├── Unavailable                         503  overloaded, draining, or a part is down: try again
-│   ├── QueueFull                       503  more rows wait than may
-│   ├── EngineLost                      503  the engine died under this request
-│   └── StoreError                      503  object storage or Valkey did not answer
-│       ├── CorruptObject               503  ... with bytes that are not what was stored
-│       └── InsufficientStorage         507  ... because it has no room: a disk that is full or read-only
-├── DeadlineExceeded                    504  the request's own deadline passed
+│   ├── QueueFull                       503  the engine has all the rows that it takes
+│   ├── EngineLost                      503  the engine ended during this request
+│   └── StoreError                      503  the object store or Valkey did not answer
+│       ├── CorruptObject               503  ... or returned bytes that differ from those stored
+│       └── InsufficientStorage         507  ... or cannot write: the disk is full or read-only
+├── DeadlineExceeded                    504  the request's deadline has passed
 ├── NonFinite                           500  the model produced NaN or Inf for this row
 └── StartupError                             serve cannot start: wrong model, wrong setting
-    └── UnsupportedModel                     ... the base asks for what the engine does not compute
+    └── UnsupportedModel                     ... the base needs what the engine does not implement
 
-The API turns each into OpenAI's error object: {"error": {"message", "type", "param", "code"}}.
-A message is one sentence that names the field, the value and the limit; it never holds a path,
-a key or a traceback.
+The API turns each into OpenAI's error object: {"error": {"message", "type", "param", "code"}}. `code` is
+stable, and an error crosses processes by it (`error_from_code`). A message is one sentence that names the
+field, the value and the limit; it never holds a path, a key or a traceback.
 """
 
 import errno
@@ -42,7 +42,7 @@ DISK_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
 
 
 class PolypeftError(Exception):
-    """Root of the tree. `param` names the field at fault, `code` is stable and machine-readable."""
+    """Root of the tree. `param` names the invalid field; `code` is stable and machine-readable."""
 
     status: ClassVar[int] = 500
     type: ClassVar[str] = "server_error"
@@ -199,19 +199,19 @@ class StartupError(PolypeftError):
 
 
 class UnsupportedModel(StartupError):
-    """Its message is a reason, which base_model/compatibility.py makes a sentence of."""
+    """Its message is a reason, from which base_model/compatibility.py makes a sentence."""
 
     code = "unsupported_model"
 
 
 def disk_error(error: BaseException) -> InsufficientStorage | None:
-    """`error` as a refusal, if a file could not be written because its disk is full or read-only."""
+    """The InsufficientStorage for an OSError of a full or read-only disk; None for any other error."""
     full = isinstance(error, OSError) and error.errno in DISK_ERRNOS
     return InsufficientStorage() if full else None
 
 
 def error_from_code(code: str, message: str, param: str | None = None) -> PolypeftError:
-    """The error that crossed a process boundary as (code, message), as its own class again."""
+    """An error from another process, of the class that has this code; PolypeftError for an unknown code."""
     found = next((c for c in _tree(PolypeftError) if c.code == code), PolypeftError)
     return found(message, param=param, code=code)
 
@@ -221,16 +221,19 @@ def _tree(root: type[PolypeftError]) -> list[type[PolypeftError]]:
 
 
 def shown(value: object, limit: int = 64) -> str:
-    """A caller's value, safe and short enough for a message: ASCII, escaped, in quotes if text, cut.
+    """A caller's value for a message: as ASCII, escaped, in quotes if it is text, cut to `limit` characters.
 
-    Costs the same however large or nested the value is.
+    Takes the same time however large or nested the value is.
     """
     text = ascii(_head(value, limit + 1, 2))
     return text if len(text) <= limit + 2 else text[:limit] + "..."
 
 
 def _head(value: object, length: int, depth: int) -> object:
-    """What the first `length` characters of ascii(value) need of it; containers below `depth` as "..."."""
+    """The part of the value that the first `length` characters of its ascii() show.
+
+    Containers nested deeper than `depth` become "...".
+    """
     if isinstance(value, str):
         return value[:length]
     if isinstance(value, list | dict) and depth == 0:

@@ -1,7 +1,7 @@
-"""One line a record, with the process's name and the request it is about, as text or JSON.
+"""Log format: one line for each record, as text or JSON, with the process's name and the request's id.
 
-What must not be in a log is taken out here, whoever wrote it: keys, tokens and passwords by their form, and
-what an unforeseen exception says, because that may be a piece of a prompt.
+Secrets are removed here from all records, those of libraries too: keys, tokens and passwords by their form,
+and the message of an unforeseen exception, because it may quote a prompt.
 """
 
 import io
@@ -21,11 +21,12 @@ import msgspec
 from server.errors import PolypeftError
 from server.settings import Settings
 
-OURS = ("server", "adapters_store", "__main__")  # the packages, and a child's own file
-SAFE = (PolypeftError, OSError, RuntimeError, ImportError, MemoryError)  # made of no tenant's bytes
-SAFE_MODULES = ("redis", "zmq", "obstore")
+OUR_LOGGERS = ("server", "adapters_store", "__main__")  # __main__: the file that a child process runs
+# exceptions whose messages contain no tenant's bytes: these, and those of these packages
+SAFE_EXCEPTIONS = (PolypeftError, OSError, RuntimeError, ImportError, MemoryError)
+SAFE_PACKAGES = ("redis", "zmq", "obstore")
 STDERR = 2
-PIPE_SECONDS = 0.05  # for a reader of stderr that is slow, before lines are dropped
+PIPE_SECONDS = 0.05  # the wait for a slow reader of stderr, before lines are dropped
 WITHHELD = "(its message is not logged: it may hold a tenant's text)"
 
 _ESCAPED = {code: repr(chr(code))[1:-1] for code in [*range(32), *range(127, 160), 0x2028, 0x2029]}
@@ -37,39 +38,42 @@ _SECRETS = (
 )
 
 request_id: ContextVar[str] = ContextVar("request_id", default="")
-"""Of the request that the running task is about."""
+"""The id of the request that the current task handles; "" outside of requests."""
 
 
 def configure_logs(settings: Settings, process: str) -> None:
     """Send this process's records to stderr in the chosen format. Call once, at the start.
 
-    A pipe whose reader takes nothing is not waited for: lines are dropped until it does.
-    The chosen level is for our own records; libraries are heard from a warning on.
+    If stderr is a pipe that is not read, lines are dropped; logging never blocks for long. The chosen level
+    is for our own records; libraries log from WARNING on.
     """
-    handler = logging.StreamHandler(_Pipe.of_stderr() or sys.stderr)
+    handler = logging.StreamHandler(_NonBlockingPipe.of_stderr() or sys.stderr)
     secrets = [settings.metrics_token] if settings.metrics_token else []
-    form = _Json if settings.log_format == "json" else _Text
-    handler.setFormatter(form(process, secrets))
+    formatter = _JsonFormatter if settings.log_format == "json" else _TextFormatter
+    handler.setFormatter(formatter(process, secrets))
     logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
-    for name in OURS:
+    for name in OUR_LOGGERS:
         logging.getLogger(name).setLevel(settings.log_level.upper())
 
 
 def visible(text: str, keep: str = "") -> str:
-    """`text` with its control characters escaped, which could forge a log line or steer a terminal."""
-    return text.translate({code: seen for code, seen in _ESCAPED.items() if chr(code) not in keep})
+    """`text` with control characters escaped, except those in `keep`.
+
+    Unescaped they could forge a log line or control a terminal.
+    """
+    return text.translate({code: escape for code, escape in _ESCAPED.items() if chr(code) not in keep})
 
 
-class _Pipe(io.TextIOBase):
-    """A pipe that nobody waits for: while its reader takes nothing, lines are dropped, and never cut."""
+class _NonBlockingPipe(io.TextIOBase):
+    """Writes lines to a pipe. While the pipe is full, whole lines are dropped; no line is cut."""
 
     def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor  # not blocking
-        self._rest = b""  # of a line that did not fit whole
+        self._descriptor = descriptor  # in non-blocking mode
+        self._rest = b""  # of a line that was written in part
 
     @classmethod
-    def of_stderr(cls) -> "_Pipe | None":
-        """None where it is something else. Other processes write to it too, so it is opened anew for this."""
+    def of_stderr(cls) -> "_NonBlockingPipe | None":
+        """Stderr, if it is a pipe. It is opened again, since other processes share its file description."""
         try:
             if sys.stderr.fileno() != STDERR or not stat.S_ISFIFO(os.fstat(STDERR).st_mode):
                 return None
@@ -79,16 +83,16 @@ class _Pipe(io.TextIOBase):
 
     def write(self, text: str) -> int:
         if self._rest:
-            self._rest = self._sent(self._rest)
+            self._rest = self._send(self._rest)
         if not self._rest:
-            self._rest = self._sent(text.encode(errors="backslashreplace"))
-            if self._rest:  # its reader may only be slow
+            self._rest = self._send(text.encode(errors="backslashreplace"))
+            if self._rest:  # the reader may only be slow
                 select.select([], [self._descriptor], [], PIPE_SECONDS)
-                self._rest = self._sent(self._rest)
+                self._rest = self._send(self._rest)
         return len(text)
 
-    def _sent(self, data: bytes) -> bytes:
-        """What is left of `data`. Of a pipe that is closed: nothing."""
+    def _send(self, data: bytes) -> bytes:
+        """Write what the pipe takes; returns the rest, which is empty for a closed pipe."""
         try:
             return data[os.write(self._descriptor, data) :]
         except BlockingIOError:
@@ -97,7 +101,7 @@ class _Pipe(io.TextIOBase):
             return b""
 
 
-class _Redacting(logging.Formatter):
+class _RedactingFormatter(logging.Formatter):
     def __init__(self, process: str, secrets: list[str], form: str | None = None) -> None:
         super().__init__(form)
         self.process = process
@@ -114,18 +118,18 @@ class _Redacting(logging.Formatter):
         self,
         ei: tuple[type[BaseException], BaseException, TracebackType | None] | tuple[None, None, None],
     ) -> str:
-        """Each exception of the chain, the first one first: where, what, and its message if that is safe."""
+        """Each exception of the chain, the cause first: traceback, type, and the message if it is safe."""
         chain, error = list[BaseException](), ei[1]
         while error is not None and error not in chain:
             chain.append(error)
             error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
-        return self.redacted("\n".join(_told(error) for error in reversed(chain)))
+        return self.redacted("\n".join(_describe(error) for error in reversed(chain)))
 
 
-class _Text(_Redacting):
+class _TextFormatter(_RedactingFormatter):
     """`2026-01-31T12:00:00Z INFO engine server.engine.engine: message`; a traceback follows on its lines.
 
-    A request's id stands before the message: `server.api.http.middleware: [req_0123] message`.
+    A request's id is put before the message: `server.api.http.middleware: [req_0123] message`.
     """
 
     def __init__(self, process: str, secrets: list[str]) -> None:
@@ -135,12 +139,12 @@ class _Text(_Redacting):
         return time.strftime(datefmt or "%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.created))
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
-        about = f"[{request_id.get()}] " if request_id.get() else ""
-        record.message = about + self.redacted(visible(record.message))
+        prefix = f"[{request_id.get()}] " if request_id.get() else ""
+        record.message = prefix + self.redacted(visible(record.message))
         return super().formatMessage(record)
 
 
-class _Json(_Redacting):
+class _JsonFormatter(_RedactingFormatter):
     def format(self, record: logging.LogRecord) -> str:
         line = {
             "time": record.created,
@@ -156,9 +160,9 @@ class _Json(_Redacting):
         return msgspec.json.encode(line).decode()
 
 
-def _told(error: BaseException) -> str:
+def _describe(error: BaseException) -> str:
     kind = type(error)
-    safe = isinstance(error, SAFE) or kind.__module__.partition(".")[0] in SAFE_MODULES
+    safe = isinstance(error, SAFE_EXCEPTIONS) or kind.__module__.partition(".")[0] in SAFE_PACKAGES
     safe &= not isinstance(error, UnicodeError)
     frames = "".join(traceback.format_tb(error.__traceback__))
     name = kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"

@@ -1,8 +1,8 @@
-"""Traces of requests for an OpenTelemetry collector: where each one's time went, whose, for which adapter.
+"""OpenTelemetry traces of requests: their phases, tenant and adapters.
 
-Nothing of OpenTelemetry is imported unless traces are wanted (`polypeft[otel]` and --otlp-endpoint), and
-without a trace under way `span` does nothing. The engine knows no traces: it tells a row's times with its
-first token, and they become spans here.
+OpenTelemetry is imported only with --otlp-endpoint (and `polypeft[otel]`); for a request without a trace
+`span` does nothing. The engine has no tracing: it reports a row's times with the row's first token
+(messages.Timing), and RowTrace makes spans of them. docs/traces.md lists all spans.
 """
 
 import time
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 NS = 1_000_000_000
 Attributes = Mapping[str, str | int | float | bool]
 
-_under_way: ContextVar["Trace | None"] = ContextVar("trace", default=None)
+_current: ContextVar["Trace | None"] = ContextVar("trace", default=None)
 
 
 class Tracing:
-    """Makes traces. `close` sends what is left."""
+    """Starts traces. `close` sends the spans that are still queued."""
 
     def __init__(self, processor: "SpanProcessor", share: float = 1.0) -> None:
-        """Of requests without a traceparent, `share` are traced; one that has it is as its flag says."""
+        """`share` of the requests without a traceparent are traced; for others its flag decides."""
         from opentelemetry.sdk.resources import Resource
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased
@@ -40,7 +40,7 @@ class Tracing:
 
     @classmethod
     def to(cls, endpoint: str, share: float) -> "Tracing":
-        """Send them to a collector (OTLP over HTTP). Raises StartupError without the extra."""
+        """Send spans to a collector (OTLP over HTTP). Raises StartupError if the extra is not installed."""
         try:
             from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
             from opentelemetry.sdk.trace.export import BatchSpanProcessor
@@ -49,7 +49,7 @@ class Tracing:
         return cls(BatchSpanProcessor(OTLPSpanExporter(f"{endpoint.rstrip('/')}/v1/traces")), share)
 
     def begin(self, method: str, headers: Sequence[tuple[bytes, bytes]], request_id: str) -> "Trace":
-        """A request has arrived; it goes on the trace that its `traceparent` names, if it has a sound one."""
+        """The trace of a new request, which continues that of its `traceparent`, if it has a valid one."""
         from opentelemetry.trace import SpanKind
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
@@ -65,7 +65,7 @@ class Tracing:
 
 
 class Trace:
-    """One request's: a root that lasts as long as the request, and a span for each thing it went through."""
+    """The trace of one request: a root span for the whole request, and a child for each phase."""
 
     def __init__(self, tracer: "Tracer", root: "Span") -> None:
         self._tracer = tracer
@@ -74,12 +74,12 @@ class Trace:
 
     @property
     def traceparent(self) -> str:
-        """The root in W3C's form, for the answer's header."""
+        """The root span in W3C's format, for the answer's header."""
         context = self._root.get_span_context()
         return f"00-{context.trace_id:032x}-{context.span_id:016x}-{context.trace_flags:02x}"
 
     def add(self, name: str, start: float, end: float, attributes: Attributes | None = None) -> None:
-        """A child from `start` to `end`, Unix seconds."""
+        """Add a child span from `start` to `end`, in Unix seconds."""
         from opentelemetry.trace import set_span_in_context
 
         context = set_span_in_context(self._root)
@@ -88,12 +88,12 @@ class Trace:
         )
         child.end(int(max(start, end) * NS))
 
-    def tell(self, attributes: Attributes) -> None:
-        """Something about the whole request."""
+    def annotate(self, attributes: Attributes) -> None:
+        """Set attributes of the root span."""
         self._root.set_attributes(attributes)
 
     def sent(self, *, more: bool) -> None:
-        """A piece of the body has gone out. The time from the first to the last of several is `stream`."""
+        """A part of the body was sent. The span `stream` is from the first of several parts to the last."""
         now = time.time()
         if not self._first_byte:
             self._first_byte = now if more else 0.0
@@ -110,15 +110,15 @@ class Trace:
         self._root.end()
 
 
-def follow(trace: Trace | None) -> None:
-    """From here on the running task, and those it starts, are about this request."""
-    _under_way.set(trace)
+def use_trace(trace: Trace | None) -> None:
+    """Make it the trace of the current task and of the tasks that it starts."""
+    _current.set(trace)
 
 
 @contextmanager
 def span(name: str) -> Iterator[None]:
-    """The block as a span of the request under way, if it is traced."""
-    trace = _under_way.get()
+    """Record the block as a span of the current request, if that is traced."""
+    trace = _current.get()
     if trace is None:
         yield
         return
@@ -129,17 +129,17 @@ def span(name: str) -> Iterator[None]:
         trace.add(name, start, time.time())
 
 
-def tell(attributes: Attributes) -> None:
-    """Something about the request under way, if it is traced."""
-    if trace := _under_way.get():
-        trace.tell(attributes)
+def annotate(attributes: Attributes) -> None:
+    """Set attributes of the current request's root span, if it is traced."""
+    if trace := _current.get():
+        trace.annotate(attributes)
 
 
 class RowTrace:
-    """One row's way through the engine, as spans."""
+    """The spans of one row in the engine."""
 
     def __init__(self, row: Generate, choice: int) -> None:
-        self._trace = _under_way.get()
+        self._trace = _current.get()
         self._timing: Timing | None = None
         self._attributes: dict[str, Any] = {"polypeft.choice": choice}
         if self._trace is not None:
@@ -148,7 +148,7 @@ class RowTrace:
             self._attributes["polypeft.adapter"] = ",".join(f"{ref.name}@{ref.version}" for ref in uses)
 
     def first_token(self, timing: Timing) -> None:
-        """The engine's times of the row."""
+        """Make spans of the times that came with the row's first token."""
         self._timing = timing
         if self._trace is None or not timing.started:
             return
@@ -160,6 +160,7 @@ class RowTrace:
         self._trace.add("prefill", timing.started, timing.first_token, self._attributes | source)
 
     def finish(self, tokens: int) -> None:
+        """The row has ended, after `tokens` tokens."""
         if self._trace is not None and self._timing is not None:
-            counted = self._attributes | {"gen_ai.usage.output_tokens": tokens}
-            self._trace.add("decode", self._timing.first_token, time.time(), counted)
+            attributes = self._attributes | {"gen_ai.usage.output_tokens": tokens}
+            self._trace.add("decode", self._timing.first_token, time.time(), attributes)

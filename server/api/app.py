@@ -57,6 +57,7 @@ Loop = Callable[[], Coroutine[None, None, None]]
 FIRST_REPORT_SECONDS = 3.0  # a working engine reports its stats every second
 log = logging.getLogger(__name__)
 
+# A route is a function of a file in routes/ that has a `router`; a new file is imported above and named here.
 ROUTERS = (
     completions,
     chat,

@@ -1,4 +1,7 @@
-"""Gauges and counts of the engine's components at one moment, as a Stats message."""
+"""Gauges, and the counts that components keep themselves, read once a second into a Stats message.
+
+Events are counted as they happen, in engine/metrics/counters.py.
+"""
 
 import time
 

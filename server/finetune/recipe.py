@@ -3,6 +3,9 @@
 `parse_recipe` builds a Recipe from a request: OpenAI's hyperparameters, and our `peft` block with the
 settings of the method and all other settings of training. Unset fields get defaults for the method and the
 number of examples, so `recipe_object` reports what training will really use.
+
+A setting of every method is a field of Training; its description is the help of its option of `polypeft
+tune`. A setting of one method is a field of that method's struct in recipe_methods.py.
 """
 
 import math
@@ -10,25 +13,17 @@ import secrets
 from typing import Annotated, Any, Literal, get_args
 
 import msgspec
+from msgspec import Meta
 
-from server.adapters.sites import Base, Site
+from server.adapters.sites import Base
 from server.errors import InvalidField, shown
 from server.finetune.recipe_fields import RequestFields, present
-from server.finetune.recipe_methods import (
-    PEFT,
-    BitfitRecipe,
-    BottleneckRecipe,
-    LoraRecipe,
-    Peft,
-    PrefixRecipe,
-    PromptRecipe,
-)
+from server.finetune.recipe_methods import PEFT, Peft
 
 MAX_SEED = 2**31 - 1
 MAX_LEARNING_RATE = 10.0
 
 ObjectiveName = Literal["supervised"]  # method.type; training/objective.py implements each
-Fraction = Annotated[float, msgspec.Meta(ge=0, le=0.5)]
 
 
 class Training(msgspec.Struct, frozen=True, kw_only=True):
@@ -37,19 +32,36 @@ class Training(msgspec.Struct, frozen=True, kw_only=True):
     `learning_rate` is the peak: our default times the multiplier, or as given.
     """
 
-    n_epochs: Annotated[int, msgspec.Meta(ge=1, le=50)]
-    batch_size: Annotated[int, msgspec.Meta(ge=1, le=256)]  # examples in one forward pass
-    gradient_accumulation: Annotated[int, msgspec.Meta(ge=1, le=64)] = 1  # forward passes for one update
-    learning_rate_multiplier: Annotated[float, msgspec.Meta(gt=0, le=1000)] = 1.0
-    learning_rate: Annotated[float, msgspec.Meta(gt=0, le=MAX_LEARNING_RATE)]
-    weight_decay: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.0
-    warmup_ratio: Fraction = 0.05
-    scheduler: Literal["linear", "cosine", "constant"] = "linear"
-    early_stopping: Annotated[int, msgspec.Meta(ge=0, le=100)] = 3  # evaluations that are no better; 0: off
-    max_tokens: Annotated[int, msgspec.Meta(ge=2)]  # of an example; longer ones are cut to their last tokens
-    eval_share: Fraction = 0.1  # held out of the training file if there is no validation file
-    publish: Literal["if_better", "always", "never"] = "if_better"
-    max_seconds: Annotated[int, msgspec.Meta(ge=1)]
+    n_epochs: Annotated[int, Meta(ge=1, le=50, description="How often all examples are gone through.")]
+    batch_size: Annotated[int, Meta(ge=1, le=256, description="Examples of one forward pass.")]
+    gradient_accumulation: Annotated[int, Meta(ge=1, le=64, description="Forward passes of one update.")] = 1
+    learning_rate_multiplier: Annotated[float, Meta(gt=0, le=1000)] = 1.0  # OpenAI's; no option of `tune`
+    learning_rate: Annotated[float, Meta(gt=0, le=MAX_LEARNING_RATE, description="The peak.")]
+    weight_decay: Annotated[float, Meta(ge=0, le=1, description="Of matrices.")] = 0.0
+    warmup_ratio: Annotated[
+        float, Meta(ge=0, le=0.5, description="The share of steps in which the learning rate rises.")
+    ] = 0.05
+    scheduler: Annotated[
+        Literal["linear", "cosine", "constant"],
+        Meta(description="How it falls then: linear, cosine or constant."),
+    ] = "linear"
+    early_stopping: Annotated[
+        int,
+        Meta(ge=0, le=100, description="Stop after so many evaluations without a better one; 0: never."),
+    ] = 3
+    max_tokens: Annotated[int, Meta(ge=2, description="Of an example; longer ones lose their beginning.")]
+    eval_share: Annotated[
+        float, Meta(ge=0, le=0.5, description="Of the data, held out where there is no --validation.")
+    ] = 0.1
+    publish: Annotated[
+        Literal["if_better", "always", "never"],
+        Meta(
+            description="Whether `latest` moves to the new version: if_better than the base, always or never."
+        ),
+    ] = "if_better"
+    max_seconds: Annotated[
+        int, Meta(ge=1, description="Training time; then the best adapter so far is taken.")
+    ]
 
 
 class Recipe(Training, frozen=True, kw_only=True):
@@ -57,12 +69,13 @@ class Recipe(Training, frozen=True, kw_only=True):
 
     objective: ObjectiveName = "supervised"
     peft: Peft
-    seed: Annotated[int, msgspec.Meta(ge=0, le=MAX_SEED)]
+    seed: Annotated[int, Meta(ge=0, le=MAX_SEED)]
 
     @property
     def num_virtual_tokens(self) -> int:
         """The number of virtual tokens before each example."""
-        return self.peft.num_virtual_tokens if isinstance(self.peft, PrefixRecipe | PromptRecipe) else 0
+        count: int = getattr(self.peft, "num_virtual_tokens", 0)
+        return count
 
     def steps(self, examples: int) -> int:
         """The number of updates for so many training examples, as transformers.Trainer counts them."""
@@ -79,20 +92,6 @@ class RecipeLimits(msgspec.Struct, frozen=True, kw_only=True):
     seconds: int = 6 * 3600
 
 
-# peak learning rate, and about how many updates small data needs
-DEFAULTS: dict[type[Peft], tuple[float, int]] = {
-    LoraRecipe: (5e-4, 150),
-    BottleneckRecipe: (1e-3, 200),
-    PrefixRecipe: (5e-3, 300),
-    PromptRecipe: (1e-2, 300),
-    BitfitRecipe: (3e-3, 200),
-}
-# AdapterHub's defaults, except that its par_bn has a reduction factor of 2
-PLACEMENTS: dict[str, dict[str, Any]] = {
-    "seq_bn": {},
-    "double_seq_bn": {"non_linearity": "silu"},
-    "par_bn": {"scaling": 4.0},
-}
 # OpenAI's hyperparameters; the other fields are ours, in `peft`
 OPENAI_FIELDS = ("n_epochs", "batch_size", "learning_rate_multiplier")
 
@@ -126,27 +125,12 @@ def parse_recipe(
     request = RequestFields()
     objective, kind = _collect(request, method, hyperparameters, peft)
     settings = request.fields(kind)
-    if kind is LoraRecipe:
-        settings = {"target_modules": inner_linears(base)} | settings
-    elif kind is BottleneckRecipe:
-        settings = PLACEMENTS[settings.get("placement", "seq_bn")] | settings
-    peft_recipe = kind(**settings)
+    peft_recipe = kind(**kind.defaults(settings, base) | settings)
     requested = request.fields(Training) | {"objective": objective}
     recipe = _complete(peft_recipe, requested, _seed(seed), base, examples, limits)
-    _check_method(peft_recipe, request, base, limits)
+    peft_recipe.check(request, base, limits.lora_rank)
     _check_training(recipe, request, base, examples, limits)
     return recipe
-
-
-def inner_linears(base: Base) -> tuple[str, ...]:
-    """The last name parts of all linears inside the layers, without the head: q_proj, down_proj, ..."""
-    return tuple(dict.fromkeys(site.name.rpartition(".")[2] for site in layer_linears(base)))
-
-
-def layer_linears(base: Base) -> list[Site]:
-    """The sites of all linears inside the layers."""
-    linears = (site for site in base.sites.values() if site.kind == "linear")
-    return [site for site in linears if any(part.isdecimal() for part in site.name.split("."))]
 
 
 def _collect(
@@ -196,17 +180,16 @@ def _complete(
     peft: Peft, requested: dict[str, Any], seed: int, base: Base, examples: int, limits: RecipeLimits
 ) -> Recipe:
     """Fill the fields that were not given with defaults for this method and number of examples."""
-    learning_rate, updates = DEFAULTS[type(peft)]
     batch_size = requested.get("batch_size") or (2 if examples < 32 else 4 if examples < 256 else 8)
     epoch_updates = max(1, examples // batch_size)
     min_epochs = 3 if examples < 1000 else 1
     virtual = getattr(peft, "num_virtual_tokens", 0)
     defaults: dict[str, Any] = {
-        "n_epochs": min(max(min_epochs, round(updates / epoch_updates)), 20),
+        "n_epochs": min(max(min_epochs, round(peft.default_updates / epoch_updates)), 20),
         "batch_size": batch_size,
         "max_tokens": max(2, min(1024, limits.max_tokens, base.max_context - virtual)),
         "max_seconds": limits.seconds,
-        "learning_rate": learning_rate * requested.get("learning_rate_multiplier", 1.0),
+        "learning_rate": peft.default_learning_rate * requested.get("learning_rate_multiplier", 1.0),
     }
     return Recipe(peft=peft, seed=seed, **(defaults | requested))
 
@@ -217,22 +200,6 @@ def _seed(seed: int | None) -> int:
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= MAX_SEED:
         raise InvalidField(f"seed is {shown(seed)}; it must be 0 to {MAX_SEED}.", param="seed")
     return seed
-
-
-def _check_method(peft: Peft, request: RequestFields, base: Base, limits: RecipeLimits) -> None:
-    """Raise InvalidField for a method's field that does not fit the base or the server's limits."""
-    if isinstance(peft, LoraRecipe):
-        if peft.r > limits.lora_rank:
-            raise request.invalid("r", f"it may be {limits.lora_rank} at most")
-        names = [f".{site.name}" for site in layer_linears(base)]
-        for module in peft.target_modules:
-            if not any(name.endswith(f".{module}") for name in names):
-                known = ", ".join(inner_linears(base))
-                rule = f"{shown(module)} is no linear layer of the base's blocks, which are {known}"
-                raise request.invalid("target_modules", rule)
-    no_blocks = not any(site.kind == "mlp" for site in base.sites.values())
-    if isinstance(peft, BottleneckRecipe) and no_blocks:
-        raise request.invalid("type", f"bottleneck adapters cannot be trained on a {base.model_type}")
 
 
 def _check_training(
@@ -257,7 +224,7 @@ def _check_rate(recipe: Recipe, request: RequestFields) -> None:
     if recipe.learning_rate > MAX_LEARNING_RATE:
         rule = f"with it the learning rate would be {recipe.learning_rate:g}, over {MAX_LEARNING_RATE:g}"
         raise request.invalid("learning_rate_multiplier", rule)
-    scaled = DEFAULTS[type(recipe.peft)][0] * multiplier
+    scaled = recipe.peft.default_learning_rate * multiplier
     if multiplier != 1 and not math.isclose(recipe.learning_rate, scaled):
         rule = "it scales our own learning rate, and learning_rate says another"
         raise request.invalid("learning_rate_multiplier", rule)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Collection
-from typing import Any, get_type_hints
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import msgspec
 
@@ -54,7 +54,7 @@ class RequestFields:
         except msgspec.ValidationError as error:
             reason = str(error).replace("`", "")
             if reason.startswith("Invalid enum value"):
-                reason = "Expected one of " + ", ".join(kind.__args__)
+                reason = "Expected one of " + ", ".join(get_args(plain_type(kind)))
             raise self.invalid(name, reason[0].lower() + reason[1:]) from error
 
 
@@ -68,3 +68,8 @@ def present(path: str, block: object) -> dict[str, Any]:
     if not isinstance(block, dict):
         raise InvalidField(f"{path} is {shown(block)}; it must be an object.", param=path)
     return {name: value for name, value in block.items() if value is not None and value != "auto"}
+
+
+def plain_type(kind: Any) -> Any:
+    """A field's type without its bounds and description."""
+    return kind.__origin__ if get_origin(kind) is Annotated else kind

@@ -1,7 +1,16 @@
-"""Every Prometheus name of the system, in one place: declarations only. vLLM's name where it means the same.
+"""Every Prometheus metric of the system: declarations only. vLLM's name where it means the same.
 
-Each family stands under a key by which the code speaks of it. Every label has its values listed here, or is
-bounded otherwise (see `OPEN`): no caller can make a series. docs/metrics.md is made from these tables.
+To add one, declare it in a table below, under a key; then give that key its values, where the table says:
+
+    ENGINE   events, as they happen: `count` and `observe` of EngineMetrics (engine/metrics/counters.py).
+             States, and counts that a component keeps itself: read once a second by engine/snapshot.py
+    API      `count` and `observe` of Metrics (metrics/exposition.py), which handlers have as deps.metrics
+    FLEET    read from Valkey at a scrape: api/cluster_metrics.py
+    SHARED   of several kinds of process: at the places of ENGINE, API and WORKER
+    WORKER   finetune/worker/metrics.py
+
+Each label has its values listed here, or is bounded otherwise (see `OPEN`): no request can add a series.
+docs.py makes the tables of docs/metrics.md of these; a test compares them.
 """
 
 from collections.abc import Mapping

@@ -1,6 +1,8 @@
 """API keys: 256 random bits behind a prefix, stored only as SHA-256. Knows no tenant.
 
-A slow hash adds nothing at this entropy: a stolen database yields no key either way.
+A slow hash adds nothing at this entropy: a stolen database yields no key either way. `fingerprint` is the
+hash; another one makes all stored keys void (pp:keys in tenants.py), and moves users between the versions of
+weighted aliases (`sticky_key` in api/http/dependencies.py).
 """
 
 import hashlib

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from server.errors import NotFound
-from server.logs import OURS, WITHHELD, configure_logs, request_id, visible
+from server.logs import OUR_LOGGERS, WITHHELD, configure_logs, request_id, visible
 from server.settings import Settings
 from server.tenancy.keys import new_secret
 
@@ -18,7 +18,7 @@ FORGED = "name\r\n2026-01-01T00:00:00Z INFO api: all is well\x1b[2J\u2028"
 
 @pytest.fixture(autouse=True)
 def restored() -> Iterator[None]:
-    loggers = [logging.getLogger(name) for name in (None, *OURS)]
+    loggers = [logging.getLogger(name) for name in (None, *OUR_LOGGERS)]
     before = [(logger, logger.handlers[:], logger.level) for logger in loggers]
     yield
     for logger, handlers, level in before:

@@ -15,7 +15,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 
 from server.errors import StartupError
 from server.messages import AdapterRef, Generate, Sampling, Timing
-from server.tracing import RowTrace, Tracing, follow, span, tell
+from server.tracing import RowTrace, Tracing, annotate, span, use_trace
 
 ROOT = str(Path(__file__).resolve().parents[2])
 PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
@@ -30,7 +30,7 @@ def spans() -> InMemorySpanExporter:
 def tracing(spans: InMemorySpanExporter) -> Iterator[Tracing]:
     tracing = Tracing(SimpleSpanProcessor(spans))
     yield tracing
-    follow(None)
+    use_trace(None)
     tracing.close()
 
 
@@ -47,9 +47,9 @@ def seconds(found: ReadableSpan) -> float:
 def test_without_a_trace_nothing_is_imported_and_nothing_happens() -> None:
     code = """
 import sys
-from server.tracing import RowTrace, span, tell
+from server.tracing import RowTrace, annotate, span
 with span("auth"):
-    tell({"polypeft.tenant": "t"})
+    annotate({"polypeft.tenant": "t"})
 assert not [name for name in sys.modules if name.startswith("opentelemetry")], "imported for nothing"
 """
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, env={"PYTHONPATH": ROOT})
@@ -91,7 +91,7 @@ def test_of_requests_without_one_a_share_is_traced(spans: InMemorySpanExporter) 
 
 def test_the_engines_times_become_spans(tracing: Tracing, spans: InMemorySpanExporter) -> None:
     trace = tracing.begin("POST", [], "req_1")
-    follow(trace)
+    use_trace(trace)
     ref = AdapterRef("ten_1", "poet", 3, "d" * 64, "lora", "")
     row = RowTrace(Generate("r", "ten_1", [1], Sampling(max_tokens=2), ref), 0)
     now = time.time()
@@ -127,10 +127,10 @@ def test_requests_under_way_at_once_keep_their_spans_apart(
 ) -> None:
     async def request(number: int) -> None:
         trace = tracing.begin("GET", [], f"req_{number}")
-        follow(trace)
+        use_trace(trace)
         with span(f"work {number}"):
             await asyncio.sleep(0.001)
-        tell({"polypeft.tenant": f"ten_{number}"})
+        annotate({"polypeft.tenant": f"ten_{number}"})
         trace.end("GET", f"/{number}", 200)
 
     async def both() -> None:

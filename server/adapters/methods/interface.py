@@ -1,7 +1,8 @@
 """The interface of a PEFT method: how its spec is read, packed for a device, and applied in the forward pass.
 
-A method knows nothing of the engine, of tenants, or of HTTP. A new one is a file in `specs/`, which reads
-uploads without torch, a file here, and a line in the table of each folder's `__init__.py`.
+A method knows nothing of the engine, of tenants, or of HTTP. specs/__init__.py lists what a further one
+consists of. A further place of the forward pass where methods may act is a hook: a method of Bank with its
+name in HOOKS, called for the banks of ForwardContext by the module that it acts at (engine/model/).
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence

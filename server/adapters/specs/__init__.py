@@ -1,6 +1,15 @@
-"""What an upload must look like, one file a method, from its config and the headers of its tensors.
+"""What an upload must look like: a reader for each PEFT method, of the config and the tensors' headers.
 
-No torch here: the API checks uploads without it. What a method computes is its namesake in `methods/`.
+No torch here: the API checks uploads without it. To serve a further method, add
+
+    formats/peft_configs.py    its config: a struct of the kept fields, a `Fields` rule for the others
+    formats/peft.py            a line of TYPES: the peft_type, the method, that rule
+    a file of specs/           its reader: which tensors there must be, of which shapes; a line below
+    a file of methods/         how its tensors are packed and initialised, and the bank that applies them,
+                               mostly AffineBank, whose kernels exist; a line of methods/__init__.py
+
+Checks at upload, the cache, combining, memory and metrics follow from these. A bank that acts at a new place
+of the forward pass also needs a hook: methods/interface.py. To train the method: finetune/recipe_methods.py.
 """
 
 from server.adapters.specs.bitfit import BitfitReader

@@ -119,7 +119,7 @@ class BottleneckReader:
 
 
 def _targets(file: AdapterHubConfig, roles: Roles, base: Base) -> Iterator[BottleneckTarget]:
-    """Each site that the config names, with its tensors."""
+    """Each site that the config names, with its tensors. Raises InvalidAdapter."""
     config = file.config
     norms = _norms(base) if config.input == "sum" else {}
     if norms and not config.original_ln_after:
@@ -151,7 +151,7 @@ def _targets(file: AdapterHubConfig, roles: Roles, base: Base) -> Iterator[Bottl
 
 
 def _locate(tensors: dict[str, TensorInfo], base: Base) -> Roles:
-    """Which site each tensor belongs to, and as what. All keys must carry one adapter's name."""
+    """Every tensor by its site and role. Raises InvalidAdapter if the names hold more than one adapter's."""
     places = _places(base)
     roles: Roles = {}
     names = set()
@@ -167,7 +167,7 @@ def _locate(tensors: dict[str, TensorInfo], base: Base) -> Roles:
 
 
 def _parse(tensor: str, places: dict[tuple[str, str], str]) -> tuple[str, str, str]:
-    """Site, adapter's name and role: LAYER.PLACE.GROUP.NAME.ENDING."""
+    """(site, adapter's name, role) of a tensor LAYER.PLACE.GROUP.NAME.ENDING. Raises InvalidAdapter."""
     for place, (kind, _field) in PLACES.items():
         layer, _, rest = tensor.partition(f".{place}.")
         group, _, rest = rest.partition(".")
@@ -179,7 +179,7 @@ def _parse(tensor: str, places: dict[tuple[str, str], str]) -> tuple[str, str, s
 
 
 def _places(base: Base) -> dict[tuple[str, str], str]:
-    """(layer's path, kind) -> site; the path also without its first part, as bare models save it."""
+    """(layer's path, kind) -> site. The path also without its first part, for adapters of a bare model."""
     places: dict[tuple[str, str], str] = {}
     for site in base.sites.values():
         if site.kind in ("attention", "mlp"):
@@ -189,10 +189,10 @@ def _places(base: Base) -> dict[tuple[str, str], str]:
 
 
 def _norms(base: Base) -> dict[str, str]:
-    """kind of site -> the norm that AdapterHub puts before an adapter, in a model with sandwiched sub-blocks.
+    """kind of site -> the norm before an adapter, in a model that also has norms after its sub-blocks.
 
-    The library means the layer's own norm, but its hooks all hold the last layer's (adapters 1.3.0,
-    init_bottleneck: the lambda reads the loop's variable). Adapters were trained so, and are served so.
+    AdapterHub intends the layer's own norm, but all of its hooks use the last layer's (adapters 1.3.0,
+    init_bottleneck: the lambda reads the loop's variable). Adapters were trained with that norm.
     """
     layers = [site.name.rpartition(".")[0] for site in base.sites.values() if site.kind == "mlp"]
     last = max(layers, key=lambda layer: int(layer.rpartition(".")[2]), default="")
@@ -202,6 +202,6 @@ def _norms(base: Base) -> dict[str, str]:
 
 
 def _layer(site: Site) -> int:
-    """The layer's number in a sub-block's name; -1 of other sites."""
+    """The number of the layer that a sub-block belongs to; -1 for other sites."""
     number = site.name.split(".")[-2:-1]
     return int(number[0]) if number and number[0].isdecimal() else -1

@@ -1,4 +1,4 @@
-"""How an upload is read: its files as data, the spec made of them, and the reader that each method has."""
+"""How an upload is read: its files as data, the spec made of them, and the interface of a method's reader."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,15 +17,15 @@ class AdapterFiles:
 
 
 class Spec(Protocol):
-    """What `parse` made of an upload: frozen, complete, JSON-able."""
+    """What `parse` made of an upload: frozen, complete, and JSON-serialisable."""
 
     @property
     def rank(self) -> int:
-        """The highest rank or width of its matrices; 0 of a method that has none."""
+        """The highest rank or width of its matrices; 0 for a method without any."""
 
     @property
     def base_copies(self) -> Mapping[str, str]:
-        """Tensors that only repeat the base: {tensor: site}. The loader checks that they do."""
+        """Tensors that must equal the base's own: {tensor: site}. The loader compares them."""
 
 
 class SpecReader(Protocol):
@@ -36,7 +36,7 @@ class SpecReader(Protocol):
         """The method's name, as manifests store it."""
 
     def parse(self, files: AdapterFiles, base: Base) -> Spec:
-        """Read a config and tensor names. Raises InvalidAdapter on anything unknown or unservable."""
+        """The spec of a config and headers. Raises InvalidAdapter for what is unknown or cannot be served."""
 
     def shapes(self, spec: Any, base: Base) -> dict[str, tuple[int, ...]]:
-        """The exact tensors, {name: shape}: upload check, cache cost and training shapes come from here."""
+        """All tensors, {name: shape}; used to check uploads, to charge the cache and to start trainings."""

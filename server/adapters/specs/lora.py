@@ -1,6 +1,6 @@
-"""Uploads of LoRA as PEFT saves them; also rsLoRA, DoRA, patterns, biases of the base, norms.
+"""Uploads of LoRA as PEFT saves them; also rsLoRA, DoRA, rank and alpha patterns, biases of the base, norms.
 
-Which modules are targets follows from the tensors; the config must agree.
+The tensors decide which modules are targets; a config that disagrees is refused.
 """
 
 import math
@@ -127,7 +127,7 @@ class LoraReader:
         tensors: dict[str, TensorInfo],
         config: LoraConfig,
     ) -> LoraTarget:
-        """One site's tensors, complete and of the rank that the config says."""
+        """One site's tensors. Raises InvalidAdapter if one is missing or has another rank than configured."""
         wanted = {"A": True, "B": True, "magnitude": config.use_dora, "bias": config.lora_bias}
         for role, needed in wanted.items():
             if needed and role not in roles:
@@ -149,7 +149,7 @@ class LoraReader:
 
 
 def _take_norms(roles: Roles, base: Base) -> Norms:
-    """Those whose weights are there, out of `roles`; a bias without one is what `bias` trains."""
+    """The norms that have a weight, removed from `roles`. A bias alone belongs to the config's `bias`."""
     found = [name for name, own in roles.items() if base.sites[name].kind == "norm" and "copy" in own]
     own = {name: {OF_NORM[role]: tensor for role, tensor in roles.pop(name).items()} for name in found}
     return norms_of(own, base)
@@ -174,7 +174,7 @@ def _check_modules(config: LoraConfig, spec: LoraSpec, base: Base) -> None:
 
 
 def _check_untied(targets: Mapping[str, str], base: Base) -> None:
-    """PEFT would tie what it adds to the input and the output table; it leaves all other modules alone."""
+    """Refuse ensure_weight_tying for an embedding or head: PEFT would add the same change to both."""
     for name, tensor in targets.items():
         site = base.sites[name]
         if site.kind == "embedding" or site.outputs == base.vocab_size:
@@ -182,7 +182,7 @@ def _check_untied(targets: Mapping[str, str], base: Base) -> None:
 
 
 def _check_layers(config: LoraConfig, targets: Mapping[str, str]) -> None:
-    """PEFT leaves every other layer as it is, and what is in none; but not a module named in full."""
+    """Check `layers_to_transform`, which does not apply to a module that is named in full."""
     given = config.layers_to_transform
     layers = (given,) if isinstance(given, int) else given
     for name, tensor in targets.items():
@@ -194,7 +194,7 @@ def _check_layers(config: LoraConfig, targets: Mapping[str, str]) -> None:
 
 
 def _check_biases(config: LoraConfig, spec: LoraSpec, base: Base) -> None:
-    """Exactly the biases that `bias` says: all of the base, or those of the targets."""
+    """Check that the biases are those that `bias` names: all of the base, or those of the targets."""
     wanted: set[str] = set()
     if config.bias == "all":
         wanted = {site.name for site in base.sites.values() if site.bias} - spec.norms.keys()

@@ -7,7 +7,7 @@ from server.adapters.specs.tensor_names import Roles, invalid
 
 
 class NormTensors(msgspec.Struct, frozen=True):
-    """The names of its tensors, each [width]; a norm that the base biases has both."""
+    """The names of a norm's tensors, each [width]; there is a bias exactly if the base's norm has one."""
 
     weight: str
     bias: str | None = None
@@ -21,7 +21,10 @@ Norms = dict[str, NormTensors]  # by site
 
 
 def norms_of(roles: Roles, base: Base) -> Norms:
-    """Of sites that are norms, with the roles "weight" and "bias". Raises InvalidAdapter for half a norm."""
+    """The norms of `roles`, whose sites are norms and whose roles are "weight" and "bias".
+
+    Raises InvalidAdapter if one of the two is missing, or there is a bias that the base's norm has not.
+    """
     for site, found in roles.items():
         if found.keys() != ({"weight", "bias"} if base.sites[site].bias else {"weight"}):
             fault = "stands alone" if base.sites[site].bias else "is of a norm without a bias"
@@ -30,5 +33,5 @@ def norms_of(roles: Roles, base: Base) -> Norms:
 
 
 def norm_shapes(norms: Norms, base: Base) -> dict[str, tuple[int, ...]]:
-    """{tensor: (width,)} of all of them."""
+    """The shape of each tensor: {tensor: (width,)}."""
     return {name: (base.sites[site].outputs,) for site, norm in norms.items() for name in norm.names}

@@ -1,6 +1,6 @@
-"""An upload's tensors by module of the base: which module, as what, and of which shape.
+"""Finds the site and the role of each tensor of an upload, and checks shapes.
 
-Names are PEFT's: `base_model.model.MODULE.ENDING`. What an ending means, each method says.
+Names are PEFT's: `base_model.model.MODULE.ENDING`. Each method has a table of its endings.
 """
 
 from collections.abc import Iterable, Mapping
@@ -15,15 +15,15 @@ ADAPTER = "default"  # PEFT's name for the adapter; some saves leave it in the t
 Endings = Mapping[str, tuple[str, tuple[str, ...]]]  # ending -> (role, kinds of site); longer ones first
 Roles = dict[str, dict[str, str]]  # site -> role -> tensor name
 
-# Where a table is targeted, PEFT saves the base's along with the adapter.
+# PEFT saves the base's own matrix, too, if a linear or an embedding of the vocabulary is a target.
 TABLES = ("linear", "embedding")
 COPIES: Endings = {"base_layer.weight": ("copy", TABLES), "weight": ("copy", TABLES)}
 
 
 def by_site(tensors: Iterable[str], base: Base, endings: Endings, what: str) -> Roles:
-    """Every tensor's site and role, sites in the base's order. Raises InvalidAdapter for a stray one.
+    """Every tensor by its site and role, sites in the base's order; `what` names the method in messages.
 
-    `what` names the method in messages.
+    Raises InvalidAdapter for a tensor that belongs to no site, and for two of the same role.
     """
     roles: Roles = {}
     for tensor in tensors:

@@ -10,7 +10,10 @@ TENSOR = "prompt_embeddings"
 
 
 def check_tokens(files: AdapterFiles, base: Base, count: int) -> None:
-    """The one tensor there must be, with `count` rows. Raises InvalidAdapter; its width is the method's."""
+    """Check that there is exactly the one tensor, with `count` rows. Raises InvalidAdapter.
+
+    Its width is checked by the method.
+    """
     for tensor in files.tensors:
         if tensor != TENSOR:
             raise invalid(tensor, f"is not one that virtual tokens have; there must be {TENSOR} alone")
@@ -28,7 +31,7 @@ def check_tokens(files: AdapterFiles, base: Base, count: int) -> None:
 
 
 def check_field(name: str, found: int | None, expected: int) -> None:
-    """A number in the config that only repeats what the base says."""
+    """Raise InvalidAdapter if a field of the config, which repeats a size of the base, differs from it."""
     if found not in (None, expected):
         raise InvalidAdapter(
             f"adapter_config.json has {name} {found}; for this base model it must be {expected}.", param=name

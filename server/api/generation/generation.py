@@ -11,7 +11,7 @@ from server.api.generation.model_selection import Target
 from server.api.services import Services
 from server.errors import EngineLost, PolypeftError, QueueFull, TenantQueueFull
 from server.messages import Chunk, Generate
-from server.tracing import RowTrace, tell
+from server.tracing import RowTrace, annotate
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class _RequestMetrics:
         self._unfinished = len(generation.rows)
         self._last_token_at: dict[int, float] = {}  # time.monotonic() by choice
         self._traces = [RowTrace(row, choice) for choice, row in enumerate(generation.rows)]
-        tell({"gen_ai.request.model": generation.target.model})
+        annotate({"gen_ai.request.model": generation.target.model})
 
     async def __aenter__(self) -> Self:
         return self

@@ -2,6 +2,12 @@
 
 Every router but health has one that authenticates. The key is taken from the Authorization header alone,
 never from the query string.
+
+There is no limit on a tenant's requests per second yet. It belongs into `current_tenant`, which every request
+passes before its body is read: the limit as a field of Tenant (tenancy/tenants.py) that routes/admin.py sets;
+the count in Valkey, by a file of tenancy/, since there may be several API processes; the refusal a subclass
+of QuotaExceeded (server/errors.py), to which error_responses.py adds Retry-After and which middleware.py
+counts. A limit on tokens belongs into `Services.admit`, where the length of the prompt is known.
 """
 
 from typing import Annotated
@@ -12,7 +18,7 @@ from server.api.services import Services
 from server.errors import Forbidden, Unauthenticated
 from server.tenancy.keys import fingerprint, same_secret
 from server.tenancy.tenants import OPERATOR, Tenant
-from server.tracing import span, tell
+from server.tracing import annotate, span
 
 __all__ = ["OPERATOR", "CurrentTenant", "Deps", "current_tenant", "operator", "services"]
 
@@ -34,7 +40,7 @@ async def current_tenant(request: Request, deps: Deps) -> Tenant:
     if tenant is None:
         raise Unauthenticated("The API key is not valid.")
     request.state.tenant = tenant  # for the metrics of RequestMiddleware
-    tell({"polypeft.tenant": tenant.id})
+    annotate({"polypeft.tenant": tenant.id})
     return tenant
 
 

@@ -12,7 +12,7 @@ from server.errors import PolypeftError, QuotaExceeded
 from server.logs import request_id
 from server.metrics import Metrics
 from server.tenancy.tenants import OPERATOR, Tenant
-from server.tracing import Tracing, follow
+from server.tracing import Tracing, use_trace
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ class RequestMiddleware:
         state = scope.setdefault("state", {})
         state["request_id"] = id_
         trace = self._tracing.begin(scope["method"], scope["headers"], id_) if self._tracing else None
-        follow(trace)
+        use_trace(trace)
         extra_headers = [(b"x-request-id", id_.encode())]
         if trace is not None:
             extra_headers.append((b"traceparent", trace.traceparent.encode()))

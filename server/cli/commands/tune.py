@@ -15,7 +15,7 @@ from server.cli.http_client import DEFAULT_URL, DataDir, Key, Url, answer, conne
 from server.cli.job_follow import follow
 from server.cli.job_summary import print_outcome
 from server.cli.retry import retry_while_away
-from server.cli.training_options import recipe_blocks, training_parameters
+from server.cli.training_options import METHODS_HELP, recipe_blocks, training_parameters
 from server.errors import PolypeftError, Unavailable
 
 INTERRUPTED = 130  # exit status, as a shell has it for SIGINT
@@ -23,7 +23,7 @@ INTERRUPTED = 130  # exit status, as a shell has it for SIGINT
 
 def tune(
     data: Annotated[Path, typer.Argument(help="JSONL: messages, or prompt and completion, or text.")],
-    method: Annotated[str, typer.Option(help="lora, bottleneck, prefix, prompt or bitfit.")] = "lora",
+    method: Annotated[str, typer.Option(help=METHODS_HELP)] = "lora",
     name: Annotated[
         str | None, typer.Option(help="The adapter's; one that exists gets its next version.")
     ] = None,

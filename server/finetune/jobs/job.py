@@ -108,7 +108,11 @@ class Job(FixedPart, frozen=True, kw_only=True):
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True):
-    """One line of a job's log. It is stored as JSON in a sorted set, with `sequence` as its score."""
+    """One line of a job's log. It is stored as JSON in a sorted set, with `sequence` as its score.
+
+    A further field needs a default, since stored events lack it; `new_event` sets it, and `event_object` of
+    api/fine_tuning/json_objects.py shows it.
+    """
 
     created: int
     level: Level

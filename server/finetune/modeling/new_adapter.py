@@ -1,7 +1,8 @@
 """The config and tensor shapes of a new adapter, in its public format.
 
 LoRA, prefix and prompt tuning have PEFT's format, bottlenecks AdapterHub's, BitFit our own. The method that
-will serve the files parses the config, so training and serving agree on its meaning.
+will serve the files parses the config, so training and serving agree on its meaning. A method that can be
+trained is a function of _FORMATS here and a struct in recipe_methods.py, which names what else there is.
 """
 
 import math
@@ -19,7 +20,6 @@ from server.adapters.specs.interface import AdapterFiles
 from server.adapters.specs.tensor_names import PREFIX
 from server.adapters.specs.virtual_tokens import TENSOR
 from server.base_model.families import HEAD_NORMS
-from server.finetune.recipe import layer_linears
 from server.finetune.recipe_methods import (
     BitfitRecipe,
     BottleneckRecipe,
@@ -27,6 +27,7 @@ from server.finetune.recipe_methods import (
     Peft,
     PrefixRecipe,
     PromptRecipe,
+    layer_linears,
 )
 
 MAX_RANK = 1024  # the recipe's rank was checked against the server's limit before

@@ -1,8 +1,18 @@
 """The objectives of training: what examples one takes, the loss of a batch, and what its evaluation reports.
 
-run.py and trainer.py call the objective that the recipe names. A further one is a file beside this with such
-a class, a line of OBJECTIVES, and its name in recipe.ObjectiveName. The kinds of records that a file may hold
-are checked before, without torch (data/record_kinds.py).
+run.py and trainer.py call the objective that the recipe names, and compute no loss themselves. Of a further
+one, such as DPO, this is to be written:
+
+    finetune/recipe.py       its name in ObjectiveName; its settings (DPO's beta) as fields of Recipe, which
+                             `_collect` takes and `recipe_object` shows
+    data/record_kinds.py     a kind of record, if the known ones do not fit: its fields and their checks
+    data/examples.py         what such a record is in tokens: a subclass of Example, with the `tokens` and
+                             `weights` of all its sequences, by which data/ counts, splits and groups
+    training/                a file with a class as Supervised below, and its line of OBJECTIVES here
+
+Checkpoints, jobs and workers know no objective. `compare` fills what cli/job_summary.py prints. That a file
+holds the records of its job's objective is to be checked in data/dataset.py, which reads it before a job is
+queued (api/fine_tuning/dataset_check.py) and again in training; with one objective there is no such check.
 """
 
 from collections.abc import Sequence
@@ -27,8 +37,16 @@ class Objective(Protocol):
         """The examples of a file, each of at most `max_tokens`. Raises InvalidField, with `param`."""
         ...
 
+    def batch(self, examples: Sequence[Example]) -> Batch:
+        """The examples as one forward pass takes them; an example may be several sequences."""
+        ...
+
+    def weight(self, batch: Batch) -> float:
+        """How much the batch counts in an update, whose losses are divided by the sum over its batches."""
+        ...
+
     def loss(self, model: AdapterModel, batch: Batch) -> BatchOutput:
-        """The loss of a batch, with gradients for the model's parameters."""
+        """The summed loss of a batch, with gradients for the model's parameters."""
         ...
 
     def score(self, model: AdapterModel, examples: Sequence[Example]) -> EvalScores:
@@ -52,6 +70,13 @@ class Supervised:
 
     def load(self, path: Path, tokenizer: Tokenizer, max_tokens: int, param: str) -> list[Example]:
         return dataset.load(path, tokenizer, max_tokens, param=param)
+
+    def batch(self, examples: Sequence[Example]) -> Batch:
+        return Batch.of(examples)
+
+    def weight(self, batch: Batch) -> float:
+        """The total weight of the targets."""
+        return float(batch.weights.sum())
 
     def loss(self, model: AdapterModel, batch: Batch) -> BatchOutput:
         output: BatchOutput = model(batch)

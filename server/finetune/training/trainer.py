@@ -9,6 +9,9 @@ A checkpoint is a folder that holds nothing of the base:
     best.safetensors         those of the best evaluation, if that was earlier
     trainer_state.json       the log: every step and evaluation so far
     optimizer.pt scheduler.pt rng_state.pth    transformers' own files, which it reads with weights_only
+
+`_save` writes it; `fit` and `_load_from_checkpoint` read it, also one of an older version. The worker stores
+the folder whatever it holds (worker/checkpoints.py).
 """
 
 import json
@@ -106,14 +109,14 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers has no type
     # called by transformers
 
     def get_train_dataloader(self) -> DataLoader[Example]:
-        return DataLoader(self.train_dataset, batch_sampler=self.batches, collate_fn=_collate)
+        return DataLoader(self.train_dataset, batch_sampler=self.batches, collate_fn=self._collate)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Inputs], num_batches: int, device: torch.device
     ) -> tuple[list[Inputs], float]:
-        """The batches of one update, and the total weight of their targets, by which losses are divided."""
+        """The batches of one update, and their total weight, by which losses are divided."""
         inputs, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        return inputs, sum(float(item["batch"].weights.sum()) for item in inputs)
+        return inputs, sum(self.objective.weight(item["batch"]) for item in inputs)
 
     def compute_loss(
         self,
@@ -189,6 +192,9 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers has no type
 
     # our own methods
 
+    def _collate(self, examples: Sequence[Example]) -> Inputs:
+        return {"batch": self.objective.batch(examples)}
+
     def _check_finite(self, value: float, what: str) -> None:
         if not math.isfinite(value):
             rate = self.lr_scheduler.get_last_lr()[0]
@@ -254,10 +260,6 @@ class _Callbacks(TrainerCallback):  # type: ignore[misc]
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         trainer.observer.on_checkpoint(folder, state.global_step, trainer.checkpoint_metrics())
         trainer.saved_at = time.monotonic()
-
-
-def _collate(examples: Sequence[Example]) -> Inputs:
-    return {"batch": Batch.of(examples)}
 
 
 def training_arguments(recipe: Recipe, folder: Path, device: torch.device) -> TrainingArguments:
