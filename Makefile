@@ -5,10 +5,10 @@ BIN := $(VENV)/bin
 
 # Tests wait for processes and sockets a third of their time: one worker more than there are cores.
 WORKERS ?= $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1)
-PARALLEL := -n $(WORKERS) --dist loadfile
+PARALLEL := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 INSTALL := $(BIN)/python -m pip install --constraint constraints.txt --editable
 
-.PHONY: help serve test test-avx2 lint format bench constraints clean
+.PHONY: help install serve kernels test test-avx2 lint format bench constraints clean
 
 help:
 	@echo "make serve   install, fetch the default model, serve on http://127.0.0.1:8000"
@@ -20,6 +20,11 @@ help:
 
 serve: $(VENV)/.serve
 	$(BIN)/polypeft serve $(ARGS)
+
+install: $(VENV)/.develop
+
+kernels: $(VENV)/.develop
+	$(BIN)/python -m tests.compile_kernels
 
 test: $(VENV)/.develop
 	$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
