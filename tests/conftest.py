@@ -1,10 +1,15 @@
 """Fixtures live beside what they start: real Valkey and stores in `services`, real models in `models`."""
 
+from functools import cache
+
+import httpx
 import pytest
 
 from tests.fixtures.gpu import interpret_without_gpu
 
 interpret_without_gpu()
+# Each client of httpx reads all certificates, in 50 ms; no test speaks TLS, and one asks again and again.
+httpx._transports.default.create_ssl_context = cache(httpx.create_ssl_context)
 
 pytest_plugins = [
     "tests.fixtures.services",
@@ -42,4 +47,5 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--load-seconds", type=float, default=12.0, help="tests/deploy: how long the live test's tenants work"
     )
     parser.addoption("--plots", metavar="FOLDER", help="tests/deploy: draw what its Prometheus recorded")
+    parser.addoption("--mutants", type=int, default=600, help="damaged adapters of each method")
     parser.addoption("--registry-examples", default="25", help="histories that the registry is put through")

@@ -67,7 +67,7 @@ def on_gpu(
 
 
 def command(s: Stand, i: int, adapter: AdapterRef | None, *, tokens: int = 4, **more: object) -> Generate:
-    prompt = s.prompt(i, (3, 5, 17)[i % 3])  # the interpreter takes milliseconds for a program
+    prompt = s.prompt(i, 17 if i == 2 else 3 + i % 3)  # the interpreter takes milliseconds for a program
     sampling = Sampling(max_tokens=tokens, temperature=0.0, seed=i, ignore_eos=True)
     return Generate(f"row-{i}", "tenant", prompt, sampling, adapter, **more)  # type: ignore[arg-type]
 
