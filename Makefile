@@ -6,13 +6,15 @@ BIN := $(VENV)/bin
 # Tests wait for processes and sockets a third of their time: one worker more than there are cores.
 WORKERS ?= $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1)
 PARALLEL := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+CHAOS := tests/e2e/chaos tests/server/adapters/loading/test_mutants.py tests/adapters_store/test_registry_stateful.py
 INSTALL := $(BIN)/python -m pip install --constraint constraints.txt --editable
 
-.PHONY: help install serve kernels test test-avx2 lint format bench constraints clean
+.PHONY: help install serve kernels test test-chaos test-avx2 lint format bench constraints clean
 
 help:
 	@echo "make serve   install, fetch the default model, serve on http://127.0.0.1:8000"
 	@echo "make test    install with the test tools, run all tests"
+	@echo "make test-chaos   many more kills, damaged adapters and histories than make test has"
 	@echo "make test-avx2   what may depend on the processor's instructions, with those beyond AVX2 hidden"
 	@echo "make constraints   write the installed versions into constraints.txt"
 	@echo "make lint    ruff and mypy --strict        make format   let ruff rewrite"
@@ -28,6 +30,9 @@ kernels: $(VENV)/.develop
 
 test: $(VENV)/.develop
 	$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
+
+test-chaos: $(VENV)/.develop
+	CHAOS_KILLS=12 ACKS_KILLS=8 $(BIN)/python -m pytest $(PARALLEL) $(CHAOS) --mutants 2000 --registry-examples 200 $(ARGS)
 
 test-avx2: $(VENV)/.develop
 	$(BIN)/python -m tests.avx2 $(PARALLEL) $(ARGS)
