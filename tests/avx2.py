@@ -11,7 +11,7 @@ import os
 import sys
 from pathlib import Path
 
-# What computes by the processor's vectors: kernels, the engine's steps, training, and an oracle of each method
+# What computes by the processor's vectors: kernels, the engine's steps, training, an oracle of each method
 # on the default base. Not what makes no tensors, and not Triton's kernels, which numpy interprets.
 PATHS = (
     "tests/server/kernels/cpu",
