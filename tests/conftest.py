@@ -27,6 +27,12 @@ FIRST = (
     "tests/deploy/test_live.py",
     "tests/server/engine/cuda/",
     "tests/oracles/",
+    "tests/test_avx2.py",
+    "tests/server/supervisor/",
+    "tests/server/finetune/",
+    "tests/server/adapters/loading/",
+    "tests/server/engine/",
+    "tests/server/cli/",
 )
 
 
