@@ -94,25 +94,35 @@ def test_whether_there_is_more_is_what_the_libraries_say() -> None:
     assert avx2.has_more_than_avx2() == bool(beyond or set(found["numpy"]) - UP_TO_AVX2)
 
 
-@pytest.mark.parametrize(("failing", "status"), [("", 0), ("test", 1), ("test-avx2", 1)])
-def test_ci_ends_with_both_faces_and_fails_with_either(tmp_path: Path, failing: str, status: int) -> None:
-    """Over a `make` that runs no test."""
-    make = tmp_path / "make"
-    make.write_text(f"""#!/bin/sh
-case "$1" in
-  lint) exit 0 ;;
-  {failing or "none"}) echo "1 failed, 2 passed in 3.00s"; echo "make: Error 1"; exit 2 ;;
-  *) echo "3 passed in 4.00s" ;;
-esac
-""")
-    make.chmod(0o700)
-    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    done = subprocess.run(
+def run_ci(folder: Path, make: str) -> "subprocess.CompletedProcess[str]":
+    """CI over these lines of sh in the place of `make`."""
+    (folder / "make").write_text(f"#!/bin/sh\n{make}")
+    (folder / "make").chmod(0o700)
+    environment = os.environ | {"PATH": f"{folder}:{os.environ['PATH']}"}
+    return subprocess.run(
         [ROOT / ".ci" / "run"], env=environment, capture_output=True, text=True, check=False
     )
+
+
+@pytest.mark.parametrize(("failing", "status"), [("", 0), ("test", 1), ("test-avx2", 1)])
+def test_ci_ends_with_both_faces_and_fails_with_either(tmp_path: Path, failing: str, status: int) -> None:
+    make = f"""case "$1" in
+  {failing or "none"}) echo "1 failed, 2 passed in 3.00s"; echo "make: Error 1"; exit 2 ;;
+  test*) echo "3 passed in 4.00s" ;;
+esac
+"""
+    done = run_ci(tmp_path, make)
     lines = {
         target: "1 failed, 2 passed in 3.00s" if target == failing else "3 passed in 4.00s"
         for target in ("test", "test-avx2")
     }
     assert done.stdout.splitlines()[-2:] == [f"{target:<10} {line}" for target, line in lines.items()]
     assert done.returncode == status
+
+
+@pytest.mark.parametrize("failing", ["install", "lint", "kernels"])
+def test_ci_tests_nothing_where_what_comes_before_fails(tmp_path: Path, failing: str) -> None:
+    done = run_ci(tmp_path, f'echo "made $1"; [ "$1" != {failing} ]')
+    assert done.returncode != 0
+    assert f"made {failing}" in done.stdout
+    assert "made test" not in done.stdout
