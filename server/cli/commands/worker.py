@@ -35,7 +35,8 @@ def worker(**options: Any) -> None:
     from server.base_model.resolve import (
         resolve_model,  # these load more than the other commands should wait for
     )
-    from server.supervisor.embedded_valkey import embedded_url, wait_until_answering
+    from server.supervisor.embedded_valkey import wait_until_answering
+    from server.supervisor.resources import embedded_url
     from server.supervisor.system import COMMANDS, REDIS_SECONDS
 
     settings = read_settings(options)

@@ -20,7 +20,8 @@ from redis.exceptions import BusyLoadingError
 
 from server.errors import StartupError
 from server.settings import MULTIPROCESS, Settings
-from server.supervisor.embedded_valkey import embedded_url, wait_until_answering
+from server.supervisor.embedded_valkey import wait_until_answering
+from server.supervisor.resources import embedded_url
 
 PARENT = """
 import sys, json, pathlib
