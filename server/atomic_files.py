@@ -28,7 +28,8 @@ def write_file(
     make_folder(path.parent)
     temp = path.with_name(f"{path.name}#{secrets.randbits(63)}")
     try:
-        with os.fdopen(os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
+        temp.touch(mode, exist_ok=False)  # has its mode before it has a byte
+        with temp.open("wb") as file:
             for chunk in chunks:
                 file.write(chunk)
             if durable:

@@ -38,7 +38,7 @@ def no_file(ending: str) -> Callable[[pytest.MonkeyPatch], None]:
     real = Path.open
 
     def open_(path: Path, mode: str = "r", *given: Any, **options: Any) -> Any:
-        if "x" in mode and ending in path.name:
+        if set(mode) & set("wx") and ending in path.name:
             full()
         return real(path, mode, *given, **options)
 
