@@ -45,37 +45,22 @@ if AVAILABLE:
     import numpy as np
 
     from server.kernels.cpu.fused_bias import add_biases  # compiled in: numba sees only changes of this file
-    from server.kernels.cpu.llvm_tiles import Float32, tile
+    from server.kernels.cpu.llvm_tiles import any_tile, float32_tile
     from server.kernels.cpu.openmp import barrier, floats, kernel, num_threads, thread_num
-    from server.kernels.cpu.packed_linear import PANEL_STEP, TILES, prefetch_outputs, tiles_for
+    from server.kernels.cpu.packed_linear import (
+        PANEL_STEP,
+        TILE_SIZES,
+        panels_of_thread,
+        prefetch_outputs,
+        tiles_for,
+    )
 
     BIASES_ARG = 10  # index of Biases.arguments() in a launch's arguments
-    R0, R1, R2, R3, R4 = TILES
-    _t0, _t1, _t2, _t3, _t4 = (tile(rows, panels, Float32()) for rows, panels in TILES.items())
-    _h0, _h1, _h2 = (tile(rows, min(panels, PANEL_STEP), Float32()) for rows, panels in [*TILES.items()][:3])
+    _tiles = any_tile(float32_tile, TILE_SIZES)
 
     @nb.njit(cache=True, error_model="numpy")
-    def _run_tile(rows, half, w, x, out, depth, panel_bytes, later, pace):  # type: ignore[no-untyped-def]
-        """`half`: on PANEL_STEP panels, where the tile has more."""
-        if rows == R0:
-            if half:
-                _h0(w, x, out, depth, panel_bytes, later, pace)
-            else:
-                _t0(w, x, out, depth, panel_bytes, later, pace)
-        elif rows == R1:
-            if half:
-                _h1(w, x, out, depth, panel_bytes, later, pace)
-            else:
-                _t1(w, x, out, depth, panel_bytes, later, pace)
-        elif rows == R2:
-            if half:
-                _h2(w, x, out, depth, panel_bytes, later, pace)
-            else:
-                _t2(w, x, out, depth, panel_bytes, later, pace)
-        elif rows == R3:
-            _t3(w, x, out, depth, panel_bytes, later, pace)
-        else:
-            _t4(w, x, out, depth, panel_bytes, later, pace)
+    def _run_tile(rows, panels, w, x, out, depth, panel_bytes, later, pace):  # type: ignore[no-untyped-def]
+        _tiles(rows, panels, w, x, out, depth, panel_bytes, later, pace)
 
     @nb.njit(cache=True, error_model="numpy")
     def _interleave_rows(interleaved, x, stride, first, end, depth, rows, tiles, low, high):  # type: ignore[no-untyped-def]
@@ -150,7 +135,7 @@ if AVAILABLE:
                     )
                     _run_tile(
                         rows,
-                        here < panels,
+                        here,
                         panel,
                         interleaved + (block * depth + k) * rows * 4,
                         out.ctypes.data + block * rows * width * 4,
@@ -169,9 +154,8 @@ if AVAILABLE:
     def _linear(args):  # type: ignore[no-untyped-def]
         depth, n, interleaved, w, bias = args[0], args[1], args[2], args[3], args[4]
         count, x, x_stride, y, y_stride = args[5], args[6], args[7], args[8], args[9]
-        shares = (n + PANEL_STEP * LANES - 1) // (PANEL_STEP * LANES)
         thread, threads = thread_num(), num_threads()
-        low, high = shares * thread // threads * PANEL_STEP, shares * (thread + 1) // threads * PANEL_STEP
+        low, high = panels_of_thread(n, thread, threads)
         pieces = (count + CHUNK_ROWS - 1) // CHUNK_ROWS  # of about equal size: each reads the weight
         for piece in range(pieces):
             first, end = count * piece // pieces, count * (piece + 1) // pieces

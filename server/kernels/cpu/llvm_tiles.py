@@ -8,7 +8,7 @@ int8: inputs are pairs of 16 bits, and a multiply-add of pairs is one instructio
 VNNI it also accumulates); elsewhere plain operations do the same.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import llvmlite.binding as llvm
@@ -19,6 +19,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 LANES = 16  # outputs of a panel
+PANELS_END = 8  # a tile has fewer panels
 
 
 def features_of(listed: str | None) -> dict[str, bool]:
@@ -94,20 +95,41 @@ class Int8:
         return b.add(*(lanes_of(b, products, range(first, 2 * LANES, 2)) for first in (0, 1)))
 
 
-def tile(rows: int, panels: int, kind: Float32 | Int8) -> Any:
-    """tile(w, x, out, depth, panel_bytes, later, pace): out [rows, panels, 16] = x by w's panels.
+def any_tile(generate_tile: Callable[..., None], sizes: Sequence[tuple[int, int]]) -> Any:
+    """run(rows, panels, w, x, out, depth, panel_bytes, later, pace), for each (rows, panels) of `sizes`.
 
-    Over `depth` vectors. Per vector, `pace` bytes of each panel are prefetched, from `later` on.
+    `generate_tile(b, rows, panels, w, ...)` generates the code of one size: out [rows, panels, 16] = x by w's
+    panels, over `depth` vectors. Per vector, `pace` bytes of each panel are prefetched, from `later` on.
     """
+    assert all(panels < PANELS_END for _, panels in sizes)
 
-    def typed(_context, w, x, out, depth, panel_bytes, later, pace):  # type: ignore[no-untyped-def]  # noqa: ARG001
+    def typed(_context, rows, panels, w, x, out, depth, panel_bytes, later, pace):  # type: ignore[no-untyped-def]  # noqa: ARG001
         def generate(context: Any, b: Any, _sig: Any, args: Any) -> Any:
-            _loop(b, rows, panels, kind, *args)
+            size = b.add(b.mul(args[0], LONG(PANELS_END)), args[1])
+            blocks = [b.append_basic_block("tile") for _ in sizes]
+            done = b.append_basic_block("tiled")
+            switch = b.switch(size, blocks[-1])
+            for (rows, panels), block in zip(sizes, blocks, strict=True):
+                switch.add_case(LONG(rows * PANELS_END + panels), block)
+                b.position_at_end(block)
+                generate_tile(b, rows, panels, *args[2:])
+                b.branch(done)
+            b.position_at_end(done)
             return context.get_dummy_value()
 
-        return types.void(*[types.int64] * 7), generate
+        return types.void(*[types.int64] * 9), generate
 
     return intrinsic(typed)
+
+
+def float32_tile(b: Any, rows: int, panels: int, *args: Any) -> None:
+    """A tile of Float32; see any_tile."""
+    _loop(b, rows, panels, Float32(), *args)
+
+
+def int8_tile(b: Any, rows: int, panels: int, *args: Any) -> None:
+    """A tile of Int8; see any_tile."""
+    _loop(b, rows, panels, Int8(), *args)
 
 
 def _loop(

@@ -36,8 +36,10 @@ if AVAILABLE:
     PANEL_STEP = 2  # a thread takes a multiple of these
     # rows of tiles, where there are more rows than one tile takes
     LARGE_TILE, SMALL_TILE = (12, 8) if HAS_AVX512 else (6, 4)
-    R0, R1, R2, R3, R4 = TILES
-    P0, P1, P2, P3, P4 = TILES.values()
+    # Where a thread's last panels are fewer than a tile has, they are PANEL_STEP
+    TILE_SIZES = [*TILES.items(), *((rows, PANEL_STEP) for rows, most in TILES.items() if most > PANEL_STEP)]
+    R0, R1, R2, R3, _ = TILES
+    P0, P1, P2, P3, _ = TILES.values()
     LARGE_PANELS, SMALL_PANELS = TILES[LARGE_TILE], TILES[SMALL_TILE]
 
     @nb.njit(cache=True, error_model="numpy")
@@ -55,6 +57,12 @@ if AVAILABLE:
         if small * SMALL_TILE < large * LARGE_TILE:  # less padding
             return SMALL_TILE, SMALL_PANELS, small
         return LARGE_TILE, LARGE_PANELS, large
+
+    @nb.njit(cache=True, error_model="numpy")
+    def panels_of_thread(outputs, thread, threads):  # type: ignore[no-untyped-def]
+        """The panels [low, high) of `outputs` that a thread multiplies by."""
+        shares = (outputs + PANEL_STEP * LANES - 1) // (PANEL_STEP * LANES)
+        return shares * thread // threads * PANEL_STEP, shares * (thread + 1) // threads * PANEL_STEP
 
     @nb.njit(cache=True, error_model="numpy")
     def prefetch_outputs(y, y_stride, count, last):  # type: ignore[no-untyped-def]

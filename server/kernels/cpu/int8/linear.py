@@ -53,36 +53,22 @@ if AVAILABLE:
     import numpy as np
 
     from server.kernels.cpu.fused_bias import add_biases  # compiled in: numba sees only changes of this file
-    from server.kernels.cpu.llvm_tiles import Int8, tile
+    from server.kernels.cpu.llvm_tiles import any_tile, int8_tile
     from server.kernels.cpu.openmp import barrier, floats, kernel, num_threads, shorts, thread_num, words
-    from server.kernels.cpu.packed_linear import PANEL_STEP, TILES, prefetch_outputs, tiles_for
+    from server.kernels.cpu.packed_linear import (
+        PANEL_STEP,
+        TILE_SIZES,
+        panels_of_thread,
+        prefetch_outputs,
+        tiles_for,
+    )
 
     BIASES_ARG = 12  # index of Biases.arguments() in a launch's arguments
-    R0, R1, R2, R3, R4 = TILES
-    _t0, _t1, _t2, _t3, _t4 = (tile(rows, panels, Int8()) for rows, panels in TILES.items())
-    _h0, _h1, _h2 = (tile(rows, min(panels, PANEL_STEP), Int8()) for rows, panels in [*TILES.items()][:3])
+    _tiles = any_tile(int8_tile, TILE_SIZES)
 
     @nb.njit(cache=True, error_model="numpy")
-    def _run_tile(rows, half, w, x, out, pairs, panel_bytes, later, pace):  # type: ignore[no-untyped-def]
-        if rows == R0:
-            if half:
-                _h0(w, x, out, pairs, panel_bytes, later, pace)
-            else:
-                _t0(w, x, out, pairs, panel_bytes, later, pace)
-        elif rows == R1:
-            if half:
-                _h1(w, x, out, pairs, panel_bytes, later, pace)
-            else:
-                _t1(w, x, out, pairs, panel_bytes, later, pace)
-        elif rows == R2:
-            if half:
-                _h2(w, x, out, pairs, panel_bytes, later, pace)
-            else:
-                _t2(w, x, out, pairs, panel_bytes, later, pace)
-        elif rows == R3:
-            _t3(w, x, out, pairs, panel_bytes, later, pace)
-        else:
-            _t4(w, x, out, pairs, panel_bytes, later, pace)
+    def _run_tile(rows, panels, w, x, out, pairs, panel_bytes, later, pace):  # type: ignore[no-untyped-def]
+        _tiles(rows, panels, w, x, out, pairs, panel_bytes, later, pace)
 
     @nb.njit(cache=True, error_model="numpy", fastmath={"reassoc", "contract"})  # NaN must stay NaN
     def _quantize_row(target, rows, x, depth, limit):  # type: ignore[no-untyped-def]
@@ -173,7 +159,7 @@ if AVAILABLE:
                 prefetch_outputs(target, y_stride, some, last)
                 _run_tile(
                     rows,
-                    here < panels,
+                    here,
                     panel,
                     x,
                     out.ctypes.data,
@@ -193,9 +179,8 @@ if AVAILABLE:
         depth, n, scratch, limit = args[0], args[1], args[2], args[3]
         w, scales, bias = args[4], args[5], args[6]
         count, x, x_stride, y, y_stride = args[7], args[8], args[9], args[10], args[11]
-        shares = (n + PANEL_STEP * LANES - 1) // (PANEL_STEP * LANES)
         thread, threads = thread_num(), num_threads()
-        low, high = shares * thread // threads * PANEL_STEP, shares * (thread + 1) // threads * PANEL_STEP
+        low, high = panels_of_thread(n, thread, threads)
         pieces = (count + CHUNK_ROWS - 1) // CHUNK_ROWS  # of about equal size: each reads the weight
         for piece in range(pieces):
             first, end = count * piece // pieces, count * (piece + 1) // pieces

@@ -47,35 +47,22 @@ if AVAILABLE:
 
     from server.kernels.cpu.fused_bias import add_biases  # compiled in: numba sees only changes of this file
     from server.kernels.cpu.int8.vnni_tiles import GROUP_BYTES, HAS_VNNI, quantize_group, vnni_tile
+    from server.kernels.cpu.llvm_tiles import any_tile
     from server.kernels.cpu.openmp import barrier, floats, kernel, num_threads, thread_num
-    from server.kernels.cpu.packed_linear import PANEL_STEP, TILES, prefetch_outputs, tiles_for
+    from server.kernels.cpu.packed_linear import (
+        PANEL_STEP,
+        TILE_SIZES,
+        panels_of_thread,
+        prefetch_outputs,
+        tiles_for,
+    )
 
     BIASES_ARG = 11  # index of Biases.arguments() in a launch's arguments
-    R0, R1, R2, R3, R4 = TILES
-    _t0, _t1, _t2, _t3, _t4 = (vnni_tile(rows, panels) for rows, panels in TILES.items())
-    _h0, _h1, _h2 = (vnni_tile(rows, min(panels, PANEL_STEP)) for rows, panels in [*TILES.items()][:3])
+    _tiles = any_tile(vnni_tile, TILE_SIZES)
 
     @nb.njit(cache=True, error_model="numpy", fastmath=False)
-    def _run_tile(rows, half, w, x, out, groups, panel_bytes, later, pace):  # type: ignore[no-untyped-def]
-        if rows == R0:
-            if half:
-                _h0(w, x, out, groups, panel_bytes, later, pace)
-            else:
-                _t0(w, x, out, groups, panel_bytes, later, pace)
-        elif rows == R1:
-            if half:
-                _h1(w, x, out, groups, panel_bytes, later, pace)
-            else:
-                _t1(w, x, out, groups, panel_bytes, later, pace)
-        elif rows == R2:
-            if half:
-                _h2(w, x, out, groups, panel_bytes, later, pace)
-            else:
-                _t2(w, x, out, groups, panel_bytes, later, pace)
-        elif rows == R3:
-            _t3(w, x, out, groups, panel_bytes, later, pace)
-        else:
-            _t4(w, x, out, groups, panel_bytes, later, pace)
+    def _run_tile(rows, panels, w, x, out, groups, panel_bytes, later, pace):  # type: ignore[no-untyped-def]
+        _tiles(rows, panels, w, x, out, groups, panel_bytes, later, pace)
 
     @nb.njit(cache=True, error_model="numpy", fastmath=False)
     def _quantize_rows(buffer, x, stride, first, end, depth, groups, rows, low, high):  # type: ignore[no-untyped-def]
@@ -137,7 +124,7 @@ if AVAILABLE:
                 out[: rows * width] = np.float32(0)
                 _run_tile(
                     rows,
-                    here < panels,
+                    here,
                     panel,
                     buffer + block * rows * groups * GROUP_BYTES,
                     out.ctypes.data,
@@ -156,9 +143,8 @@ if AVAILABLE:
         depth, n, buffer = args[0], args[1], args[2]
         count, x, x_stride, y, y_stride = args[6], args[7], args[8], args[9], args[10]
         groups = (depth + GROUP_INPUTS - 1) // GROUP_INPUTS
-        shares = (n + PANEL_STEP * LANES - 1) // (PANEL_STEP * LANES)
         thread, threads = thread_num(), num_threads()
-        low, high = shares * thread // threads * PANEL_STEP, shares * (thread + 1) // threads * PANEL_STEP
+        low, high = panels_of_thread(n, thread, threads)
         pieces = (count + CHUNK_ROWS - 1) // CHUNK_ROWS  # of about equal size: each reads the weight
         for piece in range(pieces):
             first, end = count * piece // pieces, count * (piece + 1) // pieces

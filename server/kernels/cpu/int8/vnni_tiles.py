@@ -42,26 +42,15 @@ _FLOATS, _WORDS = ir.VectorType(_FLOAT, LANES), ir.VectorType(WORD, LANES)
 _BYTES = ir.VectorType(BYTE, 4 * LANES)
 
 
-def vnni_tile(rows: int, panels: int) -> Any:
-    """tile(w, x, out, groups, panel_bytes, later, pace): out [rows, panels, 16] += x by w's panels, float32.
-
-    Weights are uint8 [quads, 16, 4] a panel. Per quad, `pace` bytes of each panel are prefetched, from
-    `later` on.
-    """
-
-    def typed(_context, w, x, out, groups, panel_bytes, later, pace):  # type: ignore[no-untyped-def]  # noqa: ARG001
-        def generate(context: Any, b: Any, _sig: Any, args: Any) -> Any:
-            _tile(b, rows, panels, *args)
-            return context.get_dummy_value()
-
-        return types.void(*[types.int64] * 7), generate
-
-    return intrinsic(typed)
-
-
-def _tile(
+def vnni_tile(
     b: Any, rows: int, panels: int, w: Any, x: Any, out: Any, groups: Any, step: Any, later: Any, pace: Any
 ) -> None:
+    """A tile for any_tile (llvm_tiles.py): out [rows, panels, 16] += x by w's panels, float32, over `groups`.
+
+    Weights are uint8 [quads, 16, 4] a panel, `step` bytes apart. Per quad, `pace` bytes of each panel are
+    prefetched, from `later` on.
+    """
+
     def of_group(group: Any, none: list[Any]) -> list[Any]:
         block = b.add(x, b.mul(group, LONG(GROUP_BYTES * rows)))
 
