@@ -36,6 +36,11 @@ def is_name(text: str) -> bool:
     )
 
 
+def is_file_name(text: str, max_length: int) -> bool:
+    """Whether it is printable and without a path: it is displayed, and suggested at a download."""
+    return 0 < len(text) <= max_length and text.isprintable() and not set(text) & set("/\\")
+
+
 def check_name(text: str, param: str = "name") -> str:
     """`text`, if it is a valid name of an adapter or an alias. Raises InvalidField."""
     if not is_name(text):

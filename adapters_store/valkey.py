@@ -151,6 +151,13 @@ def store_errors() -> Iterator[None]:
         raise StoreError("The control store did not answer; try again.") from error
 
 
+async def claim(redis: Redis, key: str, holder: str, seconds: float) -> bool:
+    """Whether `holder` has the claim `key` now, which expires after `seconds`. Raises StoreError."""
+    with store_errors():
+        found = await redis.set(key, holder, nx=True, get=True, px=int(seconds * 1000))
+    return found in (None, holder.encode())
+
+
 def text(value: object) -> str:
     """A value of Valkey's as str; the client types it loosely."""
     return value.decode() if isinstance(value, bytes) else str(value)

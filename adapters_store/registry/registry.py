@@ -292,8 +292,8 @@ class Registry:
 
 
 def _check_file_name(name: str) -> None:
-    """A file's name is only displayed, and suggested at download. Raises InvalidField."""
-    if not 0 < len(name) <= MAX_FILE_NAME or not name.isprintable() or set(name) & set("/\\"):
+    """Raises InvalidField."""
+    if not names.is_file_name(name, MAX_FILE_NAME):
         raise InvalidField(
             f"file name {shown(name)} must be 1 to {MAX_FILE_NAME} characters without a path.", param="files"
         )

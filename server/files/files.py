@@ -17,7 +17,7 @@ import msgspec
 from redis.asyncio import Redis
 
 from adapters_store.maintenance.scheduled_deletes import SCHEDULED_KEY, ScheduledDeletes
-from adapters_store.names import TENANTS
+from adapters_store.names import TENANTS, is_file_name
 from adapters_store.object_store.store import Objects
 from adapters_store.valkey import store_errors
 from server.errors import InvalidField, NotFound, QuotaExceeded, shown
@@ -166,7 +166,7 @@ def file_key(tenant: str, id_: str) -> str:
 
 def check_file_name(name: str) -> str:
     """The name, if it is short, printable and without a path. Raises InvalidField."""
-    if not 0 < len(name) <= MAX_NAME_LENGTH or not name.isprintable() or set(name) & set("/\\"):
+    if not is_file_name(name, MAX_NAME_LENGTH):
         raise InvalidField(
             f"filename {shown(name)} must be 1 to {MAX_NAME_LENGTH} characters without a path.",
             param="filename",

@@ -3,7 +3,6 @@
 import asyncio
 import os
 import random
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,29 +18,10 @@ from adapters_store.object_store.store import Objects
 from adapters_store.registry.registry import Registry
 from server.errors import StoreError
 from tests.adapters_store.test_registry import manifest, publish, stage
+from tests.fixtures.faults import Interrupted
 
 pytestmark = pytest.mark.anyio
 NO_GRACE = -1.0
-Work = Callable[[], Awaitable[Any]]
-
-
-class Interrupted:
-    """An object store at whose k-th call something else happens, before it or after it."""
-
-    def __init__(self, objects: Objects, at: int, work: Work, *, after: bool) -> None:
-        self.objects, self.at, self.work, self.after, self.calls = objects, at, work, after, 0
-
-    def __getattr__(self, name: str) -> Callable[..., Awaitable[Any]]:
-        async def call(*args: Any) -> Any:
-            self.calls += 1
-            if self.calls == self.at and not self.after:
-                await self.work()
-            result = await getattr(self.objects, name)(*args)
-            if self.calls == self.at and self.after:
-                await self.work()
-            return result
-
-        return call
 
 
 async def expire(redis: Redis) -> None:

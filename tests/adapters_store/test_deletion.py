@@ -11,7 +11,8 @@ from adapters_store.names import deleted_key, manifest_key
 from adapters_store.object_store.store import Objects
 from adapters_store.registry.registry import Registry
 from server.errors import Conflict, NotFound, QuotaExceeded
-from tests.adapters_store.test_registry import Failing, publish
+from tests.adapters_store.test_registry import publish
+from tests.fixtures.faults import Failing
 
 pytestmark = pytest.mark.anyio
 MARK = deleted_key("t", "a", 1)

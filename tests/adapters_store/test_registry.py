@@ -10,6 +10,7 @@ from adapters_store.names import manifest_key
 from adapters_store.object_store.store import Objects
 from adapters_store.registry.registry import Registry
 from server.errors import Conflict, InvalidField, NotFound, PolypeftError, QuotaExceeded, StoreError
+from tests.fixtures.faults import Failing
 
 pytestmark = pytest.mark.anyio
 WEIGHTS = "adapter_model.safetensors"
@@ -252,25 +253,6 @@ async def test_stage_stores_by_content_under_the_tenant(
     for name in ["../x", "a/b", "", "a\x00", "\\", "x" * 129]:
         with pytest.raises(InvalidField, match="file name"):
             await registry.stage("t", [(name, tmp_path / "f")])
-
-
-class Failing:
-    """An object store that fails at its k-th call, before or after doing it."""
-
-    def __init__(self, objects: Objects, at: int, *, after: bool) -> None:
-        self.objects, self.at, self.after, self.calls = objects, at, after, 0
-
-    def __getattr__(self, name: str) -> Callable[..., Awaitable[object]]:
-        async def call(*args: object) -> object:
-            self.calls += 1
-            if self.calls == self.at and not self.after:
-                raise StoreError("broken")
-            result = await getattr(self.objects, name)(*args)
-            if self.calls == self.at:
-                raise StoreError("broken")
-            return result
-
-        return call
 
 
 @pytest.mark.parametrize("after", [False, True])

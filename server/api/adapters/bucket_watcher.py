@@ -20,7 +20,7 @@ from redis.exceptions import RedisError
 
 from adapters_store.names import TENANTS, is_name
 from adapters_store.object_store.store import Head, sha256_of
-from adapters_store.valkey import store_errors
+from adapters_store.valkey import claim, store_errors
 from server.api.adapters.publish import AdapterUpload, publish
 from server.api.adapters.upload_form import CONFIG
 from server.api.http.dependencies import OPERATOR
@@ -205,11 +205,7 @@ class BucketWatcher:
 
     async def _claim(self, folder: WatchedFolder) -> bool:
         """Whether this process may publish the folder: with two at once it would be published twice."""
-        with store_errors():
-            holder = await self._deps.redis.set(
-                f"{WATCHED}:{folder}", self._id, nx=True, get=True, ex=CLAIM_SECONDS
-            )
-        return holder in (None, self._id.encode())
+        return await claim(self._deps.redis, f"{WATCHED}:{folder}", self._id, CLAIM_SECONDS)
 
     async def _renew_claim(self, folder: WatchedFolder) -> None:
         """Keep the claim until cancelled: the engine may take longer than CLAIM_SECONDS."""

@@ -14,7 +14,7 @@ import msgspec
 from redis.asyncio import Redis
 from redis.commands.core import AsyncScript
 
-from adapters_store.valkey import store_errors, text
+from adapters_store.valkey import claim, store_errors, text
 from server.errors import StoreError
 from server.finetune.jobs import transitions_lua as lua
 from server.finetune.jobs.job import Checkpoint, Event, Job, JobError, new_event
@@ -119,11 +119,7 @@ class Publications(JobRecords):
 
         The claim only saves work: two publishers at once do no harm.
         """
-        with store_errors():
-            holder = await self._redis.set(
-                f"{job_key(id_)}:claim", publisher, nx=True, get=True, px=int(CLAIM_SECONDS * 1000)
-            )
-        return holder in (None, publisher.encode())
+        return await claim(self._redis, f"{job_key(id_)}:claim", publisher, CLAIM_SECONDS)
 
     async def report_waiting(self, id_: str, publisher: str, why: str) -> bool:
         """Drop the claim and tell the tenant why the job waits. False if the tenant knows already."""

@@ -2,7 +2,7 @@
 
 import asyncio
 import hashlib
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,6 +14,7 @@ from adapters_store.valkey import text
 from server.errors import Conflict, InvalidField, NotFound, PolypeftError, QuotaExceeded, StoreError
 from server.files.files import File, FileStore
 from server.files.uploads import Upload, Uploads
+from tests.fixtures.faults import Failing
 
 pytestmark = pytest.mark.anyio
 TEN = b"0123456789"
@@ -142,25 +143,6 @@ async def test_names_are_only_shown(files: FileStore, uploads: Uploads, source: 
         await add(files, source, name=name)
     with pytest.raises(InvalidField, match="filename"):
         await uploads.create("t", name, 10, "fine-tune")
-
-
-class Failing:
-    """An object store that fails at its k-th call, before or after doing it."""
-
-    def __init__(self, objects: Objects, at: int, *, after: bool) -> None:
-        self.objects, self.at, self.after, self.calls = objects, at, after, 0
-
-    def __getattr__(self, name: str) -> Callable[..., Awaitable[object]]:
-        async def call(*args: object) -> object:
-            self.calls += 1
-            if self.calls == self.at and not self.after:
-                raise StoreError("broken")
-            found = await getattr(self.objects, name)(*args)
-            if self.calls == self.at:
-                raise StoreError("broken")
-            return found
-
-        return call
 
 
 @pytest.mark.parametrize("after", [False, True])
