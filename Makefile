@@ -5,14 +5,17 @@ BIN := $(VENV)/bin
 
 # Tests wait for processes and sockets a third of their time: one worker more than there are cores.
 WORKERS ?= $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1)
-PARALLEL := -n $(WORKERS) --dist loadfile
-INSTALL := $(BIN)/python -m pip install --constraint constraints.txt --editable
+PARALLEL := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+CHAOS := tests/e2e/chaos tests/server/adapters/loading/test_mutants.py tests/adapters_store/test_registry_stateful.py
+# Not compiled: a run imports a third of the 15,000 files, which Python compiles then.
+INSTALL := $(BIN)/python -m pip install --no-compile --constraint constraints.txt --editable
 
-.PHONY: help serve test test-avx2 lint format bench constraints clean
+.PHONY: help install serve kernels test test-chaos test-avx2 lint format bench constraints clean
 
 help:
 	@echo "make serve   install, fetch the default model, serve on http://127.0.0.1:8000"
 	@echo "make test    install with the test tools, run all tests"
+	@echo "make test-chaos   many more kills, damaged adapters and histories than make test has"
 	@echo "make test-avx2   what may depend on the processor's instructions, with those beyond AVX2 hidden"
 	@echo "make constraints   write the installed versions into constraints.txt"
 	@echo "make lint    ruff and mypy --strict        make format   let ruff rewrite"
@@ -21,8 +24,16 @@ help:
 serve: $(VENV)/.serve
 	$(BIN)/polypeft serve $(ARGS)
 
+install: $(VENV)/.develop
+
+kernels: $(VENV)/.develop
+	$(BIN)/python -m tests.compile_kernels
+
 test: $(VENV)/.develop
 	$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
+
+test-chaos: $(VENV)/.develop
+	CHAOS_KILLS=12 ACKS_KILLS=8 $(BIN)/python -m pytest $(PARALLEL) $(CHAOS) --mutants 2000 --registry-examples 200 $(ARGS)
 
 test-avx2: $(VENV)/.develop
 	$(BIN)/python -m tests.avx2 $(PARALLEL) $(ARGS)

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from server.kernels.cpu.openmp import AVAILABLE
-from tests.avx2 import PATHS, UP_TO_AVX2, masked_environment
+from tests import avx2
+from tests.avx2 import HIDING, PATHS, UP_TO_AVX2, masked_environment
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.skipif(
@@ -54,7 +55,7 @@ def test_nothing_beyond_avx2_is_left() -> None:
     assert found["torch"] in {"AVX2", "DEFAULT"}
     assert set(found["numpy"]) <= UP_TO_AVX2
     assert "avx2" in found["ours"]
-    assert not [name for name in found["ours"] if name.startswith(("avx512", "avxvnni", "amx"))]
+    assert not [name for name in found["ours"] if name.startswith(avx2.WIDER)]
     assert (found["int8"], found["wide"], found["zmm"]) == ("Int8Linear", False, False)
 
 
@@ -65,28 +66,63 @@ def test_what_a_user_sees_holds_without_avx512() -> None:
 
 
 def test_the_paths_are_there() -> None:
-    assert all((ROOT / path).exists() for path in PATHS)
+    for path in PATHS + HIDING:
+        file, _, name = path.partition("::")
+        assert (ROOT / file).exists(), path
+        assert not name or f"def {name}(" in (ROOT / file).read_text(), path
+
+
+@pytest.mark.parametrize(("more", "paths"), [(True, PATHS), (False, HIDING)])
+def test_where_nothing_is_hidden_only_the_hiding_is_tested(
+    more: bool, paths: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    became: list[list[str]] = []
+    monkeypatch.setattr(avx2, "has_more_than_avx2", lambda: more)
+    monkeypatch.setattr(os, "execve", lambda _program, arguments, _environment: became.append(arguments))
+    avx2.main(["-x"])
+    avx2.main(["-x", "tests/test_avx2.py"])
+    assert became[0][4:] == [*paths]
+    assert became[1][4:] == ["tests/test_avx2.py"]
+    assert ("ends at AVX2" in capsys.readouterr().err) is not more
+
+
+def test_whether_there_is_more_is_what_the_libraries_say() -> None:
+    look = [sys.executable, "-c", LOOK]
+    done = subprocess.run(look, cwd=ROOT, capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout)
+    beyond = [name for name in found["ours"] if name.startswith(avx2.WIDER)]
+    assert avx2.has_more_than_avx2() == bool(beyond or set(found["numpy"]) - UP_TO_AVX2)
+
+
+def run_ci(folder: Path, make: str) -> "subprocess.CompletedProcess[str]":
+    """CI over these lines of sh in the place of `make`."""
+    (folder / "make").write_text(f"#!/bin/sh\n{make}")
+    (folder / "make").chmod(0o700)
+    environment = os.environ | {"PATH": f"{folder}:{os.environ['PATH']}"}
+    return subprocess.run(
+        [ROOT / ".ci" / "run"], env=environment, capture_output=True, text=True, check=False
+    )
 
 
 @pytest.mark.parametrize(("failing", "status"), [("", 0), ("test", 1), ("test-avx2", 1)])
 def test_ci_ends_with_both_faces_and_fails_with_either(tmp_path: Path, failing: str, status: int) -> None:
-    """Over a `make` that runs no test."""
-    make = tmp_path / "make"
-    make.write_text(f"""#!/bin/sh
-case "$1" in
-  lint) exit 0 ;;
+    make = f"""case "$1" in
   {failing or "none"}) echo "1 failed, 2 passed in 3.00s"; echo "make: Error 1"; exit 2 ;;
-  *) echo "3 passed in 4.00s" ;;
+  test*) echo "3 passed in 4.00s" ;;
 esac
-""")
-    make.chmod(0o700)
-    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    done = subprocess.run(
-        [ROOT / ".ci" / "run"], env=environment, capture_output=True, text=True, check=False
-    )
+"""
+    done = run_ci(tmp_path, make)
     lines = {
         target: "1 failed, 2 passed in 3.00s" if target == failing else "3 passed in 4.00s"
         for target in ("test", "test-avx2")
     }
     assert done.stdout.splitlines()[-2:] == [f"{target:<10} {line}" for target, line in lines.items()]
     assert done.returncode == status
+
+
+@pytest.mark.parametrize("failing", ["install", "lint", "kernels"])
+def test_ci_tests_nothing_where_what_comes_before_fails(tmp_path: Path, failing: str) -> None:
+    done = run_ci(tmp_path, f'echo "made $1"; [ "$1" != {failing} ]')
+    assert done.returncode != 0
+    assert f"made {failing}" in done.stdout
+    assert "made test" not in done.stdout

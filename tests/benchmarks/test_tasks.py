@@ -2,6 +2,8 @@
 
 import json
 from collections import Counter
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,15 @@ Data, n.:
 \tMore than one.
 \t\t-- Somebody, "Something"
 """
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _modules_are_read_once() -> Iterator[None]:
+    """All of Python's library, whose docstrings are the titles."""
+    task = TASKS["titles"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(TASKS, "titles", task._replace(make=cache(lambda: list(task.make()))))
+        yield
 
 
 @pytest.fixture

@@ -16,7 +16,8 @@ import yaml
 
 from server.settings import inherited_environment
 from tests.deploy.prometheus import DEPLOY, load, program
-from tests.e2e.serving import POLYPEFT, Serving, until
+from tests.e2e.serving import Serving, polypeft, until
+from tests.fixtures.workers import WORKER
 
 TOKEN = "a token for Prometheus alone"
 WINDOW = "15s"  # in place of every window in the rules: faults must show within a test's patience
@@ -38,7 +39,7 @@ class Worker:
     def __init__(self, model: str, server: Serving, folder: Path, *store: str) -> None:
         self.port = free_port()
         options = ["--model", model, "--data-dir", str(server.data_dir), "--threads", "1", *store]
-        self._command = [*POLYPEFT, "worker", *options, "--metrics-port", str(self.port)]
+        self._command = [*polypeft(WORKER), "worker", *options, "--metrics-port", str(self.port)]
         self._folder = folder
         self._process: subprocess.Popen[bytes] | None = None
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from tests.e2e.serving import Serving, until
+from tests.e2e.serving import Serving, polypeft, until
 from tests.fixtures.models import Oracle, greedy, load_model, make_lora
+from tests.fixtures.workers import WORKER
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # one core for the engine: the other is the tests'
@@ -24,6 +25,13 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _trainings_take_their_share() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Serving, "program", polypeft(WORKER))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -17,6 +17,14 @@ import psutil
 from server.settings import inherited_environment
 
 POLYPEFT = (sys.executable, "-c", "from server.cli.main import main; main()")
+
+PROGRAM = """
+import sys
+from server.supervisor import system
+system.COMMANDS["worker"] = (sys.executable, "-c", {worker!r})
+from server.cli.main import main
+main()
+"""
 START_SECONDS = 120.0
 STOP_SECONDS = 60.0
 READY = re.compile(r"is ready at (\S+)/v1$", re.MULTILINE)
@@ -26,6 +34,11 @@ CHILDREN = {
     "valkey": "valkey",
     "worker": "server.finetune",
 }
+
+
+def polypeft(worker: str) -> tuple[str, ...]:
+    """`polypeft` with these lines of Python for its workers."""
+    return (sys.executable, "-c", PROGRAM.format(worker=worker))
 
 
 class Serving:
@@ -172,10 +185,11 @@ class Serving:
 
 
 def until(condition: Callable[[], Any], explain: Callable[[], str] = str, seconds: float = 30.0) -> None:
-    deadline = time.monotonic() + seconds
+    start = time.monotonic()
     while not condition():
-        assert time.monotonic() < deadline, explain()
-        time.sleep(0.02)
+        waited = time.monotonic() - start
+        assert waited < seconds, explain()
+        time.sleep(min(max(waited / 20, 0.02), 0.25))  # whoever asks takes time from what is waited for
 
 
 def alive(pid: int) -> bool:

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import httpx
@@ -21,17 +22,35 @@ LONG = 480  # tokens: a stream that is still running when something happens
 MOST = 64  # streams until each process has one
 
 
-@pytest.fixture
-def server(tiny: Path, tmp_path: Path) -> Iterator[Serving]:
-    it = Serving(str(tiny), tmp_path / "serving", *OPTIONS, "--api-processes", "2", "--workers", "0")
+@pytest.fixture(scope="module")
+def _server(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
+    folder = tmp_path_factory.mktemp("processes")
+    it = Serving(str(tiny), folder, *OPTIONS, "--api-processes", "2", "--workers", "0")
     try:
-        it.start()
-        until(lambda: len(it.pids_of("api")) == 2, it.log)
         yield it
         if it.running:
             it.stop()
     finally:
         it.end()
+
+
+@pytest.fixture
+def server(_server: Serving) -> Serving:
+    """Running, with both its processes, whatever the test before did to them."""
+    if not _server.running:
+        _server.start()
+    until(lambda: len(_server.pids_of("api")) == 2, _server.log)
+    until(lambda: both_answer(_server), _server.log, 60)
+    return _server
+
+
+def both_answer(server: Serving) -> bool:
+    """Whether each process has one of a few new connections."""
+    with ExitStack() as stack, suppress(httpx.TransportError):
+        for _ in range(8):
+            stack.enter_context(server.http()).get("/healthz")
+        return all(connections(server))
+    return False
 
 
 class Stream:
@@ -111,7 +130,7 @@ def test_one_is_killed_and_the_other_serves_on(server: Serving) -> None:
 
 
 def test_every_scrape_shows_the_sum_of_all(server: Serving) -> None:
-    key = server.tenant("alice")
+    key = server.tenant("bob")
 
     def one(_: int) -> int:
         with server.http(key) as http:  # a connection each
@@ -124,11 +143,14 @@ def test_every_scrape_shows_the_sum_of_all(server: Serving) -> None:
         requests = sum(float(line.rpartition(" ")[2]) for line in lines if "/v1/completions" in line)
         return requests, server.gauge("vllm:generation_tokens_total")
 
+    until(lambda: server.gauge("vllm:num_requests_running") == 0)
+    time.sleep(2)  # the engine tells its figures once a second
+    requests, tokens = counted()
     with ThreadPoolExecutor(8) as pool:
         for asked in (24, 48):
             assert set(pool.map(one, range(24))) == {200}
-            expected = (asked, 8 * asked)
-            time.sleep(2)  # the engine tells its figures once a second
+            expected = (requests + asked, tokens + 8 * asked)
+            until(lambda: counted() == expected, lambda: f"{counted()} is not {expected}")  # noqa: B023
             assert {counted() for _ in range(8)} == {expected}
             kill_one(server)
             end = time.monotonic() + 6  # while another starts, and takes its first scrapes
@@ -138,7 +160,7 @@ def test_every_scrape_shows_the_sum_of_all(server: Serving) -> None:
 
 
 def test_streams_of_all_may_finish_after_sigterm(server: Serving) -> None:
-    streams = streams_on_both(server, server.tenant("alice"))
+    streams = streams_on_both(server, server.tenant("carol"))
     server.stop()
     for stream in streams:
         stream.end()

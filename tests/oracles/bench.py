@@ -6,6 +6,7 @@ Adapters of strong noise bring PEFT's own error up to 2e-4; those for SmolLM2 ar
 """
 
 from collections.abc import Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -44,14 +45,19 @@ class Bench:
         self.objects = Objects.open(own.store_url)
         self.engine = Engine(own, model)
         self.logits = record_logits(self.engine)
+        self._numbers = count()
 
-    def close(self) -> None:
+    def check_base(self) -> None:
         """All the adapters have come and gone, and the base is what it was."""
         assert self.engine.model.digest() == self.engine.base.digest
+
+    def close(self) -> None:
+        self.check_base()
         self.engine.close()
 
     def publish(self, adapter: Path) -> AdapterRef:
-        return publish(self.objects, self.engine.base, adapter)
+        """Under a name of its own: several files may have adapters in folders of one name."""
+        return publish(self.objects, self.engine.base, adapter, name=f"adapter-{next(self._numbers)}")
 
     def prompts(self, lengths: Sequence[int]) -> list[list[int]]:
         generator = torch.Generator().manual_seed(1)

@@ -8,7 +8,6 @@ import json
 import logging
 import os
 import random
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,21 +17,14 @@ import httpx
 import psutil
 import pytest
 
-from tests.e2e.serving import Serving, alive, until
-from tests.fixtures.workers import WORKER
+from tests.e2e.serving import Serving, alive, polypeft, until
+from tests.fixtures.workers import IMPATIENT_WORKER
 
 KILLS = int(os.environ.get("CHAOS_KILLS", "2"))
 SEED = int(os.environ.get("CHAOS_SEED", "1"))
 EPOCHS = 12 if KILLS < 10 else 24
 JOB_SECONDS = 240.0
 STARTING, START_SECONDS = 0.2, 8.0  # of a training: the share before the first step, and about its time
-PROGRAM = f"""
-import sys
-from server.supervisor import system
-system.COMMANDS["worker"] = (sys.executable, "-c", {WORKER!r})
-from server.cli.main import main
-main()
-"""
 CAPITALS = {"France": "Paris", "Italy": "Rome", "Spain": "Madrid", "Peru": "Lima", "Japan": "Tokyo"}
 log = logging.getLogger(__name__)
 
@@ -40,7 +32,7 @@ log = logging.getLogger(__name__)
 class Impatient(Serving):
     """Its workers' leases lapse after three seconds."""
 
-    program = (sys.executable, "-c", PROGRAM)
+    program = polypeft(IMPATIENT_WORKER)
 
 
 class Ended(NamedTuple):

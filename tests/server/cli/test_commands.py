@@ -17,6 +17,7 @@ from server.cli.http_client import pages
 from server.cli.main import SUMMARIES, load_command
 from server.cli.options import read_settings
 from server.engine.fake import Behaviour
+from server.engine.model.config_shapes import read_shapes
 from server.errors import StartupError
 from server.settings import Settings
 from tests.fixtures.hub import hub
@@ -391,7 +392,6 @@ def test_size_tells_bytes_and_the_options_that_go_with_them(run: Run, tmp_path: 
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (("--context", "513"), "--context 513 is more than 512, the model's own."),
         (("--model", "nowhere"), "--model 'nowhere' is neither"),
         (("--model", "."), "--model '.' cannot be sized: "),
     ],
@@ -401,3 +401,15 @@ def test_size_of_what_cannot_be(run: Run, tmp_path: Path, arguments: tuple[str, 
     done = run("size", "--model", str(tmp_path / "tiny"), *arguments)
     assert done.status == 1
     assert sentence in done.err
+
+
+def test_size_of_a_context_that_the_model_does_not_have(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the child that reads config.json for it: this process has torch."""
+    build_tiny("llama", tmp_path / "tiny")
+    shapes = read_shapes(tmp_path / "tiny")
+    monkeypatch.setattr("server.cli.commands.size.shapes_of", lambda settings: shapes)
+    done = run("size", "--model", str(tmp_path / "tiny"), "--context", "513")
+    assert done.status == 1
+    assert "--context 513 is more than 512, the model's own." in done.err

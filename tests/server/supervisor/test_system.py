@@ -102,8 +102,10 @@ class System:
         return process
 
     def ready(self) -> str:
-        until(lambda: (self.folder / "url").exists(), self.log)
-        return (self.folder / "url").read_text()
+        """The URL, as soon as the file has it: there is a moment when it is empty."""
+        path = self.folder / "url"
+        until(lambda: path.exists() and path.read_text(), self.log)
+        return path.read_text()
 
     def pids(self, name: str) -> list[int]:
         path = self.folder / f"{name}.pids"

@@ -1,7 +1,8 @@
-"""Two thousand damaged adapters a method: each is refused by a sentence, or serves, and harms nobody.
+"""Hundreds of damaged adapters a method: each is refused by a sentence, or serves, and harms nobody.
 
 Every mutant goes through what an upload goes through: `inspect`, and if that lets it in, the engine's gate,
 beside rows of the base and of a sound adapter. To replay one: `mutate(kinds[METHOD], SEED)`.
+`--mutants 2000` makes more of them.
 """
 
 import gc
@@ -33,8 +34,7 @@ from tests.fixtures.models import load_model, make_lora
 from tests.fixtures.mutants import Mutant, mutate
 
 METHODS = ("lora", "bottleneck", "prefix", "prompt", "bitfit", "ia3", "ln_tuning")
-MUTANTS = 2000  # a method
-TRIALS = 120  # of them, how many that differ go on to the gate
+TRIALS = 120  # of a method's, how many that differ go on to the gate
 AT_ONCE = 8
 SECOND = 1.0
 SENTENCE = 1000  # characters; a refusal quotes little of what came
@@ -103,9 +103,11 @@ def test_each_is_refused_or_serves_and_harms_nobody(
     kinds: dict[str, list[Path]],
     method: str,
     tmp_path: Path,
+    request: pytest.FixtureRequest,
     record_property: Callable[[str, object], None],
 ) -> None:
-    seeds = [f"{method} {i}" for i in range(MUTANTS)]
+    count = request.config.getoption("--mutants")
+    seeds = [f"{method} {i}" for i in range(count)]
     verdicts: Counter[str] = Counter()
     door = Door(stand, tmp_path)
     passed: dict[str, tuple[str, Manifest, Mutant]] = {}
@@ -118,7 +120,7 @@ def test_each_is_refused_or_serves_and_harms_nobody(
             manifest = door.stage(found, mutant)
             passed.setdefault(manifest.digest, (seed, manifest, mutant))
             verdicts["inspected"] += 1
-    assert verdicts["invalid_adapter"] > MUTANTS // 4
+    assert verdicts["invalid_adapter"] > count // 4
     assert len(passed) > TRIALS // 4
     step = max(1, len(passed) // TRIALS)
     trials = list(islice(passed.values(), 0, None, step))

@@ -1,8 +1,10 @@
 """On CUDA: what Triton must compile at its first launch is tried at the start. None of it needs a GPU."""
 
+import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -11,28 +13,52 @@ from tests.fixtures.gpu import needs_triton
 
 pytestmark = needs_triton
 
+# What a start on a machine with a CUDA device says, of each line of variables in a process of its own
 PLACE = """
-import torch
+import json, os, sys, torch
 from server.engine.model.placement import choose_placement
 from server.errors import StartupError
 from server.settings import Settings
 
 torch.cuda.is_available = lambda: True
-try:
-    print(choose_placement(Settings(device="cuda")).device)
-except StartupError as error:
-    print(error.param, error)
+for line in sys.stdin:
+    if os.fork():
+        os.wait()
+        continue
+    os.environ.update(json.loads(line))
+    said = "died"
+    try:
+        said = str(choose_placement(Settings(device="cuda")).device)
+    except StartupError as error:
+        said = f"{error.param} {error}"
+    finally:
+        print(said, flush=True)
+        os._exit(0)
 """
 REFUSED = "device Triton's kernels need a C compiler and Python's headers"
+Placed = Callable[..., str]
 
 
-def placed(**environment: str) -> str:
-    """What a start on a machine with a CUDA device says, where the compiler is what these variables name."""
+@pytest.fixture(scope="module")
+def placed() -> Iterator[Placed]:
+    """variables -> what the start says, where the compiler is what these name; torch is imported once."""
     own = {name: value for name, value in os.environ.items() if name not in {"CC", "TRITON_INTERPRET"}}
     command = [sys.executable, "-c", PLACE]
-    done = subprocess.run(command, env=own | environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    with subprocess.Popen(
+        command, env=own, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        tell, hear = process.stdin, process.stdout
+
+        def place(**variables: str) -> str:
+            tell.write(json.dumps(variables) + "\n")
+            tell.flush()
+            return hear.readline().rstrip()
+
+        yield place
+        tell.close()
+    assert process.returncode == 0
 
 
 @pytest.fixture
@@ -44,19 +70,19 @@ def compiler(tmp_path: Path) -> Path:
     return path
 
 
-def test_without_a_compiler_the_start_is_refused(tmp_path: Path) -> None:
+def test_without_a_compiler_the_start_is_refused(placed: Placed, tmp_path: Path) -> None:
     assert placed(PATH=str(tmp_path)).startswith(REFUSED)
     assert placed(CC=str(tmp_path / "none")).startswith(REFUSED)
 
 
-def test_a_compiler_that_fails_is_none(tmp_path: Path, compiler: Path) -> None:
+def test_a_compiler_that_fails_is_none(placed: Placed, compiler: Path) -> None:
     """As one does that finds no Python.h."""
     compiler.write_text("#!/bin/sh\nexit 1\n")
     assert placed(CC=str(compiler)).startswith(REFUSED)
 
 
-def test_tritons_own_driver_is_what_is_compiled(compiler: Path) -> None:
-    assert placed(CC=str(compiler)) == "cuda\n"
+def test_tritons_own_driver_is_what_is_compiled(placed: Placed, compiler: Path) -> None:
+    assert placed(CC=str(compiler)) == "cuda"
     asked = compiler.with_name("cc.asked").read_text()
     assert "nvidia/driver.c" in asked
     assert f"include/python3.{sys.version_info.minor}" in asked

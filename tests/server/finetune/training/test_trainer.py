@@ -68,11 +68,11 @@ class Run:
 def test_a_training_that_was_stopped_ends_as_if_it_had_not_been(
     llama: Path, tmp_path: Path, method: str
 ) -> None:
-    """In the middle of an epoch and at its end, with an evaluation and without, and after the last step."""
+    """LoRA in the middle of an epoch and at its end, with an evaluation and without, after the last step."""
     own = recipe(method, gradient_accumulation=2, n_epochs=3)
     whole = Run(llama, own, tmp_path / "whole").fit()
     assert [s.step for s in whole.memory.steps] == list(range(1, 10))
-    for stop in (1, 3, 5, 9):
+    for stop in (1, 3, 5, 9) if method == "lora" else (5,):
         memory = Memory(until(stop, "pause"))
         with pytest.raises(Stopped, match="pause"):
             Run(llama, own, tmp_path / f"first-{stop}", memory).fit()
