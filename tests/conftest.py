@@ -9,7 +9,7 @@ from tests.fixtures.gpu import interpret_without_gpu
 
 interpret_without_gpu()
 # Each client of httpx reads all certificates, in 50 ms; no test speaks TLS, and one asks again and again.
-httpx._transports.default.create_ssl_context = cache(httpx.create_ssl_context)
+httpx._transports.default.create_ssl_context = cache(httpx.create_ssl_context)  # type: ignore[attr-defined]
 
 pytest_plugins = [
     "tests.fixtures.services",

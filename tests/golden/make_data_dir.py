@@ -204,7 +204,8 @@ def _answers(redis: Redis) -> bool:
 
 def keep_unfinished(redis: Redis, upload: str) -> None:
     """An upload ends after an hour, this one does not. What rq noted of its workers goes: it names a host."""
-    [key] = map(bytes.decode, redis.keys(f"pp:upload:*:{upload}"))
+    [found] = redis.keys(f"pp:upload:*:{upload}")
+    key = found.decode() if isinstance(found, bytes) else found
     tenant = key.split(":")[2]
     redis.hset(key, "expires", FAR)
     redis.persist(key)
