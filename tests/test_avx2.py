@@ -72,7 +72,7 @@ def test_the_paths_are_there() -> None:
         assert not name or f"def {name}(" in (ROOT / file).read_text(), path
 
 
-@pytest.mark.parametrize(("more", "paths"), [(True, PATHS), (False, HIDING)])
+@pytest.mark.parametrize(("more", "paths"), [(True, PATHS), (False, (*HIDING, "-n0"))])
 def test_where_nothing_is_hidden_only_the_hiding_is_tested(
     more: bool, paths: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -22,7 +22,7 @@ from tests.fixtures.workers import IMPATIENT_WORKER
 
 KILLS = int(os.environ.get("CHAOS_KILLS", "2"))
 SEED = int(os.environ.get("CHAOS_SEED", "1"))
-EPOCHS = 12 if KILLS < 10 else 24
+EPOCHS = 8 if KILLS < 10 else 24
 JOB_SECONDS = 240.0
 STARTING, START_SECONDS = 0.2, 8.0  # of a training: the share before the first step, and about its time
 CAPITALS = {"France": "Paris", "Italy": "Rome", "Spain": "Madrid", "Peru": "Lima", "Japan": "Tokyo"}
