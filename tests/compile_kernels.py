@@ -36,8 +36,8 @@ def main() -> None:
         for family in ("llama", "gpt2"):
             build_tiny(family, folder / family)
             serve(folder / family, folder / f"{family}-float32")
-            for method in ("lora", "bottleneck"):
-                train(folder / family, folder / f"{family}-{method}", method)
+        for method in ("lora", "bottleneck"):
+            train(folder / "llama", folder / method, method)
         serve(folder / "llama", folder / "int8", quantize="int8")
         serve(folder / "llama", folder / "bfloat16", dtype="bfloat16")
 
