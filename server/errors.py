@@ -16,7 +16,8 @@ PolypeftError                           500  our fault unless a subclass says ot
 ├── UrlTooLong                          414  more bytes of URL than the cap
 ├── UnsupportedMedia                    415  not a kind of file we take
 ├── QuotaExceeded                       429  the tenant's limit
-│   └── TenantQueueFull                 429  ... of rows that wait
+│   ├── TenantQueueFull                 429  ... of rows that wait
+│   └── RateLimited                     429  ... of requests or tokens a minute, or of requests at once
 ├── HeadTooLarge                        431  more header fields, or bytes of them, than the cap
 ├── Unavailable                         503  overloaded, draining, or a part is down: try again
 │   ├── QueueFull                       503  more rows wait than may
@@ -45,7 +46,7 @@ class PolypeftError(Exception):
     """Root of the tree. `param` names the field at fault, `code` is stable and machine-readable."""
 
     status: ClassVar[int] = 500
-    type: ClassVar[str] = "server_error"
+    type: str = "server_error"
     code: str = "internal_error"
 
     def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
@@ -140,6 +141,25 @@ class QuotaExceeded(PolypeftError):
 
 class TenantQueueFull(QuotaExceeded):
     code = "tenant_queue_full"
+
+
+class RateLimited(QuotaExceeded):
+    """`type` says of what, as OpenAI's does. `wait`: seconds until it would be admitted; None: never."""
+
+    code = "rate_limit_exceeded"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        kind: str = "requests",
+        wait: float | None = 1.0,
+    ) -> None:
+        super().__init__(message, param=param, code=code)
+        self.type = kind
+        self.wait = wait
 
 
 class HeadTooLarge(PolypeftError):

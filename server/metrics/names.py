@@ -45,6 +45,7 @@ GATE_REFUSALS = ("invalid", "non_finite", "no_effect", "too_large", "store", OTH
 CLASSES = ("anonymous", "operator", "low", "standard", "high")
 FINISHED = ("stop", "length", "abort", "error")
 REJECTIONS = ("queue_full", "draining", "engine_unavailable", "quota")
+RATES = ("requests", "tokens", "concurrent", "size")
 OPERATIONS = ("put", "create", "get", "download", "head", "delete", "list", "sign_put", OTHER)
 PROCESSES = ("api", "engine", "worker")
 OUTCOMES = ("finished", "saved", "crashed", "cancelled", "lost", "time", "disk", OTHER)
@@ -213,9 +214,7 @@ API: Mapping[str, Family] = {
     "between_tokens": _histogram("vllm:inter_token_latency_seconds", SECONDS, "Between a row's tokens"),
     "end_to_end": _histogram("vllm:e2e_request_latency_seconds", SECONDS, "Arrival to last token"),
     "finished": _counter(
-        "vllm:request_success",
-        "Choices ended, by how; abort: the client left",
-        finished_reason=FINISHED,
+        "vllm:request_success", "Choices ended, by how; abort: the client left", finished_reason=FINISHED
     ),
     "failures": _counter("polypeft_request_failures", "Generations ended by an error", code=()),
     "rejections": _counter(
@@ -223,6 +222,7 @@ API: Mapping[str, Family] = {
         "Generations refused at the door; quota: any request beyond a tenant's limit",
         reason=REJECTIONS,
     ),
+    "rate_limited": _counter("polypeft_rate_limited", "Refused by a tenant's rate limits", limit=RATES),
     "valkey_seconds": _histogram("polypeft_valkey_call_seconds", CALLS, "Calls of Valkey, pipelines as one"),
     "valkey_errors": _counter("polypeft_valkey_errors", "Calls of Valkey that failed"),
 }

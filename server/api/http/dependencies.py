@@ -11,6 +11,7 @@ from fastapi import Depends, Request
 from server.api.services import Services
 from server.errors import Forbidden, Unauthenticated
 from server.tenancy.keys import fingerprint, same_secret
+from server.tenancy.limits import NO_LIMITS, Limits
 from server.tenancy.tenants import OPERATOR, Tenant
 from server.tracing import span, tell
 
@@ -30,9 +31,10 @@ async def current_tenant(request: Request, deps: Deps) -> Tenant:
     with span("auth"):
         secret = bearer(request)
         operator = same_secret(secret, deps.operator_secret)
-        tenant = OPERATOR if operator else await deps.tenants.authenticate(secret)
-    if tenant is None:
+        found = (OPERATOR, NO_LIMITS) if operator else await deps.tenants.authenticate(secret)
+    if found is None:
         raise Unauthenticated("The API key is not valid.")
+    tenant, request.state.limits = found
     request.state.tenant = tenant  # for the metrics of RequestMiddleware
     tell({"polypeft.tenant": tenant.id})
     return tenant
@@ -45,6 +47,15 @@ async def operator(tenant: Annotated[Tenant, Depends(current_tenant)]) -> None:
 
 
 CurrentTenant = Annotated[Tenant, Depends(current_tenant)]
+
+
+async def current_limits(request: Request, _tenant: CurrentTenant) -> Limits:
+    """Those in force for the tenant; none for the operator."""
+    limits: Limits = request.state.limits
+    return limits
+
+
+CurrentLimits = Annotated[Limits, Depends(current_limits)]
 
 
 async def current_actor(request: Request, deps: Deps, tenant: CurrentTenant) -> str:
