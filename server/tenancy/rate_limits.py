@@ -37,11 +37,17 @@ class _Refused(NamedTuple):
 
 
 class RateLimits:
-    def __init__(self, redis: Redis, lease_seconds: float = LEASE_SECONDS) -> None:
+    def __init__(
+        self,
+        redis: Redis,
+        lease_seconds: float = LEASE_SECONDS,
+        decision_seconds: float = DECISION_SECONDS,
+    ) -> None:
         self._admit = redis.register_script(ADMIT)
         self._settle = redis.register_script(SETTLE)
         self._renew = redis.register_script(RENEW)
         self._lease = lease_seconds
+        self._decision_seconds = decision_seconds
         self._local = LocalRates()
         self._running: dict[str, str] = {}  # request id -> tenant
         self._taken_locally: set[str] = set()  # of those that run
@@ -116,7 +122,7 @@ class RateLimits:
         ]
         try:
             with store_errors():
-                async with asyncio.timeout(DECISION_SECONDS):
+                async with asyncio.timeout(self._decision_seconds):
                     answer = await self._admit(keys=_keys(tenant), args=arguments)
         except (StoreError, TimeoutError):
             log.warning("Valkey does not decide on rate limits; they hold in this process alone")
