@@ -167,17 +167,11 @@ class RateLimits:
             )
 
     async def _renew_all(self) -> None:
-        renewed = dict(self._running)
-        if not renewed:
+        if not self._running:
             return
-        leases = [_keys(tenant)[1] for tenant in renewed.values()]
+        leases = [_keys(tenant)[1] for tenant in self._running.values()]
         with store_errors():
-            await self._renew(keys=leases, args=[int(self._lease * MICRO), *renewed])
-        ended = renewed.keys() - self._running.keys()  # perhaps before their leases were renewed
-        if ended and self._settling:
-            await asyncio.wait(set(self._settling))
-        for request in ended:
-            await self._give_back(renewed[request], request, 0)
+            await self._renew(keys=leases, args=[int(self._lease * MICRO), *self._running])
 
 
 def _keys(tenant: str) -> list[str]:

@@ -90,12 +90,13 @@ end
 """
 
 # KEYS: the leases of each request's tenant; ARGV: microseconds of a lease, then the id of each request.
+# A lease that is gone stays so: the request has ended, or nothing was taken for it that could go back.
 RENEW = (
     _START
     + """
 local lease = tonumber(ARGV[1])
 for i, leases in ipairs(KEYS) do
-  redis.call('ZADD', leases, int(now + lease), ARGV[i + 1])
+  redis.call('ZADD', leases, 'XX', int(now + lease), ARGV[i + 1])
   redis.call('PEXPIRE', leases, int(2 * lease / 1000))
 end
 """

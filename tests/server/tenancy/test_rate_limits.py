@@ -31,7 +31,7 @@ def passes(redis: SyncRedis, tenant: str, seconds: float) -> None:
     """Time goes by (or back) for the bucket: what it remembers moves the other way."""
     key = f"pp:rates:{tenant}"
     if at := redis.hget(key, "at"):
-        redis.hset(key, "at", int(at) - int(seconds * 1_000_000))  # type: ignore[arg-type]
+        redis.hset(key, "at", int(at) - int(seconds * 1_000_000))
 
 
 async def test_a_minutes_requests_pass_and_no_more(redis: Redis) -> None:
@@ -144,6 +144,17 @@ async def main():
 
 asyncio.run(main())
 """
+
+
+async def test_a_renewal_gives_no_lease(redis: Redis) -> None:
+    """Neither to a request that ended meanwhile nor to one that Valkey has not admitted."""
+    rates, limits = RateLimits(redis), Limits(requests_per_minute=10)
+    rates._running["undecided"] = "t"
+    await rates._renew_all()
+    assert await redis.zcard("pp:rates:t:leases") == 0
+    assert (await rates.admit("t", limits, "undecided", 0)).requests == pytest.approx(9, abs=0.5)
+    await rates._renew_all()
+    assert await redis.zrange("pp:rates:t:leases", 0, -1) == [b"undecided"]
 
 
 async def test_a_killed_process_leaves_nothing(redis: Redis, valkey_url: str) -> None:

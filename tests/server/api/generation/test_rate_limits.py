@@ -48,7 +48,8 @@ def test_without_limits_there_is_no_header_and_no_key(system: System, http: http
 
 def test_every_answer_says_what_is_left(system: System, limited: Callable[..., Limited]) -> None:
     with system.http(limited(requests_per_minute=60, tokens_per_minute=6000).key) as client:
-        for number, fields in enumerate(({}, {"stream": True}, {"n": 1.5}), 1):
+        asked: tuple[dict[str, Any], ...] = ({}, {"stream": True}, {"n": 1.5})
+        for number, fields in enumerate(asked, 1):
             answer = ask(client, **fields)
             assert answer.status_code == (422 if "n" in fields else 200)
             assert answer.headers["x-ratelimit-limit-requests"] == "60"
@@ -141,7 +142,8 @@ def test_a_client_that_hangs_up_gets_its_tokens_back(
         with client.stream(
             "POST", "/v1/completions", json=BODY | {"max_tokens": 190, "stream": True}
         ) as answer:
-            next(answer.iter_lines())
+            lines = answer.iter_lines()
+            next(lines)
             assert left(client) <= 20
         until(lambda: engine.running == 0)
         until(lambda: left(client) >= 150)
