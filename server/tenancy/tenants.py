@@ -1,4 +1,4 @@
-"""Tenants and their keys, in Valkey. Knows no HTTP and no adapters.
+"""Tenants, their keys and limits, in Valkey. Knows no HTTP and no adapters.
 
     pp:tenants                hash   tenant id -> Tenant
     pp:tenants:{id}:keys      hash   key id -> KeyRecord
