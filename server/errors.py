@@ -16,7 +16,8 @@ PolypeftError                           500  a bug or failure of ours, unless a 
 ├── UrlTooLong                          414  a longer URL than the limit
 ├── UnsupportedMedia                    415  a kind of file that is not accepted
 ├── QuotaExceeded                       429  a limit of the tenant
-│   └── TenantQueueFull                 429  ... on its rows in the engine
+│   ├── TenantQueueFull                 429  ... on its rows in the engine
+│   └── RateLimited                     429  ... on requests or tokens a minute, or on requests at once
 ├── HeadTooLarge                        431  more header fields or header bytes than the limit
 ├── Unavailable                         503  overloaded, draining, or a part is down: try again
 │   ├── QueueFull                       503  the engine has all the rows that it takes
@@ -45,7 +46,7 @@ class PolypeftError(Exception):
     """Root of the tree. `param` names the invalid field; `code` is stable and machine-readable."""
 
     status: ClassVar[int] = 500
-    type: ClassVar[str] = "server_error"
+    type: str = "server_error"
     code: str = "internal_error"
 
     def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
@@ -140,6 +141,25 @@ class QuotaExceeded(PolypeftError):
 
 class TenantQueueFull(QuotaExceeded):
     code = "tenant_queue_full"
+
+
+class RateLimited(QuotaExceeded):
+    """`type` says of what, as OpenAI's does. `wait`: seconds until it would be admitted; None: never."""
+
+    code = "rate_limit_exceeded"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        kind: str = "requests",
+        wait: float | None = 1.0,
+    ) -> None:
+        super().__init__(message, param=param, code=code)
+        self.type = kind
+        self.wait = wait
 
 
 class HeadTooLarge(PolypeftError):

@@ -20,6 +20,7 @@ OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 # of 35 ms took more than a second; so it takes 90. On an idle machine it costs nothing.
 SPINS = {"GOMP_SPINCOUNT": "3000"}
 MULTIPROCESS = "PROMETHEUS_MULTIPROC_DIR"
+MAX_LIMIT = 1_000_000_000  # of tenants' limits
 LONGEST_RUN_DIR = 90  # bytes; leaves room for a socket's own name
 
 
@@ -148,6 +149,12 @@ class Settings(BaseSettings):
     """Chunked uploads a tenant may have open."""
     max_jobs_per_tenant: int = Field(default=8, ge=1)
     """Unfinished fine-tuning jobs a tenant may have."""
+    requests_per_minute: int | None = Field(default=None, ge=1, le=MAX_LIMIT)
+    """Generation requests a minute of a tenant that has no limit of its own; without it, no limit."""
+    tokens_per_minute: int | None = Field(default=None, ge=1, le=MAX_LIMIT)
+    """Tokens a minute, prompts and answers, of such a tenant; without it, no limit."""
+    concurrent_requests: int | None = Field(default=None, ge=1, le=MAX_LIMIT)
+    """Generation requests of such a tenant at once; without it, no limit."""
     max_training_examples: int = Field(default=100_000, ge=1)
     """Examples of a training file."""
     max_training_tokens: int = Field(default=20_000_000, ge=1)

@@ -49,7 +49,9 @@ from server.finetune.jobs.publisher import Publisher
 from server.metrics import Metrics
 from server.settings import Settings, multiprocess_dir
 from server.tenancy.keys import operator_key
+from server.tenancy.limits import Limits
 from server.tenancy.pins import Pins
+from server.tenancy.rate_limits import RateLimits
 from server.tenancy.tenants import Tenants
 from server.tracing import Tracing
 
@@ -100,15 +102,18 @@ def build_app(settings: Settings, tracing: Tracing | None = None) -> FastAPI:
             loops = [publisher.run, CleanupLoop(services.registry).run, lambda: pins.keep_pins(services)]
             loops += [watcher.run] if watcher is not None else []
         background = asyncio.create_task(_run_loops(services, loops))
+        renewal = asyncio.create_task(services.rate_limits.renew_leases())
         app.state.services = services
         if settings.api_processes > 1:  # accept no connection, a scrape included, that another serves better
             await services.engine.wait_for_stats(FIRST_REPORT_SECONDS)
         try:
             yield
         finally:
-            background.cancel()
-            await asyncio.gather(background, return_exceptions=True)
+            for task in (background, renewal):
+                task.cancel()
+            await asyncio.gather(background, renewal, return_exceptions=True)
             await services.engine.close()
+            await services.rate_limits.close()
             await services.redis.aclose()
             if tracing is not None:
                 await asyncio.to_thread(tracing.close)
@@ -177,7 +182,7 @@ def build_services(settings: Settings) -> Services:
             grace_seconds=settings.grace_seconds,
         ),
         methods=build_readers(settings.max_lora_rank),
-        tenants=Tenants(redis),
+        tenants=Tenants(redis, Limits.defaults(settings)),
         engine=engine,
         metrics=metrics,
         cluster_metrics=ClusterMetrics(redis, metrics, losses=settings.metrics_closed),
@@ -192,4 +197,5 @@ def build_services(settings: Settings) -> Services:
         presigned_uploads=PresignedUploads(redis, settings.max_uploads_per_tenant),
         jobs=Jobs(redis, settings.max_jobs_per_tenant),
         pins=Pins(redis, settings.max_pins_per_tenant),
+        rate_limits=RateLimits(redis),
     )

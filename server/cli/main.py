@@ -26,7 +26,7 @@ SUMMARIES = {
     "What is unset suits method and data.",
     "size": "How much memory a server needs, as a table, and the options of `serve` for it. "
     "Reads no weights.",
-    "tenants": "Tenants and their keys (operator).",
+    "tenants": "Tenants, their keys and limits (operator).",
     "adapters": "A tenant's adapters.",
     "jobs": "A tenant's fine-tuning jobs.",
     "admin": "Repairs and imports (operator).",

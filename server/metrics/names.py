@@ -55,6 +55,7 @@ GATE_REFUSALS = ("invalid", "non_finite", "no_effect", "too_large", "store", OTH
 CLASSES = ("anonymous", "operator", "low", "standard", "high")
 FINISHED = ("stop", "length", "abort", "error")
 REJECTIONS = ("queue_full", "draining", "engine_unavailable", "quota")
+RATES = ("requests", "tokens", "concurrent", "size")
 OPERATIONS = ("put", "create", "get", "download", "head", "delete", "list", "sign_put", OTHER)
 PROCESSES = ("api", "engine", "worker")
 OUTCOMES = ("finished", "saved", "crashed", "cancelled", "lost", "time", "disk", OTHER)
@@ -202,6 +203,7 @@ API: Mapping[str, Family] = {
         "Generations refused at the door; quota: any request beyond a tenant's limit",
         reason=REJECTIONS,
     ),
+    "rate_limited": counter("polypeft_rate_limited", "Refused by a tenant's rate limits", limit=RATES),
     "valkey_seconds": histogram("polypeft_valkey_call_seconds", CALLS, "Calls of Valkey, pipelines as one"),
     "valkey_errors": counter("polypeft_valkey_errors", "Calls of Valkey that failed"),
 }

@@ -1,11 +1,12 @@
-"""Tenants and their keys, in Valkey. Knows no HTTP and no adapters.
+"""Tenants, their keys and limits, in Valkey. Knows no HTTP and no adapters.
 
     pp:tenants                hash   tenant id -> Tenant
     pp:tenants:{id}:keys      hash   key id -> KeyRecord
     pp:keys                   hash   SHA-256 of a secret -> tenant id
+    pp:limits                 hash   tenant id -> Limits, as the operator set them
 
-A secret is returned once, when it is created, and not stored. Nothing is cached: a revoked key fails at the
-next request in every process.
+A secret is returned once, when it is created, and not stored. Nothing is cached: a revoked key fails, and a
+new limit holds, at the next request in every process.
 """
 
 import secrets
@@ -17,15 +18,23 @@ from redis.asyncio import Redis
 from adapters_store.valkey import store_errors
 from server.errors import InvalidField, NotFound, shown
 from server.tenancy.keys import fingerprint, new_secret, well_formed
+from server.tenancy.limits import NO_LIMITS, Limits
 
 MAX_NAME = 64
 MAX_WEIGHT = 1000.0
 TENANTS = "pp:tenants"
 KEYS = "pp:keys"
+LIMITS = "pp:limits"
 
 AUTHENTICATE = """
 local id = redis.call('HGET', KEYS[1], ARGV[1])
-return id and redis.call('HGET', KEYS[2], id)
+return id and {redis.call('HGET', KEYS[2], id), redis.call('HGET', KEYS[3], id)}
+"""
+
+SET_LIMITS = """
+if redis.call('HEXISTS', KEYS[1], ARGV[1]) == 0 then return 0 end
+redis.call('HSET', KEYS[2], ARGV[1], ARGV[2])
+return 1
 """
 
 REVOKE = """
@@ -61,10 +70,12 @@ class KeyRecord(msgspec.Struct, frozen=True):
 
 
 class Tenants:
-    """All calls raise StoreError when Valkey does not answer."""
+    """All calls raise StoreError when Valkey does not answer. `defaults`: limits where a tenant has none."""
 
-    def __init__(self, redis: Redis) -> None:
+    def __init__(self, redis: Redis, defaults: Limits = NO_LIMITS) -> None:
+        self.defaults = defaults
         self._redis = redis
+        self._set_limits = redis.register_script(SET_LIMITS)
         self._authenticate = redis.register_script(AUTHENTICATE)
         self._revoke = redis.register_script(REVOKE)
 
@@ -128,13 +139,31 @@ class Tenants:
             raise NotFound(f"There is no tenant {shown(tenant_id)}.")
         return msgspec.json.decode(value, type=Tenant)
 
-    async def authenticate(self, secret: str) -> Tenant | None:
-        """The tenant of this secret, in one round trip; None if it is no valid key."""
+    async def limits(self, tenant_id: str) -> Limits:
+        """As they are set for this tenant. Raises NotFound."""
+        await self.get(tenant_id)
+        with store_errors():
+            value = await self._redis.hget(LIMITS, tenant_id)
+        return _decode_limits(value)
+
+    async def set_limits(self, tenant_id: str, limits: Limits) -> None:
+        """Replace all limits of the tenant: of two at once the last holds, whole. Raises NotFound."""
+        with store_errors():
+            done = await self._set_limits(
+                keys=[TENANTS, LIMITS], args=[tenant_id, msgspec.json.encode(limits)]
+            )
+        if not done:
+            raise NotFound(f"There is no tenant {shown(tenant_id)}.")
+
+    async def authenticate(self, secret: str) -> tuple[Tenant, Limits] | None:
+        """The secret's tenant and its limits in force, in one round trip; None if it is no valid key."""
         if not well_formed(secret):
             return None
         with store_errors():
-            value = await self._authenticate(keys=[KEYS, TENANTS], args=[fingerprint(secret)])
-        return None if value is None else msgspec.json.decode(value, type=Tenant)
+            found = await self._authenticate(keys=[KEYS, TENANTS, LIMITS], args=[fingerprint(secret)])
+        if found is None or found[0] is None:
+            return None
+        return msgspec.json.decode(found[0], type=Tenant), _decode_limits(found[1]).over(self.defaults)
 
     async def _write_key(self, tenant_id: str, new: Tenant | None = None) -> tuple[KeyInfo, str]:
         secret = new_secret()
@@ -148,6 +177,10 @@ class Tenants:
                 transaction.hset(KEYS, record.sha256, tenant_id)
                 await transaction.execute()
         return info, secret
+
+
+def _decode_limits(value: bytes | str | None) -> Limits:
+    return NO_LIMITS if value is None else msgspec.json.decode(value, type=Limits)
 
 
 def _keys_of(tenant_id: str) -> str:

@@ -20,6 +20,7 @@ from server.api.http.body_model import at_most
 from server.api.services import Services
 from server.errors import InvalidField, shown
 from server.messages import Generate, Sampling
+from server.tenancy.limits import Limits
 from server.tenancy.tenants import Tenant
 
 
@@ -47,14 +48,19 @@ def build_generation(
 
     The rows of a prompt after its first wait for the first, whose KV blocks they share.
     """
-    context, vocabulary = deps.max_context, deps.base.vocab_size
+    limits: Limits = request.state.limits
+    context, vocabulary = max_context(deps, limits), deps.base.vocab_size
+    whose = "The model's context" if context == deps.max_context else "max_context, your limit,"
+    default_max_tokens = _affordable(limits, options, body.n)
     deadline = time.time() + _timeout(request, deps.settings.request_seconds)
     request_id = f"{options.prefix}-{secrets.token_hex(16)}"
     seed = secrets.randbits(63) if body.seed is None else body.seed
     at_most("min_tokens", body.min_tokens, context)
+    if limits.max_n is not None:
+        at_most("n", body.n, limits.max_n)
     rows = []
     for number, prompt in enumerate(options.prompts):
-        max_tokens = fit_max_tokens(prompt, options.max_tokens, options.default_max_tokens, context)
+        max_tokens = fit_max_tokens(prompt, options.max_tokens, default_max_tokens, context, whose)
         if body.min_tokens > max_tokens:
             raise InvalidField(
                 f"min_tokens must be at most max_tokens, which is {max_tokens}, not {body.min_tokens}.",
@@ -76,7 +82,23 @@ def build_generation(
             for i in range(body.n)
         ]
     choices = [Choice(i, deps.tokenizer, body.stop, body.min_tokens) for i in range(len(rows))]
-    return Generation(deps, request_id, target, options.prompts, rows, choices)
+    return Generation(deps, request_id, target, options.prompts, rows, choices, request.state.rates)
+
+
+def max_context(deps: Services, limits: Limits) -> int:
+    """Most tokens of prompt and answer together: the model's, or fewer by the tenant's limit."""
+    return deps.max_context if limits.max_context is None else min(deps.max_context, limits.max_context)
+
+
+def _affordable(limits: Limits, options: RouteOptions, n: int) -> int | None:
+    """`default_max_tokens`, and no more than fills a whole bucket of the tenant's tokens a minute: a request
+    that names no max_tokens is not too large because the context is.
+    """
+    if limits.tokens_per_minute is None:
+        return options.default_max_tokens
+    left = limits.tokens_per_minute - sum(map(len, options.prompts))
+    share = max(1, left // (n * len(options.prompts)))
+    return min(share, options.default_max_tokens or share)
 
 
 def _sampling(

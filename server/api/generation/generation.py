@@ -1,13 +1,14 @@
 """A running generation request: rows go to the engine, pieces of text come out. Both routes use it."""
 
 import time
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Self
 
 from server.api.generation.choice import Choice, Piece
 from server.api.generation.model_selection import Target
+from server.api.http.rate_limits import RateLimitedRequest
 from server.api.services import Services
 from server.errors import EngineLost, PolypeftError, QueueFull, TenantQueueFull
 from server.messages import Chunk, Generate
@@ -31,8 +32,10 @@ class Generation:
     prompts: list[list[int]]
     rows: list[Generate]
     choices: list[Choice]
+    rates: RateLimitedRequest | None = None  # if the tenant's rates are limited
     created: int = field(default_factory=lambda: int(time.time()))
     _arrived: float = field(default_factory=time.monotonic)
+    _begun: bool = False  # the engine has computed something
 
     async def pieces(self) -> AsyncGenerator[Piece, None]:
         """Pieces as they arrive, until every choice has finished. Closing it cancels the other rows.
@@ -42,8 +45,9 @@ class Generation:
         self.deps.admit(len(self.rows))
         choices = {row.id: choice for row, choice in zip(self.rows, self.choices, strict=True)}
         metrics, engine = _RequestMetrics(self, self._arrived), self.deps.engine
-        async with metrics, aclosing(engine.generate(*self.rows)) as chunks:
+        async with self._admitted(), metrics, aclosing(engine.generate(*self.rows)) as chunks:
             async for chunk in chunks:
+                self._begun = True
                 choice = choices[chunk.id]
                 if choice.finished:
                     continue
@@ -57,6 +61,24 @@ class Generation:
                         engine.cancel(chunk.id)
                 if piece.text or piece.tokens or piece.finish:
                     yield piece
+
+    @asynccontextmanager
+    async def _admitted(self) -> AsyncIterator[None]:
+        """Hold what the request takes of its tenant's rates. Raises RateLimited.
+
+        In the end all goes back that it has not used: everything, if the engine never began.
+        """
+        if self.rates is None:
+            yield
+            return
+        prompts = sum(map(len, self.prompts))
+        reserved = prompts + sum(row.sampling.max_tokens for row in self.rows)
+        await self.rates.admit(self.id, self.target.model, reserved)
+        try:
+            yield
+        finally:
+            used = prompts + self.usage.completion_tokens if self._begun else 0
+            await self.rates.settle(self.id, reserved - used)
 
     @property
     def usage(self) -> Usage:

@@ -50,7 +50,13 @@ async def chat_prompt(deps: Services, tenant: Tenant, messages: list[Message]) -
     return await _tokenize(deps, tenant, chars, lambda: tokenizer.encode_chat(tokenizer.render_chat(plain)))
 
 
-def fit_max_tokens(prompt: list[int], requested: int | None, default: int | None, context: int) -> int:
+def fit_max_tokens(
+    prompt: list[int],
+    requested: int | None,
+    default: int | None,
+    context: int,
+    whose: str = "The model's context",
+) -> int:
     """The most tokens of the answer: as requested, else `default` or less, else all that fit the context.
 
     Raises ContextTooLong with both counts.
@@ -59,8 +65,7 @@ def fit_max_tokens(prompt: list[int], requested: int | None, default: int | None
     needed = requested or 1
     if needed > room:
         raise ContextTooLong(
-            f"The model's context is {context} tokens; the prompt has {len(prompt)} and the answer may take "
-            f"{needed}.",
+            f"{whose} is {context} tokens; the prompt has {len(prompt)} and the answer may take {needed}.",
             param="prompt" if room < 1 else "max_tokens",
         )
     return requested or min(default or room, room)

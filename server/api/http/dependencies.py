@@ -3,11 +3,7 @@
 Every router but health has one that authenticates. The key is taken from the Authorization header alone,
 never from the query string.
 
-There is no limit on a tenant's requests per second yet. It belongs into `current_tenant`, which every request
-passes before its body is read: the limit as a field of Tenant (tenancy/tenants.py) that routes/admin.py sets;
-the count in Valkey, by a file of tenancy/, since there may be several API processes; the refusal a subclass
-of QuotaExceeded (server/errors.py), to which error_responses.py adds Retry-After and which middleware.py
-counts. A limit on tokens belongs into `Services.admit`, where the length of the prompt is known.
+Limits on a tenant's requests come with the tenant, in one call of Valkey; rate_limits.py applies them.
 """
 
 from typing import Annotated
@@ -17,6 +13,7 @@ from fastapi import Depends, Request
 from server.api.services import Services
 from server.errors import Forbidden, Unauthenticated
 from server.tenancy.keys import fingerprint, same_secret
+from server.tenancy.limits import NO_LIMITS, Limits
 from server.tenancy.tenants import OPERATOR, Tenant
 from server.tracing import annotate, span
 
@@ -36,9 +33,10 @@ async def current_tenant(request: Request, deps: Deps) -> Tenant:
     with span("auth"):
         secret = bearer(request)
         operator = same_secret(secret, deps.operator_secret)
-        tenant = OPERATOR if operator else await deps.tenants.authenticate(secret)
-    if tenant is None:
+        found = (OPERATOR, NO_LIMITS) if operator else await deps.tenants.authenticate(secret)
+    if found is None:
         raise Unauthenticated("The API key is not valid.")
+    tenant, request.state.limits = found
     request.state.tenant = tenant  # for the metrics of RequestMiddleware
     annotate({"polypeft.tenant": tenant.id})
     return tenant
@@ -51,6 +49,15 @@ async def operator(tenant: Annotated[Tenant, Depends(current_tenant)]) -> None:
 
 
 CurrentTenant = Annotated[Tenant, Depends(current_tenant)]
+
+
+async def current_limits(request: Request, _tenant: CurrentTenant) -> Limits:
+    """Those in force for the tenant; none for the operator."""
+    limits: Limits = request.state.limits
+    return limits
+
+
+CurrentLimits = Annotated[Limits, Depends(current_limits)]
 
 
 async def current_actor(request: Request, deps: Deps, tenant: CurrentTenant) -> str:

@@ -1,5 +1,6 @@
 """JSON answers, and errors in OpenAI's shape: {"error": {"message", "type", "param", "code"}}."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,9 +10,18 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
-from server.errors import InvalidField, InvalidRequest, NotFound, PolypeftError, disk_error, shown
+from server.errors import (
+    InvalidField,
+    InvalidRequest,
+    NotFound,
+    PolypeftError,
+    RateLimited,
+    disk_error,
+    shown,
+)
 
 RETRY_AFTER_SECONDS = 1
+MAX_RETRY_AFTER_SECONDS = 60  # the `openai` client for Node ignores a longer one
 
 
 def error_body(error: PolypeftError) -> dict[str, Any]:
@@ -23,9 +33,19 @@ def error_response(error: PolypeftError) -> Response:
     headers = {}
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
-    if error.status in {429, 503}:
+    if isinstance(error, RateLimited):
+        headers |= _retry_headers(error.wait)
+    elif error.status in {429, 503}:
         headers["Retry-After"] = str(RETRY_AFTER_SECONDS)
     return json_response(error_body(error), error.status, headers)
+
+
+def _retry_headers(wait: float | None) -> dict[str, str]:
+    """When to send the request again; None: never. The `openai` clients go by each of these."""
+    if wait is None:
+        return {"x-should-retry": "false"}
+    seconds = min(max(wait, 0.001), MAX_RETRY_AFTER_SECONDS)
+    return {"Retry-After": str(math.ceil(seconds)), "retry-after-ms": str(math.ceil(seconds * 1000))}
 
 
 def json_response(content: object, status: int = 200, headers: dict[str, str] | None = None) -> Response:

@@ -46,7 +46,8 @@ class RequestMiddleware:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message["headers"], *extra_headers]
+                rates = state.get("rates")
+                message["headers"] = [*message["headers"], *extra_headers, *(rates.headers if rates else ())]
             elif trace is not None:
                 trace.sent(more=message.get("more_body", False))
             await send(message)

@@ -1,12 +1,13 @@
-"""GET /v1/limits: every cap that the server enforces, as data. It enforces none itself."""
+"""GET /v1/limits: every cap that the server enforces, as data, for the tenant that asks. It enforces none."""
 
 from fastapi import APIRouter, Depends, Response
 
 from adapters_store.upload_records import LIFE_SECONDS
 from server.api.generation import response_format
+from server.api.generation.engine_requests import max_context
 from server.api.http import connection
 from server.api.http.body_model import MAX_METADATA
-from server.api.http.dependencies import Deps, current_tenant
+from server.api.http.dependencies import CurrentLimits, Deps, current_tenant
 from server.api.http.error_responses import json_response
 from server.api.http.request_limits import max_body_bytes, max_prompt_chars
 from server.api.routes import adapters, completions, uploads
@@ -14,10 +15,10 @@ from server.finetune.jobs.jobs import IDEMPOTENCY_SECONDS
 
 router = APIRouter(dependencies=[Depends(current_tenant)])
 
+RATES = ("requests_per_minute", "tokens_per_minute", "concurrent_requests")
 FROM_SETTINGS = (
     "max_seqs",
     "max_queue",
-    "max_n",
     "max_stop",
     "max_stop_chars",
     "max_top_logprobs",
@@ -52,10 +53,12 @@ FROM_SETTINGS = (
 
 
 @router.get("/v1/limits")
-async def get_limits(deps: Deps) -> Response:
-    """The caps of Settings, those that follow from the base, and constants."""
+async def get_limits(deps: Deps, limits: CurrentLimits) -> Response:
+    """The tenant's own, the caps of Settings, those that follow from the base, and constants."""
     return json_response(
-        {"object": "limits", "model": deps.base.id, "max_context_tokens": deps.max_context}
+        {"object": "limits", "model": deps.base.id, "max_context_tokens": max_context(deps, limits)}
+        | {name: getattr(limits, name) for name in RATES}
+        | {"max_n": min(limits.max_n or deps.settings.max_n, deps.settings.max_n)}
         | {name: getattr(deps.settings, name) for name in FROM_SETTINGS}
         | {
             "max_rows_per_tenant": deps.max_rows // 2,  # running and waiting, while no other tenant has any

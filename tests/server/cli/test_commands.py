@@ -72,6 +72,29 @@ def test_a_tenant_gets_a_second_key(run: Run, system: System) -> None:
     assert run("adapters", "list", "--key", made["secret"]).status == 0
 
 
+def test_a_tenants_limits_are_shown_and_changed(run: Run) -> None:
+    tenant = run("tenants", "add", "limited").out.split()[1]
+
+    def shown(*options: str) -> dict[str, str]:
+        lines = run("tenants", "limits", tenant, *options).out.splitlines()
+        return {name: f"{own} {in_force}" for name, own, in_force in (line.split("\t") for line in lines)}
+
+    assert shown()["requests_per_minute"] == "default none"
+    assert shown("--requests-per-minute", "60", "--max-n", "2")["requests_per_minute"] == "60 60"
+    changed = shown("--requests-per-minute", "default", "--tokens-per-minute", "500")
+    assert changed == shown()
+    assert {name: changed[name] for name in ("requests_per_minute", "tokens_per_minute", "max_n")} == {
+        "requests_per_minute": "default none",
+        "tokens_per_minute": "500 500",
+        "max_n": "2 2",
+    }
+    for value, said in (("0", "greater than or equal to 1, not 0"), ("many", "a whole number or `default`")):
+        refused = run("tenants", "limits", tenant, "--tokens-per-minute", value)
+        assert refused.status != 0
+        assert said in " ".join(refused.err.split())
+    assert run("tenants", "limits", "ten_none").err == "There is no tenant 'ten_none'.\n"
+
+
 def test_an_adapter_is_pushed_listed_shown_and_removed(run: Run, system: System, adapter: Path) -> None:
     key = ("--key", system.tenant("pusher"))
     pushed = run("adapters", "push", "poet", str(adapter), *key)
