@@ -123,6 +123,11 @@ def busy(server: Serving, lora: Lora, tiny: Path, tmp_path_factory: pytest.TempP
     with server.sdk(keys[1]) as sdk:
         file = sdk.files.create(file=("data.jsonl", data()), purpose="fine-tune")
         assert ended(sdk, server, create(sdk, file.id, "lora", r=4)).status == "succeeded"
+    with server.http(server.operator) as http:
+        [bob] = [one["id"] for one in http.get("/admin/tenants").json()["data"] if one["name"] == "bob"]
+        http.put(f"/admin/tenants/{bob}/limits", json={"tokens_per_minute": 10})
+    with server.http(keys[1]) as http:
+        assert http.post("/v1/completions", json=long).status_code == 429
     return keys[0]
 
 

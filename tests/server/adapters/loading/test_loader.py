@@ -59,10 +59,10 @@ def until(condition: Callable[[], bool]) -> None:
 
 
 def copies(engine: Engine) -> list[Path]:
-    """What is on disk once there is something: it is written behind the load."""
-    folder = engine.loader.disk.folder
-    until(lambda: any("#" not in path.name for path in folder.iterdir()))
-    return list(folder.iterdir())
+    """What is on disk once there is something to read: it is written behind the load."""
+    disk = engine.loader.disk
+    until(lambda: any(not entry.references for entry in list(disk.index.entries.values())))
+    return list(disk.folder.iterdir())
 
 
 def failure(engine: Engine, ref: AdapterRef) -> PolypeftError:
