@@ -27,8 +27,8 @@ def paused_garbage_collector() -> Iterator[None]:
     """No collections in the block, which builds what a process keeps; none over those objects later.
 
     Torch and transformers create half a million objects. A collection over them takes 0.2 s, in which no
-    thread of the process runs, and begins at a random moment, such as an adapter's load; while they are
-    made, collections are a sixth of the time.
+    thread of the process runs, and begins at a random moment, such as an adapter's load. Those that run
+    while the objects are made find nothing to free.
     """
     gc.disable()
     try:

@@ -110,7 +110,7 @@ def refusal(whose: str, limits: Limits, verdict: Verdict, tokens: int) -> RateLi
     """The 429 in OpenAI's words. `whose` names model and tenant."""
     kind = verdict.refused or "requests"
     measure = _MEASURES[kind]
-    limit, used, requested = {
+    limit, left, requested = {
         "requests": (limits.requests_per_minute, verdict.requests, 1),
         "tokens": (limits.tokens_per_minute, verdict.tokens, tokens),
         "size": (limits.tokens_per_minute, verdict.tokens, tokens),
@@ -123,7 +123,7 @@ def refusal(whose: str, limits: Limits, verdict: Verdict, tokens: int) -> RateLi
             "The input or output tokens must be reduced in order to run successfully."
         )
         return RateLimited(message, kind=measure.type, wait=None)
-    count = verdict.running if kind == "concurrent" else math.ceil(limit - used)
+    count = verdict.running if kind == "concurrent" else math.ceil(limit - left)
     wait = CONCURRENT_WAIT if kind == "concurrent" else verdict.wait
     message = (
         f"Rate limit reached{whose} on {measure.unit}: Limit {limit}, Used {count}, Requested {requested}. "
