@@ -31,7 +31,9 @@ LEAVES = {
     "server.json_reader",
     "server.adapters.sites",
     "server.base_model.families",
+    "server.metrics.engine_names",
     "server.metrics.family",
+    "server.metrics.labels",
     "server.metrics.names",
 }
 # The processes' frames: they import what they like, and nothing else imports them.
@@ -79,7 +81,9 @@ ROOMS: dict[str, set[str]] = {
     "server.adapters.sites": {"server.base_model.families"},
     "server.base_model.families": set(),
     "server.metrics.family": set(),
-    "server.metrics.names": {"server.metrics.family"},
+    "server.metrics.labels": set(),
+    "server.metrics.engine_names": {"server.metrics.family", "server.metrics.labels"},
+    "server.metrics.names": {"server.metrics.engine_names", "server.metrics.family", "server.metrics.labels"},
     "server.logs": set(),
     "server.tracing": set(),
     "server.child_process": {"server.logs"},

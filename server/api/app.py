@@ -20,23 +20,11 @@ from server.api.cluster_metrics import ClusterMetrics
 from server.api.http.error_responses import add_handlers
 from server.api.http.middleware import RequestMiddleware
 from server.api.http.temp_files import clear_temp_folders
-from server.api.routes import (
-    adapter_uploads,
-    adapters,
-    admin,
-    aliases,
-    chat,
-    completions,
-    files,
-    fine_tuning,
-    health,
-    limits,
-    models,
-    pins,
-    store_admin,
-    uploads,
-    vllm_lora,
-)
+from server.api.routes import chat, completions, files, fine_tuning, health, limits, models, uploads
+from server.api.routes.adapters import adapters, aliases, pins, vllm_lora
+from server.api.routes.adapters import uploads as adapter_uploads
+from server.api.routes.admin import keys, store, tenants
+from server.api.routes.admin import limits as tenant_limits
 from server.api.services import Services
 from server.base_model.resolve import resolve_model
 from server.base_model.tokenizer import Tokenizer
@@ -73,8 +61,10 @@ ROUTERS = (
     fine_tuning,
     vllm_lora,
     limits,
-    admin,
-    store_admin,
+    tenants,
+    tenant_limits,
+    keys,
+    store,
     health,
 )
 

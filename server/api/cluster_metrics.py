@@ -14,7 +14,8 @@ from adapters_store.valkey import store_errors
 from server.errors import StoreError
 from server.finetune.jobs.stats import JobStats, job_stats
 from server.metrics import Metrics
-from server.metrics.names import FLEET, OUTCOMES
+from server.metrics.labels import OUTCOMES
+from server.metrics.names import FLEET
 from server.metrics.render import Labels, Values
 from server.tenancy.tenants import OPERATOR, TENANTS
 

@@ -10,7 +10,7 @@ import torch
 from server.engine.engine import Engine
 from server.memory import resident_bytes
 from server.messages import Stats
-from server.metrics.names import GATE_REFUSALS, OTHER, WAITS
+from server.metrics.labels import GATE_REFUSALS, OTHER, WAITS
 
 # PolypeftError's code -> the reason in metrics
 REFUSAL_REASONS = {"invalid_adapter": "invalid", "store_unavailable": "store"}

@@ -2,8 +2,10 @@
 
 from collections.abc import Mapping
 
+from server.metrics.engine_names import ENGINE
 from server.metrics.family import Family
-from server.metrics.names import API, ENGINE, FLEET, OPEN, SHARED, WORKER
+from server.metrics.labels import OPEN
+from server.metrics.names import API, FLEET, SHARED, WORKER
 
 TABLES: Mapping[str, tuple[str, Mapping[str, Family]]] = {
     "The engine": (

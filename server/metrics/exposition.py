@@ -25,9 +25,11 @@ from prometheus_client.multiprocess import MultiProcessCollector, mark_process_d
 from server.build_info import build
 from server.memory import resident_bytes
 from server.messages import Stats
+from server.metrics.engine_names import ENGINE
 from server.metrics.family import Family
+from server.metrics.labels import OTHER, operation_label
 from server.metrics.metrics_file import write_metrics_without_mapping
-from server.metrics.names import API, ENGINE, FLEET, OTHER, SHARED, operation_label
+from server.metrics.names import API, FLEET, SHARED
 from server.metrics.render import Counts, Values, merged, metrics_of, with_zeros
 
 ENGINE_ID = "0"  # vLLM's label `engine`

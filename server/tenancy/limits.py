@@ -1,8 +1,8 @@
 """A tenant's limits: the record, the server's defaults, and which of both is in force. Knows no storage.
 
-A further limit is a field of `Limits`, and of LimitsBody (api/routes/admin.py) and `polypeft tenants limits`
-(cli/commands/tenants.py), which set it; its default, if it has one, is an option of settings.py. What counts
-requests and tokens is decided in rate_limits.py and its Lua, and answered by api/http/rate_limits.py.
+A further limit is a field of `Limits`, and of LimitsBody (api/routes/admin/limits.py) and `polypeft tenants
+limits` (cli/commands/tenants.py), which set it; its default, if it has one, is an option of settings.py. What
+counts requests and tokens is decided in rate_limits.py and its Lua, and answered by api/http/rate_limits.py.
 """
 
 from typing import Self

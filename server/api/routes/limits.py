@@ -10,7 +10,8 @@ from server.api.http.body_model import MAX_METADATA
 from server.api.http.dependencies import CurrentLimits, Deps, current_tenant
 from server.api.http.error_responses import json_response
 from server.api.http.request_limits import max_body_bytes, max_prompt_chars
-from server.api.routes import adapters, completions, uploads
+from server.api.routes import completions, uploads
+from server.api.routes.adapters import adapters
 from server.finetune.jobs.jobs import IDEMPOTENCY_SECONDS
 
 router = APIRouter(dependencies=[Depends(current_tenant)])

@@ -8,7 +8,7 @@ from adapters_store.index.records import Version
 from server.api.generation.model_selection import exact_version, find_version, split_model
 from server.api.http.dependencies import Actor, CurrentTenant, Deps, current_tenant
 from server.api.http.error_responses import json_response
-from server.api.routes.adapters import MAX_PAGE, delete
+from server.api.routes.adapters.adapters import MAX_PAGE, delete
 from server.api.services import Services
 from server.errors import Forbidden
 

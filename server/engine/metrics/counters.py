@@ -17,7 +17,9 @@ from server.atomic_files import replace_file
 from server.engine.metrics.top_labels import TopLabels
 from server.engine.scheduling.row import Row
 from server.messages import AdapterRef, Stats
-from server.metrics.names import ENGINE, SHARED, operation_label
+from server.metrics.engine_names import ENGINE
+from server.metrics.labels import operation_label
+from server.metrics.names import SHARED
 
 Labels = tuple[str, ...]
 Mode = Literal["off", "ids", "names"]

@@ -7,7 +7,7 @@ another label when it is twice as active. Memory is bounded whatever the number 
 from collections.abc import Iterator, Mapping
 from heapq import nlargest
 
-from server.metrics.names import OTHER
+from server.metrics.labels import OTHER
 
 Label = tuple[str, ...]
 REVIEW_SECONDS = 60.0

@@ -49,7 +49,7 @@ class Row:
     hashes: list[bytes] = field(default_factory=list)  # of the full blocks of `tokens`, those known so far
     rope_variant: int = 0  # the set of rotary frequencies that its keys were computed with
     timing: Timing = field(default_factory=Timing)
-    waits_for: str = "capacity"  # the reason it waits, a key of metrics.names.WAITS
+    waits_for: str = "capacity"  # the reason it waits, a key of metrics.labels.WAITS
     waits_since: float = 0.0  # when that wait began, Unix seconds; 0: it does not wait
     cold_start: bool = False  # has waited for the load of an adapter
 

@@ -18,7 +18,8 @@ from server.build_info import build
 from server.errors import StartupError
 from server.finetune.worker.store_calls import Calls, StoreCalls, merge_calls, metric_values, read_calls
 from server.memory import resident_bytes
-from server.metrics.names import FLEET, ON_WORKER, OUTCOMES, SHARED, WORKER
+from server.metrics.labels import OUTCOMES
+from server.metrics.names import FLEET, ON_WORKER, SHARED, WORKER
 from server.metrics.render import Values, metrics_of
 
 COUNTERS_FILE = "figures.json"  # in an attempt's work folder

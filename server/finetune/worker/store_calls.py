@@ -15,7 +15,8 @@ from threading import Lock
 import msgspec
 
 from server.atomic_files import replace_file
-from server.metrics.names import OPERATIONS, SHARED, operation_label
+from server.metrics.labels import OPERATIONS, operation_label
+from server.metrics.names import SHARED
 from server.metrics.render import Counts, Values
 
 CALLS_FILE = "store.json"  # in an attempt's work folder

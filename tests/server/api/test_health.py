@@ -7,7 +7,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from server.engine.fake import FakeEngine
-from server.metrics.names import FAMILIES, ON_API, REJECTIONS
+from server.metrics.labels import REJECTIONS
+from server.metrics.names import FAMILIES, ON_API
 from tests.server.api.conftest import System, until, upload
 
 

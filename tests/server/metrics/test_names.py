@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 
 from server.metrics.docs import tables
+from server.metrics.engine_names import ENGINE
 from server.metrics.family import Family
-from server.metrics.names import API, ENGINE, FAMILIES, FLEET, OPEN, SHARED, WORKER
+from server.metrics.labels import OPEN
+from server.metrics.names import API, FAMILIES, FLEET, SHARED, WORKER
 
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "metrics.md"
 

@@ -240,8 +240,8 @@ def test_an_abandoned_one_expires_and_is_swept(
     monkeypatch.setattr(upload_records, "LIFE_SECONDS", 0)
     files = contents(lora_files())
     services = system.app.state.services
-    monkeypatch.setattr("server.api.routes.adapter_uploads.LIFE_SECONDS", 0)
-    monkeypatch.setattr("server.api.routes.adapter_uploads.GRACE_SECONDS", 0)
+    monkeypatch.setattr("server.api.routes.adapters.uploads.LIFE_SECONDS", 0)
+    monkeypatch.setattr("server.api.routes.adapters.uploads.GRACE_SECONDS", 0)
     upload = start(http, "mine", files).json()
     assert upload["status"] == "expired"
     key = system.call(services.redis.zrange("pp:doomed", 0, -1))

@@ -14,7 +14,7 @@ from server.engine.scheduling.row import Row
 from server.engine.snapshot import stats
 from server.messages import AdapterRef, Cancel, Chunk, Generate, Sampling, Stats, Timing
 from server.metrics import Metrics
-from server.metrics.names import WAITS
+from server.metrics.labels import WAITS
 from tests.fixtures.engine import Driver, Stand, run
 from tests.fixtures.models import build_tiny
 

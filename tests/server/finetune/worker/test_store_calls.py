@@ -6,7 +6,8 @@ from prometheus_client import CollectorRegistry
 
 from server.finetune.worker.metrics import WorkerMetrics
 from server.finetune.worker.store_calls import StoreCalls, metric_values, read_calls
-from server.metrics.names import OPERATIONS, SHARED
+from server.metrics.labels import OPERATIONS
+from server.metrics.names import SHARED
 
 LAST = len(SHARED["store_seconds"].buckets)
 

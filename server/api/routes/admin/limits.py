@@ -1,4 +1,4 @@
-"""/admin: tenants, their API keys and limits, for the operator. A secret is shown only when it is made."""
+"""/admin/tenants/{id}/limits: what the operator allows a tenant."""
 
 from typing import Annotated, Any
 
@@ -14,15 +14,8 @@ from server.api.http.json_body import json_body
 from server.api.services import Services
 from server.settings import MAX_LIMIT
 from server.tenancy.limits import Limits
-from server.tenancy.tenants import KeyInfo, Tenant
 
 router = APIRouter(prefix="/admin", dependencies=[Depends(operator)])
-
-
-class TenantBody(Body):
-    name: str
-    weight: Annotated[float, Field(gt=0, le=1000)] = 1.0
-
 
 Limit = Annotated[int, Field(ge=1, le=MAX_LIMIT)]
 
@@ -43,22 +36,6 @@ class LimitsBody(Body):
         return value
 
 
-@router.post("/tenants")
-async def create_tenant(deps: Deps, body: Annotated[TenantBody, Depends(json_body(TenantBody))]) -> Response:
-    tenant, secret = await deps.tenants.create(body.name, body.weight)
-    return json_response(_tenant_object(tenant) | {"key": secret}, 201)
-
-
-@router.get("/tenants")
-async def list_tenants(deps: Deps) -> Response:
-    return json_response({"object": "list", "data": [_tenant_object(t) for t in await deps.tenants.list()]})
-
-
-@router.get("/tenants/{tenant_id}")
-async def get_tenant(deps: Deps, tenant_id: str) -> Response:
-    return json_response(_tenant_object(await deps.tenants.get(tenant_id)))
-
-
 @router.get("/tenants/{tenant_id}/limits")
 async def get_limits(deps: Deps, tenant_id: str) -> Response:
     return json_response(_limits_object(deps, tenant_id, await deps.tenants.limits(tenant_id)))
@@ -76,35 +53,6 @@ async def set_limits(
     return json_response(_limits_object(deps, tenant_id, limits))
 
 
-@router.post("/tenants/{tenant_id}/keys")
-async def create_key(deps: Deps, tenant_id: str) -> Response:
-    info, secret = await deps.tenants.add_key(tenant_id)
-    return json_response(_key_object(info) | {"secret": secret}, 201)
-
-
-@router.get("/tenants/{tenant_id}/keys")
-async def list_keys(deps: Deps, tenant_id: str) -> Response:
-    keys = await deps.tenants.keys(tenant_id)
-    return json_response({"object": "list", "data": [_key_object(key) for key in keys]})
-
-
-@router.delete("/tenants/{tenant_id}/keys/{key_id}")
-async def revoke_key(deps: Deps, tenant_id: str, key_id: str) -> Response:
-    """The key is refused from the next request on, in every process."""
-    await deps.tenants.revoke(tenant_id, key_id)
-    return json_response({"id": key_id, "object": "key", "deleted": True})
-
-
-def _tenant_object(tenant: Tenant) -> dict[str, Any]:
-    return {
-        "id": tenant.id,
-        "object": "tenant",
-        "name": tenant.name,
-        "weight": tenant.weight,
-        "created": tenant.created,
-    }
-
-
 def _limits_object(deps: Services, tenant_id: str, limits: Limits) -> dict[str, Any]:
     """What is set (null: nothing) and what is in force (null: no limit)."""
     in_force = limits.over(deps.tenants.defaults)
@@ -114,7 +62,3 @@ def _limits_object(deps: Services, tenant_id: str, limits: Limits) -> dict[str, 
         "set": msgspec.structs.asdict(limits),
         "in_force": msgspec.structs.asdict(in_force) | {"max_context": max_context(deps, in_force)},
     }
-
-
-def _key_object(key: KeyInfo) -> dict[str, Any]:
-    return {"id": key.id, "object": "key", "created": key.created}

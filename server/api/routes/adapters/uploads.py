@@ -34,7 +34,7 @@ from server.api.http.error_responses import json_response
 from server.api.http.json_body import json_body
 from server.api.http.multipart import StoredFile, Upload
 from server.api.http.temp_files import temp_folder
-from server.api.routes.adapters import uploaded_files
+from server.api.routes.adapters.adapters import uploaded_files
 from server.api.services import Services
 from server.errors import (
     CorruptObject,

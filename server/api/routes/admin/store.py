@@ -15,7 +15,7 @@ from server.api.http.error_responses import json_response
 from server.api.http.json_body import json_body
 from server.api.http.streaming import open_stream
 from server.api.http.temp_files import temp_folder
-from server.api.routes.adapters import receive_adapter
+from server.api.routes.adapters.adapters import receive_adapter
 from server.api.services import Services
 
 router = APIRouter(prefix="/admin", dependencies=[Depends(operator)])

@@ -15,7 +15,7 @@ from server.api.adapters.upload_form import CONFIG, WEIGHTS
 from server.api.http.body_model import Body
 from server.api.http.dependencies import OPERATOR, Deps, operator
 from server.api.http.json_body import json_body
-from server.api.routes.adapters import delete
+from server.api.routes.adapters.adapters import delete
 from server.errors import InvalidAdapter, InvalidField, NotFound, shown
 
 router = APIRouter(prefix="/v1", dependencies=[Depends(operator)])
