@@ -10,7 +10,8 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.e2e.serving import Serving, files_of, until
+from tests.e2e.serving import Serving, files_of
+from tests.waiting import until
 
 OLD = Path(__file__).resolve().parents[1] / "golden" / "data_25a602b"
 EXPECTED: dict[str, Any] = json.loads((OLD / "expected.json").read_text())
