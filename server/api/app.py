@@ -20,7 +20,17 @@ from server.api.cluster_metrics import ClusterMetrics
 from server.api.http.error_responses import add_handlers
 from server.api.http.middleware import RequestMiddleware
 from server.api.http.temp_files import clear_temp_folders
-from server.api.routes import chat, completions, files, fine_tuning, health, limits, models, uploads
+from server.api.routes import (
+    chat,
+    completions,
+    files,
+    fine_tuning,
+    health,
+    limits,
+    models,
+    tokenize,
+    uploads,
+)
 from server.api.routes.adapters import adapters, aliases, pins, vllm_lora
 from server.api.routes.adapters import uploads as adapter_uploads
 from server.api.routes.admin import keys, store, tenants
@@ -65,6 +75,7 @@ ROUTERS = (
     tenant_limits,
     keys,
     store,
+    tokenize,
     health,
 )
 

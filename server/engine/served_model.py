@@ -21,6 +21,7 @@ from server.engine.model.base_model import FrozenModel, Placement
 from server.engine.model.exactness_check import ExactnessCheck
 from server.engine.model.forward_context import MAX_IN_PLACE_PAIRS, ForwardContext
 from server.engine.model.kv_pages import KvPages, kv_positions
+from server.engine.prompt_logprobs import PendingScores, PromptScorer, Scored
 from server.engine.scheduling.row import Row
 from server.kernels import token_blocks as gpu
 from server.kernels.cpu.paged_attention import BLOCK, write_pages
@@ -64,6 +65,8 @@ class ServedModel(FrozenModel):
         self.base = msgspec.structs.replace(self.base, max_context=min(self.base.max_context, kv_tokens))
         self.graphs = DecodeGraphs(self.step, self.run, placement.device, self.base.max_context)
         self.lookahead = Lookahead(self.graphs, self.base.max_context)
+        self.scorer = PromptScorer(self.model, self.step, self.base.vocab_size)
+        self._scores: PendingScores | None = None  # of the last step, if a row asks for prompt logprobs
         if check.pending:
             self._check(check)
 
@@ -78,6 +81,7 @@ class ServedModel(FrozenModel):
         In the order of `rows`, without those still in prefill after this step. The logits of a row's last
         token come before those of its draft tokens.
         """
+        self._scores = None
         precomputed = self.lookahead.logits(rows, self._compute)
         return self._compute(rows) if precomputed is None else precomputed
 
@@ -98,7 +102,19 @@ class ServedModel(FrozenModel):
         kept = [at for end, n in last for at in range(end - n, end + 1)]
         self.step.select_logit_rows(rows)
         self.watch(self.step)
-        return self.run(*upload([ids, positions, kept], device))
+        tensors = upload([ids, positions, kept], device)
+        scoring = [r for r in ordered if r.command.sampling.prompt_logprobs is not None and r.to_score()]
+        if not scoring:
+            return self.run(*tensors)
+        with self.scorer.capture() as hidden:
+            logits = self.run(*tensors)
+        self._scores = self.scorer.begin(scoring, hidden[0][0])
+        return logits
+
+    def take_scores(self) -> dict[str, Scored]:
+        """The prompt logprobs of the step that has just run, by row id."""
+        scores, self._scores = self._scores, None
+        return scores.read() if scores else {}
 
     @torch.inference_mode()
     def _check(self, check: ExactnessCheck) -> None:

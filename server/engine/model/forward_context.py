@@ -5,7 +5,7 @@ The model's modules read it. Only this file writes it, by one method for each ki
 note in it, as they run, the `residual` stream and which layers `attended` with which `attention_options`.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -239,13 +239,17 @@ class ForwardContext:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def select_logit_rows(self, rows: list[Row]) -> None:
-        """Set the banks of the output head, which sees, in this order, the tokens that get logits: of each
-        row that completes its last token, with its draft tokens.
+        """Set the banks of the output head for the tokens to sample from: of each row that completes, its
+        last token and its draft tokens.
         """
+        self.select_head_tokens((row, 1 + len(row.draft)) for row in rows if row.completes)
+
+    def select_head_tokens(self, counts: Iterable[tuple[Row, int]]) -> None:
+        """Set the banks of the output head, which sees, in this order, so many tokens of each row."""
         spans = SpansByBank()
         start = 0
-        for row in (row for row in rows if row.completes):
-            end = start + 1 + len(row.draft)
+        for row, count in counts:
+            end = start + count
             spans.add(self.banks, row, start, end)
             start = end
         for hook, at_head in AT_HEAD.items():
