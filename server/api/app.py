@@ -21,6 +21,7 @@ from server.api.http.error_responses import add_handlers
 from server.api.http.middleware import RequestMiddleware
 from server.api.http.temp_files import clear_temp_folders
 from server.api.routes import chat, completions, files, fine_tuning, health, limits, models, uploads
+from server.api.routes import keys as own_keys
 from server.api.routes.adapters import adapters, aliases, pins, vllm_lora
 from server.api.routes.adapters import uploads as adapter_uploads
 from server.api.routes.admin import keys, store, tenants
@@ -61,6 +62,7 @@ ROUTERS = (
     fine_tuning,
     vllm_lora,
     limits,
+    own_keys,
     tenants,
     tenant_limits,
     keys,
@@ -93,15 +95,17 @@ def build_app(settings: Settings, tracing: Tracing | None = None) -> FastAPI:
             loops += [watcher.run] if watcher is not None else []
         background = asyncio.create_task(_run_loops(services, loops))
         renewal = asyncio.create_task(services.rate_limits.renew_leases())
+        last_used = asyncio.create_task(services.tenants.keep_last_used())
         app.state.services = services
         if settings.api_processes > 1:  # accept no connection, a scrape included, that another serves better
             await services.engine.wait_for_stats(FIRST_REPORT_SECONDS)
         try:
             yield
         finally:
-            for task in (background, renewal):
+            tasks = (background, renewal, last_used)
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(background, renewal, return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
             await services.engine.close()
             await services.rate_limits.close()
             await services.redis.aclose()
