@@ -110,6 +110,14 @@ def check_addresses(addresses: Sequence[str], param: str = "addresses") -> tuple
     return tuple(dict.fromkeys(str(_network(text, param)) for text in addresses))
 
 
+def as_ipv6(network: str) -> str:
+    """How an IPv4 network looks to a socket of both versions; an IPv6 one as it is."""
+    parsed = ipaddress.ip_network(network)
+    if isinstance(parsed, ipaddress.IPv6Network):
+        return network
+    return f"::ffff:{parsed.network_address}/{parsed.prefixlen + MAPPED.prefixlen}"
+
+
 def _network(text: str, param: str) -> Network:
     try:
         if len(text) > MAX_ADDRESS_CHARS or "%" in text:

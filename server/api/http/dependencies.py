@@ -11,6 +11,7 @@ from typing import Annotated
 from fastapi import Depends, Request
 
 from server.api.access import OPERATORS_ROUTES, access_to, check_scopes
+from server.api.http.audited import Change, begin_change
 from server.api.services import Services
 from server.errors import Forbidden, Unauthenticated, shown
 from server.tenancy.keys import fingerprint, same_secret
@@ -37,16 +38,14 @@ async def current_tenant(request: Request, deps: Deps) -> Tenant:
     request.state.limits = caller.limits
     request.state.tenant = caller.tenant  # for the metrics of RequestMiddleware
     annotate({"polypeft.tenant": caller.tenant.id})
-    check_access(caller, request)
-    return caller.tenant
-
-
-def check_access(caller: Caller, request: Request) -> None:
-    """Raise Forbidden unless the caller may use the request's route."""
     path = request.scope["route"].path
+    access = access_to(request.method, path)
+    if access.action:
+        await begin_change(request, deps.audit, caller, access.action, client_address(request))
     if path.startswith(OPERATORS_ROUTES) and caller.tenant is not OPERATOR:
         raise Forbidden("This route needs the operator's key.")
-    check_scopes(caller.key, access_to(request.method, path))
+    check_scopes(caller.key, access)
+    return caller.tenant
 
 
 async def authenticate(request: Request, deps: Services) -> Caller:
@@ -101,6 +100,15 @@ async def current_actor(caller: CurrentCaller) -> str:
 
 
 Actor = Annotated[str, Depends(current_actor)]
+
+
+async def current_change(request: Request, _tenant: CurrentTenant) -> Change:
+    """The entry of the audit log that this request makes; of routes that have an action there."""
+    change: Change = request.state.change
+    return change
+
+
+CurrentChange = Annotated[Change, Depends(current_change)]
 
 
 def sticky_key(request: Request, user: str | None) -> str:

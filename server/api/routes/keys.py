@@ -10,8 +10,9 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Request, Response
 from pydantic import BeforeValidator, Field
 
-from server.api.http.body_model import Body, at_most_entries
-from server.api.http.dependencies import CurrentCaller, Deps, current_tenant
+from server.api.http.audited import Change
+from server.api.http.body_model import LAST_SECOND, Body, at_most_entries
+from server.api.http.dependencies import CurrentCaller, CurrentChange, Deps, current_tenant
 from server.api.http.error_responses import json_response
 from server.api.http.json_body import parse, read_body, validate
 from server.api.http.request_limits import max_body_bytes
@@ -24,7 +25,6 @@ from server.tenancy.tenants import OPERATOR, OPERATOR_KEY, Caller
 router = APIRouter(prefix="/v1/keys", dependencies=[Depends(current_tenant)])
 
 DEFAULT_OVERLAP_SECONDS = 3600
-LAST_SECOND = 253_402_300_799  # of the year 9999
 
 
 class KeyBody(Body):
@@ -54,8 +54,8 @@ Rotation = Annotated[RotateBody, Depends(_rotate_body)]
 
 
 @router.post("")
-async def create_key(deps: Deps, caller: CurrentCaller, body: NewKey) -> Response:
-    return await create(deps, caller, caller.tenant.id, body)
+async def create_key(deps: Deps, caller: CurrentCaller, change: CurrentChange, body: NewKey) -> Response:
+    return await create(deps, caller, change, caller.tenant.id, body)
 
 
 @router.get("")
@@ -64,9 +64,11 @@ async def list_keys(deps: Deps, caller: CurrentCaller) -> Response:
 
 
 @router.post("/{key_id}/rotate")
-async def rotate_key(deps: Deps, caller: CurrentCaller, key_id: str, body: Rotation) -> Response:
+async def rotate_key(
+    deps: Deps, caller: CurrentCaller, change: CurrentChange, key_id: str, body: Rotation
+) -> Response:
     """A new secret; the one before is valid for `overlap_seconds` more (an hour)."""
-    return await rotate(deps, caller, caller.tenant.id, key_id, body)
+    return await rotate(deps, caller, change, caller.tenant.id, key_id, body)
 
 
 @router.delete("/{key_id}")
@@ -75,10 +77,12 @@ async def revoke_key(deps: Deps, caller: CurrentCaller, key_id: str) -> Response
     return await revoke(deps, caller.tenant.id, key_id)
 
 
-async def create(deps: Services, caller: Caller, tenant_id: str, body: KeyBody) -> Response:
+async def create(deps: Services, caller: Caller, change: Change, tenant_id: str, body: KeyBody) -> Response:
     info = new_key_info(new_key_id(), time.time(), **body.model_dump(exclude_none=True))
     if tenant_id == caller.tenant.id:
         caller.key.check_covers(info)
+    terms = {"scopes": info.scopes, "expires_at": info.expires, "addresses": info.addresses}
+    change.of(info.id, name=info.name, **terms)
     info, secret = await deps.tenants.add_key(tenant_id, info)
     return json_response(key_object(Key(info)) | {"secret": secret}, 201)
 
@@ -90,7 +94,10 @@ async def list_of(deps: Services, tenant_id: str) -> Response:
     return json_response({"object": "list", "data": [key_object(key) for key in keys]})
 
 
-async def rotate(deps: Services, caller: Caller, tenant_id: str, key_id: str, body: RotateBody) -> Response:
+async def rotate(
+    deps: Services, caller: Caller, change: Change, tenant_id: str, key_id: str, body: RotateBody
+) -> Response:
+    change.of(key_id, overlap_seconds=body.overlap_seconds)
     _refuse_first(tenant_id, key_id)
     if tenant_id == caller.tenant.id:
         caller.key.check_covers(await deps.tenants.key(tenant_id, key_id))

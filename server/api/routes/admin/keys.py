@@ -2,15 +2,17 @@
 
 from fastapi import APIRouter, Depends, Response
 
-from server.api.http.dependencies import CurrentCaller, Deps, operator
+from server.api.http.dependencies import CurrentCaller, CurrentChange, Deps, operator
 from server.api.routes.keys import NewKey, Rotation, create, list_of, revoke, rotate
 
 router = APIRouter(prefix="/admin", dependencies=[Depends(operator)])
 
 
 @router.post("/tenants/{tenant_id}/keys")
-async def create_key(deps: Deps, caller: CurrentCaller, tenant_id: str, body: NewKey) -> Response:
-    return await create(deps, caller, tenant_id, body)
+async def create_key(
+    deps: Deps, caller: CurrentCaller, change: CurrentChange, tenant_id: str, body: NewKey
+) -> Response:
+    return await create(deps, caller, change, tenant_id, body)
 
 
 @router.get("/tenants/{tenant_id}/keys")
@@ -20,9 +22,9 @@ async def list_keys(deps: Deps, tenant_id: str) -> Response:
 
 @router.post("/tenants/{tenant_id}/keys/{key_id}/rotate")
 async def rotate_key(
-    deps: Deps, caller: CurrentCaller, tenant_id: str, key_id: str, body: Rotation
+    deps: Deps, caller: CurrentCaller, change: CurrentChange, tenant_id: str, key_id: str, body: Rotation
 ) -> Response:
-    return await rotate(deps, caller, tenant_id, key_id, body)
+    return await rotate(deps, caller, change, tenant_id, key_id, body)
 
 
 @router.delete("/tenants/{tenant_id}/keys/{key_id}")
