@@ -13,7 +13,7 @@ Outcome = Literal["done", "refused", "failed", "unknown"]
 class Entry(msgspec.Struct, frozen=True, omit_defaults=True):
     """One attempt to change something by a caller with a valid key, or by the server itself."""
 
-    actor: str  # the key's id; "operator" for the operator's first key; "worker" or "watch"
+    actor: str  # the key's id; "operator" for the operator's first key; or "watch"
     by: str  # whose key it is: a tenant's id, or "operator"; "server" for the server itself
     action: str  # such as key.create
     target: str = ""  # what was changed: names and ids, joined by "/"

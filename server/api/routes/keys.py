@@ -81,8 +81,7 @@ async def create(deps: Services, caller: Caller, change: Change, tenant_id: str,
     info = new_key_info(new_key_id(), time.time(), **body.model_dump(exclude_none=True))
     if tenant_id == caller.tenant.id:
         caller.key.check_covers(info)
-    terms = {"scopes": info.scopes, "expires_at": info.expires, "addresses": info.addresses}
-    change.of(info.id, name=info.name, **terms)
+    change.of(info.id, name=info.name, scopes=info.scopes, expires_at=info.expires, addresses=info.addresses)
     info, secret = await deps.tenants.add_key(tenant_id, info)
     return json_response(key_object(Key(info)) | {"secret": secret}, 201)
 

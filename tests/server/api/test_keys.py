@@ -51,8 +51,8 @@ def made(client: httpx.Client, path: str = "/v1/keys", **body: Any) -> dict[str,
 
 
 def test_a_key_without_terms_may_do_all(system: System, http: httpx.Client) -> None:
-    for request in ({}, {"json": {}}, {"json": {"name": None, "scopes": None}}):
-        key = http.post("/v1/keys", **request).json()
+    for body in (None, {}, {"name": None, "scopes": None}):
+        key = http.post("/v1/keys", json=body).json()
         assert works(system, key["secret"])
         assert key["scopes"] == list(ALL_SCOPES)
         assert (key["name"], key["expires_at"], key["addresses"], key["overlap_until"]) == (
@@ -64,8 +64,7 @@ def test_a_key_without_terms_may_do_all(system: System, http: httpx.Client) -> N
 
 
 def test_terms_are_shown_and_the_secret_is_not(http: httpx.Client) -> None:
-    terms = {"name": "CI", "scopes": ["read", "adapters"], "expires_in": 3600, "addresses": ["127.0.0.0/8"]}
-    key = made(http, **terms)
+    key = made(http, name="CI", scopes=["read", "adapters"], expires_in=3600, addresses=["127.0.0.0/8"])
     [listed] = [one for one in http.get("/v1/keys").json()["data"] if one["id"] == key["id"]]
     assert listed == {name: value for name, value in key.items() if name != "secret"}
     assert (key["name"], key["scopes"]) == ("CI", ["adapters", "read"])
@@ -249,7 +248,7 @@ def test_a_tenant_makes_no_key_above_its_own(system: System, http: httpx.Client)
     forever = made(http)
     short = made(http, expires_in=3600, addresses=["127.0.0.0/8"])
     with system.http(short["secret"]) as client:
-        fitting = {"expires_in": 60, "addresses": ["127.0.0.1"]}
+        fitting: dict[str, Any] = {"expires_in": 60, "addresses": ["127.0.0.1"]}
         assert works(system, made(client, **fitting)["secret"])
         for body in (
             *({}, {"expires_in": 60}, {"addresses": ["127.0.0.1"]}, fitting | {"expires_in": 7200}),

@@ -151,7 +151,7 @@ async def restore_adapter(
 
 @router.get("/{name}/history")
 async def get_history(deps: Deps, tenant: CurrentTenant, name: str) -> Response:
-    """The audit log, newest first; also of a deleted adapter."""
+    """How versions and aliases changed, newest first; also of a deleted adapter."""
     entries = await deps.registry.history(tenant.id, name)
     return json_response({"object": "list", "data": [change_object(entry) for entry in entries]})
 
