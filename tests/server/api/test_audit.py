@@ -11,7 +11,9 @@ import httpx
 import pytest
 from redis import Redis as SyncRedis
 
+from server.audit.audit_log import AuditLog, Span
 from server.audit.entry import Entry
+from server.audit.newest import newest_first
 from tests.server.api.conftest import System, lora_files, upload
 from tests.server.api.fine_tuning.training import create, send
 
@@ -287,9 +289,6 @@ def test_a_change_whose_process_ended_has_an_entry_too(
 
 
 def test_a_log_is_bounded_by_number_and_age(system: System, http: httpx.Client, valkey_url: str) -> None:
-    from server.audit.audit_log import AuditLog, Span
-    from server.audit.newest import newest_first
-
     audit = AuditLog(system.app.state.services.redis, days=1, max_entries=100)
 
     async def fill() -> list[Any]:

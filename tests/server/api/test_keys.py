@@ -9,6 +9,8 @@ import httpx
 import pytest
 from redis import Redis as SyncRedis
 
+from server.api.__main__ import trusted_networks
+from server.errors import StartupError
 from server.tenancy.key_terms import ALL_SCOPES
 from server.tenancy.tenant_keys import MAX_KEYS
 from tests.server.api.conftest import System, started
@@ -365,9 +367,6 @@ def test_an_operators_key_reads_closed_metrics_and_a_tenants_does_not(valkey_url
 
 
 def test_a_wrong_trusted_proxy_stops_the_start() -> None:
-    from server.api.__main__ import trusted_networks
-    from server.errors import StartupError
-
     assert trusted_networks(None) == []
     assert trusted_networks("10.0.0.0/8") == ["10.0.0.0/8", "::ffff:10.0.0.0/104"]
     for wrong in ("", "*", "proxy.local", "10.0.0.0/8,"):
