@@ -27,6 +27,9 @@ OPERATORS_ROUTES = ("/admin/", "/v1/load_lora_adapter", "/v1/unload_lora_adapter
 ROUTES: dict[str, Access] = {
     "POST /v1/completions": Access(INFERENCE),
     "POST /v1/chat/completions": Access(INFERENCE),
+    "POST /tokenize": Access(INFERENCE),
+    "POST /detokenize": Access(INFERENCE),
+    "GET /tokenizer_info": Access(ANY),
     "GET /v1/models": Access(ANY),
     "GET /v1/models/{model:path}": Access(ANY),
     "DELETE /v1/models/{model:path}": Access(ADAPTERS, "adapter.delete"),

@@ -20,7 +20,18 @@ from server.api.cluster_metrics import ClusterMetrics
 from server.api.http.error_responses import add_handlers
 from server.api.http.middleware import RequestMiddleware
 from server.api.http.temp_files import clear_temp_folders
-from server.api.routes import audit, chat, completions, files, fine_tuning, health, limits, models, uploads
+from server.api.routes import (
+    audit,
+    chat,
+    completions,
+    files,
+    fine_tuning,
+    health,
+    limits,
+    models,
+    tokenize,
+    uploads,
+)
 from server.api.routes import keys as own_keys
 from server.api.routes.adapters import adapters, aliases, pins, vllm_lora
 from server.api.routes.adapters import uploads as adapter_uploads
@@ -71,6 +82,7 @@ ROUTERS = (
     keys,
     admin_audit,
     store,
+    tokenize,
     health,
 )
 

@@ -22,6 +22,16 @@ from tokenizers.pre_tokenizers import ByteLevel
 from server.base_model.control_tokens import MARK, ControlTokens
 from server.errors import InvalidRequest, StartupError
 
+# of a tokenizer's config, what `info` tells
+_INFO = (
+    "add_bos_token",
+    "add_eos_token",
+    "add_prefix_space",
+    "clean_up_tokenization_spaces",
+    "legacy",
+    "padding_side",
+    "split_special_tokens",
+)
 CONTEXT_CHARS = 64  # before a part of a text: they may change its tokens
 
 
@@ -107,10 +117,25 @@ class Tokenizer:
         literal = next(found, None)
         return None if literal is None else text.index(literal) + len(literal)
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of these tokens, without special ones."""
-        text: str = self._backend.decode(list(ids), skip_special_tokens=True)
-        return text
+    def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
+        """The text of these tokens, without special ones or with them."""
+        # as a batch of one: the other `decode` holds the GIL
+        texts: list[str] = self._backend.decode_batch([list(ids)], skip_special_tokens=not special)
+        return texts[0]
+
+    def literals(self, ids: Sequence[int]) -> list[str]:
+        """The tokens as the vocabulary writes them; "" for an id that it lacks."""
+        return [self._literals[i] if i < len(self._literals) else "" for i in ids]
+
+    def info(self) -> dict[str, Any]:
+        """Class, special tokens and chat template, and what its config says of added tokens and spaces."""
+        said = {name: self._hf.init_kwargs[name] for name in _INFO if name in self._hf.init_kwargs}
+        return {
+            "tokenizer_class": type(self._hf).__name__,
+            "chat_template": self._chat_template,
+            **self._hf.special_tokens_map,
+            **{name: value for name, value in said.items() if isinstance(value, bool | str)},
+        }
 
     def render_chat(self, messages: list[dict[str, str]], *, answer: bool = True) -> str:
         """`messages` rendered by the model's template, for `encode_chat`: control tokens in them are quoted.

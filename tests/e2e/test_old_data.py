@@ -11,7 +11,8 @@ import httpx
 import pytest
 
 from server.tenancy.key_terms import ALL_SCOPES
-from tests.e2e.serving import Serving, files_of, until
+from tests.e2e.serving import Serving, files_of
+from tests.waiting import until
 
 OLD = Path(__file__).resolve().parents[1] / "golden" / "data_25a602b"
 EXPECTED: dict[str, Any] = json.loads((OLD / "expected.json").read_text())

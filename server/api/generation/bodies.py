@@ -64,6 +64,7 @@ class SamplingBody(Body):
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] = 1.0
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] = Field(default_factory=dict)
     seed: Annotated[int, Field(ge=-INT64 - 1, le=INT64)] | None = None
+    prompt_logprobs: Annotated[int, Field(ge=0)] | None = None
     stop: Texts = Field(default_factory=list)
     stop_token_ids: Tokens = Field(default_factory=list)
     ignore_eos: bool = False
@@ -103,6 +104,12 @@ class SamplingBody(Body):
             at_most("the number of characters of a stop", len(stop), caps(info).max_stop_chars, "stop")
         return stops
 
+    @field_validator("prompt_logprobs")
+    @classmethod
+    def _prompt_logprobs(cls, value: int, info: ValidationInfo) -> int:
+        at_most("prompt_logprobs", value, caps(info).max_top_logprobs)
+        return value
+
     @field_validator("stop_token_ids", mode="before")
     @classmethod
     def _stop_token_ids(cls, value: Any, info: ValidationInfo) -> Any:
@@ -121,6 +128,8 @@ class SamplingBody(Body):
     def _stream_options(self) -> Self:
         if self.stream_options is not None and not self.stream:
             raise InvalidField("stream_options needs stream to be true.", param="stream_options")
+        if self.prompt_logprobs is not None and self.stream:
+            raise InvalidField("prompt_logprobs needs stream to be false.", param="prompt_logprobs")
         return self
 
 
@@ -132,6 +141,7 @@ class CompletionBody(SamplingBody):
     }
 
     prompt: Any = None  # str, [str], [int] or [[int]]: see prompts.py
+    max_tokens: Annotated[int, Field(ge=0, le=INT32)] | None = None  # 0: the prompt alone
     echo: bool = False
     logprobs: Annotated[int, Field(ge=0)] | None = None
     best_of: Count | None = None
@@ -148,6 +158,4 @@ class CompletionBody(SamplingBody):
             raise InvalidField(
                 f"best_of must equal n, which is {self.n}, not {self.best_of}.", param="best_of"
             )
-        if self.echo and self.logprobs is not None:
-            raise InvalidField("echo gives the prompt's text only: it cannot go with logprobs.", param="echo")
         return self

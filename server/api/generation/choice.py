@@ -17,7 +17,7 @@ Finish = Literal["stop", "length"]
 
 @dataclass(frozen=True)
 class TokenInfo:
-    """A generated token with its logprobs."""
+    """A generated token, or the one that ended the choice, with its logprobs."""
 
     token: int
     logprobs: TokenLogprobs
@@ -42,6 +42,7 @@ class Choice:
     tokenizer: Tokenizer
     stops: list[str]
     min_tokens: int = 0  # stop strings are ignored before this many
+    shows_end: bool = False  # the last piece has the token that ended the choice, with its logprobs
     completion_tokens: int = 0
     cached_tokens: int = 0
     finished: bool = False
@@ -66,6 +67,8 @@ class Choice:
                 return self._piece(text, "stop")
         if chunk.finish in {"stop", "length"}:
             text += self._scan(self._detokenizer.flush())
+            if self.shows_end and chunk.stop_token is not None and chunk.logprobs:
+                self._unsent.append(TokenInfo(chunk.stop_token, chunk.logprobs[-1], self._decoded_chars))
             finish: Finish = "stop" if chunk.finish == "stop" or self._scanner.found else "length"
             return self._piece(text + self._scanner.flush(), finish)
         return self._piece(text, None)

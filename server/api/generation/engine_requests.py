@@ -23,6 +23,9 @@ from server.messages import Generate, Sampling
 from server.tenancy.limits import Limits
 from server.tenancy.tenants import Tenant
 
+# The most prompt logprobs of an answer: 20 for each of 100,000 tokens, and the tokens' own
+MAX_PROMPT_LOGPROBS = 2_100_000
+
 
 @dataclass(frozen=True)
 class RouteOptions:
@@ -33,6 +36,8 @@ class RouteOptions:
     max_tokens: int | None  # as requested
     default_max_tokens: int | None  # if none is requested; None: all that fits the context
     logprobs: int | None  # as in Sampling
+    prompt_logprobs: int | None = None  # as in Sampling
+    shows_end: bool = False  # as in Choice
     grammar: str | None = None  # as in Sampling
 
 
@@ -58,6 +63,7 @@ def build_generation(
     at_most("min_tokens", body.min_tokens, context)
     if limits.max_n is not None:
         at_most("n", body.n, limits.max_n)
+    _check_prompt_logprobs(options, body.n)
     rows = []
     for number, prompt in enumerate(options.prompts):
         max_tokens = fit_max_tokens(prompt, options.max_tokens, default_max_tokens, context, whose)
@@ -72,7 +78,7 @@ def build_generation(
                 id=f"{request_id}-{first + i}",
                 tenant=tenant.id,
                 prompt=prompt,
-                sampling=_sampling(body, options, max_tokens, _wrap_int64(seed + i), vocabulary),
+                sampling=_sampling(body, options, max_tokens, _wrap_int64(seed + i), vocabulary, first=not i),
                 adapter=target.adapter,
                 adapters=target.adapters,
                 deadline=deadline,
@@ -81,7 +87,9 @@ def build_generation(
             )
             for i in range(body.n)
         ]
-    choices = [Choice(i, deps.tokenizer, body.stop, body.min_tokens) for i in range(len(rows))]
+    choices = [
+        Choice(i, deps.tokenizer, body.stop, body.min_tokens, options.shows_end) for i in range(len(rows))
+    ]
     return Generation(deps, request_id, target, options.prompts, rows, choices, request.state.rates)
 
 
@@ -101,10 +109,20 @@ def _affordable(limits: Limits, options: RouteOptions, n: int) -> int | None:
     return min(share, options.default_max_tokens or share)
 
 
+def _check_prompt_logprobs(options: RouteOptions, n: int) -> None:
+    """Raise InvalidField if the answer would hold more of them than MAX_PROMPT_LOGPROBS."""
+    if options.prompt_logprobs is not None:
+        total = sum(map(len, options.prompts)) * (1 + options.prompt_logprobs) * n
+        at_most("the number of prompt logprobs in the answer", total, MAX_PROMPT_LOGPROBS, "prompt")
+
+
 def _sampling(
-    body: SamplingBody, options: RouteOptions, max_tokens: int, seed: int, vocabulary: int
+    body: SamplingBody, options: RouteOptions, max_tokens: int, seed: int, vocabulary: int, *, first: bool
 ) -> Sampling:
-    """The sampling parameters as the engine takes them. Raises InvalidField for an unknown token id."""
+    """The sampling parameters as the engine takes them. Raises InvalidField for an unknown token id.
+
+    `first`: of a prompt's n rows, the one that computes its logprobs.
+    """
     for token in body.stop_token_ids:
         _check_token("stop_token_ids", token, vocabulary)
     return Sampling(
@@ -122,6 +140,7 @@ def _sampling(
         ignore_eos=body.ignore_eos,
         min_tokens=body.min_tokens,
         logprobs=options.logprobs,
+        prompt_logprobs=options.prompt_logprobs if first else None,
         grammar=options.grammar,
     )
 

@@ -12,6 +12,7 @@ from server.api.generation.engine_requests import RouteOptions, build_generation
 from server.api.generation.generation import Generation
 from server.api.generation.json_objects import add_logprobs, chat_logprobs, usage_object
 from server.api.generation.model_selection import resolve
+from server.api.generation.prompt_logprobs import vllm_prompt_logprobs
 from server.api.generation.prompts import chat_prompt
 from server.api.generation.response_format import grammar_for
 from server.api.http.dependencies import CurrentTenant, Deps, current_tenant, sticky_key
@@ -38,6 +39,7 @@ async def create_chat_completion(
         max_tokens=body.max_completion_tokens or body.max_tokens,
         default_max_tokens=None,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        prompt_logprobs=body.prompt_logprobs,
         grammar=await grammar_for(body.response_format),
     )
     generation = build_generation(deps, tenant, request, target, body, options)
@@ -63,8 +65,10 @@ class _Chat:
                 answer["message"]["content"] += piece.text
                 answer["logprobs"] = add_logprobs(answer["logprobs"], self._logprobs(piece))
                 answer["finish_reason"] = piece.finish
-        usage = usage_object(self._generation.usage)
-        return self._object("chat.completion", answers) | {"usage": usage}
+        whole = self._object("chat.completion", answers) | {"usage": usage_object(self._generation.usage)}
+        if (count := self._body.prompt_logprobs) is not None:
+            whole["prompt_logprobs"] = await vllm_prompt_logprobs(self._generation, 0, count)
+        return whole
 
     async def events(self) -> AsyncGenerator[dict[str, Any], None]:
         """The answer's chunks, with the usage in the last if the body asks for it."""

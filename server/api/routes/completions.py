@@ -12,6 +12,7 @@ from server.api.generation.engine_requests import RouteOptions, build_generation
 from server.api.generation.generation import Generation
 from server.api.generation.json_objects import add_logprobs, completion_logprobs, usage_object
 from server.api.generation.model_selection import resolve
+from server.api.generation.prompt_logprobs import echo_logprobs, vllm_prompt_logprobs
 from server.api.generation.prompts import completion_prompts
 from server.api.http.dependencies import CurrentTenant, Deps, current_tenant, sticky_key
 from server.api.http.error_responses import json_response
@@ -34,7 +35,16 @@ async def create_completion(
     """One object with all choices, or a stream of them."""
     target = await resolve(deps, tenant, body.model, body.adapters, sticky_key(request, body.user))
     prompts = await completion_prompts(deps, tenant, body.prompt)
-    options = RouteOptions("cmpl", prompts, body.max_tokens, DEFAULT_MAX_TOKENS, body.logprobs)
+    echoed = body.logprobs if body.echo else None
+    options = RouteOptions(
+        prefix="cmpl",
+        prompts=prompts,
+        max_tokens=body.max_tokens,
+        default_max_tokens=DEFAULT_MAX_TOKENS,
+        logprobs=body.logprobs,
+        prompt_logprobs=max((k for k in (echoed, body.prompt_logprobs) if k is not None), default=None),
+        shows_end=echoed is not None,
+    )
     generation = build_generation(deps, tenant, request, target, body, options)
     answer = _Completion(generation, body)
     if body.stream:
@@ -48,19 +58,23 @@ class _Completion:
     def __init__(self, generation: Generation, body: CompletionBody) -> None:
         self._generation = generation
         self._body = body
-        self._echoes = [""] * len(generation.choices)
-        if body.echo:
-            self._echoes = [self._echo(i // generation.n) for i in range(len(generation.choices))]
+        self._echoes = [self._echo(i) if body.echo else "" for i in range(len(generation.prompts))]
+        self._unechoed = set(range(len(generation.choices))) if body.echo else set[int]()
 
     async def full_object(self) -> dict[str, Any]:
         """The answer without streaming, once every choice has finished."""
-        choices = [self._choice(i, echo) for i, echo in enumerate(self._echoes)]
+        choices = [self._choice(i, "") for i in range(len(self._generation.choices))]
         async with aclosing(self._generation.pieces()) as pieces:
             async for piece in pieces:
                 choice = choices[piece.index]
-                choice["text"] += piece.text
-                choice["logprobs"] = add_logprobs(choice["logprobs"], self._logprobs(piece))
+                text, logprobs = await self._echoed(piece)
+                choice["text"] += text
+                choice["logprobs"] = add_logprobs(choice["logprobs"], logprobs)
                 choice["finish_reason"] = piece.finish
+        if (count := self._body.prompt_logprobs) is not None:
+            for i, choice in enumerate(choices):
+                number = i // self._generation.n
+                choice["prompt_logprobs"] = await vllm_prompt_logprobs(self._generation, number, count)
         return self._object(choices) | {"usage": usage_object(self._generation.usage)}
 
     async def events(self) -> AsyncGenerator[dict[str, Any], None]:
@@ -70,10 +84,9 @@ class _Completion:
         extra: dict[str, Any] = {"usage": None} if with_usage else {}
         async with aclosing(self._generation.pieces()) as pieces:
             async for piece in pieces:
-                echo, self._echoes[piece.index] = self._echoes[piece.index], ""
-                if piece.text or piece.tokens or echo:
-                    choice = self._choice(piece.index, echo + piece.text, self._logprobs(piece))
-                    yield self._object([choice]) | extra
+                text, logprobs = await self._echoed(piece)
+                if text or piece.tokens:
+                    yield self._object([self._choice(piece.index, text, logprobs)]) | extra
                 if piece.finish is not None:  # alone in a chunk, as OpenAI has it: clients rely on that
                     yield self._object([self._choice(piece.index, "", finish=piece.finish)]) | extra
         if with_usage:
@@ -94,10 +107,19 @@ class _Completion:
     ) -> dict[str, Any]:
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}
 
-    def _logprobs(self, piece: Piece) -> dict[str, list[Any]] | None:
-        if self._body.logprobs is None:
-            return None
-        return completion_logprobs(self._generation.deps.tokenizer, piece.tokens, self._body.logprobs)
+    async def _echoed(self, piece: Piece) -> tuple[str, dict[str, list[Any]] | None]:
+        """Text and logprobs of a piece; with `echo`, those of its prompt come before a choice's first."""
+        number = piece.index // self._generation.n
+        echo, logprobs = self._echoes[number], None
+        if (count := self._body.logprobs) is not None:
+            tokenizer = self._generation.deps.tokenizer
+            logprobs = completion_logprobs(tokenizer, piece.tokens, count, len(echo))
+        if piece.index not in self._unechoed:
+            return piece.text, logprobs
+        self._unechoed.remove(piece.index)
+        if count is not None:
+            logprobs = add_logprobs(await echo_logprobs(self._generation, number, echo, count), logprobs)
+        return echo + piece.text, logprobs
 
     def _echo(self, number: int) -> str:
         """The text of a prompt: as it was sent, or decoded from token ids."""

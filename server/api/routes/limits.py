@@ -4,7 +4,7 @@ from fastapi import APIRouter, Depends, Response
 
 from adapters_store.upload_records import LIFE_SECONDS
 from server.api.generation import response_format
-from server.api.generation.engine_requests import max_context
+from server.api.generation.engine_requests import MAX_PROMPT_LOGPROBS, max_context
 from server.api.http import connection
 from server.api.http.body_model import MAX_METADATA
 from server.api.http.dependencies import CurrentLimits, Deps, current_tenant
@@ -74,6 +74,7 @@ async def get_limits(deps: Deps, limits: CurrentLimits) -> Response:
             "head_seconds": connection.HEAD_SECONDS,
             "send_seconds": connection.SEND_SECONDS,
             "max_metadata": MAX_METADATA,
+            "max_prompt_logprobs": MAX_PROMPT_LOGPROBS,
             "max_schema_chars": response_format.MAX_SCHEMA_CHARS,
             "page": adapters.MAX_PAGE,
             "max_part_bytes": uploads.MAX_PART_BYTES,

@@ -38,6 +38,7 @@ class Row:
     charged_tokens: int = 0  # leading prompt tokens that its tenant has been charged for
     length_at_start: int = 0  # len(tokens) when the row last entered the batch
     admitted: bool = False  # has run before; it may have been preempted since
+    num_scored: int = 0  # leading tokens whose prompt logprobs have been delivered
     sampled: bool = False  # has had finite logits: its blocks may be shared
     use_counted: bool = False  # the adapter cache has counted this request for its adapters
     steps_without_memory: int = 0  # steps in which only memory kept it from starting
@@ -130,6 +131,20 @@ class Row:
     def decodes(self) -> bool:
         """This step computes one token and its draft tokens."""
         return self.scheduled == 1 + len(self.draft)
+
+    @property
+    def unscored(self) -> range:
+        """Positions whose next token is one of the prompt with a logprob to compute. The prompt's first token
+        has none. Their K/V are computed anew, not taken from the prefix cache.
+        """
+        if self.command.sampling.prompt_logprobs is None:
+            return range(0)
+        return range(max(self.num_scored, self.num_virtual_tokens), self.prompt_length - 1)
+
+    def to_score(self) -> range:
+        """Those of `unscored` that this step computes."""
+        unscored = self.unscored
+        return range(unscored.start, min(unscored.stop, self.computed + self.scheduled))
 
     @property
     def length(self) -> int:

@@ -22,8 +22,8 @@ Route = tuple[str, str]
 EVERY_SCOPE = frozenset(ALL_SCOPES)
 # Which scopes open a route, told a second time and by rules: the first that fits. None: only all together.
 RULES: list[tuple[str, frozenset[str] | None]] = [
-    (r"POST /v1/(chat/)?completions$", frozenset({"inference"})),
-    (r"GET /v1/(models|limits)\b", EVERY_SCOPE),
+    (r"POST (/v1/(chat/)?completions|/(de)?tokenize)$", frozenset({"inference"})),
+    (r"GET (/v1/(models|limits)\b|/tokenizer_info$)", EVERY_SCOPE),
     (r"GET /v1/adapter_uploads", frozenset({"adapters"})),
     (r"GET /v1/adapters", frozenset({"read", "adapters"})),
     (
@@ -36,7 +36,9 @@ RULES: list[tuple[str, frozenset[str] | None]] = [
     (r"GET /(v1/keys|v1/audit|admin)\b", frozenset({"read"})),
     (r"\w+ /(v1/keys|admin)\b", None),
 ]
-CHANGES_NOTHING = re.compile(r"GET |POST /v1/(chat/)?completions$|POST /v1/uploads/{upload_id}/parts$")
+CHANGES_NOTHING = re.compile(
+    r"GET |POST (/v1/(chat/)?completions|/(de)?tokenize|/v1/uploads/{upload_id}/parts)$"
+)
 KINDS: list[tuple[str, ...]] = [*((scope,) for scope in ALL_SCOPES), ALL_SCOPES]
 
 

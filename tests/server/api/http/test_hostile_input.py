@@ -32,7 +32,7 @@ def refused(answer: httpx.Response, status: int, param: str | None = None) -> st
 
 
 BAD_VALUES: dict[str, list[Any]] = {
-    "max_tokens": [0, -1, 2**63, "5", 1.5, True, [], {}],
+    "max_tokens": [-1, 2**63, "5", 1.5, True, [], {}],
     "temperature": [-0.1, 2.1, "1", True, 10**400],
     "top_p": [0, 1.1, -1],
     "top_k": [-2, 1.5, 2**40],
@@ -63,6 +63,7 @@ BAD_VALUES: dict[str, list[Any]] = {
     "adapters": [[{"name": "a"}] * 5, [{"name": 5}], {}],
     "metadata": [[], {"a": 1}, {f"k{i}": "v" for i in range(17)}],
     "echo": ["yes"],
+    "prompt_logprobs": [-1, 21, True, "1"],
     "model": [5, "", "x" * 513],
 }
 OUT_OF_RANGE = [(field, value) for field, values in BAD_VALUES.items() for value in values]
