@@ -31,7 +31,8 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
     ignore_eos: bool = False
     min_tokens: int = 0  # no end-of-text or stop token before this many
     logprobs: int | None = None  # None: none; k: the chosen token's and the k best
-    grammar: str | None = None  # JSON schema the text must match (structured output)
+    grammar: str | None = None  # JSON schema, or a grammar in Lark, that the text must match
+    bad_words: tuple[tuple[int, ...], ...] = ()  # sequences of tokens that the answer must not hold
 
 
 class AdapterRef(msgspec.Struct, frozen=True):

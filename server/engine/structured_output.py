@@ -1,4 +1,4 @@
-"""Structured output: the tokens that a row's JSON schema allows next, by llguidance.
+"""Structured output: the tokens that a row's JSON schema or grammar allows next, by llguidance.
 
 A separate thread compiles the schemas, so that a large one delays its own row only. The API has already
 refused schemas that are too large or cannot be compiled; a matcher that fails here ends its row.
@@ -37,7 +37,7 @@ class Grammars:
         self._pool = ThreadPoolExecutor(1, "grammar")
 
     def compile(self, schema: str) -> "Future[LLMatcher]":
-        """A new matcher for a JSON schema; the future raises InvalidField if it cannot be compiled."""
+        """A new matcher for a schema or a grammar; the future raises InvalidField if it does not compile."""
         return self._pool.submit(self._compile, schema)
 
     def close(self) -> None:
@@ -55,7 +55,9 @@ class Grammars:
         return matcher
 
     def _make_matcher(self, schema: str) -> LLMatcher:
-        grammar = LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_pattern": WHITESPACE})
+        grammar = schema  # one in Lark, which the API has made: a schema is an object
+        if schema.startswith("{"):
+            grammar = LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_pattern": WHITESPACE})
         return LLMatcher(self._tokenizer, grammar, log_level=0, limits=PARSER_LIMITS)
 
 

@@ -18,10 +18,13 @@ from server.api.generation.model_selection import Target
 from server.api.generation.prompts import fit_max_tokens
 from server.api.http.body_model import at_most
 from server.api.services import Services
+from server.base_model.tokenizer import Tokenizer
 from server.errors import InvalidField, shown
 from server.messages import Generate, Sampling
 from server.tenancy.limits import Limits
 from server.tenancy.tenants import Tenant
+
+BadWords = tuple[tuple[int, ...], ...]  # token ids
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,7 @@ class RouteOptions:
     default_max_tokens: int | None  # if none is requested; None: all that fits the context
     logprobs: int | None  # as in Sampling
     grammar: str | None = None  # as in Sampling
+    best_of: int | None = None  # rows of each prompt, if more than n
 
 
 def build_generation(
@@ -44,20 +48,22 @@ def build_generation(
     body: SamplingBody,
     options: RouteOptions,
 ) -> Generation:
-    """A row for each prompt and each of n, prompt by prompt. Raises InvalidField, ContextTooLong.
+    """A row for each prompt and each of n or best_of, prompt by prompt. Raises InvalidField, ContextTooLong.
 
     The rows of a prompt after its first wait for the first, whose KV blocks they share.
     """
     limits: Limits = request.state.limits
     context, vocabulary = max_context(deps, limits), deps.base.vocab_size
     whose = "The model's context" if context == deps.max_context else "max_context, your limit,"
-    default_max_tokens = _affordable(limits, options, body.n)
+    n = options.best_of or body.n
+    default_max_tokens = _affordable(limits, options, n)
     deadline = time.time() + _timeout(request, deps.settings.request_seconds)
     request_id = f"{options.prefix}-{secrets.token_hex(16)}"
     seed = secrets.randbits(63) if body.seed is None else body.seed
     at_most("min_tokens", body.min_tokens, context)
     if limits.max_n is not None:
-        at_most("n", body.n, limits.max_n)
+        at_most("n" if n == body.n else "best_of", n, limits.max_n)
+    bad_words = _bad_words(deps.tokenizer, body.bad_words)
     rows = []
     for number, prompt in enumerate(options.prompts):
         max_tokens = fit_max_tokens(prompt, options.max_tokens, default_max_tokens, context, whose)
@@ -66,23 +72,34 @@ def build_generation(
                 f"min_tokens must be at most max_tokens, which is {max_tokens}, not {body.min_tokens}.",
                 param="min_tokens",
             )
-        first = number * body.n
+        first = number * n
         rows += [
             Generate(
                 id=f"{request_id}-{first + i}",
                 tenant=tenant.id,
                 prompt=prompt,
-                sampling=_sampling(body, options, max_tokens, _wrap_int64(seed + i), vocabulary),
+                sampling=_sampling(body, options, max_tokens, _wrap_int64(seed + i), vocabulary, bad_words),
                 adapter=target.adapter,
                 adapters=target.adapters,
                 deadline=deadline,
                 weight=tenant.weight,
                 after=f"{request_id}-{first}" if i else None,
             )
-            for i in range(body.n)
+            for i in range(n)
         ]
-    choices = [Choice(i, deps.tokenizer, body.stop, body.min_tokens) for i in range(len(rows))]
+    choices = [_choice(deps.tokenizer, body, i) for i in range(len(rows))]
     return Generation(deps, request_id, target, options.prompts, rows, choices, request.state.rates)
+
+
+def _choice(tokenizer: Tokenizer, body: SamplingBody, index: int) -> Choice:
+    return Choice(
+        index,
+        tokenizer,
+        body.stop,
+        body.min_tokens,
+        keep_stop=body.include_stop_str_in_output,
+        show_special=not body.skip_special_tokens,
+    )
 
 
 def max_context(deps: Services, limits: Limits) -> int:
@@ -102,7 +119,12 @@ def _affordable(limits: Limits, options: RouteOptions, n: int) -> int | None:
 
 
 def _sampling(
-    body: SamplingBody, options: RouteOptions, max_tokens: int, seed: int, vocabulary: int
+    body: SamplingBody,
+    options: RouteOptions,
+    max_tokens: int,
+    seed: int,
+    vocabulary: int,
+    bad_words: BadWords,
 ) -> Sampling:
     """The sampling parameters as the engine takes them. Raises InvalidField for an unknown token id."""
     for token in body.stop_token_ids:
@@ -123,7 +145,15 @@ def _sampling(
         min_tokens=body.min_tokens,
         logprobs=options.logprobs,
         grammar=options.grammar,
+        bad_words=bad_words,
     )
+
+
+def _bad_words(tokenizer: Tokenizer, words: list[str]) -> BadWords:
+    """The tokens of each word, at the beginning of a text and behind a space, as vLLM reads them."""
+    texts = (text for word in words for text in (word.lstrip(), f" {word.lstrip()}") if text.strip())
+    sequences = (tuple(tokenizer.encode(text, special=False)) for text in texts)
+    return tuple(dict.fromkeys(sequence for sequence in sequences if sequence))
 
 
 def _logit_bias(bias: dict[str, float], vocabulary: int) -> dict[int, float]:

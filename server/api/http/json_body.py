@@ -38,6 +38,7 @@ def json_body(model: type[M]) -> Callable[..., Awaitable[M]]:
             return validate(model, parse(raw, values), deps.settings)
         return await run_sync(lambda: validate(model, parse(raw, values), deps.settings))
 
+    read.model = model  # type: ignore[attr-defined]  # for the OpenAPI document
     return read
 
 

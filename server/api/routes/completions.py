@@ -11,20 +11,23 @@ from server.api.generation.choice import Piece
 from server.api.generation.engine_requests import RouteOptions, build_generation
 from server.api.generation.generation import Generation
 from server.api.generation.json_objects import add_logprobs, completion_logprobs, usage_object
+from server.api.generation.likelihood import Likelihood, likeliest
 from server.api.generation.model_selection import resolve
-from server.api.generation.prompts import completion_prompts
+from server.api.generation.prompts import completion_prompts, kept_tokens
+from server.api.generation.response_format import grammar_for
 from server.api.http.dependencies import CurrentTenant, Deps, current_tenant, sticky_key
 from server.api.http.error_responses import json_response
 from server.api.http.json_body import json_body
 from server.api.http.rate_limits import rate_limited
 from server.api.http.streaming import open_stream, while_connected
+from server.api.schema.objects import STREAM, Completion
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
 
 router = APIRouter(dependencies=[Depends(current_tenant), Depends(rate_limited)])
 
 
-@router.post("/v1/completions")
+@router.post("/v1/completions", response_model=Completion, responses=STREAM)
 async def create_completion(
     request: Request,
     deps: Deps,
@@ -33,8 +36,17 @@ async def create_completion(
 ) -> Response:
     """One object with all choices, or a stream of them."""
     target = await resolve(deps, tenant, body.model, body.adapters, sticky_key(request, body.user))
-    prompts = await completion_prompts(deps, tenant, body.prompt)
-    options = RouteOptions("cmpl", prompts, body.max_tokens, DEFAULT_MAX_TOKENS, body.logprobs)
+    keep = kept_tokens(body.truncate_prompt_tokens, deps.max_context, body.max_tokens or DEFAULT_MAX_TOKENS)
+    ranked = body.best_of is not None and body.best_of > body.n
+    options = RouteOptions(
+        prefix="cmpl",
+        prompts=await completion_prompts(deps, tenant, body.prompt, keep, special=body.add_special_tokens),
+        max_tokens=body.max_tokens,
+        default_max_tokens=DEFAULT_MAX_TOKENS,
+        logprobs=0 if ranked and body.logprobs is None else body.logprobs,
+        grammar=await grammar_for(None, body.structure),
+        best_of=body.best_of if ranked else None,
+    )
     generation = build_generation(deps, tenant, request, target, body, options)
     answer = _Completion(generation, body)
     if body.stream:
@@ -55,21 +67,27 @@ class _Completion:
     async def full_object(self) -> dict[str, Any]:
         """The answer without streaming, once every choice has finished."""
         choices = [self._choice(i, echo) for i, echo in enumerate(self._echoes)]
+        likelihoods = [Likelihood() for _ in choices]
         async with aclosing(self._generation.pieces()) as pieces:
             async for piece in pieces:
                 choice = choices[piece.index]
                 choice["text"] += piece.text
                 choice["logprobs"] = add_logprobs(choice["logprobs"], self._logprobs(piece))
                 choice["finish_reason"] = piece.finish
+                likelihoods[piece.index].add(piece)
+        choices = likeliest(choices, likelihoods, self._generation.n, self._body.n)
         return self._object(choices) | {"usage": usage_object(self._generation.usage)}
 
     async def events(self) -> AsyncGenerator[dict[str, Any], None]:
         """The answer's chunks, with the usage in the last if the body asks for it."""
         stream_options = self._body.stream_options
         with_usage = stream_options is not None and stream_options.include_usage
+        continuous = stream_options is not None and stream_options.continuous_usage_stats
         extra: dict[str, Any] = {"usage": None} if with_usage else {}
         async with aclosing(self._generation.pieces()) as pieces:
             async for piece in pieces:
+                if extra and continuous:
+                    extra = {"usage": usage_object(self._generation.usage)}
                 echo, self._echoes[piece.index] = self._echoes[piece.index], ""
                 if piece.text or piece.tokens or echo:
                     choice = self._choice(piece.index, echo + piece.text, self._logprobs(piece))

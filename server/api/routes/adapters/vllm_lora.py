@@ -33,7 +33,7 @@ class UnloadBody(Body):
     lora_int_id: int | None = None
 
 
-@router.post("/load_lora_adapter")
+@router.post("/load_lora_adapter", response_class=PlainTextResponse)
 async def load(deps: Deps, body: Annotated[LoadBody, Depends(json_body(LoadBody))]) -> Response:
     """With `load_inplace` an existing adapter gets a new version; without it that is a conflict."""
     if deps.settings.lora_folder is None:
@@ -47,7 +47,7 @@ async def load(deps: Deps, body: Annotated[LoadBody, Depends(json_body(LoadBody)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
 
-@router.post("/unload_lora_adapter")
+@router.post("/unload_lora_adapter", response_class=PlainTextResponse)
 async def unload(deps: Deps, body: Annotated[UnloadBody, Depends(json_body(UnloadBody))]) -> Response:
     await delete(deps, OPERATOR.id, body.lora_name, None, OPERATOR.id)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")

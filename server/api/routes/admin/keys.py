@@ -11,7 +11,7 @@ from server.tenancy.tenants import KeyInfo
 router = APIRouter(prefix="/admin", dependencies=[Depends(operator)])
 
 
-@router.post("/tenants/{tenant_id}/keys")
+@router.post("/tenants/{tenant_id}/keys", status_code=201)
 async def create_key(deps: Deps, tenant_id: str) -> Response:
     info, secret = await deps.tenants.add_key(tenant_id)
     return json_response(_key_object(info) | {"secret": secret}, 201)

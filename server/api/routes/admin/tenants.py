@@ -19,7 +19,7 @@ class TenantBody(Body):
     weight: Annotated[float, Field(gt=0, le=1000)] = 1.0
 
 
-@router.post("/tenants")
+@router.post("/tenants", status_code=201)
 async def create_tenant(deps: Deps, body: Annotated[TenantBody, Depends(json_body(TenantBody))]) -> Response:
     tenant, secret = await deps.tenants.create(body.name, body.weight)
     return json_response(_tenant_object(tenant) | {"key": secret}, 201)

@@ -122,6 +122,30 @@ def test_others_files_are_unknown(http: httpx.Client, system: System, other_key:
     assert http.get(f"/v1/files/{file}").status_code == 200
 
 
+EXPIRES = "expires_after"
+
+
+def life(seconds: str) -> dict[str, str]:
+    return {"expires_after[anchor]": "created_at", "expires_after[seconds]": seconds}
+
+
+def test_a_file_may_expire(sdk: openai.OpenAI) -> None:
+    file = sdk.files.create(
+        file=("a", DATA), purpose="fine-tune", expires_after={"anchor": "created_at", "seconds": 3600}
+    )
+    assert file.expires_at == file.created_at + 3600
+    upload = sdk.uploads.create(**announced(4), expires_after={"anchor": "created_at", "seconds": 7200})
+    part = sdk.uploads.parts.create(upload.id, data=b"1234").id
+    whole = sdk.uploads.complete(upload.id, part_ids=[part]).file
+    assert whole is not None
+    assert whole.expires_at == whole.created_at + 7200
+
+
+def test_what_a_file_has_not_is_left_out(http: httpx.Client) -> None:
+    file = http.get(f"/v1/files/{send(http)}").json()
+    assert not {"expires_at", "status_details"} & file.keys()
+
+
 @pytest.mark.parametrize(
     ("files", "data", "status", "param"),
     [
@@ -129,7 +153,10 @@ def test_others_files_are_unknown(http: httpx.Client, system: System, other_key:
         ({"file": ("a", DATA)}, {"purpose": "assistants"}, 400, "purpose"),
         ({"file": ("a", DATA)}, {"purpose": "fine-tune-results"}, 400, "purpose"),
         ({"other": ("a", DATA)}, {"purpose": "fine-tune"}, 400, None),
-        ({"file": ("a", DATA)}, {"purpose": "fine-tune", "expires_after[seconds]": "3600"}, 400, None),
+        ({"file": ("a", DATA)}, {"purpose": "fine-tune", "expires_after[seconds]": "3600"}, 400, EXPIRES),
+        ({"file": ("a", DATA)}, {"purpose": "fine-tune"} | life("x"), 400, EXPIRES),
+        ({"file": ("a", DATA)}, {"purpose": "fine-tune"} | life("3599"), 400, EXPIRES),
+        ({"file": ("a", DATA)}, {"purpose": "fine-tune"} | life("9" * 99), 400, EXPIRES),
         ({"file": ("a", b"")}, {"purpose": "fine-tune"}, 400, "file"),
         ({"file": ("../../etc/passwd", DATA)}, {"purpose": "fine-tune"}, 400, "filename"),
         ({"file": ("a" * 300, DATA)}, {"purpose": "fine-tune"}, 400, "filename"),
@@ -251,7 +278,8 @@ def test_parts_that_are_wrong_are_refused(sdk: openai.OpenAI, http: httpx.Client
         ({"filename": "/etc/passwd"}, "filename"),
         ({"filename": ""}, "filename"),
         ({"purpose": "vision"}, "purpose"),
-        ({"expires_after": {"anchor": "created_at", "seconds": 3600}}, "expires_after"),
+        ({"expires_after": {"anchor": "created_at", "seconds": 60}}, "expires_after.seconds"),
+        ({"expires_after": {"anchor": "now", "seconds": 3600}}, "expires_after.anchor"),
         ({"url": "http://127.0.0.1/"}, "url"),
     ],
 )

@@ -240,7 +240,6 @@ def test_a_schema_that_cannot_be_used_is_refused_at_once(http: httpx.Client, sch
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages"),
         ({"messages": "hi"}, "messages"),
         ({"response_format": {"type": "grammar"}}, "response_format"),
-        ({"store": True}, "store"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"stream": True, "stream_options": {"include_obfuscation": True}}, "stream_options"),
         ({"messages": [{"role": "assistant", "content": "x", "annotations": [1]}]}, "messages.0.annotations"),

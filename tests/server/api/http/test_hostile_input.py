@@ -34,7 +34,7 @@ def refused(answer: httpx.Response, status: int, param: str | None = None) -> st
 BAD_VALUES: dict[str, list[Any]] = {
     "max_tokens": [0, -1, 2**63, "5", 1.5, True, [], {}],
     "temperature": [-0.1, 2.1, "1", True, 10**400],
-    "top_p": [0, 1.1, -1],
+    "top_p": [1.1, -1],
     "top_k": [-2, 1.5, 2**40],
     "min_p": [-0.1, 1.1],
     "presence_penalty": [-2.1, 2.1],
@@ -43,9 +43,9 @@ BAD_VALUES: dict[str, list[Any]] = {
     "seed": [2**63, -(2**63) - 1, 0.5],
     "n": [0, 9, 10**9],
     "logprobs": [-1, 21, True],
-    "best_of": [2, 0],
-    "stop": [[""], ["x"] * 9, "x" * 257, 5, ["a", 5], ["x"] * 19_000],
-    "stop_token_ids": [[-1], [10_000], ["1"], [1] * 9, "1"],
+    "best_of": [9, 0],
+    "stop": [[""], ["x"] * 65, "x" * 257, 5, ["a", 5], ["x"] * 19_000],
+    "stop_token_ids": [[-1], [10_000], ["1"], [1] * 65, "1"],
     "logit_bias": [
         *({"x": 1}, {"-1": 1}, {"9999": 1}, {"1": 101}, {"1": "2"}, [1], {"²": 1}),
         {str(i): 1 for i in range(301)},
