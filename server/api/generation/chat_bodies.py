@@ -166,6 +166,10 @@ class ChatBody(SamplingBody):
     def _combinations(self) -> "ChatBody":
         if self.top_logprobs and not self.logprobs:
             raise InvalidField("top_logprobs needs logprobs to be true.", param="top_logprobs")
+        if self.structure and self.response_format and self.response_format.type != "text":
+            raise InvalidField(
+                "Send response_format or structured_outputs, not both.", param="response_format"
+            )
         both = {self.max_tokens, self.max_completion_tokens} - {None}
         if len(both) > 1:
             raise InvalidField(

@@ -1,6 +1,6 @@
 """What an answer must match: vLLM's `structured_outputs`, also under its older names `guided_...`.
 
-response_format.py makes a grammar of it, as of OpenAI's response_format.
+structured_grammar.py makes a grammar of it.
 """
 
 from typing import Annotated, Any, ClassVar, Literal, Self

@@ -14,6 +14,7 @@ from server.api.generation.json_objects import add_logprobs, chat_logprobs, usag
 from server.api.generation.model_selection import resolve
 from server.api.generation.prompts import chat_prompt, kept_tokens, last
 from server.api.generation.response_format import grammar_for
+from server.api.generation.structured_grammar import structured_grammar
 from server.api.http.dependencies import CurrentTenant, Deps, current_tenant, sticky_key
 from server.api.http.error_responses import json_response
 from server.api.http.json_body import json_body
@@ -44,7 +45,7 @@ async def create_chat_completion(
         max_tokens=max_tokens,
         default_max_tokens=None,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-        grammar=await grammar_for(body.response_format, body.structure),
+        grammar=await structured_grammar(body.structure) or await grammar_for(body.response_format),
     )
     generation = build_generation(deps, tenant, request, target, body, options)
     answer = _Chat(generation, body)

@@ -14,7 +14,7 @@ from server.api.generation.json_objects import add_logprobs, completion_logprobs
 from server.api.generation.likelihood import Likelihood, likeliest
 from server.api.generation.model_selection import resolve
 from server.api.generation.prompts import completion_prompts, kept_tokens
-from server.api.generation.response_format import grammar_for
+from server.api.generation.structured_grammar import structured_grammar
 from server.api.http.dependencies import CurrentTenant, Deps, current_tenant, sticky_key
 from server.api.http.error_responses import json_response
 from server.api.http.json_body import json_body
@@ -44,7 +44,7 @@ async def create_completion(
         max_tokens=body.max_tokens,
         default_max_tokens=DEFAULT_MAX_TOKENS,
         logprobs=0 if ranked and body.logprobs is None else body.logprobs,
-        grammar=await grammar_for(None, body.structure),
+        grammar=await structured_grammar(body.structure),
         best_of=body.best_of if ranked else None,
     )
     generation = build_generation(deps, tenant, request, target, body, options)

@@ -12,7 +12,7 @@ from server.api.http.dependencies import current_tenant
 from server.engine.fake import FakeEngine
 from tests.server.api.conftest import System, lora_files, upload
 
-PUBLIC = {"/healthz", "/readyz", "/metrics"}
+PUBLIC = {"/healthz", "/readyz", "/metrics", "/health", "/ping", "/version", "/openapi.json", "/docs"}
 OPERATORS = re.compile(r"/admin/|/v1/(un)?load_lora_adapter")
 
 

