@@ -1,7 +1,7 @@
 """Makes a grammar for the engine of `structured_outputs`; response_format.py does so of response_format.
 
-A regular expression is untrusted like a schema: llguidance matches it in linear time, it is compiled once here
-under the same limits of work, and one that needs more, such as a back-reference, does not compile.
+A regular expression is untrusted like a schema: llguidance matches it in linear time, it is compiled here
+once under the same limits of work, and one that needs more, such as a back-reference, does not compile.
 """
 
 import json
