@@ -215,7 +215,9 @@ ROOMS: dict[str, set[str]] = {
         "server.finetune.data",
         "server.finetune.jobs",
     },
+    "server.api.schema": {"server", "server.api.http"},
     "server.api.routes": {
+        "server",
         "server.adapters.formats",
         "server.api",
         "server.audit",
@@ -223,6 +225,7 @@ ROOMS: dict[str, set[str]] = {
         "server.api.fine_tuning",
         "server.api.generation",
         "server.api.http",
+        "server.api.schema",
         "server.engine.client",
         "server.files",
         "server.finetune",
