@@ -199,6 +199,8 @@ ROOMS: dict[str, set[str]] = {
         "server.api",
         "server.api.http",
         "server.engine.client",
+        "server.files",
+        "server.finetune.jobs",
         "server.tenancy",
         *SPECS,
         *STORE,

@@ -168,8 +168,17 @@ def in_a_browser(environment: dict[str, str]) -> dict[str, Results]:
         Thread(target=pages.serve_forever, daemon=True).start()
         try:
             address = f"http://localhost:{pages.server_port}/page.html"
-            shell = [browser, "--headless", "--no-sandbox", "--dump-dom", "--timeout=300000", address]
-            shown = subprocess.run(shell, capture_output=True, text=True, timeout=SECONDS, check=False).stdout
+            shell = [
+                browser,
+                "--headless",
+                "--no-sandbox",
+                "--dump-dom",
+                "--virtual-time-budget=60000",
+                address,
+            ]
+            shown = subprocess.run(
+                [browser, *options, address], capture_output=True, text=True, timeout=SECONDS, check=False
+            ).stdout
         finally:
             pages.shutdown()
     version = subprocess.run([browser, "--version"], capture_output=True, text=True, check=False).stdout

@@ -3,7 +3,6 @@
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, FailFast, Field, ValidationInfo, field_validator, model_validator
-from pydantic_core import PydanticCustomError
 
 from server.api.generation.bodies import CHANGES_OUTPUT, Count, SamplingBody
 from server.api.http.body_model import Body, at_most, at_most_entries, caps
@@ -50,7 +49,7 @@ class Message(Body):
     )
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[Content | None, Field(validate_default=True)] = None
+    content: Content
     name: str | None = None  # not shown to the model: its template does not use it
     refusal: str | None = None
     # of an earlier answer that a client sends back: not shown to the model
@@ -62,11 +61,7 @@ class Message(Body):
 
     @field_validator("content", mode="before")
     @classmethod
-    def _content(cls, value: Any, info: ValidationInfo) -> Any:
-        if value is None:
-            if info.data.get("role") == "assistant":
-                return None
-            raise PydanticCustomError("missing", "Field required")
+    def _content(cls, value: Any) -> Any:
         parts = value if isinstance(value, list) else []
         known = all(isinstance(p, dict) and p.get("type") in ("text", "refusal") for p in parts)
         if not known or not isinstance(value, str | list):
@@ -79,6 +74,14 @@ class Message(Body):
         if isinstance(self.content, list):
             return "".join(p.text if isinstance(p, TextPart) else p.refusal for p in self.content)
         return self.content or self.refusal or ""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _empty_answer(cls, data: Any) -> Any:
+        """An answer without content, such as a refusal, comes back so."""
+        if isinstance(data, dict) and data.get("role") == "assistant" and data.get("content") is None:
+            return data | {"content": ""}
+        return data
 
 
 class SchemaHolder(Body):
