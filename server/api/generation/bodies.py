@@ -7,8 +7,8 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import FailFast, Field, ValidationInfo, WithJsonSchema, field_validator, model_validator
 
-from server.api.generation.structured_outputs import StructuredBody
 from server.api.http.body_model import Body, Metadata, at_most, caps
+from server.api.structured_output.structured_outputs import StructuredBody
 from server.errors import InvalidField, shown
 
 INT32 = 2**31 - 1
