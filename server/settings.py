@@ -44,6 +44,12 @@ class Settings(BaseSettings):
     """Where everything lies that must survive."""
     admin_key_file: Path | None = None
     """File with the operator's key, which servers may share; without it, admin.key in the data directory."""
+    trusted_proxies: str | None = None
+    """Networks (CIDRs, joined by commas) of proxies whose X-Forwarded-For is believed; without it, none."""
+    audit_days: int = Field(default=90, ge=1, le=3650)
+    """Days that the audit log keeps an entry."""
+    audit_entries: int = Field(default=10_000, ge=100, le=10_000_000)
+    """Entries of the audit log that a tenant may have; the oldest are dropped."""
     store: str | None = None
     """URL of the object store for adapters; without it, a folder in the data directory."""
     store_config: Path | None = None

@@ -92,6 +92,7 @@ ROOMS: dict[str, set[str]] = {
     "server.metrics": {"server.build_info", "server.memory"},
     "server.base_model": set(),
     "server.tenancy": {"adapters_store"},
+    "server.audit": {"adapters_store"},
     "server.kernels": set(),
     "server.kernels.cpu": {"server.kernels"},
     "server.kernels.cpu.int8": {"server.kernels", "server.kernels.cpu"},
@@ -164,6 +165,7 @@ ROOMS: dict[str, set[str]] = {
     },
     "server.finetune.__main__": {"server.child_process", "server.finetune.worker"},
     "server.api": {
+        "server.audit",
         "server.base_model",
         "server.engine.client",
         "server.files",
@@ -178,6 +180,7 @@ ROOMS: dict[str, set[str]] = {
     "server.api.http": {
         "adapters_store.object_store",
         "server.api",
+        "server.audit",
         "server.files",
         "server.finetune.jobs",
         "server.logs",
@@ -197,6 +200,7 @@ ROOMS: dict[str, set[str]] = {
     },
     "server.api.adapters": {
         "server.api",
+        "server.audit",
         "server.api.http",
         "server.engine.client",
         "server.tenancy",
@@ -214,6 +218,7 @@ ROOMS: dict[str, set[str]] = {
     "server.api.routes": {
         "server.adapters.formats",
         "server.api",
+        "server.audit",
         "server.api.adapters",
         "server.api.fine_tuning",
         "server.api.generation",

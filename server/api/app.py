@@ -21,6 +21,7 @@ from server.api.http.error_responses import add_handlers
 from server.api.http.middleware import RequestMiddleware
 from server.api.http.temp_files import clear_temp_folders
 from server.api.routes import (
+    audit,
     chat,
     completions,
     files,
@@ -31,11 +32,14 @@ from server.api.routes import (
     tokenize,
     uploads,
 )
+from server.api.routes import keys as own_keys
 from server.api.routes.adapters import adapters, aliases, pins, vllm_lora
 from server.api.routes.adapters import uploads as adapter_uploads
+from server.api.routes.admin import audit as admin_audit
 from server.api.routes.admin import keys, store, tenants
 from server.api.routes.admin import limits as tenant_limits
 from server.api.services import Services
+from server.audit.audit_log import AuditLog
 from server.base_model.resolve import resolve_model
 from server.base_model.tokenizer import Tokenizer
 from server.engine.client import EngineClient
@@ -71,9 +75,12 @@ ROUTERS = (
     fine_tuning,
     vllm_lora,
     limits,
+    own_keys,
+    audit,
     tenants,
     tenant_limits,
     keys,
+    admin_audit,
     store,
     tokenize,
     health,
@@ -101,18 +108,21 @@ def build_app(settings: Settings, tracing: Tracing | None = None) -> FastAPI:
         loops: list[Loop] = []
         if settings.api_number == 0:
             loops = [publisher.run, CleanupLoop(services.registry).run, lambda: pins.keep_pins(services)]
+            loops += [lambda: services.audit.keep_settled(2 * settings.request_seconds)]
             loops += [watcher.run] if watcher is not None else []
         background = asyncio.create_task(_run_loops(services, loops))
         renewal = asyncio.create_task(services.rate_limits.renew_leases())
+        last_used = asyncio.create_task(services.tenants.keep_last_used())
         app.state.services = services
         if settings.api_processes > 1:  # accept no connection, a scrape included, that another serves better
             await services.engine.wait_for_stats(FIRST_REPORT_SECONDS)
         try:
             yield
         finally:
-            for task in (background, renewal):
+            tasks = (background, renewal, last_used)
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(background, renewal, return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
             await services.engine.close()
             await services.rate_limits.close()
             await services.redis.aclose()
@@ -184,6 +194,7 @@ def build_services(settings: Settings) -> Services:
         ),
         methods=build_readers(settings.max_lora_rank),
         tenants=Tenants(redis, Limits.defaults(settings)),
+        audit=AuditLog(redis, settings.audit_days, settings.audit_entries),
         engine=engine,
         metrics=metrics,
         cluster_metrics=ClusterMetrics(redis, metrics, losses=settings.metrics_closed),

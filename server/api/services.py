@@ -18,6 +18,7 @@ from adapters_store.registry.registry import Registry
 from server.adapters.sites import Base
 from server.adapters.specs.interface import SpecReader
 from server.api.cluster_metrics import ClusterMetrics
+from server.audit.audit_log import AuditLog
 from server.base_model.tokenizer import Tokenizer
 from server.engine.client import EngineClient
 from server.errors import DeadlineExceeded, InvalidRequest, StartupError, Unavailable
@@ -63,6 +64,7 @@ class Services:
     registry: Registry
     methods: dict[str, SpecReader]
     tenants: Tenants
+    audit: AuditLog
     engine: EngineClient
     metrics: Metrics
     cluster_metrics: ClusterMetrics

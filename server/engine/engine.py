@@ -6,6 +6,7 @@ Wires scheduler, adapter cache, model and sampler, and decides when a row is don
 
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,6 +24,7 @@ from server.engine.scheduling.kv_blocks import BlockPool
 from server.engine.scheduling.prompt_lookup import num_accepted
 from server.engine.scheduling.row import Row
 from server.engine.scheduling.scheduler import Scheduler
+from server.engine.scheduling.step_cost import StepCost
 from server.engine.served_model import ServedModel
 from server.engine.structured_output import Grammars, consume, mask_logits
 from server.engine.unexpected_errors import as_polypeft_error, raise_if_device_lost
@@ -60,7 +62,7 @@ class Engine:
             max_batch_tokens=settings.max_batch_tokens or BATCH_TOKENS[placement.device.type],
             max_context=self.base.max_context,
             lookup_tokens=settings.lookup_tokens,
-            step_cost=self.model.step_cost() if settings.lookup_tokens else None,
+            step_cost=StepCost() if settings.lookup_tokens and self.model.drafts_pay else None,
             rope_switches=self.model.rope_switches,
         )
         self.end_token_ids = self.model.end_tokens()
@@ -111,6 +113,13 @@ class Engine:
                 self.cache.forget(digest)
             case Pins(adapters=adapters):
                 self.cache.pin(adapters)
+
+    def use_idle_time(self) -> None:
+        """While nothing else is to do: measure one more size of step, in a block that no row owns."""
+        cost = self.scheduler.step_cost
+        if self.scheduler.max_row_draft and not cost.complete and (free := self.blocks.allocate(1)):
+            cost.measure(partial(self.model.time_step, free[0]))
+            self.blocks.release(free)
 
     def step(self) -> list[Chunk]:
         """Run one step for every row that can run; the chunks of all rows that got tokens or ended."""

@@ -23,7 +23,6 @@ from server.engine.model.forward_context import MAX_IN_PLACE_PAIRS, ForwardConte
 from server.engine.model.kv_pages import KvPages, kv_positions
 from server.engine.prompt_logprobs import PendingScores, PromptScorer, Scored
 from server.engine.scheduling.row import Row
-from server.engine.scheduling.step_cost import StepCost
 from server.kernels import token_blocks as gpu
 from server.kernels.cpu.paged_attention import BLOCK, write_pages
 from server.kernels.transfers import upload
@@ -158,28 +157,27 @@ class ServedModel(FrozenModel):
         logits: torch.Tensor = output.logits[0].float()
         return logits
 
-    def step_cost(self) -> StepCost | None:
-        """Measured step times for drafts on a CPU; None on other devices, where drafts are not used."""
-        return (
-            None if self.step.gpu or self.placement.device.type != "cpu" else StepCost.timed(self.time_step)
-        )
+    @property
+    def drafts_pay(self) -> bool:
+        """On a CPU alone: a step of a few tokens more costs less than another step."""
+        return not self.step.gpu and self.placement.device.type == "cpu"
 
     @torch.inference_mode()
-    def time_step(self, tokens: int) -> float:
+    def time_step(self, block: int, tokens: int) -> float:
         """Seconds of a step of `tokens` decoding rows with some past, the better of two runs.
 
-        Call it before any row runs: it writes to the first page, reads no other, and leaves it zeroed.
+        It writes to the pages of `block`, which no row may own, reads no other, and leaves them zeroed.
         """
         step, zeros = self.step, torch.zeros(tokens, dtype=torch.int64)
         seen = min(TIMED_CONTEXT_BLOCKS, -(-self.base.max_context // BLOCK))
-        step.begin_timing(tokens, seen)
+        step.begin_timing(tokens, [block] * seen)
         times = []
         for _ in range(3):  # the first run records the step
             start = time.perf_counter()
             self.run(zeros, zeros)
             times.append(time.perf_counter() - start)
         for pages in (*step.pages.keys, *step.pages.values):
-            pages[0].zero_()
+            pages[block].zero_()
         return min(times[1:])
 
     def write_virtual_kv(self, row: Row) -> None:

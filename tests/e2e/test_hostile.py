@@ -17,8 +17,9 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
 from tests.e2e.conftest import OPTIONS
-from tests.e2e.serving import Serving, ask, body, files_of, push, until
+from tests.e2e.serving import Serving, ask, body, files_of, push
 from tests.fixtures.models import build_tiny, make_lora
+from tests.waiting import until
 
 PROMPT = "What is the capital of France?"
 CONTEXT = 512

@@ -13,9 +13,10 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from server.metrics.names import FAMILIES, ON_API, ON_WORKER
 from tests.e2e.conftest import OPTIONS
-from tests.e2e.serving import Serving, ask, body, files_of, push, until
+from tests.e2e.serving import Serving, ask, body, files_of, push
 from tests.e2e.test_finetune import create, data, ended
 from tests.fixtures.models import load_model, make_lora
+from tests.waiting import until
 
 Lora = Callable[[int], Path]
 Page = dict[tuple[str, frozenset[tuple[str, str]]], float]

@@ -14,6 +14,7 @@ from server.errors import InvalidField, shown
 from server.settings import Settings
 
 MAX_METADATA = 16
+LAST_SECOND = 253_402_300_799  # Unix seconds: of the year 9999
 
 
 def caps(info: ValidationInfo) -> Settings:

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Query, Request, Response
 
-from server.api.http.dependencies import CurrentTenant, Deps, current_tenant
+from server.api.http.dependencies import CurrentChange, CurrentTenant, Deps, current_tenant
 from server.api.http.error_responses import json_response
 from server.api.http.list_page import check_limit, list_page
 from server.api.http.multipart import Form, receive_form
@@ -19,7 +19,7 @@ MAX_PAGE = 10_000
 
 
 @router.post("")
-async def upload_file(request: Request, deps: Deps, tenant: CurrentTenant) -> Response:
+async def upload_file(request: Request, deps: Deps, tenant: CurrentTenant, change: CurrentChange) -> Response:
     """multipart/form-data: `file`, and `purpose`, which must be fine-tune."""
     deps.refuse_if_draining()
     await deps.files.check_quota(tenant.id, 0)
@@ -35,6 +35,7 @@ async def upload_file(request: Request, deps: Deps, tenant: CurrentTenant) -> Re
         file = await deps.files.add(
             tenant.id, stored.path, name, stored.sha256, size=stored.bytes, purpose=purpose
         )
+    change.of(file.id, bytes=file.bytes, sha256=file.sha256)
     return json_response(file_object(file))
 
 

@@ -20,7 +20,7 @@ from server.api.fine_tuning.json_objects import (
     number_in,
 )
 from server.api.http.body_model import Body, Metadata
-from server.api.http.dependencies import CurrentTenant, Deps, current_tenant
+from server.api.http.dependencies import CurrentChange, CurrentTenant, Deps, current_tenant
 from server.api.http.error_responses import json_response
 from server.api.http.json_body import json_body
 from server.api.http.list_page import check_limit, list_page
@@ -61,6 +61,7 @@ async def create_job(
     request: Request,
     deps: Deps,
     tenant: CurrentTenant,
+    change: CurrentChange,
     body: Annotated[JobBody, Depends(json_body(JobBody))],
 ) -> Response:
     """Checks fields, files and every line of the data before the job is queued.
@@ -88,6 +89,7 @@ async def create_job(
     stats = {param: dataset_check.dataset_stats(report) for param, report in reports.items()}
     events = [_data_event(param, counts) for param, counts in stats.items()]
     fixed = _fixed_part(deps, tenant, body, recipe, stats)
+    change.of(fixed.id, adapter=fixed.name, training_file=fixed.training_file)
     return _created(await deps.jobs.create(fixed, idempotency, *events))
 
 

@@ -7,7 +7,7 @@ from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
 from redis.exceptions import RedisError
 
-from server.api.http.dependencies import Deps, bearer
+from server.api.http.dependencies import OPERATOR, Deps, authenticate, bearer
 from server.api.http.error_responses import json_response
 from server.api.services import Services
 from server.errors import Unauthenticated
@@ -59,17 +59,19 @@ async def readyz(deps: Deps) -> Response:
 async def metrics(request: Request, deps: Deps) -> Response:
     """Prometheus metrics. Open, unless they show tenants' data or the operator has closed them."""
     if deps.settings.metrics_closed:
-        _check_reader(bearer(request), deps)
+        await _check_reader(request, deps)
     await deps.cluster_metrics.refresh()
     page = await run_sync(deps.metrics.render)  # takes milliseconds, which would delay streams
     return Response(page, media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
 
-def _check_reader(secret: str, deps: Services) -> None:
-    """Raise Unauthenticated unless `secret` may read the metrics."""
+async def _check_reader(request: Request, deps: Services) -> None:
+    """Raise Unauthenticated unless it carries the metrics token or a key of the operator's that reads."""
     token = deps.settings.metrics_token
-    known = [deps.operator_secret] + ([token] if token else [])
-    if not any(same_secret(secret, each) for each in known):
+    if token and same_secret(bearer(request), token):
+        return
+    caller = await authenticate(request, deps)
+    if caller.tenant is not OPERATOR or "read" not in caller.key.scopes:
         raise Unauthenticated("Metrics take the operator's key or the metrics token.")
 
 

@@ -13,6 +13,7 @@ from server.api.http.request_limits import max_body_bytes, max_prompt_chars
 from server.api.routes import completions, uploads
 from server.api.routes.adapters import adapters
 from server.finetune.jobs.jobs import IDEMPOTENCY_SECONDS
+from server.tenancy.tenant_keys import MAX_KEYS
 
 router = APIRouter(dependencies=[Depends(current_tenant)])
 
@@ -79,6 +80,7 @@ async def get_limits(deps: Deps, limits: CurrentLimits) -> Response:
             "max_part_bytes": uploads.MAX_PART_BYTES,
             "upload_seconds": LIFE_SECONDS,
             "adapter_upload_seconds": LIFE_SECONDS,
+            "max_keys_per_tenant": MAX_KEYS,
             "idempotency_seconds": IDEMPOTENCY_SECONDS,
         }
     )

@@ -7,7 +7,7 @@ from fastapi import APIRouter, Depends, Request, Response
 from pydantic import BeforeValidator, Field
 
 from server.api.http.body_model import Body, at_most_entries
-from server.api.http.dependencies import CurrentTenant, Deps, current_tenant
+from server.api.http.dependencies import CurrentChange, CurrentTenant, Deps, current_tenant
 from server.api.http.error_responses import json_response
 from server.api.http.json_body import json_body
 from server.api.http.multipart import Form, receive_form
@@ -38,13 +38,16 @@ class CompleteBody(Body):
 
 @router.post("")
 async def create_upload(
-    deps: Deps, tenant: CurrentTenant, body: Annotated[CreateBody, Depends(json_body(CreateBody))]
+    deps: Deps,
+    tenant: CurrentTenant,
+    change: CurrentChange,
+    body: Annotated[CreateBody, Depends(json_body(CreateBody))],
 ) -> Response:
     deps.refuse_if_draining()
     purpose = check_purpose(body.purpose)
-    return json_response(
-        upload_object(await deps.uploads.create(tenant.id, body.filename, body.bytes, purpose))
-    )
+    upload = await deps.uploads.create(tenant.id, body.filename, body.bytes, purpose)
+    change.of(upload.id, bytes=upload.bytes)
+    return json_response(upload_object(upload))
 
 
 @router.post("/{upload_id}/parts")
@@ -68,6 +71,7 @@ async def add_part(request: Request, deps: Deps, tenant: CurrentTenant, upload_i
 async def complete_upload(
     deps: Deps,
     tenant: CurrentTenant,
+    change: CurrentChange,
     upload_id: str,
     body: Annotated[CompleteBody, Depends(json_body(CompleteBody))],
 ) -> Response:
@@ -76,6 +80,7 @@ async def complete_upload(
         upload, file = await deps.uploads.complete(
             tenant.id, upload_id, body.part_ids, body.md5, Path(folder)
         )
+    change.of(upload_id, file=file.id)
     return json_response(upload_object(upload, file))
 
 

@@ -9,7 +9,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from server.engine.fake import FakeEngine
 from server.metrics.labels import REJECTIONS
 from server.metrics.names import FAMILIES, ON_API
-from tests.server.api.conftest import System, until, upload
+from tests.server.api.conftest import System, upload
+from tests.waiting import until
 
 
 def series(text: str) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:

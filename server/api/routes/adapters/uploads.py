@@ -29,7 +29,7 @@ from server.api.adapters.json_objects import uploaded_object
 from server.api.adapters.publish import AdapterUpload, check_adapter_name, publish
 from server.api.adapters.upload_form import check_files, kept
 from server.api.http.body_model import Body, at_most_entries
-from server.api.http.dependencies import Actor, CurrentTenant, Deps, current_tenant
+from server.api.http.dependencies import Actor, CurrentChange, CurrentTenant, Deps, current_tenant
 from server.api.http.error_responses import json_response
 from server.api.http.json_body import json_body
 from server.api.http.multipart import StoredFile, Upload
@@ -74,7 +74,10 @@ class CompleteBody(Body):
 
 @router.post("")
 async def create_upload(
-    deps: Deps, tenant: CurrentTenant, body: Annotated[CreateBody, Depends(json_body(CreateBody))]
+    deps: Deps,
+    tenant: CurrentTenant,
+    change: CurrentChange,
+    body: Annotated[CreateBody, Depends(json_body(CreateBody))],
 ) -> Response:
     """The answer leaves out files that an adapter does not need; only those in it are to be sent."""
     deps.refuse_if_draining()
@@ -96,6 +99,7 @@ async def create_upload(
         allow_noop=body.allow_noop,
         created=int(time.time()),
     )
+    change.of(upload.id, name=upload.name, bytes=size)
     await deps.files.scheduled_deletes.add([upload.prefix], LIFE_SECONDS + GRACE_SECONDS)
     answer = await _object(deps, await deps.presigned_uploads.create(upload))
     return json_response(answer | {"ignored": ignored(file.name for file in body.files)}, 201)
@@ -120,6 +124,7 @@ async def complete_upload(
     deps: Deps,
     tenant: CurrentTenant,
     actor: Actor,
+    change: CurrentChange,
     upload_id: str,
     body: Annotated[CompleteBody, Depends(json_body(CompleteBody))],
 ) -> Response:
@@ -134,6 +139,7 @@ async def complete_upload(
         version = await deps.registry.resolve(tenant.id, upload.name, str(upload.version))
     else:
         raise ended(upload.id, upload.status)
+    change.of(upload_id, version=f"{version.name}@{version.version}", digest=version.digest)
     return json_response(uploaded_object(version), 201, {"Location": f"/v1/adapters/{version.name}"})
 
 

@@ -8,7 +8,7 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from server.api.generation.engine_requests import max_context
 from server.api.http.body_model import Body, at_most, caps
-from server.api.http.dependencies import Deps, operator
+from server.api.http.dependencies import CurrentChange, Deps, operator
 from server.api.http.error_responses import json_response
 from server.api.http.json_body import json_body
 from server.api.services import Services
@@ -43,12 +43,16 @@ async def get_limits(deps: Deps, tenant_id: str) -> Response:
 
 @router.put("/tenants/{tenant_id}/limits")
 async def set_limits(
-    deps: Deps, tenant_id: str, body: Annotated[LimitsBody, Depends(json_body(LimitsBody))]
+    deps: Deps,
+    change: CurrentChange,
+    tenant_id: str,
+    body: Annotated[LimitsBody, Depends(json_body(LimitsBody))],
 ) -> Response:
     """All are replaced, and hold from the next request on, in every process."""
     if body.max_context is not None:
         at_most("max_context", body.max_context, deps.max_context)
     limits = Limits(**body.model_dump())
+    change.of(**body.model_dump(exclude_none=True))
     await deps.tenants.set_limits(tenant_id, limits)
     return json_response(_limits_object(deps, tenant_id, limits))
 

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Depends, Request, Response
 
 from adapters_store.maintenance.stale_temp_files import remove_stale_temp_files
 from server.api.http.body_model import Body
-from server.api.http.dependencies import OPERATOR, Deps, operator
+from server.api.http.dependencies import Actor, CurrentChange, Deps, operator
 from server.api.http.error_responses import json_response
 from server.api.http.json_body import json_body
 from server.api.http.streaming import open_stream
@@ -28,10 +28,12 @@ class CollectBody(Body):
 
 
 @router.post("/tenants/{tenant_id}/adapters")
-async def upload_for_tenant(request: Request, deps: Deps, tenant_id: str) -> Response:
+async def upload_for_tenant(
+    request: Request, deps: Deps, actor: Actor, change: CurrentChange, tenant_id: str
+) -> Response:
     """As POST /v1/adapters; the adapter belongs to the tenant."""
     tenant = await deps.tenants.get(tenant_id)
-    return await receive_adapter(request, deps, tenant, OPERATOR.id)
+    return await receive_adapter(request, deps, tenant, actor, change)
 
 
 @router.post("/rebuild-index")

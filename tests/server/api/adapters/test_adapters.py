@@ -14,7 +14,8 @@ import pytest
 from safetensors.torch import load
 
 from server.engine.fake import FakeEngine
-from tests.server.api.conftest import Files, System, lora_config, lora_files, parts, until, upload
+from tests.server.api.conftest import Files, System, lora_config, lora_files, parts, upload
+from tests.waiting import until
 
 
 @pytest.fixture

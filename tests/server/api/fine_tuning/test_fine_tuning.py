@@ -12,8 +12,9 @@ from openai.types.fine_tuning import FineTuningJob, FineTuningJobEvent
 from openai.types.fine_tuning.jobs import FineTuningJobCheckpoint
 
 from server.engine.fake import FakeEngine
-from tests.server.api.conftest import System, lora_files, until, upload
+from tests.server.api.conftest import System, lora_files, upload
 from tests.server.api.fine_tuning.training import Worker, chats, create, jsonl, send
+from tests.waiting import PATIENCE, until
 
 
 @pytest.fixture
@@ -41,7 +42,7 @@ def strict(kind: type[Any], value: Any) -> None:
 
 def finished(http: httpx.Client, job: str) -> dict[str, Any]:
     """The job, once it is over: the publisher looks every second."""
-    until(lambda: get(http, job)["status"] in ("succeeded", "failed"), 15)
+    until(lambda: get(http, job)["status"] in ("succeeded", "failed"))
     return get(http, job)
 
 
@@ -91,7 +92,7 @@ def test_from_a_file_to_an_answer_by_the_sdk_alone(
     worker.event("Step 2/4: training loss=1.50", step=2, train_loss=1.5)
     worker.checkpoint(2, train_loss=1.5, valid_loss=1.75)
     worker.finish(evaluation={"base": {"loss": 3.0}, "adapter": {"loss": 1.5}})
-    until(lambda: sdk.fine_tuning.jobs.retrieve(job.id).status == "succeeded", 15)
+    until(lambda: sdk.fine_tuning.jobs.retrieve(job.id).status == "succeeded")
 
     done = sdk.fine_tuning.jobs.retrieve(job.id)
     strict(FineTuningJob, done)
@@ -507,7 +508,7 @@ def test_events_stream_until_the_job_is_over_and_go_on_where_they_were_cut(
     until(lambda: bool(system.app.state.services.event_streams.borrowed_tokens))
     worker.event("Step 1", step=1)
     http.post(f"/v1/fine_tuning/jobs/{job}/cancel")
-    thread.join(15)
+    thread.join(PATIENCE)
     assert not thread.is_alive()
     assert seen[-1] == "data: [DONE]"
     told = [json.loads(line[6:])["message"] for line in seen if line.startswith("data: {")]

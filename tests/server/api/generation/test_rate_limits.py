@@ -13,7 +13,8 @@ import pytest
 
 from server.api.http.rate_limits import duration
 from server.engine.fake import Behaviour, FakeEngine
-from tests.server.api.conftest import System, until
+from tests.server.api.conftest import System
+from tests.waiting import until
 
 BODY = {"model": "toy", "prompt": [1, 2, 3, 4], "max_tokens": 6}  # takes 10 tokens
 
