@@ -1,6 +1,6 @@
 """A row: one sequence from its arrival to its last token. Counts and lists only; no torch."""
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -145,6 +145,13 @@ class Row:
         """Those of `unscored` that this step computes."""
         unscored = self.unscored
         return range(unscored.start, min(unscored.stop, self.computed + self.scheduled))
+
+    def ends_with(self, token: int, end_tokens: Set[int]) -> bool:
+        """Whether the sampled token is one that ends the row: its own, or the model's."""
+        sampling = self.command.sampling
+        return sampling.max_tokens > 0 and (
+            token in sampling.stop_token_ids or (token in end_tokens and not sampling.ignore_eos)
+        )
 
     @property
     def length(self) -> int:
