@@ -137,9 +137,9 @@ class AuditLog:
 
     def _range(self, tenant: str, after: Position | None, span: Span) -> tuple[str, str]:
         """The newest and the oldest id to read of a tenant's stream."""
-        oldest = str(int(max(span.since, time.time() - self._kept_seconds) * 1000))
-        newest = "+" if span.until is None else str(int(span.until * 1000))
-        if after is not None and (span.until is None or after.milliseconds <= span.until * 1000):
+        oldest = str(round(max(span.since, time.time() - self._kept_seconds) * 1000))
+        newest = "+" if span.until is None else str(round(span.until * 1000))
+        if after is not None and (span.until is None or after.milliseconds <= round(span.until * 1000)):
             newest = after.stream_id if tenant > after.tenant else f"({after.stream_id}"
         return newest, oldest
 
