@@ -6,7 +6,7 @@ import random
 import pytest
 from redis.asyncio import Redis
 
-from server.audit import newest
+from server.audit import audit_log, newest
 from server.audit.audit_log import STREAM, AuditLog, Span
 from server.audit.entry import Entry, Position
 from server.audit.newest import newest_first
@@ -47,6 +47,21 @@ async def test_no_tenant_has_no_entries(redis: Redis) -> None:
     log = AuditLog(redis, days=90, max_entries=1000)
     assert [recorded async for recorded in newest_first(log, [], Span())] == []
     assert [recorded async for recorded in newest_first(log, ["ten_none"], Span())] == []
+
+
+async def test_an_answer_waits_for_its_entry_a_moment_only(
+    redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here not at all: the outcome is written all the same, and not lost to `settle_lost`."""
+    monkeypatch.setattr(audit_log, "END_SECONDS", 0)
+    log = AuditLog(redis, days=90, max_entries=1000)
+    entry = Entry(actor="a", by="ten_a", action="key.create", outcome="done")
+    await log.begin("token", "ten_a", entry)
+    await log.end("token", "ten_a", entry)
+    monkeypatch.undo()
+    await log.close()
+    [recorded] = [recorded async for recorded in newest_first(log, ["ten_a"], Span())]
+    assert recorded.entry.outcome == "done"
 
 
 async def test_an_entry_comes_once_however_often_its_end_is_sent(redis: Redis) -> None:
