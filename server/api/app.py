@@ -132,6 +132,7 @@ def build_app(settings: Settings, tracing: Tracing | None = None) -> FastAPI:
             await asyncio.gather(*tasks, return_exceptions=True)
             await services.engine.close()
             await services.rate_limits.close()
+            await services.audit.close()
             await services.redis.aclose()
             if tracing is not None:
                 await asyncio.to_thread(tracing.close)
