@@ -9,6 +9,7 @@ from pydantic import FailFast, Field, ValidationInfo, field_validator, model_val
 
 from server.api.http.body_model import Body, Metadata, at_most, caps
 from server.errors import InvalidField, shown
+from server.messages import Priority
 
 INT32 = 2**31 - 1
 INT64 = 2**63 - 1
@@ -69,11 +70,13 @@ class SamplingBody(Body):
     ignore_eos: bool = False
     stream: bool = False
     stream_options: StreamOptions | None = None
+    # the priority class, see priority.py
+    service_tier: Literal["auto", "default", "flex", "priority"] | None = None
+    priority: Priority | Annotated[int, Field(ge=-INT32, le=INT32)] | None = None
     # taken and without effect: they change no output
     user: str | None = None
     metadata: Metadata | None = None
     store: Literal[False] = False
-    service_tier: Literal["auto", "default"] | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
