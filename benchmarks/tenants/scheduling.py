@@ -25,8 +25,8 @@ class Load:
 
     def __init__(self, *, max_seqs: int, output: int) -> None:
         cache: AdapterCache = make_cache(Loader(), slots=4, budget=10_000)
-        limits = {"max_seqs": max_seqs, "max_batch_tokens": 256, "max_context": LONG}
-        self.scheduler = Scheduler(cache, BlockPool(20_000, share_prefixes=False), **limits)
+        blocks = BlockPool(20_000, share_prefixes=False)
+        self.scheduler = Scheduler(cache, blocks, max_seqs=max_seqs, max_batch_tokens=256, max_context=LONG)
         self.output = output
         self.count = 0
 

@@ -13,6 +13,8 @@ from heapq import heapify, heappop, heapreplace
 from server.engine.scheduling.fair_queue import CREDIT, FairQueue, TenantQueue, fair_rows
 from server.engine.scheduling.row import Row
 
+NOT_DUE = 2
+
 
 @dataclass(eq=False)
 class TenantPrompts:
@@ -27,7 +29,7 @@ class TenantPrompts:
         """Lowest first: tenants that are due with no row running, those that are due, all others."""
         queue = self.queue
         due = queue.running < self.fair_rows and queue.virtual_counter <= lowest_counter + CREDIT
-        return (0 if due and not queue.running else 1 if due else 2), queue.virtual_counter
+        return (0 if due and not queue.running else 1 if due else NOT_DUE), queue.virtual_counter
 
 
 class PrefillOrder:
@@ -39,6 +41,7 @@ class PrefillOrder:
         self._heap = [(*tenant.key(lowest_counter), i, tenant) for i, tenant in enumerate(tenants)]
         heapify(self._heap)
         self.stopped = False  # by skip_waiting
+        self._refused: set[int] = set()  # of 0, 1 and NOT_DUE: tenants like these find no place in this step
         self._by_queue = {tenant.queue: tenant for *_, tenant in self._heap}
 
     def next(self) -> tuple[Row, bool] | None:
@@ -50,11 +53,17 @@ class PrefillOrder:
                 heapreplace(self._heap, (*now, i, tenant))
             elif tenant.prefilling:
                 return tenant.prefilling.popleft(), True
-            elif tenant.waiting:
+            elif tenant.waiting and now[0] not in self._refused:
                 return tenant.waiting.popleft(), False
             else:
                 heappop(self._heap)
         return None
+
+    def refuse(self, queue: TenantQueue) -> None:
+        """This tenant found no place. Nor would those after it that are due as it is, or not due at all."""
+        tenant = self._by_queue[queue]
+        self._refused |= {tenant.key(self._lowest_counter)[0], NOT_DUE}
+        tenant.waiting.clear()
 
     def skip_tenant(self, queue: TenantQueue) -> None:
         """Start no more waiting rows of this tenant in this step."""

@@ -206,7 +206,7 @@ class Scheduler:
     def _admit(self, row: Row, order: PrefillOrder, overtaking: Overtaking, now: float) -> bool:
         """Start a waiting row if it gets slots, blocks and a place in the batch, by preemption if needed."""
         if len(self.running) >= self.max_seqs and not self._victims(row):
-            order.skip_tenant(self.queues.tenant_queue(row))
+            order.refuse(self.queues.tenant_queue(row))
             return False
         if self._waits_for_sibling(row):
             self._hold(row, "sibling", now)

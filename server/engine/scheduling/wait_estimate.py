@@ -19,7 +19,7 @@ MIN_STEPS = 64  # no estimate before so many
 
 def late(command: Generate, wait: float, now: float) -> PolypeftError | None:
     """The error of a row that would wait so many seconds, if its deadline is before that."""
-    if command.deadline is None or wait <= command.deadline - now:
+    if not wait or command.deadline is None or wait <= command.deadline - now:
         return None
     left = max(0.0, command.deadline - now)
     error = DeadlineUnreachable(

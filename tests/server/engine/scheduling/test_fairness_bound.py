@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from server.engine.scheduling import costs
-from server.engine.scheduling.fair_queue import FairQueue
+from server.engine.scheduling.fair_queue import CREDIT, FairQueue
 from server.engine.scheduling.prompt_lookup import PromptLookup
 from server.engine.scheduling.row import Row
 from server.engine.scheduling.step_cost import StepCost
@@ -21,6 +21,7 @@ from tests.server.engine.scheduling.test_scheduler import World
 
 TENANTS = "abcd"
 STEPS = 120
+CONTEXT = 512  # of World
 MiB = 1 << 20
 
 
@@ -69,8 +70,8 @@ class Site(World):
     def arrive(self, arrival: Arrival) -> None:
         adapter = arrival.adapter and f"{arrival.tenant}-{arrival.adapter}"
         for _ in range(arrival.rows):
-            fields = {"weight": self.weights[arrival.tenant], "priority": arrival.priority}
-            row = self.add(arrival.prompt, arrival.tenant, adapter, **fields)
+            weight, priority = self.weights[arrival.tenant], arrival.priority
+            row = self.add(arrival.prompt, arrival.tenant, adapter, weight=weight, priority=priority)
             row.lookup = Lookup()
             self.outputs[row.id] = arrival.output
             if arrival.hang_up is not None:
@@ -133,7 +134,7 @@ class Site(World):
 
     def _is_fair(self, level: int, queues: FairQueue) -> None:
         """Of two tenants that have been backlogged together, since the later one became so."""
-        assert queues.gap() <= queues.max_gap
+        assert queues.gap() <= (bound := self._bound(queues))
         since = {
             tenant: services
             for (its_level, tenant), services in self.at_entry.items()
@@ -142,7 +143,13 @@ class Site(World):
         for one, other in combinations(since, 2):
             later = max(since[one], since[other], key=lambda services: sum(services.values()))
             gained = [self.service[level, tenant] - later[tenant] for tenant in (one, other)]
-            assert abs(gained[0] - gained[1]) <= 2 * queues.max_gap
+            assert abs(gained[0] - gained[1]) <= 2 * bound
+
+    def _bound(self, queues: FairQueue) -> float:
+        """G, for the lowest weight of all tenants of this test."""
+        max_tokens, max_seqs = self.scheduler.max_batch_tokens, self.scheduler.max_seqs
+        step = 2 * (max_tokens + max_seqs) + CONTEXT / 16
+        return CREDIT + (16 + CONTEXT / 16 + step + queues.largest_load) / min(self.weights.values())
 
     def _is_work_conserving(self, batch: list[Row]) -> None:
         """A row that could run does, unless all places or all tokens of the step are taken."""
