@@ -184,6 +184,8 @@ class Settings(BaseSettings):
     """Tenants, and adapters, with figures of their own in /metrics; the rest count as `other`."""
     metrics_token: str | None = Field(default=None, min_length=16)
     """Bearer token for /metrics, beside the operator's key; none: open while labels are off."""
+    usage_days: int = Field(default=400, ge=1, le=4000)
+    """Days for which the sums of usage are kept."""
     metrics_port: int = Field(default=0, ge=0, le=65535)
     """Of a worker's own /metrics; several workers of one `serve` count up from it; 0: none."""
     metrics_host: str = "127.0.0.1"
@@ -225,6 +227,11 @@ class Settings(BaseSettings):
     def metrics_closed(self) -> bool:
         """/metrics takes a key: it names somebody, or the operator wants it so."""
         return self.metrics_token is not None or self.metrics_adapter_labels != "off"
+
+    @property
+    def usage_dir(self) -> Path:
+        """Where records of usage lie until they are in the sums."""
+        return self.data_dir / "usage"
 
     @property
     def figures_dir(self) -> Path:

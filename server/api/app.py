@@ -20,11 +20,12 @@ from server.api.cluster_metrics import ClusterMetrics
 from server.api.http.error_responses import add_handlers
 from server.api.http.middleware import RequestMiddleware
 from server.api.http.temp_files import clear_temp_folders
-from server.api.routes import chat, completions, files, fine_tuning, health, limits, models, uploads
+from server.api.routes import chat, completions, files, fine_tuning, health, limits, models, uploads, usage
 from server.api.routes.adapters import adapters, aliases, pins, vllm_lora
 from server.api.routes.adapters import uploads as adapter_uploads
 from server.api.routes.admin import keys, store, tenants
 from server.api.routes.admin import limits as tenant_limits
+from server.api.routes.admin import usage as all_usage
 from server.api.services import Services
 from server.base_model.resolve import resolve_model
 from server.base_model.tokenizer import Tokenizer
@@ -36,12 +37,15 @@ from server.finetune.jobs.jobs import Jobs
 from server.finetune.jobs.publisher import Publisher
 from server.metrics import Metrics
 from server.settings import Settings, multiprocess_dir
+from server.tenancy.key_ids import KeyIds
 from server.tenancy.keys import operator_key
 from server.tenancy.limits import Limits
 from server.tenancy.pins import Pins
 from server.tenancy.rate_limits import RateLimits
 from server.tenancy.tenants import Tenants
 from server.tracing import Tracing
+from server.usage.counts import Counts
+from server.usage.ledger import Ledger
 
 Loop = Callable[[], Coroutine[None, None, None]]
 FIRST_REPORT_SECONDS = 3.0  # a working engine reports its stats every second
@@ -64,6 +68,8 @@ ROUTERS = (
     tenants,
     tenant_limits,
     keys,
+    usage,
+    all_usage,
     store,
     health,
 )
@@ -93,17 +99,19 @@ def build_app(settings: Settings, tracing: Tracing | None = None) -> FastAPI:
             loops += [watcher.run] if watcher is not None else []
         background = asyncio.create_task(_run_loops(services, loops))
         renewal = asyncio.create_task(services.rate_limits.renew_leases())
+        usage = asyncio.create_task(services.ledger.run(delete=settings.api_number == 0))
         app.state.services = services
         if settings.api_processes > 1:  # accept no connection, a scrape included, that another serves better
             await services.engine.wait_for_stats(FIRST_REPORT_SECONDS)
         try:
             yield
         finally:
-            for task in (background, renewal):
+            for task in (background, renewal, usage):
                 task.cancel()
-            await asyncio.gather(background, renewal, return_exceptions=True)
+            await asyncio.gather(background, renewal, usage, return_exceptions=True)
             await services.engine.close()
             await services.rate_limits.close()
+            await services.ledger.close()
             await services.redis.aclose()
             if tracing is not None:
                 await asyncio.to_thread(tracing.close)
@@ -150,6 +158,7 @@ def build_services(settings: Settings) -> Services:
     objects = Objects.open(settings.store_url, settings.store_config)
     objects.on_call = metrics.on_store_call
     metrics.breaker = lambda: objects.breaker.state
+    tenants = Tenants(redis, Limits.defaults(settings))
     tenant_files = FileStore(
         redis,
         objects,
@@ -172,7 +181,7 @@ def build_services(settings: Settings) -> Services:
             grace_seconds=settings.grace_seconds,
         ),
         methods=build_readers(settings.max_lora_rank),
-        tenants=Tenants(redis, Limits.defaults(settings)),
+        tenants=tenants,
         engine=engine,
         metrics=metrics,
         cluster_metrics=ClusterMetrics(redis, metrics, losses=settings.metrics_closed),
@@ -188,4 +197,6 @@ def build_services(settings: Settings) -> Services:
         jobs=Jobs(redis, settings.max_jobs_per_tenant),
         pins=Pins(redis, settings.max_pins_per_tenant),
         rate_limits=RateLimits(redis),
+        key_ids=KeyIds(tenants),
+        ledger=Ledger(Counts(redis), settings.usage_dir, settings.usage_days, metrics.on_ledger),
     )

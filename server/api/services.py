@@ -26,9 +26,11 @@ from server.files.uploads import Uploads
 from server.finetune.jobs.jobs import Jobs
 from server.metrics import Metrics
 from server.settings import Settings
+from server.tenancy.key_ids import KeyIds
 from server.tenancy.pins import Pins
 from server.tenancy.rate_limits import RateLimits
 from server.tenancy.tenants import Tenants
+from server.usage.ledger import Ledger
 
 MAX_EVENT_STREAMS = 256  # open streams of jobs' events
 
@@ -72,6 +74,8 @@ class Services:
     jobs: Jobs
     pins: Pins
     rate_limits: RateLimits
+    key_ids: KeyIds
+    ledger: Ledger
     dataset_check_lock: FairLock = field(default_factory=FairLock)  # a check takes a core for seconds
     tokenizer_lock: FairLock = field(default_factory=FairLock)  # for long prompts, which take up to a second
     event_streams: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(MAX_EVENT_STREAMS))

@@ -27,6 +27,8 @@ SUMMARIES = {
     "size": "How much memory a server needs, as a table, and the options of `serve` for it. "
     "Reads no weights.",
     "tenants": "Tenants, their keys and limits (operator).",
+    "usage": "What was used, day by day: by a tenant with its --key, else by all (operator). "
+    "By default, a week.",
     "adapters": "A tenant's adapters.",
     "jobs": "A tenant's fine-tuning jobs.",
     "admin": "Repairs and imports (operator).",

@@ -32,6 +32,9 @@ QUIET = {
     "engine_restarts",
     "rejections",
     "valkey_errors",
+    "ledger_lag",  # records wait a moment
+    "ledger_pending",
+    "ledger_lost",
     "store_errors",
     "adapter_load_failures",  # nothing fails here; tests/server/engine/metrics/test_counters.py
     "adapter_failures",

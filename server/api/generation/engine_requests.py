@@ -82,7 +82,8 @@ def build_generation(
             for i in range(body.n)
         ]
     choices = [Choice(i, deps.tokenizer, body.stop, body.min_tokens) for i in range(len(rows))]
-    return Generation(deps, request_id, target, options.prompts, rows, choices, request.state.rates)
+    key = request.state.key_id
+    return Generation(deps, request_id, target, options.prompts, rows, choices, key, request.state.rates)
 
 
 def max_context(deps: Services, limits: Limits) -> int:

@@ -17,10 +17,11 @@ from server.api.generation.response_format import grammar_for
 from server.api.http.dependencies import CurrentTenant, Deps, current_tenant, sticky_key
 from server.api.http.error_responses import json_response
 from server.api.http.json_body import json_body
+from server.api.http.key_ids import find_key_id
 from server.api.http.rate_limits import rate_limited
 from server.api.http.streaming import open_stream, while_connected
 
-router = APIRouter(dependencies=[Depends(current_tenant), Depends(rate_limited)])
+router = APIRouter(dependencies=[Depends(current_tenant), Depends(find_key_id), Depends(rate_limited)])
 
 
 @router.post("/v1/chat/completions")

@@ -20,7 +20,7 @@ from server.api.fine_tuning.json_objects import (
     number_in,
 )
 from server.api.http.body_model import Body, Metadata
-from server.api.http.dependencies import CurrentTenant, Deps, current_tenant
+from server.api.http.dependencies import Actor, CurrentTenant, Deps, current_tenant
 from server.api.http.error_responses import json_response
 from server.api.http.json_body import json_body
 from server.api.http.list_page import check_limit, list_page
@@ -61,6 +61,7 @@ async def create_job(
     request: Request,
     deps: Deps,
     tenant: CurrentTenant,
+    actor: Actor,
     body: Annotated[JobBody, Depends(json_body(JobBody))],
 ) -> Response:
     """Checks fields, files and every line of the data before the job is queued.
@@ -87,7 +88,7 @@ async def create_job(
     recipe = _recipe(deps, body, recipe.seed, reports["training_file"].examples)
     stats = {param: dataset_check.dataset_stats(report) for param, report in reports.items()}
     events = [_data_event(param, counts) for param, counts in stats.items()]
-    fixed = _fixed_part(deps, tenant, body, recipe, stats)
+    fixed = _fixed_part(deps, tenant, actor, body, recipe, stats)
     return _created(await deps.jobs.create(fixed, idempotency, *events))
 
 
@@ -204,7 +205,12 @@ def _recipe(deps: Services, body: JobBody, seed: int | None, examples: int) -> R
 
 
 def _fixed_part(
-    deps: Services, tenant: Tenant, body: JobBody, recipe: Recipe, stats: dict[str, dict[str, int]]
+    deps: Services,
+    tenant: Tenant,
+    key: str,
+    body: JobBody,
+    recipe: Recipe,
+    stats: dict[str, dict[str, int]],
 ) -> FixedPart:
     id_ = new_job_id()
     return FixedPart(
@@ -220,6 +226,7 @@ def _fixed_part(
         suffix=body.suffix,
         seed=recipe.seed,
         metadata=body.metadata,
+        key=key,
         data=stats,
     )
 
