@@ -92,6 +92,8 @@ class Settings(BaseSettings):
     """Versions an adapter keeps beside those that an alias points at; older ones are deleted. 0: all."""
     grace_seconds: float = Field(default=86_400.0, ge=3600)
     """How long an upload may take before its blobs are garbage."""
+    usage_days: int = Field(default=400, ge=1, le=4000)
+    """Days for which the sums of usage are kept."""
     watch_prefix: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*(/[A-Za-z0-9_-]+)*$")
     """Where in the store to look for adapters to publish, PREFIX/TENANT/NAME/; without it, nowhere."""
     watch_seconds: float = Field(default=10.0, gt=0)
@@ -184,8 +186,6 @@ class Settings(BaseSettings):
     """Tenants, and adapters, with figures of their own in /metrics; the rest count as `other`."""
     metrics_token: str | None = Field(default=None, min_length=16)
     """Bearer token for /metrics, beside the operator's key; none: open while labels are off."""
-    usage_days: int = Field(default=400, ge=1, le=4000)
-    """Days for which the sums of usage are kept."""
     metrics_port: int = Field(default=0, ge=0, le=65535)
     """Of a worker's own /metrics; several workers of one `serve` count up from it; 0: none."""
     metrics_host: str = "127.0.0.1"

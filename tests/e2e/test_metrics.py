@@ -154,6 +154,14 @@ def test_everything_documented_is_there_after_real_traffic(server: Serving, busy
     assert phases["forward"] > phases["sample"] > 0
 
 
+def test_the_ledger_has_the_tokens_that_were_trained(server: Serving, busy: str) -> None:
+    with server.http(server.operator) as http:
+        usage = http.get("/admin/usage").json()
+    [sums] = [result for bucket in usage["data"] for result in bucket["results"]]
+    until(lambda: total(page(server), "polypeft_training_tokens_total") == sums["training_tokens"] > 0)
+    assert (sums["jobs"], sums["failed_jobs"], sums["cancelled_jobs"]) == (1, 0, 0)
+
+
 def test_names_are_the_operators_and_bounded(server: Serving, busy: str) -> None:
     assert server.get("/metrics").status_code == 401
     assert server.get("/metrics", busy).status_code == 401

@@ -75,7 +75,7 @@ async def usage_page(
     media_type = check_format(request, parameters.format)
     today = int(time.time() // SECONDS_A_DAY)
     query = parse_query(today=today, **parameters.given, with_tenants=with_tenants)
-    base = deps.settings.base_id
+    base = deps.settings.base_id if deps.engine.base is None else deps.engine.base.id
     if query.adapter == base:
         query = query._replace(adapter="")
     await deps.ledger.flush()  # what this process has just seen

@@ -58,11 +58,11 @@ def test_usage_of_one_tenant_and_of_all(run: Run, system: System) -> None:
     made = dict(line.split() for line in run("tenants", "add", "thrifty").out.splitlines())
     assert run("usage", "--key", made["key"]) == (0, "", "")
     with system.http(made["key"]) as client:
-        asked = {"model": "model", "prompt": "hello", "max_tokens": 3}
+        asked = {"model": "toy", "prompt": "hello", "max_tokens": 3}
         assert client.post("/v1/completions", json=asked).status_code == 200
     [line] = run("usage", "--key", made["key"], "--by", "adapter").out.splitlines()
     _, tenant, adapter, key, requests, _, _, generated, *_ = line.split("\t")
-    assert (tenant, adapter, key, requests, generated) == ("", "model", "", "1", "3")
+    assert (tenant, adapter, key, requests, generated) == ("", "toy", "", "1", "3")
     lines = run("usage", "--by", "tenant", "--csv", "--start", "2026-01-01").out.splitlines()
     assert lines[0].startswith("date,tenant,adapter,key,requests,")
     assert sum(made["id"] in line for line in lines) == 1
