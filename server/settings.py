@@ -104,6 +104,8 @@ class Settings(BaseSettings):
     """Versions an adapter keeps beside those that an alias points at; older ones are deleted. 0: all."""
     grace_seconds: float = Field(default=86_400.0, ge=3600)
     """How long an upload may take before its blobs are garbage."""
+    usage_days: int = Field(default=400, ge=1, le=4000)
+    """Days for which the sums of usage are kept."""
     watch_prefix: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*(/[A-Za-z0-9_-]+)*$")
     """Where in the store to look for adapters to publish, PREFIX/TENANT/NAME/; without it, nowhere."""
     watch_seconds: float = Field(default=10.0, gt=0)
@@ -247,6 +249,11 @@ class Settings(BaseSettings):
     def metrics_closed(self) -> bool:
         """/metrics takes a key: it names somebody, or the operator wants it so."""
         return self.metrics_token is not None or self.metrics_adapter_labels != "off"
+
+    @property
+    def usage_dir(self) -> Path:
+        """Where records of usage lie until they are in the sums."""
+        return self.data_dir / "usage"
 
     @property
     def figures_dir(self) -> Path:

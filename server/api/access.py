@@ -73,7 +73,8 @@ ROUTES: dict[str, Access] = {
     "POST /v1/fine_tuning/jobs/{job_id}/resume": Access(FINE_TUNE, "job.resume"),
     "GET /v1/fine_tuning/jobs/{job_id}/events": Access(READ | FINE_TUNE),
     "GET /v1/fine_tuning/jobs/{job_id}/checkpoints": Access(READ | FINE_TUNE),
-    # the tenant's keys and audit log
+    # the tenant's usage, keys and audit log
+    "GET /v1/usage": Access(READ),
     "POST /v1/keys": Access(FULL, "key.create"),
     "GET /v1/keys": Access(READ),
     "POST /v1/keys/{key_id}/rotate": Access(FULL, "key.rotate"),
@@ -96,6 +97,7 @@ ROUTES: dict[str, Access] = {
     "POST /admin/gc": Access(FULL, "store.gc"),
     "POST /admin/verify": Access(FULL, "store.verify"),
     "GET /admin/audit": Access(READ),
+    "GET /admin/usage": Access(READ),
 }
 
 

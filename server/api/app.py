@@ -33,6 +33,7 @@ from server.api.routes import (
     models,
     tokenize,
     uploads,
+    usage,
 )
 from server.api.routes import keys as own_keys
 from server.api.routes.adapters import adapters, aliases, pins, vllm_lora
@@ -40,6 +41,7 @@ from server.api.routes.adapters import uploads as adapter_uploads
 from server.api.routes.admin import audit as admin_audit
 from server.api.routes.admin import keys, store, tenants
 from server.api.routes.admin import limits as tenant_limits
+from server.api.routes.admin import usage as all_usage
 from server.api.routes.docs import Docs
 from server.api.services import Services
 from server.audit.audit_log import AuditLog
@@ -59,6 +61,8 @@ from server.tenancy.pins import Pins
 from server.tenancy.rate_limits import RateLimits
 from server.tenancy.tenants import Tenants
 from server.tracing import Tracing
+from server.usage.counts import Counts
+from server.usage.ledger import Ledger
 
 Loop = Callable[[], Coroutine[None, None, None]]
 FIRST_REPORT_SECONDS = 3.0  # a working engine reports its stats every second
@@ -84,6 +88,8 @@ ROUTERS = (
     tenant_limits,
     keys,
     admin_audit,
+    usage,
+    all_usage,
     store,
     tokenize,
     health,
@@ -120,19 +126,21 @@ def build_app(settings: Settings, tracing: Tracing | None = None) -> FastAPI:
         background = asyncio.create_task(_run_loops(services, loops))
         renewal = asyncio.create_task(services.rate_limits.renew_leases())
         last_used = asyncio.create_task(services.tenants.keep_last_used())
+        usage = asyncio.create_task(services.ledger.run(delete=settings.api_number == 0))
         app.state.services = services
         if settings.api_processes > 1:  # accept no connection, a scrape included, that another serves better
             await services.engine.wait_for_stats(FIRST_REPORT_SECONDS)
         try:
             yield
         finally:
-            tasks = (background, renewal, last_used)
+            tasks = (background, renewal, last_used, usage)
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             await services.engine.close()
             await services.rate_limits.close()
             await services.audit.close()
+            await services.ledger.close()
             await services.redis.aclose()
             if tracing is not None:
                 await asyncio.to_thread(tracing.close)
@@ -229,4 +237,5 @@ def build_services(settings: Settings) -> Services:
         jobs=Jobs(redis, settings.max_jobs_per_tenant),
         pins=Pins(redis, settings.max_pins_per_tenant),
         rate_limits=RateLimits(redis),
+        ledger=Ledger(Counts(redis), settings.usage_dir, settings.usage_days, metrics.on_ledger),
     )

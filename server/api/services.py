@@ -30,6 +30,7 @@ from server.settings import Settings
 from server.tenancy.pins import Pins
 from server.tenancy.rate_limits import RateLimits
 from server.tenancy.tenants import Tenants
+from server.usage.ledger import Ledger
 
 MAX_EVENT_STREAMS = 256  # open streams of jobs' events
 
@@ -74,6 +75,7 @@ class Services:
     jobs: Jobs
     pins: Pins
     rate_limits: RateLimits
+    ledger: Ledger
     dataset_check_lock: FairLock = field(default_factory=FairLock)  # a check takes a core for seconds
     tokenizer_lock: FairLock = field(default_factory=FairLock)  # for long prompts, which take up to a second
     event_streams: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(MAX_EVENT_STREAMS))

@@ -37,6 +37,7 @@ SILENT = {"fleet: GPU memory": "there is no GPU"}
 ZERO = {
     "polypeft_non_finite_rows_total": "no adapter is broken",
     "polypeft_valkey_errors_total": "Valkey is never away",
+    "polypeft_ledger_lost_records_total": "nor for so long that there is no room",
     "polypeft_worker_heartbeat_failures_total": "nor for workers",
 }
 

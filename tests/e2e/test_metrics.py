@@ -33,6 +33,9 @@ QUIET = {
     "engine_restarts",
     "rejections",
     "valkey_errors",
+    "ledger_lag",  # records wait a moment
+    "ledger_pending",
+    "ledger_lost",
     "store_errors",
     "adapter_load_failures",  # nothing fails here; tests/server/engine/metrics/test_counters.py
     "adapter_failures",
@@ -150,6 +153,14 @@ def test_everything_documented_is_there_after_real_traffic(server: Serving, busy
         phase: total(found, "polypeft_step_seconds_sum", phase=phase) for phase in ("forward", "sample")
     }
     assert phases["forward"] > phases["sample"] > 0
+
+
+def test_the_ledger_has_the_tokens_that_were_trained(server: Serving, busy: str) -> None:
+    with server.http(server.operator) as http:
+        usage = http.get("/admin/usage").json()
+    [sums] = [result for bucket in usage["data"] for result in bucket["results"]]
+    until(lambda: total(page(server), "polypeft_training_tokens_total") == sums["training_tokens"] > 0)
+    assert (sums["jobs"], sums["failed_jobs"], sums["cancelled_jobs"]) == (1, 0, 0)
 
 
 def test_names_are_the_operators_and_bounded(server: Serving, busy: str) -> None:

@@ -98,7 +98,8 @@ def build_generation(
             for i in range(n)
         ]
     choices = [_choice(deps.tokenizer, body, i, shows_end=options.shows_end) for i in range(len(rows))]
-    return Generation(deps, request_id, target, options.prompts, rows, choices, request.state.rates)
+    key: str = request.state.caller.key.id
+    return Generation(deps, request_id, target, options.prompts, rows, choices, key, request.state.rates)
 
 
 def _choice(tokenizer: Tokenizer, body: SamplingBody, index: int, *, shows_end: bool) -> Choice:

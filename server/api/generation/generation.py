@@ -13,6 +13,8 @@ from server.api.services import Services
 from server.errors import DeadlineUnreachable, EngineLost, PolypeftError, QueueFull, TenantQueueFull
 from server.messages import Chunk, Generate, PromptLogprobs
 from server.tracing import RowTrace, annotate
+from server.usage.ledger import Entry, Tokens
+from server.usage.record import CANCELLED, COMPLETED, adapter_version
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class Generation:
     prompts: list[list[int]]
     rows: list[Generate]
     choices: list[Choice]
+    key_id: str
     rates: RateLimitedRequest | None = None  # if the tenant's rates are limited
     created: int = field(default_factory=lambda: int(time.time()))
     # of each prompt, as its steps sent them
@@ -47,7 +50,12 @@ class Generation:
         self.deps.admit(len(self.rows))
         choices = {row.id: choice for row, choice in zip(self.rows, self.choices, strict=True)}
         metrics, engine = _RequestMetrics(self, self._arrived), self.deps.engine
-        async with self._admitted(), metrics, aclosing(engine.generate(*self.rows)) as chunks:
+        async with (
+            self._admitted(),
+            self._recorded() as entry,
+            metrics,
+            aclosing(engine.generate(*self.rows)) as chunks,
+        ):
             async for chunk in chunks:
                 self._begun = True
                 choice = choices[chunk.id]
@@ -63,6 +71,8 @@ class Generation:
                     metrics.finish(choice, piece.finish)
                     if chunk.finish is None:  # a stop string, of which the engine does not know
                         engine.cancel(chunk.id)
+                    if all(choice.finished for choice in self.choices):
+                        entry.end(COMPLETED)  # before the client can see it
                 if piece.text or piece.tokens or piece.finish:
                     yield piece
 
@@ -83,6 +93,32 @@ class Generation:
         finally:
             used = prompts + self.usage.completion_tokens if self._begun else 0
             await self.rates.settle(self.id, reserved - used)
+
+    @asynccontextmanager
+    async def _recorded(self) -> AsyncIterator[Entry]:
+        """The request's record in the ledger of usage, which ends here at the latest."""
+        uses = [use.adapter for use in self.target.adapters]
+        if self.target.adapter is not None:
+            uses = [self.target.adapter]
+        adapter = "+".join(adapter_version(use.name, use.version) for use in uses)
+        tenant = self.rows[0].tenant
+        entry = self.deps.ledger.begin(self.id, tenant, self.key_id, adapter, self._tokens)
+        try:
+            yield entry
+        except PolypeftError as error:
+            entry.end(error.code)
+            raise
+        except Exception:
+            entry.end(PolypeftError.code)
+            raise
+        finally:
+            entry.end(CANCELLED)
+
+    def _tokens(self) -> Tokens:
+        """What is charged for so far: nothing before the engine has answered."""
+        usage = self.usage
+        prompt = usage.prompt_tokens if self._begun else 0
+        return Tokens(prompt, usage.cached_tokens, usage.completion_tokens)
 
     @property
     def usage(self) -> Usage:

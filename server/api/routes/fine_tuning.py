@@ -22,7 +22,7 @@ from server.api.fine_tuning.json_objects import (
 )
 from server.api.http.audited import Change
 from server.api.http.body_model import Body, Metadata
-from server.api.http.dependencies import CurrentChange, CurrentTenant, Deps, current_tenant
+from server.api.http.dependencies import Actor, CurrentChange, CurrentTenant, Deps, current_tenant
 from server.api.http.error_responses import json_response
 from server.api.http.json_body import json_body
 from server.api.http.list_page import check_limit, list_page
@@ -75,6 +75,7 @@ async def create_job(
     request: Request,
     deps: Deps,
     tenant: CurrentTenant,
+    actor: Actor,
     change: CurrentChange,
     body: Annotated[JobBody, Depends(json_body(JobBody))],
 ) -> Response:
@@ -101,7 +102,7 @@ async def create_job(
     recipe = _recipe(deps, body, recipe.seed, reports["training_file"].examples)
     stats = {param: dataset_check.dataset_stats(report) for param, report in reports.items()}
     events = [_data_event(param, counts) for param, counts in stats.items()]
-    fixed = _fixed_part(deps, tenant, body, name, recipe, stats)
+    fixed = _fixed_part(deps, tenant, actor, body, name, recipe, stats)
     return _created(await deps.jobs.create(fixed, idempotency, *events), change)
 
 
@@ -221,6 +222,7 @@ def _recipe(deps: Services, body: JobBody, seed: int | None, examples: int) -> R
 def _fixed_part(
     deps: Services,
     tenant: Tenant,
+    key: str,
     body: JobBody,
     name: str | None,
     recipe: Recipe,
@@ -240,6 +242,7 @@ def _fixed_part(
         suffix=body.suffix,
         seed=recipe.seed,
         metadata=body.metadata,
+        key=key,
         data=stats,
     )
 

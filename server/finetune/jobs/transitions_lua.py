@@ -8,11 +8,16 @@ Scripts use Valkey's clock. They build keys from the job's id, so a cluster of s
 
 from adapters_store.maintenance.scheduled_deletes import SCHEDULED_KEY
 from server.finetune.jobs.keys import COUNTERS, LEASES, PUBLISHING, QUEUED, job_key, tenant_key
+from server.usage.counts_lua import ADD
+from server.usage.record import Amounts
 
 MAX_EVENTS = 2000
+FIRST_JOB_AMOUNT = Amounts._fields.index("jobs")
 DELETE_AFTER_SECONDS = 600  # from a job's end; by then its worker has noticed and writes no more objects
 
-PRELUDE = f"""
+PRELUDE = (
+    ADD
+    + f"""
 local id = ARGV[1]
 local job = '{job_key("")}' .. id
 local QUEUED, LEASES, PUBLISHING = '{QUEUED}', '{LEASES}', '{PUBLISHING}'
@@ -44,7 +49,23 @@ local function training(fence)
   end
   return get('phase') == 'training' and get('fence') == fence
 end
+-- the job's record in the ledger of usage: `amounts` are the last of server/usage/record.py's Amounts
+local function add_job_to_usage(status)
+  local fixed = cjson.decode(get('fixed'))
+  local version, started, ended = get('version'), tonumber(get('started')), tonumber(seconds())
+  local adapter = version == '' and fixed.name or fixed.name .. '@' .. version
+  local amounts = {{}}
+  for i = 1, {FIRST_JOB_AMOUNT} do amounts[i] = 0 end
+  local function amount(number) amounts[#amounts + 1] = number end
+  amount(1)
+  amount(status == 'failed' and 1 or 0)
+  amount(status == 'cancelled' and 1 or 0)
+  amount(tonumber(get('trained_tokens')) or 0)
+  amount(math.max(0, ended - (started or ended)) * 1000)
+  add_usage(math.floor(ended / 86400), get('tenant'), adapter .. ' ' .. (fixed.key or ''), amounts)
+end
 local function finish(status)
+  add_job_to_usage(status)
   leave_sets()
   set('status', status, 'phase', 'done', 'finished', seconds(), 'pausing', 0)
   redis.call('HDEL', job, 'estimated_finish')
@@ -69,6 +90,7 @@ local function queue()
   redis.call('ZADD', QUEUED, 0, id)
 end
 """
+)
 
 CREATE = """
 local tenant, same, fingerprint = ARGV[2], ARGV[3], ARGV[4]

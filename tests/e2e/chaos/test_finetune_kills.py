@@ -115,12 +115,15 @@ class Trainings:
         return progress
 
     def ended(self, id_: str, name: str) -> Ended:
-        """It must have succeeded, and left one version that serves."""
+        """It must have succeeded, left one version that serves, and count once in the ledger of usage."""
         job = self.until(id_, "succeeded", "failed", "cancelled")
         assert job["status"] == "succeeded", (job["error"], self.server.log())
         adapter = self.http.get(f"/v1/adapters/{name}").json()
         assert [version["version"] for version in adapter["versions"]] == [1], adapter
         assert job["fine_tuned_model"] == f"{name}@1"
+        usage = self.http.get("/v1/usage", params={"adapter": f"{name}@1"}).json()
+        [sums] = [result for bucket in usage["data"] for result in bucket["results"]]
+        assert (sums["jobs"], sums["training_tokens"]) == (1, job["trained_tokens"])
         curve = job["evaluation"]["curve"]
         return Ended(adapter["versions"][0]["digest"], [point["valid_loss"] for point in curve])
 

@@ -54,6 +54,22 @@ def test_version(run: Run) -> None:
     assert run("--version") == (0, f"{__version__}\n", "")
 
 
+def test_usage_of_one_tenant_and_of_all(run: Run, system: System) -> None:
+    made = dict(line.split() for line in run("tenants", "add", "thrifty").out.splitlines())
+    assert run("usage", "--key", made["key"]) == (0, "", "")
+    with system.http(made["key"]) as client:
+        asked = {"model": "toy", "prompt": "hello", "max_tokens": 3}
+        assert client.post("/v1/completions", json=asked).status_code == 200
+    [line] = run("usage", "--key", made["key"], "--by", "adapter").out.splitlines()
+    _, tenant, adapter, key, requests, _, _, generated, *_ = line.split("\t")
+    assert (tenant, adapter, key, requests, generated) == ("", "toy", "", "1", "3")
+    lines = run("usage", "--by", "tenant", "--csv", "--start", "2026-01-01").out.splitlines()
+    assert lines[0].startswith("date,tenant,adapter,key,requests,")
+    assert sum(made["id"] in line for line in lines) == 1
+    assert sum(line == lines[0] for line in lines) == 1
+    assert run("usage", "--start", "soon").status == 1
+
+
 def test_a_tenant_is_made_and_its_key_works_until_revoked(run: Run) -> None:
     made = dict(line.split() for line in run("tenants", "add", "acme").out.splitlines())
     assert f"{made['id']}\tacme" in run("tenants", "list").out.splitlines()
