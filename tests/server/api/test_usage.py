@@ -175,7 +175,7 @@ def test_the_operator_sees_all(system: System, http: httpx.Client) -> None:
 
 
 def test_pages_have_every_day_once(system: System, http: httpx.Client) -> None:
-    with SyncRedis.from_url(system.settings.redis_url) as redis:
+    with SyncRedis.from_url(str(system.settings.redis_url)) as redis:
         [tenant] = [one["id"] for one in _tenants(system) if one["name"] == "test_pages_have_every_day_once"]
         today = int(time.time() // 86_400)
         for back in range(0, 40, 3):
@@ -202,7 +202,7 @@ def test_a_page_of_many_tenants_ends_early_and_goes_on(
 ) -> None:
     monkeypatch.setattr("server.usage.report.MAX_ROWS", 5)
     day = 10_000
-    with SyncRedis.from_url(system.settings.redis_url) as redis:
+    with SyncRedis.from_url(str(system.settings.redis_url)) as redis:
         for number in range(12):
             tenant = f"ten_{number:02}"
             redis.sadd(f"pp:usage:{day}", tenant)
@@ -246,7 +246,7 @@ def test_bad_input_gets_a_sentence(http: httpx.Client, params: dict[str, Any]) -
 
 def test_csv_has_the_same_and_no_formula(system: System, http: httpx.Client) -> None:
     ask(http)
-    with SyncRedis.from_url(system.settings.redis_url) as redis:
+    with SyncRedis.from_url(str(system.settings.redis_url)) as redis:
         [tenant] = [
             one["id"] for one in _tenants(system) if one["name"] == "test_csv_has_the_same_and_no_formula"
         ]
