@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from redis.asyncio import Redis
 
-from adapters_store.valkey import connect
+from adapters_store.valkey import connect, text
 from server.usage.counts import Counts
 from server.usage.journal import Journal, write_journal
 from server.usage.ledger import Ledger, Tokens
@@ -40,7 +40,7 @@ async def total(redis: Redis) -> Amounts:
     """Of all days and tenants."""
     amounts = Amounts()
     for key in await redis.keys("pp:usage:*:t"):
-        day = int(bytes(key).split(b":")[2])  # type: ignore[arg-type]  # no responses are decoded here
+        day = int(text(key).split(":")[2])
         for [sums] in [await Counts(redis).read(day, ["t"])]:
             for some in sums.values():
                 amounts = amounts.plus(some)
