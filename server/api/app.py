@@ -16,9 +16,11 @@ from server.adapters.specs import build_readers
 from server.api.adapters.bucket_watcher import BucketWatcher
 from server.api.adapters.cleanup import CleanupLoop
 from server.api.adapters.publish import TrainedAdmission
+from server.api.asgi.cors import CrossOrigin
+from server.api.asgi.head_requests import HeadRequests
+from server.api.asgi.middleware import RequestMiddleware
 from server.api.cluster_metrics import ClusterMetrics
 from server.api.http.error_responses import add_handlers
-from server.api.http.middleware import RequestMiddleware
 from server.api.http.temp_files import clear_temp_folders
 from server.api.routes import (
     audit,
@@ -38,6 +40,7 @@ from server.api.routes.adapters import uploads as adapter_uploads
 from server.api.routes.admin import audit as admin_audit
 from server.api.routes.admin import keys, store, tenants
 from server.api.routes.admin import limits as tenant_limits
+from server.api.routes.docs import Docs
 from server.api.services import Services
 from server.audit.audit_log import AuditLog
 from server.base_model.resolve import resolve_model
@@ -107,8 +110,12 @@ def build_app(settings: Settings, tracing: Tracing | None = None) -> FastAPI:
         )
         loops: list[Loop] = []
         if settings.api_number == 0:
-            loops = [publisher.run, CleanupLoop(services.registry).run, lambda: pins.keep_pins(services)]
-            loops += [lambda: services.audit.keep_settled(2 * settings.request_seconds)]
+            loops = [
+                publisher.run,
+                CleanupLoop(services.registry, services.files, services.jobs).run,
+                lambda: pins.keep_pins(services),
+                lambda: services.audit.keep_settled(2 * settings.request_seconds),
+            ]
             loops += [watcher.run] if watcher is not None else []
         background = asyncio.create_task(_run_loops(services, loops))
         renewal = asyncio.create_task(services.rate_limits.renew_leases())
@@ -138,11 +145,22 @@ def build_app(settings: Settings, tracing: Tracing | None = None) -> FastAPI:
         openapi_url=None,
         redirect_slashes=False,
     )
+    _add_http(app, services, tracing)
+    return app
+
+
+def _add_http(app: FastAPI, services: Services, tracing: Tracing | None) -> None:
+    """Routes, the handlers of errors, and middleware."""
     for module in ROUTERS:
         app.include_router(module.router)
+    if services.settings.docs:
+        app.include_router(Docs([module.router for module in ROUTERS]).router)
     add_handlers(app)
+    # the last is the outermost
+    app.add_middleware(HeadRequests)
     app.add_middleware(RequestMiddleware, metrics=services.metrics, tracing=tracing)
-    return app
+    if services.settings.origins:
+        app.add_middleware(CrossOrigin, origins=services.settings.origins)
 
 
 async def _run_loops(services: Services, loops: list[Loop]) -> None:

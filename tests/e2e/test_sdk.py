@@ -197,8 +197,8 @@ def test_refusals_are_the_sdks_own_exceptions(serving: Serving, sdk: openai.Open
     refusals: list[tuple[type[openai.APIStatusError], dict[str, Any], str]] = [
         (openai.NotFoundError, {"model": "nobody"}, "nobody"),
         (openai.NotFoundError, {"model": "ft:llama:acme::abc"}, "ft:llama"),
-        (openai.UnprocessableEntityError, {"max_tokens": -1}, "max_tokens"),
-        (openai.UnprocessableEntityError, {"temperature": 2.5}, "temperature"),
+        (openai.BadRequestError, {"max_tokens": -1}, "max_tokens"),
+        (openai.BadRequestError, {"temperature": 2.5}, "temperature"),
         (openai.BadRequestError, {"prompt": PROMPT * 100}, "512"),
     ]
     for kind, fields, said in refusals:

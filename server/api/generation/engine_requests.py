@@ -18,6 +18,7 @@ from server.api.generation.model_selection import Target
 from server.api.generation.prompts import fit_max_tokens
 from server.api.http.body_model import at_most
 from server.api.services import Services
+from server.base_model.tokenizer import Tokenizer
 from server.errors import InvalidField, shown
 from server.messages import Generate, Sampling
 from server.tenancy.limits import Limits
@@ -25,6 +26,7 @@ from server.tenancy.tenants import Tenant
 
 # The most prompt logprobs of an answer: 20 for each of 100,000 tokens, and the tokens' own
 MAX_PROMPT_LOGPROBS = 2_100_000
+BadWords = tuple[tuple[int, ...], ...]  # token ids
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class RouteOptions:
     prompt_logprobs: int | None = None  # as in Sampling
     shows_end: bool = False  # as in Choice
     grammar: str | None = None  # as in Sampling
+    best_of: int | None = None  # rows of each prompt, if more than n
 
 
 def build_generation(
@@ -49,20 +52,22 @@ def build_generation(
     body: SamplingBody,
     options: RouteOptions,
 ) -> Generation:
-    """A row for each prompt and each of n, prompt by prompt. Raises InvalidField, ContextTooLong.
+    """A row for each prompt and each of n or best_of, prompt by prompt. Raises InvalidField, ContextTooLong.
 
     The rows of a prompt after its first wait for the first, whose KV blocks they share.
     """
     limits: Limits = request.state.limits
     context, vocabulary = max_context(deps, limits), deps.base.vocab_size
     whose = "The model's context" if context == deps.max_context else "max_context, your limit,"
-    default_max_tokens = _affordable(limits, options, body.n)
+    n = options.best_of or body.n
+    default_max_tokens = _affordable(limits, options, n)
     deadline = time.time() + _timeout(request, deps.settings.request_seconds)
     request_id = f"{options.prefix}-{secrets.token_hex(16)}"
     seed = secrets.randbits(63) if body.seed is None else body.seed
     at_most("min_tokens", body.min_tokens, context)
     if limits.max_n is not None:
-        at_most("n", body.n, limits.max_n)
+        at_most("n" if n == body.n else "best_of", n, limits.max_n)
+    bad_words = _bad_words(deps.tokenizer, body.bad_words)
     _check_prompt_logprobs(options, body.n)
     rows = []
     for number, prompt in enumerate(options.prompts):
@@ -72,25 +77,37 @@ def build_generation(
                 f"min_tokens must be at most max_tokens, which is {max_tokens}, not {body.min_tokens}.",
                 param="min_tokens",
             )
-        first = number * body.n
+        first = number * n
         rows += [
             Generate(
                 id=f"{request_id}-{first + i}",
                 tenant=tenant.id,
                 prompt=prompt,
-                sampling=_sampling(body, options, max_tokens, _wrap_int64(seed + i), vocabulary, first=not i),
+                sampling=_sampling(
+                    body, options, max_tokens, _wrap_int64(seed + i), vocabulary, bad_words, first=not i
+                ),
                 adapter=target.adapter,
                 adapters=target.adapters,
                 deadline=deadline,
                 weight=tenant.weight,
                 after=f"{request_id}-{first}" if i else None,
             )
-            for i in range(body.n)
+            for i in range(n)
         ]
-    choices = [
-        Choice(i, deps.tokenizer, body.stop, body.min_tokens, options.shows_end) for i in range(len(rows))
-    ]
+    choices = [_choice(deps.tokenizer, body, i, shows_end=options.shows_end) for i in range(len(rows))]
     return Generation(deps, request_id, target, options.prompts, rows, choices, request.state.rates)
+
+
+def _choice(tokenizer: Tokenizer, body: SamplingBody, index: int, *, shows_end: bool) -> Choice:
+    return Choice(
+        index,
+        tokenizer,
+        body.stop,
+        body.min_tokens,
+        shows_end,
+        keep_stop=body.include_stop_str_in_output,
+        show_special=not body.skip_special_tokens,
+    )
 
 
 def max_context(deps: Services, limits: Limits) -> int:
@@ -117,7 +134,14 @@ def _check_prompt_logprobs(options: RouteOptions, n: int) -> None:
 
 
 def _sampling(
-    body: SamplingBody, options: RouteOptions, max_tokens: int, seed: int, vocabulary: int, *, first: bool
+    body: SamplingBody,
+    options: RouteOptions,
+    max_tokens: int,
+    seed: int,
+    vocabulary: int,
+    bad_words: BadWords,
+    *,
+    first: bool,
 ) -> Sampling:
     """The sampling parameters as the engine takes them. Raises InvalidField for an unknown token id.
 
@@ -142,7 +166,15 @@ def _sampling(
         logprobs=options.logprobs,
         prompt_logprobs=options.prompt_logprobs if first else None,
         grammar=options.grammar,
+        bad_words=bad_words,
     )
+
+
+def _bad_words(tokenizer: Tokenizer, words: list[str]) -> BadWords:
+    """The tokens of each word, at the beginning of a text and behind a space, as vLLM reads them."""
+    texts = (text for word in words for text in (word.lstrip(), f" {word.lstrip()}") if text.strip())
+    sequences = (tuple(tokenizer.encode(text, special=False)) for text in texts)
+    return tuple(dict.fromkeys(sequence for sequence in sequences if sequence))
 
 
 def _logit_bias(bias: dict[str, float], vocabulary: int) -> dict[int, float]:

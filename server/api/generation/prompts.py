@@ -18,8 +18,12 @@ MAX_INLINE_CHARS = 4096  # a longer text is tokenised on a thread, off the event
 _KINDS = "prompt must be text, a list of texts, a list of token ids, or a list of lists of token ids"
 
 
-async def completion_prompts(deps: Services, tenant: Tenant, prompt: Any) -> list[list[int]]:
-    """The token ids of each prompt. Raises InvalidField, ContextTooLong."""
+async def completion_prompts(
+    deps: Services, tenant: Tenant, prompt: Any, keep: int | None = None, *, special: bool = True
+) -> list[list[int]]:
+    """The last `keep` token ids of each prompt; `special`: of texts, with those that the tokenizer puts
+    before every text. Raises InvalidField, ContextTooLong.
+    """
     first = prompt[0] if isinstance(prompt, list) and prompt else None
     sent = [prompt] if isinstance(prompt, str) or type(first) is int else prompt
     if not isinstance(sent, list) or not sent:
@@ -28,8 +32,11 @@ async def completion_prompts(deps: Services, tenant: Tenant, prompt: Any) -> lis
     prompts = []
     for one in sent:
         if isinstance(one, str):
-            prompts.append(await text_tokens(deps, tenant.id, one))
-        elif isinstance(one, list) and len(one) > deps.max_context:  # before its entries are looked at
+            prompts.append(last(await text_tokens(deps, tenant.id, one, special=special), keep))
+            continue
+        if isinstance(one, list):
+            one = last(one, keep)
+        if isinstance(one, list) and len(one) > deps.max_context:  # before its entries are looked at
             fit_max_tokens(one, None, None, deps.max_context)
         elif _is_tokens(one):
             prompts.append(in_vocabulary(one, deps.base.vocab_size))
@@ -47,19 +54,28 @@ async def text_tokens(deps: Services, tenant_id: str, text: str, *, special: boo
 
 
 async def chat_prompt(
-    deps: Services, tenant: Tenant, messages: list[Message], *, answer: bool = True
+    deps: Services, tenant: Tenant, messages: list[Message], *, answer: bool = True, open_end: bool = False
 ) -> list[int]:
-    """The token ids of the conversation as the base's chat template renders it. Raises ContextTooLong.
-
-    `answer`: with the beginning of the assistant's next message.
+    """The token ids of the conversation as the base's chat template renders it, with the beginning of an
+    `answer`, or with an `open_end` for the answer to continue. Raises ContextTooLong.
     """
     plain = [{"role": _role(m), "content": m.text} for m in messages]
     chars = sum(len(m["content"]) for m in plain)
     check_chars(deps, chars, "messages")
     tokenizer = deps.tokenizer
-    return await off_loop(
-        deps, tenant.id, chars, lambda: tokenizer.encode_chat(tokenizer.render_chat(plain, answer=answer))
-    )
+    render = partial(tokenizer.render_chat, plain, answer=answer and not open_end, open_end=open_end)
+    return await off_loop(deps, tenant.id, chars, lambda: tokenizer.encode_chat(render()))
+
+
+def kept_tokens(truncate: int | None, context: int, max_tokens: int | None) -> int | None:
+    """How many tokens of a prompt truncate_prompt_tokens keeps: its last ones; -1: all that fit the context
+    beside the answer; None: all.
+    """
+    return max(1, context - (max_tokens or 1)) if truncate == -1 else truncate
+
+
+def last(prompt: list[T], keep: int | None) -> list[T]:
+    return prompt if keep is None else prompt[-keep:]
 
 
 def fit_max_tokens(

@@ -1,7 +1,8 @@
 """FastAPI dependencies of the routes: the services, the calling tenant, the operator, the acting key.
 
-Every router but health has one that authenticates. The key is taken from the Authorization header alone,
-never from the query string. What a route takes of a key is in server/api/access.py.
+Every router but health has one that authenticates. The key is taken from the Authorization header, or from
+`api-key` or `x-api-key` where that is absent; never from the query string. What a route takes of a key is in
+server/api/access.py.
 
 Key and limits come with the tenant, in one call of Valkey; rate_limits.py applies the limits.
 """
@@ -25,6 +26,9 @@ __all__ = ["OPERATOR", "CurrentTenant", "Deps", "current_tenant", "operator", "s
 def services(request: Request) -> Services:
     deps: Services = request.app.state.services
     return deps
+
+
+KEY_HEADERS = ("api-key", "x-api-key")  # Azure's and Anthropic's clients send these
 
 
 Deps = Annotated[Services, Depends(services)]
@@ -117,8 +121,11 @@ def sticky_key(request: Request, user: str | None) -> str:
 
 
 def bearer(request: Request) -> str:
-    """The secret in the Authorization header. Raises Unauthenticated."""
+    """The secret in the Authorization header, or in one of KEY_HEADERS. Raises Unauthenticated."""
     headers = request.headers.getlist("authorization")
+    others = [value for name in KEY_HEADERS for value in request.headers.getlist(name)]
+    if not headers and len(set(others)) == 1 and others[0].strip():
+        return others[0].strip()
     scheme, _, secret = headers[0].partition(" ") if len(headers) == 1 else ("", "", "")
     if scheme.lower() != "bearer" or not secret.strip():
         raise Unauthenticated("Send your API key as one header `Authorization: Bearer KEY`.")

@@ -4,9 +4,11 @@ import asyncio
 
 from anyio.to_thread import run_sync
 from fastapi import APIRouter, Request, Response
+from fastapi.responses import PlainTextResponse
 from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
 from redis.exceptions import RedisError
 
+from server import __version__
 from server.api.http.dependencies import OPERATOR, Deps, authenticate, bearer
 from server.api.http.error_responses import json_response
 from server.api.services import Services
@@ -32,6 +34,19 @@ async def healthz(deps: Deps) -> Response:
     return json_response({"status": "ok"})
 
 
+@router.get("/health", response_class=Response)
+@router.get("/ping", response_class=Response)
+@router.post("/ping", response_class=Response)
+async def health(deps: Deps) -> Response:
+    """vLLM's: 200 with an empty body while the engine answers, else 503."""
+    return Response(status_code=200 if deps.engine.responsive else 503)
+
+
+@router.get("/version")
+async def version() -> Response:
+    return json_response({"version": __version__})
+
+
 @router.get("/readyz")
 async def readyz(deps: Deps) -> Response:
     """200 when a request would be served now, else 503 with the failed checks.
@@ -55,7 +70,7 @@ async def readyz(deps: Deps) -> Response:
     return json_response(body, 200 if ready else 503, {} if ready else {"Retry-After": "1"})
 
 
-@router.get("/metrics")
+@router.get("/metrics", response_class=PlainTextResponse, responses={401: {}})
 async def metrics(request: Request, deps: Deps) -> Response:
     """Prometheus metrics. Open, unless they show tenants' data or the operator has closed them."""
     if deps.settings.metrics_closed:

@@ -73,7 +73,7 @@ def test_limits_are_data(http: httpx.Client, engine: FakeEngine) -> None:
     assert limits["max_n"] == 8
     assert limits["max_rows_per_tenant"] == 8
     too_many = {"model": "toy", "prompt": "x", "n": limits["max_n"] + 1}
-    assert http.post("/v1/completions", json=too_many).status_code == 422
+    assert http.post("/v1/completions", json=too_many).status_code == 400
     assert http.post("/v1/completions", json=too_many | {"n": limits["max_n"]}).status_code == 200
 
 

@@ -27,6 +27,7 @@ from server.api.http.etags import MatchOnly, etag_header
 from server.api.http.list_page import check_limit, list_page
 from server.api.http.multipart import Upload, receive_form
 from server.api.http.temp_files import stored_file, temp_folder
+from server.api.schema.forms import form
 from server.api.services import Services
 from server.errors import InvalidField, NotFound, shown
 from server.tenancy.tenants import Tenant
@@ -35,9 +36,19 @@ router = APIRouter(prefix="/v1/adapters", dependencies=[Depends(current_tenant)]
 
 MAX_PAGE = 100
 MAX_EVALUATIONS = 20
+ADAPTER_FORM = form(
+    "files",
+    {
+        "name": "The adapter's name; one that exists gets a new version.",
+        "sha256": "Of the weights file.",
+        "allow_noop": "true: also an adapter that changes no output.",
+    },
+    many=True,
+    required=("name",),
+)
 
 
-@router.post("")
+@router.post("", status_code=201, openapi_extra=ADAPTER_FORM)
 async def upload_adapter(
     request: Request, deps: Deps, tenant: CurrentTenant, actor: Actor, change: CurrentChange
 ) -> Response:

@@ -33,7 +33,7 @@ class UnloadBody(Body):
     lora_int_id: int | None = None
 
 
-@router.post("/load_lora_adapter")
+@router.post("/load_lora_adapter", response_class=PlainTextResponse)
 async def load(
     deps: Deps,
     actor: Actor,
@@ -53,7 +53,7 @@ async def load(
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
 
-@router.post("/unload_lora_adapter")
+@router.post("/unload_lora_adapter", response_class=PlainTextResponse)
 async def unload(
     deps: Deps,
     actor: Actor,

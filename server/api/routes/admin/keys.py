@@ -8,7 +8,7 @@ from server.api.routes.keys import NewKey, Rotation, create, list_of, revoke, ro
 router = APIRouter(prefix="/admin", dependencies=[Depends(operator)])
 
 
-@router.post("/tenants/{tenant_id}/keys")
+@router.post("/tenants/{tenant_id}/keys", status_code=201)
 async def create_key(
     deps: Deps, caller: CurrentCaller, change: CurrentChange, tenant_id: str, body: NewKey
 ) -> Response:

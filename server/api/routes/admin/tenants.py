@@ -19,7 +19,7 @@ class TenantBody(Body):
     weight: Annotated[float, Field(gt=0, le=1000)] = 1.0
 
 
-@router.post("/tenants")
+@router.post("/tenants", status_code=201)
 async def create_tenant(
     deps: Deps, change: CurrentChange, body: Annotated[TenantBody, Depends(json_body(TenantBody))]
 ) -> Response:

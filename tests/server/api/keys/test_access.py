@@ -17,7 +17,7 @@ from server.tenancy.key_terms import ALL_SCOPES, KeyInfo
 from server.tenancy.tenant_keys import TenantKeys, new_key_id
 from tests.server.api.conftest import System, lora_files, started, upload
 from tests.server.api.fine_tuning.training import create, send
-from tests.server.api.test_auth import OPERATORS, PUBLIC, filled, routes
+from tests.server.api.keys.test_auth import OPERATORS, PUBLIC, filled, routes
 
 Route = tuple[str, str]
 EVERY_SCOPE = frozenset(ALL_SCOPES)
