@@ -9,6 +9,7 @@ from typing import Self
 
 import msgspec
 
+from server.messages import Priority
 from server.settings import Settings
 
 
@@ -20,6 +21,7 @@ class Limits(msgspec.Struct, frozen=True, omit_defaults=True):
     concurrent_requests: int | None = None
     max_context: int | None = None  # tokens of prompt and answer together
     max_n: int | None = None  # choices of a request
+    priority: Priority | None = None  # the most urgent class that its requests may have
 
     @classmethod
     def defaults(cls, settings: Settings) -> Self:

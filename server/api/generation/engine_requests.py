@@ -15,6 +15,7 @@ from server.api.generation.bodies import INT64, SamplingBody
 from server.api.generation.choice import Choice
 from server.api.generation.generation import Generation
 from server.api.generation.model_selection import Target
+from server.api.generation.priority import priority_of
 from server.api.generation.prompts import fit_max_tokens
 from server.api.http.body_model import at_most
 from server.api.services import Services
@@ -61,6 +62,7 @@ def build_generation(
     whose = "The model's context" if context == deps.max_context else "max_context, your limit,"
     n = options.best_of or body.n
     default_max_tokens = _affordable(limits, options, n)
+    priority = priority_of(body, limits.priority)
     deadline = time.time() + _timeout(request, deps.settings.request_seconds)
     request_id = f"{options.prefix}-{secrets.token_hex(16)}"
     seed = secrets.randbits(63) if body.seed is None else body.seed
@@ -90,6 +92,7 @@ def build_generation(
                 adapters=target.adapters,
                 deadline=deadline,
                 weight=tenant.weight,
+                priority=priority,
                 after=f"{request_id}-{first}" if i else None,
             )
             for i in range(n)

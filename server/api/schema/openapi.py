@@ -19,7 +19,7 @@ from server import __version__
 from server.api.http.dependencies import KEY_HEADERS, current_tenant
 from server.api.http.etags import condition, match_only
 from server.api.http.rate_limits import rate_limited
-from server.errors import PolypeftError
+from server.errors import PolypeftError, StartupError
 
 Refs = dict[Any, Any]  # by model
 REF = "#/components/schemas/{model}"
@@ -152,7 +152,8 @@ def _error_name(status: int, limited: bool) -> str:
 
 
 def _error(status: int, limited: bool) -> dict[str, Any]:
-    codes = sorted({kind.code for kind in _kinds(PolypeftError) if kind.status == status})
+    kinds = [kind for kind in _kinds(PolypeftError) if not issubclass(kind, StartupError)]
+    codes = sorted({kind.code for kind in kinds if kind.status == status})
     return {
         "description": f"{HTTPStatus(status).phrase}: {', '.join(codes)}",
         "headers": REQUEST_ID | STATUS_HEADERS.get(status, {}) | (RATES if limited and status == 429 else {}),
