@@ -21,7 +21,7 @@ from server.api.http.etags import condition, match_only
 from server.api.http.rate_limits import rate_limited
 from server.errors import PolypeftError, StartupError
 
-Refs = dict[type[BaseModel], Any]
+Refs = dict[type[Any], Any]
 REF = "#/components/schemas/{model}"
 ALWAYS = (400, 408, 414, 431, 500, 503)
 WITH_KEY = (401, 403, 404)
@@ -87,7 +87,7 @@ def openapi(routers: Sequence[APIRouter]) -> dict[str, Any]:
         for limited in ((False, True) if status == 429 else (False,))
     }
     for route in routes:
-        for method in route.methods:
+        for method in route.methods or ():
             _complete(document["paths"][route.path_format][method.lower()], method, route, refs)
     return document
 
