@@ -21,7 +21,7 @@ from server.api.http.etags import condition, match_only
 from server.api.http.rate_limits import rate_limited
 from server.errors import PolypeftError, StartupError
 
-Refs = dict[Any, Any]  # by model
+Refs = dict[type[Any], Any]
 REF = "#/components/schemas/{model}"
 ALWAYS = (400, 408, 414, 431, 500, 503)
 WITH_KEY = (401, 403, 404)

@@ -8,7 +8,10 @@ from feature import ADAPTER, BASE_URL, KEY, MODEL, QUESTION, SCHEMA, feature
 
 folder = Path(tempfile.mkdtemp())
 os.environ["LLM_USER_PATH"] = str(folder)
-ENTRY = "- {{model_id: {0}, model_name: {0}, api_base: '{1}', supports_schema: true, supports_tools: true}}\n"
+ENTRY = """
+- {{model_id: {0}, model_name: {0}, api_base: "{1}", api_key_name: polypeft,
+    supports_schema: true, supports_tools: true}}
+"""
 (folder / "extra-openai-models.yaml").write_text("".join(ENTRY.format(m, BASE_URL) for m in (MODEL, ADAPTER)))
 
 import llm  # noqa: E402 - it reads the folder's name when it is imported

@@ -21,7 +21,7 @@ CHECKS = (
     "ignored_auth",
 )
 SCHEMATHESIS = Path(sys.executable).with_name("schemathesis")
-EXAMPLES = 3  # of each operation in the phase that draws them
+EXAMPLES = 1  # of each operation in the phase that draws them
 
 
 @pytest.fixture(scope="module")
