@@ -139,8 +139,8 @@ def main(
         with Serving(MODEL, Path(scratch), *options, "--lookup-tokens", "0") as server:
             keys = [server.tenant(f"t{i}") for i in range(TENANTS)]
             found = asyncio.run(overload(server.url, keys, places, seconds, deadline))
-    Console().print_json(data=found)
-    output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+            Console().print_json(data=found)
+            output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
