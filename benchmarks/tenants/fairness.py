@@ -92,8 +92,9 @@ def main(
             for name, case in CASES.items():
                 if not only or name.startswith(only):
                     found[name] = measure(server, keys, case, places, seconds)
-    Console().print(table(found, capacity))
-    output.write_text(json.dumps({"large_alone_tokens_per_s": capacity, "cases": found}, indent=1) + "\n")
+            Console().print(table(found, capacity))
+            report = {"large_alone_tokens_per_s": capacity, "cases": found}
+            output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 def table(found: dict[str, Figures], capacity: float) -> Table:

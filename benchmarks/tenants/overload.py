@@ -105,7 +105,7 @@ async def overload(
     over.set()
     health, metrics = [await task for task in probes]
     recovered, left = await recovery(url, keys[0])
-    refused = [a.ended - a.sent for a in answers if a.status in {429, 503}] or [0.0]
+    refused = [a.ended - a.sent for a in answers if a.status in {429, 503}]
     good = sum(tokens_between([a], start + seconds / 5, load_end) for a in answers if a.done and not a.code)
     return {
         "peak_tokens_per_s": peak,
@@ -113,13 +113,18 @@ async def overload(
         "goodput_over_peak": good / (0.8 * seconds) / peak,
         "done": sum(answer.done and not answer.code for answer in answers),
         "by_status": Counter(f"{answer.status} {answer.code}".strip() for answer in answers),
-        "refusal_p50_ms": 1000 * float(np.percentile(refused, 50)),
-        "refusal_p99_ms": 1000 * float(np.percentile(refused, 99)),
-        "healthz_p99_ms": 1000 * float(np.percentile(health, 99)),
-        "metrics_p99_ms": 1000 * float(np.percentile(metrics, 99)),
+        "refusal_p50_ms": percentile_ms(refused, 50),
+        "refusal_p99_ms": percentile_ms(refused, 99),
+        "healthz_p99_ms": percentile_ms(health, 99),
+        "metrics_p99_ms": percentile_ms(metrics, 99),
         "recovery_s": recovered,
         "left": left,
     }
+
+
+def percentile_ms(seconds: Sequence[float], q: float) -> float | None:
+    """In milliseconds; None of nothing."""
+    return 1000 * float(np.percentile(seconds, q)) if seconds else None
 
 
 def main(
@@ -139,8 +144,8 @@ def main(
         with Serving(MODEL, Path(scratch), *options, "--lookup-tokens", "0") as server:
             keys = [server.tenant(f"t{i}") for i in range(TENANTS)]
             found = asyncio.run(overload(server.url, keys, places, seconds, deadline))
-    Console().print_json(data=found)
-    output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+            Console().print_json(data=found)
+            output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

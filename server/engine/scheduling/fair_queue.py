@@ -18,6 +18,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+from server.engine.scheduling import costs
 from server.engine.scheduling.row import Row
 
 CREDIT = 256.0  # cost over weight: a tenant may be so far ahead and still get its fair share of places
@@ -133,10 +134,22 @@ class FairQueue:
         self.tenant_queue(row).virtual_counter += cost / row.command.weight
         self.charged += cost
 
-    def charge_load(self, row: Row, cost: float) -> None:
-        """Charge the row's tenant for loading its adapters."""
-        self.largest_load = max(self.largest_load, cost)
-        self.charge(row, cost)
+    def charge_prompt(self, row: Row) -> None:
+        """Charge the tenant for the row's scheduled prompt tokens; not for those that are computed again."""
+        end = min(row.computed + row.scheduled, row.prompt_length)
+        self.charge(row, costs.COMPUTED_TOKEN * max(0, end - max(row.computed, row.charged_tokens)))
+        row.charged_tokens = max(row.charged_tokens, end)
+
+    def charge_cached(self, row: Row) -> None:
+        """Charge the tenant of a row that starts for the prompt tokens that it found in the prefix cache."""
+        self.charge(row, costs.CACHED_TOKEN * row.cached_tokens)
+
+    def charge_load(self, row: Row, nbytes: int) -> None:
+        """Charge the row's tenant for loading so many bytes of adapters."""
+        if nbytes:
+            cost = costs.load_cost(nbytes)
+            self.largest_load = max(self.largest_load, cost)
+            self.charge(row, cost)
 
     def lowest_counter(self) -> float | None:
         """Of the backlogged tenants; None if there are none."""

@@ -1,4 +1,4 @@
-"""Which running rows are preempted when the batch is full or KV blocks run out.
+"""Which running rows are preempted when the batch is full, or KV blocks or adapter slots run out.
 
 Each active tenant is entitled to its fair share, by weight, of its class's places (at least one) and of the
 KV blocks. It may use more while no other tenant waits. A waiting row that needs a place in the batch, or
@@ -18,7 +18,7 @@ A preempted row cannot take its place back at once: the other must have used as 
 """
 
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from math import inf
 
 from server.engine.scheduling.fair_queue import CREDIT, FairQueue, TenantQueue, fair_rows
@@ -28,22 +28,26 @@ from server.engine.scheduling.row import Row
 
 
 class VictimSelector:
-    """Chooses rows to preempt. It changes none of them; after any preemption or start, make a new one."""
+    """Chooses rows to preempt, and changes none of them. After any start, end or preemption call `reset`."""
 
     def __init__(
-        self, running: Collection[Row], queues: PriorityQueues, blocks: BlockPool, max_seqs: int
+        self, running: Mapping[str, Row], queues: PriorityQueues, blocks: BlockPool, max_seqs: int
     ) -> None:
         self._running = running
         self._queues = queues
         self._blocks = blocks
         self._max_seqs = max_seqs
+        self._num_rows: Counter[TenantQueue] = Counter()  # of candidates
+        self._num_blocks: Counter[TenantQueue] = Counter()
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget what was computed for an earlier batch."""
         self._last_level = max(
-            (i for i, of_class in enumerate(queues.classes) if of_class.running), default=0
+            (i for i, queues in enumerate(self._queues.classes) if queues.running), default=0
         )
         self._recovered: float | None = None
         self._by_class: dict[int, _ClassShares] = {}
-        self._num_rows: Counter[TenantQueue] = Counter()  # of candidates
-        self._num_blocks: Counter[TenantQueue] = Counter()
 
     def may_take(self, level: int, taker: TenantQueue) -> bool:
         """False: there is certainly no victim for a row of `taker`, which is of that class."""
@@ -59,14 +63,16 @@ class VictimSelector:
     def _highest_recovered(self) -> float:
         """The highest counter of a tenant with a row that has decoded enough to lose its place."""
         if self._recovered is None:
-            counters = (self._queues.tenant_queue(r).virtual_counter for r in self._running if r.recovered)
+            counters = (
+                self._queues.tenant_queue(r).virtual_counter for r in self._running.values() if r.recovered
+            )
             self._recovered = max(counters, default=-inf)
         return self._recovered
 
     def find(self, level: int, taker: TenantQueue, *, needs_place: bool, num_blocks: int) -> list[Row]:
         """The rows to preempt for a place, if needed, and `num_blocks` blocks; [] if they do not suffice."""
         victims: list[Row] = []
-        pairs = ((row, self._queues.tenant_queue(row)) for row in self._running)
+        pairs = ((row, self._queues.tenant_queue(row)) for row in self._running.values())
         candidates = [(row, queue) for row, queue in pairs if queue is not taker]
         self._num_rows, self._num_blocks = Counter(), Counter()
         for row, queue in candidates:
@@ -85,6 +91,28 @@ class VictimSelector:
             refs.update(row.blocks)
             num_blocks -= sum(refs[block] == self._blocks.refs[block] for block in row.blocks)
         return victims
+
+    def find_slot(self, level: int, taker: TenantQueue) -> list[Row]:
+        """The rows to preempt so that no row uses some slot: the fewest; [] if there is none."""
+        pairs = [(row, self._queues.tenant_queue(row)) for row in self._running.values()]
+        self._num_rows = Counter(queue for _, queue in pairs)
+        users: dict[int, list[Row]] = {}
+        for row, _ in pairs:
+            for slot in row.slots:
+                users.setdefault(slot, []).append(row)
+        kept = {
+            slot
+            for row, queue in pairs
+            if queue is taker or not self._rank(level, taker, row, queue, for_place=True)
+            for slot in row.slots
+        }
+        # of one class, a tenant that has more than its share loses one row at a time
+        rows = [
+            rows
+            for slot, rows in users.items()
+            if slot not in kept and (len(rows) == 1 or all(row.level > level for row in rows))
+        ]
+        return min(rows, key=len, default=[])
 
     def _next(
         self, level: int, taker: TenantQueue, candidates: list[tuple[Row, TenantQueue]], *, for_place: bool

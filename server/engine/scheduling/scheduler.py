@@ -60,7 +60,7 @@ class Scheduler:
         self.waiting_for_adapter: dict[str, Row] = {}  # rows whose adapter is loading
         self._budget = 0  # tokens that are left in this step
         self._expired_at = -1.0  # when deadlines were looked at last
-        self._selector: VictimSelector | None = None  # until a row starts or is preempted
+        self._selector = VictimSelector(self.running, self.queues, blocks, max_seqs)
 
     @property
     def waiting(self) -> int:
@@ -77,7 +77,7 @@ class Scheduler:
         if self.running.pop(row.id, None) is not None:
             self.resources.release(row)
         self.queues.of(row).remove(row)
-        self._selector = None
+        self._selector.reset()
         self.waiting_for_adapter.pop(row.id, None)
 
     def schedule(self, now: float) -> list[Row]:
@@ -159,7 +159,7 @@ class Scheduler:
         row.scheduled, row.draft = 0, []
         row.waits_for, row.waits_since = "capacity", now
         self.preemptions += 1
-        self._selector = None
+        self._selector.reset()
         self.queues.of(row).requeue(row)
 
     def _schedule_prompts(self, now: float) -> list[Row]:
@@ -182,7 +182,7 @@ class Scheduler:
         """Schedule prompt tokens of one class until the budget is spent."""
         batch: list[Row] = []
         overtaking = Overtaking(self.cache)
-        self._selector = None
+        self._selector.reset()
         while self._budget > 0 and (next_row := order.next()):
             row, is_running = next_row
             if is_running:
@@ -191,17 +191,10 @@ class Scheduler:
             else:
                 scheduled = self._admit(row, order, overtaking, now)
             if scheduled:
-                self._charge_prompt(row)
+                self.queues.of(row).charge_prompt(row)
                 batch.append(row)
                 self._budget -= row.scheduled
         return batch
-
-    def _charge_prompt(self, row: Row) -> None:
-        """Charge the tenant for scheduled prompt tokens; not for recomputed ones."""
-        end = min(row.computed + row.scheduled, row.prompt_length)
-        tokens = max(0, end - max(row.computed, row.charged_tokens))
-        self.queues.of(row).charge(row, costs.COMPUTED_TOKEN * tokens)
-        row.charged_tokens = max(row.charged_tokens, end)
 
     def _admit(self, row: Row, order: PrefillOrder, overtaking: Overtaking, now: float) -> bool:
         """Start a waiting row if it gets slots, blocks and a place in the batch, by preemption if needed."""
@@ -213,6 +206,8 @@ class Scheduler:
             return False
         try:
             slots = self.resources.acquire(row)
+            if slots is None and self._free_slot(row, now):
+                slots = self.resources.acquire(row)
         except PolypeftError as error:
             self._end_unscheduled(row, error)
             return False
@@ -240,14 +235,19 @@ class Scheduler:
     def _victims(self, row: Row) -> list[Row]:
         """Running rows to preempt so that this one can start; [] if it has to wait."""
         taker, full = self.queues.tenant_queue(row), len(self.running) >= self.max_seqs
-        if taker.running == len(self.running):
-            return []
-        if self._selector is None:
-            self._selector = VictimSelector(self.running.values(), self.queues, self.blocks, self.max_seqs)
-        if full and not self._selector.may_take(row.level, taker):
+        if taker.running == len(self.running) or (full and not self._selector.may_take(row.level, taker)):
             return []
         missing = self.resources.missing_blocks(row)
         return self._selector.find(row.level, taker, needs_place=full, num_blocks=missing)
+
+    def _free_slot(self, row: Row, now: float) -> bool:
+        """Preempt the rows that use a slot which this row's tenant is entitled to, if there is one."""
+        if self.resources.loading(row) or any(self.cache.waits_for_own_rows(use.adapter) for use in row.uses):
+            return False
+        victims = self._selector.find_slot(row.level, self.queues.tenant_queue(row))
+        for victim in victims:
+            self._preempt(victim, now)
+        return bool(victims)
 
     def _allocate(self, row: Row, slots: tuple[int, ...], now: float) -> bool:
         """Get a row that has its slots a place in the batch and blocks, preempting others if needed."""
@@ -261,18 +261,17 @@ class Scheduler:
     def _start(self, row: Row, slots: tuple[int, ...], count: int, now: float) -> None:
         queues = self.queues.of(row)
         queues.start(row)
-        self._selector = None
+        self._selector.reset()
         self.running[row.id] = row
         row.slots = slots
-        if nbytes := self.resources.take_uncharged_bytes(slots):
-            queues.charge_load(row, costs.load_cost(nbytes))
         row.scheduled = count
         row.start(now)
         self.waiting_for_adapter.pop(row.id, None)
         if not row.admitted:
             row.admitted = True
             row.cached_tokens = row.computed
-            queues.charge(row, costs.CACHED_TOKEN * row.computed)
+            queues.charge_cached(row)
+        queues.charge_load(row, self.resources.take_uncharged_bytes(slots))
 
     def _end_unscheduled(self, row: Row, error: PolypeftError) -> None:
         self.remove(row)

@@ -2,8 +2,8 @@
 
 The waiting rows of its tenant, and those of more urgent classes, go before it. They cost what their prompts
 and mean answers cost; the engine works them off at the rate that the last steps had, of which a tenant gets
-its share while others have rows waiting. A row that cannot have its first token before
-its deadline is refused at once: if it waited, it would only be in the way of those that can.
+its share while others have rows waiting. A row that cannot end before its deadline, with an answer of mean
+length, is refused at once: if it waited, it would only be in the way of those that can.
 """
 
 from server.engine.scheduling.costs import COMPUTED_TOKEN, GENERATED_TOKEN
@@ -17,16 +17,16 @@ AVERAGED_ROWS = 32  # and the length of answers over so many rows
 MIN_STEPS = 64  # no estimate before so many
 
 
-def late(command: Generate, wait: float, now: float) -> PolypeftError | None:
-    """The error of a row that would wait so many seconds, if its deadline is before that."""
-    if not wait or command.deadline is None or wait <= command.deadline - now:
+def late(command: Generate, wait: float, now: float, answer: float = 0.0) -> PolypeftError | None:
+    """The error of a row whose deadline is before its end, after so many seconds of waiting and answering."""
+    if not wait or command.deadline is None or wait + answer <= command.deadline - now:
         return None
     left = max(0.0, command.deadline - now)
     error = DeadlineUnreachable(
-        f"The request would wait about {wait:.1f} s for its first token, and its deadline is in {left:.1f} "
-        "s; send it later, or with a longer X-Request-Timeout."
+        f"The request would wait about {wait:.1f} s for its first token and take {answer:.1f} s from there, "
+        f"and its deadline is in {left:.1f} s; send it later, or with a longer X-Request-Timeout."
     )
-    error.wait = wait - left
+    error.wait = wait + answer - left
     return error
 
 
@@ -60,8 +60,9 @@ class WaitEstimate:
         )
 
     def refusal(self, command: Generate, queues: PriorityQueues, now: float) -> PolypeftError | None:
-        """The error of a row that cannot have its first token before its deadline; None if it can."""
-        return late(command, self.seconds(command, queues), now)
+        """The error of a row that cannot end before its deadline; None if it can."""
+        answer = min(self.answer_tokens, command.sampling.max_tokens) * self._seconds
+        return late(command, self.seconds(command, queues), now, answer)
 
     def seconds(self, command: Generate, queues: PriorityQueues) -> float:
         """The wait for the first token, 0 if nobody waits or nothing is known."""

@@ -71,6 +71,19 @@ def test_memory_comes_from_batch_rows_first() -> None:
     assert not all(running(world, *batch))
 
 
+def test_slots_come_from_batch_rows_whose_adapters_all_are_in_use() -> None:
+    world = World(slots=2, max_seqs=8)
+    for name in ("x", "y", "z"):
+        world.loader.arrive(name)
+    batch = [world.add(tenant="a", adapter=name, priority="batch") for name in ("x", "x", "y")]
+    world.step()
+    assert running(world, *batch) == [True] * 3
+    interactive = world.add(tenant="b", adapter="z", priority="interactive")
+    world.step()
+    assert running(world, *batch, interactive) == [True, True, False, True]
+    assert set(world.cache.by_digest) == {"x", "z"}
+
+
 @pytest.mark.parametrize(("priority", "classes"), [("standard", 1), ("batch", 2)])
 def test_no_class_starves(priority: Any, classes: int) -> None:
     """Under rows of the most urgent class that never end, it waits AGEING_SECONDS for each class above it."""

@@ -23,6 +23,7 @@ class World:
             self.cache, self.pool, max_seqs=max_seqs, max_batch_tokens=tokens, max_context=512
         )
         self.count = 0
+        self.used = 0  # tokens of the last step
 
     def add(
         self,
@@ -42,7 +43,8 @@ class World:
 
     def step(self, now: float = 0.0) -> list[Row]:
         batch = self.scheduler.schedule(now)
-        assert sum(row.scheduled for row in batch) <= self.scheduler.max_batch_tokens
+        self.used = sum(row.scheduled for row in batch)
+        assert self.used <= self.scheduler.max_batch_tokens
         assert len({id(row) for row in batch}) == len(batch)
         for row in batch:
             assert row.scheduled > 0

@@ -69,6 +69,15 @@ def test_what_cannot_be_met_is_refused_with_the_wait() -> None:
     assert error.wait == pytest.approx(2.0, rel=0.01)
 
 
+def test_the_time_of_an_answer_counts_too() -> None:
+    """Eight tokens at most, a step of 0.1 s each."""
+    world, waits = World(), measured(rate=100, answer=20)
+    world.add(50)  # 50 + 2 * 20
+    queues = world.scheduler.queues
+    assert waits.refusal(asked(deadline=1001.7), queues, 1000.0)
+    assert waits.refusal(asked(deadline=1001.9), queues, 1000.0) is None
+
+
 def test_the_rate_follows_what_is_served() -> None:
     waits = measured(rate=100)
     assert waits.rate == pytest.approx(100)
