@@ -132,7 +132,7 @@ ROOMS: dict[str, set[str]] = {
     "server.files": {"server.tenancy", *STORE},
     "server.finetune": {"server.adapters.formats"},
     "server.finetune.data": {"server.base_model", "server.finetune"},
-    "server.finetune.jobs": {"server.finetune", "server.files", *STORE},
+    "server.finetune.jobs": {"server.finetune", "server.files", "server.tenancy", *STORE},
     "server.finetune.modeling": {
         "server.engine.cpu",
         "server.engine.model",

@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI
 
 from adapters_store.object_store.store import Objects
+from adapters_store.outage import LastAnswers, Outage
 from adapters_store.registry.identity import prove_identity_in_time
 from adapters_store.registry.presigned_uploads import PresignedUploads
 from adapters_store.registry.registry import Registry
@@ -20,7 +21,17 @@ from server.api.cluster_metrics import ClusterMetrics
 from server.api.http.error_responses import add_handlers
 from server.api.http.middleware import RequestMiddleware
 from server.api.http.temp_files import clear_temp_folders
-from server.api.routes import chat, completions, files, fine_tuning, health, limits, models, uploads
+from server.api.routes import (
+    chat,
+    completions,
+    files,
+    fine_tuning,
+    health,
+    limits,
+    models,
+    own_limits,
+    uploads,
+)
 from server.api.routes.adapters import adapters, aliases, pins, vllm_lora
 from server.api.routes.adapters import uploads as adapter_uploads
 from server.api.routes.admin import keys, store, tenants
@@ -37,6 +48,7 @@ from server.finetune.jobs.publisher import Publisher
 from server.metrics import Metrics
 from server.settings import Settings, multiprocess_dir
 from server.tenancy.keys import operator_key
+from server.tenancy.limit_records import LimitRecords
 from server.tenancy.limits import Limits
 from server.tenancy.pins import Pins
 from server.tenancy.rate_limits import RateLimits
@@ -61,6 +73,7 @@ ROUTERS = (
     fine_tuning,
     vllm_lora,
     limits,
+    own_limits,
     tenants,
     tenant_limits,
     keys,
@@ -150,11 +163,13 @@ def build_services(settings: Settings) -> Services:
     objects = Objects.open(settings.store_url, settings.store_config)
     objects.on_call = metrics.on_store_call
     metrics.breaker = lambda: objects.breaker.state
+    outage = Outage()
+    records = LimitRecords(redis, Limits.defaults(settings), LastAnswers(outage, settings.outage_seconds))
     tenant_files = FileStore(
         redis,
         objects,
         max_files=settings.max_files_per_tenant,
-        max_bytes=settings.max_files_bytes_per_tenant,
+        limits_of=records.in_force,
     )
     return Services(
         settings=settings,
@@ -165,14 +180,14 @@ def build_services(settings: Settings) -> Services:
         registry=Registry(
             objects,
             redis,
-            settings.max_adapters_per_tenant,
-            max_bytes=settings.max_adapter_bytes_per_tenant,
+            records.in_force,
+            last=LastAnswers(outage, settings.outage_seconds),
             keep_versions=settings.keep_versions,
             retention_seconds=settings.retention_seconds,
             grace_seconds=settings.grace_seconds,
         ),
         methods=build_readers(settings.max_lora_rank),
-        tenants=Tenants(redis, Limits.defaults(settings)),
+        tenants=Tenants(redis, records.defaults, LastAnswers(outage, settings.outage_seconds)),
         engine=engine,
         metrics=metrics,
         cluster_metrics=ClusterMetrics(redis, metrics, losses=settings.metrics_closed),
@@ -185,7 +200,8 @@ def build_services(settings: Settings) -> Services:
             max_pending=settings.max_uploads_per_tenant,
         ),
         presigned_uploads=PresignedUploads(redis, settings.max_uploads_per_tenant),
-        jobs=Jobs(redis, settings.max_jobs_per_tenant),
+        jobs=Jobs(redis, records.in_force),
         pins=Pins(redis, settings.max_pins_per_tenant),
-        rate_limits=RateLimits(redis),
+        rate_limits=RateLimits(redis, outage=outage, processes=settings.api_processes),
+        limits=records,
     )

@@ -26,9 +26,10 @@ from server.files.uploads import Uploads
 from server.finetune.jobs.jobs import Jobs
 from server.metrics import Metrics
 from server.settings import Settings
+from server.tenancy.limit_records import LimitRecords
 from server.tenancy.pins import Pins
 from server.tenancy.rate_limits import RateLimits
-from server.tenancy.tenants import Tenants
+from server.tenancy.tenants import OPERATOR, Access, Tenants
 
 MAX_EVENT_STREAMS = 256  # open streams of jobs' events
 
@@ -72,6 +73,7 @@ class Services:
     jobs: Jobs
     pins: Pins
     rate_limits: RateLimits
+    limits: LimitRecords
     dataset_check_lock: FairLock = field(default_factory=FairLock)  # a check takes a core for seconds
     tokenizer_lock: FairLock = field(default_factory=FairLock)  # for long prompts, which take up to a second
     event_streams: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(MAX_EVENT_STREAMS))
@@ -85,6 +87,11 @@ class Services:
         if self.engine.base is None:
             raise Unavailable("The engine is starting; try again in a moment.")
         return self.engine.base
+
+    @property
+    def operator_access(self) -> Access:
+        """What the operator's key opens on tenants' routes."""
+        return Access(OPERATOR, self.limits.defaults.without_rates())
 
     @property
     def max_context(self) -> int:

@@ -21,6 +21,7 @@ from adapters_store.names import TENANTS, is_file_name
 from adapters_store.object_store.store import Objects
 from adapters_store.valkey import store_errors
 from server.errors import InvalidField, NotFound, QuotaExceeded, shown
+from server.tenancy.limits import LimitsOf, unlimited
 
 Purpose = Literal["fine-tune", "fine-tune-results"]
 MAX_NAME_LENGTH = 255
@@ -70,13 +71,18 @@ class FileStore:
     """All calls raise StoreError when Valkey or the object store does not answer."""
 
     def __init__(
-        self, redis: Redis, objects: Objects, *, max_files: int = NO_LIMIT, max_bytes: int = NO_LIMIT
+        self,
+        redis: Redis,
+        objects: Objects,
+        *,
+        max_files: int = NO_LIMIT,
+        limits_of: LimitsOf = unlimited,
     ) -> None:
         self.scheduled_deletes = ScheduledDeletes(redis, objects)
         self._redis = redis
         self._objects = objects
         self._max_files = max_files
-        self._max_bytes = max_bytes
+        self._limits_of = limits_of
         self._add = redis.register_script(ADD)
         self._remove = redis.register_script(REMOVE)
 
@@ -101,7 +107,8 @@ class FileStore:
         file = File(id=id_, tenant=tenant, name=name, purpose=purpose, bytes=size, sha256=sha256, created=now)
         await self.scheduled_deletes.add([file.key], WRITE_SECONDS)
         await self._objects.put(file.key, path, sha256)
-        caps = (self._max_files, self._max_bytes) if purpose == "fine-tune" else (NO_LIMIT, NO_LIMIT)
+        max_bytes = await self._max_bytes(tenant)
+        caps = (self._max_files, max_bytes) if purpose == "fine-tune" else (NO_LIMIT, NO_LIMIT)
         with store_errors():
             answer = await self._add(
                 keys=[*_keys(tenant), SCHEDULED_KEY],
@@ -109,7 +116,7 @@ class FileStore:
             )
         if answer != b"done":
             await self.scheduled_deletes.discard(file.key)
-            raise self._quota(answer)
+            raise self._quota(answer, max_bytes)
         return await self.get(tenant, id_)
 
     async def get(self, tenant: str, id_: str) -> File:
@@ -132,10 +139,11 @@ class FileStore:
         files, total = _keys(tenant)
         with store_errors():
             count, used = await self._redis.hlen(files), int(await self._redis.get(total) or 0)
+        max_bytes = await self._max_bytes(tenant)
         if count >= self._max_files:
-            raise self._quota(b"files")
-        if used + size > self._max_bytes:
-            raise self._quota(b"bytes")
+            raise self._quota(b"files", max_bytes)
+        if used + size > max_bytes:
+            raise self._quota(b"bytes", max_bytes)
 
     async def download(self, file: File, path: Path) -> None:
         """Download the bytes to `path` and verify them. Raises NotFound if the file was deleted meanwhile."""
@@ -151,8 +159,12 @@ class FileStore:
         if removed:
             await self.scheduled_deletes.discard(file.key)
 
-    def _quota(self, which: bytes) -> QuotaExceeded:
-        limit = f"{self._max_files} files" if which == b"files" else f"{self._max_bytes} bytes in files"
+    async def _max_bytes(self, tenant: str) -> int:
+        limit = (await self._limits_of(tenant)).file_bytes
+        return NO_LIMIT if limit is None else limit
+
+    def _quota(self, which: bytes, max_bytes: int) -> QuotaExceeded:
+        limit = f"{self._max_files} files" if which == b"files" else f"{max_bytes} bytes in files"
         return QuotaExceeded(f"A tenant may have {limit}; delete some first.", param="file")
 
 

@@ -1,45 +1,50 @@
-"""Tenants, their keys and limits, in Valkey. Knows no HTTP and no adapters.
+"""Tenants and their keys, in Valkey. Knows no HTTP and no adapters.
 
     pp:tenants                hash   tenant id -> Tenant
     pp:tenants:{id}:keys      hash   key id -> KeyRecord
     pp:keys                   hash   SHA-256 of a secret -> tenant id
-    pp:limits                 hash   tenant id -> Limits, as the operator set them
 
-A secret is returned once, when it is created, and not stored. Nothing is cached: a revoked key fails, and a
-new limit holds, at the next request in every process.
+Their limits: limit_records.py. A secret is returned once, when it is created, and not stored. Valkey is
+asked at every request: a revoked key fails, and a new limit holds, at the next one in every process.
 """
 
 import secrets
 import time
+from typing import NamedTuple
 
 import msgspec
 from redis.asyncio import Redis
 
+from adapters_store.outage import LastAnswers
 from adapters_store.valkey import store_errors
 from server.errors import InvalidField, NotFound, shown
 from server.tenancy.keys import fingerprint, new_secret, well_formed
-from server.tenancy.limits import NO_LIMITS, Limits
+from server.tenancy.limits import (
+    ADAPTER_LIMITS,
+    KEY_LIMITS,
+    LIMITS,
+    NO_LIMITS,
+    Allowance,
+    Limits,
+    RequestLimits,
+    decode_limits,
+)
 
 MAX_NAME = 64
 MAX_WEIGHT = 1000.0
 TENANTS = "pp:tenants"
 KEYS = "pp:keys"
-LIMITS = "pp:limits"
 
 AUTHENTICATE = """
 local id = redis.call('HGET', KEYS[1], ARGV[1])
-return id and {redis.call('HGET', KEYS[2], id), redis.call('HGET', KEYS[3], id)}
-"""
-
-SET_LIMITS = """
-if redis.call('HEXISTS', KEYS[1], ARGV[1]) == 0 then return 0 end
-redis.call('HSET', KEYS[2], ARGV[1], ARGV[2])
-return 1
+return id and {redis.call('HGET', KEYS[2], id), redis.call('HGET', KEYS[3], id),
+               redis.call('HGET', KEYS[4], ARGV[1]), redis.call('EXISTS', ARGV[2] .. id)}
 """
 
 REVOKE = """
 if redis.call('HDEL', KEYS[1], ARGV[1]) == 0 then return 0 end
 redis.call('HDEL', KEYS[2], ARGV[2])
+redis.call('HDEL', KEYS[3], ARGV[2])
 return 1
 """
 
@@ -69,13 +74,27 @@ class KeyRecord(msgspec.Struct, frozen=True):
     sha256: str
 
 
-class Tenants:
-    """All calls raise StoreError when Valkey does not answer. `defaults`: limits where a tenant has none."""
+class Access(NamedTuple):
+    """What a key opens."""
 
-    def __init__(self, redis: Redis, defaults: Limits = NO_LIMITS) -> None:
-        self.defaults = defaults
+    tenant: Tenant
+    limits: Limits  # of the tenant, in force
+    key: Allowance | None = None  # if the key has limits of its own
+    adapters_limited: bool = False  # an adapter of the tenant has limits of its own
+
+
+class Tenants:
+    """All calls raise StoreError when Valkey does not answer. `defaults`: limits where a tenant has none.
+
+    `last`: what keys that were used lately opened, for when Valkey is away.
+    """
+
+    def __init__(
+        self, redis: Redis, defaults: Limits = NO_LIMITS, last: LastAnswers[Access | None] | None = None
+    ) -> None:
+        self._defaults = defaults
+        self._last = last or LastAnswers()
         self._redis = redis
-        self._set_limits = redis.register_script(SET_LIMITS)
         self._authenticate = redis.register_script(AUTHENTICATE)
         self._revoke = redis.register_script(REVOKE)
 
@@ -102,14 +121,14 @@ class Tenants:
         """Oldest first. Raises NotFound."""
         await self.get(tenant_id)
         with store_errors():
-            records = await self._redis.hvals(_keys_of(tenant_id))
+            records = await self._redis.hvals(keys_of(tenant_id))
         infos = [msgspec.json.decode(record, type=KeyRecord).info for record in records]
         return sorted(infos, key=lambda info: (info.created, info.id))
 
     async def key_id(self, tenant_id: str, secret: str) -> str:
         """The id of the tenant's key with this secret; "revoked" if there is none any more."""
         with store_errors():
-            values = await self._redis.hvals(_keys_of(tenant_id))
+            values = await self._redis.hvals(keys_of(tenant_id))
         records = [msgspec.json.decode(value, type=KeyRecord) for value in values]
         sha256 = fingerprint(secret)
         return next((record.info.id for record in records if record.sha256 == sha256), "revoked")
@@ -117,12 +136,12 @@ class Tenants:
     async def revoke(self, tenant_id: str, key_id: str) -> None:
         """Remove the key. Raises NotFound."""
         with store_errors():
-            found = await self._redis.hget(_keys_of(tenant_id), key_id)
+            found = await self._redis.hget(keys_of(tenant_id), key_id)
         if found is None:
             raise NotFound(f"There is no key {shown(key_id)}.")
         record = msgspec.json.decode(found, type=KeyRecord)
         with store_errors():
-            await self._revoke(keys=[_keys_of(tenant_id), KEYS], args=[key_id, record.sha256])
+            await self._revoke(keys=[keys_of(tenant_id), KEYS, KEY_LIMITS], args=[key_id, record.sha256])
 
     async def list(self) -> list[Tenant]:
         """Oldest first."""
@@ -139,31 +158,25 @@ class Tenants:
             raise NotFound(f"There is no tenant {shown(tenant_id)}.")
         return msgspec.json.decode(value, type=Tenant)
 
-    async def limits(self, tenant_id: str) -> Limits:
-        """As they are set for this tenant. Raises NotFound."""
-        await self.get(tenant_id)
-        with store_errors():
-            value = await self._redis.hget(LIMITS, tenant_id)
-        return _decode_limits(value)
-
-    async def set_limits(self, tenant_id: str, limits: Limits) -> None:
-        """Replace all limits of the tenant: of two at once the last holds, whole. Raises NotFound."""
-        with store_errors():
-            done = await self._set_limits(
-                keys=[TENANTS, LIMITS], args=[tenant_id, msgspec.json.encode(limits)]
-            )
-        if not done:
-            raise NotFound(f"There is no tenant {shown(tenant_id)}.")
-
-    async def authenticate(self, secret: str) -> tuple[Tenant, Limits] | None:
-        """The secret's tenant and its limits in force, in one round trip; None if it is no valid key."""
+    async def authenticate(self, secret: str) -> Access | None:
+        """What the secret opens, with all limits, in one round trip; None if it is no valid key."""
         if not well_formed(secret):
             return None
+        sha256 = fingerprint(secret)
+        return await self._last.ask(sha256, lambda: self._access(sha256))
+
+    async def _access(self, sha256: str) -> Access | None:
         with store_errors():
-            found = await self._authenticate(keys=[KEYS, TENANTS, LIMITS], args=[fingerprint(secret)])
+            found = await self._authenticate(
+                keys=[KEYS, TENANTS, LIMITS, KEY_LIMITS], args=[sha256, ADAPTER_LIMITS]
+            )
         if found is None or found[0] is None:
             return None
-        return msgspec.json.decode(found[0], type=Tenant), _decode_limits(found[1]).over(self.defaults)
+        tenant, limits = msgspec.json.decode(found[0], type=Tenant), decode_limits(found[1], Limits)
+        key = found[2] and Allowance(
+            f"{tenant.id}:key:{sha256}", decode_limits(found[2], RequestLimits), " for this key"
+        )
+        return Access(tenant, limits.over(self._defaults), key, bool(found[3]))
 
     async def _write_key(self, tenant_id: str, new: Tenant | None = None) -> tuple[KeyInfo, str]:
         secret = new_secret()
@@ -173,15 +186,11 @@ class Tenants:
             async with self._redis.pipeline(transaction=True) as transaction:
                 if new is not None:
                     transaction.hset(TENANTS, tenant_id, msgspec.json.encode(new))
-                transaction.hset(_keys_of(tenant_id), info.id, msgspec.json.encode(record))
+                transaction.hset(keys_of(tenant_id), info.id, msgspec.json.encode(record))
                 transaction.hset(KEYS, record.sha256, tenant_id)
                 await transaction.execute()
         return info, secret
 
 
-def _decode_limits(value: bytes | str | None) -> Limits:
-    return NO_LIMITS if value is None else msgspec.json.decode(value, type=Limits)
-
-
-def _keys_of(tenant_id: str) -> str:
+def keys_of(tenant_id: str) -> str:
     return f"pp:tenants:{tenant_id}:keys"

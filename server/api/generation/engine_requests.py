@@ -17,11 +17,12 @@ from server.api.generation.generation import Generation
 from server.api.generation.model_selection import Target
 from server.api.generation.prompts import fit_max_tokens
 from server.api.http.body_model import at_most
+from server.api.http.rate_limits import RateLimitedRequest
 from server.api.services import Services
 from server.errors import InvalidField, shown
 from server.messages import Generate, Sampling
-from server.tenancy.limits import Limits
-from server.tenancy.tenants import Tenant
+from server.tenancy.limits import Allowance, tightest
+from server.tenancy.tenants import Access, Tenant
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class RouteOptions:
     grammar: str | None = None  # as in Sampling
 
 
-def build_generation(
+async def build_generation(
     deps: Services,
     tenant: Tenant,
     request: Request,
@@ -48,16 +49,16 @@ def build_generation(
 
     The rows of a prompt after its first wait for the first, whose KV blocks they share.
     """
-    limits: Limits = request.state.limits
-    context, vocabulary = max_context(deps, limits), deps.base.vocab_size
+    allowances = await _allowances(request, target)
+    context, vocabulary = max_context(deps, allowances), deps.base.vocab_size
     whose = "The model's context" if context == deps.max_context else "max_context, your limit,"
-    default_max_tokens = _affordable(limits, options, body.n)
+    default_max_tokens = _affordable(tightest(allowances, "tokens_per_minute"), options, body.n)
     deadline = time.time() + _timeout(request, deps.settings.request_seconds)
     request_id = f"{options.prefix}-{secrets.token_hex(16)}"
     seed = secrets.randbits(63) if body.seed is None else body.seed
     at_most("min_tokens", body.min_tokens, context)
-    if limits.max_n is not None:
-        at_most("n", body.n, limits.max_n)
+    if (max_n := tightest(allowances, "max_n")) is not None:
+        at_most("n", body.n, max_n)
     rows = []
     for number, prompt in enumerate(options.prompts):
         max_tokens = fit_max_tokens(prompt, options.max_tokens, default_max_tokens, context, whose)
@@ -85,18 +86,34 @@ def build_generation(
     return Generation(deps, request_id, target, options.prompts, rows, choices, request.state.rates)
 
 
-def max_context(deps: Services, limits: Limits) -> int:
-    """Most tokens of prompt and answer together: the model's, or fewer by the tenant's limit."""
-    return deps.max_context if limits.max_context is None else min(deps.max_context, limits.max_context)
+async def _allowances(request: Request, target: Target) -> list[Allowance]:
+    """Whose limits hold: the tenant's, the key's, the adapters'."""
+    access: Access = request.state.access
+    rates: RateLimitedRequest | None = request.state.rates
+    if rates is None:
+        return [
+            allowance
+            for allowance in (Allowance(access.tenant.id, access.limits), access.key)
+            if allowance is not None
+        ]
+    if access.adapters_limited:
+        await rates.for_adapters(target.names)
+    return rates.allowances
 
 
-def _affordable(limits: Limits, options: RouteOptions, n: int) -> int | None:
-    """`default_max_tokens`, and no more than fills a whole bucket of the tenant's tokens a minute: a request
-    that names no max_tokens is not too large because the context is.
+def max_context(deps: Services, allowances: list[Allowance]) -> int:
+    """Most tokens of prompt and answer together: the model's, or fewer by a limit."""
+    limit = tightest(allowances, "max_context")
+    return deps.max_context if limit is None else min(deps.max_context, limit)
+
+
+def _affordable(tokens_per_minute: int | None, options: RouteOptions, n: int) -> int | None:
+    """`default_max_tokens`, and no more than fills a whole bucket of tokens a minute: a request that names no
+    max_tokens is not too large because the context is.
     """
-    if limits.tokens_per_minute is None:
+    if tokens_per_minute is None:
         return options.default_max_tokens
-    left = limits.tokens_per_minute - sum(map(len, options.prompts))
+    left = tokens_per_minute - sum(map(len, options.prompts))
     share = max(1, left // (n * len(options.prompts)))
     return min(share, options.default_max_tokens or share)
 

@@ -47,7 +47,10 @@ class Generation:
         metrics, engine = _RequestMetrics(self, self._arrived), self.deps.engine
         async with self._admitted(), metrics, aclosing(engine.generate(*self.rows)) as chunks:
             async for chunk in chunks:
-                self._begun = True
+                if not self._begun:
+                    self._begun = True
+                    if self.rates is not None:
+                        self.rates.begin(self.id)
                 choice = choices[chunk.id]
                 if choice.finished:
                     continue
@@ -68,7 +71,7 @@ class Generation:
 
         In the end all goes back that it has not used: everything, if the engine never began.
         """
-        if self.rates is None:
+        if self.rates is None or not self.rates.counts:
             yield
             return
         prompts = sum(map(len, self.prompts))

@@ -13,8 +13,7 @@ from fastapi import Depends, Request
 from server.api.services import Services
 from server.errors import Forbidden, Unauthenticated
 from server.tenancy.keys import fingerprint, same_secret
-from server.tenancy.limits import NO_LIMITS, Limits
-from server.tenancy.tenants import OPERATOR, Tenant
+from server.tenancy.tenants import OPERATOR, Access, Tenant
 from server.tracing import annotate, span
 
 __all__ = ["OPERATOR", "CurrentTenant", "Deps", "current_tenant", "operator", "services"]
@@ -33,10 +32,10 @@ async def current_tenant(request: Request, deps: Deps) -> Tenant:
     with span("auth"):
         secret = bearer(request)
         operator = same_secret(secret, deps.operator_secret)
-        found = (OPERATOR, NO_LIMITS) if operator else await deps.tenants.authenticate(secret)
+        found = deps.operator_access if operator else await deps.tenants.authenticate(secret)
     if found is None:
         raise Unauthenticated("The API key is not valid.")
-    tenant, request.state.limits = found
+    request.state.access, tenant = found, found.tenant
     request.state.tenant = tenant  # for the metrics of RequestMiddleware
     annotate({"polypeft.tenant": tenant.id})
     return tenant
@@ -51,13 +50,13 @@ async def operator(tenant: Annotated[Tenant, Depends(current_tenant)]) -> None:
 CurrentTenant = Annotated[Tenant, Depends(current_tenant)]
 
 
-async def current_limits(request: Request, _tenant: CurrentTenant) -> Limits:
-    """Those in force for the tenant; none for the operator."""
-    limits: Limits = request.state.limits
-    return limits
+async def current_access(request: Request, _tenant: CurrentTenant) -> Access:
+    """The tenant with the limits in force. The operator's own requests have no rates."""
+    access: Access = request.state.access
+    return access
 
 
-CurrentLimits = Annotated[Limits, Depends(current_limits)]
+CurrentAccess = Annotated[Access, Depends(current_access)]
 
 
 async def current_actor(request: Request, deps: Deps, tenant: CurrentTenant) -> str:

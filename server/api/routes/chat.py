@@ -40,7 +40,7 @@ async def create_chat_completion(
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         grammar=await grammar_for(body.response_format),
     )
-    generation = build_generation(deps, tenant, request, target, body, options)
+    generation = await build_generation(deps, tenant, request, target, body, options)
     answer = _Chat(generation, body)
     if body.stream:
         return await open_stream(request, answer.events(), target.headers, deadline=generation.deadline)

@@ -35,7 +35,7 @@ async def create_completion(
     target = await resolve(deps, tenant, body.model, body.adapters, sticky_key(request, body.user))
     prompts = await completion_prompts(deps, tenant, body.prompt)
     options = RouteOptions("cmpl", prompts, body.max_tokens, DEFAULT_MAX_TOKENS, body.logprobs)
-    generation = build_generation(deps, tenant, request, target, body, options)
+    generation = await build_generation(deps, tenant, request, target, body, options)
     answer = _Completion(generation, body)
     if body.stream:
         return await open_stream(request, answer.events(), target.headers, deadline=generation.deadline)
