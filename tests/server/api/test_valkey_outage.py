@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 
-from tests.fixtures.outages import stopped
+from tests.fixtures.services import stopped
 from tests.server.api.conftest import System, started, upload
 
 BODY = {"model": "poet", "prompt": "hi", "max_tokens": 1}

@@ -99,7 +99,7 @@ def test_a_tenants_limits_are_shown_and_changed(run: Run) -> None:
     of_key = run("tenants", "limits", tenant, "--key-id", key_id, "--tokens-per-minute", "900").out
     assert "tokens_per_minute\t900\t500" in of_key  # the tenant's is tighter
     assert "jobs" not in of_key
-    assert run("tenants", "limits", tenant, "--adapter", "none").err.startswith("The model `none` does not")
+    assert run("tenants", "limits", tenant, "--adapter", "none").err.startswith("The model 'none' does not")
     assert run("tenants", "limits", tenant, "--key-id", "key_none").err == "There is no key 'key_none'.\n"
     assert run("tenants", "limits", "ten_none").err == "There is no tenant 'ten_none'.\n"
 

@@ -14,7 +14,7 @@ from server.tenancy.limits import Allowance, Limits
 from server.tenancy.local_rates import LocalRates
 from server.tenancy.rate_limits import RateLimits
 from server.tenancy.verdict import Left
-from tests.fixtures.outages import stopped
+from tests.fixtures.services import stopped
 
 pytestmark = pytest.mark.anyio
 
