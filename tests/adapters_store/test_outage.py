@@ -1,4 +1,4 @@
-"""What Valkey said last, for callers that can do without it: fresh, bounded, and never instead of its answer."""
+"""What Valkey said last, for callers that can do without it: fresh, bounded, never instead of its answer."""
 
 import asyncio
 import time
