@@ -10,7 +10,7 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from typing import Generic, TypeVar
 
-from server.errors import StoreError
+from server.errors import PolypeftError, StoreError
 
 Answer = TypeVar("Answer")
 ANSWER_SECONDS = 1.0  # for callers that can do without; others wait longer (valkey.py)
@@ -63,6 +63,9 @@ class LastAnswers(Generic[Answer]):
                 answer = await self._outage.ask(call)
             except StoreError:
                 return last[1]
+            except PolypeftError:  # an answer as well
+                self._answers.pop(question, None)
+                raise
         self._remember(question, answer)
         return answer
 

@@ -3,8 +3,8 @@
 PolypeftError                           500  a bug or failure of ours, unless a subclass says otherwise
 ├── InvalidRequest                      400  the request cannot be parsed
 │   ├── ContextTooLong                  400  prompt and max_tokens exceed the model's context
-│   └── InvalidField                    422  one field has an invalid value
-│       └── InvalidAdapter              422  an uploaded adapter that cannot be served on this base
+│   └── InvalidField                    400  one field has an invalid value
+│       └── InvalidAdapter              400  an uploaded adapter that cannot be served on this base
 ├── Unauthenticated                     401  no key, or an unknown one
 ├── Forbidden                           403  a valid key without the right to this route
 ├── NotFound                            404  unknown, or another tenant's: the same answer
@@ -67,7 +67,6 @@ class ContextTooLong(InvalidRequest):
 
 
 class InvalidField(InvalidRequest):
-    status = 422
     code = "invalid_value"
 
 

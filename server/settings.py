@@ -5,11 +5,12 @@ The command line builds a Settings; child processes rebuild the same one from `t
 
 import hashlib
 import os
+import re
 import tempfile
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 MiB = 1 << 20
@@ -20,8 +21,8 @@ OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 # of 35 ms took more than a second; so it takes 90. On an idle machine it costs nothing.
 SPINS = {"GOMP_SPINCOUNT": "3000"}
 MULTIPROCESS = "PROMETHEUS_MULTIPROC_DIR"
-MAX_LIMIT = 1_000_000_000  # of tenants' limits on requests, tokens, adapters and jobs
-MAX_BYTES_LIMIT = 1 << 50  # of tenants' limits on bytes
+ORIGIN = re.compile(r"https?://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[0-9]{1,5})?")
+MAX_LIMIT, MAX_BYTES_LIMIT = 10**9, 1 << 50  # of tenants' limits; the latter on bytes
 LONGEST_RUN_DIR = 90  # bytes; leaves room for a socket's own name
 
 
@@ -39,12 +40,22 @@ class Settings(BaseSettings):
     """Address to listen on."""
     port: int = Field(default=8000, ge=0, le=65535)
     """Port to listen on; 0: any free one."""
+    allowed_origins: str | None = None
+    """Web pages that may call: origins like https://app.example, with commas between, or *; else none."""
+    docs: bool = True
+    """Serve /openapi.json and /docs, without a key."""
     api_processes: int = Field(default=1, ge=1, le=64)
     """Processes that speak HTTP, all on that port and to the one engine."""
     data_dir: Path = Path("data")
     """Where everything lies that must survive."""
     admin_key_file: Path | None = None
     """File with the operator's key, which servers may share; without it, admin.key in the data directory."""
+    trusted_proxies: str | None = None
+    """Networks (CIDRs, joined by commas) of proxies whose X-Forwarded-For is believed; without it, none."""
+    audit_days: int = Field(default=90, ge=1, le=3650)
+    """Days that the audit log keeps an entry."""
+    audit_entries: int = Field(default=10_000, ge=100, le=10_000_000)
+    """Entries of the audit log that a tenant may have; the oldest are dropped."""
     store: str | None = None
     """URL of the object store for adapters; without it, a folder in the data directory."""
     store_config: Path | None = None
@@ -106,7 +117,7 @@ class Settings(BaseSettings):
     """Rows waiting, all tenants together."""
     max_n: int = Field(default=8, ge=1)
     """Choices a request may ask for."""
-    max_stop: int = Field(default=8, ge=1)
+    max_stop: int = Field(default=64, ge=1)
     """Stop strings of a request."""
     max_stop_chars: int = Field(default=256, ge=1)
     """Characters of a stop string."""
@@ -204,6 +215,16 @@ class Settings(BaseSettings):
     api_number: int = Field(default=0, ge=0)
     """Internal: which of the API processes this is; the first also does what only one has to do."""
 
+    @field_validator("allowed_origins")
+    @classmethod
+    def _allowed_origins(cls, value: str | None) -> str | None:
+        return None if value is None else ",".join(read_origins(value))
+
+    @property
+    def origins(self) -> list[str]:
+        """Of the web pages that may call."""
+        return self.allowed_origins.split(",") if self.allowed_origins else []
+
     @property
     def base_id(self) -> str:
         """What the API calls the base: a hub id without its revision, or a folder's name."""
@@ -250,6 +271,17 @@ class Settings(BaseSettings):
         """The environment under which a child process builds this same Settings."""
         given = self.model_dump(mode="json", exclude_none=True)
         return {f"POLYPEFT_{name.upper()}": str(value) for name, value in given.items()}
+
+
+def read_origins(text: str) -> list[str]:
+    """Origins as browsers send them, from a list with commas. Raises ValueError for what no browser sends."""
+    origins = []
+    for word in (word.strip().lower() for word in text.split(",") if word.strip()):
+        if word != "*" and not ORIGIN.fullmatch(word):
+            raise ValueError(f"{word!r} is no origin: http:// or https://, a host and perhaps a port, or *")
+        https = word.startswith("https:")
+        origins.append(word.removesuffix(":443" if https else ":80"))
+    return list(dict.fromkeys(origins))
 
 
 def child_environment(settings: Settings) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 A version exists once its manifest does: blobs are written first, then the manifest, only if absent, then the
 index in Valkey. The index can be rebuilt from the manifests and the deletion marks beside them, except for
-aliases, pins and the audit log. Knows no adapter methods, no shapes and no engine. Every StoreError means
+aliases, pins and the history. Knows no adapter methods, no shapes and no engine. Every StoreError means
 "try again".
 """
 
@@ -16,7 +16,7 @@ from redis.asyncio import Redis
 
 from adapters_store import names
 from adapters_store.alias_target import heaviest, pick
-from adapters_store.audit_log import AuditEntry
+from adapters_store.history import HistoryEntry
 from adapters_store.index.index import Found, Index
 from adapters_store.index.records import Adapter, Deleted, Version, summary
 from adapters_store.maintenance.blob_leases import BlobLeases
@@ -47,7 +47,7 @@ log = logging.getLogger(__name__)
 
 
 class Registry:
-    """`actor`: who makes a change, for the audit log; `condition`: its precondition, see `Index`.
+    """`actor`: who makes a change, for the history; `condition`: its precondition, see `Index`.
 
     `limits_of` tells what a tenant may keep; it is asked at every change. `last`: versions that were resolved
     lately, for when Valkey is away.
@@ -235,8 +235,8 @@ class Registry:
         found = await self._index.names(tenant, after, limit, deleted=True)
         return await self._index.deleted(tenant, found)
 
-    async def history(self, tenant: str, name: str) -> list[AuditEntry]:
-        """The audit log, newest first; a deleted adapter has one, too. Raises ModelNotFound."""
+    async def history(self, tenant: str, name: str) -> list[HistoryEntry]:
+        """The adapter's history, newest first; a deleted adapter has one, too. Raises ModelNotFound."""
         found = await self._index.history(tenant, name) if names.is_name(name) else []
         if not found:
             raise unknown(name)

@@ -44,8 +44,8 @@ from server.tenancy.keys import operator_key
 from server.tenancy.limits import Allowance, Limits, RequestLimits
 from server.tenancy.rate_limits import RateLimits
 from server.tenancy.rate_limits_lua import ADMIT
-from tests.e2e.serving import until
 from tests.server.api.generation.tokenizers import VOCABULARY, byte_level_tokenizer
+from tests.waiting import until
 
 TOKENS = 10  # of a request: prompt and answer
 BODY = json.dumps({"model": "model", "prompt": [1, 2, 3, 4], "max_tokens": 6}).encode()

@@ -18,10 +18,13 @@ from server.api.adapters.bucket_watcher import BucketWatcher
 from server.api.adapters.cleanup import CleanupLoop
 from server.api.adapters.publish import TrainedAdmission
 from server.api.cluster_metrics import ClusterMetrics
+from server.api.http.cors import CrossOrigin
 from server.api.http.error_responses import add_handlers
+from server.api.http.head_requests import HeadRequests
 from server.api.http.middleware import RequestMiddleware
 from server.api.http.temp_files import clear_temp_folders
 from server.api.routes import (
+    audit,
     chat,
     completions,
     files,
@@ -30,13 +33,18 @@ from server.api.routes import (
     limits,
     models,
     own_limits,
+    tokenize,
     uploads,
 )
+from server.api.routes import keys as own_keys
 from server.api.routes.adapters import adapters, aliases, pins, vllm_lora
 from server.api.routes.adapters import uploads as adapter_uploads
+from server.api.routes.admin import audit as admin_audit
 from server.api.routes.admin import keys, store, tenants
 from server.api.routes.admin import limits as tenant_limits
+from server.api.routes.docs import Docs
 from server.api.services import Services
+from server.audit.audit_log import AuditLog
 from server.base_model.resolve import resolve_model
 from server.base_model.tokenizer import Tokenizer
 from server.engine.client import EngineClient
@@ -74,10 +82,14 @@ ROUTERS = (
     vllm_lora,
     limits,
     own_limits,
+    own_keys,
+    audit,
     tenants,
     tenant_limits,
     keys,
+    admin_audit,
     store,
+    tokenize,
     health,
 )
 
@@ -102,19 +114,26 @@ def build_app(settings: Settings, tracing: Tracing | None = None) -> FastAPI:
         )
         loops: list[Loop] = []
         if settings.api_number == 0:
-            loops = [publisher.run, CleanupLoop(services.registry).run, lambda: pins.keep_pins(services)]
+            loops = [
+                publisher.run,
+                CleanupLoop(services.registry, services.files, services.jobs).run,
+                lambda: pins.keep_pins(services),
+                lambda: services.audit.keep_settled(2 * settings.request_seconds),
+            ]
             loops += [watcher.run] if watcher is not None else []
         background = asyncio.create_task(_run_loops(services, loops))
         renewal = asyncio.create_task(services.rate_limits.renew_leases())
+        last_used = asyncio.create_task(services.tenants.keep_last_used())
         app.state.services = services
         if settings.api_processes > 1:  # accept no connection, a scrape included, that another serves better
             await services.engine.wait_for_stats(FIRST_REPORT_SECONDS)
         try:
             yield
         finally:
-            for task in (background, renewal):
+            tasks = (background, renewal, last_used)
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(background, renewal, return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
             await services.engine.close()
             await services.rate_limits.close()
             await services.redis.aclose()
@@ -132,7 +151,13 @@ def build_app(settings: Settings, tracing: Tracing | None = None) -> FastAPI:
     for module in ROUTERS:
         app.include_router(module.router)
     add_handlers(app)
+    # the last is the outermost
+    app.add_middleware(HeadRequests)
     app.add_middleware(RequestMiddleware, metrics=services.metrics, tracing=tracing)
+    if settings.origins:
+        app.add_middleware(CrossOrigin, origins=settings.origins)
+    if settings.docs:
+        app.include_router(Docs([module.router for module in ROUTERS]).router)
     return app
 
 
@@ -188,6 +213,7 @@ def build_services(settings: Settings) -> Services:
         ),
         methods=build_readers(settings.max_lora_rank),
         tenants=Tenants(redis, records.defaults, LastAnswers(outage, settings.outage_seconds)),
+        audit=AuditLog(redis, settings.audit_days, settings.audit_entries),
         engine=engine,
         metrics=metrics,
         cluster_metrics=ClusterMetrics(redis, metrics, losses=settings.metrics_closed),

@@ -18,6 +18,7 @@ from adapters_store.registry.registry import Registry
 from server.adapters.sites import Base
 from server.adapters.specs.interface import SpecReader
 from server.api.cluster_metrics import ClusterMetrics
+from server.audit.audit_log import AuditLog
 from server.base_model.tokenizer import Tokenizer
 from server.engine.client import EngineClient
 from server.errors import DeadlineExceeded, InvalidRequest, StartupError, Unavailable
@@ -29,7 +30,7 @@ from server.settings import Settings
 from server.tenancy.limit_records import LimitRecords
 from server.tenancy.pins import Pins
 from server.tenancy.rate_limits import RateLimits
-from server.tenancy.tenants import OPERATOR, Access, Tenants
+from server.tenancy.tenants import Tenants
 
 MAX_EVENT_STREAMS = 256  # open streams of jobs' events
 
@@ -64,6 +65,7 @@ class Services:
     registry: Registry
     methods: dict[str, SpecReader]
     tenants: Tenants
+    audit: AuditLog
     engine: EngineClient
     metrics: Metrics
     cluster_metrics: ClusterMetrics
@@ -87,11 +89,6 @@ class Services:
         if self.engine.base is None:
             raise Unavailable("The engine is starting; try again in a moment.")
         return self.engine.base
-
-    @property
-    def operator_access(self) -> Access:
-        """What the operator's key opens on tenants' routes."""
-        return Access(OPERATOR, self.limits.defaults.without_rates())
 
     @property
     def max_context(self) -> int:

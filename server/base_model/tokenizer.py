@@ -12,7 +12,7 @@ import logging
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,16 @@ from tokenizers.pre_tokenizers import ByteLevel
 from server.base_model.control_tokens import MARK, ControlTokens
 from server.errors import InvalidRequest, StartupError
 
+# of a tokenizer's config, what `info` tells
+_INFO = (
+    "add_bos_token",
+    "add_eos_token",
+    "add_prefix_space",
+    "clean_up_tokenization_spaces",
+    "legacy",
+    "padding_side",
+    "split_special_tokens",
+)
 CONTEXT_CHARS = 64  # before a part of a text: they may change its tokens
 
 
@@ -107,22 +117,40 @@ class Tokenizer:
         literal = next(found, None)
         return None if literal is None else text.index(literal) + len(literal)
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of these tokens, without special ones."""
-        text: str = self._backend.decode(list(ids), skip_special_tokens=True)
-        return text
+    def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
+        """The text of these tokens, without special ones or with them."""
+        # as a batch of one: the other `decode` holds the GIL
+        texts: list[str] = self._backend.decode_batch([list(ids)], skip_special_tokens=not special)
+        return texts[0]
 
-    def render_chat(self, messages: list[dict[str, str]], *, answer: bool = True) -> str:
+    def literals(self, ids: Sequence[int]) -> list[str]:
+        """The tokens as the vocabulary writes them; "" for an id that it lacks."""
+        return [self._literals[i] if i < len(self._literals) else "" for i in ids]
+
+    def info(self) -> dict[str, Any]:
+        """Class, special tokens and chat template, and what its config says of added tokens and spaces."""
+        said = {name: self._hf.init_kwargs[name] for name in _INFO if name in self._hf.init_kwargs}
+        return {
+            "tokenizer_class": type(self._hf).__name__,
+            "chat_template": self._chat_template,
+            **self._hf.special_tokens_map,
+            **{name: value for name, value in said.items() if isinstance(value, bool | str)},
+        }
+
+    def render_chat(
+        self, messages: list[dict[str, str]], *, answer: bool = True, open_end: bool = False
+    ) -> str:
         """`messages` rendered by the model's template, for `encode_chat`: control tokens in them are quoted.
 
-        `answer`: with the beginning of the assistant's next message. Raises InvalidRequest if there is no
+        `answer`: with the beginning of the assistant's next message. `open_end`: the last message does not
+        end, so that the answer continues it. Raises InvalidRequest if there is no
         template, or if it refuses the messages.
         """
         if self._chat_template is None:
             raise InvalidRequest(
                 "The base model has no chat template; use /v1/completions.", param="messages"
             )
-        return self._render([self.quoted(message) for message in messages], answer)
+        return self._render([self.quoted(message) for message in messages], answer, open_end)
 
     def quoted(self, message: dict[str, str]) -> dict[str, str]:
         """`message` with control tokens quoted in every field but the role, which is checked before."""
@@ -140,13 +168,22 @@ class Tokenizer:
                 return self._render(messages, answer=False) if self._chat_template else ""
         return ""
 
-    def _render(self, messages: list[dict[str, str]], answer: bool) -> str:
+    def _render(self, messages: list[dict[str, str]], answer: bool, open_end: bool = False) -> str:
         try:
-            text: str = self._hf.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer)
+            text: str = self._hf.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=answer, continue_final_message=open_end
+            )
         except TemplateError as error:
             raise InvalidRequest(
                 f"The model's chat template refuses these messages: {error}", param="messages"
             ) from error
+        except ValueError:
+            if not open_end:
+                raise
+            raise InvalidRequest(
+                "The model's chat template cannot leave the last message open.",
+                param="continue_final_message",
+            ) from None
         return text
 
     def token_text(self, token: int) -> tuple[str, bytes]:
@@ -162,6 +199,11 @@ class Tokenizer:
             return raw.decode(), raw
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw), raw
+
+    @cached_property
+    def all_pieces(self) -> list[bytes | str]:
+        """`pieces`, and special tokens as they are written."""
+        return [self._literals[i] if i in self._special else piece for i, piece in enumerate(self.pieces)]
 
     def _piece(self, token: int) -> bytes | str:
         """What a token adds to a text: bytes, perhaps part of a character, or a whole text."""

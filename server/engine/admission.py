@@ -65,7 +65,7 @@ class Admission:
     def _error_of(self, command: Generate) -> PolypeftError | None:
         """The error of a row that can never run here."""
         length = len(command.prompt)
-        if not 0 < length < self.max_context:
+        if not 0 < length <= self.max_context - min(command.sampling.max_tokens, 1):
             return ContextTooLong(
                 f"The prompt has {length} tokens; the context of {self.max_context} must hold one more."
             )

@@ -9,6 +9,7 @@ import asyncio
 import hashlib
 import time
 import uuid
+from array import array
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 
@@ -158,6 +159,8 @@ class FakeEngine:
             if failing and len(tokens) >= behaviour.fail_after:
                 return m.Chunk(row.id, finish="error", error=behaviour.error)
             first = not tokens
+            if first and row.sampling.prompt_logprobs is not None and len(row.prompt) > 1:
+                self._queue(peer, m.Chunk(row.id, prompt_logprobs=self._prompt_logprobs(row)))
             chunk = self._step(row, tokens)
             if first and chunk.tokens:
                 timing.started = timing.first_token = time.time()
@@ -188,10 +191,11 @@ class FakeEngine:
         if len(tokens) == row.sampling.max_tokens:
             finish = finish or "length"
         self._generated += len(new)
+        shown = new if stop_token is None else [*new, stop_token]
         logprobs = (
-            [] if row.sampling.logprobs is None else [self._logprobs(t, row.sampling.logprobs) for t in new]
+            [] if row.sampling.logprobs is None else [self._logprobs(t, row.sampling.logprobs) for t in shown]
         )
-        return m.Chunk(row.id, new, logprobs, cached, finish, stop_token)
+        return m.Chunk(row.id, new, logprobs, cached_tokens=cached, finish=finish, stop_token=stop_token)
 
     def _ends(self, count: int) -> bool:
         behaviour = self.behaviour
@@ -208,6 +212,19 @@ class FakeEngine:
         """Logprobs of a sampled token: it is the best one; the next ids follow, each less likely."""
         others = [((token + i) % self.base.vocab_size, -0.5 * (i + 1)) for i in range(count)]
         return m.TokenLogprobs(-0.5, others)
+
+    def _prompt_logprobs(self, row: m.Generate) -> m.PromptLogprobs:
+        """Each token is the second best, with a logprob of -0.5 and of -0.25 more for each one before it."""
+        tokens, k = row.prompt[1:], row.sampling.prompt_logprobs or 0
+        logprobs = [-0.5 - 0.25 * i for i in range(len(tokens))]
+        ids = [(token + 1 - place) % self.base.vocab_size for token in tokens for place in range(k)]
+        best = [logprob + 0.125 * (1 - place) for logprob in logprobs for place in range(k)]
+        return m.PromptLogprobs(
+            array("f", logprobs).tobytes(),
+            array("i", [2] * len(tokens)).tobytes(),
+            array("i", ids).tobytes(),
+            array("f", best).tobytes(),
+        )
 
     async def _report(self) -> None:
         while True:

@@ -1,7 +1,7 @@
 """The limits that are set, in Valkey: of tenants, of their keys and of their adapters.
 
     pp:limits                      hash   tenant id -> Limits
-    pp:limits:keys                 hash   SHA-256 of a key's secret -> RequestLimits
+    pp:limits:keys                 hash   "TENANT KEY" (ids) -> RequestLimits
     pp:limits:adapters:{tenant}    hash   adapter name -> RequestLimits
 
 A record without a limit is no field. Its ETag is of its content, so a change can be made on condition that
@@ -28,7 +28,7 @@ from server.tenancy.limits import (
     RequestLimits,
     decode_limits,
 )
-from server.tenancy.tenants import KEYS, TENANTS, KeyRecord, keys_of
+from server.tenancy.tenant_keys import TENANTS, keys_of, unknown_key, unknown_tenant
 
 MAX_RECORDS = 1_000_000  # of tenants, and of keys: both are the operator's to make
 MAX_ADAPTER_RECORDS = 1000  # of a tenant
@@ -78,23 +78,25 @@ class LimitRecords:
         with store_errors():
             found = await self._redis.hexists(TENANTS, tenant)
         if not found:
-            raise _unknown("tenant", tenant)
+            raise unknown_tenant(tenant)
         return _stored(await self._record(LIMITS, tenant), Limits)
 
     async def set_tenant(self, tenant: str, limits: Limits, condition: str = "") -> Stored[Limits]:
         """Replace all limits of the tenant: of two at once the last holds, whole. Raises NotFound."""
-        return await self._replace(LIMITS, tenant, limits, condition, TENANTS, tenant, ("tenant", tenant))
+        return await self._replace(LIMITS, tenant, limits, condition, TENANTS, tenant, unknown_tenant(tenant))
 
     async def of_key(self, tenant: str, key: str) -> Stored[RequestLimits]:
         """Raises NotFound."""
-        return _stored(await self._record(KEY_LIMITS, await self._sha256(tenant, key)), RequestLimits)
+        if await self._record(keys_of(tenant), key) is None:
+            raise unknown_key(key)
+        return _stored(await self._record(KEY_LIMITS, f"{tenant} {key}"), RequestLimits)
 
     async def set_key(
         self, tenant: str, key: str, limits: RequestLimits, condition: str = ""
     ) -> Stored[RequestLimits]:
         """Replace all limits of the key with the id `key`. They end with it. Raises NotFound."""
-        sha256 = await self._sha256(tenant, key)
-        return await self._replace(KEY_LIMITS, sha256, limits, condition, KEYS, sha256, ("key", key))
+        field, keys = f"{tenant} {key}", keys_of(tenant)
+        return await self._replace(KEY_LIMITS, field, limits, condition, keys, key, unknown_key(key))
 
     async def of_adapter(self, tenant: str, name: str) -> Stored[RequestLimits]:
         """None of them for an adapter that has none, or does not exist."""
@@ -105,7 +107,7 @@ class LimitRecords:
     ) -> Stored[RequestLimits]:
         """Replace all limits of the adapter of this name. They outlive it. Raises QuotaExceeded."""
         records = f"{ADAPTER_LIMITS}{tenant}"
-        return await self._replace(records, name, limits, condition, "", "", ("adapter", name))
+        return await self._replace(records, name, limits, condition, "", "", NotFound(""))
 
     async def of_adapters(self, tenant: str, names: list[str]) -> list[Allowance]:
         """Of the adapters that have limits; of adapters that were used lately also while Valkey is away."""
@@ -129,12 +131,6 @@ class LimitRecords:
             found: bytes | None = await self._redis.hget(records, field)  # type: ignore[assignment]  # bytes
         return found
 
-    async def _sha256(self, tenant: str, key: str) -> str:
-        record = await self._record(keys_of(tenant), key)
-        if record is None:
-            raise _unknown("key", key)
-        return msgspec.json.decode(record, type=KeyRecord).sha256
-
     async def _replace(
         self,
         records: str,
@@ -143,7 +139,7 @@ class LimitRecords:
         condition: str,
         owners: str,
         owner: str,
-        what: tuple[str, str],
+        unknown: NotFound,
     ) -> Stored[AnyLimits]:
         """Set one record, if `owner` is a field of the hash `owners`, or is ""."""
         record = b"" if limits == type(limits)() else msgspec.json.encode(limits)
@@ -153,7 +149,7 @@ class LimitRecords:
                 await self._set(keys=[records, owners], args=[field, record, condition, most, owner])
             )
         if answer == "unknown":
-            raise _unknown(*what)
+            raise unknown
         if answer == "changed":
             raise PreconditionFailed("The limits are not as If-Match says.", param="If-Match")
         if answer == "too many":
@@ -164,7 +160,3 @@ class LimitRecords:
 def _stored(record: bytes | None, kind: type[AnyLimits]) -> Stored[AnyLimits]:
     etag = hashlib.sha1(record or b"", usedforsecurity=False).hexdigest()[:32]
     return Stored(decode_limits(record or None, kind), etag)
-
-
-def _unknown(what: str, id_: str) -> NotFound:
-    return NotFound(f"There is no {what} {shown(id_)}.")

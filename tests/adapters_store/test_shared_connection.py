@@ -35,7 +35,7 @@ async def test_an_unknown_script_and_a_closed_connection_are_no_errors(redis: Re
     shared, script = SharedConnection(redis), redis.register_script(ECHO)
     await redis.script_flush()
     assert (await shared.run(script, ["k"], ["a"]))[1] == b"a"
-    await redis.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+    await redis.client_kill_filter(_type="normal", skipme=True)
     assert (await shared.run(script, ["k"], ["b"]))[1] == b"b"
     await shared.close()
 

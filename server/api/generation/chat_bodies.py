@@ -3,6 +3,7 @@
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, FailFast, Field, ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from server.api.generation.bodies import CHANGES_OUTPUT, Count, SamplingBody
 from server.api.http.body_model import Body, at_most, at_most_entries, caps
@@ -14,6 +15,16 @@ MAX_ANNOTATIONS = 256
 class TextPart(Body):
     type: Literal["text"]
     text: str
+
+
+class RefusalPart(Body):
+    """A part of an earlier answer in which the assistant declined."""
+
+    type: Literal["refusal"]
+    refusal: str
+
+
+Content = str | list[Annotated[TextPart | RefusalPart, Field(discriminator="type")]]
 
 
 class UrlCitation(Body):
@@ -39,23 +50,35 @@ class Message(Body):
     )
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: Annotated[Content | None, Field(validate_default=True)] = None
     name: str | None = None  # not shown to the model: its template does not use it
     refusal: str | None = None
+    # of an earlier answer that a client sends back: not shown to the model
     annotations: Annotated[list[Annotation], BeforeValidator(at_most_entries(MAX_ANNOTATIONS))] | None = None
+    parsed: Any = None
+    reasoning: str | None = None
+    reasoning_content: str | None = None
+    provider_specific_fields: dict[str, Any] | None = None
 
     @field_validator("content", mode="before")
     @classmethod
-    def _content(cls, value: Any) -> Any:
+    def _content(cls, value: Any, info: ValidationInfo) -> Any:
+        if value is None:
+            if info.data.get("role") == "assistant":
+                return None
+            raise PydanticCustomError("missing", "Field required")
         parts = value if isinstance(value, list) else []
-        other = next((p for p in parts if not isinstance(p, dict) or p.get("type") != "text"), None)
-        if other is not None or not isinstance(value, str | list):
+        known = all(isinstance(p, dict) and p.get("type") in ("text", "refusal") for p in parts)
+        if not known or not isinstance(value, str | list):
             raise InvalidField("content must be text, or parts of type text.", param="messages")
         return value
 
     @property
     def text(self) -> str:
-        return self.content if isinstance(self.content, str) else "".join(p.text for p in self.content)
+        """What the model is shown: of an answer that declined, the refusal."""
+        if isinstance(self.content, list):
+            return "".join(p.text if isinstance(p, TextPart) else p.refusal for p in self.content)
+        return self.content or self.refusal or ""
 
 
 class SchemaHolder(Body):
@@ -99,8 +122,6 @@ class ChatBody(SamplingBody):
             "audio",
             "prediction",
             "web_search_options",
-            "reasoning_effort",
-            "verbosity",
         ),
         CHANGES_OUTPUT,
     )
@@ -110,8 +131,15 @@ class ChatBody(SamplingBody):
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0)] | None = None
     response_format: ResponseFormat | None = None
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
     parallel_tool_calls: bool | None = None
     tool_choice: Literal["none"] | None = None
+    # taken and without effect: hints for models that reason, and modes that are off
+    reasoning_effort: Annotated[str, Field(max_length=16)] | None = None
+    verbosity: Literal["low", "medium", "high"] | None = None
+    add_special_tokens: Literal[False] = False
+    echo: Literal[False] = False
     modalities: Annotated[list[Literal["text"]], Field(max_length=1)] | None = None
 
     @field_validator("messages", mode="before")
@@ -136,8 +164,12 @@ class ChatBody(SamplingBody):
 
     @model_validator(mode="after")
     def _combinations(self) -> "ChatBody":
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise InvalidField("top_logprobs needs logprobs to be true.", param="top_logprobs")
+        if self.structure and self.response_format and self.response_format.type != "text":
+            raise InvalidField(
+                "Send response_format or structured_outputs, not both.", param="response_format"
+            )
         both = {self.max_tokens, self.max_completion_tokens} - {None}
         if len(both) > 1:
             raise InvalidField(

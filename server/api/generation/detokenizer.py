@@ -7,9 +7,10 @@ from server.base_model.tokenizer import Tokenizer
 REPLACEMENT = "\ufffd"
 
 
-def detokenizer(tokenizer: Tokenizer) -> "Detokenizer":
-    """A new Detokenizer for one choice."""
-    return (_ByteLevel if tokenizer.byte_level else _ByteFallback)(tokenizer.pieces)
+def detokenizer(tokenizer: Tokenizer, *, special: bool = False) -> "Detokenizer":
+    """A new Detokenizer for one choice; `special`: which shows special tokens."""
+    pieces = tokenizer.all_pieces if special else tokenizer.pieces
+    return (_ByteLevel if tokenizer.byte_level else _ByteFallback)(pieces)
 
 
 class Detokenizer:
@@ -22,7 +23,7 @@ class Detokenizer:
         self._pieces = pieces
 
     def push(self, token: int) -> str:
-        """The text that is complete now; "" within a character and for a special token."""
+        """The text that is complete now; "" within a character and for a special token that is not shown."""
         piece = self._pieces[token] if 0 <= token < len(self._pieces) else b""
         return self._add(piece) if piece else ""
 

@@ -11,7 +11,7 @@ from server.api.generation.model_selection import Target
 from server.api.http.rate_limits import RateLimitedRequest
 from server.api.services import Services
 from server.errors import EngineLost, PolypeftError, QueueFull, TenantQueueFull
-from server.messages import Chunk, Generate
+from server.messages import Chunk, Generate, PromptLogprobs
 from server.tracing import RowTrace, annotate
 
 
@@ -34,6 +34,8 @@ class Generation:
     choices: list[Choice]
     rates: RateLimitedRequest | None = None  # if the tenant's rates are limited
     created: int = field(default_factory=lambda: int(time.time()))
+    # of each prompt, as its steps sent them
+    prompt_logprobs: dict[int, list[PromptLogprobs]] = field(default_factory=dict)
     _arrived: float = field(default_factory=time.monotonic)
     _begun: bool = False  # the engine has computed something
 
@@ -57,6 +59,8 @@ class Generation:
                 if chunk.finish == "cancelled":
                     raise EngineLost("The engine gave this request up; send it again.")
                 metrics.record(choice.index, chunk)
+                if chunk.prompt_logprobs:
+                    self.prompt_logprobs.setdefault(choice.index // self.n, []).append(chunk.prompt_logprobs)
                 piece = choice.feed(chunk)
                 if piece.finish is not None:
                     metrics.finish(choice, piece.finish)

@@ -6,7 +6,6 @@ back-references, do not compile.
 """
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 from anyio import fail_after
@@ -14,6 +13,7 @@ from anyio.to_thread import run_sync
 from llguidance import LLMatcher, LLParserLimits
 
 from server.api.generation.chat_bodies import ResponseFormat
+from server.api.generation.schema_keywords import keywords, without_annotations
 from server.api.http.body_model import at_most
 from server.errors import InvalidField, shown
 
@@ -26,9 +26,6 @@ LIMITS = LLParserLimits(
     max_grammar_size=50_000,
     verbose_errors=False,
 )
-# keywords whose objects have names as keys, and schemas as values
-_NAMED_SCHEMAS = frozenset({"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"})
-_DATA = frozenset({"enum", "const", "default", "examples"})  # keywords whose values are data
 _UNSUPPORTED = frozenset({"x-guidance"})  # llguidance's own: would change how it reads the schema
 
 
@@ -46,11 +43,11 @@ async def grammar_for(response_format: ResponseFormat | None) -> str | None:
 async def _checked(schema: dict[str, Any], place: str) -> str:
     """The schema as text. `place` names it in the sentences of InvalidField, which this raises."""
     try:
-        text = json.dumps(schema, allow_nan=False, ensure_ascii=True)
+        text = json.dumps(without_annotations(schema), allow_nan=False, ensure_ascii=True)
     except (ValueError, RecursionError):
         raise _invalid(f"{place} holds a number that is not finite, or is nested too deeply") from None
     at_most("the number of characters of the schema", len(text), MAX_SCHEMA_CHARS, "response_format")
-    if unsupported := _UNSUPPORTED & set(_keywords(schema)):
+    if unsupported := _UNSUPPORTED & set(keywords(schema)):
         raise _invalid(f"{place} uses {min(unsupported)}, which is not supported")
     try:
         with fail_after(COMPILE_SECONDS):
@@ -70,20 +67,6 @@ def _compile(schema: str) -> str:
         return str(error)
     failed, messages = LLMatcher.validate_grammar_with_warnings(grammar, limits=LIMITS)
     return messages[0] if failed and messages else ""
-
-
-def _keywords(schema: Any) -> Iterator[str]:
-    """Every key of the schema in the place of a keyword."""
-    if isinstance(schema, list):
-        for item in schema:
-            yield from _keywords(item)
-    elif isinstance(schema, dict):
-        for key, value in schema.items():
-            yield key
-            if key in _NAMED_SCHEMAS and isinstance(value, dict):
-                yield from _keywords(list(value.values()))
-            elif key not in _DATA:
-                yield from _keywords(value)
 
 
 def _invalid(what: str) -> InvalidField:

@@ -112,7 +112,7 @@ def _on_http_exception(request: Request, error: Exception) -> Response:
 
 def _methods(request: Request) -> list[str]:
     """The methods that the request's path takes."""
-    return [
+    methods = [
         method
         for method in ("GET", "POST", "PUT", "PATCH", "DELETE")
         if any(
@@ -120,3 +120,4 @@ def _methods(request: Request) -> list[str]:
             for route in request.app.routes
         )
     ]
+    return [*methods, "HEAD"] if "GET" in methods else methods

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from fastapi import Request
 
-from server.api.http.dependencies import CurrentAccess, Deps
+from server.api.http.dependencies import CurrentCaller, Deps
 from server.api.services import Services
 from server.errors import PolypeftError, RateLimited, shown
 from server.tenancy.limits import Allowance, tightest
@@ -93,13 +93,12 @@ class RateLimitedRequest:
 
 
 async def rate_limited(
-    request: Request, deps: Deps, access: CurrentAccess
+    request: Request, deps: Deps, caller: CurrentCaller
 ) -> AsyncIterator[RateLimitedRequest | None]:
     """A dependency of generation routes, ahead of the body. None where no limit can hold."""
-    tenant = access.tenant
-    allowances = [Allowance(tenant.id, access.limits)] + ([access.key] if access.key else [])
-    limited = access.adapters_limited or any(allowance.limits.limits_rates for allowance in allowances)
-    rates = RateLimitedRequest(deps, tenant, allowances) if limited else None
+    allowances = caller.allowances
+    limited = caller.adapters_limited or any(allowance.limits.limits_rates for allowance in allowances)
+    rates = RateLimitedRequest(deps, caller.tenant, allowances) if limited else None
     request.state.rates = rates  # for build_generation, and for the headers that RequestMiddleware adds
     if rates is not None:
         rates.refuse_at_once()

@@ -12,18 +12,21 @@ from server.api.generation.engine_requests import RouteOptions, build_generation
 from server.api.generation.generation import Generation
 from server.api.generation.json_objects import add_logprobs, chat_logprobs, usage_object
 from server.api.generation.model_selection import resolve
-from server.api.generation.prompts import chat_prompt
+from server.api.generation.prompt_logprobs import vllm_prompt_logprobs
+from server.api.generation.prompts import chat_prompt, kept_tokens, last
 from server.api.generation.response_format import grammar_for
+from server.api.generation.structured_grammar import structured_grammar
 from server.api.http.dependencies import CurrentTenant, Deps, current_tenant, sticky_key
 from server.api.http.error_responses import json_response
 from server.api.http.json_body import json_body
 from server.api.http.rate_limits import rate_limited
 from server.api.http.streaming import open_stream, while_connected
+from server.api.schema.objects import STREAM, ChatCompletion
 
 router = APIRouter(dependencies=[Depends(current_tenant), Depends(rate_limited)])
 
 
-@router.post("/v1/chat/completions")
+@router.post("/v1/chat/completions", response_model=ChatCompletion, responses=STREAM)
 async def create_chat_completion(
     request: Request,
     deps: Deps,
@@ -32,13 +35,19 @@ async def create_chat_completion(
 ) -> Response:
     """One object with all choices, or a stream of chunks."""
     target = await resolve(deps, tenant, body.model, body.adapters, sticky_key(request, body.user))
+    max_tokens = body.max_completion_tokens or body.max_tokens
+    prompt = await chat_prompt(
+        deps, tenant, body.messages, answer=body.add_generation_prompt, open_end=body.continue_final_message
+    )
+    keep = kept_tokens(body.truncate_prompt_tokens, deps.max_context, max_tokens)
     options = RouteOptions(
         prefix="chatcmpl",
-        prompts=[await chat_prompt(deps, tenant, body.messages)],
-        max_tokens=body.max_completion_tokens or body.max_tokens,
+        prompts=[last(prompt, keep)],
+        max_tokens=max_tokens,
         default_max_tokens=None,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-        grammar=await grammar_for(body.response_format),
+        prompt_logprobs=body.prompt_logprobs,
+        grammar=await structured_grammar(body.structure) or await grammar_for(body.response_format),
     )
     generation = await build_generation(deps, tenant, request, target, body, options)
     answer = _Chat(generation, body)
@@ -63,17 +72,22 @@ class _Chat:
                 answer["message"]["content"] += piece.text
                 answer["logprobs"] = add_logprobs(answer["logprobs"], self._logprobs(piece))
                 answer["finish_reason"] = piece.finish
-        usage = usage_object(self._generation.usage)
-        return self._object("chat.completion", answers) | {"usage": usage}
+        whole = self._object("chat.completion", answers) | {"usage": usage_object(self._generation.usage)}
+        if (count := self._body.prompt_logprobs) is not None:
+            whole["prompt_logprobs"] = await vllm_prompt_logprobs(self._generation, 0, count)
+        return whole
 
     async def events(self) -> AsyncGenerator[dict[str, Any], None]:
         """The answer's chunks, with the usage in the last if the body asks for it."""
         stream_options = self._body.stream_options
         with_usage = stream_options is not None and stream_options.include_usage
+        continuous = stream_options is not None and stream_options.continuous_usage_stats
         extra: dict[str, Any] = {"usage": None} if with_usage else {}
         begun: set[int] = set()  # choices whose role has been sent
         async with aclosing(self._generation.pieces()) as pieces:
             async for piece in pieces:
+                if extra and continuous:
+                    extra = {"usage": usage_object(self._generation.usage)}
                 role = {} if piece.index in begun else {"role": "assistant", "refusal": None}
                 begun.add(piece.index)
                 if piece.text or piece.tokens or role:

@@ -4,16 +4,17 @@ from fastapi import APIRouter, Depends, Response
 
 from adapters_store.upload_records import LIFE_SECONDS
 from server.api.generation import response_format
-from server.api.generation.engine_requests import max_context
+from server.api.generation.engine_requests import MAX_PROMPT_LOGPROBS, max_context
 from server.api.http import connection
 from server.api.http.body_model import MAX_METADATA
-from server.api.http.dependencies import CurrentAccess, Deps, current_tenant
+from server.api.http.dependencies import CurrentCaller, Deps, current_tenant
 from server.api.http.error_responses import json_response
 from server.api.http.request_limits import max_body_bytes, max_prompt_chars
 from server.api.routes import completions, uploads
 from server.api.routes.adapters import adapters
 from server.finetune.jobs.jobs import IDEMPOTENCY_SECONDS
-from server.tenancy.limits import Allowance, tightest
+from server.tenancy.limits import tightest
+from server.tenancy.tenant_keys import MAX_KEYS
 
 router = APIRouter(dependencies=[Depends(current_tenant)])
 
@@ -60,10 +61,9 @@ FROM_SETTINGS = (
 
 
 @router.get("/v1/limits")
-async def get_limits(deps: Deps, access: CurrentAccess) -> Response:
+async def get_limits(deps: Deps, caller: CurrentCaller) -> Response:
     """The tenant's and the key's, the caps of Settings, those that follow from the base, and constants."""
-    limits, allowances = access.limits, [Allowance(access.tenant.id, access.limits)]
-    allowances += [access.key] if access.key else []
+    limits, allowances = caller.limits, caller.allowances
     max_n = tightest(allowances, "max_n") or deps.settings.max_n
     return json_response(
         {"object": "limits", "model": deps.base.id, "max_context_tokens": max_context(deps, allowances)}
@@ -83,11 +83,13 @@ async def get_limits(deps: Deps, access: CurrentAccess) -> Response:
             "head_seconds": connection.HEAD_SECONDS,
             "send_seconds": connection.SEND_SECONDS,
             "max_metadata": MAX_METADATA,
+            "max_prompt_logprobs": MAX_PROMPT_LOGPROBS,
             "max_schema_chars": response_format.MAX_SCHEMA_CHARS,
             "page": adapters.MAX_PAGE,
             "max_part_bytes": uploads.MAX_PART_BYTES,
             "upload_seconds": LIFE_SECONDS,
             "adapter_upload_seconds": LIFE_SECONDS,
+            "max_keys_per_tenant": MAX_KEYS,
             "idempotency_seconds": IDEMPOTENCY_SECONDS,
         }
     )

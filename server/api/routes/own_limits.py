@@ -4,50 +4,146 @@ None of them may be above the tenant's own; the tightest holds. They are replace
 operator's (admin/limits.py), which are the same records: the last to write holds.
 """
 
-from typing import Annotated
+from typing import Annotated, Any
 
+import msgspec
 from fastapi import APIRouter, Depends, Response
+from pydantic import Field, ValidationInfo, field_validator
 
-from server.api.http.dependencies import CurrentAccess, Deps, current_tenant
+from server.api.http.body_model import Body, at_most, caps
+from server.api.http.dependencies import CurrentCaller, CurrentChange, Deps, current_tenant
 from server.api.http.error_responses import json_response
 from server.api.http.etags import MatchOnly, etag_header
 from server.api.http.json_body import json_body
-from server.api.http.limit_bodies import RequestLimitsBody, request_limits_object
 from server.api.services import Services
+from server.settings import MAX_BYTES_LIMIT, MAX_LIMIT
 from server.tenancy.limit_records import Stored
-from server.tenancy.limits import RequestLimits
+from server.tenancy.limits import Limits, Priority, RequestLimits
 from server.tenancy.tenants import Tenant
 
 router = APIRouter(prefix="/v1", dependencies=[Depends(current_tenant)])
+
+Limit = Annotated[int, Field(ge=1, le=MAX_LIMIT)]
+Count = Annotated[int, Field(ge=0, le=MAX_LIMIT)]  # 0: none at all
+Bytes = Annotated[int, Field(ge=0, le=MAX_BYTES_LIMIT)]
+
+
+class RequestLimitsBody(Body):
+    """All limits of a key or an adapter; null or absent: none of its own."""
+
+    requests_per_minute: Limit | None = None
+    tokens_per_minute: Limit | None = None
+    concurrent_requests: Limit | None = None
+    max_context: Limit | None = None
+    max_n: Limit | None = None
+
+    @field_validator("max_n")
+    @classmethod
+    def _max_n(cls, value: int, info: ValidationInfo) -> int:
+        at_most("max_n", value, caps(info).max_n)  # of the server
+        return value
+
+    def limits(self, deps: Services, within: Limits | None = None) -> RequestLimits:
+        """The limits. Raises InvalidField for one that is above the server's, or above `within`."""
+        _check(self, deps)
+        for name in RequestLimits.__struct_fields__:
+            own, most = getattr(self, name), getattr(within, name, None)
+            if own is not None and most is not None:
+                at_most(name, own, most)
+        return RequestLimits(**self.model_dump())
+
+
+class LimitsBody(RequestLimitsBody):
+    """All of a tenant's limits; null or absent: the server's default."""
+
+    queued_tokens: Limit | None = None
+    adapters: Count | None = None
+    adapter_bytes: Bytes | None = None
+    file_bytes: Bytes | None = None
+    jobs: Count | None = None
+    training_tokens_per_day: Count | None = None
+    priority: Priority | None = None
+
+    def of_tenant(self, deps: Services) -> Limits:
+        """The limits. Raises InvalidField for one that is above the server's."""
+        _check(self, deps)
+        return Limits(**self.model_dump())
+
+
+def tenant_limits_object(deps: Services, tenant: str, stored: Stored[Limits]) -> dict[str, Any]:
+    """What is set (null: nothing) and what is in force (null: no limit)."""
+    in_force = stored.limits.over(deps.limits.defaults)
+    return _object(deps, "tenant.limits", {"tenant": tenant}, stored.limits, in_force)
+
+
+def request_limits_object(
+    deps: Services, kind: str, ids: dict[str, str], stored: Stored[RequestLimits], tenant: Limits
+) -> dict[str, Any]:
+    """As for a tenant, whose limits are in force where they are tighter."""
+    in_force = {}
+    for name in RequestLimits.__struct_fields__:
+        values = (getattr(stored.limits, name), getattr(tenant, name))
+        in_force[name] = min((value for value in values if value is not None), default=None)
+    return _object(deps, f"{kind}.limits", ids, stored.limits, RequestLimits(**in_force))
+
+
+def _object(
+    deps: Services, kind: str, ids: dict[str, str], own: RequestLimits, in_force: RequestLimits
+) -> dict[str, Any]:
+    context = min(deps.max_context, in_force.max_context or deps.max_context)
+    return {
+        "object": kind,
+        **ids,
+        "set": msgspec.structs.asdict(own),
+        "in_force": msgspec.structs.asdict(in_force) | {"max_context": context},
+    }
+
+
+def _check(body: RequestLimitsBody, deps: Services) -> None:
+    if body.max_context is not None:
+        at_most("max_context", body.max_context, deps.max_context)
+
 
 LimitsOfRequests = Annotated[RequestLimitsBody, Depends(json_body(RequestLimitsBody))]
 
 
 @router.get("/keys/{key_id}/limits")
-async def get_key_limits(deps: Deps, access: CurrentAccess, key_id: str) -> Response:
-    return await show_key(deps, access.tenant, key_id)
+async def get_key_limits(deps: Deps, caller: CurrentCaller, key_id: str) -> Response:
+    return await show_key(deps, caller.tenant, key_id)
 
 
 @router.put("/keys/{key_id}/limits")
 async def set_key_limits(
-    deps: Deps, access: CurrentAccess, key_id: str, condition: MatchOnly, body: LimitsOfRequests
+    deps: Deps,
+    caller: CurrentCaller,
+    change: CurrentChange,
+    key_id: str,
+    condition: MatchOnly,
+    body: LimitsOfRequests,
 ) -> Response:
-    limits = body.limits(deps, within=access.limits)
-    await deps.limits.set_key(access.tenant.id, key_id, limits, condition)
-    return await show_key(deps, access.tenant, key_id)
+    limits = body.limits(deps, within=caller.limits)
+    change.of(key_id, **body.model_dump(exclude_none=True))
+    await deps.limits.set_key(caller.tenant.id, key_id, limits, condition)
+    return await show_key(deps, caller.tenant, key_id)
 
 
 @router.get("/adapters/{name}/limits")
-async def get_adapter_limits(deps: Deps, access: CurrentAccess, name: str) -> Response:
-    return await show_adapter(deps, access.tenant, name)
+async def get_adapter_limits(deps: Deps, caller: CurrentCaller, name: str) -> Response:
+    return await show_adapter(deps, caller.tenant, name)
 
 
 @router.put("/adapters/{name}/limits")
 async def set_adapter_limits(
-    deps: Deps, access: CurrentAccess, name: str, condition: MatchOnly, body: LimitsOfRequests
+    deps: Deps,
+    caller: CurrentCaller,
+    change: CurrentChange,
+    name: str,
+    condition: MatchOnly,
+    body: LimitsOfRequests,
 ) -> Response:
-    limits = body.limits(deps, within=access.limits)
-    return await set_adapter(deps, access.tenant, name, limits, condition)
+    limits = body.limits(deps, within=caller.limits)
+    change.of(name, **body.model_dump(exclude_none=True))
+    return await set_adapter(deps, caller.tenant, name, limits, condition)
 
 
 async def show_key(deps: Services, tenant: Tenant, key_id: str) -> Response:

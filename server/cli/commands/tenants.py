@@ -6,6 +6,18 @@ import typer
 
 from server.cli.commands.limits import limits
 from server.cli.http_client import DEFAULT_URL, DataDir, Key, Url, answer, connection
+from server.cli.keys import (
+    Addresses,
+    ExpiresIn,
+    KeyId,
+    Name,
+    Overlap,
+    Scopes,
+    make_key,
+    revoke_key,
+    rotate_key,
+    route_of,
+)
 from server.cli.output import print_table
 
 tenants = typer.Typer(help="Tenants, their keys and limits (operator).", no_args_is_help=True)
@@ -38,33 +50,51 @@ def list_(url: Url = DEFAULT_URL, key: Key = None, data_dir: DataDir = None) -> 
 def keys(
     tenant: Tenant,
     new: Annotated[bool, typer.Option("--new", help="Make another key; it is shown once.")] = False,
+    name: Name = None,
+    scope: Scopes = None,
+    expires_in: ExpiresIn = None,
+    address: Addresses = None,
     url: Url = DEFAULT_URL,
     key: Key = None,
     data_dir: DataDir = None,
 ) -> None:
-    """A tenant's keys, without their secrets."""
+    """The ids of a tenant's keys; `polypeft keys list --tenant` shows more."""
+    if not new and (name or scope or expires_in or address):
+        raise typer.BadParameter("--name, --scope, --expires-in and --address are for --new.")
     with connection(url, key, data_dir) as client:
         if new:
-            created = answer(client.post(f"/admin/tenants/{tenant}/keys"))
-            typer.echo(f"id      {created['id']}\nsecret  {created['secret']}")
+            make_key(client, route_of(tenant), name, scope, expires_in, address)
             return
-        all_keys = answer(client.get(f"/admin/tenants/{tenant}/keys"))["data"]
+        all_keys = answer(client.get(route_of(tenant)))["data"]
     for info in all_keys:
         typer.echo(info["id"])
 
 
 @tenants.command()
+def rotate(
+    tenant: Tenant,
+    key_id: KeyId,
+    overlap: Overlap = "1h",
+    url: Url = DEFAULT_URL,
+    key: Key = None,
+    data_dir: DataDir = None,
+) -> None:
+    """Give a key a new secret, which is shown once."""
+    with connection(url, key, data_dir) as client:
+        rotate_key(client, route_of(tenant), key_id, overlap)
+
+
+@tenants.command()
 def revoke(
     tenant: Tenant,
-    key_id: Annotated[str, typer.Argument(help="The key's id, as `tenants keys` shows it.")],
+    key_id: KeyId,
     url: Url = DEFAULT_URL,
     key: Key = None,
     data_dir: DataDir = None,
 ) -> None:
     """End a key at once."""
     with connection(url, key, data_dir) as client:
-        answer(client.delete(f"/admin/tenants/{tenant}/keys/{key_id}"))
-    typer.echo(f"{key_id} is revoked.")
+        revoke_key(client, route_of(tenant), key_id)
 
 
 tenants.command()(limits)

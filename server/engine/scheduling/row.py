@@ -1,6 +1,6 @@
 """A row: one sequence from its arrival to its last token. Counts and lists only; no torch."""
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,6 +38,7 @@ class Row:
     charged_tokens: int = 0  # leading prompt tokens that its tenant has been charged for
     length_at_start: int = 0  # len(tokens) when the row last entered the batch
     admitted: bool = False  # has run before; it may have been preempted since
+    num_scored: int = 0  # leading tokens whose prompt logprobs have been delivered
     sampled: bool = False  # has had finite logits: its blocks may be shared
     use_counted: bool = False  # the adapter cache has counted this request for its adapters
     steps_without_memory: int = 0  # steps in which only memory kept it from starting
@@ -130,6 +131,27 @@ class Row:
     def decodes(self) -> bool:
         """This step computes one token and its draft tokens."""
         return self.scheduled == 1 + len(self.draft)
+
+    @property
+    def unscored(self) -> range:
+        """Positions whose next token is one of the prompt with a logprob to compute. The prompt's first token
+        has none. Their K/V are computed anew, not taken from the prefix cache.
+        """
+        if self.command.sampling.prompt_logprobs is None:
+            return range(0)
+        return range(max(self.num_scored, self.num_virtual_tokens), self.prompt_length - 1)
+
+    def to_score(self) -> range:
+        """Those of `unscored` that this step computes."""
+        unscored = self.unscored
+        return range(unscored.start, min(unscored.stop, self.computed + self.scheduled))
+
+    def ends_with(self, token: int, end_tokens: Set[int]) -> bool:
+        """Whether the sampled token is one that ends the row: its own, or the model's."""
+        sampling = self.command.sampling
+        return sampling.max_tokens > 0 and (
+            token in sampling.stop_token_ids or (token in end_tokens and not sampling.ignore_eos)
+        )
 
     @property
     def length(self) -> int:

@@ -58,7 +58,7 @@ class RowResources:
         residents = [self.cache.by_slot[slot] for slot in slots]
         row.prepend_virtual_tokens(sum(resident.virtual_tokens for resident in residents))
         text, virtual = row.prompt_length - row.num_virtual_tokens, row.num_virtual_tokens
-        if row.prompt_length >= self.max_context:
+        if row.prompt_length + min(row.command.sampling.max_tokens, 1) > self.max_context:
             return ContextTooLong(
                 f"The prompt has {text} tokens and the adapter puts {virtual} before them; "
                 f"the context of {self.max_context} must hold one more.",
@@ -79,7 +79,8 @@ class RowResources:
             row.hashes, row.rope_variant = [], variant
         if self.blocks.share_prefixes:
             # At least one token is computed, so that there are logits to sample from.
-            hashes = block_hashes(row.salt, row.tokens, row.hashes)[: (len(row.tokens) - 1) // BLOCK]
+            reusable = row.unscored.start if row.unscored else len(row.tokens) - 1
+            hashes = block_hashes(row.salt, row.tokens, row.hashes)[: reusable // BLOCK]
         shared = self.blocks.match(hashes)
         fresh = self.blocks.allocate(blocks_for(len(row.tokens)) - len(shared))
         if fresh is None:

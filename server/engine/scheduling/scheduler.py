@@ -15,7 +15,7 @@ from server.engine.scheduling.kv_blocks import BLOCK, BlockPool, block_hashes
 from server.engine.scheduling.preemption import VictimSelector, victim_for_growth
 from server.engine.scheduling.row import Row
 from server.engine.scheduling.row_resources import RowResources
-from server.engine.scheduling.step_cost import DEFAULT_COSTS, StepCost
+from server.engine.scheduling.step_cost import StepCost
 from server.errors import DeadlineExceeded, InvalidRequest, PolypeftError
 
 MAX_OVERTAKEN_STEPS = 32  # steps in which a row may lack memory before later rows stop overtaking it
@@ -47,7 +47,7 @@ class Scheduler:
         self.resources = RowResources(cache, blocks, max_context, rope_switches)
         self.reserve_blocks = self.resources.reserve_blocks
         self.max_row_draft = lookup_tokens if step_cost else 0
-        self.step_cost = step_cost or StepCost(DEFAULT_COSTS)
+        self.step_cost = step_cost or StepCost()
         self.queues = FairQueue()
         self.running: dict[str, Row] = {}  # in order of admission
         # rows that the scheduler has ended, until the engine reports them

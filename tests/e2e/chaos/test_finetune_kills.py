@@ -17,8 +17,9 @@ import httpx
 import psutil
 import pytest
 
-from tests.e2e.serving import Serving, alive, polypeft, until
+from tests.e2e.serving import Serving, alive, polypeft
 from tests.fixtures.workers import IMPATIENT_WORKER
+from tests.waiting import until
 
 KILLS = int(os.environ.get("CHAOS_KILLS", "2"))
 SEED = int(os.environ.get("CHAOS_SEED", "1"))
@@ -186,7 +187,7 @@ def test_cancel_is_final_and_publishes_nothing(trainings: Trainings, undisturbed
     answer = trainings.http.post(f"/v1/fine_tuning/jobs/{id_}/cancel")
     assert answer.json()["status"] == "cancelled", answer.text
     if child is not None:
-        until(lambda: not alive(child.pid), seconds=10)
+        until(lambda: not alive(child.pid))
     assert trainings.job(id_)["status"] == "cancelled"
     assert trainings.http.get("/v1/adapters/cancelled").status_code == 404
 

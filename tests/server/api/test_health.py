@@ -9,7 +9,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from server.engine.fake import FakeEngine
 from server.metrics.labels import REJECTIONS
 from server.metrics.names import FAMILIES, ON_API
-from tests.server.api.conftest import System, until, upload
+from tests.server.api.conftest import System, upload
+from tests.waiting import until
 
 
 def series(text: str) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
@@ -72,7 +73,7 @@ def test_limits_are_data(http: httpx.Client, engine: FakeEngine) -> None:
     assert limits["max_n"] == 8
     assert limits["max_rows_per_tenant"] == 8
     too_many = {"model": "toy", "prompt": "x", "n": limits["max_n"] + 1}
-    assert http.post("/v1/completions", json=too_many).status_code == 422
+    assert http.post("/v1/completions", json=too_many).status_code == 400
     assert http.post("/v1/completions", json=too_many | {"n": limits["max_n"]}).status_code == 200
 
 

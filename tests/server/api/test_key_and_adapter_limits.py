@@ -96,7 +96,7 @@ def test_a_tenant_divides_its_own_limits(owner: Owner) -> None:
         shown = owner.first.get(route)
         assert shown.json()["in_force"]["max_context"] == CONTEXT
         above = owner.first.put(route, json={"requests_per_minute": 51})
-        assert (above.status_code, error(above)) == (422, "requests_per_minute must be at most 50, not 51.")
+        assert (above.status_code, error(above)) == (400, "requests_per_minute must be at most 50, not 51.")
         below = owner.first.put(
             route, json={"requests_per_minute": 49, "tokens_per_minute": 7}, headers={"If-Match": "*"}
         )
@@ -113,7 +113,7 @@ def test_a_tenant_divides_its_own_limits(owner: Owner) -> None:
 def test_a_wrong_limit_is_a_sentence(owner: Owner, value: object) -> None:
     for route in (f"/v1/keys/{owner.key}/limits", "/v1/adapters/poet/limits"):
         refused = owner.first.put(route, json={"concurrent_requests": value})
-        assert (refused.status_code, "concurrent_requests should be" in error(refused)) == (422, True)
+        assert (refused.status_code, "concurrent_requests should be" in error(refused)) == (400, True)
 
 
 def test_only_what_is_the_tenants_own(owner: Owner, system: System) -> None:
@@ -126,7 +126,7 @@ def test_only_what_is_the_tenants_own(owner: Owner, system: System) -> None:
     ):
         assert owner.operator.put(unknown, json={"max_n": 1}).status_code == 404
     assert owner.first.put(f"/admin/tenants/{owner.id}/adapters/poet/limits", json={}).status_code == 403
-    assert owner.first.put("/v1/adapters/poet/limits", json={"priority": "batch"}).status_code == 422
+    assert owner.first.put("/v1/adapters/poet/limits", json={"priority": "batch"}).status_code == 400
 
 
 def test_limits_end_with_their_key_and_outlive_an_adapter(owner: Owner, system: System) -> None:

@@ -72,6 +72,57 @@ def test_a_tenant_gets_a_second_key(run: Run, system: System) -> None:
     assert run("adapters", "list", "--key", made["secret"]).status == 0
 
 
+def test_keys_have_terms_and_are_rotated(run: Run) -> None:
+    tenant = run("tenants", "add", "with keys").out.split()[1]
+    terms = ("--name", "CI", "--scope", "read", "--scope", "adapters", "--expires-in", "30d")
+    made = dict(line.split() for line in run("tenants", "keys", tenant, "--new", *terms).out.splitlines())
+    assert run("adapters", "list", "--key", made["secret"]).status == 0
+    lines = run("keys", "list", "--tenant", tenant).out.splitlines()
+    [line] = [line for line in lines if line.startswith(made["id"])]
+    id_, name, scopes, expires, last_used, addresses = line.split("\t")
+    assert (id_, name, scopes, last_used, addresses) == (made["id"], "CI", "adapters,read", "-", "-")
+    assert expires.startswith("20")
+
+    rotated = dict(
+        line.split() for line in run("tenants", "rotate", tenant, id_, "--overlap", "0s").out.splitlines()
+    )
+    assert run("adapters", "list", "--key", made["secret"]).status == 1
+    assert run("adapters", "list", "--key", rotated["secret"]).status == 0
+    refused = run("keys", "new", "--key", rotated["secret"])
+    assert "takes a key with all scopes" in refused.err
+    wrong = run("tenants", "rotate", tenant, id_, "--overlap", "soon")
+    assert "--overlap must be a time such as 30d, 12h, 10m or 60s" in wrong.err
+    assert "are for --new" in run("tenants", "keys", tenant, "--name", "x").err
+
+
+def test_a_tenant_manages_its_own_keys(run: Run) -> None:
+    own = ("--key", run("tenants", "add", "own keys").out.split()[3])
+    made = dict(
+        line.split() for line in run("keys", "new", "--address", "127.0.0.0/8", *own).out.splitlines()
+    )
+    assert made["id"] in run("keys", "list", *own).out
+    assert run("keys", "rotate", made["id"], *own).out.startswith(f"id      {made['id']}\nsecret  pp-")
+    assert run("keys", "revoke", made["id"], *own).out == f"{made['id']} is revoked.\n"
+    assert run("keys", "list", "--tenant", "operator").out.split("\t")[:2] == ["operator", "admin.key"]
+
+
+def test_the_audit_log_is_shown_and_exported(run: Run) -> None:
+    tenant, secret = run("tenants", "add", "audited").out.split()[1::2]
+    run("keys", "new", "--name", "second", "--key", secret)
+    rows = [line.split("\t") for line in run("audit", "--tenant", tenant).out.splitlines()]
+    assert [(row[1], row[3], row[5]) for row in rows] == [
+        (tenant, "key.create", "done"),
+        (tenant, "tenant.create", "done"),
+    ]
+    own = run("audit", "--own", "--key", secret, "--format", "jsonl", "--action", "key.").out
+    assert [json.loads(line)["details"]["name"] for line in own.splitlines()] == ["second"]
+    table = run("audit", "--since", "1h", "--outcome", "done", "--format", "csv").out.splitlines()
+    assert table[0].startswith("id,time,tenant,actor")
+    assert len(table) > 2
+    assert run("audit", "--outcome", "good").status == 1
+    assert run("audit", "--format", "csv", "--key", secret).err == "This route needs the operator's key.\n"
+
+
 def test_a_tenants_limits_are_shown_and_changed(run: Run) -> None:
     tenant = run("tenants", "add", "limited").out.split()[1]
 

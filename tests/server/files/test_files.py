@@ -5,6 +5,7 @@ import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 from redis.asyncio import Redis
 
@@ -94,6 +95,33 @@ async def test_others_files_and_unknown_ones_are_one_answer(files: FileStore, so
         assert len(answers) == 1
     assert await files.list("other") == []
     assert await files.get("owner", file.id) == file
+
+
+async def test_an_expired_file_is_hidden_then_deleted_unless_a_job_needs_it(
+    files: FileStore, source: Source, objects: Objects, redis: Redis
+) -> None:
+    sha256 = hashlib.sha256(TEN).hexdigest()
+    kept = await add(files, source)
+    file = await files.add("t", source(TEN), "a.jsonl", sha256, size=10, purpose="fine-tune", life=3600)
+    needed: set[str] = {file.id}
+
+    async def of_jobs(_tenant: str) -> set[str]:
+        return needed
+
+    assert (await files.get("t", file.id)).expires == file.created + 3600
+    assert await files.delete_expired(of_jobs) == 0
+    record = msgspec.json.encode(msgspec.structs.replace(file, expires=1))
+    await redis.hset("pp:files:t", file.id, record)
+    await redis.zadd("pp:files:expiring", {f"t/{file.id}": 1, "t/file-gone": 1})
+    with pytest.raises(NotFound):
+        await files.get("t", file.id)
+    assert await files.list("t") == [kept]
+    assert await files.delete_expired(of_jobs) == 0
+    assert (await files.get("t", file.id, expired=True)).id == file.id
+    needed.clear()
+    assert await files.delete_expired(of_jobs) == 1
+    assert await objects.list("tenants") == [kept.key]
+    assert await redis.zcard("pp:files:expiring") == 0
 
 
 async def test_caps_count_files_and_bytes(files: FileStore, source: Source, objects: Objects) -> None:

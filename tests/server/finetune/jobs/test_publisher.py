@@ -99,7 +99,7 @@ class System:
         await self.jobs.create(fixed(id_, **fields))
         job = await taken(self.jobs, id_)
         adapter = [await self.put(job, name) for name in ("adapter_config.json", "adapter_model.safetensors")]
-        reports = [await self.put(job, name) for name in ("metrics.csv", "loss.png")]
+        reports = [await self.put(job, name) for name in ("loss.png", "metrics.csv")]
         found = result(adapter, reports, better=better, evaluation={"loss": 1.0})
         assert await self.jobs.trained(id_, job.fence, found)
         return job
