@@ -21,6 +21,7 @@ PolypeftError                           500  a bug or failure of ours, unless a 
 ├── HeadTooLarge                        431  more header fields or header bytes than the limit
 ├── Unavailable                         503  overloaded, draining, or a part is down: try again
 │   ├── QueueFull                       503  the engine has all the rows that it takes
+│   ├── DeadlineUnreachable             503  the wait, by the measured rates, is longer than the deadline
 │   ├── EngineLost                      503  the engine ended during this request
 │   └── StoreError                      503  the object store or Valkey did not answer
 │       ├── CorruptObject               503  ... or returned bytes that differ from those stored
@@ -168,13 +169,20 @@ class HeadTooLarge(PolypeftError):
 
 
 class Unavailable(PolypeftError):
+    """`wait`: seconds after which it is worth another try."""
+
     status = 503
     type = "server_error"
     code = "unavailable"
+    wait: float = 1.0
 
 
 class QueueFull(Unavailable):
     code = "queue_full"
+
+
+class DeadlineUnreachable(Unavailable):
+    code = "deadline_unreachable"
 
 
 class EngineLost(Unavailable):

@@ -5,13 +5,15 @@ Messages hold tokens, never text: tokenising, chat templates and stop strings ar
 published on a PUB socket of their own.
 """
 
-from typing import Literal
+from typing import Literal, get_args
 
 import msgspec
 
-from server.errors import PolypeftError
+from server.errors import PolypeftError, Unavailable, error_from_code
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
+Priority = Literal["interactive", "standard", "batch"]  # classes of rows, the most urgent first
+PRIORITIES: tuple[Priority, ...] = get_args(Priority)
 
 GRAMMAR_HEADER = "%llguidance {}"  # the first line of a grammar in llguidance's Lark
 JSON_WHITESPACE = r"[ \n\r\t]{0,40}"  # between JSON tokens; bounded, or a model could emit blanks for ever
@@ -68,6 +70,7 @@ class Generate(msgspec.Struct, frozen=True, omit_defaults=True):
     adapters: tuple[Use, ...] = ()  # several combined; `adapter` is None then
     deadline: float | None = None  # time.time() after which the row ends with deadline_exceeded
     weight: float = 1.0  # of the tenant's fair share
+    priority: Priority = "standard"
     after: str | None = None  # wait for this sibling's prefill (n > 1): its prompt blocks are shared
 
 
@@ -170,11 +173,21 @@ class Chunk(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     finish: FinishReason | None = None
     stop_token: int | None = None  # the token that ended the row; not in `tokens`
     error: tuple[str, str] | None = None  # (code, message) with finish="error"
+    wait: float | None = None  # with an error that says when to try again: seconds
     timing: Timing | None = None  # with the row's first token
 
     @classmethod
     def failure(cls, id_: str, error: PolypeftError) -> "Chunk":
-        return cls(id=id_, finish="error", error=(error.code, error.message))
+        wait = error.wait if isinstance(error, Unavailable) else None
+        return cls(id=id_, finish="error", error=(error.code, error.message), wait=wait)
+
+    def exception(self) -> PolypeftError:
+        """The error of a chunk that has one."""
+        assert self.error is not None
+        error = error_from_code(*self.error)
+        if isinstance(error, Unavailable) and self.wait is not None:
+            error.wait = self.wait
+        return error
 
 
 class Chunks(msgspec.Struct, frozen=True, tag=True):

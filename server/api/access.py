@@ -2,7 +2,7 @@
 
 `scopes`: any one of them opens the route; FULL means all of them. `action`: "" for a route that changes
 nothing that the audit log has. A route that is missing here takes a full key and is in the audit log
-(tests/server/api/test_access.py finds it). OPERATORS_ROUTES refuse tenants' keys whatever their scopes.
+(tests/server/api/keys/test_access.py finds it). OPERATORS_ROUTES refuse tenants' keys whatever their scopes.
 """
 
 from typing import NamedTuple

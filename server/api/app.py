@@ -17,11 +17,11 @@ from server.adapters.specs import build_readers
 from server.api.adapters.bucket_watcher import BucketWatcher
 from server.api.adapters.cleanup import CleanupLoop
 from server.api.adapters.publish import TrainedAdmission
+from server.api.asgi.cors import CrossOrigin
+from server.api.asgi.head_requests import HeadRequests
+from server.api.asgi.middleware import RequestMiddleware
 from server.api.cluster_metrics import ClusterMetrics
-from server.api.http.cors import CrossOrigin
 from server.api.http.error_responses import add_handlers
-from server.api.http.head_requests import HeadRequests
-from server.api.http.middleware import RequestMiddleware
 from server.api.http.temp_files import clear_temp_folders
 from server.api.routes import (
     audit,
@@ -136,6 +136,7 @@ def build_app(settings: Settings, tracing: Tracing | None = None) -> FastAPI:
             await asyncio.gather(*tasks, return_exceptions=True)
             await services.engine.close()
             await services.rate_limits.close()
+            await services.audit.close()
             await services.redis.aclose()
             if tracing is not None:
                 await asyncio.to_thread(tracing.close)
@@ -148,17 +149,22 @@ def build_app(settings: Settings, tracing: Tracing | None = None) -> FastAPI:
         openapi_url=None,
         redirect_slashes=False,
     )
+    _add_http(app, services, tracing)
+    return app
+
+
+def _add_http(app: FastAPI, services: Services, tracing: Tracing | None) -> None:
+    """Routes, the handlers of errors, and middleware."""
     for module in ROUTERS:
         app.include_router(module.router)
+    if services.settings.docs:
+        app.include_router(Docs([module.router for module in ROUTERS]).router)
     add_handlers(app)
     # the last is the outermost
     app.add_middleware(HeadRequests)
     app.add_middleware(RequestMiddleware, metrics=services.metrics, tracing=tracing)
-    if settings.origins:
-        app.add_middleware(CrossOrigin, origins=settings.origins)
-    if settings.docs:
-        app.include_router(Docs([module.router for module in ROUTERS]).router)
-    return app
+    if services.settings.origins:
+        app.add_middleware(CrossOrigin, origins=services.settings.origins)
 
 
 async def _run_loops(services: Services, loops: list[Loop]) -> None:
@@ -190,12 +196,8 @@ def build_services(settings: Settings) -> Services:
     metrics.breaker = lambda: objects.breaker.state
     outage = Outage()
     records = LimitRecords(redis, Limits.defaults(settings), LastAnswers(outage, settings.outage_seconds))
-    tenant_files = FileStore(
-        redis,
-        objects,
-        max_files=settings.max_files_per_tenant,
-        limits_of=records.in_force,
-    )
+    max_files = settings.max_files_per_tenant
+    tenant_files = FileStore(redis, objects, max_files=max_files, limits_of=records.in_force)
     return Services(
         settings=settings,
         operator_secret=operator_key(settings),

@@ -69,6 +69,7 @@ class AuditLog:
         self._kept_seconds = days * DAY
         self._max_entries = max_entries
         self._end = redis.register_script(END)
+        self._ending: set[asyncio.Task[None]] = set()
 
     async def begin(self, token: str, tenant: str, entry: Entry) -> None:
         """Write down that a change begins. Raises StoreError: then it must not begin."""
@@ -77,12 +78,18 @@ class AuditLog:
             await self._redis.hset(BEGUN, token, SECRET.sub(b"pp-...", msgspec.json.encode(begun)))
 
     async def end(self, token: str, tenant: str, entry: Entry) -> None:
-        """Write the entry of a change that has ended. If Valkey does not answer, `settle_lost` will."""
-        try:
-            async with asyncio.timeout(END_SECONDS):
-                await self._append(token, tenant, entry)
-        except (StoreError, TimeoutError):
-            log.warning("The outcome of %s could not be written to the audit log yet", entry.action)
+        """Write the entry of a change that has ended. Waits for Valkey a moment only; if it does not answer
+        after that either, `settle_lost` writes the entry. Raises nothing.
+        """
+        task = asyncio.create_task(self._try_to_end(token, tenant, entry))
+        self._ending.add(task)
+        task.add_done_callback(self._ending.discard)
+        await asyncio.wait({task}, timeout=END_SECONDS)
+
+    async def close(self) -> None:
+        """Wait for entries that are being written, a moment."""
+        if self._ending:
+            await asyncio.wait(self._ending, timeout=END_SECONDS)
 
     @asynccontextmanager
     async def change(self, token: str, tenant: str, entry: Entry) -> AsyncIterator[None]:
@@ -137,11 +144,17 @@ class AuditLog:
 
     def _range(self, tenant: str, after: Position | None, span: Span) -> tuple[str, str]:
         """The newest and the oldest id to read of a tenant's stream."""
-        oldest = str(int(max(span.since, time.time() - self._kept_seconds) * 1000))
-        newest = "+" if span.until is None else str(int(span.until * 1000))
-        if after is not None and (span.until is None or after.milliseconds <= span.until * 1000):
+        oldest = str(round(max(span.since, time.time() - self._kept_seconds) * 1000))
+        newest = "+" if span.until is None else str(round(span.until * 1000))
+        if after is not None and (span.until is None or after.milliseconds <= round(span.until * 1000)):
             newest = after.stream_id if tenant > after.tenant else f"({after.stream_id}"
         return newest, oldest
+
+    async def _try_to_end(self, token: str, tenant: str, entry: Entry) -> None:
+        try:
+            await self._append(token, tenant, entry)
+        except StoreError:
+            log.warning("The outcome of %s could not be written to the audit log", entry.action)
 
     async def _append(self, token: str, tenant: str, entry: Entry) -> None:
         with store_errors():

@@ -159,6 +159,7 @@ class Engine:
         self.step_timer.lap("deliver")
         seconds = time.perf_counter() - start
         self.clock.end(tokens, seconds)
+        self.admission.waits.record_step(self.scheduler.queues.charged, seconds)
         if decoding:
             self.scheduler.step_cost.record(tokens, seconds)
         return chunks
@@ -280,6 +281,7 @@ class Engine:
     def _end(self, row: Row, error_code: str = "") -> None:
         """Count a row that is done, or failed with `error_code`, and release what it holds."""
         self.metrics.record_end(row, time.time(), error_code)
+        self.admission.waits.record_answer(row.output_length)
         self.scheduler.remove(row)
 
     def _report_unscheduled(self) -> list[Chunk]:

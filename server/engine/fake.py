@@ -20,6 +20,7 @@ import zmq.asyncio
 from server import messages as m
 from server.adapters.sites import Base, encode_base
 from server.engine.scheduling.capacity import TenantLoad, refusal
+from server.engine.scheduling.wait_estimate import late
 
 STATS_SECONDS = 0.2
 
@@ -37,6 +38,7 @@ class Behaviour:
     error: tuple[str, str] = ("non_finite_logits", "The adapter produced a value that is not finite.")
     refuse: tuple[str, str, str | None] | None = None  # the answer to every Check
     facts: dict[str, float | int | str] = field(default_factory=lambda: {"parameters": 1})
+    wait_seconds: float = 0.0  # that a new row would wait for its first token
     mute: bool = False  # receive commands but send nothing
     step_age_and_bound: tuple[float, float] = (0.0, 300.0)  # seconds, for Beat
 
@@ -125,7 +127,9 @@ class FakeEngine:
         counts = Counter((row.tenant, row.weight) for row in self._commands.values())
         loads = {tenant: TenantLoad(count, weight) for (tenant, weight), count in counts.items()}
         capacity = self.limits["max_seqs"] + self.limits["max_queue"]
-        if error := refusal(rows[0].tenant, len(rows), rows[0].weight, loads, capacity):
+        error = refusal(rows[0].tenant, len(rows), rows[0].weight, loads, capacity)
+        error = error or late(rows[0], self.behaviour.wait_seconds, time.time())
+        if error:
             for row in rows:
                 self._queue(peer, m.Chunk.failure(row.id, error))
             return
@@ -228,7 +232,7 @@ class FakeEngine:
 
     async def _report(self) -> None:
         while True:
-            gauges = {"running": float(len(self._rows)), "waiting": 0.0, "kv_usage": 0.0}
+            gauges = {"running": float(len(self._rows)), "waiting": 0.0, "kv_usage": 0.0, "fairness_gap": 0.0}
             counters = {"generation_tokens": float(self._generated), "prompt_tokens": 0.0}
             for peer in list(self._peers):
                 await self._send(peer, m.Stats(self.boot, gauges, counters))

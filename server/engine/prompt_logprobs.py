@@ -99,12 +99,11 @@ class PromptScorer:
             (row, len(list(group))) for row, group in groupby(targets, lambda target: target.row)
         )
         places, tokens = upload([[t.place for t in targets], [t.token for t in targets]], hidden.device)
-        logits = self._head.logits(hidden[places]).float()
-        total = logits.logsumexp(dim=-1, keepdim=True)
-        own = logits.gather(-1, tokens[:, None])
-        best = logits.topk(min(count, logits.shape[-1]), dim=-1)
-        # the same subtraction for both, so that the likeliest token has the same number in either place
-        return (own - total)[:, 0], (logits > own).sum(dim=-1) + 1, best.indices, best.values - total
+        # as the sampler and transformers compute them: another formula differs in the fifth digit
+        logprobs = self._head.logits(hidden[places]).float().log_softmax(dim=-1)
+        own = logprobs.gather(-1, tokens[:, None])
+        best = logprobs.topk(min(count, logprobs.shape[-1]), dim=-1)
+        return own[:, 0], (logprobs > own).sum(dim=-1) + 1, best.indices, best.values
 
 
 def _as_bytes(part: torch.Tensor) -> bytes:

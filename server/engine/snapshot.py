@@ -25,6 +25,7 @@ def stats(engine: Engine, boot: str) -> Stats:
         "running": len(engine.scheduler.running),
         "waiting": engine.scheduler.waiting,
         "kv_usage": engine.blocks.usage,
+        "fairness_gap": engine.scheduler.queues.relative_gap(),
         "slots_used": len(engine.cache.by_digest),
         "slots_total": engine.cache.slots,
     }

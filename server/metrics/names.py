@@ -45,7 +45,8 @@ API: Mapping[str, Family] = {
     "failures": counter("polypeft_request_failures", "Generations ended by an error", code=()),
     "rejections": counter(
         "vllm:admission_rejections",
-        "Generations refused at the door; quota: any request beyond a tenant's limit",
+        "Generations refused at the door; deadline: the wait would be longer; quota: any request beyond a "
+        "tenant's limit",
         reason=REJECTIONS,
     ),
     "rate_limited": counter("polypeft_rate_limited", "Refused by a tenant's rate limits", limit=RATES),

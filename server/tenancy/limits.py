@@ -1,6 +1,6 @@
 """Limits of a tenant, of its keys and adapters: the records, the server's defaults, and what is in force.
 
-A further limit is a field here, and of a body of api/http/limit_bodies.py and an option of `polypeft tenants
+A further limit is a field here, and of a body of api/routes/own_limits.py and an option of `polypeft tenants
 limits` (cli/commands/limits.py), which set it; its default, if it has one, is an option of settings.py. What
 counts requests and tokens is decided in rate_limits.py and its Lua, and answered by api/http/rate_limits.py;
 what is kept or trained, by the registry, the files and the jobs, which ask `LimitRecords.in_force`. Knows no
@@ -8,17 +8,17 @@ storage.
 """
 
 from collections.abc import Awaitable, Callable
-from typing import Literal, NamedTuple, Self, TypeVar
+from typing import NamedTuple, Self, TypeVar
 
 import msgspec
 
+from server.messages import Priority
 from server.settings import Settings
 
 LIMITS = "pp:limits"
 KEY_LIMITS = f"{LIMITS}:keys"
 ADAPTER_LIMITS = f"{LIMITS}:adapters:"  # before a tenant's id
 AnyLimits = TypeVar("AnyLimits", bound="RequestLimits")
-Priority = Literal["interactive", "standard", "batch"]  # the most urgent first
 
 
 class RequestLimits(msgspec.Struct, frozen=True, omit_defaults=True):

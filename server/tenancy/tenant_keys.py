@@ -12,6 +12,7 @@ import asyncio
 import logging
 import secrets
 import time
+from contextlib import suppress
 
 import msgspec
 from redis.asyncio import Redis
@@ -29,6 +30,7 @@ KEYS = "pp:keys"
 OPERATOR_ID = "operator"
 MAX_KEYS = 100  # of a tenant; expired ones make room
 LAST_USED_SECONDS = 60.0
+LAST_WRITE_SECONDS = 1.0  # of a process that ends
 MAX_OVERLAP_SECONDS = 30 * 86_400
 
 
@@ -152,7 +154,9 @@ class TenantKeys:
                 await asyncio.sleep(LAST_USED_SECONDS)
                 await self.write_last_used()
         finally:
-            await self.write_last_used()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(LAST_WRITE_SECONDS):
+                    await self.write_last_used()
 
     async def write_last_used(self) -> None:
         """Write the last use of every key that was used since the last call: one call of Valkey for all."""

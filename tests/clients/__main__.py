@@ -27,6 +27,7 @@ from tests.fixtures.models import CACHE, make_lora
 
 HERE = Path(__file__).parent
 BROWSERS = ("chromium-headless-shell", "chromium", "google-chrome")
+PATIENCE = "--virtual-time-budget=60000"  # ms, in which the time of requests does not count
 SECONDS = 600  # for one client: a model of 135M on whatever cores are left
 Results = dict[str, str | None]  # by feature: the fault, None if there was none
 
@@ -168,7 +169,7 @@ def in_a_browser(environment: dict[str, str]) -> dict[str, Results]:
         Thread(target=pages.serve_forever, daemon=True).start()
         try:
             address = f"http://localhost:{pages.server_port}/page.html"
-            shell = [browser, "--headless", "--no-sandbox", "--dump-dom", "--timeout=300000", address]
+            shell = [browser, "--headless", "--no-sandbox", "--dump-dom", PATIENCE, address]
             shown = subprocess.run(shell, capture_output=True, text=True, timeout=SECONDS, check=False).stdout
         finally:
             pages.shutdown()

@@ -4,17 +4,21 @@ import re
 from pathlib import Path
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "compatibility.md"
-BEGIN, END = "<!-- table: make clients -->", "<!-- end of the table -->"
+MARK = "clients"
 FIRST = ("chat", "adapter", "stream", "structured output", "tools", "responses")
 OTHERS = "also"
 
 
 def write_table(rows: dict[str, dict[str, str | None]]) -> None:
     """Write the table between its marks in the document."""
-    text = DOCUMENT.read_text()
-    head, rest = text.split(BEGIN, 1)
-    _, tail = rest.split(END, 1)
-    DOCUMENT.write_text(f"{head}{BEGIN}\n{table(rows)}{END}{tail}")
+    DOCUMENT.write_text(replaced(DOCUMENT.read_text(), MARK, table(rows)))
+
+
+def replaced(text: str, mark: str, new: str) -> str:
+    """`text` with `new` between the marks of this name."""
+    begin, end = f"<!-- begin {mark} -->", f"<!-- end {mark} -->"
+    head, rest = text.split(begin, 1)
+    return f"{head}{begin}\n{new}{end}{rest.split(end, 1)[1]}"
 
 
 def table(rows: dict[str, dict[str, str | None]]) -> str:

@@ -25,7 +25,7 @@ system.COMMANDS["worker"] = (sys.executable, "-c", {worker!r})
 from server.cli.main import main
 main()
 """
-START_SECONDS = 180.0
+START_SECONDS = 300.0
 STOP_SECONDS = 60.0
 READY = re.compile(r"is ready at (\S+)/v1$", re.MULTILINE)
 CHILDREN = {

@@ -7,9 +7,10 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import FailFast, Field, ValidationInfo, WithJsonSchema, field_validator, model_validator
 
-from server.api.generation.structured_outputs import StructuredBody
 from server.api.http.body_model import Body, Metadata, at_most, caps
+from server.api.structured_output.structured_outputs import StructuredBody
 from server.errors import InvalidField, shown
+from server.messages import Priority
 
 INT32 = 2**31 - 1
 INT64 = 2**63 - 1
@@ -76,11 +77,13 @@ class SamplingBody(StructuredBody):
     ignore_eos: bool = False
     stream: bool = False
     stream_options: StreamOptions | None = None
+    # the priority class, see priority.py
+    service_tier: Literal["auto", "default", "flex", "scale", "priority"] | None = None
+    priority: Priority | Annotated[int, Field(ge=-INT32, le=INT32)] | None = None
     # taken and without effect: they change no output
     user: str | None = None
     metadata: Metadata | None = None
     store: bool = False  # nothing is kept
-    service_tier: Literal["auto", "default", "flex", "scale", "priority"] | None = None
     request_id: Annotated[str, Field(max_length=512)] | None = None
     spaces_between_special_tokens: Literal[True] = True
     length_penalty: Annotated[float, Field(ge=1, le=1)] = 1.0

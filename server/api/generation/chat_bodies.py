@@ -1,12 +1,12 @@
 """The body of chat completions: messages and response_format, beside the fields of SamplingBody."""
 
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, FailFast, Field, ValidationInfo, field_validator, model_validator
-from pydantic_core import PydanticCustomError
 
 from server.api.generation.bodies import CHANGES_OUTPUT, Count, SamplingBody
 from server.api.http.body_model import Body, at_most, at_most_entries, caps
+from server.api.structured_output.structured_outputs import ResponseFormat
 from server.errors import InvalidField
 
 MAX_ANNOTATIONS = 256
@@ -50,7 +50,7 @@ class Message(Body):
     )
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[Content | None, Field(validate_default=True)] = None
+    content: Content
     name: str | None = None  # not shown to the model: its template does not use it
     refusal: str | None = None
     # of an earlier answer that a client sends back: not shown to the model
@@ -62,11 +62,7 @@ class Message(Body):
 
     @field_validator("content", mode="before")
     @classmethod
-    def _content(cls, value: Any, info: ValidationInfo) -> Any:
-        if value is None:
-            if info.data.get("role") == "assistant":
-                return None
-            raise PydanticCustomError("missing", "Field required")
+    def _content(cls, value: Any) -> Any:
         parts = value if isinstance(value, list) else []
         known = all(isinstance(p, dict) and p.get("type") in ("text", "refusal") for p in parts)
         if not known or not isinstance(value, str | list):
@@ -80,35 +76,13 @@ class Message(Body):
             return "".join(p.text if isinstance(p, TextPart) else p.refusal for p in self.content)
         return self.content or self.refusal or ""
 
-
-class SchemaHolder(Body):
-    """`json_schema` of a response_format. The schema is enforced with `strict: false` too."""
-
-    name: Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[a-zA-Z0-9_-]+$")] | None = None
-    description: str | None = None
-    schema_: Annotated[dict[str, Any], Field(alias="schema")]  # see response_format.py
-    strict: bool | None = None
-
-
-class ResponseFormat(Body):
-    """What the answer must look like; response_format.py turns it into a grammar."""
-
-    type: Literal["text", "json_object", "json_schema"]
-    schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None  # llama.cpp's, of a json_object
-    json_schema: SchemaHolder | None = None
-
-    @model_validator(mode="after")
-    def _combinations(self) -> Self:
-        place = "response_format"
-        if self.schema_ is not None and self.type != "json_object":
-            raise InvalidField(f"{place}.schema needs the type json_object, not {self.type}.", param=place)
-        if self.json_schema is not None and self.type != "json_schema":
-            raise InvalidField(
-                f"{place}.json_schema needs the type json_schema, not {self.type}.", param=place
-            )
-        if self.json_schema is None and self.type == "json_schema":
-            raise InvalidField(f"{place}.json_schema is required.", param=place, code="missing_field")
-        return self
+    @model_validator(mode="before")
+    @classmethod
+    def _empty_answer(cls, data: Any) -> Any:
+        """An answer without content, such as a refusal, comes back so."""
+        if isinstance(data, dict) and data.get("role") == "assistant" and data.get("content") is None:
+            return data | {"content": ""}
+        return data
 
 
 class ChatBody(SamplingBody):

@@ -15,6 +15,7 @@ from server.api.generation.bodies import INT64, SamplingBody
 from server.api.generation.choice import Choice
 from server.api.generation.generation import Generation
 from server.api.generation.model_selection import Target
+from server.api.generation.priority import priority_of
 from server.api.generation.prompts import fit_max_tokens
 from server.api.http.body_model import at_most
 from server.api.http.rate_limits import RateLimitedRequest
@@ -57,11 +58,13 @@ async def build_generation(
 
     The rows of a prompt after its first wait for the first, whose KV blocks they share.
     """
-    allowances = await _allowances(request, target)
+    caller: Caller = request.state.caller
+    allowances = await _allowances(caller, request.state.rates, target)
     context, vocabulary = max_context(deps, allowances), deps.base.vocab_size
     whose = "The model's context" if context == deps.max_context else "max_context, your limit,"
     n = options.best_of or body.n
     default_max_tokens = _affordable(tightest(allowances, "tokens_per_minute"), options, n)
+    priority = priority_of(body, caller.limits.priority)
     deadline = time.time() + _timeout(request, deps.settings.request_seconds)
     request_id = f"{options.prefix}-{secrets.token_hex(16)}"
     seed = secrets.randbits(63) if body.seed is None else body.seed
@@ -91,6 +94,7 @@ async def build_generation(
                 adapters=target.adapters,
                 deadline=deadline,
                 weight=tenant.weight,
+                priority=priority,
                 after=f"{request_id}-{first}" if i else None,
             )
             for i in range(n)
@@ -111,10 +115,8 @@ def _choice(tokenizer: Tokenizer, body: SamplingBody, index: int, *, shows_end: 
     )
 
 
-async def _allowances(request: Request, target: Target) -> list[Allowance]:
+async def _allowances(caller: Caller, rates: RateLimitedRequest | None, target: Target) -> list[Allowance]:
     """Whose limits hold: the tenant's, the key's, the adapters'."""
-    caller: Caller = request.state.caller
-    rates: RateLimitedRequest | None = request.state.rates
     if rates is None:
         return caller.allowances
     if caller.adapters_limited:

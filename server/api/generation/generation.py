@@ -10,7 +10,7 @@ from server.api.generation.choice import Choice, Piece
 from server.api.generation.model_selection import Target
 from server.api.http.rate_limits import RateLimitedRequest
 from server.api.services import Services
-from server.errors import EngineLost, PolypeftError, QueueFull, TenantQueueFull
+from server.errors import DeadlineUnreachable, EngineLost, PolypeftError, QueueFull, TenantQueueFull
 from server.messages import Chunk, Generate, PromptLogprobs
 from server.tracing import RowTrace, annotate
 
@@ -122,9 +122,10 @@ class _RequestMetrics:
 
     async def __aexit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
         """Count the choices that have not finished, and why the request ended."""
-        if isinstance(error, QueueFull | TenantQueueFull):  # a 429 is counted by its status
-            if isinstance(error, QueueFull):
-                self._metrics.count("rejections", "queue_full")
+        if isinstance(error, QueueFull | DeadlineUnreachable):
+            self._metrics.count("rejections", "queue_full" if isinstance(error, QueueFull) else "deadline")
+            return
+        if isinstance(error, TenantQueueFull):  # a 429 is counted by its status
             return
         failed = isinstance(error, PolypeftError)
         if isinstance(error, PolypeftError):

@@ -16,6 +16,7 @@ from server.errors import (
     NotFound,
     PolypeftError,
     RateLimited,
+    Unavailable,
     disk_error,
     shown,
 )
@@ -33,7 +34,7 @@ def error_response(error: PolypeftError) -> Response:
     headers = {}
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
-    if isinstance(error, RateLimited):
+    if isinstance(error, RateLimited | Unavailable) and error.status in {429, 503}:
         headers |= _retry_headers(error.wait)
     elif error.status in {429, 503}:
         headers["Retry-After"] = str(RETRY_AFTER_SECONDS)

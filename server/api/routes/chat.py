@@ -14,14 +14,14 @@ from server.api.generation.json_objects import add_logprobs, chat_logprobs, usag
 from server.api.generation.model_selection import resolve
 from server.api.generation.prompt_logprobs import vllm_prompt_logprobs
 from server.api.generation.prompts import chat_prompt, kept_tokens, last
-from server.api.generation.response_format import grammar_for
-from server.api.generation.structured_grammar import structured_grammar
 from server.api.http.dependencies import CurrentTenant, Deps, current_tenant, sticky_key
 from server.api.http.error_responses import json_response
 from server.api.http.json_body import json_body
 from server.api.http.rate_limits import rate_limited
 from server.api.http.streaming import open_stream, while_connected
 from server.api.schema.objects import STREAM, ChatCompletion
+from server.api.structured_output.response_format import grammar_for
+from server.api.structured_output.structured_grammar import structured_grammar
 
 router = APIRouter(dependencies=[Depends(current_tenant), Depends(rate_limited)])
 

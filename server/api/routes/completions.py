@@ -15,13 +15,13 @@ from server.api.generation.likelihood import Likelihood, likeliest
 from server.api.generation.model_selection import resolve
 from server.api.generation.prompt_logprobs import echo_logprobs, vllm_prompt_logprobs
 from server.api.generation.prompts import completion_prompts, kept_tokens
-from server.api.generation.structured_grammar import structured_grammar
 from server.api.http.dependencies import CurrentTenant, Deps, current_tenant, sticky_key
 from server.api.http.error_responses import json_response
 from server.api.http.json_body import json_body
 from server.api.http.rate_limits import rate_limited
 from server.api.http.streaming import open_stream, while_connected
 from server.api.schema.objects import STREAM, Completion
+from server.api.structured_output.structured_grammar import structured_grammar
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
 

@@ -27,9 +27,8 @@ MAX_PAGE = 10_000
 EXPIRES_FIELDS = ("expires_after[anchor]", "expires_after[seconds]")
 FORM = form(
     "file",
+    {"purpose": "fine-tune"} | dict(zip(EXPIRES_FIELDS, ("created_at", "3600 to 2592000"), strict=True)),
     required=("purpose",),
-    purpose="fine-tune",
-    **dict(zip(EXPIRES_FIELDS, ("created_at", "3600 to 2592000"), strict=True)),
 )
 
 

@@ -20,6 +20,7 @@ from server.api.fine_tuning.json_objects import (
     job_object,
     number_in,
 )
+from server.api.http.audited import Change
 from server.api.http.body_model import Body, Metadata
 from server.api.http.dependencies import CurrentChange, CurrentTenant, Deps, current_tenant
 from server.api.http.error_responses import json_response
@@ -84,7 +85,7 @@ async def create_job(
     deps.refuse_if_draining()
     idempotency = _idempotency(request, body)
     if idempotency and (job := await deps.jobs.find_same(tenant.id, idempotency)):
-        return _created(job)
+        return _created(job, change)
     if body.model != deps.base.id:
         raise InvalidField(
             f"model must be the base {shown(deps.base.id)}, not {shown(body.model)}.", param="model"
@@ -95,14 +96,13 @@ async def create_job(
     async with deps.dataset_check_lock.acquire(tenant.id, deps.settings.request_seconds):
         # the same request may have come twice at once
         if idempotency and (job := await deps.jobs.find_same(tenant.id, idempotency)):
-            return _created(job)
+            return _created(job, change)
         reports = await dataset_check.check(deps, data, recipe.max_tokens)
     recipe = _recipe(deps, body, recipe.seed, reports["training_file"].examples)
     stats = {param: dataset_check.dataset_stats(report) for param, report in reports.items()}
     events = [_data_event(param, counts) for param, counts in stats.items()]
     fixed = _fixed_part(deps, tenant, body, name, recipe, stats)
-    change.of(fixed.id, adapter=fixed.name, training_file=fixed.training_file)
-    return _created(await deps.jobs.create(fixed, idempotency, *events))
+    return _created(await deps.jobs.create(fixed, idempotency, *events), change)
 
 
 @router.get("", response_model=JobList)
@@ -187,7 +187,8 @@ async def list_checkpoints(
     return list_page([checkpoint_object(job, checkpoint) for checkpoint in checkpoints], limit)
 
 
-def _created(job: Job) -> Response:
+def _created(job: Job, change: Change) -> Response:
+    change.of(job.id, adapter=job.name, training_file=job.training_file)
     return json_response(job_object(job), headers={"Location": f"{router.prefix}/{job.id}"})
 
 

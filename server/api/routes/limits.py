@@ -3,7 +3,6 @@
 from fastapi import APIRouter, Depends, Response
 
 from adapters_store.upload_records import LIFE_SECONDS
-from server.api.generation import response_format
 from server.api.generation.engine_requests import MAX_PROMPT_LOGPROBS, max_context
 from server.api.http import connection
 from server.api.http.body_model import MAX_METADATA
@@ -12,6 +11,7 @@ from server.api.http.error_responses import json_response
 from server.api.http.request_limits import max_body_bytes, max_prompt_chars
 from server.api.routes import completions, uploads
 from server.api.routes.adapters import adapters
+from server.api.structured_output import response_format
 from server.finetune.jobs.jobs import IDEMPOTENCY_SECONDS
 from server.tenancy.limits import tightest
 from server.tenancy.tenant_keys import MAX_KEYS

@@ -16,9 +16,10 @@ from server.api.http.error_responses import json_response
 from server.api.http.etags import MatchOnly, etag_header
 from server.api.http.json_body import json_body
 from server.api.services import Services
+from server.messages import Priority
 from server.settings import MAX_BYTES_LIMIT, MAX_LIMIT
 from server.tenancy.limit_records import Stored
-from server.tenancy.limits import Limits, Priority, RequestLimits
+from server.tenancy.limits import Limits, RequestLimits
 from server.tenancy.tenants import Tenant
 
 router = APIRouter(prefix="/v1", dependencies=[Depends(current_tenant)])

@@ -19,9 +19,9 @@ from server import __version__
 from server.api.http.dependencies import KEY_HEADERS, current_tenant
 from server.api.http.etags import condition, match_only
 from server.api.http.rate_limits import rate_limited
-from server.errors import PolypeftError
+from server.errors import PolypeftError, StartupError
 
-Refs = dict[type[BaseModel], Any]
+Refs = dict[Any, Any]  # by model
 REF = "#/components/schemas/{model}"
 ALWAYS = (400, 408, 414, 431, 500, 503)
 WITH_KEY = (401, 403, 404)
@@ -87,7 +87,7 @@ def openapi(routers: Sequence[APIRouter]) -> dict[str, Any]:
         for limited in ((False, True) if status == 429 else (False,))
     }
     for route in routes:
-        for method in route.methods:
+        for method in route.methods or ():
             _complete(document["paths"][route.path_format][method.lower()], method, route, refs)
     return document
 
@@ -152,7 +152,8 @@ def _error_name(status: int, limited: bool) -> str:
 
 
 def _error(status: int, limited: bool) -> dict[str, Any]:
-    codes = sorted({kind.code for kind in _kinds(PolypeftError) if kind.status == status})
+    kinds = [kind for kind in _kinds(PolypeftError) if not issubclass(kind, StartupError)]
+    codes = sorted({kind.code for kind in kinds if kind.status == status})
     return {
         "description": f"{HTTPStatus(status).phrase}: {', '.join(codes)}",
         "headers": REQUEST_ID | STATUS_HEADERS.get(status, {}) | (RATES if limited and status == 429 else {}),

@@ -6,7 +6,7 @@ from typing import Any
 
 from server.engine.scheduling.kv_blocks import BLOCK
 from server.engine.scheduling.prompt_lookup import PromptLookup
-from server.messages import AdapterRef, Generate, Timing, Use
+from server.messages import PRIORITIES, AdapterRef, Generate, Timing, Use
 
 
 @dataclass(eq=False)
@@ -37,6 +37,8 @@ class Row:
     cached_tokens: int = 0  # prompt tokens found in the prefix cache when the row first ran
     charged_tokens: int = 0  # leading prompt tokens that its tenant has been charged for
     length_at_start: int = 0  # len(tokens) when the row last entered the batch
+    level: int = field(init=False)  # its priority class, an index of PRIORITIES; ageing may raise it
+    held: bool = False  # waits for an adapter or a sibling: it could not start if there were room
     admitted: bool = False  # has run before; it may have been preempted since
     num_scored: int = 0  # leading tokens whose prompt logprobs have been delivered
     sampled: bool = False  # has had finite logits: its blocks may be shared
@@ -55,6 +57,7 @@ class Row:
     cold_start: bool = False  # has waited for the load of an adapter
 
     def __post_init__(self) -> None:
+        self.level = PRIORITIES.index(self.command.priority)
         single = self.command.adapter
         self.uses = (Use(single),) if single else self.command.adapters
 

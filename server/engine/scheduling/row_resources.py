@@ -112,6 +112,21 @@ class RowResources:
         """Tokens that the row may grow by before other rotary frequencies apply to it."""
         return min((s - row.length for s in self.rope_switches if s >= row.length), default=self.max_context)
 
+    def cache_blocks(self, row: Row) -> None:
+        """Put the row's computed full blocks into the prefix cache; those before the last in it are there."""
+        hashes = block_hashes(row.salt, row.tokens, row.hashes)
+        for i in range(row.computed // BLOCK - 1, -1, -1):
+            if row.blocks[i] in self.blocks.hash_of:
+                break
+            self.blocks.cache(row.blocks[i], hashes[i])
+
+    def take_uncharged_bytes(self, slots: Sequence[int]) -> int:
+        """Bytes of the adapters in these slots whose load no tenant has been charged for until now."""
+        loaded = [self.cache.by_slot[slot] for slot in slots if not self.cache.by_slot[slot].charged]
+        for resident in loaded:
+            resident.charged = True
+        return sum(resident.nbytes for resident in loaded)
+
     def discard_kv(self, row: Row) -> None:
         """Drop the K/V of a running row that has grown past a RoPE switch: all are computed again."""
         self.blocks.release(row.blocks)

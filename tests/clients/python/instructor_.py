@@ -17,7 +17,7 @@ class City(BaseModel):
 def extracted(mode, model=MODEL):
     maker = instructor.from_openai(client, mode=mode)
     return maker.chat.completions.create(
-        model=model, messages=ASK, response_model=City, max_retries=1, max_tokens=80
+        model=model, messages=ASK, response_model=City, max_retries=1, max_tokens=200
     )
 
 

@@ -38,11 +38,13 @@ MAX_PAGE = 100
 MAX_EVALUATIONS = 20
 ADAPTER_FORM = form(
     "files",
+    {
+        "name": "The adapter's name; one that exists gets a new version.",
+        "sha256": "Of the weights file.",
+        "allow_noop": "true: also an adapter that changes no output.",
+    },
     many=True,
     required=("name",),
-    name="The adapter's name; one that exists gets a new version.",
-    sha256="Of the weights file.",
-    allow_noop="true: also an adapter that changes no output.",
 )
 
 

@@ -18,7 +18,7 @@ ASKED = "authorization,content-type,x-stainless-lang,x-stainless-retry-count,x-s
 
 @pytest.fixture(scope="module")
 def open_system(valkey_url: str) -> Iterator[System]:
-    with started(valkey_url, allowed_origins=f"{PAGE}, http://localhost:3000") as it:
+    with started(valkey_url, allowed_origins=f"{PAGE}, http://localhost:3000", docs=False) as it:
         yield it
 
 
@@ -103,6 +103,10 @@ def test_a_stream_is_not_buffered(page: httpx.Client, open_system: System) -> No
     finally:
         open_system.engine.behaviour.step_seconds = 0.0
     assert len(pieces) >= 3
+
+
+def test_the_schema_can_be_off(page: httpx.Client) -> None:
+    assert [page.get(path).status_code for path in ("/docs", "/openapi.json")] == [404, 404]
 
 
 def test_without_the_option_there_is_no_cors(http: httpx.Client, system: System, engine: FakeEngine) -> None:

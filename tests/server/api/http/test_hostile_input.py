@@ -184,17 +184,15 @@ def test_unknown_routes_and_methods_have_the_same_shape(http: httpx.Client) -> N
     refused(http.get("/"), 404)
     for method, path, allowed in (
         ("PUT", URL, "POST"),
-        ("PUT", "/v1/adapters", "GET, POST"),
-        ("PATCH", "/v1/models/toy", "GET, DELETE"),
-        ("HEAD", "/v1/files", "GET, POST"),
+        ("PUT", "/v1/adapters", "GET, POST, HEAD"),
+        ("PATCH", "/v1/models/toy", "GET, DELETE, HEAD"),
+        ("HEAD", URL, "POST"),
     ):
         answer = http.request(method, path)
         assert answer.status_code == 405
         assert answer.headers["allow"] == allowed
         if method != "HEAD":
             refused(answer, 405)
-    refused(http.get("/docs"), 404)
-    refused(http.get("/openapi.json"), 404)
 
 
 @pytest.mark.parametrize(

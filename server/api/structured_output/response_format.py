@@ -12,9 +12,9 @@ from anyio import fail_after
 from anyio.to_thread import run_sync
 from llguidance import LLMatcher, LLParserLimits
 
-from server.api.generation.chat_bodies import ResponseFormat
-from server.api.generation.schema_keywords import keywords, without_annotations
 from server.api.http.body_model import at_most
+from server.api.structured_output.schema_keywords import keywords, without_annotations
+from server.api.structured_output.structured_outputs import ResponseFormat
 from server.errors import InvalidField, shown
 
 MAX_SCHEMA_CHARS = 65_536

@@ -105,6 +105,13 @@ def test_each_change_of_a_tenant_is_there(system: System, http: httpx.Client, te
     assert weights["details"] == {"target": {"1": 1.0, "2": 3.0}}
 
 
+def test_a_request_that_came_before_names_the_same_job(http: httpx.Client) -> None:
+    file = send(http)
+    made = [create(http, file, headers={"Idempotency-Key": "once"}).json()["id"] for _ in range(2)]
+    assert [entry["target"] for entry in log(http, action="job.create")] == made
+    assert len(set(made)) == 1
+
+
 def test_what_is_refused_is_there_with_the_reason(system: System, http: httpx.Client) -> None:
     reader = http.post("/v1/keys", json={"scopes": ["read"]}).json()
     with system.http(reader["secret"]) as limited:

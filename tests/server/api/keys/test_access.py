@@ -11,12 +11,13 @@ from typing import Any
 import httpx
 import pytest
 
-from server.api.access import ROUTES
+from server.api.access import ROUTES, access_to, check_scopes
+from server.errors import Forbidden
 from server.tenancy.key_terms import ALL_SCOPES, KeyInfo
 from server.tenancy.tenant_keys import TenantKeys, new_key_id
 from tests.server.api.conftest import System, lora_files, started, upload
 from tests.server.api.fine_tuning.training import create, send
-from tests.server.api.test_auth import OPERATORS, PUBLIC, filled, routes
+from tests.server.api.keys.test_auth import OPERATORS, PUBLIC, filled, routes
 
 Route = tuple[str, str]
 EVERY_SCOPE = frozenset(ALL_SCOPES)
@@ -100,6 +101,16 @@ def ask(
 
 def test_every_route_is_in_the_table_and_the_table_has_no_other(protected: list[Route]) -> None:
     assert {f"{method} {path}" for method, path in protected} == set(ROUTES)
+
+
+def test_a_route_that_the_table_does_not_have_takes_a_full_key_and_is_in_the_log() -> None:
+    reader = KeyInfo("key_x", 0, scopes=("read", "adapters", "fine-tune"))
+    for method, action in (("GET", ""), ("POST", "POST /v1/new"), ("DELETE", "DELETE /v1/new")):
+        access = access_to(method, "/v1/new")
+        assert access.action == action
+        check_scopes(KeyInfo("key_x", 0), access)
+        with pytest.raises(Forbidden, match="takes a key with all scopes"):
+            check_scopes(reader, access)
 
 
 def test_every_change_has_a_name_in_the_audit_log(protected: list[Route]) -> None:

@@ -9,11 +9,13 @@ import httpx
 import jsonschema
 import pytest
 
+from tests.clients.fields import fields_table
+from tests.clients.table import DOCUMENT as DOCUMENTATION
 from tests.server.api.conftest import System, upload
 from tests.server.api.fine_tuning.test_files import announced
 from tests.server.api.fine_tuning.training import Worker, create, send
 
-DOCUMENT = json.loads((Path(__file__).parents[2] / "golden" / "openai_schemas.json").read_text())
+DOCUMENT = json.loads((Path(__file__).parents[3] / "golden" / "openai_schemas.json").read_text())
 HELLO = [{"role": "user", "content": "hello"}]
 Check = Callable[[httpx.Response, str], dict[str, Any]]
 
@@ -100,3 +102,8 @@ def test_errors(http: httpx.Client, system: System, valid: Check) -> None:
     valid(http.get("/v1/files/nobody"), "ErrorResponse")
     with system.http("wrong") as anybody:
         valid(anybody.get("/v1/models"), "ErrorResponse")
+
+
+def test_the_table_of_fields_is_up_to_date() -> None:
+    """After a change of a body: python -m tests.clients.fields"""
+    assert fields_table() in DOCUMENTATION.read_text()

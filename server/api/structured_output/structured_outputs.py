@@ -1,4 +1,4 @@
-"""What an answer must match: vLLM's `structured_outputs`, also under its older names `guided_...`.
+"""What an answer must match: OpenAI's `response_format`, vLLM's `structured_outputs` and its `guided_...`.
 
 structured_grammar.py makes a grammar of it.
 """
@@ -13,6 +13,36 @@ from server.errors import InvalidField
 GUIDED = {"guided_json": "json", "guided_regex": "regex", "guided_choice": "choice"}
 _NO_GRAMMAR = "a grammar's language differs between servers; send json, regex or choice"
 _NO_WHITESPACE = "the white space between JSON tokens is bounded by the server"
+
+
+class SchemaHolder(Body):
+    """`json_schema` of a response_format. The schema is enforced with `strict: false` too."""
+
+    name: Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[a-zA-Z0-9_-]+$")] | None = None
+    description: str | None = None
+    schema_: Annotated[dict[str, Any], Field(alias="schema")]  # see response_format.py
+    strict: bool | None = None
+
+
+class ResponseFormat(Body):
+    """What the answer must look like; response_format.py turns it into a grammar."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None  # llama.cpp's, of a json_object
+    json_schema: SchemaHolder | None = None
+
+    @model_validator(mode="after")
+    def _combinations(self) -> Self:
+        place = "response_format"
+        if self.schema_ is not None and self.type != "json_object":
+            raise InvalidField(f"{place}.schema needs the type json_object, not {self.type}.", param=place)
+        if self.json_schema is not None and self.type != "json_schema":
+            raise InvalidField(
+                f"{place}.json_schema needs the type json_schema, not {self.type}.", param=place
+            )
+        if self.json_schema is None and self.type == "json_schema":
+            raise InvalidField(f"{place}.json_schema is required.", param=place, code="missing_field")
+        return self
 
 
 class StructuredOutputs(Body):

@@ -11,16 +11,15 @@ from anyio import fail_after
 from anyio.to_thread import run_sync
 from llguidance import LLMatcher
 
-from server.api.generation.chat_bodies import ResponseFormat, SchemaHolder
-from server.api.generation.response_format import (
+from server.api.http.body_model import at_most
+from server.api.structured_output.response_format import (
     ANY_OBJECT,
     COMPILE_SECONDS,
     LIMITS,
     MAX_SCHEMA_CHARS,
     grammar_for,
 )
-from server.api.generation.structured_outputs import StructuredOutputs
-from server.api.http.body_model import at_most
+from server.api.structured_output.structured_outputs import ResponseFormat, SchemaHolder, StructuredOutputs
 from server.errors import InvalidField, shown
 from server.json_reader import JsonError, read_json
 from server.messages import GRAMMAR_HEADER
