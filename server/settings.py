@@ -22,7 +22,7 @@ OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 SPINS = {"GOMP_SPINCOUNT": "3000"}
 MULTIPROCESS = "PROMETHEUS_MULTIPROC_DIR"
 ORIGIN = re.compile(r"https?://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[0-9]{1,5})?")
-MAX_LIMIT = 1_000_000_000  # of tenants' limits
+MAX_LIMIT, MAX_BYTES_LIMIT = 10**9, 1 << 50  # of tenants' limits; the latter on bytes
 LONGEST_RUN_DIR = 90  # bytes; leaves room for a socket's own name
 
 
@@ -148,9 +148,9 @@ class Settings(BaseSettings):
     max_header_bytes: int = Field(default=8 * MiB, ge=1024)
     """Bytes of a safetensors header."""
     max_adapters_per_tenant: int = Field(default=10_000, ge=1)
-    """Adapters a tenant may keep."""
+    """Adapters a tenant may keep, unless it has a limit of its own."""
     max_adapter_bytes_per_tenant: int = Field(default=65536 * MiB, ge=1024)
-    """Bytes of all versions a tenant may keep; deleted ones count until they are purged."""
+    """Bytes of all its versions, likewise; deleted ones count until they are purged."""
     max_pins_per_tenant: int = Field(default=4, ge=0)
     """Adapters a tenant may pin to the device."""
     max_file_bytes: int = Field(default=64 * MiB, ge=1024)
@@ -158,17 +158,23 @@ class Settings(BaseSettings):
     max_files_per_tenant: int = Field(default=1000, ge=1)
     """Files a tenant may keep."""
     max_files_bytes_per_tenant: int = Field(default=4096 * MiB, ge=1024)
-    """Bytes of all files a tenant may keep."""
+    """Bytes of all files a tenant may keep, unless it has a limit of its own."""
     max_uploads_per_tenant: int = Field(default=8, ge=1)
     """Chunked uploads a tenant may have open."""
     max_jobs_per_tenant: int = Field(default=8, ge=1)
-    """Unfinished fine-tuning jobs a tenant may have."""
+    """Unfinished fine-tuning jobs a tenant may have, unless it has a limit of its own."""
     requests_per_minute: int | None = Field(default=None, ge=1, le=MAX_LIMIT)
     """Generation requests a minute of a tenant that has no limit of its own; without it, no limit."""
     tokens_per_minute: int | None = Field(default=None, ge=1, le=MAX_LIMIT)
     """Tokens a minute, prompts and answers, of such a tenant; without it, no limit."""
     concurrent_requests: int | None = Field(default=None, ge=1, le=MAX_LIMIT)
     """Generation requests of such a tenant at once; without it, no limit."""
+    queued_tokens: int | None = Field(default=None, ge=1, le=MAX_LIMIT)
+    """Tokens of such a tenant's requests that wait for their first; without it, no limit."""
+    training_tokens_per_day: int | None = Field(default=None, ge=0, le=MAX_LIMIT)
+    """Tokens a day that such a tenant's jobs may train on; without it, no limit."""
+    outage_seconds: float = Field(default=60.0, ge=0, le=3600)
+    """How long keys and adapters that were used lately are served while Valkey is away; 0: not at all."""
     max_training_examples: int = Field(default=100_000, ge=1)
     """Examples of a training file."""
     max_training_tokens: int = Field(default=20_000_000, ge=1)

@@ -135,7 +135,13 @@ ROOMS: dict[str, set[str]] = {
     "server.usage": {"adapters_store"},
     "server.finetune": {"server.adapters.formats"},
     "server.finetune.data": {"server.base_model", "server.finetune"},
-    "server.finetune.jobs": {"server.finetune", "server.files", "server.usage", *STORE},
+    "server.finetune.jobs": {
+        "server.finetune",
+        "server.files",
+        "server.tenancy",
+        "server.usage",
+        *STORE,
+    },
     "server.finetune.modeling": {
         "server.engine.cpu",
         "server.engine.model",

@@ -31,6 +31,7 @@ from adapters_store.valkey import store_errors
 MAX_ROLLBACKS = 10  # of one alias
 
 VersionState = Literal["live", "deleted", "none"]
+Found = tuple[AliasTarget | None, dict[int, Version]]
 
 
 class Index:
@@ -163,9 +164,7 @@ class Index:
             lua_changes.RESTORE, (tenant, name), actor, selected, max_adapters, max_versions, max_aliases
         )
 
-    async def find(
-        self, tenant: str, name: str, selector: int | str
-    ) -> tuple[AliasTarget | None, dict[int, Version]]:
+    async def find(self, tenant: str, name: str, selector: int | str) -> Found:
         """An alias's target (None for a version number) and the versions it names, in one round trip."""
         kind = "alias" if isinstance(selector, str) else "version"
         keys = adapter_keys(tenant, name)[:2]

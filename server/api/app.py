@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI
 
 from adapters_store.object_store.store import Objects
+from adapters_store.outage import LastAnswers, Outage
 from adapters_store.registry.identity import prove_identity_in_time
 from adapters_store.registry.presigned_uploads import PresignedUploads
 from adapters_store.registry.registry import Registry
@@ -31,6 +32,7 @@ from server.api.routes import (
     health,
     limits,
     models,
+    own_limits,
     tokenize,
     uploads,
     usage,
@@ -56,6 +58,7 @@ from server.finetune.jobs.publisher import Publisher
 from server.metrics import Metrics
 from server.settings import Settings, multiprocess_dir
 from server.tenancy.keys import operator_key
+from server.tenancy.limit_records import LimitRecords
 from server.tenancy.limits import Limits
 from server.tenancy.pins import Pins
 from server.tenancy.rate_limits import RateLimits
@@ -82,6 +85,7 @@ ROUTERS = (
     fine_tuning,
     vllm_lora,
     limits,
+    own_limits,
     own_keys,
     audit,
     tenants,
@@ -198,12 +202,10 @@ def build_services(settings: Settings) -> Services:
     objects = Objects.open(settings.store_url, settings.store_config)
     objects.on_call = metrics.on_store_call
     metrics.breaker = lambda: objects.breaker.state
-    tenant_files = FileStore(
-        redis,
-        objects,
-        max_files=settings.max_files_per_tenant,
-        max_bytes=settings.max_files_bytes_per_tenant,
-    )
+    outage = Outage()
+    records = LimitRecords(redis, Limits.defaults(settings), LastAnswers(outage, settings.outage_seconds))
+    max_files = settings.max_files_per_tenant
+    tenant_files = FileStore(redis, objects, max_files=max_files, limits_of=records.in_force)
     return Services(
         settings=settings,
         operator_secret=operator_key(settings),
@@ -213,14 +215,14 @@ def build_services(settings: Settings) -> Services:
         registry=Registry(
             objects,
             redis,
-            settings.max_adapters_per_tenant,
-            max_bytes=settings.max_adapter_bytes_per_tenant,
+            records.in_force,
+            last=LastAnswers(outage, settings.outage_seconds),
             keep_versions=settings.keep_versions,
             retention_seconds=settings.retention_seconds,
             grace_seconds=settings.grace_seconds,
         ),
         methods=build_readers(settings.max_lora_rank),
-        tenants=Tenants(redis, Limits.defaults(settings)),
+        tenants=Tenants(redis, records.defaults, LastAnswers(outage, settings.outage_seconds)),
         audit=AuditLog(redis, settings.audit_days, settings.audit_entries),
         engine=engine,
         metrics=metrics,
@@ -234,8 +236,9 @@ def build_services(settings: Settings) -> Services:
             max_pending=settings.max_uploads_per_tenant,
         ),
         presigned_uploads=PresignedUploads(redis, settings.max_uploads_per_tenant),
-        jobs=Jobs(redis, settings.max_jobs_per_tenant),
+        jobs=Jobs(redis, records.in_force),
         pins=Pins(redis, settings.max_pins_per_tenant),
-        rate_limits=RateLimits(redis),
+        rate_limits=RateLimits(redis, outage=outage, processes=settings.api_processes),
+        limits=records,
         ledger=Ledger(Counts(redis), settings.usage_dir, settings.usage_days, metrics.on_ledger),
     )

@@ -27,6 +27,7 @@ from server.files.uploads import Uploads
 from server.finetune.jobs.jobs import Jobs
 from server.metrics import Metrics
 from server.settings import Settings
+from server.tenancy.limit_records import LimitRecords
 from server.tenancy.pins import Pins
 from server.tenancy.rate_limits import RateLimits
 from server.tenancy.tenants import Tenants
@@ -76,6 +77,7 @@ class Services:
     pins: Pins
     rate_limits: RateLimits
     ledger: Ledger
+    limits: LimitRecords
     dataset_check_lock: FairLock = field(default_factory=FairLock)  # a check takes a core for seconds
     tokenizer_lock: FairLock = field(default_factory=FairLock)  # for long prompts, which take up to a second
     event_streams: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(MAX_EVENT_STREAMS))

@@ -25,6 +25,7 @@ from adapters_store.names import TENANTS, is_file_name
 from adapters_store.object_store.store import Objects
 from adapters_store.valkey import store_errors, text
 from server.errors import InvalidField, NotFound, QuotaExceeded, shown
+from server.tenancy.limits import LimitsOf, unlimited
 
 Purpose = Literal["fine-tune", "fine-tune-results"]
 MAX_NAME_LENGTH = 255
@@ -81,13 +82,18 @@ class FileStore:
     """All calls raise StoreError when Valkey or the object store does not answer."""
 
     def __init__(
-        self, redis: Redis, objects: Objects, *, max_files: int = NO_LIMIT, max_bytes: int = NO_LIMIT
+        self,
+        redis: Redis,
+        objects: Objects,
+        *,
+        max_files: int = NO_LIMIT,
+        limits_of: LimitsOf = unlimited,
     ) -> None:
         self.scheduled_deletes = ScheduledDeletes(redis, objects)
         self._redis = redis
         self._objects = objects
         self._max_files = max_files
-        self._max_bytes = max_bytes
+        self._limits_of = limits_of
         self._add = redis.register_script(ADD)
         self._remove = redis.register_script(REMOVE)
 
@@ -123,7 +129,8 @@ class FileStore:
         )
         await self.scheduled_deletes.add([file.key], WRITE_SECONDS)
         await self._objects.put(file.key, path, sha256)
-        caps = (self._max_files, self._max_bytes) if purpose == "fine-tune" else (NO_LIMIT, NO_LIMIT)
+        max_bytes = await self._max_bytes(tenant)
+        caps = (self._max_files, max_bytes) if purpose == "fine-tune" else (NO_LIMIT, NO_LIMIT)
         with store_errors():
             if file.expires is not None:  # before the record: an entry without a file does no harm
                 await self._redis.zadd(EXPIRING_KEY, {f"{tenant}/{id_}": file.expires})
@@ -133,7 +140,7 @@ class FileStore:
             )
         if answer != b"done":
             await self.scheduled_deletes.discard(file.key)
-            raise self._quota(answer)
+            raise self._quota(answer, max_bytes)
         return await self.get(tenant, id_)
 
     async def get(self, tenant: str, id_: str, *, expired: bool = False) -> File:
@@ -160,10 +167,11 @@ class FileStore:
         files, total = _keys(tenant)
         with store_errors():
             count, used = await self._redis.hlen(files), int(await self._redis.get(total) or 0)
+        max_bytes = await self._max_bytes(tenant)
         if count >= self._max_files:
-            raise self._quota(b"files")
-        if used + size > self._max_bytes:
-            raise self._quota(b"bytes")
+            raise self._quota(b"files", max_bytes)
+        if used + size > max_bytes:
+            raise self._quota(b"bytes", max_bytes)
 
     async def download(self, file: File, path: Path) -> None:
         """Download the bytes to `path` and verify them. Raises NotFound if the file was deleted meanwhile."""
@@ -197,8 +205,12 @@ class FileStore:
                 await self._redis.zrem(EXPIRING_KEY, entry)
         return deleted
 
-    def _quota(self, which: bytes) -> QuotaExceeded:
-        limit = f"{self._max_files} files" if which == b"files" else f"{self._max_bytes} bytes in files"
+    async def _max_bytes(self, tenant: str) -> int:
+        limit = (await self._limits_of(tenant)).file_bytes
+        return NO_LIMIT if limit is None else limit
+
+    def _quota(self, which: bytes, max_bytes: int) -> QuotaExceeded:
+        limit = f"{self._max_files} files" if which == b"files" else f"{max_bytes} bytes in files"
         return QuotaExceeded(f"A tenant may have {limit}; delete some first.", param="file")
 
 

@@ -21,6 +21,7 @@ from adapters_store.valkey import store_errors
 from server.errors import Conflict, InvalidField, NotFound, QuotaExceeded, StoreError, shown
 from server.tenancy.key_terms import KeyInfo, new_key_info
 from server.tenancy.keys import fingerprint, new_secret
+from server.tenancy.limits import KEY_LIMITS
 from server.tenancy.tenant_keys_lua import ADD, REPLACE, REVOKE, USED
 
 log = logging.getLogger(__name__)
@@ -139,10 +140,7 @@ class TenantKeys:
 
     async def revoke(self, tenant_id: str, key_id: str) -> None:
         """End the key at once. Raises NotFound."""
-        keys = [keys_of(tenant_id), KEYS, used_of(tenant_id)]
-        with store_errors():
-            done = await self._revoke(keys=keys, args=[key_id])
-        if not done:
+        if not await self._end(tenant_id, key_id):
             raise unknown_key(key_id)
 
     def note_use(self, tenant_id: str, key_id: str) -> None:
@@ -187,9 +185,14 @@ class TenantKeys:
         now = time.time()
         expired = [key.info.id for key in await self.keys(tenant_id) if key.info.has_expired(now)]
         for key_id in expired:
-            with store_errors():
-                await self._revoke(keys=[keys_of(tenant_id), KEYS, used_of(tenant_id)], args=[key_id])
+            await self._end(tenant_id, key_id)
         return bool(expired)
+
+    async def _end(self, tenant_id: str, key_id: str) -> bool:
+        """Whether there was such a key."""
+        keys = [keys_of(tenant_id), KEYS, used_of(tenant_id), KEY_LIMITS]
+        with store_errors():
+            return bool(await self._revoke(keys=keys, args=[key_id, tenant_id]))
 
     async def _record(self, tenant_id: str, key_id: str) -> tuple[KeyRecord, bytes]:
         """The key's record, and as it is stored. Raises NotFound."""

@@ -4,8 +4,9 @@ They build keys from the tenant's id, so a cluster of several nodes is not suppo
 """
 
 # KEYS: pp:keys, pp:tenants, pp:limits. ARGV: hash of a secret. Returns owner, the key's record, the tenant,
-# its limits and the time in Unix seconds; nothing for an unknown secret. A key of an earlier version is found
-# among its tenant's once, and is then stored as new ones are, if Valkey can write.
+# its limits, the time in Unix seconds, the key's limits and whether an adapter has any; nothing for an
+# unknown secret. A key of an earlier version is found among its tenant's once, and is then stored as new ones
+# are, if Valkey can write.
 AUTHENTICATE = """
 local holder = redis.call('HGET', KEYS[1], ARGV[1])
 if not holder then return false end
@@ -21,7 +22,9 @@ if not id then
   redis.pcall('HSET', KEYS[1], ARGV[1], owner .. ' ' .. id)
 end
 return {owner, redis.call('HGET', keys, id), redis.call('HGET', KEYS[2], owner),
-        redis.call('HGET', KEYS[3], owner), redis.call('TIME')[1]}
+        redis.call('HGET', KEYS[3], owner), redis.call('TIME')[1],
+        redis.call('HGET', KEYS[3] .. ':keys', owner .. ' ' .. id),
+        redis.call('EXISTS', KEYS[3] .. ':adapters:' .. owner)}
 """
 
 # KEYS: pp:tenants, the tenant's keys, pp:keys. ARGV: tenant, key id, record, hash of the secret, most keys.
@@ -49,9 +52,9 @@ redis.call('HSET', hashes, hash, tenant .. ' ' .. id)
 return 1
 """
 
-# KEYS: the tenant's keys, pp:keys, the tenant's last uses. ARGV: key id.
+# KEYS: the tenant's keys, pp:keys, the tenant's last uses, pp:limits:keys. ARGV: key id, tenant.
 REVOKE = """
-local keys, hashes, used = unpack(KEYS)
+local keys, hashes, used, limits = unpack(KEYS)
 local record = redis.call('HGET', keys, ARGV[1])
 if not record then return 0 end
 record = cjson.decode(record)
@@ -59,6 +62,7 @@ redis.call('HDEL', keys, ARGV[1])
 redis.call('HDEL', hashes, record.sha256)
 if record.former then redis.call('HDEL', hashes, record.former.sha256) end
 redis.call('HDEL', used, ARGV[1])
+redis.call('HDEL', limits, ARGV[2] .. ' ' .. ARGV[1])
 return 1
 """
 

@@ -1,10 +1,9 @@
-"""Tenants and their limits, in Valkey, and whose a secret is. Knows no HTTP and no adapters.
+"""Tenants, in Valkey, and whose a secret is. Knows no HTTP and no adapters.
 
     pp:tenants                hash   tenant id -> Tenant
-    pp:limits                 hash   tenant id -> Limits, as the operator set them
 
-The keys of tenants are in tenant_keys.py. Nothing is cached: a revoked key fails, and a new limit holds, at
-the next request in every process.
+The keys of tenants are in tenant_keys.py, limits in limit_records.py. Valkey is asked at every request: a
+revoked key fails, and a new limit holds, at the next one in every process.
 """
 
 import secrets
@@ -14,11 +13,12 @@ from typing import NamedTuple
 import msgspec
 from redis.asyncio import Redis
 
+from adapters_store.outage import LastAnswers
 from adapters_store.valkey import store_errors, text
 from server.errors import InvalidField, Unauthenticated, shown
 from server.tenancy.key_terms import KeyInfo, new_key_info
 from server.tenancy.keys import fingerprint, new_secret, well_formed
-from server.tenancy.limits import NO_LIMITS, Limits
+from server.tenancy.limits import LIMITS, NO_LIMITS, Allowance, Limits, RequestLimits, decode_limits
 from server.tenancy.tenant_keys import (
     KEYS,
     OPERATOR_ID,
@@ -33,13 +33,7 @@ from server.tenancy.tenant_keys_lua import AUTHENTICATE
 
 MAX_NAME = 64
 MAX_WEIGHT = 1000.0
-LIMITS = "pp:limits"
-
-SET_LIMITS = """
-if redis.call('HEXISTS', KEYS[1], ARGV[1]) == 0 then return 0 end
-redis.call('HSET', KEYS[2], ARGV[1], ARGV[2])
-return 1
-"""
+CLOCK_SECONDS = 60.0  # by which our clock may be ahead of Valkey's
 
 
 class Tenant(msgspec.Struct, frozen=True):
@@ -63,15 +57,29 @@ class Caller(NamedTuple):
     tenant: Tenant
     limits: Limits
     key: KeyInfo
+    key_limits: Allowance | None = None  # if the key has limits of its own
+    adapters_limited: bool = False  # an adapter of the tenant has limits of its own
+
+    @property
+    def allowances(self) -> list[Allowance]:
+        """The tenant's, and the key's."""
+        own = [] if self.key_limits is None else [self.key_limits]
+        return [Allowance(self.tenant.id, self.limits), *own]
 
 
 class Tenants(TenantKeys):
-    """All calls raise StoreError when Valkey does not answer. `defaults`: limits where a tenant has none."""
+    """All calls raise StoreError when Valkey does not answer. `defaults`: limits where a tenant has none.
 
-    def __init__(self, redis: Redis, defaults: Limits = NO_LIMITS) -> None:
+    `last`: whose secrets that were used lately are, for when Valkey is away.
+    """
+
+    def __init__(
+        self, redis: Redis, defaults: Limits = NO_LIMITS, last: LastAnswers[Caller | None] | None = None
+    ) -> None:
         super().__init__(redis)
-        self.defaults = defaults
-        self._set_limits = redis.register_script(SET_LIMITS)
+        self.operators_limits = defaults.without_rates()
+        self._defaults = defaults
+        self._last = last or LastAnswers()
         self._authenticate = redis.register_script(AUTHENTICATE)
 
     async def create(self, name: str, weight: float = 1.0) -> tuple[Tenant, str]:
@@ -111,22 +119,6 @@ class Tenants(TenantKeys):
             raise unknown_tenant(tenant_id)
         return msgspec.json.decode(value, type=Tenant)
 
-    async def limits(self, tenant_id: str) -> Limits:
-        """As they are set for this tenant. Raises NotFound."""
-        await self.get(tenant_id)
-        with store_errors():
-            value = await self._redis.hget(LIMITS, tenant_id)
-        return _decode_limits(value)
-
-    async def set_limits(self, tenant_id: str, limits: Limits) -> None:
-        """Replace all limits of the tenant: of two at once the last holds, whole. Raises NotFound."""
-        with store_errors():
-            done = await self._set_limits(
-                keys=[TENANTS, LIMITS], args=[tenant_id, msgspec.json.encode(limits)]
-            )
-        if not done:
-            raise unknown_tenant(tenant_id)
-
     async def authenticate(self, secret: str) -> Caller | None:
         """Whose the secret is, in one round trip; None if it is no valid key. Expiry is by Valkey's clock.
 
@@ -135,22 +127,33 @@ class Tenants(TenantKeys):
         if not well_formed(secret):
             return None
         sha256 = fingerprint(secret)
+        caller = await self._last.ask(sha256, lambda: self._caller(sha256))
+        if caller is not None and caller.key.has_expired(time.time() - CLOCK_SECONDS):  # without Valkey
+            raise _expired()
+        return caller
+
+    async def _caller(self, sha256: str) -> Caller | None:
         with store_errors():
             found = await self._authenticate(keys=[KEYS, TENANTS, LIMITS], args=[sha256])
         if found is None or found[1] is None:
             return None
-        owner, record, stored, limits, now = found
+        owner, record, stored, limits, now, key_limits, adapters_limited = found
         known = msgspec.json.decode(record, type=KeyRecord)
         is_operator = text(owner) == OPERATOR_ID
         if not known.opens(sha256, float(now)) or (stored is None and not is_operator):
             return None
         if known.info.has_expired(float(now)):
-            raise Unauthenticated("The API key has expired.", code="expired_api_key")
+            raise _expired()
         if is_operator:
-            return Caller(OPERATOR, NO_LIMITS, known.info)
+            return Caller(OPERATOR, self.operators_limits, known.info)
         tenant = msgspec.json.decode(stored, type=Tenant)
-        return Caller(tenant, _decode_limits(limits).over(self.defaults), known.info)
+        in_force = decode_limits(limits, Limits).over(self._defaults)
+        own = None
+        if key_limits is not None:
+            id_ = f"{tenant.id}:key:{known.info.id}"
+            own = Allowance(id_, decode_limits(key_limits, RequestLimits), " for this key")
+        return Caller(tenant, in_force, known.info, own, bool(adapters_limited))
 
 
-def _decode_limits(value: bytes | str | None) -> Limits:
-    return NO_LIMITS if value is None else msgspec.json.decode(value, type=Limits)
+def _expired() -> Unauthenticated:
+    return Unauthenticated("The API key has expired.", code="expired_api_key")

@@ -18,12 +18,13 @@ from server.api.generation.model_selection import Target
 from server.api.generation.priority import priority_of
 from server.api.generation.prompts import fit_max_tokens
 from server.api.http.body_model import at_most
+from server.api.http.rate_limits import RateLimitedRequest
 from server.api.services import Services
 from server.base_model.tokenizer import Tokenizer
 from server.errors import InvalidField, shown
 from server.messages import Generate, Sampling
-from server.tenancy.limits import Limits
-from server.tenancy.tenants import Tenant
+from server.tenancy.limits import Allowance, tightest
+from server.tenancy.tenants import Caller, Tenant
 
 # The most prompt logprobs of an answer: 20 for each of 100,000 tokens, and the tokens' own
 MAX_PROMPT_LOGPROBS = 2_100_000
@@ -45,7 +46,7 @@ class RouteOptions:
     best_of: int | None = None  # rows of each prompt, if more than n
 
 
-def build_generation(
+async def build_generation(
     deps: Services,
     tenant: Tenant,
     request: Request,
@@ -57,18 +58,19 @@ def build_generation(
 
     The rows of a prompt after its first wait for the first, whose KV blocks they share.
     """
-    limits: Limits = request.state.limits
-    context, vocabulary = max_context(deps, limits), deps.base.vocab_size
+    caller: Caller = request.state.caller
+    allowances = await _allowances(caller, request.state.rates, target)
+    context, vocabulary = max_context(deps, allowances), deps.base.vocab_size
     whose = "The model's context" if context == deps.max_context else "max_context, your limit,"
     n = options.best_of or body.n
-    default_max_tokens = _affordable(limits, options, n)
-    priority = priority_of(body, limits.priority)
+    default_max_tokens = _affordable(tightest(allowances, "tokens_per_minute"), options, n)
+    priority = priority_of(body, caller.limits.priority)
     deadline = time.time() + _timeout(request, deps.settings.request_seconds)
     request_id = f"{options.prefix}-{secrets.token_hex(16)}"
     seed = secrets.randbits(63) if body.seed is None else body.seed
     at_most("min_tokens", body.min_tokens, context)
-    if limits.max_n is not None:
-        at_most("n" if n == body.n else "best_of", n, limits.max_n)
+    if (max_n := tightest(allowances, "max_n")) is not None:
+        at_most("n" if n == body.n else "best_of", n, max_n)
     bad_words = _bad_words(deps.tokenizer, body.bad_words)
     _check_prompt_logprobs(options, body.n)
     rows = []
@@ -114,18 +116,28 @@ def _choice(tokenizer: Tokenizer, body: SamplingBody, index: int, *, shows_end: 
     )
 
 
-def max_context(deps: Services, limits: Limits) -> int:
-    """Most tokens of prompt and answer together: the model's, or fewer by the tenant's limit."""
-    return deps.max_context if limits.max_context is None else min(deps.max_context, limits.max_context)
+async def _allowances(caller: Caller, rates: RateLimitedRequest | None, target: Target) -> list[Allowance]:
+    """Whose limits hold: the tenant's, the key's, the adapters'."""
+    if rates is None:
+        return caller.allowances
+    if caller.adapters_limited:
+        await rates.for_adapters(target.names)
+    return rates.allowances
 
 
-def _affordable(limits: Limits, options: RouteOptions, n: int) -> int | None:
-    """`default_max_tokens`, and no more than fills a whole bucket of the tenant's tokens a minute: a request
-    that names no max_tokens is not too large because the context is.
+def max_context(deps: Services, allowances: list[Allowance]) -> int:
+    """Most tokens of prompt and answer together: the model's, or fewer by a limit."""
+    limit = tightest(allowances, "max_context")
+    return deps.max_context if limit is None else min(deps.max_context, limit)
+
+
+def _affordable(tokens_per_minute: int | None, options: RouteOptions, n: int) -> int | None:
+    """`default_max_tokens`, and no more than fills a whole bucket of tokens a minute: a request that names no
+    max_tokens is not too large because the context is.
     """
-    if limits.tokens_per_minute is None:
+    if tokens_per_minute is None:
         return options.default_max_tokens
-    left = limits.tokens_per_minute - sum(map(len, options.prompts))
+    left = tokens_per_minute - sum(map(len, options.prompts))
     share = max(1, left // (n * len(options.prompts)))
     return min(share, options.default_max_tokens or share)
 

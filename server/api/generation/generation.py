@@ -57,7 +57,10 @@ class Generation:
             aclosing(engine.generate(*self.rows)) as chunks,
         ):
             async for chunk in chunks:
-                self._begun = True
+                if not self._begun:
+                    self._begun = True
+                    if self.rates is not None:
+                        self.rates.begin(self.id)
                 choice = choices[chunk.id]
                 if choice.finished:
                     continue
@@ -82,7 +85,7 @@ class Generation:
 
         In the end all goes back that it has not used: everything, if the engine never began.
         """
-        if self.rates is None:
+        if self.rates is None or not self.rates.counts:
             yield
             return
         prompts = sum(map(len, self.prompts))

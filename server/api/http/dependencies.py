@@ -16,7 +16,6 @@ from server.api.http.audited import Change, begin_change
 from server.api.services import Services
 from server.errors import Forbidden, Unauthenticated, shown
 from server.tenancy.keys import fingerprint, same_secret
-from server.tenancy.limits import NO_LIMITS, Limits
 from server.tenancy.tenants import OPERATOR, OPERATOR_KEY, Caller, Tenant
 from server.tracing import annotate, span
 
@@ -39,7 +38,6 @@ async def current_tenant(request: Request, deps: Deps) -> Tenant:
     with span("auth"):
         caller = await authenticate(request, deps)
     request.state.caller = caller
-    request.state.limits = caller.limits
     request.state.tenant = caller.tenant  # for the metrics of RequestMiddleware
     annotate({"polypeft.tenant": caller.tenant.id})
     path = request.scope["route"].path
@@ -56,7 +54,7 @@ async def authenticate(request: Request, deps: Services) -> Caller:
     """Whose key the request carries. Raises Unauthenticated."""
     secret = bearer(request)
     if same_secret(secret, deps.operator_secret):
-        return Caller(OPERATOR, NO_LIMITS, OPERATOR_KEY)
+        return Caller(OPERATOR, deps.tenants.operators_limits, OPERATOR_KEY)
     caller = await deps.tenants.authenticate(secret)
     if caller is None:
         raise Unauthenticated("The API key is not valid.")
@@ -88,14 +86,6 @@ async def current_caller(request: Request, _tenant: CurrentTenant) -> Caller:
 
 
 CurrentCaller = Annotated[Caller, Depends(current_caller)]
-
-
-async def current_limits(caller: CurrentCaller) -> Limits:
-    """Those in force for the tenant; none for the operator."""
-    return caller.limits
-
-
-CurrentLimits = Annotated[Limits, Depends(current_limits)]
 
 
 async def current_actor(caller: CurrentCaller) -> str:

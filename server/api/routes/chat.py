@@ -49,7 +49,7 @@ async def create_chat_completion(
         prompt_logprobs=body.prompt_logprobs,
         grammar=await structured_grammar(body.structure) or await grammar_for(body.response_format),
     )
-    generation = build_generation(deps, tenant, request, target, body, options)
+    generation = await build_generation(deps, tenant, request, target, body, options)
     answer = _Chat(generation, body)
     if body.stream:
         return await open_stream(request, answer.events(), target.headers, deadline=generation.deadline)

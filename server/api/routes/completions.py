@@ -51,7 +51,7 @@ async def create_completion(
         grammar=await structured_grammar(body.structure),
         best_of=body.best_of if ranked else None,
     )
-    generation = build_generation(deps, tenant, request, target, body, options)
+    generation = await build_generation(deps, tenant, request, target, body, options)
     answer = _Completion(generation, body)
     if body.stream:
         return await open_stream(request, answer.events(), target.headers, deadline=generation.deadline)

@@ -15,7 +15,7 @@ from server.api.generation.engine_requests import max_context
 from server.api.generation.model_selection import resolve
 from server.api.generation.prompts import chat_prompt, in_vocabulary, off_loop, text_tokens
 from server.api.http.body_model import Body
-from server.api.http.dependencies import CurrentLimits, CurrentTenant, Deps, current_tenant
+from server.api.http.dependencies import CurrentCaller, CurrentTenant, Deps, current_tenant
 from server.api.http.error_responses import json_response
 from server.api.http.json_body import json_body, validate
 from server.errors import InvalidField
@@ -54,7 +54,7 @@ class DetokenizeBody(Body):
 async def tokenize(
     deps: Deps,
     tenant: CurrentTenant,
-    limits: CurrentLimits,
+    caller: CurrentCaller,
     body: Annotated[TokenizeBody, Depends(json_body(TokenizeBody))],
 ) -> Response:
     """The token ids of a text or a conversation, as a generation route would take them."""
@@ -70,7 +70,7 @@ async def tokenize(
     return json_response(
         {
             "count": len(tokens),
-            "max_model_len": max_context(deps, limits),
+            "max_model_len": max_context(deps, caller.allowances),
             "tokens": tokens,
             "token_strs": deps.tokenizer.literals(tokens) if body.return_token_strs else None,
         }

@@ -1,9 +1,10 @@
 """`polypeft tenants`: tenants, their API keys and limits. Needs the operator's key."""
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
+from server.cli.commands.limits import limits
 from server.cli.http_client import DEFAULT_URL, DataDir, Key, Url, answer, connection
 from server.cli.keys import (
     Addresses,
@@ -96,53 +97,4 @@ def revoke(
         revoke_key(client, route_of(tenant), key_id)
 
 
-def _limit(what: str) -> Any:
-    return typer.Option(help=f"{what}, or `default`.", metavar="N|default", show_default=False)
-
-
-@tenants.command()
-def limits(
-    tenant: Tenant,
-    requests_per_minute: Annotated[str | None, _limit("Generation requests a minute")] = None,
-    tokens_per_minute: Annotated[str | None, _limit("Tokens a minute, prompts and answers")] = None,
-    concurrent_requests: Annotated[str | None, _limit("Generation requests at once")] = None,
-    max_context: Annotated[str | None, _limit("Tokens of prompt and answer together")] = None,
-    max_n: Annotated[str | None, _limit("Choices of a request")] = None,
-    url: Url = DEFAULT_URL,
-    key: Key = None,
-    data_dir: DataDir = None,
-) -> None:
-    """Show a tenant's limits; change those that are given, at once and without a restart."""
-    options = {
-        "requests_per_minute": requests_per_minute,
-        "tokens_per_minute": tokens_per_minute,
-        "concurrent_requests": concurrent_requests,
-        "max_context": max_context,
-        "max_n": max_n,
-    }
-    changes = {name: _limit_value(name, value) for name, value in options.items() if value is not None}
-    route = f"/admin/tenants/{tenant}/limits"
-    with connection(url, key, data_dir) as client:
-        shown = answer(client.get(route))
-        if changes:
-            shown = answer(client.put(route, json=shown["set"] | changes))
-    rows = (
-        (name, "default" if value is None else value, _or_none(shown["in_force"][name]))
-        for name, value in shown["set"].items()
-    )
-    print_table(["limit", "set", "in force"], rows)
-
-
-def _limit_value(name: str, value: str) -> int | None:
-    """A limit as the server takes it, which checks its range; None for the default."""
-    if value == "default":
-        return None
-    try:
-        return int(value)
-    except ValueError:
-        option = "--" + name.replace("_", "-")
-        raise typer.BadParameter(f"{option} must be a whole number or `default`, not {value!r}.") from None
-
-
-def _or_none(value: int | None) -> int | str:
-    return "none" if value is None else value
+tenants.command()(limits)

@@ -21,10 +21,11 @@ PRELUDE = (
 local id = ARGV[1]
 local job = '{job_key("")}' .. id
 local QUEUED, LEASES, PUBLISHING = '{QUEUED}', '{LEASES}', '{PUBLISHING}'
+local function integer(number) return string.format('%.0f', number) end
 local function jobs_of(tenant) return '{tenant_key("")}' .. tenant end
+local function tokens_of(tenant, day) return jobs_of(tenant) .. ':tokens:' .. integer(day) end
 local function get(field) return redis.call('HGET', job, field) or '' end
 local function set(...) redis.call('HSET', job, ...) end
-local function integer(number) return string.format('%.0f', number) end
 local function now()
   local time = redis.call('TIME')
   return time[1] * 1000 + math.floor(time[2] / 1000)
@@ -64,6 +65,12 @@ local function add_job_to_usage(status)
   amount(math.max(0, ended - (started or ended)) * 1000)
   add_usage(math.floor(ended / 86400), get('tenant'), adapter .. ' ' .. (fixed.key or ''), amounts)
 end
+-- the tokens that the job has taken of its day and did not train on
+local function give_back(tenant)
+  local unused = (tonumber(get('tokens')) or 0) - (tonumber(get('trained_tokens')) or 0)
+  local key = tokens_of(tenant, tonumber(get('day')) or 0)
+  if unused > 0 and redis.call('EXISTS', key) == 1 then redis.call('DECRBY', key, integer(unused)) end
+end
 local function finish(status)
   add_job_to_usage(status)
   leave_sets()
@@ -72,6 +79,7 @@ local function finish(status)
   redis.call('HINCRBY', job, 'fence', 1)
   redis.call('HINCRBY', '{COUNTERS}', 'finished:' .. status, 1)
   local tenant = get('tenant')
+  give_back(tenant)
   redis.call('SREM', jobs_of(tenant) .. ':active', id)
   redis.call('ZADD', '{SCHEDULED_KEY}', integer(now() + {DELETE_AFTER_SECONDS * 1000}),
              'tenants/' .. tenant .. '/jobs/' .. id .. '/')
@@ -95,6 +103,7 @@ end
 CREATE = """
 local tenant, same, fingerprint = ARGV[2], ARGV[3], ARGV[4]
 local fixed, created, max_active, same_seconds = ARGV[5], ARGV[6], tonumber(ARGV[7]), ARGV[8]
+local tokens, max_tokens = tonumber(ARGV[9]), tonumber(ARGV[10])
 local active = jobs_of(tenant) .. ':active'
 if same ~= '' then
   same = jobs_of(tenant) .. ':same:' .. same
@@ -103,12 +112,17 @@ if same ~= '' then
 end
 if redis.call('EXISTS', job) == 1 then return '' end
 if redis.call('SCARD', active) >= max_active then return 'quota' end
-set('fixed', fixed, 'tenant', tenant)
+local day = math.floor(seconds() / 86400)
+local taken = tonumber(redis.call('GET', tokens_of(tenant, day)) or 0)
+if taken + tokens > max_tokens then return 'tokens ' .. integer(taken) end
+redis.call('INCRBY', tokens_of(tenant, day), integer(tokens))
+redis.call('EXPIRE', tokens_of(tenant, day), 2 * 86400)
+set('fixed', fixed, 'tenant', tenant, 'tokens', integer(tokens), 'day', integer(day))
 redis.call('SADD', active, id)
 redis.call('ZADD', jobs_of(tenant), created, id)
 if same ~= '' then redis.call('SET', same, fingerprint .. ' ' .. id, 'EX', same_seconds) end
 queue()
-for i = 9, #ARGV do event(ARGV[i]) end
+for i = 11, #ARGV do event(ARGV[i]) end
 return ''
 """
 

@@ -159,6 +159,15 @@ def test_a_tenants_limits_are_shown_and_changed(run: Run) -> None:
         refused = run("tenants", "limits", tenant, "--tokens-per-minute", value)
         assert refused.status != 0
         assert said in " ".join(refused.err.split())
+    assert shown("--priority", "batch", "--jobs", "0")["priority"] == "batch batch"
+    refused = run("tenants", "limits", tenant, "--priority", "urgent")
+    assert "priority should be 'interactive', 'standard' or 'batch', not 'urgent'." in refused.err
+    [key_id] = run("tenants", "keys", tenant).out.split()
+    of_key = run("tenants", "limits", tenant, "--key-id", key_id, "--tokens-per-minute", "900").out
+    assert "tokens_per_minute\t900\t500" in of_key  # the tenant's is tighter
+    assert "jobs" not in of_key
+    assert run("tenants", "limits", tenant, "--adapter", "none").err.startswith("The model 'none' does not")
+    assert run("tenants", "limits", tenant, "--key-id", "key_none").err == "There is no key 'key_none'.\n"
     assert run("tenants", "limits", "ten_none").err == "There is no tenant 'ten_none'.\n"
 
 

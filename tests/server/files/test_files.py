@@ -16,6 +16,7 @@ from server.errors import Conflict, InvalidField, NotFound, PolypeftError, Quota
 from server.files.files import File, FileStore
 from server.files.uploads import Upload, Uploads
 from tests.fixtures.faults import Failing
+from tests.fixtures.services import held_to
 
 pytestmark = pytest.mark.anyio
 TEN = b"0123456789"
@@ -23,7 +24,7 @@ TEN = b"0123456789"
 
 @pytest.fixture
 def files(redis: Redis, objects: Objects) -> FileStore:
-    return FileStore(redis, objects, max_files=3, max_bytes=40)
+    return FileStore(redis, objects, max_files=3, limits_of=held_to(file_bytes=40))
 
 
 @pytest.fixture
@@ -180,7 +181,7 @@ async def test_a_store_that_fails_anywhere_leaves_no_bytes_behind(
     for at in range(1, 12):
         await redis.flushall()
         failing = Failing(objects, at, after=after)
-        files = FileStore(redis, failing, max_files=3, max_bytes=40)  # type: ignore[arg-type]
+        files = FileStore(redis, failing, max_files=3, limits_of=held_to(file_bytes=40))  # type: ignore[arg-type]
         uploads = Uploads(redis, failing, files, max_bytes=30, max_pending=2)  # type: ignore[arg-type]
         try:
             await files.delete("t", (await add(files, source)).id)

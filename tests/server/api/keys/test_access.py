@@ -224,6 +224,8 @@ def body_for(method: str, path: str) -> dict[str, Any]:
         return {"json": {"part_ids": ["part_1"]}}
     if path == "/v1/adapter_uploads/{upload_id}/complete":
         return {"json": {"sha256": {"adapter_config.json": "0" * 64}}}
+    if path.endswith("/limits"):
+        return {"json": {"max_n": 1}}
     return {"json": {}} if path.endswith("/rotate") else {}
 
 

@@ -186,6 +186,8 @@ def test_another_tenants_adapter_is_the_same_404_as_no_adapter_on_every_route(
         ("GET", "/v1/adapters/{}/history", None),
         ("POST", "/v1/adapters/{}/pin", None),
         ("GET", "/v1/adapters/{}/pin", None),
+        ("GET", "/v1/adapters/{}/limits", None),
+        ("PUT", "/v1/adapters/{}/limits", {"max_n": 1}),
         ("GET", "/v1/models/{}", None),
         ("GET", "/v1/models/{}@1", None),
         ("DELETE", "/v1/models/{}", None),
