@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from fastapi import Request
 
-from server.api.http.dependencies import CurrentTenant, Deps
+from server.api.http.dependencies import CurrentTenant, services_of
 from server.api.services import Services
 from server.errors import PolypeftError, RateLimited, shown
 from server.tenancy.limits import Limits
@@ -73,12 +73,10 @@ class RateLimitedRequest:
             raise refusal(f"{model} in organization {self._tenant.id}", self._limits, verdict, tokens)
 
 
-async def rate_limited(
-    request: Request, deps: Deps, tenant: CurrentTenant
-) -> AsyncIterator[RateLimitedRequest | None]:
+async def rate_limited(request: Request, tenant: CurrentTenant) -> AsyncIterator[RateLimitedRequest | None]:
     """A dependency of generation routes, ahead of the body. None for a tenant without such limits."""
     limits: Limits = request.state.limits
-    rates = RateLimitedRequest(deps, tenant, limits) if limits.limits_rates else None
+    rates = RateLimitedRequest(services_of(request), tenant, limits) if limits.limits_rates else None
     request.state.rates = rates  # for build_generation, and for the headers that RequestMiddleware adds
     if rates is not None:
         rates.refuse_at_once()
