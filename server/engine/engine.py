@@ -243,7 +243,7 @@ class Engine:
             self.scheduler.commit(row, [])
             return Chunk(id=row.id, prompt_logprobs=scored.logprobs) if scored else None
         first, num_draft = row.output_length == 0, len(row.draft)
-        ends = [self._ends_row(row, result.token) for result in sampled]
+        ends = [row.ends_with(result.token, self.end_token_ids) for result in sampled]
         accepted = sampled[: num_accepted(row.draft, sampled, ends)]
         self.scheduler.commit(row, [result.token for result in accepted])
         if row.grammar and not consume(row.grammar, accepted[-1].token):
@@ -275,12 +275,6 @@ class Engine:
             finish="stop" if stopped else "length" if full else None,
             stop_token=stop_token,
             timing=row.timing if first else None,
-        )
-
-    def _ends_row(self, row: Row, token: int) -> bool:
-        sampling = row.command.sampling
-        return sampling.max_tokens > 0 and (
-            token in sampling.stop_token_ids or (token in self.end_token_ids and not sampling.ignore_eos)
         )
 
     def _end(self, row: Row, error_code: str = "") -> None:

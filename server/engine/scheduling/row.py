@@ -132,6 +132,13 @@ class Row:
         """This step computes one token and its draft tokens."""
         return self.scheduled == 1 + len(self.draft)
 
+    def ends_with(self, token: int, end_token_ids: frozenset[int]) -> bool:
+        """Whether this sampled token ends the row; `end_token_ids` are those of the base."""
+        sampling = self.command.sampling
+        return sampling.max_tokens > 0 and (
+            token in sampling.stop_token_ids or (token in end_token_ids and not sampling.ignore_eos)
+        )
+
     @property
     def unscored(self) -> range:
         """Positions whose next token is one of the prompt with a logprob to compute. The prompt's first token
