@@ -5,13 +5,14 @@ The command line builds a Settings; child processes rebuild the same one from `t
 
 import hashlib
 import os
-import re
 import tempfile
 from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from server.origins import read_origins
 
 MiB = 1 << 20
 # for processes that find the model on this disk; progress bars would break the log's lines
@@ -21,7 +22,6 @@ OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 # of 35 ms took more than a second; so it takes 90. On an idle machine it costs nothing.
 SPINS = {"GOMP_SPINCOUNT": "3000"}
 MULTIPROCESS = "PROMETHEUS_MULTIPROC_DIR"
-ORIGIN = re.compile(r"https?://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[0-9]{1,5})?")
 MAX_LIMIT, MAX_BYTES_LIMIT = 10**9, 1 << 50  # of tenants' limits; the latter on bytes
 LONGEST_RUN_DIR = 90  # bytes; leaves room for a socket's own name
 
@@ -278,17 +278,6 @@ class Settings(BaseSettings):
         """The environment under which a child process builds this same Settings."""
         given = self.model_dump(mode="json", exclude_none=True)
         return {f"POLYPEFT_{name.upper()}": str(value) for name, value in given.items()}
-
-
-def read_origins(text: str) -> list[str]:
-    """Origins as browsers send them, from a list with commas. Raises ValueError for what no browser sends."""
-    origins = []
-    for word in (word.strip().lower() for word in text.split(",") if word.strip()):
-        if word != "*" and not ORIGIN.fullmatch(word):
-            raise ValueError(f"{word!r} is no origin: http:// or https://, a host and perhaps a port, or *")
-        https = word.startswith("https:")
-        origins.append(word.removesuffix(":443" if https else ":80"))
-    return list(dict.fromkeys(origins))
 
 
 def child_environment(settings: Settings) -> dict[str, str]:

@@ -25,6 +25,7 @@ FILES = sorted(path for package in ("server", "adapters_store") for path in (ROO
 # Vocabulary: what everything in server may import, and what imports nothing but vocabulary.
 LEAVES = {
     "server.errors",
+    "server.origins",
     "server.settings",
     "server.messages",
     "server.atomic_files",
@@ -74,7 +75,8 @@ ROOMS: dict[str, set[str]] = {
     },
     "server": set(),  # __init__: the version
     "server.errors": set(),
-    "server.settings": set(),
+    "server.origins": set(),
+    "server.settings": {"server.origins"},
     "server.messages": set(),
     "server.atomic_files": set(),
     "server.json_reader": set(),
@@ -105,7 +107,13 @@ ROOMS: dict[str, set[str]] = {
     "server.adapters.cache": {"server.adapters", "adapters_store.object_store"},
     "server.adapters.loading": {*METHODS, "server.adapters.cache", *STORE, *KERNELS},
     "server.engine.client": set(),
-    "server.engine.metrics": {"server.adapters.methods", "server.engine.model", "server.engine.scheduling"},
+    "server.engine.metrics": {
+        "server.adapters.loading",
+        "server.adapters.methods",
+        "server.engine.model",
+        "server.engine.scheduling",
+        "server.usage",
+    },
     "server.engine.scheduling": {"server.adapters.cache"},
     "server.engine.model": {"server.adapters.methods", "server.engine.scheduling", *KERNELS},
     "server.engine.cpu": {"server.adapters.methods", "server.engine.model", *KERNELS},

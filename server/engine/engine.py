@@ -14,7 +14,6 @@ import torch
 from server.engine.adapter_check import AdapterCheck
 from server.engine.adapters import build_adapters
 from server.engine.admission import Admission
-from server.engine.load_records import LoadRecords
 from server.engine.metrics.counters import EngineMetrics, source_of
 from server.engine.metrics.step_timer import StepTimer
 from server.engine.model.memory_estimate import BATCH_TOKENS
@@ -72,7 +71,6 @@ class Engine:
         self.metrics = EngineMetrics(
             settings.figures_dir / "engine", settings.metrics_adapter_labels, settings.metrics_top
         )
-        self.load_records = LoadRecords(settings.usage_dir)
         self.loader.objects.on_call = self.metrics.on_store_call
         self.step_timer = StepTimer(self.metrics, placement.device)
         self.model.watch = self.step_timer.time_banks

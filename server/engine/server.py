@@ -10,6 +10,7 @@ import zmq
 
 from server.adapters.sites import encode_base
 from server.engine.engine import Engine
+from server.engine.metrics.load_records import LoadRecords
 from server.engine.snapshot import stats
 from server.engine.unexpected_errors import as_polypeft_error
 from server.engine.watchdog import Watchdog
@@ -51,6 +52,7 @@ class EngineServer:
         self.socket.setsockopt(zmq.LINGER, 0)
         self.socket.setsockopt(zmq.SNDHWM, 0)  # rows are capped: a chunk is never dropped
         self.socket.bind(address)
+        self.load_records = LoadRecords(engine.settings.usage_dir)
         self.watchdog = Watchdog(engine.clock, self.boot, address)
 
     def run(self) -> None:
@@ -142,6 +144,7 @@ class EngineServer:
         if now < self.next_stats:
             return
         self.next_stats = now + STATS_SECONDS
+        self.load_records.write(self.engine.loader.take_loads())
         message = stats(self.engine, self.boot)
         for peer in sorted(self.peers):
             self.send(peer, message)

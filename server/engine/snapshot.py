@@ -21,7 +21,6 @@ def stats(engine: Engine, boot: str) -> Stats:
     engine.metrics.review(time.monotonic())
     engine.loader.disk_writer.free_disk_space()
     _copy_counts(engine)
-    engine.load_records.write(engine.loader.take_loads())
     gauges = {
         "running": len(engine.scheduler.running),
         "waiting": engine.scheduler.waiting,

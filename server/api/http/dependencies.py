@@ -19,10 +19,10 @@ from server.tenancy.keys import fingerprint, same_secret
 from server.tenancy.tenants import OPERATOR, OPERATOR_KEY, Caller, Tenant
 from server.tracing import annotate, span
 
-__all__ = ["OPERATOR", "CurrentTenant", "Deps", "current_tenant", "operator", "services"]
+__all__ = ["OPERATOR", "CurrentTenant", "Deps", "current_tenant", "operator", "services_of"]
 
 
-def services(request: Request) -> Services:
+def services_of(request: Request) -> Services:
     deps: Services = request.app.state.services
     return deps
 
@@ -30,11 +30,19 @@ def services(request: Request) -> Services:
 KEY_HEADERS = ("api-key", "x-api-key")  # Azure's and Anthropic's clients send these
 
 
+async def services(request: Request) -> Services:
+    """For routes; async, because FastAPI runs other functions on threads. Dependencies call `services_of`:
+    FastAPI walks the whole tree of them for each request.
+    """
+    return services_of(request)
+
+
 Deps = Annotated[Services, Depends(services)]
 
 
-async def current_tenant(request: Request, deps: Deps) -> Tenant:
+async def current_tenant(request: Request) -> Tenant:
     """The tenant whose key the request carries. Raises Unauthenticated, and Forbidden for want of a scope."""
+    deps = services_of(request)
     with span("auth"):
         caller = await authenticate(request, deps)
     request.state.caller = caller

@@ -11,7 +11,7 @@ from anyio.to_thread import run_sync
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
 
-from server.api.http.dependencies import Deps
+from server.api.http.dependencies import services_of
 from server.api.http.error_responses import first_error
 from server.api.http.request_limits import max_body_bytes, max_values
 from server.errors import DeadlineExceeded, InvalidField, InvalidRequest, TooLarge, UnsupportedMedia, shown
@@ -31,7 +31,8 @@ _COUNTED_BY_MARK = {b"[": "lists", b"{": "objects", b":": "fields", b",": "value
 def json_body(model: type[M]) -> Callable[..., Awaitable[M]]:
     """A dependency that yields the request's body as `model`. Raises 400, 413 or 415."""
 
-    async def read(request: Request, deps: Deps) -> M:
+    async def read(request: Request) -> M:
+        deps = services_of(request)
         raw = await read_body(request, max_body_bytes(deps))
         values = max_values(deps)
         if len(raw) <= MAX_INLINE_BYTES:

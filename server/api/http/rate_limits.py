@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from fastapi import Request
 
-from server.api.http.dependencies import CurrentCaller, Deps
+from server.api.http.dependencies import CurrentTenant, services_of
 from server.api.services import Services
 from server.errors import PolypeftError, RateLimited, shown
 from server.tenancy.limits import Allowance, tightest
@@ -92,10 +92,9 @@ class RateLimitedRequest:
             raise refusal(f"{model} in organization {self._tenant.id}{verdict.whose}", verdict, tokens)
 
 
-async def rate_limited(
-    request: Request, deps: Deps, caller: CurrentCaller
-) -> AsyncIterator[RateLimitedRequest | None]:
+async def rate_limited(request: Request, _tenant: CurrentTenant) -> AsyncIterator[RateLimitedRequest | None]:
     """A dependency of generation routes, ahead of the body. None where no limit can hold."""
+    deps, caller = services_of(request), request.state.caller
     allowances = caller.allowances
     limited = caller.adapters_limited or any(allowance.limits.limits_rates for allowance in allowances)
     rates = RateLimitedRequest(deps, caller.tenant, allowances) if limited else None

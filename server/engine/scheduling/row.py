@@ -1,6 +1,6 @@
 """A row: one sequence from its arrival to its last token. Counts and lists only; no torch."""
 
-from collections.abc import Sequence, Set
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -135,6 +135,13 @@ class Row:
         """This step computes one token and its draft tokens."""
         return self.scheduled == 1 + len(self.draft)
 
+    def ends_with(self, token: int, end_token_ids: frozenset[int]) -> bool:
+        """Whether this sampled token ends the row; `end_token_ids` are those of the base."""
+        sampling = self.command.sampling
+        return sampling.max_tokens > 0 and (
+            token in sampling.stop_token_ids or (token in end_token_ids and not sampling.ignore_eos)
+        )
+
     @property
     def unscored(self) -> range:
         """Positions whose next token is one of the prompt with a logprob to compute. The prompt's first token
@@ -148,13 +155,6 @@ class Row:
         """Those of `unscored` that this step computes."""
         unscored = self.unscored
         return range(unscored.start, min(unscored.stop, self.computed + self.scheduled))
-
-    def ends_with(self, token: int, end_tokens: Set[int]) -> bool:
-        """Whether the sampled token is one that ends the row: its own, or the model's."""
-        sampling = self.command.sampling
-        return sampling.max_tokens > 0 and (
-            token in sampling.stop_token_ids or (token in end_tokens and not sampling.ignore_eos)
-        )
 
     @property
     def length(self) -> int:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from server.adapters.loading.loader import Load
-from server.engine.load_records import LoadRecords
+from server.engine.metrics.load_records import LoadRecords
 from server.messages import AdapterRef
 from server.usage.journal import leftovers
 from server.usage.record import COMPLETED, Record
@@ -43,7 +43,7 @@ def test_what_a_full_disk_did_not_take_is_written_later(
 
     records = LoadRecords(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr("server.engine.load_records.write_journal", full)
+        patch.setattr("server.engine.metrics.load_records.write_journal", full)
         records.write([Load(REF, 0.5, 1)])
     records.write([Load(REF, 0.5, 2)])
     records.write([])
