@@ -75,6 +75,7 @@ ROUTES: dict[str, Access] = {
     "GET /v1/fine_tuning/jobs/{job_id}/checkpoints": Access(READ | FINE_TUNE),
     # the tenant's usage, keys and audit log
     "GET /v1/usage": Access(READ),
+    "GET /v1/organization/usage/completions": Access(READ),
     "POST /v1/keys": Access(FULL, "key.create"),
     "GET /v1/keys": Access(READ),
     "POST /v1/keys/{key_id}/rotate": Access(FULL, "key.rotate"),

@@ -1,8 +1,10 @@
 """What is known of transformers' model families by name; all else is found out by running the model.
 
-A family that is built of other names is served all the same, by its own classes and with the adapters whose
-sites are found by kind (linears, embeddings, norms). What it may lack is named at each table here. To add it:
-add its names to that table, and its config to `tests/families/`, whose sweep writes docs/bases.md.
+A family whose modules have other names is served too, by its own classes, but without what the tables here
+name: bottleneck adapters, for example, or our fused kernels. To add one, add its names to that table (a
+DecoderLayer counts once it is in `_LAYERS`). tests/families/ finds every family that transformers has, and
+its sweep writes docs/bases.md; a config that does not become small by itself needs a line of OVERRIDES in
+cases.py.
 
 Which families are refused, compatibility.py says. Imports no torch: uploads are checked by these names, too.
 """

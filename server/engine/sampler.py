@@ -7,6 +7,9 @@ preempted.
 The order is vLLM's: logprobs are taken from the raw logits (its "raw_logprobs"); then logit_bias, banned
 tokens, repetition, presence and frequency penalties change the logits; then temperature, min_p, top_k, top_p.
 A row of -inf with some finite logits is a mask that the caller put there, not an error.
+
+A parameter that changes logits acts only if `SampleRow.edited` or `limited` in `_draw` says that it is set.
+What ends a row is `Row.ends_with` (scheduling/row.py).
 """
 
 import math

@@ -1,11 +1,14 @@
 """The recipe of a PEFT method: a struct for each, with its settings, defaults, bounds and help. No torch.
 
-All that depends on the method before training begins is in its struct: recipe.py, the options of `polypeft
-tune` and their help are made of it. To train a further method, add
+recipe.py, the options of `polypeft tune` and their help are made of the structs. To train a further method,
+add
 
     here                       its struct, and the struct to `Peft`
-    modeling/new_adapter.py    the config and tensor shapes of a new adapter, which the method in specs/ reads
-    modeling/adapter_model.py  only if its tensors start from the base, or its bank has no gradients
+    modeling/new_adapter.py    the config and tensor shapes of a new adapter, which its reader in
+                               adapters/specs/ checks; for virtual tokens also `num_virtual_tokens`
+    modeling/adapter_model.py  only if its tensors start from the base, or its bank has no gradients, or acts
+                               at a hook that `_begin` does not fill
+    training/run.py            only if it starts from a text: `_init_text`
 """
 
 from typing import Annotated, Any, ClassVar, Literal, get_args

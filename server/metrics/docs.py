@@ -1,6 +1,11 @@
-"""docs/metrics.md, generated from the declarations. `tests/server/metrics/test_names.py` compares the two."""
+"""docs/metrics.md, generated from the declarations. `tests/server/metrics/test_names.py` compares the two.
 
+python -m server.metrics.docs docs/metrics.md      write the page's tables anew
+"""
+
+import sys
 from collections.abc import Mapping
+from pathlib import Path
 
 from server.metrics.engine_names import ENGINE
 from server.metrics.family import Family
@@ -31,6 +36,11 @@ TABLES: Mapping[str, tuple[str, Mapping[str, Family]]] = {
 }
 
 
+def with_tables(page: str) -> str:
+    """The page with the tables of now after its introduction."""
+    return page[: page.index("## ")] + tables()
+
+
 def tables() -> str:
     """All families as Markdown tables."""
     parts = []
@@ -52,3 +62,8 @@ def _row(family: Family) -> str:
         for label, values in family.all_labels.items()
     )
     return f"| `{family.shown}` | {family.kind} | {labels} | {family.help} |"
+
+
+if __name__ == "__main__":
+    path = Path(sys.argv[1])
+    path.write_text(with_tables(path.read_text()))

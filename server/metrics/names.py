@@ -5,13 +5,14 @@ where the table says:
 
     ENGINE   events, as they happen: `count` and `observe` of EngineMetrics (engine/metrics/counters.py).
              States, and counts that a component keeps itself: read once a second by engine/snapshot.py
-    API      `count` and `observe` of Metrics (metrics/exposition.py), which handlers have as deps.metrics
+    API      `count` and `observe` of Metrics (metrics/exposition.py), which handlers have as deps.metrics.
+             Gauges: as `opened` sets one there
     FLEET    read from Valkey at a scrape: api/cluster_metrics.py
     SHARED   of several kinds of process: at the places of ENGINE, API and WORKER
     WORKER   finetune/worker/metrics.py
 
 Each label has its values in labels.py, or is bounded otherwise (`OPEN` there): no request adds a series.
-docs.py makes the tables of docs/metrics.md of these; a test compares them.
+`python -m server.metrics.docs docs/metrics.md` writes the tables of that page; a test compares them.
 """
 
 from collections.abc import Mapping

@@ -1,10 +1,12 @@
 """One system from start to stop: takes its resources, starts the children in order, restarts and stops them.
 
-start   the engine, which takes longest and needs nothing but the model; beside it Valkey, and once that
-        answers the API processes; ready when GET /readyz of any API process is 200; then the fine-tuning
-        workers, without waiting for them; from then on an engine that is silent for too long is killed
-stop    the API drains (at most drain_seconds) while workers save their training; then the engine; then
-        Valkey; a second signal kills all
+start   1. the engine, which takes longest and needs only the model
+        2. at the same time Valkey; once it answers, the API processes
+        3. the system is ready when GET /readyz of any API process is 200
+        4. the fine-tuning workers; it does not wait for them
+        5. from then on an engine that is silent for too long is killed
+stop    1. the API drains, for at most drain_seconds, while workers save their training
+        2. the engine, then Valkey. A second signal kills all
 """
 
 import asyncio

@@ -1,10 +1,11 @@
 """Limits of a tenant, of its keys and adapters: the records, the server's defaults, and what is in force.
 
 A further limit is a field here, and of a body of api/routes/own_limits.py and an option of `polypeft tenants
-limits` (cli/commands/limits.py), which set it; its default, if it has one, is an option of settings.py. What
-counts requests and tokens is decided in rate_limits.py and its Lua, and answered by api/http/rate_limits.py;
-what is kept or trained, by the registry, the files and the jobs, which ask `LimitRecords.in_force`. Knows no
-storage.
+limits` (cli/commands/limits.py), which set it; its default, if it has one, is an option of settings.py. A
+limit that is counted also needs rate_limits.py and its Lua, which decide, local_rates.py, which applies the
+same rule while Valkey is away, `limits_rates` below, api/http/rate_limits.py (headers and the 429) and
+metrics/labels.py (RATES). Limits of what is kept or trained are applied by the registry, the files and the
+jobs, which ask `LimitRecords.in_force`. Knows no storage.
 """
 
 from collections.abc import Awaitable, Callable

@@ -4,7 +4,7 @@ Each tenant that has asked for adapters lately has a fair share of the tier, by 
 
     1. the requesting tenant, if it is over its share with the new adapter counted; while all of its adapters
        are in use, it waits for one of them
-    2. otherwise tenants over their shares, the more the further they are over
+    2. otherwise tenants over their shares, the one that is furthest over first
     3. otherwise, if all of their adapters are in use, any tenant
 
 Of these the adapter with the lowest score is evicted:
@@ -16,6 +16,7 @@ requests, not of seconds, so an idle night changes nothing. Evicted adapters kee
 so an adapter that is requested again and again stays, and a scan over many adapters evicts only the last few.
 Cost and size enter as in GreedyDual-Size. Referenced entries (in use, or being copied) are never evicted.
 Pinned ones are not, while the tenant's pins fill at most half of its share. No torch, no I/O.
+`python -m benchmarks.eviction` compares policies by their hits.
 """
 
 import time

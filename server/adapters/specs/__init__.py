@@ -2,7 +2,8 @@
 
 No torch here: the API checks uploads without it. To serve a further method, add
 
-    formats/peft_configs.py    its config: a struct of the kept fields, a `Fields` rule for the others
+    formats/peft_configs.py    its config: a struct of the kept fields, and a `Fields` rule that says
+                               which of its other fields are dropped, and which must have what value
     formats/peft.py            a line of TYPES: the peft_type, the method, that rule
     a file of specs/           its reader: which tensors there must be, of which shapes; a line below
     a file of methods/         how its tensors are packed and initialised, and the bank that applies them,

@@ -4,11 +4,15 @@ run.py and trainer.py call the objective that the recipe names, and compute no l
 one, such as DPO, this is to be written:
 
     finetune/recipe.py       its name in ObjectiveName; its settings (DPO's beta) as fields of Recipe, which
-                             `_collect` takes and `recipe_object` shows
+                             `_collect` and `parse_recipe` must take and `recipe_object` shows
     data/record_kinds.py     a kind of record, if the known ones do not fit: its fields and their checks
     data/examples.py         what such a record is in tokens: a subclass of Example, with the `tokens` and
                              `weights` of all its sequences, by which data/ counts, splits and groups
+    data/examples.py         also `truncated`, which makes a plain Example of a longer one
+    modeling/batch_loss.py   if its loss is not a sum over tokens: only `loss_sum` has a gradient there. The
+                             base alone is `model(batch, adapted=False)`, to be run before the adapted pass
     training/                a file with a class as Supervised below, and its line of OBJECTIVES here
+    cli/                     training_options.py, so that `polypeft tune` can name it
 
 Checkpoints, jobs and workers know no objective. `compare` fills what cli/job_summary.py prints. That a file
 holds the records of its job's objective is to be checked in data/dataset.py, which reads it before a job is

@@ -10,8 +10,9 @@ A checkpoint is a folder that holds nothing of the base:
     trainer_state.json       the log: every step and evaluation so far
     optimizer.pt scheduler.pt rng_state.pth    transformers' own files, which it reads with weights_only
 
-`_save` writes it; `fit` and `_load_from_checkpoint` read it, also one of an older version. The worker stores
-the folder whatever it holds (worker/checkpoints.py).
+`_save` writes it; `fit` and `_load_from_checkpoint` read it, also one of an older version: so a new field of
+StepDone (observer.py) has a default, and a new file may be absent. The worker stores the folder whatever it
+holds (worker/checkpoints.py).
 """
 
 import json

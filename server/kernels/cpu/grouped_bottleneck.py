@@ -1,9 +1,9 @@
-"""h += U act(D x + d) + u, with another adapter for each row, read in place.
+"""Bottleneck adapters: h += U act(D x + d) + u, where each token uses its own adapter's weights.
 
-x is a token's sub-block output h, the residual r before that sub-block, or their sum; with an epsilon, x is
-divided by its root mean square first. The kernel follows pointers as grouped_affine.py does, for the same
-reason. It is for rows with few tokens; for many tokens of one adapter two GEMMs are faster
-(bottleneck_bank.py).
+x is h, the output of attention or MLP; or r, the residual before it; or their sum. With an epsilon, x is
+divided by its root mean square first. The kernel reads weights through a table of addresses, as
+grouped_affine.py does: copying them into one tensor would cost more than the product. It is for rows with few
+tokens; for many tokens of one adapter two GEMMs are faster (bottleneck_bank.py).
 
 Table row of a (site, slot), int64: addresses of D [b, n], d [b], U^T [b, n] and u [n], all scalings folded
 in, then the width b, the non-linearity, the input, and epsilon as the bits of a float32 (0: no norm).
@@ -41,7 +41,7 @@ if AVAILABLE:
             for k in range(count):
                 z[k] = np.tanh(z[k])
         elif kind == 4:
-            for k in range(count):  # exp is infinite from 89 on, which fastmath does not handle
+            for k in range(count):  # float32 exp overflows above 88, and fastmath assumes no infinities
                 z[k] = z[k] / (one + np.exp(min(-z[k], np.float32(80))))
         elif kind == 5:
             for k in range(count):

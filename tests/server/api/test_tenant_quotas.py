@@ -79,7 +79,7 @@ def test_jobs_and_training_tokens(quotas: Quotas, system: System) -> None:
     first = create(client, data, **epochs).json()["id"]
     assert said(create(client, data)) == "A tenant may have 1 unfinished fine-tuning jobs."
     events = client.get(f"/v1/fine_tuning/jobs/{first}/events").json()["data"]
-    tokens = 2 * next(event["data"]["tokens"] for event in events if event["data"])
+    tokens = 2 * next(event["data"]["tokens"] for event in events if "data" in event)
     quotas.set(jobs=2, training_tokens_per_day=2 * tokens - 1)
     refused = create(client, data, **epochs)
     assert f"take {tokens}, and this one would take {tokens}." in said(refused)

@@ -34,7 +34,8 @@ RULES: list[tuple[str, frozenset[str] | None]] = [
     (r"POST /admin/tenants/{tenant_id}/adapters$", frozenset({"adapters"})),
     (r"GET /v1/(files|fine_tuning)\b", frozenset({"read", "fine-tune"})),
     (r"\w+ /v1/(files|uploads|fine_tuning)\b", frozenset({"fine-tune"})),
-    (r"GET /(v1/keys|v1/audit|admin)\b", frozenset({"read"})),
+    (r"GET /v1/(keys|audit|usage|organization/usage)\b", frozenset({"read"})),
+    (r"GET /admin\b", frozenset({"read"})),
     (r"\w+ /(v1/keys|admin)\b", None),
 ]
 CHANGES_NOTHING = re.compile(
