@@ -126,7 +126,8 @@ class RateLimits:
         running = self._running.get(request)
         if running is not None and running.waits and running.allowances[0].limits.queued is not None:
             self._running[request] = running._replace(waits=False)
-            self._start(self._send(self._begin(keys=_keys(running.allowances)[-1:], args=[request])))
+            call = self._connection.run(self._begin, _keys(running.allowances)[-1:], [request])
+            self._start(self._send(call))
 
     async def settle(self, request: str, unused: int) -> None:
         """End a request that was admitted: its leases end, and `unused` tokens go back. Waits for Valkey a
@@ -218,7 +219,9 @@ class RateLimits:
         if running.local or not taken:
             requests, unused = 1, running.tokens
         arguments: list[str | int] = [request, unused, requests, running.allowances[0].limits.queued or 0]
-        return self._start(self._send(self._settle(keys=_keys(running.allowances), args=arguments)))
+        # on the connection of the decision, so that Valkey sees it after a decision nobody waited for
+        call = self._connection.run(self._settle, _keys(running.allowances), arguments)
+        return self._start(self._send(call))
 
     def _start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)

@@ -53,7 +53,7 @@ NewKey = Annotated[KeyBody, Depends(_key_body)]
 Rotation = Annotated[RotateBody, Depends(_rotate_body)]
 
 
-@router.post("")
+@router.post("", status_code=201)
 async def create_key(deps: Deps, caller: CurrentCaller, change: CurrentChange, body: NewKey) -> Response:
     return await create(deps, caller, change, caller.tenant.id, body)
 
