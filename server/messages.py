@@ -13,6 +13,9 @@ from server.errors import PolypeftError
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
+GRAMMAR_HEADER = "%llguidance {}"  # the first line of a grammar in llguidance's Lark
+JSON_WHITESPACE = r"[ \n\r\t]{0,40}"  # between JSON tokens; bounded, or a model could emit blanks for ever
+
 
 class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
     """Sampling parameters of one row. The API checks their ranges; the engine relies on that."""
@@ -31,7 +34,7 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
     ignore_eos: bool = False
     min_tokens: int = 0  # no end-of-text or stop token before this many
     logprobs: int | None = None  # None: none; k: the chosen token's and the k best
-    grammar: str | None = None  # JSON schema the text must match (structured output)
+    grammar: str | None = None  # what the text must match: a JSON schema, or Lark after GRAMMAR_HEADER
 
 
 class AdapterRef(msgspec.Struct, frozen=True):

@@ -19,9 +19,11 @@ from typing import Any
 from jinja2.exceptions import TemplateError
 from tokenizers.pre_tokenizers import ByteLevel
 
+from server.base_model.chat_tools import ChatTools, probe
 from server.base_model.control_tokens import MARK, ControlTokens
 from server.errors import InvalidRequest, StartupError
 
+log = logging.getLogger(__name__)
 CONTEXT_CHARS = 64  # before a part of a text: they may change its tokens
 
 
@@ -40,7 +42,10 @@ def forbid_torch() -> None:
 class Tokenizer:
     """A model folder's tokenizer. Immutable after `load`, so threads may share it."""
 
-    def __init__(self, hf: Any, chat_template: str | None) -> None:
+    def __init__(
+        self, hf: Any, chat_template: str | dict[str, str] | None, tool_format: str = "auto"
+    ) -> None:
+        """`tool_format`: how the model writes function calls (tool_formats/); auto: as its template does."""
         backend = hf.backend_tokenizer
         backend.no_truncation()
         backend.no_padding()
@@ -54,10 +59,16 @@ class Tokenizer:
         self.pieces = [self._piece(i) for i in range(len(self._literals))]
         self.end: int | None = hf.eos_token_id
         self.lead = self.encode("")  # the tokens before every prompt
-        self._control = ControlTokens(backend, chat_template or "", self._plain_chat())
+        source = _source(chat_template)
+        roles = [("system", "user", "assistant", "user"), ("user", "assistant", "user")]
+        chats = [self._sample([{"role": role, "content": MARK} for role in some]) for some in roles]
+        self.tools = ChatTools(source, tool_format, takes_system=bool(chats[0]))
+        self.pieces_with_markers = self._pieces_with_markers()
+        plain_chat = next(filter(None, chats), "")
+        self._control = ControlTokens(backend, source, [plain_chat, *self._tool_chats()])
 
     @classmethod
-    def load(cls, folder: Path) -> "Tokenizer":
+    def load(cls, folder: Path, tool_format: str = "auto") -> "Tokenizer":
         """Read `folder`. Raises StartupError for a tokenizer that is missing, damaged or not supported."""
         from transformers import AutoTokenizer  # here, because it takes a second, and torch unless forbidden
 
@@ -69,7 +80,7 @@ class Tokenizer:
             ) from error
         if not hf.is_fast:
             raise StartupError("This model's tokenizer has no tokenizer.json and is not supported.")
-        return cls(hf, hf.chat_template)
+        return cls(hf, hf.chat_template, tool_format)
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Token ids of a raw `text`, in which control tokens such as <|im_end|> count as such.
@@ -101,53 +112,105 @@ class Tokenizer:
                 return both[len(first) :]
         return encode(part)
 
-    def up_to_special(self, text: str) -> int | None:
-        """How many characters of `text` end with its first special token; None if it has none."""
-        found = (self._literals[i] for i in self.encode(text, special=False) if i in self._special)
-        literal = next(found, None)
-        return None if literal is None else text.index(literal) + len(literal)
+    def up_to_special(self, text: str, *, last: bool = False) -> int | None:
+        """How many characters of `text` end with its first or last special token; None if it has none."""
+        found = [self._literals[i] for i in self.encode(text, special=False) if i in self._special]
+        if not found:
+            return None
+        at = text.rindex(found[-1]) if last else text.index(found[0])
+        return at + len(found[-1 if last else 0])
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of these tokens, without special ones."""
         text: str = self._backend.decode(list(ids), skip_special_tokens=True)
         return text
 
-    def render_chat(self, messages: list[dict[str, str]], *, answer: bool = True) -> str:
+    def render_chat(
+        self,
+        messages: list[dict[str, Any]],
+        tools: list[dict[str, Any]] | None = None,
+        *,
+        answer: bool = True,
+    ) -> str:
         """`messages` rendered by the model's template, for `encode_chat`: control tokens in them are quoted.
 
-        `answer`: with the beginning of the assistant's next message. Raises InvalidRequest if there is no
-        template, or if it refuses the messages.
+        Messages as in chat_tools.py; `tools` are OpenAI's, the functions that may be called. `answer`: with
+        the beginning of the assistant's next message. Raises InvalidRequest if there is no template, or if it
+        refuses the messages.
         """
         if self._chat_template is None:
             raise InvalidRequest(
                 "The base model has no chat template; use /v1/completions.", param="messages"
             )
-        return self._render([self.quoted(message) for message in messages], answer)
+        messages, tools = self.tools.prepared(messages, tools or [])
+        quoted_tools = None if tools is None else [self._quoted(tool) for tool in tools]
+        try:
+            return self._render([self.quoted(message) for message in messages], quoted_tools, answer)
+        except TemplateError as error:
+            reason = str(error)
+        except Exception as error:  # whatever an operation of the template raises on such values
+            log.debug("The chat template failed", exc_info=error)
+            reason = "it fails on them"
+        raise InvalidRequest(f"The model's chat template refuses these messages: {reason}", param="messages")
 
-    def quoted(self, message: dict[str, str]) -> dict[str, str]:
-        """`message` with control tokens quoted in every field but the role, which is checked before."""
+    def quoted(self, message: dict[str, Any]) -> dict[str, Any]:
+        """`message` with control tokens quoted in every text but the role, which is checked before."""
         role = message["role"]
         return {
-            name: text if name == "role" else self._control.quoted(text, role)
-            for name, text in message.items()
+            name: value
+            if name == "role"
+            else self._control.quoted(value, role)
+            if name == "content"
+            else self._quoted(value)
+            for name, value in message.items()
         }
 
-    def _plain_chat(self) -> str:
-        """A rendered chat in which each message is MARK; "" if there is no template, or it refuses that."""
-        system, user, answer = ({"role": role, "content": MARK} for role in ("system", "user", "assistant"))
-        for messages in ([system, user, answer, user], [user, answer, user]):
-            with suppress(Exception):  # `render_chat` reports what a template raises
-                return self._render(messages, answer=False) if self._chat_template else ""
+    def _quoted(self, value: Any) -> Any:
+        """A JSON value of a caller's with the control tokens in all its texts quoted."""
+        if isinstance(value, str):
+            return self._control.quoted(value, "tool")
+        if isinstance(value, list):
+            return [self._quoted(item) for item in value]
+        if isinstance(value, dict):
+            return {self._quoted(key): self._quoted(item) for key, item in value.items()}
+        return value
+
+    def _tool_chats(self) -> list[str]:
+        """A chat with functions, calls and results as the template renders it; none if it does not."""
+        if not self.tools.native:
+            return []
+        tool = {"name": MARK, "description": MARK, "parameters": {MARK: MARK}}
+        tools = [{"type": "function", "function": tool}]
+        if chat := self._sample(*self.tools.prepared(probe(MARK), tools)):
+            return [chat]
+        self.tools.take_text_arguments()
+        chat = self._sample(*self.tools.prepared(probe(MARK), tools))
+        return [chat] if chat else []
+
+    def _sample(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> str:
+        """`messages` rendered; "" if there is no template, or it refuses them."""
+        with suppress(Exception):  # `render_chat` reports what a template raises
+            return self._render(messages, tools, answer=False) if self._chat_template else ""
         return ""
 
-    def _render(self, messages: list[dict[str, str]], answer: bool) -> str:
-        try:
-            text: str = self._hf.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer)
-        except TemplateError as error:
-            raise InvalidRequest(
-                f"The model's chat template refuses these messages: {error}", param="messages"
-            ) from error
+    def _render(
+        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, answer: bool
+    ) -> str:
+        text: str = self._hf.apply_chat_template(
+            messages, tools=tools, tokenize=False, add_generation_prompt=answer
+        )
         return text
+
+    def special_id(self, literal: str) -> int | None:
+        """The id of the special token of this text; None if no special token has it."""
+        return next((i for i in self._special if self._literals[i] == literal), None)
+
+    def _pieces_with_markers(self) -> list[bytes | str]:
+        """`pieces` in which the markers of calls have their text, special tokens or not."""
+        shown = {i for i in map(self.special_id, self.tools.format.markers) if i is not None}
+        if not shown:
+            return self.pieces
+        return [self._literals[i].encode() if i in shown else piece for i, piece in enumerate(self.pieces)]
 
     def token_text(self, token: int) -> tuple[str, bytes]:
         """A token's text and bytes for logprobs; ("", b"") for an id that does not exist.
@@ -174,6 +237,11 @@ class Tokenizer:
         if len(literal) == 6 and literal.startswith("<0x") and literal.endswith(">"):
             return bytes([int(literal[3:5], 16)])
         return literal.replace("\u2581", " ")
+
+
+def _source(template: str | dict[str, str] | None) -> str:
+    """The source of a template, or of all templates of a folder that has several."""
+    return "\n".join(template.values()) if isinstance(template, dict) else template or ""
 
 
 def _byte_characters() -> dict[str, int]:

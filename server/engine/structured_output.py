@@ -1,7 +1,7 @@
-"""Structured output: the tokens that a row's JSON schema allows next, by llguidance.
+"""Structured output: the tokens that a row's JSON schema or grammar allows next, by llguidance.
 
-A separate thread compiles the schemas, so that a large one delays its own row only. The API has already
-refused schemas that are too large or cannot be compiled; a matcher that fails here ends its row.
+A separate thread compiles them, so that a large one delays its own row only. The API has already refused
+those that are too large or cannot be compiled; a matcher that fails here ends its row.
 """
 
 from collections.abc import Callable
@@ -15,9 +15,9 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from server.errors import InvalidField
 from server.kernels.transfers import send
+from server.messages import GRAMMAR_HEADER, JSON_WHITESPACE
 
-MAX_COMPILED = 64  # schemas in the LRU cache
-WHITESPACE = r"[ \n\r\t]{0,40}"  # between JSON tokens; bounded, so that a model cannot emit blanks for ever
+MAX_COMPILED = 64  # schemas and grammars in the LRU cache
 PARSER_LIMITS = LLParserLimits(
     initial_lexer_fuel=1_000_000,
     step_lexer_fuel=100_000,  # for one row and step: 7 ms, during which all rows wait
@@ -27,7 +27,7 @@ PARSER_LIMITS = LLParserLimits(
 
 
 class Grammars:
-    """Compiled schemas for one vocabulary. Reads the tokenizer on first use: most servers never need it."""
+    """Compiled grammars for one vocabulary. Reads the tokenizer on first use: most servers never need it."""
 
     def __init__(self, model_dir: Path, vocab_size: int, end_token_ids: frozenset[int]) -> None:
         self.model_dir = model_dir
@@ -36,9 +36,9 @@ class Grammars:
         self._matcher_of: Callable[[str], LLMatcher] = lru_cache(MAX_COMPILED)(self._make_matcher)
         self._pool = ThreadPoolExecutor(1, "grammar")
 
-    def compile(self, schema: str) -> "Future[LLMatcher]":
-        """A new matcher for a JSON schema; the future raises InvalidField if it cannot be compiled."""
-        return self._pool.submit(self._compile, schema)
+    def compile(self, grammar: str) -> "Future[LLMatcher]":
+        """A new matcher for Sampling.grammar; the future raises InvalidField if it cannot be compiled."""
+        return self._pool.submit(self._compile, grammar)
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
@@ -48,19 +48,22 @@ class Grammars:
         text = (self.model_dir / "tokenizer.json").read_text()
         return LLTokenizer(text, n_vocab=self.vocab_size, eos_token=sorted(self.end_token_ids))
 
-    def _compile(self, schema: str) -> LLMatcher:
-        matcher = self._matcher_of(schema).deep_copy()
+    def _compile(self, grammar: str) -> LLMatcher:
+        matcher = self._matcher_of(grammar).deep_copy()
         if matcher.is_error():
-            raise InvalidField("response_format cannot be compiled for this model.", param="response_format")
+            place = "tools" if grammar.startswith(GRAMMAR_HEADER) else "response_format"
+            raise InvalidField(f"{place} cannot be compiled for this model.", param=place)
         return matcher
 
-    def _make_matcher(self, schema: str) -> LLMatcher:
-        grammar = LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_pattern": WHITESPACE})
+    def _make_matcher(self, grammar: str) -> LLMatcher:
+        if not grammar.startswith(GRAMMAR_HEADER):
+            overrides: Any = {"whitespace_pattern": JSON_WHITESPACE}
+            grammar = LLMatcher.grammar_from_json_schema(grammar, overrides=overrides)
         return LLMatcher(self._tokenizer, grammar, log_level=0, limits=PARSER_LIMITS)
 
 
 def consume(matcher: Any, token: int) -> bool:
-    """Advance `matcher` by a sampled token; False if the schema forbids it or the matcher ran out of fuel.
+    """Advance `matcher` by a sampled token; False if the grammar forbids it or the matcher ran out of fuel.
 
     A matcher without fuel allows the end token at once, so a truncated answer would look complete.
     """

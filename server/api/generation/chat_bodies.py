@@ -6,6 +6,7 @@ from pydantic import BeforeValidator, FailFast, Field, ValidationInfo, field_val
 
 from server.api.generation.bodies import CHANGES_OUTPUT, Count, SamplingBody
 from server.api.http.body_model import Body, at_most, at_most_entries, caps
+from server.api.tools.bodies import FunctionCall, FunctionChoice, Functions, ToolCalls, ToolChoice, Tools
 from server.errors import InvalidField
 
 MAX_ANNOTATIONS = 256
@@ -31,16 +32,16 @@ class Annotation(Body):
 
 
 class Message(Body):
-    """A message of the conversation: text only, no tool calls."""
+    """A message of the conversation: text, an assistant's calls, or the result of one."""
 
-    refused: ClassVar[dict[str, str]] = dict.fromkeys(
-        ("tool_calls", "tool_call_id", "function_call", "audio"),
-        "this server calls no tools and hears no audio",
-    )
+    refused: ClassVar[dict[str, str]] = {"audio": "this server hears no audio"}
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    content: str | list[TextPart] | None = None  # tools/conversation.py checks what each role needs
     name: str | None = None  # not shown to the model: its template does not use it
+    tool_calls: ToolCalls | None = None
+    tool_call_id: Annotated[str, Field(min_length=1, max_length=512)] | None = None
+    function_call: FunctionCall | None = None
     refusal: str | None = None
     annotations: Annotated[list[Annotation], BeforeValidator(at_most_entries(MAX_ANNOTATIONS))] | None = None
 
@@ -55,7 +56,9 @@ class Message(Body):
 
     @property
     def text(self) -> str:
-        return self.content if isinstance(self.content, str) else "".join(p.text for p in self.content)
+        if isinstance(self.content, list):
+            return "".join(part.text for part in self.content)
+        return self.content or ""
 
 
 class SchemaHolder(Body):
@@ -93,9 +96,6 @@ class ChatBody(SamplingBody):
 
     refused: ClassVar[dict[str, str]] = SamplingBody.refused | dict.fromkeys(
         (
-            "tools",
-            "functions",
-            "function_call",
             "audio",
             "prediction",
             "web_search_options",
@@ -110,8 +110,11 @@ class ChatBody(SamplingBody):
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0)] | None = None
     response_format: ResponseFormat | None = None
+    tools: Tools | None = None  # what is done with these five: server/api/tools/
+    tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
-    tool_choice: Literal["none"] | None = None
+    functions: Functions | None = None
+    function_call: FunctionChoice | None = None
     modalities: Annotated[list[Literal["text"]], Field(max_length=1)] | None = None
 
     @field_validator("messages", mode="before")

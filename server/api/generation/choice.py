@@ -42,6 +42,7 @@ class Choice:
     tokenizer: Tokenizer
     stops: list[str]
     min_tokens: int = 0  # stop strings are ignored before this many
+    with_markers: bool = False  # the text shows the control tokens that mark calls
     completion_tokens: int = 0
     cached_tokens: int = 0
     finished: bool = False
@@ -50,7 +51,7 @@ class Choice:
     _unsent: deque[TokenInfo] = field(default_factory=deque)  # tokens whose text is not sent yet
 
     def __post_init__(self) -> None:
-        self._detokenizer = detokenizer(self.tokenizer)
+        self._detokenizer = detokenizer(self.tokenizer, with_markers=self.with_markers)
         self._scanner = StopScanner(self.stops)
 
     def feed(self, chunk: Chunk) -> Piece:

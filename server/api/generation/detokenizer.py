@@ -7,9 +7,10 @@ from server.base_model.tokenizer import Tokenizer
 REPLACEMENT = "\ufffd"
 
 
-def detokenizer(tokenizer: Tokenizer) -> "Detokenizer":
-    """A new Detokenizer for one choice."""
-    return (_ByteLevel if tokenizer.byte_level else _ByteFallback)(tokenizer.pieces)
+def detokenizer(tokenizer: Tokenizer, *, with_markers: bool = False) -> "Detokenizer":
+    """A new Detokenizer for one choice. `with_markers`: it shows the control tokens that mark calls."""
+    pieces = tokenizer.pieces_with_markers if with_markers else tokenizer.pieces
+    return (_ByteLevel if tokenizer.byte_level else _ByteFallback)(pieces)
 
 
 class Detokenizer:

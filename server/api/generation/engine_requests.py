@@ -34,6 +34,7 @@ class RouteOptions:
     default_max_tokens: int | None  # if none is requested; None: all that fits the context
     logprobs: int | None  # as in Sampling
     grammar: str | None = None  # as in Sampling
+    with_calls: bool = False  # the answer may have calls of functions
 
 
 def build_generation(
@@ -81,7 +82,9 @@ def build_generation(
             )
             for i in range(body.n)
         ]
-    choices = [Choice(i, deps.tokenizer, body.stop, body.min_tokens) for i in range(len(rows))]
+    choices = [
+        Choice(i, deps.tokenizer, body.stop, body.min_tokens, options.with_calls) for i in range(len(rows))
+    ]
     return Generation(deps, request_id, target, options.prompts, rows, choices, request.state.rates)
 
 

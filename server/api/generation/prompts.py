@@ -10,6 +10,8 @@ from server.api.generation.chat_bodies import Message
 from server.api.http.body_model import at_most
 from server.api.http.request_limits import check_chars
 from server.api.services import Services
+from server.api.tools.conversation import conversation
+from server.base_model.chat_tools import tools_chars
 from server.errors import ContextTooLong, InvalidField, shown
 from server.tenancy.tenants import Tenant
 
@@ -41,13 +43,20 @@ async def completion_prompts(deps: Services, tenant: Tenant, prompt: Any) -> lis
     return prompts
 
 
-async def chat_prompt(deps: Services, tenant: Tenant, messages: list[Message]) -> list[int]:
-    """The token ids of the conversation as the base's chat template renders it. Raises ContextTooLong."""
-    plain = [{"role": _role(m), "content": m.text} for m in messages]
-    chars = sum(len(m["content"]) for m in plain)
+async def chat_prompt(
+    deps: Services, tenant: Tenant, messages: list[Message], tools: list[dict[str, Any]] | None = None
+) -> list[int]:
+    """The token ids of the conversation, with the functions `tools`, as the base's chat template renders it.
+
+    Raises InvalidRequest, ContextTooLong.
+    """
+    plain = conversation(messages)
+    chars = sum(len(m["content"]) for m in plain) + tools_chars(plain, tools or [])
     check_chars(deps, chars, "messages")
     tokenizer = deps.tokenizer
-    return await _tokenize(deps, tenant, chars, lambda: tokenizer.encode_chat(tokenizer.render_chat(plain)))
+    return await _tokenize(
+        deps, tenant, chars, lambda: tokenizer.encode_chat(tokenizer.render_chat(plain, tools))
+    )
 
 
 def fit_max_tokens(
@@ -90,7 +99,3 @@ def _in_vocabulary(tokens: list[int], size: int) -> list[int]:
                 f"prompt has the token id {shown(token)}; they run from 0 to {size - 1}.", param="prompt"
             )
     return tokens
-
-
-def _role(message: Message) -> str:
-    return "system" if message.role == "developer" else message.role

@@ -19,7 +19,10 @@ from server.api.http.error_responses import json_response
 from server.api.http.json_body import json_body
 from server.api.http.rate_limits import rate_limited
 from server.api.http.streaming import open_stream, while_connected
+from server.api.tools.answer import Answer, AnswerWithCalls, Delta, TextAnswer, add_delta
+from server.api.tools.tool_use import ToolUse, tool_use
 
+OPENING: Delta = {"role": "assistant", "refusal": None, "content": None}  # of a choice's first delta
 router = APIRouter(dependencies=[Depends(current_tenant), Depends(rate_limited)])
 
 
@@ -31,17 +34,19 @@ async def create_chat_completion(
     body: Annotated[ChatBody, Depends(json_body(ChatBody))],
 ) -> Response:
     """One object with all choices, or a stream of chunks."""
+    use = tool_use(body)
     target = await resolve(deps, tenant, body.model, body.adapters, sticky_key(request, body.user))
     options = RouteOptions(
         prefix="chatcmpl",
-        prompts=[await chat_prompt(deps, tenant, body.messages)],
+        prompts=[await chat_prompt(deps, tenant, body.messages, use.shown if use else None)],
         max_tokens=body.max_completion_tokens or body.max_tokens,
         default_max_tokens=None,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-        grammar=await grammar_for(body.response_format),
+        grammar=await grammar_for(body.response_format, use, deps.tokenizer),
+        with_calls=use is not None,
     )
     generation = build_generation(deps, tenant, request, target, body, options)
-    answer = _Chat(generation, body)
+    answer = _Chat(generation, body, use, constrained=options.grammar is not None)
     if body.stream:
         return await open_stream(request, answer.events(), target.headers, deadline=generation.deadline)
     return json_response(await while_connected(request.receive, answer.full_object()), headers=target.headers)
@@ -50,9 +55,17 @@ async def create_chat_completion(
 class _Chat:
     """Renders a generation as `chat.completion` and `chat.completion.chunk` objects."""
 
-    def __init__(self, generation: Generation, body: ChatBody) -> None:
+    def __init__(
+        self, generation: Generation, body: ChatBody, use: ToolUse | None, *, constrained: bool
+    ) -> None:
+        """`use`: functions that may be called; `constrained`: a grammar holds the answer to their format."""
         self._generation = generation
         self._body = body
+        format_ = generation.deps.tokenizer.tools.format
+        self._answers: list[Answer] = [
+            TextAnswer() if use is None else AnswerWithCalls(format_, use, constrained=constrained)
+            for _ in generation.choices
+        ]
 
     async def full_object(self) -> dict[str, Any]:
         """The answer without streaming, once every choice has finished."""
@@ -60,9 +73,13 @@ class _Chat:
         async with aclosing(self._generation.pieces()) as pieces:
             async for piece in pieces:
                 answer = answers[piece.index]
-                answer["message"]["content"] += piece.text
+                for delta in self._deltas(piece):
+                    add_delta(answer["message"], delta)
                 answer["logprobs"] = add_logprobs(answer["logprobs"], self._logprobs(piece))
-                answer["finish_reason"] = piece.finish
+                answer["finish_reason"] = self._finish(piece)
+        for answer in answers:
+            if not answer["message"].keys() & {"tool_calls", "function_call"}:
+                answer["message"]["content"] = answer["message"]["content"] or ""
         usage = usage_object(self._generation.usage)
         return self._object("chat.completion", answers) | {"usage": usage}
 
@@ -74,13 +91,16 @@ class _Chat:
         begun: set[int] = set()  # choices whose role has been sent
         async with aclosing(self._generation.pieces()) as pieces:
             async for piece in pieces:
-                role = {} if piece.index in begun else {"role": "assistant", "refusal": None}
-                begun.add(piece.index)
-                if piece.text or piece.tokens or role:
-                    delta = role | ({"content": piece.text} if piece.text or role else {})
-                    yield self._chunk(piece.index, delta, self._logprobs(piece), None) | extra
+                deltas = self._deltas(piece)
+                if piece.index not in begun and (deltas or piece.tokens or piece.finish is not None):
+                    begun.add(piece.index)
+                    deltas = [OPENING | (deltas[0] if deltas else {"content": ""}), *deltas[1:]]
+                logprobs = self._logprobs(piece)  # of all the piece's tokens, in its first chunk
+                for delta in deltas or ([{}] if piece.tokens else []):
+                    yield self._chunk(piece.index, delta, logprobs, None) | extra
+                    logprobs = None
                 if piece.finish is not None:  # alone in a chunk, as OpenAI has it: clients rely on that
-                    yield self._chunk(piece.index, {}, None, piece.finish) | extra
+                    yield self._chunk(piece.index, {}, None, self._finish(piece)) | extra
         if with_usage:
             usage = usage_object(self._generation.usage)
             yield self._object("chat.completion.chunk", []) | {"usage": usage}
@@ -102,8 +122,14 @@ class _Chat:
         }
 
     def _empty(self, index: int) -> dict[str, Any]:
-        message = {"role": "assistant", "content": "", "refusal": None}
+        message = {"role": "assistant", "content": None, "refusal": None}
         return {"index": index, "message": message, "logprobs": None, "finish_reason": None}
+
+    def _deltas(self, piece: Piece) -> list[Delta]:
+        return self._answers[piece.index].deltas(piece.text, last=piece.finish is not None)
+
+    def _finish(self, piece: Piece) -> str | None:
+        return piece.finish and self._answers[piece.index].finish_reason(piece.finish)
 
     def _logprobs(self, piece: Piece) -> dict[str, Any] | None:
         if not self._body.logprobs:

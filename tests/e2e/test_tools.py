@@ -1,0 +1,66 @@
+"""Function calls by a real server: a tiny random model, so only a grammar can make its calls right."""
+
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import openai
+import pytest
+from pydantic import BaseModel
+
+from tests.e2e.conftest import OPTIONS
+from tests.e2e.serving import Serving
+from tests.fixtures.models import build_tiny
+from tests.fixtures.tool_templates import HERMES
+from tests.server.api.tools.schemas import random_schema
+
+SCHEMAS = 200
+AT_ONCE = 8
+CONTEXT = 2048
+ASKED: Any = [{"role": "user", "content": "Hi"}]
+
+
+@pytest.fixture(scope="module")
+def sdk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[openai.OpenAI]:
+    """Of a server whose tiny model's template knows tools, with a context for long definitions."""
+    folder = tmp_path_factory.mktemp("tools")
+    model = folder / "caller"
+    build_tiny("llama", model)
+    _change(model / "config.json", max_position_embeddings=CONTEXT)
+    _change(model / "tokenizer_config.json", model_max_length=CONTEXT)
+    (model / "chat_template.jinja").write_text(HERMES)
+    with Serving(str(model), folder / "server", *OPTIONS) as serving, serving.sdk(serving.tenant("t")) as sdk:
+        yield sdk
+
+
+def _change(path: Path, **fields: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def tool(name: str, parameters: Any, **fields: Any) -> Any:
+    return {"type": "function", "function": {"name": name, "parameters": parameters, **fields}}
+
+
+def test_the_arguments_of_required_calls_match_any_schema(sdk: openai.OpenAI) -> None:
+    def call(seed: int) -> tuple[dict[str, Any], Any]:
+        schema = random_schema(seed)
+        made = sdk.chat.completions.create(
+            model="caller",
+            messages=ASKED,
+            tools=[tool(f"f{seed}", schema)],
+            tool_choice="required",
+            parallel_tool_calls=False,
+            seed=seed,
+        )
+        return schema, made.choices[0]
+
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        for seed, (schema, choice) in enumerate(pool.map(call, range(SCHEMAS))):
+            assert choice.finish_reason == "tool_calls", (seed, choice)
+            (made,) = choice.message.tool_calls
+            assert made.function.name == f"f{seed}"
+            jsonschema.validate(json.loads(made.function.arguments), schema)
+            assert choice.message.content is None
