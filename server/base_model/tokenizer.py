@@ -55,7 +55,9 @@ class Tokenizer:
         self.byte_level = _is_byte_level(json.loads(backend.to_str())["decoder"])
         self._literals = [token or "" for token in hf.convert_ids_to_tokens(list(range(len(hf))))]
         self.longest = max(map(len, self._literals))  # no token has more characters
-        self._special = {i for i, token in hf.added_tokens_decoder.items() if token.special}
+        added = hf.added_tokens_decoder.items()
+        self._special = {i for i, token in added if token.special}
+        self._added = {token.content: (i, bool(token.special)) for i, token in added}
         self.pieces = [self._piece(i) for i in range(len(self._literals))]
         self.end: int | None = hf.eos_token_id
         self.lead = self.encode("")  # the tokens before every prompt
@@ -112,13 +114,11 @@ class Tokenizer:
                 return both[len(first) :]
         return encode(part)
 
-    def up_to_special(self, text: str, *, last: bool = False) -> int | None:
-        """How many characters of `text` end with its first or last special token; None if it has none."""
-        found = [self._literals[i] for i in self.encode(text, special=False) if i in self._special]
-        if not found:
-            return None
-        at = text.rindex(found[-1]) if last else text.index(found[0])
-        return at + len(found[-1 if last else 0])
+    def up_to_special(self, text: str) -> int | None:
+        """How many characters of `text` end with its first special token; None if it has none."""
+        found = (self._literals[i] for i in self.encode(text, special=False) if i in self._special)
+        literal = next(found, None)
+        return None if literal is None else text.index(literal) + len(literal)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of these tokens, without special ones."""
@@ -201,13 +201,14 @@ class Tokenizer:
         )
         return text
 
-    def special_id(self, literal: str) -> int | None:
-        """The id of the special token of this text; None if no special token has it."""
-        return next((i for i in self._special if self._literals[i] == literal), None)
+    def added_token(self, text: str) -> tuple[int, bool] | None:
+        """Id of the added token of this text, and whether it is special; None if there is none."""
+        return self._added.get(text)
 
     def _pieces_with_markers(self) -> list[bytes | str]:
         """`pieces` in which the markers of calls have their text, special tokens or not."""
-        shown = {i for i in map(self.special_id, self.tools.format.markers) if i is not None}
+        added = [self._added.get(marker, (0, False)) for marker in self.tools.format.markers]
+        shown = {i for i, special in added if special}
         if not shown:
             return self.pieces
         return [self._literals[i].encode() if i in shown else piece for i, piece in enumerate(self.pieces)]

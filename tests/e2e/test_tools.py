@@ -9,7 +9,6 @@ from typing import Any
 import jsonschema
 import openai
 import pytest
-from pydantic import BaseModel
 
 from tests.e2e.conftest import OPTIONS
 from tests.e2e.serving import Serving
