@@ -19,6 +19,7 @@ from tests.server.api.tools.schemas import random_schema
 SCHEMAS = 200
 AT_ONCE = 8
 CONTEXT = 2048
+EXPLODING = "^((a{1,300}b{1,300}){1,300}|.{1,999}){1,999}$"
 ASKED: Any = [{"role": "user", "content": "Hi"}]
 
 
@@ -63,3 +64,55 @@ def test_the_arguments_of_required_calls_match_any_schema(sdk: openai.OpenAI) ->
             assert made.function.name == f"f{seed}"
             jsonschema.validate(json.loads(made.function.arguments), schema)
             assert choice.message.content is None
+
+
+CITY = {
+    "type": "object",
+    "properties": {"city": {"type": "string", "maxLength": 6}, "days": {"type": "integer", "maximum": 9}},
+    "required": ["city", "days"],
+    "additionalProperties": False,
+}
+
+
+def given(seed: int, **fields: Any) -> Any:
+    tools = [tool("weather", CITY), tool("clock", None)]
+    return {"model": "caller", "messages": ASKED, "tools": tools, "seed": seed} | fields
+
+
+def test_a_streamed_call_is_the_call(sdk: openai.OpenAI) -> None:
+    for seed in range(4):
+        whole = sdk.chat.completions.create(**given(seed, tool_choice="required")).choices[0]
+        with sdk.chat.completions.stream(**given(seed, tool_choice="required")) as stream:
+            streamed = stream.get_final_completion().choices[0]
+        calls, again = whole.message.tool_calls or [], streamed.message.tool_calls or []
+        assert [(call.function.name, call.function.arguments) for call in again] == [
+            (call.function.name, call.function.arguments) for call in calls if call.type == "function"
+        ]
+        assert calls
+        assert streamed.finish_reason == whole.finish_reason == "tool_calls"
+
+
+def test_a_result_is_answered_and_a_named_function_is_the_only_one(sdk: openai.OpenAI) -> None:
+    named: Any = {"type": "function", "function": {"name": "clock"}}
+    message = sdk.chat.completions.create(**given(0, tool_choice=named)).choices[0].message
+    (call,) = message.tool_calls or []
+    assert call.type == "function"
+    assert (call.function.name, call.function.arguments) == ("clock", "{}")
+    history = [*ASKED, message, {"role": "tool", "tool_call_id": call.id, "content": "noon"}]
+    answer = sdk.chat.completions.create(**given(0, messages=history, max_tokens=8)).choices[0]
+    assert answer.message.content
+
+
+def test_a_pattern_that_explodes_ends_in_an_answer_or_a_sentence(sdk: openai.OpenAI) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"a": {"type": "string", "pattern": EXPLODING}},
+        "required": ["a"],
+    }
+    try:
+        sdk.chat.completions.create(
+            **given(0, tools=[tool("f", schema)], tool_choice="required", max_tokens=64)
+        )
+    except openai.APIStatusError as error:
+        assert "schema" in error.message
+    assert sdk.chat.completions.create(**given(0, tool_choice="required")).choices[0].message.tool_calls

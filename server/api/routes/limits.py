@@ -12,6 +12,7 @@ from server.api.http.error_responses import json_response
 from server.api.http.request_limits import max_body_bytes, max_prompt_chars
 from server.api.routes import completions, uploads
 from server.api.routes.adapters import adapters
+from server.api.tools import bodies, tool_use
 from server.finetune.jobs.jobs import IDEMPOTENCY_SECONDS
 
 router = APIRouter(dependencies=[Depends(current_tenant)])
@@ -74,6 +75,8 @@ async def get_limits(deps: Deps, limits: CurrentLimits) -> Response:
             "send_seconds": connection.SEND_SECONDS,
             "max_metadata": MAX_METADATA,
             "max_schema_chars": response_format.MAX_SCHEMA_CHARS,
+            "max_tools": bodies.MAX_TOOLS,
+            "max_tools_chars": tool_use.MAX_TOOLS_CHARS,
             "page": adapters.MAX_PAGE,
             "max_part_bytes": uploads.MAX_PART_BYTES,
             "upload_seconds": LIFE_SECONDS,
