@@ -109,10 +109,12 @@ def test_a_pattern_that_explodes_ends_in_an_answer_or_a_sentence(sdk: openai.Ope
         "properties": {"a": {"type": "string", "pattern": EXPLODING}},
         "required": ["a"],
     }
+    refusal = ""
     try:
         sdk.chat.completions.create(
             **given(0, tools=[tool("f", schema)], tool_choice="required", max_tokens=64)
         )
     except openai.APIStatusError as error:
-        assert "schema" in error.message
+        refusal = error.message
+    assert not refusal or "schema" in refusal
     assert sdk.chat.completions.create(**given(0, tool_choice="required")).choices[0].message.tool_calls
