@@ -211,7 +211,7 @@ class Tokenizer:
         shown = {i for i, special in added if special}
         if not shown:
             return self.pieces
-        return [self._literals[i].encode() if i in shown else piece for i, piece in enumerate(self.pieces)]
+        return [self._literals[i] if i in shown else piece for i, piece in enumerate(self.pieces)]
 
     def token_text(self, token: int) -> tuple[str, bytes]:
         """A token's text and bytes for logprobs; ("", b"") for an id that does not exist.
