@@ -14,6 +14,7 @@ from typing import Any
 
 from server.base_model.tool_formats import HERMES, TOOL_FORMATS, ToolFormat, format_of
 from server.errors import StartupError
+from server.json_reader import is_deeper
 
 ChatMessage = dict[str, Any]
 PREAMBLE = """You may call functions to help with the request. Their signatures:
@@ -24,8 +25,8 @@ To call functions, answer with one call for each and nothing else, in this form:
 {example}"""
 EXAMPLE = (("FUNCTION", '{"ARGUMENT": "VALUE"}'),)
 RESULT = "<tool_response>\n{result}\n</tool_response>"
+MAX_DEPTH = 128  # of functions and arguments, which are walked recursively
 PROBE_ARGUMENTS = '{"a": "b"}'
-PROBE_TOOL = {"type": "function", "function": {"name": "f", "description": "", "parameters": {}}}
 
 
 class ChatTools:
@@ -133,4 +134,4 @@ def _object(arguments: str) -> Any:
         value = json.loads(arguments)
     except (ValueError, RecursionError):
         return arguments
-    return value if isinstance(value, dict) else arguments
+    return value if isinstance(value, dict) and not is_deeper(value, MAX_DEPTH) else arguments

@@ -7,8 +7,10 @@
 import re
 from typing import Any
 
+from server.base_model.chat_tools import MAX_DEPTH
 from server.errors import shown
 from server.finetune.data.jsonl import LineError, described
+from server.json_reader import is_deeper
 
 MAX_TOOLS = 128
 MAX_CALLS = 128  # of one message
@@ -48,6 +50,8 @@ def _tool(path: str, value: Any, *, bare: bool) -> dict[str, Any]:
     parameters = present.get("parameters", {"type": "object", "properties": {}})
     if not isinstance(description, str) or not isinstance(parameters, dict):
         raise LineError(path, f"{path} must have text as description and a schema as parameters.")
+    if is_deeper(parameters, MAX_DEPTH):
+        raise LineError(path, f"{path}.parameters is nested deeper than {MAX_DEPTH} levels.")
     described_by = {"description": description} if "description" in present else {}
     name = _name(f"{path}.name", present.get("name"))
     return {"type": "function", "function": {"name": name, **described_by, "parameters": parameters}}

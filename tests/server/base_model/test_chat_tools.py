@@ -135,6 +135,12 @@ def test_a_template_that_fails_is_a_refusal(name: str) -> None:
         tokenizer_of(TEMPLATES[name] + "{{ messages[0].content + 1 }}").render_chat([ASKED])
 
 
+def test_arguments_that_are_no_object_or_too_deep_are_text() -> None:
+    for arguments in ("[1]", '{"a', '{"a":' * 400 + "1" + "}" * 400):
+        history = [ASKED, HISTORY[1] | {"tool_calls": [CALLED | {"arguments": arguments}]}, HISTORY[2]]
+        assert json.dumps(arguments) in tokenizer_of(HERMES).render_chat(history, TOOLS)
+
+
 texts = st.text(st.sampled_from('a"\\\n{}<|>_[]é🙂'), max_size=6)
 hostile = st.lists(st.one_of(st.sampled_from([*SPECIAL, *PLAIN]), texts), max_size=4).map("".join)
 values = st.recursive(

@@ -152,6 +152,10 @@ CALLS = "messages[1].tool_calls"
 BAD_NAME = CALL | {"function": {"name": "f g", "arguments": ""}}
 
 
+def nested(levels: int) -> dict[str, Any]:
+    return {"items": nested(levels - 1)} if levels else {}
+
+
 def defined(**function: Any) -> dict[str, Any]:
     return turns() | {"tools": [{"type": "function", "function": function}]}
 
@@ -187,6 +191,7 @@ def defined(**function: Any) -> dict[str, Any]:
         (turns() | {"tools": [TOOL["function"]]}, "tools[0]", '{"type": "function"'),
         (defined(name="f", x=1), "tools[0].function", "'x' is not a field"),
         (defined(), "tools[0].function.name", "not None"),
+        (defined(name="f", parameters=nested(200)), "tools[0].function", "deeper than 128 levels"),
         (turns() | {"functions": [TOOL["function"]], "tools": []}, "functions", "cannot go with tools"),
         (turns() | {"functions": [1]}, "functions[0]", "must be an object, not 1"),
         (turns() | {"parallel_tool_calls": 1}, "parallel_tool_calls", "true or false"),
