@@ -43,6 +43,7 @@ class Message(Body):
     tool_call_id: Annotated[str, Field(min_length=1, max_length=512)] | None = None
     function_call: FunctionCall | None = None
     refusal: str | None = None
+    parsed: Any = None  # what a client's helper made of the content, sent back with it
     annotations: Annotated[list[Annotation], BeforeValidator(at_most_entries(MAX_ANNOTATIONS))] | None = None
 
     @field_validator("content", mode="before")

@@ -63,6 +63,7 @@ class FunctionCall(Body):
 
     name: FunctionName
     arguments: str
+    parsed_arguments: Any = None  # what a client's helper made of them, sent back with the call
 
 
 class ToolCall(Body):

@@ -138,6 +138,8 @@ def test_the_clients_parse_gives_objects(sdk: openai.OpenAI, engine: FakeEngine)
     (call,) = message.tool_calls or []
     assert call.function.parsed_arguments == Weather(city="Rome", days=2)
     assert engine.seen[0].sampling.grammar is not None
+    history: list[Any] = [*HELLO, message, {"role": "tool", "tool_call_id": call.id, "content": "sunny"}]
+    assert sdk.chat.completions.parse(model="toy", messages=history, tools=tools).choices
 
 
 def test_a_loop_of_calls_and_results(sdk: openai.OpenAI, engine: FakeEngine) -> None:
