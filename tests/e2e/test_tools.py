@@ -13,8 +13,8 @@ import pytest
 from tests.e2e.conftest import OPTIONS
 from tests.e2e.serving import Serving
 from tests.fixtures.models import build_tiny
-from tests.fixtures.tool_templates import HERMES
 from tests.server.api.tools.schemas import random_schema
+from tests.server.base_model.tool_templates import HERMES
 
 SCHEMAS = 200
 AT_ONCE = 8

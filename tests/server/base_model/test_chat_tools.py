@@ -16,7 +16,7 @@ from server.base_model.tokenizer import Tokenizer
 from server.base_model.tool_formats import TOOL_FORMATS
 from server.errors import InvalidRequest, StartupError
 from tests.fixtures.models import CHAT_TEMPLATE
-from tests.fixtures.tool_templates import HERMES, PLAIN, SPECIAL, TEMPLATES, TEXT_ARGUMENTS
+from tests.server.base_model.tool_templates import HERMES, PLAIN, SPECIAL, TEMPLATES, TEXT_ARGUMENTS
 
 TOOLS: list[dict[str, Any]] = [
     {

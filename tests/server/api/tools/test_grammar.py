@@ -12,8 +12,8 @@ from server.api.tools.grammar import calls_grammar
 from server.api.tools.tool_use import Mode, ToolUse
 from server.base_model.tokenizer import Tokenizer
 from tests.fixtures.models import CHAT_TEMPLATE
-from tests.fixtures.tool_templates import TEMPLATES
 from tests.server.base_model.test_chat_tools import tokenizer_of
+from tests.server.base_model.tool_templates import TEMPLATES
 
 NUMBER = {
     "type": "object",

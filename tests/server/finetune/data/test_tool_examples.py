@@ -16,8 +16,8 @@ from server.finetune.data.jsonl import LineError
 from server.finetune.data.record_kinds import read_record
 from server.tenancy.tenants import OPERATOR
 from tests.fixtures.models import CHAT_TEMPLATE
-from tests.fixtures.tool_templates import TEMPLATES
 from tests.server.base_model.test_chat_tools import tokenizer_of
+from tests.server.base_model.tool_templates import TEMPLATES
 
 TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
 CALL = {
