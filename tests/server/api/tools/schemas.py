@@ -1,6 +1,7 @@
 """Random JSON schemas of a function's arguments, whose values are bounded: any model comes to their end."""
 
 import random
+from collections.abc import Callable
 from typing import Any
 
 WORDS = ["city", "unit", "count", "when", "ok", "path", "tags", "x", "query_2", "größe"]
@@ -28,7 +29,7 @@ def _object(rng: random.Random, depth: int) -> dict[str, Any]:
 
 
 def _value(rng: random.Random, depth: int) -> dict[str, Any]:
-    leaves = [
+    leaves: list[Callable[[], dict[str, Any]]] = [
         lambda: {"type": "string", "maxLength": rng.randint(0, 8)},
         lambda: {"type": "string", "enum": rng.sample(WORDS, 3)},
         lambda: {"type": "string", "pattern": rng.choice(["^[a-z]{2}$", "^[0-9]{3}-x?$", "^(ab|c){1,2}$"])},
