@@ -56,7 +56,9 @@ def written(name: str, *calls: tuple[str, Any]) -> str:
     return tokenizer(name).tools.format.write([(called, json.dumps(given)) for called, given in calls])
 
 
-GOOD, WRONG, EMPTY = ("f", {"a": 1}), ("f", {"a": "x"}), ("g", {})
+GOOD: tuple[str, Any] = ("f", {"a": 1})
+WRONG: tuple[str, Any] = ("f", {"a": "x"})
+EMPTY: tuple[str, Any] = ("g", {})
 
 
 @pytest.mark.parametrize("name", FORMATS)

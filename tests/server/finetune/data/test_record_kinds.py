@@ -53,7 +53,7 @@ def test_of_message_lists_only_the_completion_is_learnt() -> None:
 
 def test_calls_and_results_are_what_serving_takes() -> None:
     called = {"id": "call_1", "name": "f", "arguments": "{}"}
-    line = {
+    line: dict[str, Any] = {
         "messages": [USER, {"role": "assistant", "content": None, "tool_calls": [CALL]}, RESULT, ASSISTANT],
         "tools": [TOOL],
         "parallel_tool_calls": False,
