@@ -10,7 +10,7 @@ CHAOS := tests/e2e/chaos tests/server/adapters/loading/test_mutants.py tests/ada
 # Not compiled: a run imports a third of the 15,000 files, which Python compiles then.
 INSTALL := $(BIN)/python -m pip install --no-compile --constraint constraints.txt --editable
 
-.PHONY: help install serve kernels test test-chaos test-avx2 lint format bench constraints clean
+.PHONY: help install serve kernels test test-chaos test-avx2 lint format clients bench constraints clean
 
 help:
 	@echo "make serve   install, fetch the default model, serve on http://127.0.0.1:8000"
@@ -19,6 +19,7 @@ help:
 	@echo "make test-avx2   what may depend on the processor's instructions, with those beyond AVX2 hidden"
 	@echo "make constraints   write the installed versions into constraints.txt"
 	@echo "make lint    ruff and mypy --strict        make format   let ruff rewrite"
+	@echo "make clients   run OpenAI's clients and others against a server, write docs/compatibility.md"
 	@echo "make bench   mixed batches against PEFT    make clean    remove what make made, but no data"
 
 serve: $(VENV)/.serve
@@ -46,6 +47,10 @@ lint: $(VENV)/.develop
 format: $(VENV)/.develop
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+
+# Needs the network and minutes: each client is installed in an environment of its own, below .cache/clients.
+clients: $(VENV)/.develop
+	$(BIN)/python -m tests.clients --write $(ARGS)
 
 bench: $(VENV)/.develop
 	$(BIN)/python -m benchmarks.mixed_batch $(ARGS)

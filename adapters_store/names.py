@@ -7,6 +7,7 @@
 A valid name is safe as a segment of a key and as a word of a message.
 """
 
+import hashlib
 from string import ascii_letters, digits
 from typing import NamedTuple
 
@@ -34,6 +35,16 @@ def is_name(text: str) -> bool:
         and all(c in _CHARACTERS for c in text)
         and ".." not in text
     )
+
+
+def adapter_name(text: str) -> str:
+    """`text` if it is a name; else one that is made of it, always the same: in small letters, with hyphens
+    for what a name cannot hold; of a text without letters or digits for a name, by its hash.
+    """
+    if is_name(text):
+        return text
+    words = "".join(c if c in _FIRST_CHARACTERS else " " for c in text.lower()).split()
+    return "-".join(words)[:MAX_NAME] or f"ft-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
 def is_file_name(text: str, max_length: int) -> bool:

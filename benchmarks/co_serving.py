@@ -37,7 +37,8 @@ from benchmarks.support.inputs import make_prompts
 from benchmarks.support.machine import measure
 from benchmarks.tasks import lines_of
 from server.base_model.default_model import ensure_default_model
-from tests.e2e.serving import Serving, body, until
+from tests.e2e.serving import Serving, body
+from tests.waiting import until
 
 CACHE = Path(__file__).resolve().parents[1] / ".cache"
 MODEL = "smollm2-135m-instruct"

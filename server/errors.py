@@ -3,8 +3,8 @@
 PolypeftError                           500  a bug or failure of ours, unless a subclass says otherwise
 ├── InvalidRequest                      400  the request cannot be parsed
 │   ├── ContextTooLong                  400  prompt and max_tokens exceed the model's context
-│   └── InvalidField                    422  one field has an invalid value
-│       └── InvalidAdapter              422  an uploaded adapter that cannot be served on this base
+│   └── InvalidField                    400  one field has an invalid value
+│       └── InvalidAdapter              400  an uploaded adapter that cannot be served on this base
 ├── Unauthenticated                     401  no key, or an unknown one
 ├── Forbidden                           403  a valid key without the right to this route
 ├── NotFound                            404  unknown, or another tenant's: the same answer
@@ -21,6 +21,7 @@ PolypeftError                           500  a bug or failure of ours, unless a 
 ├── HeadTooLarge                        431  more header fields or header bytes than the limit
 ├── Unavailable                         503  overloaded, draining, or a part is down: try again
 │   ├── QueueFull                       503  the engine has all the rows that it takes
+│   ├── DeadlineUnreachable             503  the wait, by the measured rates, is longer than the deadline
 │   ├── EngineLost                      503  the engine ended during this request
 │   └── StoreError                      503  the object store or Valkey did not answer
 │       ├── CorruptObject               503  ... or returned bytes that differ from those stored
@@ -67,7 +68,6 @@ class ContextTooLong(InvalidRequest):
 
 
 class InvalidField(InvalidRequest):
-    status = 422
     code = "invalid_value"
 
 
@@ -169,13 +169,20 @@ class HeadTooLarge(PolypeftError):
 
 
 class Unavailable(PolypeftError):
+    """`wait`: seconds after which it is worth another try."""
+
     status = 503
     type = "server_error"
     code = "unavailable"
+    wait: float = 1.0
 
 
 class QueueFull(Unavailable):
     code = "queue_full"
+
+
+class DeadlineUnreachable(Unavailable):
+    code = "deadline_unreachable"
 
 
 class EngineLost(Unavailable):

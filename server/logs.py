@@ -129,7 +129,7 @@ class _RedactingFormatter(logging.Formatter):
 class _TextFormatter(_RedactingFormatter):
     """`2026-01-31T12:00:00Z INFO engine server.engine.engine: message`; a traceback follows on its lines.
 
-    A request's id is put before the message: `server.api.http.middleware: [req_0123] message`.
+    A request's id is put before the message: `server.api.asgi.middleware: [req_0123] message`.
     """
 
     def __init__(self, process: str, secrets: list[str]) -> None:

@@ -5,13 +5,15 @@ Messages hold tokens, never text: tokenising, chat templates and stop strings ar
 published on a PUB socket of their own.
 """
 
-from typing import Literal
+from typing import Literal, get_args
 
 import msgspec
 
-from server.errors import PolypeftError
+from server.errors import PolypeftError, Unavailable, error_from_code
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
+Priority = Literal["interactive", "standard", "batch"]  # classes of rows, the most urgent first
+PRIORITIES: tuple[Priority, ...] = get_args(Priority)
 
 GRAMMAR_HEADER = "%llguidance {}"  # the first line of a grammar in llguidance's Lark
 JSON_WHITESPACE = r"[ \n\r\t]{0,40}"  # between JSON tokens; bounded, or a model could emit blanks for ever
@@ -20,7 +22,7 @@ JSON_WHITESPACE = r"[ \n\r\t]{0,40}"  # between JSON tokens; bounded, or a model
 class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
     """Sampling parameters of one row. The API checks their ranges; the engine relies on that."""
 
-    max_tokens: int
+    max_tokens: int  # 0: the prompt is computed, and nothing is generated
     temperature: float = 1.0  # 0 = greedy
     top_p: float = 1.0
     top_k: int = 0  # 0 = all
@@ -34,7 +36,9 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
     ignore_eos: bool = False
     min_tokens: int = 0  # no end-of-text or stop token before this many
     logprobs: int | None = None  # None: none; k: the chosen token's and the k best
+    prompt_logprobs: int | None = None  # the same of each prompt token but the first
     grammar: str | None = None  # what the text must match: a JSON schema, or Lark after GRAMMAR_HEADER
+    bad_words: tuple[tuple[int, ...], ...] = ()  # sequences of tokens that the answer must not hold
 
 
 class AdapterRef(msgspec.Struct, frozen=True):
@@ -66,6 +70,7 @@ class Generate(msgspec.Struct, frozen=True, omit_defaults=True):
     adapters: tuple[Use, ...] = ()  # several combined; `adapter` is None then
     deadline: float | None = None  # time.time() after which the row ends with deadline_exceeded
     weight: float = 1.0  # of the tenant's fair share
+    priority: Priority = "standard"
     after: str | None = None  # wait for this sibling's prefill (n > 1): its prompt blocks are shared
 
 
@@ -133,6 +138,18 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
     top: list[tuple[int, float]]  # best first
 
 
+class PromptLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Logprobs of consecutive tokens of a prompt, as arrays of 4-byte numbers in this machine's order.
+
+    A step sends those of its own tokens, so no message is larger than a step of `max_batch_tokens` makes it.
+    """
+
+    logprobs: bytes  # float32 [P]
+    ranks: bytes  # int32 [P]; 1: no token is likelier
+    top_ids: bytes  # int32 [P, k], best first
+    top_logprobs: bytes  # float32 [P, k]
+
+
 class Timing(msgspec.Struct, array_like=True):
     """Times of a row in Unix seconds, and its waits by reason (see server/metrics/names.py)."""
 
@@ -150,16 +167,27 @@ class Chunk(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
 
     id: str
     tokens: list[int] = []
-    logprobs: list[TokenLogprobs] = []
+    logprobs: list[TokenLogprobs] = []  # of `tokens`, and of `stop_token` if there is one
+    prompt_logprobs: PromptLogprobs | None = None  # those that follow the ones sent before
     cached_tokens: int = 0  # of the prompt, from the prefix cache (first chunk only)
     finish: FinishReason | None = None
     stop_token: int | None = None  # the token that ended the row; not in `tokens`
     error: tuple[str, str] | None = None  # (code, message) with finish="error"
+    wait: float | None = None  # with an error that says when to try again: seconds
     timing: Timing | None = None  # with the row's first token
 
     @classmethod
     def failure(cls, id_: str, error: PolypeftError) -> "Chunk":
-        return cls(id=id_, finish="error", error=(error.code, error.message))
+        wait = error.wait if isinstance(error, Unavailable) else None
+        return cls(id=id_, finish="error", error=(error.code, error.message), wait=wait)
+
+    def exception(self) -> PolypeftError:
+        """The error of a chunk that has one."""
+        assert self.error is not None
+        error = error_from_code(*self.error)
+        if isinstance(error, Unavailable) and self.wait is not None:
+            error.wait = self.wait
+        return error
 
 
 class Chunks(msgspec.Struct, frozen=True, tag=True):

@@ -5,11 +5,12 @@ The command line builds a Settings; child processes rebuild the same one from `t
 
 import hashlib
 import os
+import re
 import tempfile
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 MiB = 1 << 20
@@ -20,7 +21,8 @@ OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 # of 35 ms took more than a second; so it takes 90. On an idle machine it costs nothing.
 SPINS = {"GOMP_SPINCOUNT": "3000"}
 MULTIPROCESS = "PROMETHEUS_MULTIPROC_DIR"
-MAX_LIMIT = 1_000_000_000  # of tenants' limits
+ORIGIN = re.compile(r"https?://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[0-9]{1,5})?")
+MAX_LIMIT, MAX_BYTES_LIMIT = 10**9, 1 << 50  # of tenants' limits; the latter on bytes
 LONGEST_RUN_DIR = 90  # bytes; leaves room for a socket's own name
 
 
@@ -38,12 +40,22 @@ class Settings(BaseSettings):
     """Address to listen on."""
     port: int = Field(default=8000, ge=0, le=65535)
     """Port to listen on; 0: any free one."""
+    allowed_origins: str | None = None
+    """Web pages that may call: origins like https://app.example, with commas between, or *; else none."""
+    docs: bool = True
+    """Serve /openapi.json and /docs, without a key."""
     api_processes: int = Field(default=1, ge=1, le=64)
     """Processes that speak HTTP, all on that port and to the one engine."""
     data_dir: Path = Path("data")
     """Where everything lies that must survive."""
     admin_key_file: Path | None = None
     """File with the operator's key, which servers may share; without it, admin.key in the data directory."""
+    trusted_proxies: str | None = None
+    """Networks (CIDRs, joined by commas) of proxies whose X-Forwarded-For is believed; without it, none."""
+    audit_days: int = Field(default=90, ge=1, le=3650)
+    """Days that the audit log keeps an entry."""
+    audit_entries: int = Field(default=10_000, ge=100, le=10_000_000)
+    """Entries of the audit log that a tenant may have; the oldest are dropped."""
     store: str | None = None
     """URL of the object store for adapters; without it, a folder in the data directory."""
     store_config: Path | None = None
@@ -94,6 +106,8 @@ class Settings(BaseSettings):
     """Versions an adapter keeps beside those that an alias points at; older ones are deleted. 0: all."""
     grace_seconds: float = Field(default=86_400.0, ge=3600)
     """How long an upload may take before its blobs are garbage."""
+    usage_days: int = Field(default=400, ge=1, le=4000)
+    """Days for which the sums of usage are kept."""
     watch_prefix: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*(/[A-Za-z0-9_-]+)*$")
     """Where in the store to look for adapters to publish, PREFIX/TENANT/NAME/; without it, nowhere."""
     watch_seconds: float = Field(default=10.0, gt=0)
@@ -107,7 +121,7 @@ class Settings(BaseSettings):
     """Rows waiting, all tenants together."""
     max_n: int = Field(default=8, ge=1)
     """Choices a request may ask for."""
-    max_stop: int = Field(default=8, ge=1)
+    max_stop: int = Field(default=64, ge=1)
     """Stop strings of a request."""
     max_stop_chars: int = Field(default=256, ge=1)
     """Characters of a stop string."""
@@ -136,9 +150,9 @@ class Settings(BaseSettings):
     max_header_bytes: int = Field(default=8 * MiB, ge=1024)
     """Bytes of a safetensors header."""
     max_adapters_per_tenant: int = Field(default=10_000, ge=1)
-    """Adapters a tenant may keep."""
+    """Adapters a tenant may keep, unless it has a limit of its own."""
     max_adapter_bytes_per_tenant: int = Field(default=65536 * MiB, ge=1024)
-    """Bytes of all versions a tenant may keep; deleted ones count until they are purged."""
+    """Bytes of all its versions, likewise; deleted ones count until they are purged."""
     max_pins_per_tenant: int = Field(default=4, ge=0)
     """Adapters a tenant may pin to the device."""
     max_file_bytes: int = Field(default=64 * MiB, ge=1024)
@@ -146,17 +160,23 @@ class Settings(BaseSettings):
     max_files_per_tenant: int = Field(default=1000, ge=1)
     """Files a tenant may keep."""
     max_files_bytes_per_tenant: int = Field(default=4096 * MiB, ge=1024)
-    """Bytes of all files a tenant may keep."""
+    """Bytes of all files a tenant may keep, unless it has a limit of its own."""
     max_uploads_per_tenant: int = Field(default=8, ge=1)
     """Chunked uploads a tenant may have open."""
     max_jobs_per_tenant: int = Field(default=8, ge=1)
-    """Unfinished fine-tuning jobs a tenant may have."""
+    """Unfinished fine-tuning jobs a tenant may have, unless it has a limit of its own."""
     requests_per_minute: int | None = Field(default=None, ge=1, le=MAX_LIMIT)
     """Generation requests a minute of a tenant that has no limit of its own; without it, no limit."""
     tokens_per_minute: int | None = Field(default=None, ge=1, le=MAX_LIMIT)
     """Tokens a minute, prompts and answers, of such a tenant; without it, no limit."""
     concurrent_requests: int | None = Field(default=None, ge=1, le=MAX_LIMIT)
     """Generation requests of such a tenant at once; without it, no limit."""
+    queued_tokens: int | None = Field(default=None, ge=1, le=MAX_LIMIT)
+    """Tokens of such a tenant's requests that wait for their first; without it, no limit."""
+    training_tokens_per_day: int | None = Field(default=None, ge=0, le=MAX_LIMIT)
+    """Tokens a day that such a tenant's jobs may train on; without it, no limit."""
+    outage_seconds: float = Field(default=60.0, ge=0, le=3600)
+    """How long keys and adapters that were used lately are served while Valkey is away; 0: not at all."""
     max_training_examples: int = Field(default=100_000, ge=1)
     """Examples of a training file."""
     max_training_tokens: int = Field(default=20_000_000, ge=1)
@@ -199,6 +219,16 @@ class Settings(BaseSettings):
     api_number: int = Field(default=0, ge=0)
     """Internal: which of the API processes this is; the first also does what only one has to do."""
 
+    @field_validator("allowed_origins")
+    @classmethod
+    def _allowed_origins(cls, value: str | None) -> str | None:
+        return None if value is None else ",".join(read_origins(value))
+
+    @property
+    def origins(self) -> list[str]:
+        """Of the web pages that may call."""
+        return self.allowed_origins.split(",") if self.allowed_origins else []
+
     @property
     def base_id(self) -> str:
         """What the API calls the base: a hub id without its revision, or a folder's name."""
@@ -229,6 +259,11 @@ class Settings(BaseSettings):
         return self.metrics_token is not None or self.metrics_adapter_labels != "off"
 
     @property
+    def usage_dir(self) -> Path:
+        """Where records of usage lie until they are in the sums."""
+        return self.data_dir / "usage"
+
+    @property
     def figures_dir(self) -> Path:
         """Where processes keep their figures while one `serve` runs."""
         return self.run_dir / "figures"
@@ -245,6 +280,17 @@ class Settings(BaseSettings):
         """The environment under which a child process builds this same Settings."""
         given = self.model_dump(mode="json", exclude_none=True)
         return {f"POLYPEFT_{name.upper()}": str(value) for name, value in given.items()}
+
+
+def read_origins(text: str) -> list[str]:
+    """Origins as browsers send them, from a list with commas. Raises ValueError for what no browser sends."""
+    origins = []
+    for word in (word.strip().lower() for word in text.split(",") if word.strip()):
+        if word != "*" and not ORIGIN.fullmatch(word):
+            raise ValueError(f"{word!r} is no origin: http:// or https://, a host and perhaps a port, or *")
+        https = word.startswith("https:")
+        origins.append(word.removesuffix(":443" if https else ":80"))
+    return list(dict.fromkeys(origins))
 
 
 def child_environment(settings: Settings) -> dict[str, str]:

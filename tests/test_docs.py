@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-ROOMS = ("adapters_store", "benchmarks", "deploy", "docs", "server", "tests")
+ROOMS = ("adapters_store", "benchmarks", "clients", "deploy", "docs", "server", "tests")
 TOP = [path for path in ROOT.iterdir() if path.is_file()]
 BELOW = [path for room in ROOMS for path in (ROOT / room).rglob("*") if "__pycache__" not in path.parts]
 FILES = [str(path.relative_to(ROOT)) for path in [*TOP, *BELOW] if path.is_file()]

@@ -11,7 +11,7 @@ import msgspec
 from redis.asyncio import Redis
 
 from adapters_store.alias_target import AliasTarget, from_text, to_text
-from adapters_store.audit_log import KEPT_SECONDS, MAX_ENTRIES, AuditEntry, decode_entry
+from adapters_store.history import KEPT_SECONDS, MAX_ENTRIES, HistoryEntry, decode_entry
 from adapters_store.index import lua_changes, lua_prelude
 from adapters_store.index.keys import (
     DELETED,
@@ -31,12 +31,13 @@ from adapters_store.valkey import store_errors
 MAX_ROLLBACKS = 10  # of one alias
 
 VersionState = Literal["live", "deleted", "none"]
+Found = tuple[AliasTarget | None, dict[int, Version]]
 
 
 class Index:
     """All calls raise StoreError when Valkey does not answer.
 
-    `actor` is who makes a change, for the audit log. `condition` is a precondition of a change: "" (none),
+    `actor` is who makes a change, for the history. `condition` is a precondition of a change: "" (none),
     "absent", "*" (exists), or ETags joined by commas, of which one must be current.
     """
 
@@ -163,9 +164,7 @@ class Index:
             lua_changes.RESTORE, (tenant, name), actor, selected, max_adapters, max_versions, max_aliases
         )
 
-    async def find(
-        self, tenant: str, name: str, selector: int | str
-    ) -> tuple[AliasTarget | None, dict[int, Version]]:
+    async def find(self, tenant: str, name: str, selector: int | str) -> Found:
         """An alias's target (None for a version number) and the versions it names, in one round trip."""
         kind = "alias" if isinstance(selector, str) else "version"
         keys = adapter_keys(tenant, name)[:2]
@@ -219,8 +218,8 @@ class Index:
             found: Any = await self._redis.zrangebylex(key, start, "+", start=0, num=limit)
         return [name.decode() for name in found]
 
-    async def history(self, tenant: str, name: str) -> list[AuditEntry]:
-        """The adapter's audit log, newest first."""
+    async def history(self, tenant: str, name: str) -> list[HistoryEntry]:
+        """The adapter's history, newest first."""
         with store_errors():
             records: Any = await self._redis.lrange(adapter_keys(tenant, name)[3], 0, -1)
         return [decode_entry(record) for record in records]

@@ -9,7 +9,7 @@ pp:adapter:{tenant}:{name}:aliases     hash         alias -> its target as text,
 pp:adapter:{tenant}:{name}:state       hash         revision, tag:{alias}: ETags; pin: of `latest`;
                                                     undo:{alias}: earlier targets, newest first;
                                                     lost:{alias}: its target, until that is restored
-pp:adapter:{tenant}:{name}:history     list         audit log entries, newest first
+pp:adapter:{tenant}:{name}:history     list         its history, newest first
 pp:adapter:{tenant}:{name}:deleted     hash         version -> Gone
 pp:deleted:{tenant}                    sorted set   names with deleted versions
 pp:deleted                             sorted set   manifests of deleted versions -> deletion (ms)

@@ -2,7 +2,7 @@
 
 A change carries a token. Its answer is kept under the token, so a command that is sent again because its
 first answer was lost gets the same answer and changes nothing. The token is also the new ETag of what was
-changed, and the id of the entry in the audit log.
+changed, and the id of the entry in the history.
 """
 
 ANSWER_SECONDS = 600  # that an answer is kept: longer than a client retries
@@ -124,7 +124,7 @@ local function push_undo(alias, text)
   redis.call('HSET', state, 'undo:' .. alias, kept)
 end
 
--- writes what has changed to the audit log and the ETags. `before`: the aliases before the change
+-- writes what has changed to the history and the ETags. `before`: the aliases before the change
 local function record(before, action, added, removed)
   update_aliases(action)
   local after, was, is, changed = all_of(aliases), {}, {}, #added + #removed > 0
@@ -202,7 +202,7 @@ return 1
 
 
 def change_script(change: str, *, undo: int, history: int, history_seconds: int) -> str:
-    """The script of a change. Limits: rollbacks of an alias, entries and seconds of the audit log."""
+    """The script of a change. Limits: rollbacks of an alias, entries and seconds of the history."""
     script = PRELUDE + change + FINALE
     constants = {
         "UNDO": undo,

@@ -13,7 +13,7 @@ MAX_ALIASES = 100  # of one adapter
 
 
 class Aliases:
-    """`actor`: who makes a change, for the audit log; `condition`: its precondition, see `Index`."""
+    """`actor`: who makes a change, for the history; `condition`: its precondition, see `Index`."""
 
     def __init__(self, index: Index) -> None:
         self._index = index

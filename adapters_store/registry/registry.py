@@ -2,7 +2,7 @@
 
 A version exists once its manifest does: blobs are written first, then the manifest, only if absent, then the
 index in Valkey. The index can be rebuilt from the manifests and the deletion marks beside them, except for
-aliases, pins and the audit log. Knows no adapter methods, no shapes and no engine. Every StoreError means
+aliases, pins and the history. Knows no adapter methods, no shapes and no engine. Every StoreError means
 "try again".
 """
 
@@ -16,8 +16,8 @@ from redis.asyncio import Redis
 
 from adapters_store import names
 from adapters_store.alias_target import heaviest, pick
-from adapters_store.audit_log import AuditEntry
-from adapters_store.index.index import Index
+from adapters_store.history import HistoryEntry
+from adapters_store.index.index import Found, Index
 from adapters_store.index.records import Adapter, Deleted, Version, summary
 from adapters_store.maintenance.blob_leases import BlobLeases
 from adapters_store.maintenance.collector import Collector
@@ -26,13 +26,14 @@ from adapters_store.maintenance.rebuild_index import IndexRebuild
 from adapters_store.maintenance.verify import Verifier
 from adapters_store.manifest import Blob, Manifest, decode_manifest, encode_manifest
 from adapters_store.object_store.store import Objects, sha256_of
+from adapters_store.outage import LastAnswers
 from adapters_store.registry.aliases import MAX_ALIASES, Aliases, unknown
+from adapters_store.registry.quota import LimitsOf, Quota, too_many_versions, unlimited
 from server.errors import (
     Conflict,
     InvalidField,
     NotFound,
     PreconditionFailed,
-    QuotaExceeded,
     StoreError,
     shown,
 )
@@ -46,15 +47,19 @@ log = logging.getLogger(__name__)
 
 
 class Registry:
-    """`actor`: who makes a change, for the audit log; `condition`: its precondition, see `Index`."""
+    """`actor`: who makes a change, for the history; `condition`: its precondition, see `Index`.
+
+    `limits_of` tells what a tenant may keep; it is asked at every change. `last`: versions that were resolved
+    lately, for when Valkey is away.
+    """
 
     def __init__(
         self,
         objects: Objects,
         redis: Redis,
-        max_adapters: int = 10_000,
+        limits_of: LimitsOf = unlimited,
         *,
-        max_bytes: int = 2**53,
+        last: LastAnswers[Found] | None = None,
         keep_versions: int = 0,
         retention_seconds: float = RETENTION_SECONDS,
         grace_seconds: float = GRACE_SECONDS,
@@ -64,8 +69,8 @@ class Registry:
         self._leases = BlobLeases(redis)
         self._deletions = DeletionReconciler(objects, self._index)
         self.aliases = Aliases(self._index)
-        self._max_adapters = max_adapters
-        self._max_bytes = max_bytes
+        self._limits_of = limits_of
+        self._last = last or LastAnswers()
         self._keep_versions = keep_versions
         self.retention = retention_seconds
         self._grace_seconds = grace_seconds
@@ -97,12 +102,13 @@ class Registry:
         no further adapter, the adapter no further version, or the tenant no further `size` bytes.
         """
         usage = await self._index.usage(tenant, names.check_name(name))
-        if usage.versions == 0 and usage.adapters >= self._max_adapters:
-            raise self._quota()
-        if usage.bytes + size > self._max_bytes:
-            raise self._too_many_bytes()
+        quota = await self._quota(tenant)
+        if usage.versions == 0 and usage.adapters >= quota.adapters:
+            raise quota.too_many()
+        if usage.bytes + size > quota.adapter_bytes:
+            raise quota.too_many_bytes()
         if usage.versions >= MAX_VERSIONS or usage.last >= names.MAX_VERSION:
-            raise self._too_many_versions(name)
+            raise too_many_versions(name, MAX_VERSIONS)
         return usage.last + 1
 
     async def publish(self, manifest: Manifest) -> None:
@@ -119,14 +125,15 @@ class Registry:
             # Its publisher may have died before it reached the index: then `next_version` would not advance.
             await self._index_stored(version.manifest_key)
             raise conflict
-        answer = await self._add(manifest)
+        quota = await self._quota(manifest.tenant)
+        answer = await self._add(manifest, quota)
         if answer != "done":
             await self._objects.delete(version.manifest_key)
             if answer == "expired":
                 raise StoreError("The upload took longer than its blobs are kept; send it again.")
             if answer == "too many bytes":
-                raise self._too_many_bytes()
-            raise self._quota() if answer == "too many" else conflict
+                raise quota.too_many_bytes()
+            raise quota.too_many() if answer == "too many" else conflict
         if self._keep_versions:
             await self._try_finish_deletes(manifest.tenant, manifest.name)
 
@@ -142,7 +149,10 @@ class Registry:
         alias = names.LATEST if selector is None else selector
         if names.is_name(name) and names.is_name(alias):
             number = names.version_number(alias)
-            target, versions = await self._index.find(tenant, name, alias if number is None else number)
+            wanted = alias if number is None else number
+            target, versions = await self._last.ask(
+                (tenant, name, wanted), lambda: self._index.find(tenant, name, wanted)
+            )
             if target is None:
                 target = number or 0
             elif sticky is not None:
@@ -202,18 +212,18 @@ class Registry:
 
         Raises NotFound, QuotaExceeded.
         """
-        answer = "unknown"
+        answer, quota = "unknown", await self._quota(tenant)
         if names.is_name(name):
             caps = {
-                "max_adapters": self._max_adapters,
+                "max_adapters": quota.adapters,
                 "max_versions": MAX_VERSIONS,
                 "max_aliases": MAX_ALIASES,
             }
             answer = await self._index.restore(tenant, name, version, actor, **caps)
         if answer == "too many":
-            raise self._quota()
+            raise quota.too_many()
         if answer == "too many versions":
-            raise self._too_many_versions(name)
+            raise too_many_versions(name, MAX_VERSIONS)
         if answer == "unknown":
             raise NotFound(f"There is no deleted adapter {shown(name)} to restore.", param="name")
         await self._try_finish_deletes(tenant, name)
@@ -225,8 +235,8 @@ class Registry:
         found = await self._index.names(tenant, after, limit, deleted=True)
         return await self._index.deleted(tenant, found)
 
-    async def history(self, tenant: str, name: str) -> list[AuditEntry]:
-        """The audit log, newest first; a deleted adapter has one, too. Raises ModelNotFound."""
+    async def history(self, tenant: str, name: str) -> list[HistoryEntry]:
+        """The adapter's history, newest first; a deleted adapter has one, too. Raises ModelNotFound."""
         found = await self._index.history(tenant, name) if names.is_name(name) else []
         if not found:
             raise unknown(name)
@@ -257,32 +267,21 @@ class Registry:
             manifest = decode_manifest(await self._objects.get(key))
         except NotFound:
             return
-        await self._add(manifest)
+        await self._add(manifest, await self._quota(manifest.tenant))
 
-    async def _add(self, manifest: Manifest) -> str:
+    async def _add(self, manifest: Manifest, quota: Quota) -> str:
         return await self._index.add(
             summary(manifest),
             [blob.key for blob in manifest.files],
             manifest.by or "server",
             new=True,
-            max_adapters=self._max_adapters,
-            max_bytes=self._max_bytes,
+            max_adapters=quota.adapters,
+            max_bytes=quota.adapter_bytes,
             keep=self._keep_versions,
         )
 
-    def _quota(self) -> QuotaExceeded:
-        return QuotaExceeded(f"A tenant may have {self._max_adapters} adapters; delete one first.")
-
-    def _too_many_bytes(self) -> QuotaExceeded:
-        return QuotaExceeded(
-            f"A tenant may keep {self._max_bytes} bytes of adapters, deleted ones that can be restored "
-            "included; purge some first."
-        )
-
-    def _too_many_versions(self, name: str) -> QuotaExceeded:
-        return QuotaExceeded(
-            f"Adapter {shown(name)} has {MAX_VERSIONS} versions, the most it may; delete one."
-        )
+    async def _quota(self, tenant: str) -> Quota:
+        return Quota.of(await self._limits_of(tenant))
 
     async def list(self, tenant: str, after: str | None = None, limit: int = 100) -> list[Adapter]:
         """Up to `limit` of the tenant's adapters, by name, those after `after`."""

@@ -29,7 +29,8 @@ from server.base_model.tokenizer import Tokenizer
 from server.engine.fake import FakeEngine
 from server.settings import MULTIPROCESS, Settings, child_environment
 from server.tenancy.keys import operator_key
-from tests.e2e.serving import body, until
+from tests.e2e.serving import body
+from tests.waiting import until
 
 TOKENS = 200  # of an answer
 STEP_SECONDS = 0.002  # of the engine: with 64 rows, more than can be relayed

@@ -329,6 +329,22 @@ FLEET: dict[str, list[Panel]] = {
             ((gauge("polypeft_valkey_memory_bytes", over="max"), "used"),),
         ),
         Panel(
+            "Usage not yet added up",
+            "Age of the oldest record, and records a second that are lost: both 0, or nearly.",
+            "s",
+            (
+                (gauge("polypeft_ledger_lag_seconds", over="max"), "oldest"),
+                (rate("polypeft_ledger_lost_records_total"), "lost"),
+            ),
+            limits=(10, 60),
+        ),
+        Panel(
+            "Records of usage that wait",
+            "In the API processes, for the next call of Valkey.",
+            "short",
+            ((gauge("polypeft_ledger_pending_records"), "waiting"),),
+        ),
+        Panel(
             "Object store's calls, p95",
             "Adapters, files and checkpoints live there.",
             "s",

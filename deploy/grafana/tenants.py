@@ -1,6 +1,6 @@
 """Tenants and their adapters: who is slow, who is cold, who is failing?"""
 
-from deploy.grafana.panels import OF_ADAPTER, OF_TENANT, ON, Panel, rate, top
+from deploy.grafana.panels import OF_ADAPTER, OF_TENANT, ON, Panel, gauge, rate, top
 
 TENANTS: dict[str, list[Panel]] = {
     "Tenants (the busiest by name, the rest as other)": [
@@ -52,6 +52,16 @@ TENANTS: dict[str, list[Panel]] = {
                 ),
             ),
             "bargauge",
+        ),
+    ],
+    "Fairness": [
+        Panel(
+            "Fairness gap",
+            "The largest difference of what two waiting tenants were served, over its bound. Above 1: memory "
+            "is short, or the bound is broken.",
+            "percentunit",
+            ((gauge("polypeft_fairness_gap", by="instance", over="max"), "{{instance}}"),),
+            limits=(0.8, 1),
         ),
     ],
     "Adapters (the busiest by name, the rest as other)": [

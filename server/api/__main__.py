@@ -15,7 +15,9 @@ from server.api.http.connection import Connection
 from server.api.services import Services
 from server.base_model.tokenizer import forbid_torch
 from server.child_process import run_child
+from server.errors import InvalidField, StartupError
 from server.settings import Settings
+from server.tenancy.key_terms import as_ipv6, check_addresses
 
 # Of an idle connection. Longer than clients keep theirs (httpx and the openai SDK: 5 s), as otherwise a
 # request would sometimes reach a connection that is being closed.
@@ -88,11 +90,23 @@ def server_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
         log_config=None,
         access_log=False,
         server_header=False,
-        proxy_headers=False,
+        proxy_headers=settings.trusted_proxies is not None,
+        forwarded_allow_ips=trusted_networks(settings.trusted_proxies),
         limit_concurrency=settings.max_connections,
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=SHUTDOWN_SECONDS,
     )
+
+
+def trusted_networks(proxies: str | None) -> list[str]:
+    """The networks in `trusted_proxies`, as uvicorn takes them. Raises StartupError for what is none."""
+    if proxies is None:
+        return []
+    try:
+        networks = check_addresses([part.strip() for part in proxies.split(",")], "--trusted-proxies")
+    except InvalidField as error:
+        raise StartupError(error.message, param="trusted_proxies") from None
+    return [*networks, *(as_ipv6(network) for network in networks)]
 
 
 def raise_file_limit(wanted: int) -> None:

@@ -17,7 +17,8 @@ from server.metrics import Metrics
 from server.metrics.labels import OUTCOMES
 from server.metrics.names import FLEET
 from server.metrics.render import Labels, Values
-from server.tenancy.tenants import OPERATOR, TENANTS
+from server.tenancy.tenant_keys import TENANTS
+from server.tenancy.tenants import OPERATOR
 
 FRESH_SECONDS = 2.0
 COUNTS_FRESH_SECONDS = 10.0  # store_counts walks over all tenants

@@ -18,6 +18,7 @@ from adapters_store.registry.registry import Registry
 from server.adapters.sites import Base
 from server.adapters.specs.interface import SpecReader
 from server.api.cluster_metrics import ClusterMetrics
+from server.audit.audit_log import AuditLog
 from server.base_model.tokenizer import Tokenizer
 from server.engine.client import EngineClient
 from server.errors import DeadlineExceeded, InvalidRequest, StartupError, Unavailable
@@ -26,9 +27,11 @@ from server.files.uploads import Uploads
 from server.finetune.jobs.jobs import Jobs
 from server.metrics import Metrics
 from server.settings import Settings
+from server.tenancy.limit_records import LimitRecords
 from server.tenancy.pins import Pins
 from server.tenancy.rate_limits import RateLimits
 from server.tenancy.tenants import Tenants
+from server.usage.ledger import Ledger
 
 MAX_EVENT_STREAMS = 256  # open streams of jobs' events
 
@@ -63,6 +66,7 @@ class Services:
     registry: Registry
     methods: dict[str, SpecReader]
     tenants: Tenants
+    audit: AuditLog
     engine: EngineClient
     metrics: Metrics
     cluster_metrics: ClusterMetrics
@@ -72,6 +76,8 @@ class Services:
     jobs: Jobs
     pins: Pins
     rate_limits: RateLimits
+    ledger: Ledger
+    limits: LimitRecords
     dataset_check_lock: FairLock = field(default_factory=FairLock)  # a check takes a core for seconds
     tokenizer_lock: FairLock = field(default_factory=FairLock)  # for long prompts, which take up to a second
     event_streams: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(MAX_EVENT_STREAMS))

@@ -12,18 +12,28 @@ import logging
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from jinja2.exceptions import TemplateError
-from tokenizers.pre_tokenizers import ByteLevel
 
 from server.base_model.chat_tools import ChatTools, probe
 from server.base_model.control_tokens import MARK, ControlTokens
+from server.base_model.pieces import is_byte_level, piece_of
 from server.errors import InvalidRequest, StartupError
 
 log = logging.getLogger(__name__)
+# of a tokenizer's config, what `info` tells
+_INFO = (
+    "add_bos_token",
+    "add_eos_token",
+    "add_prefix_space",
+    "clean_up_tokenization_spaces",
+    "legacy",
+    "padding_side",
+    "split_special_tokens",
+)
 CONTEXT_CHARS = 64  # before a part of a text: they may change its tokens
 
 
@@ -52,13 +62,16 @@ class Tokenizer:
         self._hf = hf
         self._backend = backend  # its own encode and decode change no state, unlike transformers'
         self._chat_template = chat_template
-        self.byte_level = _is_byte_level(json.loads(backend.to_str())["decoder"])
+        self.byte_level = is_byte_level(json.loads(backend.to_str())["decoder"])
         self._literals = [token or "" for token in hf.convert_ids_to_tokens(list(range(len(hf))))]
         self.longest = max(map(len, self._literals))  # no token has more characters
         added = hf.added_tokens_decoder.items()
         self._special = {i for i, token in added if token.special}
         self._added = {token.content: (i, bool(token.special)) for i, token in added}
-        self.pieces = [self._piece(i) for i in range(len(self._literals))]
+        self.pieces = [
+            b"" if i in self._special else piece_of(literal, byte_level=self.byte_level)
+            for i, literal in enumerate(self._literals)
+        ]
         self.end: int | None = hf.eos_token_id
         self.lead = self.encode("")  # the tokens before every prompt
         source = _source(chat_template)
@@ -120,10 +133,25 @@ class Tokenizer:
         literal = next(found, None)
         return None if literal is None else text.index(literal) + len(literal)
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of these tokens, without special ones."""
-        text: str = self._backend.decode(list(ids), skip_special_tokens=True)
-        return text
+    def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
+        """The text of these tokens, without special ones or with them."""
+        # as a batch of one: the other `decode` holds the GIL
+        texts: list[str] = self._backend.decode_batch([list(ids)], skip_special_tokens=not special)
+        return texts[0]
+
+    def literals(self, ids: Sequence[int]) -> list[str]:
+        """The tokens as the vocabulary writes them; "" for an id that it lacks."""
+        return [self._literals[i] if i < len(self._literals) else "" for i in ids]
+
+    def info(self) -> dict[str, Any]:
+        """Class, special tokens and chat template, and what its config says of added tokens and spaces."""
+        said = {name: self._hf.init_kwargs[name] for name in _INFO if name in self._hf.init_kwargs}
+        return {
+            "tokenizer_class": type(self._hf).__name__,
+            "chat_template": self._chat_template,
+            **self._hf.special_tokens_map,
+            **{name: value for name, value in said.items() if isinstance(value, bool | str)},
+        }
 
     def render_chat(
         self,
@@ -131,24 +159,31 @@ class Tokenizer:
         tools: list[dict[str, Any]] | None = None,
         *,
         answer: bool = True,
+        open_end: bool = False,
     ) -> str:
         """`messages` rendered by the model's template, for `encode_chat`: control tokens in them are quoted.
 
         Messages as in chat_tools.py; `tools` are OpenAI's, the functions that may be called. `answer`: with
-        the beginning of the assistant's next message. Raises InvalidRequest if there is no template, or if it
-        refuses the messages.
+        the beginning of the assistant's next message. `open_end`: the last message does not end, so that the
+        answer continues it. Raises InvalidRequest if there is no template, or if it refuses the messages.
         """
         if self._chat_template is None:
             raise InvalidRequest(
                 "The base model has no chat template; use /v1/completions.", param="messages"
             )
         messages, tools = self.tools.prepared(messages, tools or [])
+        quoted = [self.quoted(message) for message in messages]
         quoted_tools = None if tools is None else [self._quoted(tool) for tool in tools]
         try:
-            return self._render([self.quoted(message) for message in messages], quoted_tools, answer)
+            return self._render(quoted, quoted_tools, answer=answer, open_end=open_end)
         except TemplateError as error:
             reason = str(error)
         except Exception as error:  # whatever an operation of the template raises on such values
+            if open_end and isinstance(error, ValueError):  # what transformers raises, beside the template
+                raise InvalidRequest(
+                    "The model's chat template cannot leave the last message open.",
+                    param="continue_final_message",
+                ) from None
             log.debug("The chat template failed", exc_info=error)
             reason = "it fails on them"
         raise InvalidRequest(f"The model's chat template refuses these messages: {reason}", param="messages")
@@ -194,10 +229,19 @@ class Tokenizer:
         return ""
 
     def _render(
-        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, answer: bool
+        self,
+        messages: list[dict[str, Any]],
+        tools: list[dict[str, Any]] | None,
+        *,
+        answer: bool,
+        open_end: bool = False,
     ) -> str:
         text: str = self._hf.apply_chat_template(
-            messages, tools=tools, tokenize=False, add_generation_prompt=answer
+            messages,
+            tools=tools,
+            tokenize=False,
+            add_generation_prompt=answer,
+            continue_final_message=open_end,
         )
         return text
 
@@ -209,9 +253,7 @@ class Tokenizer:
         """`pieces` in which the markers of calls have their text, special tokens or not."""
         added = [self._added.get(marker, (0, False)) for marker in self.tools.format.markers]
         shown = {i for i, special in added if special}
-        if not shown:
-            return self.pieces
-        return [self._literals[i] if i in shown else piece for i, piece in enumerate(self.pieces)]
+        return self._showing(shown) if shown else self.pieces
 
     def token_text(self, token: int) -> tuple[str, bytes]:
         """A token's text and bytes for logprobs; ("", b"") for an id that does not exist.
@@ -227,44 +269,16 @@ class Tokenizer:
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw), raw
 
-    def _piece(self, token: int) -> bytes | str:
-        """What a token adds to a text: bytes, perhaps part of a character, or a whole text."""
-        literal = self._literals[token]
-        if token in self._special:
-            return b""
-        if self.byte_level:
-            known = all(char in _BYTES for char in literal)
-            return bytes(_BYTES[char] for char in literal) if known else literal.encode()
-        if len(literal) == 6 and literal.startswith("<0x") and literal.endswith(">"):
-            return bytes([int(literal[3:5], 16)])
-        return literal.replace("\u2581", " ")
+    @cached_property
+    def all_pieces(self) -> list[bytes | str]:
+        """`pieces`, and special tokens as they are written."""
+        return self._showing(self._special)
+
+    def _showing(self, tokens: set[int]) -> list[bytes | str]:
+        """`pieces`, and these tokens as they are written."""
+        return [self._literals[i] if i in tokens else piece for i, piece in enumerate(self.pieces)]
 
 
 def _source(template: str | dict[str, str] | None) -> str:
     """The source of a template, or of all templates of a folder that has several."""
     return "\n".join(template.values()) if isinstance(template, dict) else template or ""
-
-
-def _byte_characters() -> dict[str, int]:
-    """The byte that each character of GPT-2's alphabet means. Printable ones mean themselves."""
-    alphabet = sorted(ByteLevel.alphabet())
-    bytes_ = {char: ord(char) for char in alphabet if ord(char) < 256}
-    others = sorted(set(range(256)) - set(bytes_.values()))
-    return bytes_ | dict(zip(alphabet[len(bytes_) :], others, strict=True))
-
-
-_BYTES = _byte_characters()
-
-
-def _is_byte_level(decoder: dict[str, Any] | None) -> bool:
-    """Whether tokens are bytes (GPT-2, Llama 3, Qwen); else text with byte fallback (Llama 2, Gemma).
-
-    Raises StartupError for a decoder of another kind.
-    """
-    parts = (decoder or {}).get("decoders", [decoder or {"type": "none"}])
-    kinds = {part["type"] for part in parts}
-    if not kinds & {"ByteLevel", "ByteFallback"}:
-        raise StartupError(
-            f"This model's tokenizer decodes by {'+'.join(sorted(kinds))}, which is not supported."
-        )
-    return "ByteLevel" in kinds

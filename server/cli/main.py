@@ -27,6 +27,10 @@ SUMMARIES = {
     "size": "How much memory a server needs, as a table, and the options of `serve` for it. "
     "Reads no weights.",
     "tenants": "Tenants, their keys and limits (operator).",
+    "keys": "A tenant's own API keys; with --tenant another's.",
+    "audit": "The audit log, newest first.",
+    "usage": "What was used, day by day: by a tenant with its --key, else by all (operator). "
+    "By default, a week.",
     "adapters": "A tenant's adapters.",
     "jobs": "A tenant's fine-tuning jobs.",
     "admin": "Repairs and imports (operator).",

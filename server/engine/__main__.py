@@ -5,6 +5,7 @@ import signal
 import time
 from typing import TYPE_CHECKING
 
+from server.base_model.modeling_import import import_modeling
 from server.base_model.resolve import resolve_model
 from server.child_process import run_child
 from server.memory import paused_garbage_collector
@@ -29,6 +30,7 @@ def serve(settings: Settings) -> None:
 
 def _load(settings: Settings) -> "EngineServer":
     start = time.perf_counter()
+    import_modeling()
     # torch and transformers: half of the start
     from server.base_model.compatibility import check_architecture
     from server.engine.engine import Engine

@@ -1,4 +1,7 @@
-"""Admission of requests to the queue: checks limits, compiles schemas. All rows are admitted, or none."""
+"""Admission of requests to the queue: checks limits and deadlines, compiles schemas.
+
+All rows of a request are admitted, or none.
+"""
 
 import time
 from collections import Counter
@@ -8,6 +11,7 @@ from typing import Any
 from server.engine.scheduling.capacity import TenantLoad, refusal
 from server.engine.scheduling.row import Row
 from server.engine.scheduling.scheduler import Scheduler
+from server.engine.scheduling.wait_estimate import WaitEstimate
 from server.engine.structured_output import Grammars
 from server.engine.unexpected_errors import as_polypeft_error
 from server.errors import ContextTooLong, InvalidField, PolypeftError
@@ -23,6 +27,7 @@ class Admission:
         self.grammars = grammars
         self.max_context = scheduler.max_context
         self.capacity = scheduler.max_seqs + max_queue
+        self.waits = WaitEstimate()
         self.refused: list[Chunk] = []  # until the engine reports them
         self.compiling: dict[str, tuple[Row, Future[Any]]] = {}  # rows whose schema is being compiled
 
@@ -32,6 +37,7 @@ class Admission:
     def accept(self, rows: tuple[Generate, ...]) -> None:
         """Admit the rows of one request: all of them or none."""
         error = next(filter(None, map(self._error_of, rows)), None) or self._over_limit(rows)
+        error = error or self.waits.refusal(rows[0], self.scheduler.queues, time.time())
         if error:
             self.refused += [Chunk.failure(row.id, error) for row in rows]
             return
@@ -65,7 +71,7 @@ class Admission:
     def _error_of(self, command: Generate) -> PolypeftError | None:
         """The error of a row that can never run here."""
         length = len(command.prompt)
-        if not 0 < length < self.max_context:
+        if not 0 < length <= self.max_context - min(command.sampling.max_tokens, 1):
             return ContextTooLong(
                 f"The prompt has {length} tokens; the context of {self.max_context} must hold one more."
             )
@@ -81,8 +87,9 @@ class Admission:
         compiling = Counter(row.command.tenant for row, _ in self.compiling.values())
         weights = {row.command.tenant: row.command.weight for row, _ in self.compiling.values()}
         loads = {tenant: TenantLoad(count, weights[tenant]) for tenant, count in compiling.items()}
-        for tenant, queue in self.scheduler.queues.by_tenant.items():
-            loads[tenant] = TenantLoad(queue.num_rows + compiling[tenant], queue.weight)
+        for tenant, queue in self.scheduler.queues.tenant_queues():
+            before = loads[tenant].rows if tenant in loads else 0
+            loads[tenant] = TenantLoad(before + queue.num_rows, queue.weight)
         return refusal(rows[0].tenant, len(rows), rows[0].weight, loads, self.capacity)
 
     def _enqueue(self, command: Generate) -> None:

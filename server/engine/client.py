@@ -20,7 +20,7 @@ import zmq.asyncio
 
 from server import messages as m
 from server.adapters.sites import Base, decode_base
-from server.errors import DeadlineExceeded, EngineLost, Unavailable, error_from_code
+from server.errors import DeadlineExceeded, EngineLost, Unavailable
 
 log = logging.getLogger(__name__)
 
@@ -131,7 +131,7 @@ class EngineClient:
                     open_rows.discard(chunk.id)
                     self._rows.pop(chunk.id, None)
                 if chunk.error is not None:
-                    raise error_from_code(*chunk.error)
+                    raise chunk.exception()
                 yield chunk
         finally:
             for row_id in open_rows:

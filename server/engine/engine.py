@@ -6,6 +6,7 @@ Wires scheduler, adapter cache, model and sampler, and decides when a row is don
 
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,15 +14,18 @@ import torch
 from server.engine.adapter_check import AdapterCheck
 from server.engine.adapters import build_adapters
 from server.engine.admission import Admission
+from server.engine.load_records import LoadRecords
 from server.engine.metrics.counters import EngineMetrics, source_of
 from server.engine.metrics.step_timer import StepTimer
 from server.engine.model.memory_estimate import BATCH_TOKENS
 from server.engine.model.placement import choose_placement
+from server.engine.prompt_logprobs import Scored
 from server.engine.sampler import Sampled, draw, sample_row
 from server.engine.scheduling.kv_blocks import BlockPool
 from server.engine.scheduling.prompt_lookup import num_accepted
 from server.engine.scheduling.row import Row
 from server.engine.scheduling.scheduler import Scheduler
+from server.engine.scheduling.step_cost import StepCost
 from server.engine.served_model import ServedModel
 from server.engine.structured_output import Grammars, consume, mask_logits
 from server.engine.unexpected_errors import as_polypeft_error, raise_if_device_lost
@@ -59,7 +63,7 @@ class Engine:
             max_batch_tokens=settings.max_batch_tokens or BATCH_TOKENS[placement.device.type],
             max_context=self.base.max_context,
             lookup_tokens=settings.lookup_tokens,
-            step_cost=self.model.step_cost() if settings.lookup_tokens else None,
+            step_cost=StepCost() if settings.lookup_tokens and self.model.drafts_pay else None,
             rope_switches=self.model.rope_switches,
         )
         self.end_token_ids = self.model.end_tokens()
@@ -68,6 +72,7 @@ class Engine:
         self.metrics = EngineMetrics(
             settings.figures_dir / "engine", settings.metrics_adapter_labels, settings.metrics_top
         )
+        self.load_records = LoadRecords(settings.usage_dir)
         self.loader.objects.on_call = self.metrics.on_store_call
         self.step_timer = StepTimer(self.metrics, placement.device)
         self.model.watch = self.step_timer.time_banks
@@ -111,6 +116,13 @@ class Engine:
             case Pins(adapters=adapters):
                 self.cache.pin(adapters)
 
+    def use_idle_time(self) -> None:
+        """While nothing else is to do: measure one more size of step, in a block that no row owns."""
+        cost = self.scheduler.step_cost
+        if self.scheduler.max_row_draft and not cost.complete and (free := self.blocks.allocate(1)):
+            cost.measure(partial(self.model.time_step, free[0]))
+            self.blocks.release(free)
+
     def step(self) -> list[Chunk]:
         """Run one step for every row that can run; the chunks of all rows that got tokens or ended."""
         self.admission.enqueue_compiled()
@@ -140,22 +152,25 @@ class Engine:
         decoding = all(row.decodes for row in rows)  # read here: delivery resets it
         self.clock.begin(tokens)
         try:
-            sampled = self._compute(rows, tokens)
+            sampled, scores = self._compute(rows, tokens)
         except torch.OutOfMemoryError:
             return self._end_largest(rows)
         except Exception as error:  # noqa: BLE001 - any error: `as_polypeft_error` logs it
             return self._run_one_by_one(rows, error)
-        chunks = self._deliver(rows, sampled)
+        chunks = self._deliver(rows, sampled, scores)
         self.step_timer.lap("deliver")
         seconds = time.perf_counter() - start
         self.clock.end(tokens, seconds)
+        self.admission.waits.record_step(self.scheduler.queues.charged, seconds)
         if decoding:
             self.scheduler.step_cost.record(tokens, seconds)
         return chunks
 
     @torch.inference_mode()
-    def _compute(self, rows: list[Row], tokens: int) -> dict[str, list[Sampled]]:
-        """Forward and sample. By row id, the results of its token and draft tokens; none in prefill."""
+    def _compute(self, rows: list[Row], tokens: int) -> tuple[dict[str, list[Sampled]], dict[str, Scored]]:
+        """Forward and sample. By row id: the results of its token and draft tokens, none in prefill; and its
+        prompt logprobs, if it asks for them.
+        """
         for row in rows:
             self.model.write_virtual_kv(row)
         logits = self.model.forward(rows)
@@ -166,7 +181,7 @@ class Engine:
         self.counts["prompt_tokens"] += sum(row.scheduled for row in rows if not row.sampled)
         self.metrics.observe("batch_rows", len(rows))
         self.metrics.observe("batch_tokens", tokens)
-        return results
+        return results, self.model.take_scores()
 
     def _sample(self, rows: list[Row], logits: torch.Tensor) -> dict[str, list[Sampled]]:
         """Draw a token from each row of logits [R, V]; on a GPU, start the next step before reading them."""
@@ -205,29 +220,33 @@ class Engine:
         self._end(largest, Unavailable.code)
         return [Chunk.failure(largest.id, Unavailable("The device ran out of memory for this request."))]
 
-    def _deliver(self, rows: list[Row], sampled: dict[str, list[Sampled]]) -> list[Chunk]:
+    def _deliver(
+        self, rows: list[Row], sampled: dict[str, list[Sampled]], scores: dict[str, Scored]
+    ) -> list[Chunk]:
         """Give each row its results; a row that fails at that ends alone."""
         chunks: list[Chunk] = []
         for row in rows:
             try:
-                chunk = self._deliver_row(row, sampled[row.id])
+                chunk = self._deliver_row(row, sampled[row.id], scores.get(row.id))
             except Exception as error:  # noqa: BLE001 - the same
                 chunk = self._fail(row, error)
             if chunk:
                 chunks.append(chunk)
         return chunks
 
-    def _deliver_row(self, row: Row, sampled: list[Sampled]) -> Chunk | None:
-        """Append the accepted tokens to the row and end it where it stops. None while it is in prefill."""
-        if not sampled:
-            self.scheduler.commit(row, [])
-            return None
-        if not sampled[0].finite:
+    def _deliver_row(self, row: Row, sampled: list[Sampled], scored: Scored | None) -> Chunk | None:
+        """Append the accepted tokens to the row and end it where it stops. None in prefill without scores."""
+        if (sampled and not sampled[0].finite) or (scored and not scored.finite):
             self.counts["non_finite_rows"] += 1
             self._end(row, NonFinite.code)  # before its blocks enter the prefix cache
             return Chunk.failure(row.id, NonFinite("The model produced NaN or Inf for this request."))
+        if scored:
+            row.num_scored = row.to_score().stop
+        if not sampled:
+            self.scheduler.commit(row, [])
+            return Chunk(id=row.id, prompt_logprobs=scored.logprobs) if scored else None
         first, num_draft = row.output_length == 0, len(row.draft)
-        ends = [self._ends_row(row, result.token) for result in sampled]
+        ends = [row.ends_with(result.token, self.end_token_ids) for result in sampled]
         accepted = sampled[: num_accepted(row.draft, sampled, ends)]
         self.scheduler.commit(row, [result.token for result in accepted])
         if row.grammar and not consume(row.grammar, accepted[-1].token):
@@ -239,32 +258,32 @@ class Engine:
         if first:
             row.timing.first_token = time.time()
             row.timing.source = source_of(row, self.loader.sources)
-        return self._chunk(row, accepted, first=first, stopped=ends[len(accepted) - 1])
+        return self._chunk(row, accepted, scored, first=first, stopped=ends[len(accepted) - 1])
 
-    def _chunk(self, row: Row, accepted: list[Sampled], *, first: bool, stopped: bool) -> Chunk:
+    def _chunk(
+        self, row: Row, accepted: list[Sampled], scored: Scored | None, *, first: bool, stopped: bool
+    ) -> Chunk:
         """The chunk of the accepted tokens, without an end token. Ends the row if it is the last chunk."""
         stop_token = accepted[-1].token if stopped else None
         full = row.remaining_output(self.base.max_context) <= 0
         if stopped or full:
             self._end(row)
-        sent = accepted[:-1] if stopped else accepted
+        sent = accepted[:-1] if stopped or not row.command.sampling.max_tokens else accepted
         return Chunk(
             id=row.id,
             tokens=[result.token for result in sent],
-            logprobs=[result.logprobs for result in sent if result.logprobs],
+            logprobs=[result.logprobs for result in accepted if result.logprobs],
+            prompt_logprobs=scored.logprobs if scored else None,
             cached_tokens=max(row.cached_tokens - row.num_virtual_tokens, 0) if first else 0,
             finish="stop" if stopped else "length" if full else None,
             stop_token=stop_token,
             timing=row.timing if first else None,
         )
 
-    def _ends_row(self, row: Row, token: int) -> bool:
-        sampling = row.command.sampling
-        return token in sampling.stop_token_ids or (token in self.end_token_ids and not sampling.ignore_eos)
-
     def _end(self, row: Row, error_code: str = "") -> None:
         """Count a row that is done, or failed with `error_code`, and release what it holds."""
         self.metrics.record_end(row, time.time(), error_code)
+        self.admission.waits.record_answer(row.output_length)
         self.scheduler.remove(row)
 
     def _report_unscheduled(self) -> list[Chunk]:

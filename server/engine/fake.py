@@ -9,6 +9,7 @@ import asyncio
 import hashlib
 import time
 import uuid
+from array import array
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 
@@ -19,6 +20,7 @@ import zmq.asyncio
 from server import messages as m
 from server.adapters.sites import Base, encode_base
 from server.engine.scheduling.capacity import TenantLoad, refusal
+from server.engine.scheduling.wait_estimate import late
 
 STATS_SECONDS = 0.2
 
@@ -36,6 +38,7 @@ class Behaviour:
     error: tuple[str, str] = ("non_finite_logits", "The adapter produced a value that is not finite.")
     refuse: tuple[str, str, str | None] | None = None  # the answer to every Check
     facts: dict[str, float | int | str] = field(default_factory=lambda: {"parameters": 1})
+    wait_seconds: float = 0.0  # that a new row would wait for its first token
     mute: bool = False  # receive commands but send nothing
     step_age_and_bound: tuple[float, float] = (0.0, 300.0)  # seconds, for Beat
 
@@ -124,7 +127,9 @@ class FakeEngine:
         counts = Counter((row.tenant, row.weight) for row in self._commands.values())
         loads = {tenant: TenantLoad(count, weight) for (tenant, weight), count in counts.items()}
         capacity = self.limits["max_seqs"] + self.limits["max_queue"]
-        if error := refusal(rows[0].tenant, len(rows), rows[0].weight, loads, capacity):
+        error = refusal(rows[0].tenant, len(rows), rows[0].weight, loads, capacity)
+        error = error or late(rows[0], self.behaviour.wait_seconds, time.time())
+        if error:
             for row in rows:
                 self._queue(peer, m.Chunk.failure(row.id, error))
             return
@@ -158,6 +163,8 @@ class FakeEngine:
             if failing and len(tokens) >= behaviour.fail_after:
                 return m.Chunk(row.id, finish="error", error=behaviour.error)
             first = not tokens
+            if first and row.sampling.prompt_logprobs is not None and len(row.prompt) > 1:
+                self._queue(peer, m.Chunk(row.id, prompt_logprobs=self._prompt_logprobs(row)))
             chunk = self._step(row, tokens)
             if first and chunk.tokens:
                 timing.started = timing.first_token = time.time()
@@ -188,10 +195,11 @@ class FakeEngine:
         if len(tokens) == row.sampling.max_tokens:
             finish = finish or "length"
         self._generated += len(new)
+        shown = new if stop_token is None else [*new, stop_token]
         logprobs = (
-            [] if row.sampling.logprobs is None else [self._logprobs(t, row.sampling.logprobs) for t in new]
+            [] if row.sampling.logprobs is None else [self._logprobs(t, row.sampling.logprobs) for t in shown]
         )
-        return m.Chunk(row.id, new, logprobs, cached, finish, stop_token)
+        return m.Chunk(row.id, new, logprobs, cached_tokens=cached, finish=finish, stop_token=stop_token)
 
     def _ends(self, count: int) -> bool:
         behaviour = self.behaviour
@@ -209,9 +217,22 @@ class FakeEngine:
         others = [((token + i) % self.base.vocab_size, -0.5 * (i + 1)) for i in range(count)]
         return m.TokenLogprobs(-0.5, others)
 
+    def _prompt_logprobs(self, row: m.Generate) -> m.PromptLogprobs:
+        """Each token is the second best, with a logprob of -0.5 and of -0.25 more for each one before it."""
+        tokens, k = row.prompt[1:], row.sampling.prompt_logprobs or 0
+        logprobs = [-0.5 - 0.25 * i for i in range(len(tokens))]
+        ids = [(token + 1 - place) % self.base.vocab_size for token in tokens for place in range(k)]
+        best = [logprob + 0.125 * (1 - place) for logprob in logprobs for place in range(k)]
+        return m.PromptLogprobs(
+            array("f", logprobs).tobytes(),
+            array("i", [2] * len(tokens)).tobytes(),
+            array("i", ids).tobytes(),
+            array("f", best).tobytes(),
+        )
+
     async def _report(self) -> None:
         while True:
-            gauges = {"running": float(len(self._rows)), "waiting": 0.0, "kv_usage": 0.0}
+            gauges = {"running": float(len(self._rows)), "waiting": 0.0, "kv_usage": 0.0, "fairness_gap": 0.0}
             counters = {"generation_tokens": float(self._generated), "prompt_tokens": 0.0}
             for peer in list(self._peers):
                 await self._send(peer, m.Stats(self.boot, gauges, counters))

@@ -29,7 +29,7 @@ MASK64 = (1 << 64) - 1
 
 @dataclass
 class SampleRow:
-    """Sampling parameters and history of one row. `banned`: ids excluded now (ends, before min_tokens)."""
+    """Sampling parameters and history of one row. `banned`: ids excluded now (ends, bad words)."""
 
     sampling: Sampling
     seed: int
@@ -56,13 +56,20 @@ def sample_row(row: Row, num_draft: int, end_token_ids: Iterable[int]) -> Sample
     """The row as if `num_draft` of its draft tokens were accepted; `end_token_ids` are those of the base."""
     s = row.command.sampling
     too_short = row.output_length + num_draft < s.min_tokens
+    output = row.tokens[row.prompt_length :] + row.draft[:num_draft]
+    banned = [*end_token_ids, *s.stop_token_ids] if too_short else []
     return SampleRow(
         sampling=s,
         seed=row.seed,
         prompt=row.tokens[row.num_virtual_tokens : row.prompt_length],
-        output=row.tokens[row.prompt_length :] + row.draft[:num_draft],
-        banned=[*end_token_ids, *s.stop_token_ids] if too_short else (),
+        output=output,
+        banned=banned + _last_tokens(s.bad_words, output) if s.bad_words else banned,
     )
+
+
+def _last_tokens(words: Iterable[Sequence[int]], output: list[int]) -> list[int]:
+    """The tokens that would complete one of `words`, which `output` ends with but for the last."""
+    return [word[-1] for word in words if output[len(output) - len(word) + 1 :] == list(word[:-1])]
 
 
 @dataclass(frozen=True)

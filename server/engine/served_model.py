@@ -21,8 +21,8 @@ from server.engine.model.base_model import FrozenModel, Placement
 from server.engine.model.exactness_check import ExactnessCheck
 from server.engine.model.forward_context import MAX_IN_PLACE_PAIRS, ForwardContext
 from server.engine.model.kv_pages import KvPages, kv_positions
+from server.engine.prompt_logprobs import PendingScores, PromptScorer, Scored
 from server.engine.scheduling.row import Row
-from server.engine.scheduling.step_cost import StepCost
 from server.kernels import token_blocks as gpu
 from server.kernels.cpu.paged_attention import BLOCK, write_pages
 from server.kernels.transfers import upload
@@ -65,6 +65,8 @@ class ServedModel(FrozenModel):
         self.base = msgspec.structs.replace(self.base, max_context=min(self.base.max_context, kv_tokens))
         self.graphs = DecodeGraphs(self.step, self.run, placement.device, self.base.max_context)
         self.lookahead = Lookahead(self.graphs, self.base.max_context)
+        self.scorer = PromptScorer(self.model, self.step, self.base.vocab_size)
+        self._scores: PendingScores | None = None  # of the last step, if a row asks for prompt logprobs
         if check.pending:
             self._check(check)
 
@@ -79,6 +81,7 @@ class ServedModel(FrozenModel):
         In the order of `rows`, without those still in prefill after this step. The logits of a row's last
         token come before those of its draft tokens.
         """
+        self._scores = None
         precomputed = self.lookahead.logits(rows, self._compute)
         return self._compute(rows) if precomputed is None else precomputed
 
@@ -99,7 +102,19 @@ class ServedModel(FrozenModel):
         kept = [at for end, n in last for at in range(end - n, end + 1)]
         self.step.select_logit_rows(rows)
         self.watch(self.step)
-        return self.run(*upload([ids, positions, kept], device))
+        tensors = upload([ids, positions, kept], device)
+        scoring = [r for r in ordered if r.command.sampling.prompt_logprobs is not None and r.to_score()]
+        if not scoring:
+            return self.run(*tensors)
+        with self.scorer.capture() as hidden:
+            logits = self.run(*tensors)
+        self._scores = self.scorer.begin(scoring, hidden[0][0])
+        return logits
+
+    def take_scores(self) -> dict[str, Scored]:
+        """The prompt logprobs of the step that has just run, by row id."""
+        scores, self._scores = self._scores, None
+        return scores.read() if scores else {}
 
     @torch.inference_mode()
     def _check(self, check: ExactnessCheck) -> None:
@@ -142,28 +157,27 @@ class ServedModel(FrozenModel):
         logits: torch.Tensor = output.logits[0].float()
         return logits
 
-    def step_cost(self) -> StepCost | None:
-        """Measured step times for drafts on a CPU; None on other devices, where drafts are not used."""
-        return (
-            None if self.step.gpu or self.placement.device.type != "cpu" else StepCost.timed(self.time_step)
-        )
+    @property
+    def drafts_pay(self) -> bool:
+        """On a CPU alone: a step of a few tokens more costs less than another step."""
+        return not self.step.gpu and self.placement.device.type == "cpu"
 
     @torch.inference_mode()
-    def time_step(self, tokens: int) -> float:
+    def time_step(self, block: int, tokens: int) -> float:
         """Seconds of a step of `tokens` decoding rows with some past, the better of two runs.
 
-        Call it before any row runs: it writes to the first page, reads no other, and leaves it zeroed.
+        It writes to the pages of `block`, which no row may own, reads no other, and leaves them zeroed.
         """
         step, zeros = self.step, torch.zeros(tokens, dtype=torch.int64)
         seen = min(TIMED_CONTEXT_BLOCKS, -(-self.base.max_context // BLOCK))
-        step.begin_timing(tokens, seen)
+        step.begin_timing(tokens, [block] * seen)
         times = []
         for _ in range(3):  # the first run records the step
             start = time.perf_counter()
             self.run(zeros, zeros)
             times.append(time.perf_counter() - start)
         for pages in (*step.pages.keys, *step.pages.values):
-            pages[0].zero_()
+            pages[block].zero_()
         return min(times[1:])
 
     def write_virtual_kv(self, row: Row) -> None:

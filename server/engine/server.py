@@ -58,9 +58,11 @@ class EngineServer:
         self.watchdog.start()
         while not self.stopping:
             self.engine.clock.next_iteration()
-            self.drain()
+            idle = not self.drain()
             if self.engine.busy:
                 self.deliver(self.engine.step())
+            elif idle:
+                self.engine.use_idle_time()
             for checked in self.engine.checked():
                 self.send_result(checked)
             self.send_stats()
@@ -68,15 +70,19 @@ class EngineServer:
     def stop(self, *_signal: object) -> None:
         self.stopping = True
 
-    def drain(self) -> None:
-        """Handle every command that has arrived; wait for one only if there is nothing to compute."""
-        wait = IDLE_MILLISECONDS
+    def drain(self) -> bool:
+        """Handle every command that has arrived, and return whether there was one.
+
+        Waits for one only if there is nothing to compute.
+        """
+        wait, handled = IDLE_MILLISECONDS, False
         if self.engine.busy:
             wait = 0 if self.engine.scheduler.running else LOADING_MILLISECONDS
         while self.socket.poll(wait):
             peer, *frames = self.socket.recv_multipart()
             self.handle(peer, b"".join(frames))
-            wait = 0
+            wait, handled = 0, True
+        return handled
 
     def handle(self, peer: bytes, frame: bytes) -> None:
         """Execute one encoded command. An error ends that command only."""

@@ -21,10 +21,12 @@ def stats(engine: Engine, boot: str) -> Stats:
     engine.metrics.review(time.monotonic())
     engine.loader.disk_writer.free_disk_space()
     _copy_counts(engine)
+    engine.load_records.write(engine.loader.take_loads())
     gauges = {
         "running": len(engine.scheduler.running),
         "waiting": engine.scheduler.waiting,
         "kv_usage": engine.blocks.usage,
+        "fairness_gap": engine.scheduler.queues.relative_gap(),
         "slots_used": len(engine.cache.by_digest),
         "slots_total": engine.cache.slots,
     }

@@ -53,6 +53,7 @@ class Upload(UploadRecord, frozen=True, kw_only=True):
 
     purpose: Purpose
     bytes: int  # declared size of the file
+    life: int | None = None  # seconds until the file expires
     file: str | None = None
     parts: dict[str, Part] = msgspec.field(default_factory=dict)
 
@@ -75,14 +76,19 @@ class Uploads:
         self._files = files
         self._max_bytes = max_bytes
 
-    async def create(self, tenant: str, name: str, size: int, purpose: Purpose) -> Upload:
-        """Start an upload of `size` bytes. Raises InvalidField for name or size, QuotaExceeded."""
+    async def create(
+        self, tenant: str, name: str, size: int, purpose: Purpose, life: int | None = None
+    ) -> Upload:
+        """Start an upload of `size` bytes, whose file will expire after `life` seconds.
+
+        Raises InvalidField for name or size, QuotaExceeded.
+        """
         check_file_name(name)
         if not 1 <= size <= self._max_bytes:
             raise InvalidField(f"bytes is {size}; a file may have 1 to {self._max_bytes}.", param="bytes")
         await self._files.check_quota(tenant, size)
         id_, now = f"upload_{secrets.token_hex(12)}", int(time.time())
-        upload = Upload(id=id_, tenant=tenant, name=name, purpose=purpose, bytes=size, created=now)
+        upload = Upload(id=id_, tenant=tenant, name=name, purpose=purpose, bytes=size, created=now, life=life)
         created = await self._records.create(upload, bytes=0)
         await self._files.scheduled_deletes.add([_prefix(upload)], LIFE_SECONDS + GRACE_SECONDS)
         return created
@@ -138,7 +144,13 @@ class Uploads:
         except NotFound:  # the parts are gone: another call has ended the upload
             return await self._completed(await self.get(tenant, id_), request)
         file = await self._files.add(
-            tenant, joined, upload.name, sha256, size=upload.bytes, purpose=upload.purpose
+            tenant,
+            joined,
+            upload.name,
+            sha256,
+            size=upload.bytes,
+            purpose=upload.purpose,
+            life=upload.life,
         )
         if await self._end(upload, "completed", file.id, request):
             return await self.get(tenant, id_), file

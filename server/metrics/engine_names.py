@@ -16,6 +16,11 @@ ENGINE: Mapping[str, Family] = {
         reason=WAITS,
     ),
     "kv_usage": gauge("vllm:kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1"),
+    "fairness_gap": gauge(
+        "polypeft_fairness_gap",
+        "The largest difference of what two tenants with rows waiting have been served, over its bound "
+        "(docs/fairness.md); above 1 only while memory is short",
+    ),
     "lora_info": gauge(
         "vllm:lora_requests_info",
         "Unix time of the last figures; adapters that run and wait, comma-separated. Both lists are empty "

@@ -77,6 +77,12 @@ class Metrics:
         self._open_requests += requests
         self._child("http_open").set(self._open_requests)
 
+    def on_ledger(self, lag_seconds: float, pending: int, lost: int) -> None:
+        """Callback for `Ledger`, once a second; `lost` since the last time."""
+        self._child("ledger_lag").set(lag_seconds)
+        self._child("ledger_pending").set(pending)
+        self._child("ledger_lost").inc(lost)
+
     def on_valkey_call(self, seconds: float, failed: bool) -> None:
         """Callback for `InstrumentedRedis.on_call`."""
         self.observe("valkey_seconds", seconds)
@@ -157,7 +163,8 @@ def _instrument(family: Family, registry: CollectorRegistry) -> Counter | Gauge 
     if family.kind == "counter":
         return Counter(family.name, family.help, labels, registry=registry)
     if family.kind == "gauge":
-        mode: Literal["livemax", "livesum"] = "livemax" if family.name.endswith("_open") else "livesum"
+        largest = family.name.endswith(("_open", "_lag_seconds"))
+        mode: Literal["livemax", "livesum"] = "livemax" if largest else "livesum"
         return Gauge(family.name, family.help, labels, registry=registry, multiprocess_mode=mode)
     return Histogram(family.name, family.help, labels, registry=registry, buckets=family.buckets)
 

@@ -45,10 +45,18 @@ API: Mapping[str, Family] = {
     "failures": counter("polypeft_request_failures", "Generations ended by an error", code=()),
     "rejections": counter(
         "vllm:admission_rejections",
-        "Generations refused at the door; quota: any request beyond a tenant's limit",
+        "Generations refused at the door; deadline: the wait would be longer; quota: any request beyond a "
+        "tenant's limit",
         reason=REJECTIONS,
     ),
     "rate_limited": counter("polypeft_rate_limited", "Refused by a tenant's rate limits", limit=RATES),
+    "ledger_lag": gauge(
+        "polypeft_ledger_lag_seconds", "Age of the oldest record of usage that Valkey does not have"
+    ),
+    "ledger_pending": gauge("polypeft_ledger_pending_records", "Records of usage that Valkey does not have"),
+    "ledger_lost": counter(
+        "polypeft_ledger_lost_records", "Records of usage for which there was no room while Valkey was away"
+    ),
     "valkey_seconds": histogram("polypeft_valkey_call_seconds", CALLS, "Calls of Valkey, pipelines as one"),
     "valkey_errors": counter("polypeft_valkey_errors", "Calls of Valkey that failed"),
 }

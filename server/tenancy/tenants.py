@@ -1,47 +1,39 @@
-"""Tenants, their keys and limits, in Valkey. Knows no HTTP and no adapters.
+"""Tenants, in Valkey, and whose a secret is. Knows no HTTP and no adapters.
 
     pp:tenants                hash   tenant id -> Tenant
-    pp:tenants:{id}:keys      hash   key id -> KeyRecord
-    pp:keys                   hash   SHA-256 of a secret -> tenant id
-    pp:limits                 hash   tenant id -> Limits, as the operator set them
 
-A secret is returned once, when it is created, and not stored. Nothing is cached: a revoked key fails, and a
-new limit holds, at the next request in every process.
+The keys of tenants are in tenant_keys.py, limits in limit_records.py. Valkey is asked at every request: a
+revoked key fails, and a new limit holds, at the next one in every process.
 """
 
 import secrets
 import time
+from typing import NamedTuple
 
 import msgspec
 from redis.asyncio import Redis
 
-from adapters_store.valkey import store_errors
-from server.errors import InvalidField, NotFound, shown
+from adapters_store.outage import LastAnswers
+from adapters_store.valkey import store_errors, text
+from server.errors import InvalidField, Unauthenticated, shown
+from server.tenancy.key_terms import KeyInfo, new_key_info
 from server.tenancy.keys import fingerprint, new_secret, well_formed
-from server.tenancy.limits import NO_LIMITS, Limits
+from server.tenancy.limits import LIMITS, NO_LIMITS, Allowance, Limits, RequestLimits, decode_limits
+from server.tenancy.tenant_keys import (
+    KEYS,
+    OPERATOR_ID,
+    TENANTS,
+    KeyRecord,
+    TenantKeys,
+    keys_of,
+    new_key_id,
+    unknown_tenant,
+)
+from server.tenancy.tenant_keys_lua import AUTHENTICATE
 
 MAX_NAME = 64
 MAX_WEIGHT = 1000.0
-TENANTS = "pp:tenants"
-KEYS = "pp:keys"
-LIMITS = "pp:limits"
-
-AUTHENTICATE = """
-local id = redis.call('HGET', KEYS[1], ARGV[1])
-return id and {redis.call('HGET', KEYS[2], id), redis.call('HGET', KEYS[3], id)}
-"""
-
-SET_LIMITS = """
-if redis.call('HEXISTS', KEYS[1], ARGV[1]) == 0 then return 0 end
-redis.call('HSET', KEYS[2], ARGV[1], ARGV[2])
-return 1
-"""
-
-REVOKE = """
-if redis.call('HDEL', KEYS[1], ARGV[1]) == 0 then return 0 end
-redis.call('HDEL', KEYS[2], ARGV[2])
-return 1
-"""
+CLOCK_SECONDS = 60.0  # by which our clock may be ahead of Valkey's
 
 
 class Tenant(msgspec.Struct, frozen=True):
@@ -54,30 +46,41 @@ class Tenant(msgspec.Struct, frozen=True):
 
 
 # The tenant of the operator's key on tenants' routes: owns what the operator loads there.
-OPERATOR = Tenant(id="operator", name="operator", weight=1.0, created=0)
+OPERATOR = Tenant(id=OPERATOR_ID, name="operator", weight=1.0, created=0)
+# The operator's first key, out of a file: it can be changed there, and is never revoked here.
+OPERATOR_KEY = KeyInfo(OPERATOR_ID, created=0, name="admin.key")
 
 
-class KeyInfo(msgspec.Struct, frozen=True):
-    """The public part of a key: neither its secret nor anything derived from it."""
+class Caller(NamedTuple):
+    """Whose a secret is: the tenant, its limits in force, and the key."""
 
-    id: str
-    created: int
+    tenant: Tenant
+    limits: Limits
+    key: KeyInfo
+    key_limits: Allowance | None = None  # if the key has limits of its own
+    adapters_limited: bool = False  # an adapter of the tenant has limits of its own
+
+    @property
+    def allowances(self) -> list[Allowance]:
+        """The tenant's, and the key's."""
+        own = [] if self.key_limits is None else [self.key_limits]
+        return [Allowance(self.tenant.id, self.limits), *own]
 
 
-class KeyRecord(msgspec.Struct, frozen=True):
-    info: KeyInfo
-    sha256: str
+class Tenants(TenantKeys):
+    """All calls raise StoreError when Valkey does not answer. `defaults`: limits where a tenant has none.
 
+    `last`: whose secrets that were used lately are, for when Valkey is away.
+    """
 
-class Tenants:
-    """All calls raise StoreError when Valkey does not answer. `defaults`: limits where a tenant has none."""
-
-    def __init__(self, redis: Redis, defaults: Limits = NO_LIMITS) -> None:
-        self.defaults = defaults
-        self._redis = redis
-        self._set_limits = redis.register_script(SET_LIMITS)
+    def __init__(
+        self, redis: Redis, defaults: Limits = NO_LIMITS, last: LastAnswers[Caller | None] | None = None
+    ) -> None:
+        super().__init__(redis)
+        self.operators_limits = defaults.without_rates()
+        self._defaults = defaults
+        self._last = last or LastAnswers()
         self._authenticate = redis.register_script(AUTHENTICATE)
-        self._revoke = redis.register_script(REVOKE)
 
     async def create(self, name: str, weight: float = 1.0) -> tuple[Tenant, str]:
         """A new tenant and its first secret. Names need not be unique. Raises InvalidField."""
@@ -90,39 +93,16 @@ class Tenants:
                 f"weight {shown(weight)} must be over 0 and at most {MAX_WEIGHT:g}.", param="weight"
             )
         tenant = Tenant(f"ten_{secrets.token_hex(12)}", name, weight, int(time.time()))
-        _, secret = await self._write_key(tenant.id, new=tenant)
+        secret = new_secret()
+        record = KeyRecord(new_key_info(new_key_id(), tenant.created), fingerprint(secret))
+        key_id = record.info.id
+        with store_errors():
+            async with self._redis.pipeline(transaction=True) as transaction:
+                transaction.hset(TENANTS, tenant.id, msgspec.json.encode(tenant))
+                transaction.hset(keys_of(tenant.id), key_id, msgspec.json.encode(record))
+                transaction.hset(KEYS, record.sha256, f"{tenant.id} {key_id}")
+                await transaction.execute()
         return tenant, secret
-
-    async def add_key(self, tenant_id: str) -> tuple[KeyInfo, str]:
-        """A new key and its secret. Raises NotFound."""
-        await self.get(tenant_id)
-        return await self._write_key(tenant_id)
-
-    async def keys(self, tenant_id: str) -> list[KeyInfo]:
-        """Oldest first. Raises NotFound."""
-        await self.get(tenant_id)
-        with store_errors():
-            records = await self._redis.hvals(_keys_of(tenant_id))
-        infos = [msgspec.json.decode(record, type=KeyRecord).info for record in records]
-        return sorted(infos, key=lambda info: (info.created, info.id))
-
-    async def key_id(self, tenant_id: str, secret: str) -> str:
-        """The id of the tenant's key with this secret; "revoked" if there is none any more."""
-        with store_errors():
-            values = await self._redis.hvals(_keys_of(tenant_id))
-        records = [msgspec.json.decode(value, type=KeyRecord) for value in values]
-        sha256 = fingerprint(secret)
-        return next((record.info.id for record in records if record.sha256 == sha256), "revoked")
-
-    async def revoke(self, tenant_id: str, key_id: str) -> None:
-        """Remove the key. Raises NotFound."""
-        with store_errors():
-            found = await self._redis.hget(_keys_of(tenant_id), key_id)
-        if found is None:
-            raise NotFound(f"There is no key {shown(key_id)}.")
-        record = msgspec.json.decode(found, type=KeyRecord)
-        with store_errors():
-            await self._revoke(keys=[_keys_of(tenant_id), KEYS], args=[key_id, record.sha256])
 
     async def list(self) -> list[Tenant]:
         """Oldest first."""
@@ -136,52 +116,44 @@ class Tenants:
         with store_errors():
             value = await self._redis.hget(TENANTS, tenant_id)
         if value is None:
-            raise NotFound(f"There is no tenant {shown(tenant_id)}.")
+            raise unknown_tenant(tenant_id)
         return msgspec.json.decode(value, type=Tenant)
 
-    async def limits(self, tenant_id: str) -> Limits:
-        """As they are set for this tenant. Raises NotFound."""
-        await self.get(tenant_id)
-        with store_errors():
-            value = await self._redis.hget(LIMITS, tenant_id)
-        return _decode_limits(value)
+    async def authenticate(self, secret: str) -> Caller | None:
+        """Whose the secret is, in one round trip; None if it is no valid key. Expiry is by Valkey's clock.
 
-    async def set_limits(self, tenant_id: str, limits: Limits) -> None:
-        """Replace all limits of the tenant: of two at once the last holds, whole. Raises NotFound."""
-        with store_errors():
-            done = await self._set_limits(
-                keys=[TENANTS, LIMITS], args=[tenant_id, msgspec.json.encode(limits)]
-            )
-        if not done:
-            raise NotFound(f"There is no tenant {shown(tenant_id)}.")
-
-    async def authenticate(self, secret: str) -> tuple[Tenant, Limits] | None:
-        """The secret's tenant and its limits in force, in one round trip; None if it is no valid key."""
+        Raises Unauthenticated for a key that has expired.
+        """
         if not well_formed(secret):
             return None
+        sha256 = fingerprint(secret)
+        caller = await self._last.ask(sha256, lambda: self._caller(sha256))
+        if caller is not None and caller.key.has_expired(time.time() - CLOCK_SECONDS):  # without Valkey
+            raise _expired()
+        return caller
+
+    async def _caller(self, sha256: str) -> Caller | None:
         with store_errors():
-            found = await self._authenticate(keys=[KEYS, TENANTS, LIMITS], args=[fingerprint(secret)])
-        if found is None or found[0] is None:
+            found = await self._authenticate(keys=[KEYS, TENANTS, LIMITS], args=[sha256])
+        if found is None or found[1] is None:
             return None
-        return msgspec.json.decode(found[0], type=Tenant), _decode_limits(found[1]).over(self.defaults)
-
-    async def _write_key(self, tenant_id: str, new: Tenant | None = None) -> tuple[KeyInfo, str]:
-        secret = new_secret()
-        info = KeyInfo(f"key_{secrets.token_hex(8)}", int(time.time()))
-        record = KeyRecord(info, fingerprint(secret))
-        with store_errors():
-            async with self._redis.pipeline(transaction=True) as transaction:
-                if new is not None:
-                    transaction.hset(TENANTS, tenant_id, msgspec.json.encode(new))
-                transaction.hset(_keys_of(tenant_id), info.id, msgspec.json.encode(record))
-                transaction.hset(KEYS, record.sha256, tenant_id)
-                await transaction.execute()
-        return info, secret
-
-
-def _decode_limits(value: bytes | str | None) -> Limits:
-    return NO_LIMITS if value is None else msgspec.json.decode(value, type=Limits)
+        owner, record, stored, limits, now, key_limits, adapters_limited = found
+        known = msgspec.json.decode(record, type=KeyRecord)
+        is_operator = text(owner) == OPERATOR_ID
+        if not known.opens(sha256, float(now)) or (stored is None and not is_operator):
+            return None
+        if known.info.has_expired(float(now)):
+            raise _expired()
+        if is_operator:
+            return Caller(OPERATOR, self.operators_limits, known.info)
+        tenant = msgspec.json.decode(stored, type=Tenant)
+        in_force = decode_limits(limits, Limits).over(self._defaults)
+        own = None
+        if key_limits is not None:
+            id_ = f"{tenant.id}:key:{known.info.id}"
+            own = Allowance(id_, decode_limits(key_limits, RequestLimits), " for this key")
+        return Caller(tenant, in_force, known.info, own, bool(adapters_limited))
 
 
-def _keys_of(tenant_id: str) -> str:
-    return f"pp:tenants:{tenant_id}:keys"
+def _expired() -> Unauthenticated:
+    return Unauthenticated("The API key has expired.", code="expired_api_key")

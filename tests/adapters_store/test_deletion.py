@@ -13,6 +13,7 @@ from adapters_store.registry.registry import Registry
 from server.errors import Conflict, NotFound, QuotaExceeded
 from tests.adapters_store.test_registry import publish
 from tests.fixtures.faults import Failing
+from tests.fixtures.services import held_to
 
 pytestmark = pytest.mark.anyio
 MARK = deleted_key("t", "a", 1)
@@ -147,7 +148,7 @@ async def test_a_version_whose_blobs_are_gone_is_none(
 async def test_what_is_restored_has_to_fit(
     objects: Objects, redis: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    registry = Registry(objects, redis, max_adapters=1)
+    registry = Registry(objects, redis, held_to(adapters=1))
     await publish(registry, "t", "a")
     await registry.delete("t", "a")
     await publish(registry, "t", "b")

@@ -6,7 +6,8 @@ from redis.exceptions import ConnectionError, ResponseError  # noqa: A004 - redi
 
 from adapters_store.maintenance.counts import StoreCounts, store_counts
 from adapters_store.valkey import connect
-from server.tenancy.tenants import OPERATOR, TENANTS, Tenants
+from server.tenancy.tenant_keys import TENANTS
+from server.tenancy.tenants import OPERATOR, Tenants
 
 pytestmark = pytest.mark.anyio
 

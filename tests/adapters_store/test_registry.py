@@ -11,6 +11,7 @@ from adapters_store.object_store.store import Objects
 from adapters_store.registry.registry import Registry
 from server.errors import Conflict, InvalidField, NotFound, PolypeftError, QuotaExceeded, StoreError
 from tests.fixtures.faults import Failing
+from tests.fixtures.services import held_to
 
 pytestmark = pytest.mark.anyio
 WEIGHTS = "adapter_model.safetensors"
@@ -153,7 +154,7 @@ async def test_lists_page_by_name(registry: Registry) -> None:
 
 
 async def test_quota_counts_names_not_versions(objects: Objects, redis: Redis) -> None:
-    registry = Registry(objects, redis, max_adapters=2)
+    registry = Registry(objects, redis, held_to(adapters=2))
     for name in ("a", "b", "a"):
         await publish(registry, "t", name)
     with pytest.raises(QuotaExceeded, match="2"):
@@ -169,7 +170,7 @@ async def test_quota_counts_names_not_versions(objects: Objects, redis: Redis) -
 async def test_bytes_of_all_versions_are_bounded_deleted_ones_included(
     objects: Objects, redis: Redis
 ) -> None:
-    registry = Registry(objects, redis, max_bytes=3 * SIZE)
+    registry = Registry(objects, redis, held_to(adapter_bytes=3 * SIZE))
     for name in ("a", "a", "b"):
         await publish(registry, "t", name)
     with pytest.raises(QuotaExceeded, match=f"{3 * SIZE} bytes"):
@@ -199,15 +200,15 @@ async def test_bytes_are_counted_where_an_earlier_version_did_not(objects: Objec
     for rebuilt in (False, True):
         await (before.rebuild_index() if rebuilt else redis.delete("pp:adapters:t:bytes"))
         with pytest.raises(QuotaExceeded):
-            await publish(Registry(objects, redis, max_bytes=4 * SIZE - 1), "t", "b")
+            await publish(Registry(objects, redis, held_to(adapter_bytes=4 * SIZE - 1)), "t", "b")
         assert await redis.get("pp:adapters:t:bytes") == b"%d" % (3 * SIZE)
     await redis.delete("pp:adapters:t:bytes")
     await before.delete("t", "a", purge=True)
-    await publish(Registry(objects, redis, max_bytes=3 * SIZE), "t", "b")
+    await publish(Registry(objects, redis, held_to(adapter_bytes=3 * SIZE)), "t", "b")
 
 
 async def test_of_many_at_once_no_more_bytes_are_taken_than_may_be(objects: Objects, redis: Redis) -> None:
-    registry = Registry(objects, redis, max_bytes=3 * SIZE)
+    registry = Registry(objects, redis, held_to(adapter_bytes=3 * SIZE))
     names = [f"a{number}" for number in range(8)]
     done = await asyncio.gather(*(publish(registry, "t", name) for name in names), return_exceptions=True)
     assert sum(not isinstance(one, BaseException) for one in done) == 3

@@ -16,8 +16,9 @@ import yaml
 
 from server.settings import inherited_environment
 from tests.deploy.prometheus import DEPLOY, load, program
-from tests.e2e.serving import Serving, polypeft, until
+from tests.e2e.serving import Serving, polypeft
 from tests.fixtures.workers import WORKER
+from tests.waiting import until
 
 TOKEN = "a token for Prometheus alone"
 WINDOW = "15s"  # in place of every window in the rules: faults must show within a test's patience
@@ -53,7 +54,7 @@ class Worker:
         """It and the child that trains, as when a machine is gone."""
         if self._process is not None:
             os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait(10)
+            self._process.wait(PATIENCE)
             self._process = None
 
     def log(self) -> str:
@@ -90,8 +91,8 @@ class Prometheus:
         command += [f"--web.listen-address={self.url.removeprefix('http://')}"]
         with (self._folder / "log").open("wb") as log:
             self._process = subprocess.Popen(command, stdout=log, stderr=log)
-        until(self._ready, self.log, 30)
-        until(lambda: all(self.over_time(f'up{{job="{job}"}} == 1') for job in self.jobs), self.log, 30)
+        until(self._ready, self.log)
+        until(lambda: all(self.over_time(f'up{{job="{job}"}} == 1') for job in self.jobs), self.log)
 
     def log(self) -> str:
         return (self._folder / "log").read_text()
@@ -99,7 +100,7 @@ class Prometheus:
     def stop(self) -> None:
         if self._process is not None:
             self._process.terminate()
-            self._process.wait(30)
+            self._process.wait(PATIENCE)
 
     def _ready(self) -> bool:
         try:

@@ -9,9 +9,10 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from tests.e2e.serving import Serving, polypeft, until
+from tests.e2e.serving import Serving, polypeft
 from tests.fixtures.models import Oracle, greedy, load_model, make_lora
 from tests.fixtures.workers import WORKER
+from tests.waiting import until
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # one core for the engine: the other is the tests'
@@ -122,5 +123,5 @@ def mortal(_mortal: Serving) -> Serving:
     """
     if not _mortal.running:
         _mortal.start()
-    until(_mortal.ready, _mortal.log, seconds=60)
+    until(_mortal.ready, _mortal.log)
     return _mortal

@@ -5,8 +5,7 @@ import re
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -15,6 +14,7 @@ import openai
 import psutil
 
 from server.settings import inherited_environment
+from tests.waiting import until
 
 POLYPEFT = (sys.executable, "-c", "from server.cli.main import main; main()")
 
@@ -25,7 +25,7 @@ system.COMMANDS["worker"] = (sys.executable, "-c", {worker!r})
 from server.cli.main import main
 main()
 """
-START_SECONDS = 120.0
+START_SECONDS = 300.0
 STOP_SECONDS = 60.0
 READY = re.compile(r"is ready at (\S+)/v1$", re.MULTILINE)
 CHILDREN = {
@@ -182,14 +182,6 @@ class Serving:
         found = [line.rpartition(" ")[2] for line in lines if re.match(rf"{re.escape(name)}[ {{]", line)]
         assert found, f"no {name}"
         return sum(map(float, found))
-
-
-def until(condition: Callable[[], Any], explain: Callable[[], str] = str, seconds: float = 30.0) -> None:
-    start = time.monotonic()
-    while not condition():
-        waited = time.monotonic() - start
-        assert waited < seconds, explain()
-        time.sleep(min(max(waited / 20, 0.02), 0.25))  # whoever asks takes time from what is waited for
 
 
 def alive(pid: int) -> bool:

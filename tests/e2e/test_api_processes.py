@@ -15,7 +15,8 @@ import psutil
 import pytest
 
 from tests.e2e.conftest import OPTIONS
-from tests.e2e.serving import Serving, ask, body, until
+from tests.e2e.serving import Serving, ask, body
+from tests.waiting import until
 
 PROMPT = "What is the capital of France?"
 LONG = 480  # tokens: a stream that is still running when something happens
@@ -40,7 +41,7 @@ def server(_server: Serving) -> Serving:
     if not _server.running:
         _server.start()
     until(lambda: len(_server.pids_of("api")) == 2, _server.log)
-    until(lambda: both_answer(_server), _server.log, 60)
+    until(lambda: both_answer(_server), _server.log)
     return _server
 
 

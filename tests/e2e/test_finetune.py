@@ -8,7 +8,8 @@ import httpx
 import openai
 import pytest
 
-from tests.e2e.serving import Serving, until
+from tests.e2e.serving import Serving
+from tests.waiting import until
 
 TRAIN_SECONDS = 240.0
 CHAT: Any = [{"role": "user", "content": "Say 3."}]

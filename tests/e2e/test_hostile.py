@@ -17,8 +17,9 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
 from tests.e2e.conftest import OPTIONS
-from tests.e2e.serving import Serving, ask, body, files_of, push, until
+from tests.e2e.serving import Serving, ask, body, files_of, push
 from tests.fixtures.models import build_tiny, make_lora
+from tests.waiting import until
 
 PROMPT = "What is the capital of France?"
 CONTEXT = 512
@@ -55,7 +56,7 @@ def configured(folder: Path, target: Path, **fields: Any) -> Path:
 def refused(http: httpx.Client, folder: Path) -> str:
     """The sentence with which an upload is turned down; nothing of it can be seen after."""
     answer = http.post("/v1/adapters", data={"name": "bad"}, files=files_of(folder))
-    assert answer.status_code == 422, answer.text
+    assert answer.status_code == 400, answer.text
     assert http.get("/v1/adapters").json()["data"] == []
     assert http.post("/v1/completions", json=body("bad", PROMPT)).status_code == 404
     message: str = answer.json()["error"]["message"]
@@ -159,7 +160,7 @@ def test_weights_changed_under_an_adapters_feet_never_serve(tiny: Path, lora: Lo
         it.start()
         with it.http(key) as http:
             answer = http.post("/v1/completions", json=body("poet", PROMPT))
-            assert answer.status_code == 422, answer.text
+            assert answer.status_code == 400, answer.text
             assert "was made for the base" in answer.json()["error"]["message"]
             assert ask(http, "llama", PROMPT)
     finally:
@@ -257,7 +258,7 @@ def test_a_hostile_schema_is_answered_or_refused_and_harms_nobody(http: httpx.Cl
     format_ = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
     asked = {"model": "llama", "messages": [{"role": "user", "content": "x"}], "max_tokens": 12}
     answer = http.post("/v1/chat/completions", content=json.dumps(asked | {"response_format": format_}))
-    assert answer.status_code in {200, 422}, answer.text
+    assert answer.status_code in {200, 400}, answer.text
     assert answer.elapsed.total_seconds() < 10
 
 

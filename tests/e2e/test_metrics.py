@@ -13,9 +13,10 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from server.metrics.names import FAMILIES, ON_API, ON_WORKER
 from tests.e2e.conftest import OPTIONS
-from tests.e2e.serving import Serving, ask, body, files_of, push, until
+from tests.e2e.serving import Serving, ask, body, files_of, push
 from tests.e2e.test_finetune import create, data, ended
 from tests.fixtures.models import load_model, make_lora
+from tests.waiting import until
 
 Lora = Callable[[int], Path]
 Page = dict[tuple[str, frozenset[tuple[str, str]]], float]
@@ -32,6 +33,9 @@ QUIET = {
     "engine_restarts",
     "rejections",
     "valkey_errors",
+    "ledger_lag",  # records wait a moment
+    "ledger_pending",
+    "ledger_lost",
     "store_errors",
     "adapter_load_failures",  # nothing fails here; tests/server/engine/metrics/test_counters.py
     "adapter_failures",
@@ -106,7 +110,7 @@ def busy(server: Serving, lora: Lora, tiny: Path, tmp_path_factory: pytest.TempP
         for seed in (0, 1, 2, 3, 0, 1, 2, 3):
             ask(http, f"poet-{seed}", CANARY, 4)
         refused = http.post("/v1/adapters", data={"name": "noop"}, files=files_of(noop))
-        assert refused.status_code == 422, refused.text
+        assert refused.status_code == 400, refused.text
     with server.http(keys[1]) as http:
         push(http, "poet-1", lora(5))
         for _ in range(2):  # the second finds its prefix
@@ -149,6 +153,14 @@ def test_everything_documented_is_there_after_real_traffic(server: Serving, busy
         phase: total(found, "polypeft_step_seconds_sum", phase=phase) for phase in ("forward", "sample")
     }
     assert phases["forward"] > phases["sample"] > 0
+
+
+def test_the_ledger_has_the_tokens_that_were_trained(server: Serving, busy: str) -> None:
+    with server.http(server.operator) as http:
+        usage = http.get("/admin/usage").json()
+    [sums] = [result for bucket in usage["data"] for result in bucket["results"]]
+    until(lambda: total(page(server), "polypeft_training_tokens_total") == sums["training_tokens"] > 0)
+    assert (sums["jobs"], sums["failed_jobs"], sums["cancelled_jobs"]) == (1, 0, 0)
 
 
 def test_names_are_the_operators_and_bounded(server: Serving, busy: str) -> None:

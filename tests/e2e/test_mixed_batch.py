@@ -10,7 +10,8 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.e2e.serving import Serving, ask, body, push, until
+from tests.e2e.serving import Serving, ask, body, push
+from tests.waiting import until
 
 SEED = random.SystemRandom().randrange(2**32)
 TEXT = "One frozen base model stays resident. Thousands of tenants bring small adapters. "

@@ -10,7 +10,9 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.e2e.serving import Serving, files_of, until
+from server.tenancy.key_terms import ALL_SCOPES
+from tests.e2e.serving import Serving, files_of
+from tests.waiting import until
 
 OLD = Path(__file__).resolve().parents[1] / "golden" / "data_25a602b"
 EXPECTED: dict[str, Any] = json.loads((OLD / "expected.json").read_text())
@@ -67,7 +69,18 @@ def job_of(suffix: str) -> str:
 def test_it_answers_as_it_did(old: Old, number: int) -> None:
     """Tenants, keys, adapters, versions, aliases, pins, history, files, jobs, events, checkpoints."""
     assert old.found[number].status_code == 200, old.found[number].text
-    assert old.found[number].json() == ANSWERS[number]["body"]
+    assert old.found[number].json() == with_new_fields(ANSWERS[number]["body"], old.found[number].json())
+
+
+def with_new_fields(recorded: Any, answered: Any) -> Any:
+    """What was recorded, with what later versions say besides. A key of then may do all, for ever."""
+    if isinstance(recorded, dict) and recorded.get("object") == "list":
+        pairs = zip(recorded["data"], answered["data"], strict=True)
+        return recorded | {"data": [with_new_fields(*pair) for pair in pairs]}
+    if isinstance(recorded, dict) and recorded.get("object") == "key":
+        unlimited = {"name": "", "scopes": list(ALL_SCOPES), "expires_at": None, "addresses": []}
+        return recorded | unlimited | {"overlap_until": None, "last_used_at": answered["last_used_at"]}
+    return recorded
 
 
 @pytest.mark.parametrize("known", EXPECTED["texts"], ids=lambda known: known["model"])

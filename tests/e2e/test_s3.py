@@ -20,8 +20,9 @@ from adapters_store.object_store.store import CHUNK_BYTES, CONCURRENT_PARTS, PAR
 from tests.e2e.chaos.test_finetune_kills import JOB_SECONDS, Impatient, Trainings
 from tests.e2e.chaos.test_process_faults import refused
 from tests.e2e.conftest import OPTIONS
-from tests.e2e.serving import Serving, ask, body, files_of, push, until
+from tests.e2e.serving import Serving, ask, body, files_of, push
 from tests.fixtures.s3 import Weed
+from tests.waiting import until
 
 PROMPT = "What is the capital of France?"
 STREAM_MIB = int(os.environ.get("STREAM_MIB", "100"))

@@ -8,6 +8,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from transformers import PreTrainedTokenizerFast
 
 from tests.e2e.serving import Serving, ask, push
 
@@ -29,7 +30,7 @@ def poet(http: httpx.Client, lora: Lora) -> dict[str, Any]:
     return push(http, "poet", lora(0))
 
 
-def complete(sdk: openai.OpenAI, model: str, prompt: str = PROMPT, **fields: Any) -> Any:
+def complete(sdk: openai.OpenAI, model: str, prompt: str | list[int] = PROMPT, **fields: Any) -> Any:
     return sdk.completions.create(model=model, prompt=prompt, **(GREEDY | {"max_tokens": 16} | fields))
 
 
@@ -148,6 +149,32 @@ def test_logprobs_are_of_the_tokens_chosen(sdk: openai.OpenAI, poet: dict[str, A
     assert all(max(top.values()) <= 0 for top in plain.logprobs.top_logprobs)
 
 
+@pytest.mark.parametrize("model", ["llama", "poet"])
+def test_a_prompt_is_scored_as_it_would_be_generated(
+    sdk: openai.OpenAI, poet: dict[str, Any], tokenizer: PreTrainedTokenizerFast, model: str
+) -> None:
+    """By its text and by its token ids, in the completions' lists and in vLLM's."""
+    written = complete(sdk, model, logprobs=1, echo=True).choices[0]
+    ids = tokenizer.encode(PROMPT)
+    given: Any = {"max_tokens": 0, "echo": True, "logprobs": 1, "extra_body": {"prompt_logprobs": 1}}
+    for prompt in (PROMPT, ids):
+        scored = complete(sdk, model, prompt, **given).choices[0]
+        assert scored.text == PROMPT
+        assert scored.logprobs.tokens == written.logprobs.tokens[: len(ids)]
+        assert scored.logprobs.token_logprobs[0] is None
+        assert scored.logprobs.token_logprobs[1:] == pytest.approx(
+            written.logprobs.token_logprobs[1 : len(ids)], abs=1e-4
+        )
+        vllm = [
+            score[str(token)]["logprob"]
+            for token, score in zip(ids, scored.prompt_logprobs, strict=True)
+            if score
+        ]
+        assert vllm == scored.logprobs.token_logprobs[1:]
+    assert len(written.logprobs.tokens) == len(ids) + 16
+    assert written.logprobs.text_offset[len(ids)] == len(PROMPT)
+
+
 def test_an_answer_follows_its_json_schema(sdk: openai.OpenAI, poet: dict[str, Any]) -> None:
     schema = {
         "type": "object",
@@ -170,8 +197,8 @@ def test_refusals_are_the_sdks_own_exceptions(serving: Serving, sdk: openai.Open
     refusals: list[tuple[type[openai.APIStatusError], dict[str, Any], str]] = [
         (openai.NotFoundError, {"model": "nobody"}, "nobody"),
         (openai.NotFoundError, {"model": "ft:llama:acme::abc"}, "ft:llama"),
-        (openai.UnprocessableEntityError, {"max_tokens": 0}, "max_tokens"),
-        (openai.UnprocessableEntityError, {"temperature": 2.5}, "temperature"),
+        (openai.BadRequestError, {"max_tokens": -1}, "max_tokens"),
+        (openai.BadRequestError, {"temperature": 2.5}, "temperature"),
         (openai.BadRequestError, {"prompt": PROMPT * 100}, "512"),
     ]
     for kind, fields, said in refusals:

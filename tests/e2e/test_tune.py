@@ -12,7 +12,8 @@ from safetensors.numpy import load_file
 
 from tests.e2e.chaos.test_finetune_kills import Impatient
 from tests.e2e.conftest import OPTIONS
-from tests.e2e.serving import POLYPEFT, until
+from tests.e2e.serving import POLYPEFT
+from tests.waiting import until
 
 GUIDE = ["--r", "16", "--lora-alpha", "32", "--lora-dropout", "0.1", "--target-modules", "c_attn"]
 TRAIN_SECONDS = 180.0

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from adapters_store.object_store.store import Objects
 from server.base_model.compatibility import check_architecture
 from server.engine.engine import Engine
-from server.engine.scheduling.step_cost import DEFAULT_COSTS, StepCost
+from server.engine.scheduling.step_cost import StepCost
 from server.errors import StartupError
 from server.messages import AdapterRef, Generate, Sampling
 from server.settings import MiB, Settings
@@ -182,7 +182,7 @@ class Trial:
     def _guess(self) -> None:
         """Rows that repeat themselves and guess what comes: the same tokens."""
         self.engine.scheduler.max_row_draft = self.guesses
-        self.engine.scheduler.step_cost = StepCost(DEFAULT_COSTS)  # what pays must not depend on the machine
+        self.engine.scheduler.step_cost = StepCost()  # what pays must not depend on the machine
         del self.engine.model.forward  # the recording one, which knows no guesses
         sampling = Sampling(max_tokens=GUESSED, temperature=0.0, ignore_eos=True, seed=0)
         prompts = [ids * 3 for ids in self._prompts(4, (5, 9)) if 3 * len(ids) + GUESSED < self.longest]

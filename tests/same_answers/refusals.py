@@ -14,7 +14,7 @@ GENERATION: tuple[dict[str, Any], ...] = (
     {"model": "lora@nowhere"},
     {"model": f"ft:{BASE}:lora:99"},
     {"model": 5},
-    {"max_tokens": 0},
+    {"max_tokens": -1},
     {"max_tokens": "8"},
     {"max_tokens": 10**6},
     {"temperature": 2.5},
@@ -59,7 +59,8 @@ COMPLETIONS: tuple[dict[str, Any], ...] = (
     {"prompt": "word " * 5000},
     {"suffix": "x"},
     {"best_of": 2},
-    {"echo": True, "logprobs": 1},
+    {"prompt_logprobs": 21},
+    {"prompt_logprobs": 1, "stream": True},
     {"logprobs": 21},
 )
 CHAT: tuple[dict[str, Any], ...] = (

@@ -12,6 +12,7 @@ from server.errors import NotFound
 from server.logs import OUR_LOGGERS, WITHHELD, configure_logs, request_id, visible
 from server.settings import Settings
 from server.tenancy.keys import new_secret
+from tests.waiting import PATIENCE
 
 FORGED = "name\r\n2026-01-01T00:00:00Z INFO api: all is well\x1b[2J\u2028"
 
@@ -163,4 +164,4 @@ def test_a_reader_that_is_gone_holds_nobody_up() -> None:
         process.stderr.close()
         assert process.stdout.readline() == "done\n"
         process.stdin.close()
-        assert process.wait(30) == 0
+        assert process.wait(PATIENCE) == 0

@@ -97,6 +97,7 @@ class Resident(Entry):
     virtual_tokens: int = 0  # before each row's text
     kv_precomputed: bool = False  # the adapter brings the K/V of its virtual tokens
     summable: bool = False  # it may be weighted, and added to others
+    charged: bool = False  # a tenant has been charged for its load
     forgotten: bool = False  # deleted while in use: evicted when the last row releases it
     packed: Any = None  # as it lies on the device
     copy: DeviceCopy | None = None  # under way; it holds a reference

@@ -15,6 +15,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
+from typing import NamedTuple
 
 import msgspec
 
@@ -27,12 +28,28 @@ from server.adapters.loading.disk_writer import DiskWriter, LoadedFile
 from server.adapters.loading.packing import Packer
 from server.adapters.loading.thread_pools import LoadPools
 from server.adapters.methods.interface import Packed
-from server.errors import CorruptObject, InvalidAdapter, ModelNotFound, NotFound, StoreError
+from server.errors import (
+    CorruptObject,
+    InvalidAdapter,
+    ModelNotFound,
+    NotFound,
+    PolypeftError,
+    StoreError,
+)
 from server.messages import AdapterRef
 
 MAX_URGENT_BYTES = 8 << 20  # of a file: a larger one would delay running rows by a step or more
 MAX_SOURCES = 4096
 log = logging.getLogger(__name__)
+
+
+class Load(NamedTuple):
+    """A load that has ended: which version, its seconds, the bytes it gave, and the code of its error."""
+
+    version: "AdapterRef | Manifest"
+    seconds: float
+    nbytes: int = 0
+    error: str | None = None
 
 
 class Loader:
@@ -45,6 +62,7 @@ class Loader:
         self.packer = packer
         self.copies_to_disk = not objects.on_same_disk(disk.folder)  # not if the store is on the same disk
         self.observations: list[tuple[str, str, float]] = []  # (name, tier, value)
+        self.loads: list[Load] = []
         self.sources: OrderedDict[str, str] = OrderedDict()  # digest -> tier that it was last loaded from
         self.corrupt: Counter[str] = Counter()  # by tier, except the disk's
         self._running: dict[str, Future[Packed]] = {}
@@ -65,14 +83,14 @@ class Loader:
         """
         self.ram.claim(ref.digest)
         self.ram.touch(ref.digest, ref.tenant)
-        return self._once(ref.digest, ref.tenant, lambda: self._manifest(ref))
+        return self._once(ref, lambda: self._manifest(ref))
 
     def check(self, manifest: Manifest) -> "Future[Packed]":
         """Load a version that is staged but not published; the future fails with InvalidAdapter if it cannot
         be served. Claims nothing. Raises StoreError for a manifest that does not match its digest.
         """
         check_identity(manifest)
-        return self._once(manifest.digest, manifest.tenant, lambda: manifest)
+        return self._once(manifest, lambda: manifest)
 
     def prioritise(self, digest: str) -> bool:
         """Make the load urgent, since a free row waits for it; whether it now is."""
@@ -99,14 +117,20 @@ class Loader:
         del self.observations[: len(taken)]
         return taken
 
+    def take_loads(self) -> list[Load]:
+        """The loads that have ended since the last call."""
+        taken = self.loads[:]
+        del self.loads[: len(taken)]
+        return taken
+
     def close(self) -> None:
         self.ram.close()
         self._pools.close()
         self.disk_writer.close()
 
-    def _once(self, digest: str, tenant: str, manifest: Callable[[], Manifest]) -> "Future[Packed]":
+    def _once(self, version: AdapterRef | Manifest, manifest: Callable[[], Manifest]) -> "Future[Packed]":
         """The future of the load that runs already, or of a new one. `manifest` is called on its thread."""
-        start = time.perf_counter()
+        start, digest = time.perf_counter(), version.digest
         future: Future[Packed] = Future()
         with self._lock:
             if running := self._running.get(digest):
@@ -116,31 +140,34 @@ class Loader:
                 self._running[digest] = future
         if packed is not None:
             future.set_result(packed)
-            self._observe("ram", start, digest, packed.nbytes)
+            self._observe("ram", start, version, packed.nbytes)
         else:
-            self._pools.submit(digest, partial(self._run, future, digest, tenant, manifest))
+            self._pools.submit(digest, partial(self._run, future, version, start, manifest))
         return future
 
     def _run(
         self,
         future: "Future[Packed]",
-        digest: str,
-        tenant: str,
+        version: AdapterRef | Manifest,
+        start: float,
         get_manifest: Callable[[], Manifest],
         urgent: bool,
     ) -> None:
         """One load, on a thread of a pool. An error after the future is set is only logged."""
+        digest = version.digest
         try:
             manifest = get_manifest()
             if urgent and not _is_small(manifest):
-                self._pools.postpone(digest, partial(self._run, future, digest, tenant, lambda: manifest))
+                self._pools.postpone(digest, partial(self._run, future, version, start, lambda: manifest))
                 return
-            self._load(future, digest, tenant, manifest)
+            self._load(future, digest, version.tenant, manifest)
         except BaseException as error:
             self._finished(digest)
             if future.done():
                 log.exception("After an adapter was loaded")
             else:
+                code = error.code if isinstance(error, PolypeftError) else PolypeftError.code
+                self.loads.append(Load(version, time.perf_counter() - start, error=code))
                 future.set_exception(error)
 
     def _load(self, future: "Future[Packed]", digest: str, tenant: str, manifest: Manifest) -> None:
@@ -175,7 +202,7 @@ class Loader:
             self.ram.cancel(digest)
             raise
         self.ram.insert(digest, packed, extra=blob.bytes)
-        self._observe(tier, start, digest, packed.nbytes)
+        self._observe(tier, start, manifest, packed.nbytes)
         self._finished(digest)
         future.set_result(packed)
         file = LoadedFile(digest, tenant, packed, blob, buffer)
@@ -211,11 +238,13 @@ class Loader:
             else:
                 return
 
-    def _observe(self, tier: str, start: float, digest: str, nbytes: int) -> None:
-        seconds = ("adapter_load_seconds", tier, time.perf_counter() - start)
-        self.observations.extend((seconds, ("adapter_load_bytes", tier, nbytes)))
+    def _observe(self, tier: str, start: float, version: AdapterRef | Manifest, nbytes: int) -> None:
+        seconds = time.perf_counter() - start
+        observed = (("adapter_load_seconds", tier, seconds), ("adapter_load_bytes", tier, nbytes))
+        self.observations.extend(observed)
+        self.loads.append(Load(version, seconds, nbytes))
         with self._lock:
-            self.sources[digest] = tier
+            self.sources[version.digest] = tier
             if len(self.sources) > MAX_SOURCES:
                 self.sources.popitem(last=False)
 

@@ -26,6 +26,7 @@ from server.api.adapters.upload_form import CONFIG
 from server.api.http.dependencies import OPERATOR
 from server.api.http.temp_files import temp_folder
 from server.api.services import Services
+from server.audit.entry import Entry, named
 from server.errors import (
     EngineLost,
     InvalidAdapter,
@@ -161,7 +162,9 @@ class BucketWatcher:
         tenant = OPERATOR if folder.tenant == OPERATOR.id else await deps.tenants.get(folder.tenant)
         if await self._is_latest(folder, files):  # published by a process that crashed before _remember
             return
-        version = await publish(deps, tenant, folder.name, files, actor=ACTOR)
+        entry = Entry(actor=ACTOR, by="server", action="adapter.upload", target=named(folder.name))
+        async with deps.audit.change(uuid.uuid4().hex, tenant.id, entry):
+            version = await publish(deps, tenant, folder.name, files, actor=ACTOR)
         log.info("What was copied to %s is version %d", folder, version.version)
 
     async def _is_latest(self, folder: WatchedFolder, files: AdapterUpload) -> bool:

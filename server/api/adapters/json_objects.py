@@ -1,10 +1,10 @@
-"""JSON objects of adapters, their versions, aliases and audit log."""
+"""JSON objects of adapters, their versions, aliases and history."""
 
 from collections.abc import Iterable
 from typing import Any
 
 from adapters_store.alias_target import AliasTarget
-from adapters_store.audit_log import AuditEntry
+from adapters_store.history import HistoryEntry
 from adapters_store.index.records import Adapter, Alias, Deleted, Version
 from server.adapters.formats.ignored_files import ignored
 
@@ -68,7 +68,7 @@ def deleted_object(deleted: Deleted, retention_seconds: float) -> dict[str, Any]
     return {"object": "adapter.deleted", "id": deleted.name, "name": deleted.name, "versions": versions}
 
 
-def change_object(entry: AuditEntry) -> dict[str, Any]:
+def change_object(entry: HistoryEntry) -> dict[str, Any]:
     """`before` and `after` hold the aliases that the change moved; null where an alias did not exist."""
     return {
         "object": "adapter.change",

@@ -52,6 +52,7 @@ def job_object(job: Job) -> dict[str, Any]:
 
 
 def event_object(job: str, event: Event) -> dict[str, Any]:
+    data = {} if event.data is None else {"data": event.data}
     return {
         "object": "fine_tuning.job.event",
         "id": event_id(job, event.sequence),
@@ -59,8 +60,7 @@ def event_object(job: str, event: Event) -> dict[str, Any]:
         "level": event.level,
         "message": event.message,
         "type": event.type,
-        "data": event.data,
-    }
+    } | data
 
 
 def checkpoint_object(job: Job, checkpoint: Checkpoint) -> dict[str, Any]:

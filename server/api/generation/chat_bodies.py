@@ -1,11 +1,12 @@
 """The body of chat completions: messages and response_format, beside the fields of SamplingBody."""
 
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, FailFast, Field, ValidationInfo, field_validator, model_validator
 
 from server.api.generation.bodies import CHANGES_OUTPUT, Count, SamplingBody
 from server.api.http.body_model import Body, at_most, at_most_entries, caps
+from server.api.structured_output.structured_outputs import ResponseFormat
 from server.api.tools.bodies import FunctionCall, FunctionChoice, Functions, ToolCalls, ToolChoice, Tools
 from server.errors import InvalidField
 
@@ -15,6 +16,16 @@ MAX_ANNOTATIONS = 256
 class TextPart(Body):
     type: Literal["text"]
     text: str
+
+
+class RefusalPart(Body):
+    """A part of an earlier answer in which the assistant declined."""
+
+    type: Literal["refusal"]
+    refusal: str
+
+
+Content = str | list[Annotated[TextPart | RefusalPart, Field(discriminator="type")]]
 
 
 class UrlCitation(Body):
@@ -37,73 +48,41 @@ class Message(Body):
     refused: ClassVar[dict[str, str]] = {"audio": "this server hears no audio"}
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: str | list[TextPart] | None = None  # tools/conversation.py checks what each role needs
+    content: Content | None = None  # tools/conversation.py checks what each role needs
     name: str | None = None  # not shown to the model: its template does not use it
     tool_calls: ToolCalls | None = None
     tool_call_id: Annotated[str, Field(min_length=1, max_length=512)] | None = None
     function_call: FunctionCall | None = None
     refusal: str | None = None
-    parsed: Any = None  # what a client's helper made of the content, sent back with it
+    # of an earlier answer that a client sends back: not shown to the model
     annotations: Annotated[list[Annotation], BeforeValidator(at_most_entries(MAX_ANNOTATIONS))] | None = None
+    parsed: Any = None
+    reasoning: str | None = None
+    reasoning_content: str | None = None
+    provider_specific_fields: dict[str, Any] | None = None
 
     @field_validator("content", mode="before")
     @classmethod
     def _content(cls, value: Any) -> Any:
         parts = value if isinstance(value, list) else []
-        other = next((p for p in parts if not isinstance(p, dict) or p.get("type") != "text"), None)
-        if other is not None or not isinstance(value, str | list):
+        known = all(isinstance(p, dict) and p.get("type") in ("text", "refusal") for p in parts)
+        if not known or not isinstance(value, str | list):
             raise InvalidField("content must be text, or parts of type text.", param="messages")
         return value
 
     @property
     def text(self) -> str:
+        """What the model is shown: of an answer that declined, the refusal."""
         if isinstance(self.content, list):
-            return "".join(part.text for part in self.content)
-        return self.content or ""
-
-
-class SchemaHolder(Body):
-    """`json_schema` of a response_format. The schema is enforced with `strict: false` too."""
-
-    name: Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[a-zA-Z0-9_-]+$")] | None = None
-    description: str | None = None
-    schema_: Annotated[dict[str, Any], Field(alias="schema")]  # see response_format.py
-    strict: bool | None = None
-
-
-class ResponseFormat(Body):
-    """What the answer must look like; response_format.py turns it into a grammar."""
-
-    type: Literal["text", "json_object", "json_schema"]
-    schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None  # llama.cpp's, of a json_object
-    json_schema: SchemaHolder | None = None
-
-    @model_validator(mode="after")
-    def _combinations(self) -> Self:
-        place = "response_format"
-        if self.schema_ is not None and self.type != "json_object":
-            raise InvalidField(f"{place}.schema needs the type json_object, not {self.type}.", param=place)
-        if self.json_schema is not None and self.type != "json_schema":
-            raise InvalidField(
-                f"{place}.json_schema needs the type json_schema, not {self.type}.", param=place
-            )
-        if self.json_schema is None and self.type == "json_schema":
-            raise InvalidField(f"{place}.json_schema is required.", param=place, code="missing_field")
-        return self
+            return "".join(p.text if isinstance(p, TextPart) else p.refusal for p in self.content)
+        return self.content or self.refusal or ""
 
 
 class ChatBody(SamplingBody):
     """The body of chat completions."""
 
     refused: ClassVar[dict[str, str]] = SamplingBody.refused | dict.fromkeys(
-        (
-            "audio",
-            "prediction",
-            "web_search_options",
-            "reasoning_effort",
-            "verbosity",
-        ),
-        CHANGES_OUTPUT,
+        ("audio", "prediction", "web_search_options"), CHANGES_OUTPUT
     )
 
     messages: Annotated[list[Message], FailFast(), Field(min_length=1)]  # _messages checks the cap
@@ -116,6 +95,13 @@ class ChatBody(SamplingBody):
     parallel_tool_calls: bool | None = None
     functions: Functions | None = None
     function_call: FunctionChoice | None = None
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    # taken and without effect: hints for models that reason, and modes that are off
+    reasoning_effort: Annotated[str, Field(max_length=16)] | None = None
+    verbosity: Literal["low", "medium", "high"] | None = None
+    add_special_tokens: Literal[False] = False
+    echo: Literal[False] = False
     modalities: Annotated[list[Literal["text"]], Field(max_length=1)] | None = None
 
     @field_validator("messages", mode="before")
@@ -140,8 +126,12 @@ class ChatBody(SamplingBody):
 
     @model_validator(mode="after")
     def _combinations(self) -> "ChatBody":
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise InvalidField("top_logprobs needs logprobs to be true.", param="top_logprobs")
+        if self.structure and self.response_format and self.response_format.type != "text":
+            raise InvalidField(
+                "Send response_format or structured_outputs, not both.", param="response_format"
+            )
         both = {self.max_tokens, self.max_completion_tokens} - {None}
         if len(both) > 1:
             raise InvalidField(

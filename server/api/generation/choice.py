@@ -17,7 +17,7 @@ Finish = Literal["stop", "length"]
 
 @dataclass(frozen=True)
 class TokenInfo:
-    """A generated token with its logprobs."""
+    """A generated token, or the one that ended the choice, with its logprobs."""
 
     token: int
     logprobs: TokenLogprobs
@@ -42,7 +42,10 @@ class Choice:
     tokenizer: Tokenizer
     stops: list[str]
     min_tokens: int = 0  # stop strings are ignored before this many
-    with_markers: bool = False  # the text shows the control tokens that mark calls
+    shows_end: bool = False  # the last piece has the token that ended the choice, with its logprobs
+    keep_stop: bool = False  # the text that ends the answer is part of it
+    show_special: bool = False  # special tokens are part of the text
+    show_markers: bool = False  # of the special tokens, those that mark calls are
     completion_tokens: int = 0
     cached_tokens: int = 0
     finished: bool = False
@@ -51,8 +54,8 @@ class Choice:
     _unsent: deque[TokenInfo] = field(default_factory=deque)  # tokens whose text is not sent yet
 
     def __post_init__(self) -> None:
-        self._detokenizer = detokenizer(self.tokenizer, with_markers=self.with_markers)
-        self._scanner = StopScanner(self.stops)
+        self._detokenizer = detokenizer(self.tokenizer, special=self.show_special, markers=self.show_markers)
+        self._scanner = StopScanner(self.stops, kept=self.keep_stop)
 
     def feed(self, chunk: Chunk) -> Piece:
         """The piece that `chunk` adds. Tokens after a stop string are dropped and not counted."""
@@ -66,7 +69,11 @@ class Choice:
             if self._scanner.found:
                 return self._piece(text, "stop")
         if chunk.finish in {"stop", "length"}:
+            if self.keep_stop and chunk.stop_token is not None:
+                text += self._scan(self._detokenizer.push(chunk.stop_token))
             text += self._scan(self._detokenizer.flush())
+            if self.shows_end and chunk.stop_token is not None and chunk.logprobs:
+                self._unsent.append(TokenInfo(chunk.stop_token, chunk.logprobs[-1], self._decoded_chars))
             finish: Finish = "stop" if chunk.finish == "stop" or self._scanner.found else "length"
             return self._piece(text + self._scanner.flush(), finish)
         return self._piece(text, None)

@@ -7,9 +7,14 @@ from server.base_model.tokenizer import Tokenizer
 REPLACEMENT = "\ufffd"
 
 
-def detokenizer(tokenizer: Tokenizer, *, with_markers: bool = False) -> "Detokenizer":
-    """A new Detokenizer for one choice. `with_markers`: it shows the control tokens that mark calls."""
-    pieces = tokenizer.pieces_with_markers if with_markers else tokenizer.pieces
+def detokenizer(tokenizer: Tokenizer, *, special: bool = False, markers: bool = False) -> "Detokenizer":
+    """A new Detokenizer for one choice, which shows special tokens: all (`special`), or those that mark calls
+    (`markers`).
+    """
+    if special:
+        pieces = tokenizer.all_pieces
+    else:
+        pieces = tokenizer.pieces_with_markers if markers else tokenizer.pieces
     return (_ByteLevel if tokenizer.byte_level else _ByteFallback)(pieces)
 
 
@@ -23,7 +28,7 @@ class Detokenizer:
         self._pieces = pieces
 
     def push(self, token: int) -> str:
-        """The text that is complete now; "" within a character and for a special token."""
+        """The text that is complete now; "" within a character and for a special token that is not shown."""
         piece = self._pieces[token] if 0 <= token < len(self._pieces) else b""
         return self._add(piece) if piece else ""
 

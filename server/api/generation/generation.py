@@ -10,9 +10,11 @@ from server.api.generation.choice import Choice, Piece
 from server.api.generation.model_selection import Target
 from server.api.http.rate_limits import RateLimitedRequest
 from server.api.services import Services
-from server.errors import EngineLost, PolypeftError, QueueFull, TenantQueueFull
-from server.messages import Chunk, Generate
+from server.errors import DeadlineUnreachable, EngineLost, PolypeftError, QueueFull, TenantQueueFull
+from server.messages import Chunk, Generate, PromptLogprobs
 from server.tracing import RowTrace, annotate
+from server.usage.ledger import Entry, Tokens
+from server.usage.record import CANCELLED, COMPLETED, adapter_version
 
 
 @dataclass(frozen=True)
@@ -32,8 +34,11 @@ class Generation:
     prompts: list[list[int]]
     rows: list[Generate]
     choices: list[Choice]
+    key_id: str
     rates: RateLimitedRequest | None = None  # if the tenant's rates are limited
     created: int = field(default_factory=lambda: int(time.time()))
+    # of each prompt, as its steps sent them
+    prompt_logprobs: dict[int, list[PromptLogprobs]] = field(default_factory=dict)
     _arrived: float = field(default_factory=time.monotonic)
     _begun: bool = False  # the engine has computed something
 
@@ -45,20 +50,32 @@ class Generation:
         self.deps.admit(len(self.rows))
         choices = {row.id: choice for row, choice in zip(self.rows, self.choices, strict=True)}
         metrics, engine = _RequestMetrics(self, self._arrived), self.deps.engine
-        async with self._admitted(), metrics, aclosing(engine.generate(*self.rows)) as chunks:
+        async with (
+            self._admitted(),
+            self._recorded() as entry,
+            metrics,
+            aclosing(engine.generate(*self.rows)) as chunks,
+        ):
             async for chunk in chunks:
-                self._begun = True
+                if not self._begun:
+                    self._begun = True
+                    if self.rates is not None:
+                        self.rates.begin(self.id)
                 choice = choices[chunk.id]
                 if choice.finished:
                     continue
                 if chunk.finish == "cancelled":
                     raise EngineLost("The engine gave this request up; send it again.")
                 metrics.record(choice.index, chunk)
+                if chunk.prompt_logprobs:
+                    self.prompt_logprobs.setdefault(choice.index // self.n, []).append(chunk.prompt_logprobs)
                 piece = choice.feed(chunk)
                 if piece.finish is not None:
                     metrics.finish(choice, piece.finish)
                     if chunk.finish is None:  # a stop string, of which the engine does not know
                         engine.cancel(chunk.id)
+                    if all(choice.finished for choice in self.choices):
+                        entry.end(COMPLETED)  # before the client can see it
                 if piece.text or piece.tokens or piece.finish:
                     yield piece
 
@@ -68,7 +85,7 @@ class Generation:
 
         In the end all goes back that it has not used: everything, if the engine never began.
         """
-        if self.rates is None:
+        if self.rates is None or not self.rates.counts:
             yield
             return
         prompts = sum(map(len, self.prompts))
@@ -79,6 +96,32 @@ class Generation:
         finally:
             used = prompts + self.usage.completion_tokens if self._begun else 0
             await self.rates.settle(self.id, reserved - used)
+
+    @asynccontextmanager
+    async def _recorded(self) -> AsyncIterator[Entry]:
+        """The request's record in the ledger of usage, which ends here at the latest."""
+        uses = [use.adapter for use in self.target.adapters]
+        if self.target.adapter is not None:
+            uses = [self.target.adapter]
+        adapter = "+".join(adapter_version(use.name, use.version) for use in uses)
+        tenant = self.rows[0].tenant
+        entry = self.deps.ledger.begin(self.id, tenant, self.key_id, adapter, self._tokens)
+        try:
+            yield entry
+        except PolypeftError as error:
+            entry.end(error.code)
+            raise
+        except Exception:
+            entry.end(PolypeftError.code)
+            raise
+        finally:
+            entry.end(CANCELLED)
+
+    def _tokens(self) -> Tokens:
+        """What is charged for so far: nothing before the engine has answered."""
+        usage = self.usage
+        prompt = usage.prompt_tokens if self._begun else 0
+        return Tokens(prompt, usage.cached_tokens, usage.completion_tokens)
 
     @property
     def usage(self) -> Usage:
@@ -115,9 +158,10 @@ class _RequestMetrics:
 
     async def __aexit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
         """Count the choices that have not finished, and why the request ended."""
-        if isinstance(error, QueueFull | TenantQueueFull):  # a 429 is counted by its status
-            if isinstance(error, QueueFull):
-                self._metrics.count("rejections", "queue_full")
+        if isinstance(error, QueueFull | DeadlineUnreachable):
+            self._metrics.count("rejections", "queue_full" if isinstance(error, QueueFull) else "deadline")
+            return
+        if isinstance(error, TenantQueueFull):  # a 429 is counted by its status
             return
         failed = isinstance(error, PolypeftError)
         if isinstance(error, PolypeftError):

@@ -12,22 +12,33 @@ from server.base_model.tokenizer import Tokenizer
 MIN_LOGPROB = -9999.0  # stands for minus infinity, which JSON lacks, as at OpenAI
 
 
-def completion_logprobs(tokenizer: Tokenizer, tokens: list[TokenInfo], count: int) -> dict[str, list[Any]]:
-    """Parallel lists. `top_logprobs` holds the `count` best tokens and the chosen one, by their texts."""
+def completion_logprobs(
+    tokenizer: Tokenizer, tokens: list[TokenInfo], count: int, echoed: int = 0
+) -> dict[str, list[Any]]:
+    """Parallel lists. `top_logprobs` holds the `count` best tokens and the chosen one, by their texts.
 
-    def text(token: int) -> str:
-        return tokenizer.token_text(token)[0]
-
-    tops = []
-    for info in tokens:
-        best = {text(token): _number(logprob) for token, logprob in info.logprobs.top[:count]}
-        tops.append({text(info.token): _number(info.logprobs.logprob)} | best)
+    `echoed`: characters of the prompt before the choice's text.
+    """
     return {
-        "text_offset": [info.offset for info in tokens],
-        "token_logprobs": [_number(info.logprobs.logprob) for info in tokens],
-        "tokens": [text(info.token) for info in tokens],
-        "top_logprobs": tops,
+        "text_offset": [echoed + info.offset for info in tokens],
+        "token_logprobs": [finite(info.logprobs.logprob) for info in tokens],
+        "tokens": [tokenizer.token_text(info.token)[0] for info in tokens],
+        "top_logprobs": [
+            top_logprobs(tokenizer, info.token, info.logprobs.logprob, info.logprobs.top[:count])
+            for info in tokens
+        ],
     }
+
+
+def top_logprobs(
+    tokenizer: Tokenizer, token: int, logprob: float, best: list[tuple[int, float]]
+) -> dict[str, float]:
+    """`token` and the best tokens by their texts; of tokens of one text the likeliest one's logprob."""
+    tops = {tokenizer.token_text(token)[0]: finite(logprob)}
+    for other, its_logprob in best:
+        text = tokenizer.token_text(other)[0]
+        tops[text] = max(tops.get(text, MIN_LOGPROB), its_logprob)
+    return tops
 
 
 def add_logprobs(total: dict[str, Any] | None, new: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -45,7 +56,7 @@ def chat_logprobs(tokenizer: Tokenizer, tokens: list[TokenInfo], count: int) -> 
 
     def shown(token: int, logprob: float) -> dict[str, Any]:
         text, raw = tokenizer.token_text(token)
-        return {"token": text, "logprob": _number(logprob), "bytes": list(raw)}
+        return {"token": text, "logprob": finite(logprob), "bytes": list(raw)}
 
     content = [
         shown(info.token, info.logprobs.logprob)
@@ -55,7 +66,8 @@ def chat_logprobs(tokenizer: Tokenizer, tokens: list[TokenInfo], count: int) -> 
     return {"content": content, "refusal": None}
 
 
-def _number(logprob: float) -> float:
+def finite(logprob: float) -> float:
+    """A logprob as JSON can hold it."""
     return max(logprob, MIN_LOGPROB)
 
 

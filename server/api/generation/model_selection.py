@@ -32,10 +32,18 @@ class Target:
         return f"fp_{self.digest[:FINGERPRINT_CHARS]}{layout}"
 
     @property
+    def names(self) -> list[str]:
+        """The adapters that answer, each once."""
+        return list({ref.name: None for ref in self._refs})
+
+    @property
+    def _refs(self) -> list[AdapterRef]:
+        return [use.adapter for use in self.adapters] if self.adapter is None else [self.adapter]
+
+    @property
     def headers(self) -> dict[str, str]:
         """Response headers that name the versions which answer: `model` may be an alias of several."""
-        refs = [self.adapter, *(use.adapter for use in self.adapters)]
-        used = [f"{ref.name}@{ref.version}" for ref in refs if ref is not None]
+        used = [f"{ref.name}@{ref.version}" for ref in self._refs]
         return {"x-polypeft-adapter": ", ".join(used)} if used else {}
 
 

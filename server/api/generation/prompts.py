@@ -20,8 +20,12 @@ MAX_INLINE_CHARS = 4096  # a longer text is tokenised on a thread, off the event
 _KINDS = "prompt must be text, a list of texts, a list of token ids, or a list of lists of token ids"
 
 
-async def completion_prompts(deps: Services, tenant: Tenant, prompt: Any) -> list[list[int]]:
-    """The token ids of each prompt. Raises InvalidField, ContextTooLong."""
+async def completion_prompts(
+    deps: Services, tenant: Tenant, prompt: Any, keep: int | None = None, *, special: bool = True
+) -> list[list[int]]:
+    """The last `keep` token ids of each prompt; `special`: of texts, with those that the tokenizer puts
+    before every text. Raises InvalidField, ContextTooLong.
+    """
     first = prompt[0] if isinstance(prompt, list) and prompt else None
     sent = [prompt] if isinstance(prompt, str) or type(first) is int else prompt
     if not isinstance(sent, list) or not sent:
@@ -30,12 +34,14 @@ async def completion_prompts(deps: Services, tenant: Tenant, prompt: Any) -> lis
     prompts = []
     for one in sent:
         if isinstance(one, str):
-            check_chars(deps, len(one), "prompt")
-            prompts.append(await _tokenize(deps, tenant, len(one), partial(deps.tokenizer.encode, one)))
-        elif isinstance(one, list) and len(one) > deps.max_context:  # before its entries are looked at
+            prompts.append(last(await text_tokens(deps, tenant.id, one, special=special), keep))
+            continue
+        if isinstance(one, list):
+            one = last(one, keep)
+        if isinstance(one, list) and len(one) > deps.max_context:  # before its entries are looked at
             fit_max_tokens(one, None, None, deps.max_context)
         elif _is_tokens(one):
-            prompts.append(_in_vocabulary(one, deps.base.vocab_size))
+            prompts.append(in_vocabulary(one, deps.base.vocab_size))
         else:
             raise InvalidField(f"{_KINDS}, not {shown(prompt)}.", param="prompt")
     if not all(prompts):
@@ -43,10 +49,23 @@ async def completion_prompts(deps: Services, tenant: Tenant, prompt: Any) -> lis
     return prompts
 
 
+async def text_tokens(deps: Services, tenant_id: str, text: str, *, special: bool = True) -> list[int]:
+    """The token ids of a text; `special` as in Tokenizer.encode. Raises ContextTooLong."""
+    check_chars(deps, len(text), "prompt")
+    return await off_loop(deps, tenant_id, len(text), partial(deps.tokenizer.encode, text, special=special))
+
+
 async def chat_prompt(
-    deps: Services, tenant: Tenant, messages: list[Message], tools: list[dict[str, Any]] | None = None
+    deps: Services,
+    tenant: Tenant,
+    messages: list[Message],
+    tools: list[dict[str, Any]] | None = None,
+    *,
+    answer: bool = True,
+    open_end: bool = False,
 ) -> list[int]:
-    """The token ids of the conversation, with the functions `tools`, as the base's chat template renders it.
+    """The token ids of the conversation, with the functions `tools`, as the base's chat template renders it:
+    with the beginning of an `answer`, or with an `open_end` for the answer to continue.
 
     Raises InvalidRequest, ContextTooLong.
     """
@@ -54,9 +73,19 @@ async def chat_prompt(
     chars = sum(len(m["content"]) for m in plain) + tools_chars(plain, tools or [])
     check_chars(deps, chars, "messages")
     tokenizer = deps.tokenizer
-    return await _tokenize(
-        deps, tenant, chars, lambda: tokenizer.encode_chat(tokenizer.render_chat(plain, tools))
-    )
+    render = partial(tokenizer.render_chat, plain, tools, answer=answer and not open_end, open_end=open_end)
+    return await off_loop(deps, tenant.id, chars, lambda: tokenizer.encode_chat(render()))
+
+
+def kept_tokens(truncate: int | None, context: int, max_tokens: int | None) -> int | None:
+    """How many tokens of a prompt truncate_prompt_tokens keeps: its last ones; -1: all that fit the context
+    beside the answer; None: all.
+    """
+    return max(1, context - (max_tokens or 1)) if truncate == -1 else truncate
+
+
+def last(prompt: list[T], keep: int | None) -> list[T]:
+    return prompt if keep is None else prompt[-keep:]
 
 
 def fit_max_tokens(
@@ -71,20 +100,23 @@ def fit_max_tokens(
     Raises ContextTooLong with both counts.
     """
     room = context - len(prompt)
-    needed = requested or 1
+    needed = 1 if requested is None else requested
     if needed > room:
         raise ContextTooLong(
             f"{whose} is {context} tokens; the prompt has {len(prompt)} and the answer may take {needed}.",
             param="prompt" if room < 1 else "max_tokens",
         )
-    return requested or min(default or room, room)
+    return min(default or room, room) if requested is None else requested
 
 
-async def _tokenize(deps: Services, tenant: Tenant, chars: int, work: Callable[[], T]) -> T:
-    """The result of `work`. For a long text it runs on a thread, one at a time, fairly between tenants."""
-    if chars <= MAX_INLINE_CHARS:
+async def off_loop(deps: Services, tenant_id: str, size: int, work: Callable[[], T]) -> T:
+    """The result of `work`. If it is long, it runs on a thread, one at a time, fairly between tenants.
+
+    `size`: characters of the text, or as many tokens or logprobs.
+    """
+    if size <= MAX_INLINE_CHARS:
         return work()
-    async with deps.tokenizer_lock.acquire(tenant.id, deps.settings.request_seconds):
+    async with deps.tokenizer_lock.acquire(tenant_id, deps.settings.request_seconds):
         return await run_sync(work)
 
 
@@ -92,10 +124,11 @@ def _is_tokens(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(type(token) is int for token in value)
 
 
-def _in_vocabulary(tokens: list[int], size: int) -> list[int]:
+def in_vocabulary(tokens: list[int], size: int, param: str = "prompt") -> list[int]:
+    """`tokens`. Raises InvalidField for an id that the vocabulary lacks."""
     for token in (min(tokens), max(tokens)):
         if not 0 <= token < size:
             raise InvalidField(
-                f"prompt has the token id {shown(token)}; they run from 0 to {size - 1}.", param="prompt"
+                f"{param} has the token id {shown(token)}; they run from 0 to {size - 1}.", param=param
             )
     return tokens

@@ -1,14 +1,22 @@
 """Finds stop strings in a stream of text, and withholds text that may be the beginning of one."""
 
+from functools import lru_cache
+
+CACHED_STOPS = 4096  # a request's choices have the same, and so have most requests of a client
+
 
 class StopScanner:
-    """Ends a stream before the first stop string that completes, however the text is cut into chunks.
+    """Ends a stream before the first stop string that completes, or behind it if it is `kept`, however the
+    text is cut into chunks.
 
-    One Knuth-Morris-Pratt automaton for each stop string: a character costs each O(1) amortised. The withheld
-    text is exactly the longest match in progress.
+    One Knuth-Morris-Pratt automaton for each stop string: a character costs each O(1) amortised, and a text
+    without any stop's first character hardly anything. The withheld text is exactly the longest match in
+    progress.
     """
 
-    def __init__(self, stops: list[str]) -> None:
+    def __init__(self, stops: list[str], *, kept: bool = False) -> None:
+        self._kept = kept
+        self._first = frozenset(stop[0] for stop in stops)
         self._stops = [(stop, _failures(stop)) for stop in stops]
         self._matched = [0] * len(stops)  # characters of each stop string matched so far
         self._withheld = ""
@@ -18,12 +26,14 @@ class StopScanner:
         """The text that is safe to send."""
         if not self._stops or self.found:
             return "" if self.found else text
+        if not self._withheld and self._first.isdisjoint(text):
+            return text
         buffer, start = self._withheld + text, len(self._withheld)
         for end in range(start, len(buffer)):
             complete = self._step(buffer[end])
             if complete:
                 self.found, self._withheld = True, ""
-                return buffer[: end + 1 - complete]
+                return buffer[: end + 1 - (0 if self._kept else complete)]
         safe = len(buffer) - max(self._matched)
         self._withheld = buffer[safe:]
         return buffer[:safe]
@@ -47,7 +57,8 @@ class StopScanner:
         return complete
 
 
-def _failures(stop: str) -> list[int]:
+@lru_cache(CACHED_STOPS)
+def _failures(stop: str) -> tuple[int, ...]:
     """For each prefix of `stop`, the length of its longest proper suffix that is also a prefix."""
     failures = [0] * len(stop)
     matched = 0
@@ -56,4 +67,4 @@ def _failures(stop: str) -> list[int]:
             matched = failures[matched - 1]
         matched += stop[matched] == stop[i]
         failures[i] = matched
-    return failures
+    return tuple(failures)

@@ -14,6 +14,7 @@ from server.errors import InvalidField, shown
 from server.settings import Settings
 
 MAX_METADATA = 16
+LAST_SECOND = 253_402_300_799  # Unix seconds: of the year 9999
 
 
 def caps(info: ValidationInfo) -> Settings:
@@ -58,7 +59,10 @@ class Body(BaseModel):
             if name in cls.refused:
                 raise InvalidField(f"{name} is not supported: {cls.refused[name]}.", param=name)
             if name not in cls._names():
-                raise InvalidField(f"{shown(name)} is not a field of this request.", code="unknown_field")
+                field = shown(name)
+                raise InvalidField(
+                    f"{field} is not a field of this request.", param=field[1:-1], code="unknown_field"
+                )
         return present
 
     @classmethod

@@ -16,6 +16,7 @@ from server.errors import (
     NotFound,
     PolypeftError,
     RateLimited,
+    Unavailable,
     disk_error,
     shown,
 )
@@ -33,7 +34,7 @@ def error_response(error: PolypeftError) -> Response:
     headers = {}
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
-    if isinstance(error, RateLimited):
+    if isinstance(error, RateLimited | Unavailable) and error.status in {429, 503}:
         headers |= _retry_headers(error.wait)
     elif error.status in {429, 503}:
         headers["Retry-After"] = str(RETRY_AFTER_SECONDS)
@@ -112,7 +113,7 @@ def _on_http_exception(request: Request, error: Exception) -> Response:
 
 def _methods(request: Request) -> list[str]:
     """The methods that the request's path takes."""
-    return [
+    methods = [
         method
         for method in ("GET", "POST", "PUT", "PATCH", "DELETE")
         if any(
@@ -120,3 +121,4 @@ def _methods(request: Request) -> list[str]:
             for route in request.app.routes
         )
     ]
+    return [*methods, "HEAD"] if "GET" in methods else methods

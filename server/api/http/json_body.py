@@ -29,7 +29,7 @@ _COUNTED_BY_MARK = {b"[": "lists", b"{": "objects", b":": "fields", b",": "value
 
 
 def json_body(model: type[M]) -> Callable[..., Awaitable[M]]:
-    """A dependency that yields the request's body as `model`. Raises 400, 413, 415 or 422."""
+    """A dependency that yields the request's body as `model`. Raises 400, 413 or 415."""
 
     async def read(request: Request, deps: Deps) -> M:
         raw = await read_body(request, max_body_bytes(deps))
@@ -38,6 +38,7 @@ def json_body(model: type[M]) -> Callable[..., Awaitable[M]]:
             return validate(model, parse(raw, values), deps.settings)
         return await run_sync(lambda: validate(model, parse(raw, values), deps.settings))
 
+    read.model = model  # type: ignore[attr-defined]  # for the OpenAPI document
     return read
 
 

@@ -67,8 +67,8 @@ class Upload:
 
 
 async def receive_form(request: Request, folder: Path, form: Form, seconds: float) -> Upload:
-    """Read the body into `folder`, in `seconds` at most. Raises 400 (also for a cut body), 413, 415, 422 or
-    504, and reads no further.
+    """Read the body into `folder`, in `seconds` at most. Raises 400 (also for a cut body), 413, 415 or 504,
+    and reads no further.
     """
     kind, options = parse_options_header(request.headers.get("content-type"))
     if kind != b"multipart/form-data" or not options.get(b"boundary"):

@@ -12,21 +12,25 @@ from server.api.generation.engine_requests import RouteOptions, build_generation
 from server.api.generation.generation import Generation
 from server.api.generation.json_objects import add_logprobs, chat_logprobs, usage_object
 from server.api.generation.model_selection import resolve
-from server.api.generation.prompts import chat_prompt
-from server.api.generation.response_format import grammar_for
+from server.api.generation.prompt_logprobs import vllm_prompt_logprobs
+from server.api.generation.prompts import chat_prompt, kept_tokens, last
 from server.api.http.dependencies import CurrentTenant, Deps, current_tenant, sticky_key
 from server.api.http.error_responses import json_response
 from server.api.http.json_body import json_body
 from server.api.http.rate_limits import rate_limited
 from server.api.http.streaming import open_stream, while_connected
+from server.api.schema.objects import STREAM, ChatCompletion
+from server.api.structured_output.response_format import schema_of
+from server.api.structured_output.structured_grammar import structured_grammar
 from server.api.tools.answer import Answer, AnswerWithCalls, Delta, TextAnswer, add_delta
+from server.api.tools.answer_grammar import answer_grammar
 from server.api.tools.tool_use import ToolUse, tool_use
 
 OPENING: Delta = {"role": "assistant", "refusal": None, "content": None}  # of a choice's first delta
 router = APIRouter(dependencies=[Depends(current_tenant), Depends(rate_limited)])
 
 
-@router.post("/v1/chat/completions")
+@router.post("/v1/chat/completions", response_model=ChatCompletion, responses=STREAM)
 async def create_chat_completion(
     request: Request,
     deps: Deps,
@@ -36,16 +40,28 @@ async def create_chat_completion(
     """One object with all choices, or a stream of chunks."""
     use = tool_use(body)
     target = await resolve(deps, tenant, body.model, body.adapters, sticky_key(request, body.user))
+    max_tokens = body.max_completion_tokens or body.max_tokens
+    prompt = await chat_prompt(
+        deps,
+        tenant,
+        body.messages,
+        use.shown if use else None,
+        answer=body.add_generation_prompt,
+        open_end=body.continue_final_message,
+    )
+    keep = kept_tokens(body.truncate_prompt_tokens, deps.max_context, max_tokens)
+    structure = await structured_grammar(body.structure) or await schema_of(body.response_format)
     options = RouteOptions(
         prefix="chatcmpl",
-        prompts=[await chat_prompt(deps, tenant, body.messages, use.shown if use else None)],
-        max_tokens=body.max_completion_tokens or body.max_tokens,
+        prompts=[last(prompt, keep)],
+        max_tokens=max_tokens,
         default_max_tokens=None,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-        grammar=await grammar_for(body.response_format, use, deps.tokenizer),
+        prompt_logprobs=body.prompt_logprobs,
+        grammar=await answer_grammar(use, structure, deps.tokenizer),
         with_calls=use is not None,
     )
-    generation = build_generation(deps, tenant, request, target, body, options)
+    generation = await build_generation(deps, tenant, request, target, body, options)
     answer = _Chat(generation, body, use, constrained=options.grammar is not None)
     if body.stream:
         return await open_stream(request, answer.events(), target.headers, deadline=generation.deadline)
@@ -80,17 +96,22 @@ class _Chat:
         for answer in answers:
             if not answer["message"].keys() & {"tool_calls", "function_call"}:
                 answer["message"]["content"] = answer["message"]["content"] or ""
-        usage = usage_object(self._generation.usage)
-        return self._object("chat.completion", answers) | {"usage": usage}
+        whole = self._object("chat.completion", answers) | {"usage": usage_object(self._generation.usage)}
+        if (count := self._body.prompt_logprobs) is not None:
+            whole["prompt_logprobs"] = await vllm_prompt_logprobs(self._generation, 0, count)
+        return whole
 
     async def events(self) -> AsyncGenerator[dict[str, Any], None]:
         """The answer's chunks, with the usage in the last if the body asks for it."""
         stream_options = self._body.stream_options
         with_usage = stream_options is not None and stream_options.include_usage
+        continuous = stream_options is not None and stream_options.continuous_usage_stats
         extra: dict[str, Any] = {"usage": None} if with_usage else {}
         begun: set[int] = set()  # choices whose role has been sent
         async with aclosing(self._generation.pieces()) as pieces:
             async for piece in pieces:
+                if extra and continuous:
+                    extra = {"usage": usage_object(self._generation.usage)}
                 deltas = self._deltas(piece)
                 if piece.index not in begun and (deltas or piece.tokens or piece.finish is not None):
                     begun.add(piece.index)

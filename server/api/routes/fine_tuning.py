@@ -2,12 +2,13 @@
 
 import hashlib
 import time
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 import msgspec
 from fastapi import APIRouter, Depends, Query, Request, Response
-from pydantic import Field
+from pydantic import Field, field_validator
 
+from adapters_store.names import adapter_name
 from server.api.adapters.publish import check_adapter_name
 from server.api.fine_tuning import dataset_check
 from server.api.fine_tuning.event_stream import follow
@@ -19,12 +20,15 @@ from server.api.fine_tuning.json_objects import (
     job_object,
     number_in,
 )
+from server.api.http.audited import Change
 from server.api.http.body_model import Body, Metadata
-from server.api.http.dependencies import CurrentTenant, Deps, current_tenant
+from server.api.http.dependencies import Actor, CurrentChange, CurrentTenant, Deps, current_tenant
 from server.api.http.error_responses import json_response
 from server.api.http.json_body import json_body
 from server.api.http.list_page import check_limit, list_page
 from server.api.http.streaming import open_stream
+from server.api.schema.objects import STREAM, CheckpointList, EventList, JobList
+from server.api.schema.objects import Job as JobObject
 from server.api.services import Services
 from server.errors import InvalidField, shown
 from server.finetune.jobs.job import FixedPart, Job, new_event
@@ -43,24 +47,36 @@ FileId = Annotated[str, Field(min_length=1, max_length=64)]
 class JobBody(Body):
     """A new job. server/finetune/recipe.py parses `method`, `hyperparameters` and `peft`."""
 
-    refused: ClassVar[dict[str, str]] = {"integrations": "this server sends nothing to other services"}
-
     model: Annotated[str, Field(min_length=1, max_length=512)]
     training_file: FileId
     validation_file: FileId | None = None
     hyperparameters: dict[str, Any] | None = None
     method: dict[str, Any] | None = None
     peft: dict[str, Any] | None = None
-    suffix: str | None = None  # the adapter's name; an existing adapter gets a new version
+    # of which the adapter's name is made; an existing adapter gets a new version
+    suffix: Annotated[str, Field(min_length=1, max_length=64)] | None = None
+    integrations: list[Any] | None = None
     seed: int | None = None
     metadata: Metadata | None = None
 
+    @field_validator("integrations")
+    @classmethod
+    def _integrations(cls, value: list[Any]) -> list[Any]:
+        if value:
+            raise InvalidField(
+                "integrations is not supported: this server sends nothing to other services.",
+                param="integrations",
+            )
+        return value
 
-@router.post("")
+
+@router.post("", response_model=JobObject)
 async def create_job(
     request: Request,
     deps: Deps,
     tenant: CurrentTenant,
+    actor: Actor,
+    change: CurrentChange,
     body: Annotated[JobBody, Depends(json_body(JobBody))],
 ) -> Response:
     """Checks fields, files and every line of the data before the job is queued.
@@ -70,28 +86,27 @@ async def create_job(
     deps.refuse_if_draining()
     idempotency = _idempotency(request, body)
     if idempotency and (job := await deps.jobs.find_same(tenant.id, idempotency)):
-        return _created(job)
+        return _created(job, change)
     if body.model != deps.base.id:
         raise InvalidField(
             f"model must be the base {shown(deps.base.id)}, not {shown(body.model)}.", param="model"
         )
-    if body.suffix is not None:
-        check_adapter_name(deps, body.suffix, "suffix")
+    name = None if body.suffix is None else check_adapter_name(deps, adapter_name(body.suffix), "suffix")
     recipe = _recipe(deps, body, body.seed, examples=1)  # to check the fields before the files
     data = await dataset_check.find(deps, tenant.id, body.training_file, body.validation_file)
     async with deps.dataset_check_lock.acquire(tenant.id, deps.settings.request_seconds):
         # the same request may have come twice at once
         if idempotency and (job := await deps.jobs.find_same(tenant.id, idempotency)):
-            return _created(job)
+            return _created(job, change)
         reports = await dataset_check.check(deps, data, recipe.max_tokens)
     recipe = _recipe(deps, body, recipe.seed, reports["training_file"].examples)
     stats = {param: dataset_check.dataset_stats(report) for param, report in reports.items()}
     events = [_data_event(param, counts) for param, counts in stats.items()]
-    fixed = _fixed_part(deps, tenant, body, recipe, stats)
-    return _created(await deps.jobs.create(fixed, idempotency, *events))
+    fixed = _fixed_part(deps, tenant, actor, body, name, recipe, stats)
+    return _created(await deps.jobs.create(fixed, idempotency, *events), change)
 
 
-@router.get("")
+@router.get("", response_model=JobList)
 async def list_jobs(
     request: Request,
     deps: Deps,
@@ -109,29 +124,29 @@ async def list_jobs(
     return list_page([job_object(job) for job in jobs], limit)
 
 
-@router.get("/{job_id}")
+@router.get("/{job_id}", response_model=JobObject)
 async def get_job(deps: Deps, tenant: CurrentTenant, job_id: str) -> Response:
     return json_response(job_object(await deps.jobs.get(tenant.id, job_id)))
 
 
-@router.post("/{job_id}/cancel")
+@router.post("/{job_id}/cancel", response_model=JobObject)
 async def cancel_job(deps: Deps, tenant: CurrentTenant, job_id: str) -> Response:
     """When the answer comes, the job is cancelled: it will publish nothing."""
     return json_response(job_object(await deps.jobs.cancel(tenant.id, job_id)))
 
 
-@router.post("/{job_id}/pause")
+@router.post("/{job_id}/pause", response_model=JobObject)
 async def pause_job(deps: Deps, tenant: CurrentTenant, job_id: str) -> Response:
     """A running job pauses within seconds, once its worker has saved a checkpoint; then `paused` is true."""
     return json_response(job_object(await deps.jobs.pause(tenant.id, job_id)))
 
 
-@router.post("/{job_id}/resume")
+@router.post("/{job_id}/resume", response_model=JobObject)
 async def resume_job(deps: Deps, tenant: CurrentTenant, job_id: str) -> Response:
     return json_response(job_object(await deps.jobs.resume(tenant.id, job_id)))
 
 
-@router.get("/{job_id}/events")
+@router.get("/{job_id}/events", response_model=EventList, responses=STREAM)
 async def list_events(
     request: Request,
     deps: Deps,
@@ -155,7 +170,7 @@ async def list_events(
     return list_page([event_object(job.id, event) for event in events], limit)
 
 
-@router.get("/{job_id}/checkpoints")
+@router.get("/{job_id}/checkpoints", response_model=CheckpointList)
 async def list_checkpoints(
     deps: Deps,
     tenant: CurrentTenant,
@@ -173,7 +188,8 @@ async def list_checkpoints(
     return list_page([checkpoint_object(job, checkpoint) for checkpoint in checkpoints], limit)
 
 
-def _created(job: Job) -> Response:
+def _created(job: Job, change: Change) -> Response:
+    change.of(job.id, adapter=job.name, training_file=job.training_file)
     return json_response(job_object(job), headers={"Location": f"{router.prefix}/{job.id}"})
 
 
@@ -204,7 +220,13 @@ def _recipe(deps: Services, body: JobBody, seed: int | None, examples: int) -> R
 
 
 def _fixed_part(
-    deps: Services, tenant: Tenant, body: JobBody, recipe: Recipe, stats: dict[str, dict[str, int]]
+    deps: Services,
+    tenant: Tenant,
+    key: str,
+    body: JobBody,
+    name: str | None,
+    recipe: Recipe,
+    stats: dict[str, dict[str, int]],
 ) -> FixedPart:
     id_ = new_job_id()
     return FixedPart(
@@ -213,13 +235,14 @@ def _fixed_part(
         created=time.time(),
         model=deps.base.id,
         base_digest=deps.base.digest,
-        name=body.suffix or f"ft-{id_[-8:]}",
+        name=name or f"ft-{id_[-8:]}",
         training_file=body.training_file,
         validation_file=body.validation_file,
         recipe=recipe,
         suffix=body.suffix,
         seed=recipe.seed,
         metadata=body.metadata,
+        key=key,
         data=stats,
     )
 

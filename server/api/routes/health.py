@@ -4,10 +4,12 @@ import asyncio
 
 from anyio.to_thread import run_sync
 from fastapi import APIRouter, Request, Response
+from fastapi.responses import PlainTextResponse
 from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
 from redis.exceptions import RedisError
 
-from server.api.http.dependencies import Deps, bearer
+from server import __version__
+from server.api.http.dependencies import OPERATOR, Deps, authenticate, bearer
 from server.api.http.error_responses import json_response
 from server.api.services import Services
 from server.errors import Unauthenticated
@@ -30,6 +32,19 @@ async def healthz(deps: Deps) -> Response:
     if silence > HUNG_AFTER_TIMEOUTS * deps.settings.request_seconds:
         return json_response({"status": "hangs", "engine": {"silent_seconds": round(silence, 1)}}, 503)
     return json_response({"status": "ok"})
+
+
+@router.get("/health", response_class=Response)
+@router.get("/ping", response_class=Response)
+@router.post("/ping", response_class=Response)
+async def health(deps: Deps) -> Response:
+    """vLLM's: 200 with an empty body while the engine answers, else 503."""
+    return Response(status_code=200 if deps.engine.responsive else 503)
+
+
+@router.get("/version")
+async def version() -> Response:
+    return json_response({"version": __version__})
 
 
 @router.get("/readyz")
@@ -55,21 +70,23 @@ async def readyz(deps: Deps) -> Response:
     return json_response(body, 200 if ready else 503, {} if ready else {"Retry-After": "1"})
 
 
-@router.get("/metrics")
+@router.get("/metrics", response_class=PlainTextResponse, responses={401: {}})
 async def metrics(request: Request, deps: Deps) -> Response:
     """Prometheus metrics. Open, unless they show tenants' data or the operator has closed them."""
     if deps.settings.metrics_closed:
-        _check_reader(bearer(request), deps)
+        await _check_reader(request, deps)
     await deps.cluster_metrics.refresh()
     page = await run_sync(deps.metrics.render)  # takes milliseconds, which would delay streams
     return Response(page, media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
 
-def _check_reader(secret: str, deps: Services) -> None:
-    """Raise Unauthenticated unless `secret` may read the metrics."""
+async def _check_reader(request: Request, deps: Services) -> None:
+    """Raise Unauthenticated unless it carries the metrics token or a key of the operator's that reads."""
     token = deps.settings.metrics_token
-    known = [deps.operator_secret] + ([token] if token else [])
-    if not any(same_secret(secret, each) for each in known):
+    if token and same_secret(bearer(request), token):
+        return
+    caller = await authenticate(request, deps)
+    if caller.tenant is not OPERATOR or "read" not in caller.key.scopes:
         raise Unauthenticated("Metrics take the operator's key or the metrics token.")
 
 

@@ -9,13 +9,14 @@ from server.api.generation.model_selection import exact_version, find_version, s
 from server.api.http.dependencies import Actor, CurrentTenant, Deps, current_tenant
 from server.api.http.error_responses import json_response
 from server.api.routes.adapters.adapters import MAX_PAGE, delete
+from server.api.schema.objects import Deleted, Model, ModelList
 from server.api.services import Services
 from server.errors import Forbidden
 
 router = APIRouter(prefix="/v1/models", dependencies=[Depends(current_tenant)])
 
 
-@router.get("")
+@router.get("", response_model=ModelList)
 async def list_models(deps: Deps, tenant: CurrentTenant) -> Response:
     data = [_base_object(deps)]
     after: str | None = None
@@ -25,7 +26,7 @@ async def list_models(deps: Deps, tenant: CurrentTenant) -> Response:
     return json_response({"object": "list", "data": data})
 
 
-@router.get("/{model:path}")
+@router.get("/{model:path}", response_model=Model)
 async def get_model(deps: Deps, tenant: CurrentTenant, model: str) -> Response:
     """The base, an adapter, or `name@version`, `name@alias` and `ft:{base}:name:version`."""
     if model == deps.base.id:
@@ -33,7 +34,7 @@ async def get_model(deps: Deps, tenant: CurrentTenant, model: str) -> Response:
     return json_response(_model_object(deps, model, await find_version(deps, tenant, model)))
 
 
-@router.delete("/{model:path}")
+@router.delete("/{model:path}", response_model=Deleted)
 async def delete_model(deps: Deps, tenant: CurrentTenant, actor: Actor, model: str) -> Response:
     """An adapter with all its versions, or the one version that `name@...` or `ft:...` names."""
     if model == deps.base.id:

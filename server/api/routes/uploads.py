@@ -1,18 +1,21 @@
 """/v1/uploads: files uploaded in parts, as OpenAI's upload objects."""
 
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request, Response
 from pydantic import BeforeValidator, Field
 
 from server.api.http.body_model import Body, at_most_entries
-from server.api.http.dependencies import CurrentTenant, Deps, current_tenant
+from server.api.http.dependencies import CurrentChange, CurrentTenant, Deps, current_tenant
 from server.api.http.error_responses import json_response
 from server.api.http.json_body import json_body
 from server.api.http.multipart import Form, receive_form
 from server.api.http.temp_files import temp_folder
-from server.api.routes.files import check_purpose, file_object
+from server.api.routes.files import ExpiresAfter, check_purpose, file_object
+from server.api.schema.forms import form
+from server.api.schema.objects import Part
+from server.api.schema.objects import Upload as UploadObject
 from server.errors import InvalidField
 from server.files.files import File
 from server.files.uploads import MAX_PARTS, Upload
@@ -22,32 +25,35 @@ router = APIRouter(prefix="/v1/uploads", dependencies=[Depends(current_tenant)])
 MAX_PART_BYTES = 64 << 20
 
 
-class CreateBody(Body):
-    refused: ClassVar[dict[str, str]] = {"expires_after": "a file stays until it is deleted"}
-
+class UploadBody(Body):
     bytes: Annotated[int, Field(ge=1)]
     filename: str
     mime_type: Annotated[str, Field(max_length=256)]  # accepted and ignored
     purpose: str
+    expires_after: ExpiresAfter | None = None
 
 
-class CompleteBody(Body):
+class PartsBody(Body):
     part_ids: Annotated[list[str], BeforeValidator(at_most_entries(MAX_PARTS)), Field(min_length=1)]
     md5: Annotated[str, Field(min_length=32, max_length=32)] | None = None
 
 
-@router.post("")
+@router.post("", response_model=UploadObject)
 async def create_upload(
-    deps: Deps, tenant: CurrentTenant, body: Annotated[CreateBody, Depends(json_body(CreateBody))]
+    deps: Deps,
+    tenant: CurrentTenant,
+    change: CurrentChange,
+    body: Annotated[UploadBody, Depends(json_body(UploadBody))],
 ) -> Response:
     deps.refuse_if_draining()
     purpose = check_purpose(body.purpose)
-    return json_response(
-        upload_object(await deps.uploads.create(tenant.id, body.filename, body.bytes, purpose))
-    )
+    life = None if body.expires_after is None else body.expires_after.seconds
+    upload = await deps.uploads.create(tenant.id, body.filename, body.bytes, purpose, life)
+    change.of(upload.id, bytes=upload.bytes)
+    return json_response(upload_object(upload))
 
 
-@router.post("/{upload_id}/parts")
+@router.post("/{upload_id}/parts", response_model=Part, openapi_extra=form("data"))
 async def add_part(request: Request, deps: Deps, tenant: CurrentTenant, upload_id: str) -> Response:
     """multipart/form-data: `data`."""
     deps.refuse_if_draining()
@@ -64,22 +70,24 @@ async def add_part(request: Request, deps: Deps, tenant: CurrentTenant, upload_i
     )
 
 
-@router.post("/{upload_id}/complete")
+@router.post("/{upload_id}/complete", response_model=UploadObject)
 async def complete_upload(
     deps: Deps,
     tenant: CurrentTenant,
+    change: CurrentChange,
     upload_id: str,
-    body: Annotated[CompleteBody, Depends(json_body(CompleteBody))],
+    body: Annotated[PartsBody, Depends(json_body(PartsBody))],
 ) -> Response:
     """`part_ids` in the order of the file. Idempotent."""
     with temp_folder(deps.settings) as folder:
         upload, file = await deps.uploads.complete(
             tenant.id, upload_id, body.part_ids, body.md5, Path(folder)
         )
+    change.of(upload_id, file=file.id)
     return json_response(upload_object(upload, file))
 
 
-@router.post("/{upload_id}/cancel")
+@router.post("/{upload_id}/cancel", response_model=UploadObject)
 async def cancel_upload(deps: Deps, tenant: CurrentTenant, upload_id: str) -> Response:
     return json_response(upload_object(await deps.uploads.cancel(tenant.id, upload_id)))
 

@@ -8,6 +8,7 @@ import json
 import re
 from typing import Any
 
+from server.api.structured_output.schema_keywords import without_annotations
 from server.api.tools.bodies import FunctionDefinition
 from server.api.tools.tool_use import ToolUse
 from server.base_model.tokenizer import Tokenizer
@@ -23,7 +24,8 @@ def arguments_schema(function: FunctionDefinition) -> dict[str, Any]:
     """The schema of a call's arguments: always an object."""
     if function.parameters is None:
         return {"type": "object", "properties": {}, "additionalProperties": False}
-    return {"type": "object"} | function.parameters
+    parameters: dict[str, Any] = without_annotations(function.parameters)
+    return {"type": "object"} | parameters
 
 
 def calls_grammar(tokenizer: Tokenizer, use: ToolUse, answer: str | None) -> str:

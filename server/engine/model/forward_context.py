@@ -1,11 +1,11 @@
 """Metadata of one forward pass: which token belongs to which row, where its K/V go, and what it may see.
 
 The model's modules read it. Only this file writes it, by one method for each kind of step: `begin_eager`,
-`begin_graph`, `recording` (a CPU step), and before any row runs `begin_prompt` and `begin_timing`. Modules
+`begin_graph`, `recording` (a CPU step), and while no row runs `begin_prompt` and `begin_timing`. Modules
 note in it, as they run, the `residual` stream and which layers `attended` with which `attention_options`.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -170,11 +170,11 @@ class ForwardContext:
         positions = kv_positions([0], 0, count, device)
         self.in_place, self.chunks = 0, [PrefillChunk(0, count, count, torch.tensor([0]), positions)]
 
-    def begin_timing(self, count: int, blocks: int) -> None:
-        """Set a step of `count` tokens on a CPU, without adapters, whose past is the first block repeated."""
+    def begin_timing(self, count: int, blocks: list[int]) -> None:
+        """Set a step of `count` tokens on a CPU, without adapters, all of one past."""
         zeros = torch.zeros(count, dtype=torch.int64)
         self.in_place, self.chunks, self.kv_positions, self.row_lengths = count, [], None, None
-        self.tables, self.lengths = zeros[:, None].expand(-1, blocks).contiguous(), zeros + blocks * BLOCK
+        self.tables, self.lengths = torch.tensor([blocks] * count), zeros + len(blocks) * BLOCK
 
     def begin_pass(self) -> None:
         """Called before each run of the model's layers."""
@@ -239,13 +239,17 @@ class ForwardContext:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def select_logit_rows(self, rows: list[Row]) -> None:
-        """Set the banks of the output head, which sees, in this order, the tokens that get logits: of each
-        row that completes its last token, with its draft tokens.
+        """Set the banks of the output head for the tokens to sample from: of each row that completes, its
+        last token and its draft tokens.
         """
+        self.select_head_tokens((row, 1 + len(row.draft)) for row in rows if row.completes)
+
+    def select_head_tokens(self, counts: Iterable[tuple[Row, int]]) -> None:
+        """Set the banks of the output head, which sees, in this order, so many tokens of each row."""
         spans = SpansByBank()
         start = 0
-        for row in (row for row in rows if row.completes):
-            end = start + 1 + len(row.draft)
+        for row, count in counts:
+            end = start + count
             spans.add(self.banks, row, start, end)
             start = end
         for hook, at_head in AT_HEAD.items():

@@ -1,30 +1,27 @@
-"""Fair queue: each tenant's waiting rows, and whose prompt is served next.
+"""Fair queue of one priority class: each tenant's waiting rows, and how much each tenant has been served.
 
-Virtual Token Counter, arXiv 2401.00588. A tenant's counter rises by the prompt tokens that are computed for
-it, each charged once, and by its output tokens, divided by its weight. The tenant with the lowest counter
-goes first. Counters never fall:
+Virtual Token Counter, arXiv 2401.00588. A tenant's counter rises by the cost (costs.py) of what its rows use,
+divided by its weight. The tenant with the lowest counter goes first (prefill_order.py, preemption.py).
 
-- The counter of a tenant that arrives, without rows in the engine, is raised to the lowest one of the active
-  tenants, or, if there are none, to that of the last tenant that left: absence earns nothing.
-- A tenant with rows running and none waiting asks for no more than it gets, so its counter falls behind the
-  others'. When a row of it arrives, its counter is raised to CREDIT below the lowest of the others: it cannot
-  save up credit and then shut the others out.
-- The counter of a tenant that left is kept until the others have caught up with it, so leaving and coming
-  back earns nothing either.
+A tenant is backlogged while at least one of its rows could start if there were room: rows that wait for their
+adapter, or for a sibling's prefill, are held and do not count. Counters change in two ways only:
 
-Rows that run count before counters: a waiting tenant with no row running goes before all others. One with
-fewer rows running than its fair share, by weight, goes before those with more, as long as its counter is no
-more than CREDIT above the lowest. So counters of tenants that always have rows waiting differ by no more than
-CREDIT and what their running rows are charged, unless the one row that each may run serves them unequally.
+- They rise by what is charged.
+- The counter of a tenant that becomes backlogged is raised to the lowest of the backlogged tenants, so that
+  absence earns nothing, and lowered to `max_gap` above it, so that what it used while nobody waited is no
+  debt. If no tenant is backlogged, it is raised to that of the tenant that was so last.
+
+So counters of backlogged tenants never differ by more than `max_gap`. docs/fairness.md has the proof.
 """
 
-from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+from server.engine.scheduling import costs
 from server.engine.scheduling.row import Row
 
-CREDIT = 256.0  # tokens over weight
+CREDIT = 256.0  # cost over weight: a tenant may be so far ahead and still get its fair share of places
 
 
 @dataclass(eq=False)
@@ -32,63 +29,25 @@ class TenantQueue:
     """One tenant's waiting rows, the number of its running rows, and its virtual counter."""
 
     rows: OrderedDict[str, Row] = field(default_factory=OrderedDict)
+    prompt_tokens: int = 0  # of `rows`
+    held: int = 0  # of `rows`, those that wait for an adapter or a sibling
     running: int = 0
     weight: float = 1.0
-    virtual_counter: float = 0.0  # tokens over weight
+    virtual_counter: float = 0.0  # cost over weight
 
     @property
     def active(self) -> bool:
         return self.running > 0 or bool(self.rows)
 
     @property
+    def backlogged(self) -> bool:
+        """A waiting row could start if there were room."""
+        return len(self.rows) > self.held
+
+    @property
     def num_rows(self) -> int:
         """Rows, waiting or running."""
         return self.running + len(self.rows)
-
-
-@dataclass(eq=False)
-class TenantPrompts:
-    """A tenant's rows whose prompts may get tokens in one step: those in prefill, then those that wait."""
-
-    queue: TenantQueue
-    fair_rows: int
-    prefilling: deque[Row] = field(default_factory=deque)
-    waiting: deque[Row] = field(default_factory=deque)
-
-    def priority(self, lowest_counter: float) -> tuple[int, float]:
-        """Sort key, lowest first: tenants with no row running, those below their fair rows, all others."""
-        queue = self.queue
-        below = queue.running < self.fair_rows and queue.virtual_counter <= lowest_counter + CREDIT
-        return (0 if not queue.running else 1 if below else 2), queue.virtual_counter
-
-
-class PrefillOrder:
-    """The order in which prompts get tokens in one step. Tenants may be charged between calls of `next`."""
-
-    def __init__(self, tenants: dict[str, TenantPrompts], lowest_counter: float) -> None:
-        """`lowest_counter` is that of the tenants with rows waiting."""
-        self._tenants = tenants
-        self._lowest_counter = lowest_counter
-
-    def next(self) -> tuple[Row, bool] | None:
-        """The next row, and whether it is running already."""
-        while self._tenants:
-            name, tenant = min(self._tenants.items(), key=lambda item: item[1].priority(self._lowest_counter))
-            if tenant.prefilling:
-                return tenant.prefilling.popleft(), True
-            if tenant.waiting:
-                return tenant.waiting.popleft(), False
-            del self._tenants[name]
-        return None
-
-    def skip_tenant(self, row: Row) -> None:
-        """Start no more waiting rows of the row's tenant in this step."""
-        self._tenants[row.command.tenant].waiting.clear()
-
-    def skip_waiting(self) -> None:
-        """Start no more waiting rows of any tenant in this step."""
-        for tenant in self._tenants.values():
-            tenant.waiting.clear()
 
 
 def fair_rows(share: float, max_seqs: int) -> int:
@@ -99,10 +58,16 @@ def fair_rows(share: float, max_seqs: int) -> int:
 class FairQueue:
     """The queues of all tenants. Bounded: it forgets inactive tenants whose counters no longer matter."""
 
-    def __init__(self) -> None:
+    def __init__(self, largest_recompute: float, largest_step: float) -> None:
+        """The largest costs of a recompute and of a step (costs.py), which bound the gap."""
         self.by_tenant: dict[str, TenantQueue] = {}
         self.waiting = 0
-        self._last_left_counter = 0.0  # of the tenant that left last, when no other was active
+        self.running = 0
+        self.largest_recompute = largest_recompute
+        self.largest_step = largest_step
+        self.largest_load = 0.0  # of those charged so far
+        self.charged = 0.0  # cost of all tenants so far
+        self._last_backlogged = TenantQueue()  # when no tenant is
 
     def __len__(self) -> int:
         return self.waiting
@@ -120,74 +85,140 @@ class FairQueue:
         """Queue a row that arrives."""
         queue = self.by_tenant.setdefault(row.command.tenant, TenantQueue())
         queue.weight = row.command.weight
-        if not queue.rows:
-            others = [q.virtual_counter for q in self.by_tenant.values() if q.active and q is not queue]
-            if queue.running and others:
-                queue.virtual_counter = max(queue.virtual_counter, min(others) - CREDIT)
-            elif not queue.running:
-                queue.virtual_counter = max(
-                    queue.virtual_counter, min(others, default=self._last_left_counter)
-                )
-        queue.rows[row.id] = row
-        self.waiting += 1
+        self._queue(row, queue)
 
     def start(self, row: Row) -> None:
         """Count a waiting row as running."""
         queue = self.tenant_queue(row)
-        del queue.rows[row.id]
-        self.waiting -= 1
+        self._unqueue(row, queue)
         queue.running += 1
+        self.running += 1
 
     def requeue(self, row: Row) -> None:
         """Queue a preempted row again, before the other rows of its tenant."""
         queue = self.tenant_queue(row)
         queue.running -= 1
-        queue.rows[row.id] = row
+        self.running -= 1
+        self._queue(row, queue)
         queue.rows.move_to_end(row.id, last=False)
-        self.waiting += 1
 
     def remove(self, row: Row) -> None:
         """Remove a row that has ended, waiting or running."""
         queue = self.tenant_queue(row)
-        if queue.rows.pop(row.id, None) is not None:
-            self.waiting -= 1
+        if row.id in queue.rows:
+            self._unqueue(row, queue)
         else:
             queue.running -= 1
+            self.running -= 1
         if not queue.active:
-            self._forget_idle(queue.virtual_counter)
+            self._forget_idle()
 
-    def charge(self, row: Row, tokens: int) -> None:
-        """Charge the row's tenant for so many tokens."""
-        self.tenant_queue(row).virtual_counter += tokens / row.command.weight
+    def hold(self, row: Row) -> None:
+        """A waiting row cannot start yet, whatever room there is."""
+        if not row.held:
+            queue, row.held = self.tenant_queue(row), True
+            queue.held += 1
+            if not queue.backlogged:
+                self._last_backlogged = queue
+
+    def release(self, row: Row) -> None:
+        """A held row could start again."""
+        if row.held:
+            queue = self.tenant_queue(row)
+            self._enter_backlog(queue)
+            queue.held -= 1
+            row.held = False
+
+    def charge(self, row: Row, cost: float) -> None:
+        """Charge the row's tenant."""
+        self.tenant_queue(row).virtual_counter += cost / row.command.weight
+        self.charged += cost
+
+    def charge_prompt(self, row: Row) -> None:
+        """Charge the tenant for the row's scheduled prompt tokens; not for those that are computed again."""
+        end = min(row.computed + row.scheduled, row.prompt_length)
+        self.charge(row, costs.COMPUTED_TOKEN * max(0, end - max(row.computed, row.charged_tokens)))
+        row.charged_tokens = max(row.charged_tokens, end)
+
+    def charge_cached(self, row: Row) -> None:
+        """Charge the tenant of a row that starts for the prompt tokens that it found in the prefix cache."""
+        self.charge(row, costs.CACHED_TOKEN * row.cached_tokens)
+
+    def charge_load(self, row: Row, nbytes: int) -> None:
+        """Charge the row's tenant for loading so many bytes of adapters."""
+        if nbytes:
+            cost = costs.load_cost(nbytes)
+            self.largest_load = max(self.largest_load, cost)
+            self.charge(row, cost)
+
+    def lowest_counter(self) -> float | None:
+        """Of the backlogged tenants; None if there are none."""
+        if not self.waiting:
+            return None
+        return min((q.virtual_counter for q in self.by_tenant.values() if q.backlogged), default=None)
 
     def fair_shares(self) -> Callable[[TenantQueue], float]:
         """A function from a tenant's queue to its share, by weight, among the active tenants."""
         total = sum(queue.weight for queue in self.by_tenant.values() if queue.active)
         return lambda queue: queue.weight / total
 
-    def prefill_order(self, prefilling: Iterable[Row], max_seqs: int) -> PrefillOrder:
-        """The order of prompts in this step; `prefilling` are the running rows in prefill."""
-        share = self.fair_shares()
-        by_tenant: dict[str, deque[Row]] = {}
-        for row in prefilling:
-            by_tenant.setdefault(row.command.tenant, deque()).append(row)
-        tenants = {
-            tenant: TenantPrompts(
-                queue,
-                fair_rows(share(queue), max_seqs),
-                by_tenant.get(tenant, deque()),
-                deque(queue.rows.values()),
-            )
-            for tenant, queue in self.by_tenant.items()
-            if queue.rows or tenant in by_tenant
-        }
-        waiting = (queue.virtual_counter for queue in self.by_tenant.values() if queue.rows)
-        return PrefillOrder(tenants, min(waiting, default=0.0))
+    @property
+    def max_lead(self) -> float:
+        """A backlogged tenant takes places from tenants that have been served so much more than itself."""
+        return CREDIT + self.largest_recompute / self._lowest_weight()
 
-    def _forget_idle(self, counter: float) -> None:
-        """A tenant with this counter has left: forget the inactive ones that would return with the lowest."""
-        active = [queue.virtual_counter for queue in self.by_tenant.values() if queue.active]
-        if not active:
-            self._last_left_counter = counter
-        lowest = min(active, default=counter)
+    @property
+    def max_gap(self) -> float:
+        """The most by which counters of backlogged tenants differ; by the lowest weight of those here."""
+        cost = self.largest_recompute + self.largest_step + self.largest_load
+        return CREDIT + cost / self._lowest_weight()
+
+    def over_served(self) -> set[str]:
+        """Tenants of whose running rows a backlogged tenant may take any: see `max_lead`."""
+        lowest = self.lowest_counter()
+        if lowest is None:
+            return set()
+        most = lowest + self.max_lead
+        return {t for t, q in self.by_tenant.items() if q.running and q.virtual_counter > most}
+
+    def gap(self) -> float:
+        """The difference of the highest and the lowest counter of backlogged tenants."""
+        counters = [q.virtual_counter for q in self.by_tenant.values() if q.backlogged]
+        return max(counters) - min(counters) if counters else 0.0
+
+    def _lowest_weight(self) -> float:
+        return min((q.weight for q in self.by_tenant.values() if q.active), default=1.0)
+
+    def _queue(self, row: Row, queue: TenantQueue) -> None:
+        self._enter_backlog(queue)
+        queue.rows[row.id] = row
+        queue.prompt_tokens += len(row.command.prompt)
+        self.waiting += 1
+
+    def _unqueue(self, row: Row, queue: TenantQueue) -> None:
+        was_backlogged = queue.backlogged
+        del queue.rows[row.id]
+        queue.prompt_tokens -= len(row.command.prompt)
+        self.waiting -= 1
+        queue.held -= row.held
+        row.held = False
+        if was_backlogged and not queue.backlogged:
+            self._last_backlogged = queue
+
+    def _enter_backlog(self, queue: TenantQueue) -> None:
+        """Before a row of the tenant could start: raise or lower its counter if none could until now."""
+        if queue.backlogged:
+            return
+        lowest = self.lowest_counter()
+        if lowest is None:
+            queue.virtual_counter = max(queue.virtual_counter, self._last_backlogged.virtual_counter)
+        else:
+            highest = lowest + self.max_gap
+            queue.virtual_counter = min(max(queue.virtual_counter, lowest), highest)
+
+    def _forget_idle(self) -> None:
+        """A tenant has left: forget the inactive ones whose counters would be raised on return."""
+        lowest = self.lowest_counter()
+        if lowest is None:
+            lowest = self._last_backlogged.virtual_counter
         self.by_tenant = {t: q for t, q in self.by_tenant.items() if q.active or q.virtual_counter > lowest}

@@ -1,12 +1,12 @@
 """A row: one sequence from its arrival to its last token. Counts and lists only; no torch."""
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
 from server.engine.scheduling.kv_blocks import BLOCK
 from server.engine.scheduling.prompt_lookup import PromptLookup
-from server.messages import AdapterRef, Generate, Timing, Use
+from server.messages import PRIORITIES, AdapterRef, Generate, Timing, Use
 
 
 @dataclass(eq=False)
@@ -37,7 +37,10 @@ class Row:
     cached_tokens: int = 0  # prompt tokens found in the prefix cache when the row first ran
     charged_tokens: int = 0  # leading prompt tokens that its tenant has been charged for
     length_at_start: int = 0  # len(tokens) when the row last entered the batch
+    level: int = field(init=False)  # its priority class, an index of PRIORITIES; ageing may raise it
+    held: bool = False  # waits for an adapter or a sibling: it could not start if there were room
     admitted: bool = False  # has run before; it may have been preempted since
+    num_scored: int = 0  # leading tokens whose prompt logprobs have been delivered
     sampled: bool = False  # has had finite logits: its blocks may be shared
     use_counted: bool = False  # the adapter cache has counted this request for its adapters
     steps_without_memory: int = 0  # steps in which only memory kept it from starting
@@ -54,6 +57,7 @@ class Row:
     cold_start: bool = False  # has waited for the load of an adapter
 
     def __post_init__(self) -> None:
+        self.level = PRIORITIES.index(self.command.priority)
         single = self.command.adapter
         self.uses = (Use(single),) if single else self.command.adapters
 
@@ -130,6 +134,27 @@ class Row:
     def decodes(self) -> bool:
         """This step computes one token and its draft tokens."""
         return self.scheduled == 1 + len(self.draft)
+
+    @property
+    def unscored(self) -> range:
+        """Positions whose next token is one of the prompt with a logprob to compute. The prompt's first token
+        has none. Their K/V are computed anew, not taken from the prefix cache.
+        """
+        if self.command.sampling.prompt_logprobs is None:
+            return range(0)
+        return range(max(self.num_scored, self.num_virtual_tokens), self.prompt_length - 1)
+
+    def to_score(self) -> range:
+        """Those of `unscored` that this step computes."""
+        unscored = self.unscored
+        return range(unscored.start, min(unscored.stop, self.computed + self.scheduled))
+
+    def ends_with(self, token: int, end_tokens: Set[int]) -> bool:
+        """Whether the sampled token is one that ends the row: its own, or the model's."""
+        sampling = self.command.sampling
+        return sampling.max_tokens > 0 and (
+            token in sampling.stop_token_ids or (token in end_tokens and not sampling.ignore_eos)
+        )
 
     @property
     def length(self) -> int:

@@ -58,7 +58,7 @@ class RowResources:
         residents = [self.cache.by_slot[slot] for slot in slots]
         row.prepend_virtual_tokens(sum(resident.virtual_tokens for resident in residents))
         text, virtual = row.prompt_length - row.num_virtual_tokens, row.num_virtual_tokens
-        if row.prompt_length >= self.max_context:
+        if row.prompt_length + min(row.command.sampling.max_tokens, 1) > self.max_context:
             return ContextTooLong(
                 f"The prompt has {text} tokens and the adapter puts {virtual} before them; "
                 f"the context of {self.max_context} must hold one more.",
@@ -79,7 +79,8 @@ class RowResources:
             row.hashes, row.rope_variant = [], variant
         if self.blocks.share_prefixes:
             # At least one token is computed, so that there are logits to sample from.
-            hashes = block_hashes(row.salt, row.tokens, row.hashes)[: (len(row.tokens) - 1) // BLOCK]
+            reusable = row.unscored.start if row.unscored else len(row.tokens) - 1
+            hashes = block_hashes(row.salt, row.tokens, row.hashes)[: reusable // BLOCK]
         shared = self.blocks.match(hashes)
         fresh = self.blocks.allocate(blocks_for(len(row.tokens)) - len(shared))
         if fresh is None:
@@ -110,6 +111,21 @@ class RowResources:
     def tokens_until_rope_switch(self, row: Row) -> int:
         """Tokens that the row may grow by before other rotary frequencies apply to it."""
         return min((s - row.length for s in self.rope_switches if s >= row.length), default=self.max_context)
+
+    def cache_blocks(self, row: Row) -> None:
+        """Put the row's computed full blocks into the prefix cache; those before the last in it are there."""
+        hashes = block_hashes(row.salt, row.tokens, row.hashes)
+        for i in range(row.computed // BLOCK - 1, -1, -1):
+            if row.blocks[i] in self.blocks.hash_of:
+                break
+            self.blocks.cache(row.blocks[i], hashes[i])
+
+    def take_uncharged_bytes(self, slots: Sequence[int]) -> int:
+        """Bytes of the adapters in these slots whose load no tenant has been charged for until now."""
+        loaded = [self.cache.by_slot[slot] for slot in slots if not self.cache.by_slot[slot].charged]
+        for resident in loaded:
+            resident.charged = True
+        return sum(resident.nbytes for resident in loaded)
 
     def discard_kv(self, row: Row) -> None:
         """Drop the K/V of a running row that has grown past a RoPE switch: all are computed again."""

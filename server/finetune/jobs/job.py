@@ -77,6 +77,7 @@ class FixedPart(msgspec.Struct, frozen=True, kw_only=True):
     suffix: str | None = None
     seed: int
     metadata: dict[str, str] | None = None
+    key: str = ""  # the id of the API key that asked for it
     data: dict[str, dict[str, int]] = {}  # training_file, validation_file -> examples, tokens, truncated, ...
 
 

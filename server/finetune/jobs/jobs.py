@@ -17,10 +17,12 @@ from server.finetune.jobs.job import FixedPart, Job, new_event
 from server.finetune.jobs.keys import job_key, tenant_key
 from server.finetune.jobs.leases import Leases
 from server.finetune.jobs.record_store import Publications, decode_job
+from server.tenancy.limits import LimitsOf, unlimited
 
 MAX_JOBS_KEPT = 1000  # records of a tenant; above this the oldest of ended jobs are deleted
 IDEMPOTENCY_SECONDS = 24 * 3600  # the life of an idempotency key
 PREFIX = "ftjob-"
+NO_LIMIT = 2**53
 
 
 class IdempotencyKey(NamedTuple):
@@ -33,17 +35,20 @@ class IdempotencyKey(NamedTuple):
 class Jobs(Leases, Publications):
     """All calls on jobs. All raise StoreError when Valkey does not answer."""
 
-    def __init__(self, redis: Redis, max_active: int = 16) -> None:
+    def __init__(self, redis: Redis, limits_of: LimitsOf = unlimited) -> None:
         super().__init__(redis)
-        self._max_active = max_active
+        self._limits_of = limits_of
 
     async def create(
         self, fixed: FixedPart, idempotency: IdempotencyKey | None = None, *events: bytes
     ) -> Job:
         """Store the job and its first events, and wake a worker. With a known key, return the key's job.
 
-        Raises QuotaExceeded over the cap on active jobs, InvalidField if the key came with another request.
+        It takes all tokens that it may train on from the day's; those that are left at its end go back.
+        Raises QuotaExceeded over the tenant's limits, InvalidField if the key came with another request.
         """
+        limits = await self._limits_of(fixed.tenant)
+        tokens = fixed.data.get("training_file", {}).get("tokens", 0) * fixed.recipe.n_epochs
         key, fingerprint = ("", "")
         if idempotency:
             key, fingerprint = _digest(idempotency.key), idempotency.fingerprint
@@ -55,13 +60,21 @@ class Jobs(Leases, Publications):
             fingerprint,
             msgspec.json.encode(fixed),
             fixed.created,
-            self._max_active,
+            NO_LIMIT if limits.jobs is None else limits.jobs,
             IDEMPOTENCY_SECONDS,
+            tokens,
+            NO_LIMIT if limits.training_tokens_per_day is None else limits.training_tokens_per_day,
             new_event("info", f"Created fine-tuning job: {fixed.id}"),
             *events,
         )
         if answer == b"quota":
-            raise QuotaExceeded(f"A tenant may have {self._max_active} unfinished fine-tuning jobs.")
+            raise QuotaExceeded(f"A tenant may have {limits.jobs} unfinished fine-tuning jobs.")
+        if answer[:7] == b"tokens ":
+            raise QuotaExceeded(
+                f"A tenant may train on {limits.training_tokens_per_day} tokens a day (UTC): the jobs of "
+                f"today take {text(answer[7:])}, and this one would take {tokens}.",
+                param="training_file",
+            )
         if answer:
             return await self.get(fixed.tenant, _same_job(text(answer), fingerprint))
         await self._wake_worker(fixed.id, 0)

@@ -6,6 +6,7 @@ pp:job:{id}:checkpoints     hash     step -> Checkpoint (JSON)
 pp:job:{id}:claim           string   the publisher that may try it; expires
 pp:jobs:{tenant}            zset     job ids, by creation (Unix seconds)
 pp:jobs:{tenant}:active     set      job ids that have not ended
+pp:jobs:{tenant}:tokens:{}  string   by day (UTC, since 1970): tokens that its jobs train on; expires
 pp:jobs:{tenant}:same:{..}  string   by hash of an idempotency key: "FINGERPRINT JOB"; expires
 pp:jobs:queued              zset     jobs in phase queued, by when a worker was last woken for them (ms)
 pp:jobs:leases              zset     jobs in phase training, by when the lease ends (ms)

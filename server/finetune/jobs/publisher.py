@@ -179,7 +179,9 @@ class Publisher:
         if not promoted(job, result):
             events.append(new_event("warn", _why_not_latest(job, model)))
         events.append(new_event("info", "The job has successfully completed"))
-        reports = [report_id(job, report) for report in result.reports]
+        # the figures first: OpenAI's only result file, which its examples read as result_files[0]
+        figures_first = sorted(result.reports, key=lambda report: not report.name.endswith(".csv"))
+        reports = [report_id(job, report) for report in figures_first]
         if not await self._jobs.succeed(job.id, version, model, reports, *events):
             current = await self._jobs.find(job.id)
             if (current is None or current.version != version) and await self._has_published(job, version):

@@ -8,18 +8,24 @@ Scripts use Valkey's clock. They build keys from the job's id, so a cluster of s
 
 from adapters_store.maintenance.scheduled_deletes import SCHEDULED_KEY
 from server.finetune.jobs.keys import COUNTERS, LEASES, PUBLISHING, QUEUED, job_key, tenant_key
+from server.usage.counts_lua import ADD
+from server.usage.record import Amounts
 
 MAX_EVENTS = 2000
+FIRST_JOB_AMOUNT = Amounts._fields.index("jobs")
 DELETE_AFTER_SECONDS = 600  # from a job's end; by then its worker has noticed and writes no more objects
 
-PRELUDE = f"""
+PRELUDE = (
+    ADD
+    + f"""
 local id = ARGV[1]
 local job = '{job_key("")}' .. id
 local QUEUED, LEASES, PUBLISHING = '{QUEUED}', '{LEASES}', '{PUBLISHING}'
+local function integer(number) return string.format('%.0f', number) end
 local function jobs_of(tenant) return '{tenant_key("")}' .. tenant end
+local function tokens_of(tenant, day) return jobs_of(tenant) .. ':tokens:' .. integer(day) end
 local function get(field) return redis.call('HGET', job, field) or '' end
 local function set(...) redis.call('HSET', job, ...) end
-local function integer(number) return string.format('%.0f', number) end
 local function now()
   local time = redis.call('TIME')
   return time[1] * 1000 + math.floor(time[2] / 1000)
@@ -44,13 +50,36 @@ local function training(fence)
   end
   return get('phase') == 'training' and get('fence') == fence
 end
+-- the job's record in the ledger of usage: `amounts` are the last of server/usage/record.py's Amounts
+local function add_job_to_usage(status)
+  local fixed = cjson.decode(get('fixed'))
+  local version, started, ended = get('version'), tonumber(get('started')), tonumber(seconds())
+  local adapter = version == '' and fixed.name or fixed.name .. '@' .. version
+  local amounts = {{}}
+  for i = 1, {FIRST_JOB_AMOUNT} do amounts[i] = 0 end
+  local function amount(number) amounts[#amounts + 1] = number end
+  amount(1)
+  amount(status == 'failed' and 1 or 0)
+  amount(status == 'cancelled' and 1 or 0)
+  amount(tonumber(get('trained_tokens')) or 0)
+  amount(math.max(0, ended - (started or ended)) * 1000)
+  add_usage(math.floor(ended / 86400), get('tenant'), adapter .. ' ' .. (fixed.key or ''), amounts)
+end
+-- the tokens that the job has taken of its day and did not train on
+local function give_back(tenant)
+  local unused = (tonumber(get('tokens')) or 0) - (tonumber(get('trained_tokens')) or 0)
+  local key = tokens_of(tenant, tonumber(get('day')) or 0)
+  if unused > 0 and redis.call('EXISTS', key) == 1 then redis.call('DECRBY', key, integer(unused)) end
+end
 local function finish(status)
+  add_job_to_usage(status)
   leave_sets()
   set('status', status, 'phase', 'done', 'finished', seconds(), 'pausing', 0)
   redis.call('HDEL', job, 'estimated_finish')
   redis.call('HINCRBY', job, 'fence', 1)
   redis.call('HINCRBY', '{COUNTERS}', 'finished:' .. status, 1)
   local tenant = get('tenant')
+  give_back(tenant)
   redis.call('SREM', jobs_of(tenant) .. ':active', id)
   redis.call('ZADD', '{SCHEDULED_KEY}', integer(now() + {DELETE_AFTER_SECONDS * 1000}),
              'tenants/' .. tenant .. '/jobs/' .. id .. '/')
@@ -69,10 +98,12 @@ local function queue()
   redis.call('ZADD', QUEUED, 0, id)
 end
 """
+)
 
 CREATE = """
 local tenant, same, fingerprint = ARGV[2], ARGV[3], ARGV[4]
 local fixed, created, max_active, same_seconds = ARGV[5], ARGV[6], tonumber(ARGV[7]), ARGV[8]
+local tokens, max_tokens = tonumber(ARGV[9]), tonumber(ARGV[10])
 local active = jobs_of(tenant) .. ':active'
 if same ~= '' then
   same = jobs_of(tenant) .. ':same:' .. same
@@ -81,12 +112,17 @@ if same ~= '' then
 end
 if redis.call('EXISTS', job) == 1 then return '' end
 if redis.call('SCARD', active) >= max_active then return 'quota' end
-set('fixed', fixed, 'tenant', tenant)
+local day = math.floor(seconds() / 86400)
+local taken = tonumber(redis.call('GET', tokens_of(tenant, day)) or 0)
+if taken + tokens > max_tokens then return 'tokens ' .. integer(taken) end
+redis.call('INCRBY', tokens_of(tenant, day), integer(tokens))
+redis.call('EXPIRE', tokens_of(tenant, day), 2 * 86400)
+set('fixed', fixed, 'tenant', tenant, 'tokens', integer(tokens), 'day', integer(day))
 redis.call('SADD', active, id)
 redis.call('ZADD', jobs_of(tenant), created, id)
 if same ~= '' then redis.call('SET', same, fingerprint .. ' ' .. id, 'EX', same_seconds) end
 queue()
-for i = 9, #ARGV do event(ARGV[i]) end
+for i = 11, #ARGV do event(ARGV[i]) end
 return ''
 """
 

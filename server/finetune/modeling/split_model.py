@@ -8,25 +8,22 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from server.engine.model.module_hooks import decoder_layers
+from server.engine.model.output_head import OutputHead
 from server.finetune.modeling.differentiable_layers import TrainingDecoder
 
 
-class SplitCausalLM:
+class SplitCausalLM(OutputHead):
     """`recompute`: recompute each layer in backward instead of keeping its activations."""
 
     recompute = False
 
     def __init__(self, model: Any, layers: TrainingDecoder | None = None) -> None:
         """`layers`: the training layers of `model`, if they are installed."""
-        self.model = model
-        self.name: str = model.base_model_prefix
-        self.decoder: nn.Module = getattr(model, self.name)
+        super().__init__(model)
         self.layers = layers
-        self.precomputed = PrecomputedStates()
         for _, layer in decoder_layers(model, model.config.num_hidden_layers):
             layer.forward = partial(self._layer, layer.forward)
 
@@ -41,28 +38,7 @@ class SplitCausalLM:
         states: torch.Tensor = output.last_hidden_state[0]
         return states if self.layers or selected is None else states[selected]
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits [n, vocabulary] of hidden [n, hidden] by the model's own class, with its caps and scales."""
-        self.precomputed.hidden = hidden[None]
-        setattr(self.model, self.name, self.precomputed)
-        try:
-            logits: torch.Tensor = self.model(use_cache=False).logits[0]
-        finally:
-            setattr(self.model, self.name, self.decoder)
-            self.precomputed.hidden = None
-        return logits
-
     def _layer(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if not self.recompute or not torch.is_grad_enabled():
             return forward(*args, **kwargs)
         return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
-
-
-class PrecomputedStates(nn.Module):
-    """Takes the decoder's place while logits are computed, and returns the given hidden states."""
-
-    hidden: torch.Tensor | None = None
-    kind: Any = None  # the class of the decoder's output
-
-    def forward(self, *_args: Any, **_kwargs: Any) -> Any:
-        return self.kind(last_hidden_state=self.hidden)

@@ -170,7 +170,7 @@ class TrainingProcess:
         path = self._folder / f"{param}.jsonl"
 
         async def fetch() -> None:
-            await self._files.download(await self._files.get(job.tenant, id_), path)
+            await self._files.download(await self._files.get(job.tenant, id_, expired=True), path)
 
         try:
             self.retry_on_outage(fetch)

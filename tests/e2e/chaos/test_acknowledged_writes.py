@@ -22,8 +22,9 @@ import httpx
 import pytest
 
 from tests.e2e.conftest import OPTIONS
-from tests.e2e.serving import Serving, ask, body, files_of, until
+from tests.e2e.serving import Serving, ask, body, files_of
 from tests.fixtures.s3 import Weed
+from tests.waiting import until
 
 SEED = int(os.environ.get("ACKS_SEED", random.SystemRandom().randrange(2**32)))
 KILLS = int(os.environ.get("ACKS_KILLS", "0"))  # 0: few
@@ -242,7 +243,7 @@ def test_nothing_acknowledged_is_lost_and_nothing_is_there_by_half(
                     if kills:
                         system.kill(kills.pop(), down_seconds=chance.uniform(0, 1))
                         time.sleep(chance.uniform(0, 0.5))
-                until(system.server.ready, system.server.log, seconds=120)
+                until(system.server.ready, system.server.log)
                 if any(work.done() for work in working):
                     break  # with an error, which is told below
         finally:
@@ -251,7 +252,7 @@ def test_nothing_acknowledged_is_lost_and_nothing_is_there_by_half(
         assert work.exception() is None, (f"seed {SEED}", client.done, work.exception())
     done = all_done(clients)
     log.warning("seed %d, %d kills of each of %s: %s", SEED, system.kills, system.processes, dict(done))
-    until(system.server.ready, system.server.log, seconds=60)
+    until(system.server.ready, system.server.log)
     for client in clients:
         compare(client, loras, texts)
     incoming = system.server.data_dir / "incoming"

@@ -17,8 +17,9 @@ import httpx
 import psutil
 import pytest
 
-from tests.e2e.serving import Serving, alive, polypeft, until
+from tests.e2e.serving import Serving, alive, polypeft
 from tests.fixtures.workers import IMPATIENT_WORKER
+from tests.waiting import until
 
 KILLS = int(os.environ.get("CHAOS_KILLS", "2"))
 SEED = int(os.environ.get("CHAOS_SEED", "1"))
@@ -114,12 +115,15 @@ class Trainings:
         return progress
 
     def ended(self, id_: str, name: str) -> Ended:
-        """It must have succeeded, and left one version that serves."""
+        """It must have succeeded, left one version that serves, and count once in the ledger of usage."""
         job = self.until(id_, "succeeded", "failed", "cancelled")
         assert job["status"] == "succeeded", (job["error"], self.server.log())
         adapter = self.http.get(f"/v1/adapters/{name}").json()
         assert [version["version"] for version in adapter["versions"]] == [1], adapter
         assert job["fine_tuned_model"] == f"{name}@1"
+        usage = self.http.get("/v1/usage", params={"adapter": f"{name}@1"}).json()
+        [sums] = [result for bucket in usage["data"] for result in bucket["results"]]
+        assert (sums["jobs"], sums["training_tokens"]) == (1, job["trained_tokens"])
         curve = job["evaluation"]["curve"]
         return Ended(adapter["versions"][0]["digest"], [point["valid_loss"] for point in curve])
 
@@ -186,7 +190,7 @@ def test_cancel_is_final_and_publishes_nothing(trainings: Trainings, undisturbed
     answer = trainings.http.post(f"/v1/fine_tuning/jobs/{id_}/cancel")
     assert answer.json()["status"] == "cancelled", answer.text
     if child is not None:
-        until(lambda: not alive(child.pid), seconds=10)
+        until(lambda: not alive(child.pid))
     assert trainings.job(id_)["status"] == "cancelled"
     assert trainings.http.get("/v1/adapters/cancelled").status_code == 404
 

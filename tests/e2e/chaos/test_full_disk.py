@@ -15,7 +15,8 @@ import httpx
 import pytest
 
 from tests.e2e.conftest import OPTIONS
-from tests.e2e.serving import Serving, ask, body, files_of, push, until
+from tests.e2e.serving import Serving, ask, body, files_of, push
+from tests.waiting import PATIENCE, until
 
 DISK_BYTES = 96 << 20
 FULL_SECONDS = 6.0  # under load with not one byte free
@@ -139,6 +140,6 @@ def test_a_disk_filled_under_load_kills_nothing_and_inference_goes_on(
 def test_a_read_only_data_directory_is_refused_with_a_sentence(tiny: Path, tmp_path: Path) -> None:
     it = Serving(str(tiny), tmp_path / "serving", *OPTIONS)
     with mounted(it.data_dir, "ro"):
-        assert it.launch().wait(60) == 1
+        assert it.launch().wait(PATIENCE) == 1
     assert "Traceback" not in it.log()
     assert "cannot be used: Read-only file system." in it.log()

@@ -17,7 +17,8 @@ import httpx
 import psutil
 import pytest
 
-from tests.e2e.serving import Serving, alive, ask, body, push, until
+from tests.e2e.serving import Serving, alive, ask, body, push
+from tests.waiting import PATIENCE, until
 
 PROMPT = "What is the capital of France?"
 LONG = 480  # tokens: a stream that is still running when something dies
@@ -173,8 +174,8 @@ def test_nothing_outlives_a_killed_supervisor_and_all_is_there_after(
     children = server.pids()
     key = http.headers["authorization"].removeprefix("Bearer ")
     server.process.kill()
-    server.process.wait(10)
-    until(lambda: not any(map(alive, children)), seconds=10)
+    server.process.wait(PATIENCE)
+    until(lambda: not any(map(alive, children)))
     server.start()
     with server.http(key) as client:
         still_right(client, golden, lora)
@@ -195,7 +196,7 @@ def test_sigterm_finishes_streams_and_takes_nothing_new(server: Serving, http: h
     with server.http(http.headers["authorization"].removeprefix("Bearer ")) as second:
         assert second.get("/v1/models").status_code == 200  # its connection is open
         thread.start()
-        assert began.wait(30)
+        assert began.wait(PATIENCE)
         stopping = threading.Thread(target=server.stop)
         stopping.start()
         refusal = None
@@ -203,8 +204,8 @@ def test_sigterm_finishes_streams_and_takes_nothing_new(server: Serving, http: h
             answer = second.post("/v1/completions", json=body("poet", PROMPT))
             refusal = answer if answer.status_code == 503 else None
         assert refusal is not None, "the stream ended before it was asked"
-        thread.join(30)
-        stopping.join(30)
+        thread.join(PATIENCE)
+        stopping.join(PATIENCE)
     assert found[-1] == "[DONE]"
     assert "".join(json.loads(line)["choices"][0]["text"] for line in found[:-1]) == whole
     assert not server.running
@@ -213,7 +214,7 @@ def test_sigterm_finishes_streams_and_takes_nothing_new(server: Serving, http: h
 def refused(process: "subprocess.Popen[bytes]", log: Callable[[], str]) -> str:
     """What it says on its way out, which must be one sentence."""
     start = len(log())
-    assert process.wait(60) == 1, log()
+    assert process.wait(PATIENCE) == 1, log()
     said = log()[start:] or log()
     assert "Traceback" not in said
     return said

@@ -5,7 +5,6 @@ import json
 import shutil
 import tempfile
 import threading
-import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from server.engine.fake import Behaviour, FakeEngine
 from server.settings import Settings
 from server.tenancy.keys import operator_key
 from tests.server.api.generation.tokenizers import VOCABULARY, byte_level_tokenizer
+from tests.waiting import PATIENCE, until
 
 T = TypeVar("T")
 HIDDEN = 16
@@ -120,14 +120,14 @@ class running:  # noqa: N801 - used as a context manager
 
     def __enter__(self) -> System:
         self._thread.start()
-        assert self._up.wait(30)
+        assert self._up.wait(PATIENCE)
         assert self._system is not None
         return self._system
 
     def __exit__(self, *_: object) -> None:
         assert self._server is not None
         self._server.should_exit = True
-        self._thread.join(30)
+        self._thread.join(PATIENCE)
         assert not self._thread.is_alive()
 
     async def _main(self) -> None:
@@ -187,13 +187,6 @@ def sdk(system: System, key: str, engine: FakeEngine) -> Iterator[openai.OpenAI]
 async def asdk(system: System, key: str, engine: FakeEngine) -> AsyncIterator[openai.AsyncOpenAI]:
     async with openai.AsyncOpenAI(base_url=f"{system.url}/v1", api_key=key, max_retries=0) as client:
         yield client
-
-
-def until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen in time"
-        time.sleep(0.01)
 
 
 def lora_files(seed: int = 0, rank: int = 4, **config: Any) -> Files:

@@ -12,7 +12,8 @@ import openai
 import pytest
 
 from server.engine.fake import FakeEngine
-from tests.server.api.conftest import System, until
+from tests.server.api.conftest import System
+from tests.waiting import PATIENCE, until
 
 URL = "/v1/completions"
 SLOW = {"model": "toy", "prompt": "abc", "max_tokens": 200}
@@ -63,7 +64,7 @@ def test_an_engine_that_dies_mid_stream_ends_it_in_an_error_event(
     time.sleep(0.1)
     system.call(engine.crash())
     for thread in threads:
-        thread.join(5)
+        thread.join(PATIENCE)
     ready = http.get("/readyz")
     assert (ready.status_code, ready.json()["checks"]["engine"]) == (503, False)
     refused = http.post(URL, json=SLOW)
@@ -173,7 +174,7 @@ def test_draining_refuses_new_work_and_finishes_old(
         assert http.get("/healthz").status_code == 200
         assert http.post(URL, json=SLOW).status_code == 503
         assert http.post("/v1/adapters", files={"files": ("README.md", b"")}).status_code == 503
-        thread.join(5)
+        thread.join(PATIENCE)
     finally:
         system.app.state.services.draining = False
     assert answers[0].json()["usage"]["completion_tokens"] == 20

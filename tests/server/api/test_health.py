@@ -9,7 +9,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from server.engine.fake import FakeEngine
 from server.metrics.labels import REJECTIONS
 from server.metrics.names import FAMILIES, ON_API
-from tests.server.api.conftest import System, until, upload
+from tests.server.api.conftest import System, upload
+from tests.waiting import until
 
 
 def series(text: str) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
@@ -72,7 +73,7 @@ def test_limits_are_data(http: httpx.Client, engine: FakeEngine) -> None:
     assert limits["max_n"] == 8
     assert limits["max_rows_per_tenant"] == 8
     too_many = {"model": "toy", "prompt": "x", "n": limits["max_n"] + 1}
-    assert http.post("/v1/completions", json=too_many).status_code == 422
+    assert http.post("/v1/completions", json=too_many).status_code == 400
     assert http.post("/v1/completions", json=too_many | {"n": limits["max_n"]}).status_code == 200
 
 
@@ -170,6 +171,10 @@ def test_what_is_refused_at_the_door_counts_by_reason(system: System, engine: Fa
             assert client.post("/v1/completions", json=body).status_code == 429
             engine.behaviour.step_seconds = 0
         assert [answer.result().status_code for answer in answers] == [200, 200]
+        engine.behaviour.wait_seconds = 60
+        timeout = {"x-request-timeout": "5"}
+        assert client.post("/v1/completions", json=body, headers=timeout).status_code == 503
+        engine.behaviour.wait_seconds = 0
         limit = system.settings.max_uploads_per_tenant
         assert [client.post("/v1/uploads", json=upload).status_code for _ in range(limit + 1)][-1] == 429
         system.app.state.services.draining = True
@@ -178,7 +183,8 @@ def test_what_is_refused_at_the_door_counts_by_reason(system: System, engine: Fa
         finally:
             system.app.state.services.draining = False
         after = {reason: refused(reason) - before[reason] for reason in REJECTIONS}
-    assert after == {"queue_full": 1, "quota": 2, "draining": 1, "engine_unavailable": 0}
+    once = dict.fromkeys(("queue_full", "deadline", "draining"), 1)
+    assert after == once | {"quota": 2, "engine_unavailable": 0}
 
 
 def test_a_queue_that_other_processes_filled_is_a_refusal_not_a_failure(

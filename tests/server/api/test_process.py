@@ -20,9 +20,10 @@ from server.engine.fake import FakeEngine
 from server.settings import Settings, child_environment
 from server.tenancy.keys import operator_key
 from tests.fixtures.services import empty
-from tests.server.api.conftest import toy_base, until
+from tests.server.api.conftest import toy_base
 from tests.server.api.generation.tokenizers import byte_level_tokenizer
 from tests.server.api.loops import LoopThread
+from tests.waiting import PATIENCE, until
 
 # an API process whose one route says whether its end of the connection sends what it has at once
 PROMPT_SENDER = """
@@ -62,7 +63,7 @@ class Api:
             self.process = subprocess.Popen(command, pass_fds=[fd], env=environment, cwd=Path.cwd())
             url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         self.http = httpx.Client(base_url=url, headers={"authorization": f"Bearer {key}"}, timeout=30)
-        until(lambda: self.http.get("/readyz").status_code == 200, seconds=60)
+        until(lambda: self.http.get("/readyz").status_code == 200)
 
     def close(self) -> None:
         self.http.close()
@@ -103,10 +104,10 @@ def test_sigterm_lets_streams_finish_within_the_limit(
             time.sleep(0.2)
             assert api.http.get("/readyz").status_code == 503
             assert api.http.post("/v1/completions", json=BODY).status_code == 503
-            thread.join(15)
+            thread.join(PATIENCE)
             final = answers[0].text.rstrip().rsplit("data: ", 1)[1]
             assert (final if final == "[DONE]" else json.loads(final)["error"]["code"]) == last
-            assert api.process.wait(10) == 0
+            assert api.process.wait(PATIENCE) == 0
         finally:
             api.close()
 
@@ -120,7 +121,8 @@ def test_what_is_sent_waits_for_no_acknowledgement() -> None:
             answer = httpx.get(f"http://127.0.0.1:{listener.getsockname()[1]}/", timeout=60)
             assert answer.json() == [1]
             process.terminate()
-            assert process.wait(20) in (0, -signal.SIGTERM)  # uvicorn raises the signal again at its end
+            ended = process.wait(PATIENCE)
+            assert ended in (0, -signal.SIGTERM)  # uvicorn raises the signal again at its end
         finally:
             process.kill()
             process.wait()

@@ -18,8 +18,9 @@ from server.logs import request_id
 from server.settings import Settings
 from server.tracing import Tracing
 from tests.fixtures.services import empty
-from tests.server.api.conftest import System, running, until
+from tests.server.api.conftest import System, running
 from tests.server.api.generation.tokenizers import byte_level_tokenizer
+from tests.waiting import until
 
 PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 PROMPT = "a secret prompt"

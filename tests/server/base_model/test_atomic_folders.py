@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from server.base_model.atomic_folders import build_once
+from tests.waiting import PATIENCE
 
 
 def test_a_cut_build_leaves_nothing_and_the_next_one_succeeds(tmp_path: Path) -> None:
@@ -44,6 +45,6 @@ def test_two_starters_build_once(tmp_path: Path) -> None:
     for starter in starters:
         starter.start()
     for starter in starters:
-        starter.join(10)
+        starter.join(PATIENCE)
     assert len(builds) == 1
     assert (tmp_path / "m" / "f").exists()

@@ -54,6 +54,22 @@ def test_version(run: Run) -> None:
     assert run("--version") == (0, f"{__version__}\n", "")
 
 
+def test_usage_of_one_tenant_and_of_all(run: Run, system: System) -> None:
+    made = dict(line.split() for line in run("tenants", "add", "thrifty").out.splitlines())
+    assert run("usage", "--key", made["key"]) == (0, "", "")
+    with system.http(made["key"]) as client:
+        asked = {"model": "toy", "prompt": "hello", "max_tokens": 3}
+        assert client.post("/v1/completions", json=asked).status_code == 200
+    [line] = run("usage", "--key", made["key"], "--by", "adapter").out.splitlines()
+    _, tenant, adapter, key, requests, _, _, generated, *_ = line.split("\t")
+    assert (tenant, adapter, key, requests, generated) == ("", "toy", "", "1", "3")
+    lines = run("usage", "--by", "tenant", "--csv", "--start", "2026-01-01").out.splitlines()
+    assert lines[0].startswith("date,tenant,adapter,key,requests,")
+    assert sum(made["id"] in line for line in lines) == 1
+    assert sum(line == lines[0] for line in lines) == 1
+    assert run("usage", "--start", "soon").status == 1
+
+
 def test_a_tenant_is_made_and_its_key_works_until_revoked(run: Run) -> None:
     made = dict(line.split() for line in run("tenants", "add", "acme").out.splitlines())
     assert f"{made['id']}\tacme" in run("tenants", "list").out.splitlines()
@@ -70,6 +86,57 @@ def test_a_tenant_gets_a_second_key(run: Run, system: System) -> None:
     made = dict(line.split() for line in run("tenants", "keys", tenant, "--new").out.splitlines())
     assert len(run("tenants", "keys", tenant).out.split()) == 2
     assert run("adapters", "list", "--key", made["secret"]).status == 0
+
+
+def test_keys_have_terms_and_are_rotated(run: Run) -> None:
+    tenant = run("tenants", "add", "with keys").out.split()[1]
+    terms = ("--name", "CI", "--scope", "read", "--scope", "adapters", "--expires-in", "30d")
+    made = dict(line.split() for line in run("tenants", "keys", tenant, "--new", *terms).out.splitlines())
+    assert run("adapters", "list", "--key", made["secret"]).status == 0
+    lines = run("keys", "list", "--tenant", tenant).out.splitlines()
+    [line] = [line for line in lines if line.startswith(made["id"])]
+    id_, name, scopes, expires, last_used, addresses = line.split("\t")
+    assert (id_, name, scopes, last_used, addresses) == (made["id"], "CI", "adapters,read", "-", "-")
+    assert expires.startswith("20")
+
+    rotated = dict(
+        line.split() for line in run("tenants", "rotate", tenant, id_, "--overlap", "0s").out.splitlines()
+    )
+    assert run("adapters", "list", "--key", made["secret"]).status == 1
+    assert run("adapters", "list", "--key", rotated["secret"]).status == 0
+    refused = run("keys", "new", "--key", rotated["secret"])
+    assert "takes a key with all scopes" in refused.err
+    wrong = run("tenants", "rotate", tenant, id_, "--overlap", "soon")
+    assert "--overlap must be a time such as 30d, 12h, 10m or 60s" in wrong.err
+    assert "are for --new" in run("tenants", "keys", tenant, "--name", "x").err
+
+
+def test_a_tenant_manages_its_own_keys(run: Run) -> None:
+    own = ("--key", run("tenants", "add", "own keys").out.split()[3])
+    made = dict(
+        line.split() for line in run("keys", "new", "--address", "127.0.0.0/8", *own).out.splitlines()
+    )
+    assert made["id"] in run("keys", "list", *own).out
+    assert run("keys", "rotate", made["id"], *own).out.startswith(f"id      {made['id']}\nsecret  pp-")
+    assert run("keys", "revoke", made["id"], *own).out == f"{made['id']} is revoked.\n"
+    assert run("keys", "list", "--tenant", "operator").out.split("\t")[:2] == ["operator", "admin.key"]
+
+
+def test_the_audit_log_is_shown_and_exported(run: Run) -> None:
+    tenant, secret = run("tenants", "add", "audited").out.split()[1::2]
+    run("keys", "new", "--name", "second", "--key", secret)
+    rows = [line.split("\t") for line in run("audit", "--tenant", tenant).out.splitlines()]
+    assert [(row[1], row[3], row[5]) for row in rows] == [
+        (tenant, "key.create", "done"),
+        (tenant, "tenant.create", "done"),
+    ]
+    own = run("audit", "--own", "--key", secret, "--format", "jsonl", "--action", "key.").out
+    assert [json.loads(line)["details"]["name"] for line in own.splitlines()] == ["second"]
+    table = run("audit", "--since", "1h", "--outcome", "done", "--format", "csv").out.splitlines()
+    assert table[0].startswith("id,time,tenant,actor")
+    assert len(table) > 2
+    assert run("audit", "--outcome", "good").status == 1
+    assert run("audit", "--format", "csv", "--key", secret).err == "This route needs the operator's key.\n"
 
 
 def test_a_tenants_limits_are_shown_and_changed(run: Run) -> None:
@@ -92,6 +159,15 @@ def test_a_tenants_limits_are_shown_and_changed(run: Run) -> None:
         refused = run("tenants", "limits", tenant, "--tokens-per-minute", value)
         assert refused.status != 0
         assert said in " ".join(refused.err.split())
+    assert shown("--priority", "batch", "--jobs", "0")["priority"] == "batch batch"
+    refused = run("tenants", "limits", tenant, "--priority", "urgent")
+    assert "priority should be 'interactive', 'standard' or 'batch', not 'urgent'." in refused.err
+    [key_id] = run("tenants", "keys", tenant).out.split()
+    of_key = run("tenants", "limits", tenant, "--key-id", key_id, "--tokens-per-minute", "900").out
+    assert "tokens_per_minute\t900\t500" in of_key  # the tenant's is tighter
+    assert "jobs" not in of_key
+    assert run("tenants", "limits", tenant, "--adapter", "none").err.startswith("The model 'none' does not")
+    assert run("tenants", "limits", tenant, "--key-id", "key_none").err == "There is no key 'key_none'.\n"
     assert run("tenants", "limits", "ten_none").err == "There is no tenant 'ten_none'.\n"
 
 

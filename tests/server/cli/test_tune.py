@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 
 from server.finetune.jobs.job import JobError
-from tests.server.api.conftest import System, until
+from tests.server.api.conftest import System
 from tests.server.api.fine_tuning.training import Worker, chats, jsonl
 from tests.server.cli.conftest import Run
+from tests.waiting import PATIENCE, until
 
 JOBS = "/v1/fine_tuning/jobs"
 SIDE = {"loss": 2.5, "perplexity": 12.18, "token_accuracy": 0.25, "exact_match": 0.0}
@@ -79,7 +80,7 @@ def working(system: System, key: str, work: Callable[[Worker], None]) -> Iterato
 
     def run() -> None:
         try:
-            until(lambda: job(system, key)["status"] == "queued", 20)
+            until(lambda: job(system, key)["status"] == "queued")
             work(Worker(system, job(system, key)["id"]))
         except BaseException as fault:  # noqa: BLE001 - raised again in the test's own thread
             faults.append(fault)
@@ -89,7 +90,7 @@ def working(system: System, key: str, work: Callable[[Worker], None]) -> Iterato
     try:
         yield
     finally:
-        thread.join(30)
+        thread.join(PATIENCE)
     if faults:
         raise faults[0]
 
@@ -245,7 +246,7 @@ def test_ctrl_c_leaves_the_job_alone_and_says_how_to_come_back(system: System, k
         id_ = process.stderr.readline().split()[1].rstrip(".")
         assert "examples of" in process.stderr.readline() + process.stderr.readline()
         process.send_signal(signal.SIGINT)
-        _, said = process.communicate(timeout=20)
+        _, said = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130
     assert said.splitlines()[-1] == (
         f"The job goes on. To end it: polypeft jobs cancel {id_} --url {system.url}"

@@ -33,6 +33,7 @@ from server.errors import (
     Unavailable,
 )
 from server.settings import Settings, child_environment
+from tests.waiting import eventually
 
 BASE = Base(
     "toy", "llama", "d" * 64, 2, 16, 2, 8, 100, 256, {"wte": Site("wte", "embedding", 100, 16, False)}
@@ -129,7 +130,7 @@ async def engine(request: pytest.FixtureRequest, address: str) -> AsyncIterator[
 async def connected(engine: Fake | Real) -> AsyncIterator[EngineClient]:
     client = EngineClient(engine.address)
     await client.start()
-    await until(lambda: client.ready, 60)
+    await eventually(lambda: client.ready)
     try:
         yield client
     finally:
@@ -150,19 +151,12 @@ async def running(address: str) -> AsyncIterator[tuple[FakeEngine, EngineClient]
     engine, client = FakeEngine(address, BASE), EngineClient(address)
     await engine.start()
     await client.start()
-    await until(lambda: client.ready)
+    await eventually(lambda: client.ready)
     try:
         yield engine, client
     finally:
         await client.close()
         await engine.close()
-
-
-async def until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen in time"
-        await asyncio.sleep(0.01)
 
 
 def row(
@@ -219,7 +213,7 @@ async def test_closing_the_stream_cancels_the_rows(engine: Fake | Real) -> None:
         async with aclosing(client.generate(row("a", LONG), row("b", LONG))) as chunks:
             await anext(chunks)
         assert client.rows == 0
-        await until(lambda: rows_running(client) == 0, 2)
+        await eventually(lambda: rows_running(client) == 0, 2)
 
 
 async def test_one_row_of_several_can_be_cancelled(engine: Fake | Real) -> None:
@@ -234,10 +228,10 @@ async def test_one_row_of_several_can_be_cancelled(engine: Fake | Real) -> None:
 async def test_a_cancelled_task_cancels_the_row(engine: Fake | Real) -> None:
     async with connected(engine) as client:
         task = asyncio.create_task(collect(client, row("a", LONG)))
-        await until(lambda: client.rows == 1)
+        await eventually(lambda: client.rows == 1)
         task.cancel()
-        await until(lambda: client.rows == 0)
-        await until(lambda: rows_running(client) == 0, 2)
+        await eventually(lambda: client.rows == 0)
+        await eventually(lambda: rows_running(client) == 0, 2)
 
 
 async def test_a_failed_row_raises_its_error_and_no_other_does(engine: Fake | Real) -> None:
@@ -268,7 +262,7 @@ async def test_a_dead_engine_ends_every_row_at_once_and_its_successor_serves(eng
     async with connected(engine) as client:
         before = await collect(client, row("before"))
         tasks = [asyncio.create_task(collect(client, row(str(i), LONG))) for i in range(4)]
-        await until(lambda: client.rows == 4)
+        await eventually(lambda: client.rows == 4)
         started = time.monotonic()
         await engine.crash()
         results = await asyncio.gather(*tasks, return_exceptions=True)
@@ -278,7 +272,7 @@ async def test_a_dead_engine_ends_every_row_at_once_and_its_successor_serves(eng
         with pytest.raises(Unavailable):
             await collect(client, row("x"))
         await engine.start()
-        await until(lambda: client.ready, 60)
+        await eventually(lambda: client.ready)
         assert (await collect(client, row("after")))["after"] == before["before"]
 
 
@@ -288,7 +282,7 @@ async def test_a_silent_engine_loses_no_row_and_takes_new_ones(process: Real) ->
     async with connected(process) as client:
         expected = await collect(client, row("alone", LONG))
         running = asyncio.create_task(collect(client, row("running", LONG)))
-        await until(lambda: client.rows == 1)
+        await eventually(lambda: client.rows == 1)
         with stopped(process.pid):
             during = asyncio.create_task(collect(client, row("during", LONG)))
             check = asyncio.create_task(client.check(b"{}"))
@@ -299,7 +293,7 @@ async def test_a_silent_engine_loses_no_row_and_takes_new_ones(process: Real) ->
         assert (await running)["running"] == expected["alone"]
         assert (await during)["during"] == expected["alone"]
         assert (await check).error is not None
-        await until(lambda: client.silent_seconds < 2)
+        await eventually(lambda: client.silent_seconds < 2)
 
 
 async def test_a_silent_engine_does_not_answer(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -307,10 +301,10 @@ async def test_a_silent_engine_does_not_answer(address: str, monkeypatch: pytest
     async with running(address) as (engine, client):
         assert client.responsive
         engine.behaviour.mute = True
-        await until(lambda: not client.responsive)
+        await eventually(lambda: not client.responsive)
         assert client.ready
         engine.behaviour.mute = False
-        await until(lambda: client.responsive)
+        await eventually(lambda: client.responsive)
 
 
 async def test_rows_of_a_step_beyond_its_bound_end_and_say_so(address: str) -> None:
@@ -324,7 +318,7 @@ async def test_rows_of_a_step_beyond_its_bound_end_and_say_so(address: str) -> N
         with pytest.raises(EngineLost, match=r"has run for 301 s and its bound is 300 s"):
             await task
         engine.behaviour = Behaviour()
-        await until(lambda: client.ready)
+        await eventually(lambda: client.ready)
 
 
 async def test_a_command_that_cannot_be_read_or_obeyed_harms_nobody(process: Real) -> None:
@@ -381,16 +375,16 @@ async def test_a_check_of_what_is_no_manifest_is_refused_and_harms_nobody(proces
 
 async def test_stats_arrive(engine: Fake | Real) -> None:
     async with connected(engine) as client:
-        await until(lambda: client.stats is not None)
+        await eventually(lambda: client.stats is not None)
         start = generated(client)
         await collect(client, row())
-        await until(lambda: generated(client) == start + 8)
+        await eventually(lambda: generated(client) == start + 8)
 
 
 async def test_forget_reaches_the_engine(address: str) -> None:
     async with running(address) as (engine, client):
         client.forget("f" * 64)
-        await until(lambda: engine.forgotten == ["f" * 64])
+        await eventually(lambda: engine.forgotten == ["f" * 64])
 
 
 async def test_a_client_that_starts_first_finds_the_engine_later(address: str) -> None:
@@ -398,6 +392,6 @@ async def test_a_client_that_starts_first_finds_the_engine_later(address: str) -
     await client.start()
     assert not client.ready
     await engine.start()
-    await until(lambda: client.ready)
+    await eventually(lambda: client.ready)
     await client.close()
     await engine.close()

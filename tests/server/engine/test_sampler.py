@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.engine.sampler import Sampled, SampleRow, draw, uniform
+from server.engine.sampler import Sampled, SampleRow, _last_tokens, draw, uniform
 from server.messages import Sampling
 
 V = 1000
@@ -171,6 +171,28 @@ def test_a_flat_row_of_the_whole_vocabulary() -> None:
 def test_temperature_near_zero_is_greedy() -> None:
     x = logits(1)
     assert sample(x.clone(), [row(temperature=1e-40)])[0].token == int(x.argmax())
+
+
+def test_a_nucleus_of_nothing_is_greedy() -> None:
+    x = logits(1)
+    assert {sample(x.clone(), [row(seed, top_p=0.0)])[0].token for seed in range(20)} == {int(x.argmax())}
+
+
+@pytest.mark.parametrize(
+    ("words", "output", "banned"),
+    [
+        ([(7,)], [], [7]),
+        ([(7,), (1, 2)], [1], [7, 2]),
+        ([(1, 2)], [], []),
+        ([(1, 2)], [1, 3], []),
+        ([(1, 1, 2), (1, 2), (3, 1, 2)], [1, 1], [2, 2]),
+        ([(1, 2, 3, 4)], [2, 3], []),
+    ],
+)
+def test_a_bad_word_bans_the_token_that_would_complete_it(
+    words: list[tuple[int, ...]], output: list[int], banned: list[int]
+) -> None:
+    assert _last_tokens(words, output) == banned
 
 
 def test_a_banned_token_is_never_chosen() -> None:

@@ -5,6 +5,7 @@ import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 from redis.asyncio import Redis
 
@@ -15,6 +16,7 @@ from server.errors import Conflict, InvalidField, NotFound, PolypeftError, Quota
 from server.files.files import File, FileStore
 from server.files.uploads import Upload, Uploads
 from tests.fixtures.faults import Failing
+from tests.fixtures.services import held_to
 
 pytestmark = pytest.mark.anyio
 TEN = b"0123456789"
@@ -22,7 +24,7 @@ TEN = b"0123456789"
 
 @pytest.fixture
 def files(redis: Redis, objects: Objects) -> FileStore:
-    return FileStore(redis, objects, max_files=3, max_bytes=40)
+    return FileStore(redis, objects, max_files=3, limits_of=held_to(file_bytes=40))
 
 
 @pytest.fixture
@@ -95,6 +97,33 @@ async def test_others_files_and_unknown_ones_are_one_answer(files: FileStore, so
     assert await files.get("owner", file.id) == file
 
 
+async def test_an_expired_file_is_hidden_then_deleted_unless_a_job_needs_it(
+    files: FileStore, source: Source, objects: Objects, redis: Redis
+) -> None:
+    sha256 = hashlib.sha256(TEN).hexdigest()
+    kept = await add(files, source)
+    file = await files.add("t", source(TEN), "a.jsonl", sha256, size=10, purpose="fine-tune", life=3600)
+    needed: set[str] = {file.id}
+
+    async def of_jobs(_tenant: str) -> set[str]:
+        return needed
+
+    assert (await files.get("t", file.id)).expires == file.created + 3600
+    assert await files.delete_expired(of_jobs) == 0
+    record = msgspec.json.encode(msgspec.structs.replace(file, expires=1))
+    await redis.hset("pp:files:t", file.id, record)
+    await redis.zadd("pp:files:expiring", {f"t/{file.id}": 1, "t/file-gone": 1})
+    with pytest.raises(NotFound):
+        await files.get("t", file.id)
+    assert await files.list("t") == [kept]
+    assert await files.delete_expired(of_jobs) == 0
+    assert (await files.get("t", file.id, expired=True)).id == file.id
+    needed.clear()
+    assert await files.delete_expired(of_jobs) == 1
+    assert await objects.list("tenants") == [kept.key]
+    assert await redis.zcard("pp:files:expiring") == 0
+
+
 async def test_caps_count_files_and_bytes(files: FileStore, source: Source, objects: Objects) -> None:
     await add(files, source, TEN * 3)
     for data in (TEN * 2, TEN):
@@ -152,7 +181,7 @@ async def test_a_store_that_fails_anywhere_leaves_no_bytes_behind(
     for at in range(1, 12):
         await redis.flushall()
         failing = Failing(objects, at, after=after)
-        files = FileStore(redis, failing, max_files=3, max_bytes=40)  # type: ignore[arg-type]
+        files = FileStore(redis, failing, max_files=3, limits_of=held_to(file_bytes=40))  # type: ignore[arg-type]
         uploads = Uploads(redis, failing, files, max_bytes=30, max_pending=2)  # type: ignore[arg-type]
         try:
             await files.delete("t", (await add(files, source)).id)

@@ -121,7 +121,9 @@ async def test_without_room_writes_are_refused_as_a_whole_and_reads_go_on(redis:
         for write in (tenants.create("full"), tenants.add_key(tenant.id)):
             with pytest.raises(InsufficientStorage):
                 await write
-        assert await tenants.authenticate(secret) == (tenant, NO_LIMITS)
+        caller = await tenants.authenticate(secret)
+        assert caller is not None
+        assert (caller.tenant, caller.limits) == (tenant, NO_LIMITS)
         assert [found.name for found in await tenants.list()] == ["before"]
         disk.state = "whole"
         await until(redis, REFUSE_WRITES, "0")

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from server.errors import StartupError
 from server.settings import MULTIPROCESS, Settings
 from server.supervisor.embedded_valkey import wait_until_answering
 from server.supervisor.resources import embedded_url
+from tests.waiting import PATIENCE, until
 
 PARENT = """
 import sys, json, pathlib
@@ -124,13 +125,6 @@ class System:
         return (self.folder / "log").read_text()
 
 
-def until(condition: Callable[[], Any], explain: Callable[[], str] = str, seconds: float = 20) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, explain()
-        time.sleep(0.02)
-
-
 def alive(pid: int) -> bool:
     try:
         return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
@@ -145,7 +139,7 @@ def system(tmp_path: Path) -> Iterator[System]:
     for process in it.started:
         if process.poll() is None:
             process.kill()
-        process.wait(10)
+        process.wait(PATIENCE)
 
 
 def test_it_starts_and_stops_as_one(system: System) -> None:
@@ -156,7 +150,7 @@ def test_it_starts_and_stops_as_one(system: System) -> None:
     assert (system.settings.run_dir.stat().st_mode & 0o777) == 0o700
 
     parent.send_signal(signal.SIGTERM)
-    assert parent.wait(10) == 0
+    assert parent.wait(PATIENCE) == 0
     assert not any(alive(child.pid) for child in children)
 
 
@@ -211,11 +205,11 @@ def test_several_api_processes_share_the_port_and_come_back_each(tmp_path: Path)
         assert numbers()[system.pids("api")[-1]] == number
         assert "The api 2 process was ended by SIGKILL" in system.log()
         parent.send_signal(signal.SIGTERM)
-        assert parent.wait(10) == 0
+        assert parent.wait(PATIENCE) == 0
         assert not any(map(alive, system.pids("api")))
     finally:
         parent.kill()
-        parent.wait(10)
+        parent.wait(PATIENCE)
 
 
 def test_workers_come_after_readiness_and_come_back_when_they_die(tmp_path: Path) -> None:
@@ -230,12 +224,12 @@ def test_workers_come_after_readiness_and_come_back_when_they_die(tmp_path: Path
         until(lambda: len(system.pids("worker")) == 3, system.log)
         assert re.search(r"The worker [12] process was ended by SIGKILL", system.log())
         parent.send_signal(signal.SIGTERM)
-        assert parent.wait(10) == 0
+        assert parent.wait(PATIENCE) == 0
         assert not any(map(alive, system.pids("worker")))
         assert "failed" not in system.log()
     finally:
         parent.kill()
-        parent.wait(10)
+        parent.wait(PATIENCE)
 
 
 def test_the_api_drains_while_a_worker_saves(tmp_path: Path) -> None:
@@ -250,10 +244,10 @@ def test_the_api_drains_while_a_worker_saves(tmp_path: Path) -> None:
         until(lambda: not alive(system.pid("api")), system.log)
         assert alive(system.pid("worker"))
         assert alive(system.pid("engine"))
-        assert parent.wait(10) == 0
+        assert parent.wait(PATIENCE) == 0
     finally:
         parent.kill()
-        parent.wait(10)
+        parent.wait(PATIENCE)
 
 
 def test_requests_in_flight_are_drained(system: System) -> None:
@@ -264,9 +258,9 @@ def test_requests_in_flight_are_drained(system: System) -> None:
     ) as client:
         until((system.folder / "asked").exists, system.log)
         parent.send_signal(signal.SIGTERM)
-        out, _ = client.communicate(timeout=60)
+        out, _ = client.communicate(timeout=PATIENCE)
     assert out.strip() == b"ok"
-    assert parent.wait(10) == 0
+    assert parent.wait(PATIENCE) == 0
 
 
 def test_a_second_signal_ends_it_at_once(system: System) -> None:
@@ -284,7 +278,7 @@ def test_a_second_signal_ends_it_at_once(system: System) -> None:
 def test_a_refusal_is_one_sentence_and_no_restart(system: System) -> None:
     system.child("engine", "from server.errors import StartupError; raise StartupError('No such model.')")
     parent = system.start()
-    assert parent.wait(20) == 1
+    assert parent.wait(PATIENCE) == 1
     assert "No such model." in system.log()
     assert "Traceback" not in system.log()
     assert len(system.pids("engine")) == 1
@@ -293,7 +287,7 @@ def test_a_refusal_is_one_sentence_and_no_restart(system: System) -> None:
 def test_a_crash_before_the_first_readiness_ends_it(system: System) -> None:
     system.child("engine", "os._exit(3)")
     system.child("api", "time.sleep(600)")  # not ready before the engine is
-    assert system.start().wait(20) == 1
+    assert system.start().wait(PATIENCE) == 1
     assert "The engine process ended with status 3 before the server was ready." in system.log()
 
 
@@ -301,7 +295,7 @@ def test_a_second_serve_on_the_same_data_is_refused(system: System) -> None:
     first = system.start()
     system.ready()
     second = system.start()
-    assert second.wait(10) == 1
+    assert second.wait(PATIENCE) == 1
     assert "is in use by another polypeft serve" in system.log()
     assert first.poll() is None
 
@@ -310,7 +304,7 @@ def test_a_taken_port_is_a_sentence(system: System) -> None:
     system.start()
     port = int(system.ready().rpartition(":")[2])
     system.settings = system.settings.model_copy(update={"port": port, "data_dir": system.folder / "other"})
-    assert system.start().wait(10) == 1
+    assert system.start().wait(PATIENCE) == 1
     assert f"Cannot listen on 127.0.0.1:{port}" in system.log()
 
 
@@ -359,7 +353,7 @@ def test_a_long_data_dir_gets_a_short_run_dir(tmp_path: Path) -> None:
         assert len(str(system.settings.run_dir / "valkey.sock")) < 108
     finally:
         parent.terminate()
-        parent.wait(10)
+        parent.wait(PATIENCE)
 
 
 def test_log_lines_name_their_process(system: System) -> None:
@@ -390,7 +384,7 @@ def test_figures_begin_with_a_serve_and_each_worker_has_a_port(tmp_path: Path) -
         )
     finally:
         parent.send_signal(signal.SIGTERM)
-        parent.wait(10)
+        parent.wait(PATIENCE)
 
 
 # beats, and then stands still altogether; the next one beats on
@@ -418,7 +412,7 @@ def test_an_engine_that_is_silent_for_longer_than_any_request_is_killed(tmp_path
         time.sleep(4.0)  # it is heard all the time
         assert alive(first)
         (tmp_path / "freeze").touch()
-        until(lambda: len(system.pids("engine")) == 2, system.log, 60)
+        until(lambda: len(system.pids("engine")) == 2, system.log)
         said = [json.loads(line)["message"] for line in system.log().splitlines()]
         killed = [line for line in said if f"The engine process {first} has been silent for" in line]
         assert len(killed) == 1
@@ -426,7 +420,7 @@ def test_an_engine_that_is_silent_for_longer_than_any_request_is_killed(tmp_path
         assert alive(system.pid("engine"))
     finally:
         parent.terminate()
-        parent.wait(20)
+        parent.wait(PATIENCE)
 
 
 def test_an_engine_that_has_not_been_heard_yet_is_waited_for(tmp_path: Path) -> None:
@@ -440,4 +434,4 @@ def test_an_engine_that_has_not_been_heard_yet_is_waited_for(tmp_path: Path) -> 
         assert system.pids("engine") == [first]
     finally:
         parent.terminate()
-        parent.wait(20)
+        parent.wait(PATIENCE)

@@ -7,17 +7,22 @@ from redis.asyncio import Redis
 from adapters_store.valkey import connect
 from server.errors import InvalidField, NotFound, StoreError
 from server.tenancy.keys import KEY_LENGTH, new_secret
-from server.tenancy.limits import NO_LIMITS
-from server.tenancy.tenants import Tenants
+from server.tenancy.limits import NO_LIMITS, Limits
+from server.tenancy.tenants import Tenant, Tenants
 
 pytestmark = pytest.mark.anyio
+
+
+async def whose(tenants: Tenants, secret: str) -> tuple[Tenant, Limits] | None:
+    caller = await tenants.authenticate(secret)
+    return caller and (caller.tenant, caller.limits)
 
 
 async def test_a_secret_opens_its_own_tenant_only(tenants: Tenants) -> None:
     a, key_of_a = await tenants.create("a", weight=2.0)
     b, key_of_b = await tenants.create("b")
-    assert await tenants.authenticate(key_of_a) == (a, NO_LIMITS)
-    assert await tenants.authenticate(key_of_b) == (b, NO_LIMITS)
+    assert await whose(tenants, key_of_a) == (a, NO_LIMITS)
+    assert await whose(tenants, key_of_b) == (b, NO_LIMITS)
     assert (a.id, a.name, a.weight) != (b.id, b.name, b.weight)
     assert {t.id for t in await tenants.list()} == {a.id, b.id}
 
@@ -43,11 +48,11 @@ async def test_a_revoked_key_fails_at_once_and_the_others_stay(tenants: Tenants,
     tenant, first = await tenants.create("a")
     info, second = await tenants.add_key(tenant.id)
     elsewhere = connect(valkey_url)
-    assert await Tenants(elsewhere).authenticate(second) == (tenant, NO_LIMITS)
+    assert await whose(Tenants(elsewhere), second) == (tenant, NO_LIMITS)
     await tenants.revoke(tenant.id, info.id)
     assert await Tenants(elsewhere).authenticate(second) is None
-    assert await tenants.authenticate(first) == (tenant, NO_LIMITS)
-    assert info.id not in [key.id for key in await tenants.keys(tenant.id)]
+    assert await whose(tenants, first) == (tenant, NO_LIMITS)
+    assert info.id not in [key.info.id for key in await tenants.keys(tenant.id)]
     with pytest.raises(NotFound):
         await tenants.revoke(tenant.id, info.id)
     await elsewhere.aclose()
@@ -58,8 +63,8 @@ async def test_one_tenant_cannot_revoke_anothers_key(tenants: Tenants) -> None:
     b, _ = await tenants.create("b")
     (key,) = await tenants.keys(a.id)
     with pytest.raises(NotFound):
-        await tenants.revoke(b.id, key.id)
-    assert await tenants.authenticate(secret) == (a, NO_LIMITS)
+        await tenants.revoke(b.id, key.info.id)
+    assert await whose(tenants, secret) == (a, NO_LIMITS)
 
 
 async def test_no_secret_is_kept(tenants: Tenants, redis: Redis) -> None:
@@ -108,7 +113,7 @@ async def test_cancelled_calls_never_answer_somebody_else(valkey_url: str, redis
     async def ask(i: int) -> None:
         nonlocal answered
         tenant, secret = made[i % len(made)]
-        assert await tenants.authenticate(secret) == (tenant, NO_LIMITS)
+        assert await whose(tenants, secret) == (tenant, NO_LIMITS)
         answered += 1
 
     for _ in range(20):
@@ -123,5 +128,5 @@ async def test_cancelled_calls_never_answer_somebody_else(valkey_url: str, redis
     assert cancelled > 20
     assert len(client.connection_pool._in_use_connections) == 0, "a place in the pool is lost"
     for tenant, secret in made:
-        assert await tenants.authenticate(secret) == (tenant, NO_LIMITS)
+        assert await whose(tenants, secret) == (tenant, NO_LIMITS)
     await client.aclose()

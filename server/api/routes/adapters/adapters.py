@@ -20,12 +20,14 @@ from server.api.adapters.json_objects import (
 from server.api.adapters.publish import AdapterUpload, publish
 from server.api.adapters.upload_form import CONFIG, INTERFACE, adapter_form, check_files
 from server.api.generation.model_selection import exact_version
-from server.api.http.dependencies import Actor, CurrentTenant, Deps, current_tenant
+from server.api.http.audited import Change
+from server.api.http.dependencies import Actor, CurrentChange, CurrentTenant, Deps, current_tenant
 from server.api.http.error_responses import json_response
 from server.api.http.etags import MatchOnly, etag_header
 from server.api.http.list_page import check_limit, list_page
 from server.api.http.multipart import Upload, receive_form
 from server.api.http.temp_files import stored_file, temp_folder
+from server.api.schema.forms import form
 from server.api.services import Services
 from server.errors import InvalidField, NotFound, shown
 from server.tenancy.tenants import Tenant
@@ -34,24 +36,39 @@ router = APIRouter(prefix="/v1/adapters", dependencies=[Depends(current_tenant)]
 
 MAX_PAGE = 100
 MAX_EVALUATIONS = 20
+ADAPTER_FORM = form(
+    "files",
+    {
+        "name": "The adapter's name; one that exists gets a new version.",
+        "sha256": "Of the weights file.",
+        "allow_noop": "true: also an adapter that changes no output.",
+    },
+    many=True,
+    required=("name",),
+)
 
 
-@router.post("")
-async def upload_adapter(request: Request, deps: Deps, tenant: CurrentTenant, actor: Actor) -> Response:
+@router.post("", status_code=201, openapi_extra=ADAPTER_FORM)
+async def upload_adapter(
+    request: Request, deps: Deps, tenant: CurrentTenant, actor: Actor, change: CurrentChange
+) -> Response:
     """multipart/form-data: `name`, `files` (repeated); optional: `sha256` of the weights file, and
     `allow_noop=true` to accept an adapter that changes no output.
 
     With `If-None-Match: *` an adapter that exists is a conflict, and gets no version.
     """
-    return await receive_adapter(request, deps, tenant, actor)
+    return await receive_adapter(request, deps, tenant, actor, change)
 
 
-async def receive_adapter(request: Request, deps: Services, tenant: Tenant, actor: str) -> Response:
+async def receive_adapter(
+    request: Request, deps: Services, tenant: Tenant, actor: str, change: Change
+) -> Response:
     """Receive and publish an upload for `tenant`, made by `actor`."""
     deps.refuse_if_draining()
     form, seconds = adapter_form(deps.settings), deps.settings.request_seconds
     with temp_folder(deps.settings) as folder:
         upload = await receive_form(request, Path(folder), form, seconds)
+        change.of(upload.fields.get("name", ""))
         create_only = request.headers.get("if-none-match") == "*"
         noop = _flag(upload.fields.get("allow_noop", "false"), "allow_noop")
         files = await uploaded_files(deps, upload)
@@ -64,6 +81,7 @@ async def receive_adapter(request: Request, deps: Services, tenant: Tenant, acto
             allow_noop=noop,
             actor=actor,
         )
+    change.of(f"{version.name}@{version.version}", digest=version.digest)
     headers = {"Location": f"/v1/adapters/{version.name}"}
     return json_response(uploaded_object(version, upload.dropped), 201, headers)
 
@@ -106,6 +124,7 @@ async def delete_adapter(
     deps: Deps,
     tenant: CurrentTenant,
     actor: Actor,
+    change: CurrentChange,
     name: str,
     condition: MatchOnly,
     purge: str = "false",
@@ -115,13 +134,19 @@ async def delete_adapter(
     It can be restored for `retention_seconds`; with `purge=true` neither it nor earlier deleted versions can.
     """
     forever = _flag(purge, "purge")
+    change.of(name, purge=forever)
     await delete(deps, tenant.id, name, None, actor, condition=condition, purge=forever)
     return json_response({"id": name, "object": "adapter", "deleted": True, "purged": forever})
 
 
 @router.post("/{name}/restore")
 async def restore_adapter(
-    deps: Deps, tenant: CurrentTenant, actor: Actor, name: str, version: str | None = None
+    deps: Deps,
+    tenant: CurrentTenant,
+    actor: Actor,
+    change: CurrentChange,
+    name: str,
+    version: str | None = None,
 ) -> Response:
     """Restore the deleted versions of the name, all or one, and the aliases that were deleted with them."""
     number = None if version is None else version_number(version)
@@ -129,6 +154,7 @@ async def restore_adapter(
         raise InvalidField(
             f"version must be a number from 1 to {MAX_VERSION}, not {shown(version)}.", param="version"
         )
+    change.of(name, version=number)
     await deps.registry.restore(tenant.id, name, number, actor=actor)
     adapter = await deps.registry.get(tenant.id, name)
     return json_response(adapter_object(adapter), headers=etag_header(adapter.etag))
@@ -136,7 +162,7 @@ async def restore_adapter(
 
 @router.get("/{name}/history")
 async def get_history(deps: Deps, tenant: CurrentTenant, name: str) -> Response:
-    """The audit log, newest first; also of a deleted adapter."""
+    """How versions and aliases changed, newest first; also of a deleted adapter."""
     entries = await deps.registry.history(tenant.id, name)
     return json_response({"object": "list", "data": [change_object(entry) for entry in entries]})
 
@@ -155,6 +181,7 @@ async def delete_version(
     deps: Deps,
     tenant: CurrentTenant,
     actor: Actor,
+    change: CurrentChange,
     name: str,
     version: str,
     condition: MatchOnly,
@@ -162,6 +189,7 @@ async def delete_version(
 ) -> Response:
     """One version. With `purge=true`, which is as for an adapter, also one that is deleted already."""
     forever, number = _flag(purge, "purge"), version_number(version)
+    change.of(name, version, purge=forever)
     if number is None:
         number = (await exact_version(deps, tenant.id, name, version)).version
     await delete(deps, tenant.id, name, number, actor, condition=condition, purge=forever)

@@ -13,7 +13,7 @@ from adapters_store.index.records import Alias
 from server.api.adapters.json_objects import adapter_object, alias_object
 from server.api.generation.model_selection import adapter_ref
 from server.api.http.body_model import Body, at_most_entries
-from server.api.http.dependencies import Actor, CurrentTenant, Deps, current_tenant
+from server.api.http.dependencies import Actor, CurrentChange, CurrentTenant, Deps, current_tenant
 from server.api.http.error_responses import json_response
 from server.api.http.etags import Condition, MatchOnly, etag_header
 from server.api.http.json_body import json_body
@@ -54,6 +54,7 @@ async def set_alias(
     deps: Deps,
     tenant: CurrentTenant,
     actor: Actor,
+    change: CurrentChange,
     name: str,
     condition: Condition,
     body: Annotated[AliasBody, Depends(json_body(AliasBody))],
@@ -62,6 +63,7 @@ async def set_alias(
 
     With `If-None-Match: *` an alias that exists is a conflict.
     """
+    change.of(name, body.alias, target=body.points)
     await deps.registry.aliases.set(
         tenant.id, name, body.alias, body.points, actor=actor, condition=condition
     )

@@ -29,7 +29,7 @@ from server.api.adapters.json_objects import uploaded_object
 from server.api.adapters.publish import AdapterUpload, check_adapter_name, publish
 from server.api.adapters.upload_form import check_files, kept
 from server.api.http.body_model import Body, at_most_entries
-from server.api.http.dependencies import Actor, CurrentTenant, Deps, current_tenant
+from server.api.http.dependencies import Actor, CurrentChange, CurrentTenant, Deps, current_tenant
 from server.api.http.error_responses import json_response
 from server.api.http.json_body import json_body
 from server.api.http.multipart import StoredFile, Upload
@@ -60,21 +60,24 @@ class FileBody(Body):
     bytes: Annotated[int, Field(ge=1)]
 
 
-class CreateBody(Body):
+class AdapterUploadBody(Body):
     name: str
     files: Annotated[list[FileBody], BeforeValidator(at_most_entries(MAX_FILES)), Field(min_length=1)]
     create_only: bool = False
     allow_noop: bool = False
 
 
-class CompleteBody(Body):
+class DigestsBody(Body):
     # by the files' names
     sha256: Annotated[dict[str, str], BeforeValidator(at_most_entries(MAX_FILES)), Field(min_length=1)]
 
 
-@router.post("")
+@router.post("", status_code=201)
 async def create_upload(
-    deps: Deps, tenant: CurrentTenant, body: Annotated[CreateBody, Depends(json_body(CreateBody))]
+    deps: Deps,
+    tenant: CurrentTenant,
+    change: CurrentChange,
+    body: Annotated[AdapterUploadBody, Depends(json_body(AdapterUploadBody))],
 ) -> Response:
     """The answer leaves out files that an adapter does not need; only those in it are to be sent."""
     deps.refuse_if_draining()
@@ -96,6 +99,7 @@ async def create_upload(
         allow_noop=body.allow_noop,
         created=int(time.time()),
     )
+    change.of(upload.id, name=upload.name, bytes=size)
     await deps.files.scheduled_deletes.add([upload.prefix], LIFE_SECONDS + GRACE_SECONDS)
     answer = await _object(deps, await deps.presigned_uploads.create(upload))
     return json_response(answer | {"ignored": ignored(file.name for file in body.files)}, 201)
@@ -115,13 +119,14 @@ async def cancel_upload(deps: Deps, tenant: CurrentTenant, upload_id: str) -> Re
     return json_response(await _object(deps, await deps.presigned_uploads.get(tenant.id, upload_id)))
 
 
-@router.post("/{upload_id}/complete")
+@router.post("/{upload_id}/complete", status_code=201)
 async def complete_upload(
     deps: Deps,
     tenant: CurrentTenant,
     actor: Actor,
+    change: CurrentChange,
     upload_id: str,
-    body: Annotated[CompleteBody, Depends(json_body(CompleteBody))],
+    body: Annotated[DigestsBody, Depends(json_body(DigestsBody))],
 ) -> Response:
     """Idempotent. After a refusal the files may be PUT again and completed again."""
     deps.refuse_if_draining()
@@ -134,6 +139,7 @@ async def complete_upload(
         version = await deps.registry.resolve(tenant.id, upload.name, str(upload.version))
     else:
         raise ended(upload.id, upload.status)
+    change.of(upload_id, version=f"{version.name}@{version.version}", digest=version.digest)
     return json_response(uploaded_object(version), 201, {"Location": f"/v1/adapters/{version.name}"})
 
 
@@ -236,7 +242,7 @@ async def _clear(deps: Services, upload: PresignedUpload) -> None:
     await deps.files.scheduled_deletes.discard(upload.prefix, valid_seconds + GRACE_SECONDS)
 
 
-def _needed_files(deps: Services, body: CreateBody) -> list[AnnouncedFile]:
+def _needed_files(deps: Services, body: AdapterUploadBody) -> list[AnnouncedFile]:
     """The files that are needed. Raises InvalidField, InvalidAdapter, TooLarge, UnsupportedMedia."""
     files = [AnnouncedFile(file.name, file.bytes) for file in body.files if kept(file.name)]
     names = [file.name for file in files]
@@ -252,7 +258,7 @@ def _needed_files(deps: Services, body: CreateBody) -> list[AnnouncedFile]:
     return files
 
 
-def _digests(upload: PresignedUpload, body: CompleteBody) -> list[str]:
+def _digests(upload: PresignedUpload, body: DigestsBody) -> list[str]:
     """The digests in the order of the upload's files, in lower case. Raises InvalidField."""
     names = [file.name for file in upload.files]
     if body.sha256.keys() != set(names):

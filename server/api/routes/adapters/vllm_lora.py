@@ -13,7 +13,7 @@ from fastapi.responses import PlainTextResponse
 from server.api.adapters.publish import AdapterUpload, publish
 from server.api.adapters.upload_form import CONFIG, WEIGHTS
 from server.api.http.body_model import Body
-from server.api.http.dependencies import OPERATOR, Deps, operator
+from server.api.http.dependencies import OPERATOR, Actor, CurrentChange, Deps, operator
 from server.api.http.json_body import json_body
 from server.api.routes.adapters.adapters import delete
 from server.errors import InvalidAdapter, InvalidField, NotFound, shown
@@ -33,9 +33,15 @@ class UnloadBody(Body):
     lora_int_id: int | None = None
 
 
-@router.post("/load_lora_adapter")
-async def load(deps: Deps, body: Annotated[LoadBody, Depends(json_body(LoadBody))]) -> Response:
+@router.post("/load_lora_adapter", response_class=PlainTextResponse)
+async def load(
+    deps: Deps,
+    actor: Actor,
+    change: CurrentChange,
+    body: Annotated[LoadBody, Depends(json_body(LoadBody))],
+) -> Response:
     """With `load_inplace` an existing adapter gets a new version; without it that is a conflict."""
+    change.of(body.lora_name)
     if deps.settings.lora_folder is None:
         raise NotFound("Loading from paths is off: the operator has set no lora_folder.")
     folder = _inside(deps.settings.lora_folder, body.lora_path)
@@ -43,13 +49,19 @@ async def load(deps: Deps, body: Annotated[LoadBody, Depends(json_body(LoadBody)
     if not weights or not (folder / CONFIG).is_file():
         raise InvalidAdapter(f"lora_path must hold {CONFIG} and {' or '.join(WEIGHTS)}.", param="lora_path")
     files = AdapterUpload((CONFIG, folder / CONFIG), (weights[0], folder / weights[0]))
-    await publish(deps, OPERATOR, body.lora_name, files, create_only=not body.load_inplace, actor=OPERATOR.id)
+    await publish(deps, OPERATOR, body.lora_name, files, create_only=not body.load_inplace, actor=actor)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
 
-@router.post("/unload_lora_adapter")
-async def unload(deps: Deps, body: Annotated[UnloadBody, Depends(json_body(UnloadBody))]) -> Response:
-    await delete(deps, OPERATOR.id, body.lora_name, None, OPERATOR.id)
+@router.post("/unload_lora_adapter", response_class=PlainTextResponse)
+async def unload(
+    deps: Deps,
+    actor: Actor,
+    change: CurrentChange,
+    body: Annotated[UnloadBody, Depends(json_body(UnloadBody))],
+) -> Response:
+    change.of(body.lora_name)
+    await delete(deps, OPERATOR.id, body.lora_name, None, actor)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
 

@@ -1,34 +1,33 @@
-"""/admin/tenants/{id}/keys: a tenant's API keys. A secret is shown only when it is made."""
-
-from typing import Any
+"""/admin/tenants/{id}/keys: the keys of a tenant, and of the operator, whose id is `operator`."""
 
 from fastapi import APIRouter, Depends, Response
 
-from server.api.http.dependencies import Deps, operator
-from server.api.http.error_responses import json_response
-from server.tenancy.tenants import KeyInfo
+from server.api.http.dependencies import CurrentCaller, CurrentChange, Deps, operator
+from server.api.routes.keys import NewKey, Rotation, create, list_of, revoke, rotate
 
 router = APIRouter(prefix="/admin", dependencies=[Depends(operator)])
 
 
-@router.post("/tenants/{tenant_id}/keys")
-async def create_key(deps: Deps, tenant_id: str) -> Response:
-    info, secret = await deps.tenants.add_key(tenant_id)
-    return json_response(_key_object(info) | {"secret": secret}, 201)
+@router.post("/tenants/{tenant_id}/keys", status_code=201)
+async def create_key(
+    deps: Deps, caller: CurrentCaller, change: CurrentChange, tenant_id: str, body: NewKey
+) -> Response:
+    return await create(deps, caller, change, tenant_id, body)
 
 
 @router.get("/tenants/{tenant_id}/keys")
 async def list_keys(deps: Deps, tenant_id: str) -> Response:
-    keys = await deps.tenants.keys(tenant_id)
-    return json_response({"object": "list", "data": [_key_object(key) for key in keys]})
+    return await list_of(deps, tenant_id)
+
+
+@router.post("/tenants/{tenant_id}/keys/{key_id}/rotate")
+async def rotate_key(
+    deps: Deps, caller: CurrentCaller, change: CurrentChange, tenant_id: str, key_id: str, body: Rotation
+) -> Response:
+    return await rotate(deps, caller, change, tenant_id, key_id, body)
 
 
 @router.delete("/tenants/{tenant_id}/keys/{key_id}")
 async def revoke_key(deps: Deps, tenant_id: str, key_id: str) -> Response:
     """The key is refused from the next request on, in every process."""
-    await deps.tenants.revoke(tenant_id, key_id)
-    return json_response({"id": key_id, "object": "key", "deleted": True})
-
-
-def _key_object(key: KeyInfo) -> dict[str, Any]:
-    return {"id": key.id, "object": "key", "created": key.created}
+    return await revoke(deps, tenant_id, key_id)

@@ -1,64 +1,68 @@
-"""/admin/tenants/{id}/limits: what the operator allows a tenant."""
+"""/admin/tenants/{id}/limits: what the operator allows a tenant, one of its keys, one of its adapters.
 
-from typing import Annotated, Any
+All limits of one are replaced at a time, and hold from the next request on, in every process. With If-Match,
+only if nobody has changed them since they were read.
+"""
 
-import msgspec
+from typing import Annotated
+
 from fastapi import APIRouter, Depends, Response
-from pydantic import Field, ValidationInfo, field_validator
 
-from server.api.generation.engine_requests import max_context
-from server.api.http.body_model import Body, at_most, caps
-from server.api.http.dependencies import Deps, operator
+from server.api.http.dependencies import CurrentChange, Deps, operator
 from server.api.http.error_responses import json_response
+from server.api.http.etags import MatchOnly, etag_header
 from server.api.http.json_body import json_body
-from server.api.services import Services
-from server.settings import MAX_LIMIT
-from server.tenancy.limits import Limits
+from server.api.routes import own_limits
+from server.api.routes.own_limits import LimitsBody, RequestLimitsBody, tenant_limits_object
 
-router = APIRouter(prefix="/admin", dependencies=[Depends(operator)])
+router = APIRouter(prefix="/admin/tenants/{tenant_id}", dependencies=[Depends(operator)])
 
-Limit = Annotated[int, Field(ge=1, le=MAX_LIMIT)]
-
-
-class LimitsBody(Body):
-    """All of a tenant's limits; null or absent: the server's default."""
-
-    requests_per_minute: Limit | None = None
-    tokens_per_minute: Limit | None = None
-    concurrent_requests: Limit | None = None
-    max_context: Limit | None = None
-    max_n: Limit | None = None
-
-    @field_validator("max_n")
-    @classmethod
-    def _max_n(cls, value: int, info: ValidationInfo) -> int:
-        at_most("max_n", value, caps(info).max_n)  # of the server
-        return value
+RequestLimits = Annotated[RequestLimitsBody, Depends(json_body(RequestLimitsBody))]
 
 
-@router.get("/tenants/{tenant_id}/limits")
+@router.get("/limits")
 async def get_limits(deps: Deps, tenant_id: str) -> Response:
-    return json_response(_limits_object(deps, tenant_id, await deps.tenants.limits(tenant_id)))
+    stored = await deps.limits.of_tenant(tenant_id)
+    return json_response(tenant_limits_object(deps, tenant_id, stored), headers=etag_header(stored.etag))
 
 
-@router.put("/tenants/{tenant_id}/limits")
+@router.put("/limits")
 async def set_limits(
-    deps: Deps, tenant_id: str, body: Annotated[LimitsBody, Depends(json_body(LimitsBody))]
+    deps: Deps,
+    change: CurrentChange,
+    tenant_id: str,
+    condition: MatchOnly,
+    body: Annotated[LimitsBody, Depends(json_body(LimitsBody))],
 ) -> Response:
-    """All are replaced, and hold from the next request on, in every process."""
-    if body.max_context is not None:
-        at_most("max_context", body.max_context, deps.max_context)
-    limits = Limits(**body.model_dump())
-    await deps.tenants.set_limits(tenant_id, limits)
-    return json_response(_limits_object(deps, tenant_id, limits))
+    change.of(**body.model_dump(exclude_none=True))
+    stored = await deps.limits.set_tenant(tenant_id, body.of_tenant(deps), condition)
+    return json_response(tenant_limits_object(deps, tenant_id, stored), headers=etag_header(stored.etag))
 
 
-def _limits_object(deps: Services, tenant_id: str, limits: Limits) -> dict[str, Any]:
-    """What is set (null: nothing) and what is in force (null: no limit)."""
-    in_force = limits.over(deps.tenants.defaults)
-    return {
-        "object": "tenant.limits",
-        "tenant": tenant_id,
-        "set": msgspec.structs.asdict(limits),
-        "in_force": msgspec.structs.asdict(in_force) | {"max_context": max_context(deps, in_force)},
-    }
+@router.get("/keys/{key_id}/limits")
+async def get_key_limits(deps: Deps, tenant_id: str, key_id: str) -> Response:
+    return await own_limits.show_key(deps, await deps.tenants.get(tenant_id), key_id)
+
+
+@router.put("/keys/{key_id}/limits")
+async def set_key_limits(
+    deps: Deps, change: CurrentChange, tenant_id: str, key_id: str, condition: MatchOnly, body: RequestLimits
+) -> Response:
+    tenant = await deps.tenants.get(tenant_id)
+    change.of(key_id, **body.model_dump(exclude_none=True))
+    await deps.limits.set_key(tenant_id, key_id, body.limits(deps), condition)
+    return await own_limits.show_key(deps, tenant, key_id)
+
+
+@router.get("/adapters/{adapter}/limits")
+async def get_adapter_limits(deps: Deps, tenant_id: str, adapter: str) -> Response:
+    return await own_limits.show_adapter(deps, await deps.tenants.get(tenant_id), adapter)
+
+
+@router.put("/adapters/{adapter}/limits")
+async def set_adapter_limits(
+    deps: Deps, change: CurrentChange, tenant_id: str, adapter: str, condition: MatchOnly, body: RequestLimits
+) -> Response:
+    tenant = await deps.tenants.get(tenant_id)
+    change.of(adapter, **body.model_dump(exclude_none=True))
+    return await own_limits.set_adapter(deps, tenant, adapter, body.limits(deps), condition)

@@ -10,12 +10,13 @@ from fastapi import APIRouter, Depends, Request, Response
 
 from adapters_store.maintenance.stale_temp_files import remove_stale_temp_files
 from server.api.http.body_model import Body
-from server.api.http.dependencies import OPERATOR, Deps, operator
+from server.api.http.dependencies import Actor, CurrentChange, Deps, operator
 from server.api.http.error_responses import json_response
 from server.api.http.json_body import json_body
 from server.api.http.streaming import open_stream
 from server.api.http.temp_files import temp_folder
-from server.api.routes.adapters.adapters import receive_adapter
+from server.api.routes.adapters.adapters import ADAPTER_FORM, receive_adapter
+from server.api.schema.objects import STREAM
 from server.api.services import Services
 
 router = APIRouter(prefix="/admin", dependencies=[Depends(operator)])
@@ -27,11 +28,13 @@ class CollectBody(Body):
     dry_run: bool = False
 
 
-@router.post("/tenants/{tenant_id}/adapters")
-async def upload_for_tenant(request: Request, deps: Deps, tenant_id: str) -> Response:
+@router.post("/tenants/{tenant_id}/adapters", status_code=201, openapi_extra=ADAPTER_FORM)
+async def upload_for_tenant(
+    request: Request, deps: Deps, actor: Actor, change: CurrentChange, tenant_id: str
+) -> Response:
     """As POST /v1/adapters; the adapter belongs to the tenant."""
     tenant = await deps.tenants.get(tenant_id)
-    return await receive_adapter(request, deps, tenant, OPERATOR.id)
+    return await receive_adapter(request, deps, tenant, actor, change)
 
 
 @router.post("/rebuild-index")
@@ -63,7 +66,7 @@ async def collect(deps: Deps, body: Annotated[CollectBody, Depends(json_body(Col
     )
 
 
-@router.post("/verify")
+@router.post("/verify", response_class=Response, responses=STREAM)
 async def verify(request: Request, deps: Deps) -> Response:
     """Server-sent events: progress and findings, for each object."""
     return await open_stream(request, _steps(deps))

@@ -6,7 +6,7 @@ from fastapi import APIRouter, Depends, Response
 from pydantic import Field
 
 from server.api.http.body_model import Body
-from server.api.http.dependencies import Deps, operator
+from server.api.http.dependencies import CurrentChange, Deps, operator
 from server.api.http.error_responses import json_response
 from server.api.http.json_body import json_body
 from server.tenancy.tenants import Tenant
@@ -19,9 +19,12 @@ class TenantBody(Body):
     weight: Annotated[float, Field(gt=0, le=1000)] = 1.0
 
 
-@router.post("/tenants")
-async def create_tenant(deps: Deps, body: Annotated[TenantBody, Depends(json_body(TenantBody))]) -> Response:
+@router.post("/tenants", status_code=201)
+async def create_tenant(
+    deps: Deps, change: CurrentChange, body: Annotated[TenantBody, Depends(json_body(TenantBody))]
+) -> Response:
     tenant, secret = await deps.tenants.create(body.name, body.weight)
+    change.of(tenant.id, tenant=tenant.id, name=tenant.name, weight=tenant.weight)
     return json_response(_tenant_object(tenant) | {"key": secret}, 201)
 
 

@@ -18,6 +18,7 @@ from server.adapters.cache.eviction_policy import FairShares
 from server.adapters.cache.ram_tier import RamTier
 from server.errors import StoreError
 from tests.fixtures.slots import Clock
+from tests.waiting import PATIENCE
 
 
 @dataclass(frozen=True)
@@ -106,12 +107,12 @@ def test_a_load_waits_for_room_and_claims_keep_theirs() -> None:
 
     thread = threading.Thread(target=second)
     thread.start()
-    started.wait(5)
+    started.wait(PATIENCE)
     thread.join(0.05)
     assert thread.is_alive()
     assert (tier.get("a") is not None, tier.get("b")) == (True, None)
     tier.release("a")
-    thread.join(5)
+    thread.join(PATIENCE)
     assert not thread.is_alive()
     assert (tier.get("a"), tier.get("b")) == (None, Item(60))
 
@@ -131,7 +132,7 @@ def test_whoever_waits_for_room_is_told_when_the_engine_stops() -> None:
     thread = threading.Thread(target=second)
     thread.start()
     tier.close()
-    thread.join(5)
+    thread.join(PATIENCE)
     assert len(told) == 1
 
 

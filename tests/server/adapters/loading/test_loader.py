@@ -3,7 +3,6 @@
 import errno
 import os
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from server.messages import AdapterRef
 from server.settings import Settings
 from tests.fixtures.engine import publish
 from tests.fixtures.models import make_lora
+from tests.waiting import until
 
 LONG = 60
 
@@ -49,13 +49,6 @@ def engine(model: Path, tmp_path: Path) -> Iterator[Engine]:
 def tiers(engine: Engine) -> list[str]:
     """Where each load since the last call came from."""
     return [tier for name, tier, _ in engine.take_observations() if name == "adapter_load_seconds"]
-
-
-def until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + LONG
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.005)
 
 
 def copies(engine: Engine) -> list[Path]:

@@ -45,5 +45,5 @@ def test_what_the_engine_refuses_takes_no_room(system: System, engine: FakeEngin
     engine.behaviour.refuse = ("invalid_adapter", "It produced a value that is not finite.", None)
     before = blobs(system)
     with system.http(system.tenant("carol")) as http:
-        assert upload(http, "bad", lora_files(3)).status_code == 422
+        assert upload(http, "bad", lora_files(3)).status_code == 400
     assert blobs(system) == before

@@ -116,14 +116,14 @@ def test_what_is_not_what_was_announced_is_refused_and_may_come_again(
     files = contents(lora_files())
     upload = start(http, "mine", files).json()
     missing = complete(http, upload, files)
-    assert (missing.status_code, missing.json()["error"]["param"]) == (422, "files")
+    assert (missing.status_code, missing.json()["error"]["param"]) == (400, "files")
     longer = {name: data + b"x" for name, data in files.items()}
     put(upload, longer)
     assert "announced" in complete(http, upload, longer).json()["error"]["message"]
     flipped = {name: bytes([data[0] ^ 1]) + data[1:] for name, data in files.items()}
     put(upload, flipped)
     wrong = complete(http, upload, files)
-    assert (wrong.status_code, wrong.json()["error"]["param"]) == (422, "sha256")
+    assert (wrong.status_code, wrong.json()["error"]["param"]) == (400, "sha256")
     assert (names(http), engine.checked) == ([], [])
     put(upload, files)
     assert complete(http, upload, files).status_code == 201
@@ -141,11 +141,11 @@ def test_the_gate_is_the_gate_of_every_upload(http: httpx.Client, engine: FakeEn
     bad = contents(parts(good, lora_config(init_lora_weights="pissa")))
     bad.pop("README.md")
     answer = complete(http, sent(http, "bad", bad), bad)
-    assert (answer.status_code, answer.json()["error"]["code"]) == (422, "invalid_adapter")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_adapter")
     assert (names(http), engine.checked) == ([], [])
     engine.behaviour.refuse = ("invalid_adapter", "Tensor 'x' holds NaN or Inf.", "x")
     files = contents(lora_files())
-    assert complete(http, sent(http, "bad", files), files).status_code == 422
+    assert complete(http, sent(http, "bad", files), files).status_code == 400
     assert names(http) == []
 
 
@@ -187,13 +187,13 @@ def test_urls_reach_one_key_of_the_tenant_and_only_by_put(http: httpx.Client, sy
 @pytest.mark.parametrize(
     ("name", "files", "status"),
     [
-        ("../x", {"adapter_config.json": 5, "adapter_model.safetensors": 5}, 422),
-        ("toy", {"adapter_config.json": 5, "adapter_model.safetensors": 5}, 422),
-        ("a", {"adapter_config.json": 5}, 422),
+        ("../x", {"adapter_config.json": 5, "adapter_model.safetensors": 5}, 400),
+        ("toy", {"adapter_config.json": 5, "adapter_model.safetensors": 5}, 400),
+        ("a", {"adapter_config.json": 5}, 400),
         ("a", {"adapter_config.json": 5, "../adapter_model.safetensors": 5}, 415),
-        ("a", {"adapter_config.json": 0, "adapter_model.safetensors": 5}, 422),
+        ("a", {"adapter_config.json": 0, "adapter_model.safetensors": 5}, 400),
         ("a", {"adapter_config.json": 5, "adapter_model.safetensors": 2**60}, 413),
-        ("a", {}, 422),
+        ("a", {}, 400),
     ],
 )
 def test_what_cannot_become_an_adapter_gets_no_url(
@@ -213,10 +213,10 @@ def test_what_cannot_become_an_adapter_gets_no_url(
         {"adapter_config.json": "0", "adapter_model.safetensors": ZEROS},
     ],
 )
-def test_digests_that_are_none_are_422(http: httpx.Client, sha256: dict[str, str]) -> None:
+def test_digests_that_are_none_are_400(http: httpx.Client, sha256: dict[str, str]) -> None:
     upload = start(http, "mine", contents(lora_files())).json()
     answer = http.post(f"{URL}/{upload['id']}/complete", json={"sha256": sha256})
-    assert (answer.status_code, answer.json()["error"]["param"]) == (422, "sha256")
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "sha256")
 
 
 def test_open_uploads_are_capped_and_cancelled_ones_do_not_count(http: httpx.Client, system: System) -> None:

@@ -6,7 +6,8 @@ import httpx
 import pytest
 
 from server.engine.fake import FakeEngine
-from tests.server.api.conftest import System, lora_files, until, upload
+from tests.server.api.conftest import System, lora_files, upload
+from tests.waiting import until
 
 
 @pytest.fixture
@@ -50,7 +51,7 @@ def test_an_engine_that_starts_anew_is_told(system: System, http: httpx.Client, 
     system.call(engine.crash())
     engine.pins = []
     system.call(engine.start())
-    until(lambda: engine.pins == [digest], seconds=10)
+    until(lambda: engine.pins == [digest])
 
 
 def test_pins_are_capped_and_the_tenants_own(

@@ -72,7 +72,7 @@ def test_lists_page_order_and_filter(sdk: openai.OpenAI) -> None:
     assert ([file.id for file in page.data], page.has_more) == (down[2:4], True)
     assert sdk.files.list(purpose="fine-tune-results").data == []
     for query in ("limit=0", "limit=10001", "order=up", "after=file-x"):
-        with pytest.raises(openai.UnprocessableEntityError) as caught:
+        with pytest.raises(openai.BadRequestError) as caught:
             sdk.get(f"/files?{query}", cast_to=object)
         assert caught.value.param == query.partition("=")[0]
 
@@ -122,18 +122,45 @@ def test_others_files_are_unknown(http: httpx.Client, system: System, other_key:
     assert http.get(f"/v1/files/{file}").status_code == 200
 
 
+EXPIRES = "expires_after"
+
+
+def life(seconds: str) -> dict[str, str]:
+    return {"expires_after[anchor]": "created_at", "expires_after[seconds]": seconds}
+
+
+def test_a_file_may_expire(sdk: openai.OpenAI) -> None:
+    file = sdk.files.create(
+        file=("a", DATA), purpose="fine-tune", expires_after={"anchor": "created_at", "seconds": 3600}
+    )
+    assert file.expires_at == file.created_at + 3600
+    upload = sdk.uploads.create(**announced(4), expires_after={"anchor": "created_at", "seconds": 7200})
+    part = sdk.uploads.parts.create(upload.id, data=b"1234").id
+    whole = sdk.uploads.complete(upload.id, part_ids=[part]).file
+    assert whole is not None
+    assert whole.expires_at == whole.created_at + 7200
+
+
+def test_what_a_file_has_not_is_left_out(http: httpx.Client) -> None:
+    file = http.get(f"/v1/files/{send(http)}").json()
+    assert not {"expires_at", "status_details"} & file.keys()
+
+
 @pytest.mark.parametrize(
     ("files", "data", "status", "param"),
     [
-        ({"file": ("a", DATA)}, {}, 422, "purpose"),
-        ({"file": ("a", DATA)}, {"purpose": "assistants"}, 422, "purpose"),
-        ({"file": ("a", DATA)}, {"purpose": "fine-tune-results"}, 422, "purpose"),
-        ({"other": ("a", DATA)}, {"purpose": "fine-tune"}, 422, None),
-        ({"file": ("a", DATA)}, {"purpose": "fine-tune", "expires_after[seconds]": "3600"}, 422, None),
-        ({"file": ("a", b"")}, {"purpose": "fine-tune"}, 422, "file"),
-        ({"file": ("../../etc/passwd", DATA)}, {"purpose": "fine-tune"}, 422, "filename"),
-        ({"file": ("a" * 300, DATA)}, {"purpose": "fine-tune"}, 422, "filename"),
-        ([("file", ("a", DATA)), ("file", ("b", DATA))], {}, 422, "file"),
+        ({"file": ("a", DATA)}, {}, 400, "purpose"),
+        ({"file": ("a", DATA)}, {"purpose": "assistants"}, 400, "purpose"),
+        ({"file": ("a", DATA)}, {"purpose": "fine-tune-results"}, 400, "purpose"),
+        ({"other": ("a", DATA)}, {"purpose": "fine-tune"}, 400, None),
+        ({"file": ("a", DATA)}, {"purpose": "fine-tune", "expires_after[seconds]": "3600"}, 400, EXPIRES),
+        ({"file": ("a", DATA)}, {"purpose": "fine-tune"} | life("x"), 400, EXPIRES),
+        ({"file": ("a", DATA)}, {"purpose": "fine-tune"} | life("3599"), 400, EXPIRES),
+        ({"file": ("a", DATA)}, {"purpose": "fine-tune"} | life("9" * 99), 400, EXPIRES),
+        ({"file": ("a", b"")}, {"purpose": "fine-tune"}, 400, "file"),
+        ({"file": ("../../etc/passwd", DATA)}, {"purpose": "fine-tune"}, 400, "filename"),
+        ({"file": ("a" * 300, DATA)}, {"purpose": "fine-tune"}, 400, "filename"),
+        ([("file", ("a", DATA)), ("file", ("b", DATA))], {}, 400, "file"),
     ],
 )
 def test_what_is_no_upload_is_refused_and_nothing_kept(
@@ -226,15 +253,15 @@ def test_parts_that_are_wrong_are_refused(sdk: openai.OpenAI, http: httpx.Client
         answer = http.post(f"/v1/uploads/{id_}/complete", json=body)
         return answer.status_code, answer.json()["error"]["param"]
 
-    assert complete(part_ids=[part]) == (422, "part_ids")
-    assert complete(part_ids=[part, part]) == (422, "part_ids")
-    assert complete(part_ids=[part, "../x"]) == (422, "part_ids")
-    assert complete(part_ids=[]) == (422, "part_ids")
-    assert complete(part_ids=[part, more], md5="0" * 32) == (422, "md5")
-    assert complete(part_ids=[part, more], md5="0") == (422, "md5")
-    assert complete() == (422, "part_ids")
+    assert complete(part_ids=[part]) == (400, "part_ids")
+    assert complete(part_ids=[part, part]) == (400, "part_ids")
+    assert complete(part_ids=[part, "../x"]) == (400, "part_ids")
+    assert complete(part_ids=[]) == (400, "part_ids")
+    assert complete(part_ids=[part, more], md5="0" * 32) == (400, "md5")
+    assert complete(part_ids=[part, more], md5="0") == (400, "md5")
+    assert complete() == (400, "part_ids")
     for files in ({"data": b""}, {"file": b"x"}):
-        assert http.post(f"/v1/uploads/{id_}/parts", files=files).status_code == 422
+        assert http.post(f"/v1/uploads/{id_}/parts", files=files).status_code == 400
     cancelled = sdk.uploads.cancel(id_)
     assert cancelled.status == "cancelled"
     assert sdk.uploads.cancel(id_) == cancelled
@@ -251,12 +278,13 @@ def test_parts_that_are_wrong_are_refused(sdk: openai.OpenAI, http: httpx.Client
         ({"filename": "/etc/passwd"}, "filename"),
         ({"filename": ""}, "filename"),
         ({"purpose": "vision"}, "purpose"),
-        ({"expires_after": {"anchor": "created_at", "seconds": 3600}}, "expires_after"),
-        ({"url": "http://127.0.0.1/"}, None),
+        ({"expires_after": {"anchor": "created_at", "seconds": 60}}, "expires_after.seconds"),
+        ({"expires_after": {"anchor": "now", "seconds": 3600}}, "expires_after.anchor"),
+        ({"url": "http://127.0.0.1/"}, "url"),
     ],
 )
 def test_uploads_that_cannot_be_are_refused(
     http: httpx.Client, fields: dict[str, Any], param: str | None
 ) -> None:
     answer = http.post("/v1/uploads", json=announced(10, **fields))
-    assert (answer.status_code, answer.json()["error"]["param"]) == (422, param), answer.text
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, param), answer.text

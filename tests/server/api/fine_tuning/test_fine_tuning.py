@@ -12,8 +12,9 @@ from openai.types.fine_tuning import FineTuningJob, FineTuningJobEvent
 from openai.types.fine_tuning.jobs import FineTuningJobCheckpoint
 
 from server.engine.fake import FakeEngine
-from tests.server.api.conftest import System, lora_files, until, upload
+from tests.server.api.conftest import System, lora_files, upload
 from tests.server.api.fine_tuning.training import Worker, chats, create, jsonl, send
+from tests.waiting import PATIENCE, until
 
 
 @pytest.fixture
@@ -41,7 +42,7 @@ def strict(kind: type[Any], value: Any) -> None:
 
 def finished(http: httpx.Client, job: str) -> dict[str, Any]:
     """The job, once it is over: the publisher looks every second."""
-    until(lambda: get(http, job)["status"] in ("succeeded", "failed"), 15)
+    until(lambda: get(http, job)["status"] in ("succeeded", "failed"))
     return get(http, job)
 
 
@@ -91,7 +92,7 @@ def test_from_a_file_to_an_answer_by_the_sdk_alone(
     worker.event("Step 2/4: training loss=1.50", step=2, train_loss=1.5)
     worker.checkpoint(2, train_loss=1.5, valid_loss=1.75)
     worker.finish(evaluation={"base": {"loss": 3.0}, "adapter": {"loss": 1.5}})
-    until(lambda: sdk.fine_tuning.jobs.retrieve(job.id).status == "succeeded", 15)
+    until(lambda: sdk.fine_tuning.jobs.retrieve(job.id).status == "succeeded")
 
     done = sdk.fine_tuning.jobs.retrieve(job.id)
     strict(FineTuningJob, done)
@@ -126,6 +127,15 @@ def test_from_a_file_to_an_answer_by_the_sdk_alone(
     version = http.get("/v1/adapters/calculator/versions/1").json()
     assert (version["facts"]["job"], version["evaluation"]) == (job.id, shown_by["evaluation"])
     assert sdk.models.retrieve("ft:toy:calculator:1").to_dict()["root"] == "calculator@1"
+
+
+def test_a_suffix_is_any_text(http: httpx.Client, system: System, engine: FakeEngine) -> None:
+    job = create(http, suffix="My Custom Model!").json()
+    assert (job["suffix"], job["adapter"]) == ("My Custom Model!", "my-custom-model")
+    assert http.post(f"/v1/fine_tuning/jobs/{job['id']}/cancel").status_code == 200
+    answer = create(http, suffix="To/y").json()
+    assert answer["adapter"] == "to-y"
+    assert http.post(f"/v1/fine_tuning/jobs/{answer['id']}/cancel").status_code == 200
 
 
 def test_ft_ids_mean_what_they_say(sdk: openai.OpenAI, http: httpx.Client) -> None:
@@ -221,7 +231,7 @@ def test_lists_page_and_filter(sdk: openai.OpenAI, http: httpx.Client) -> None:
     assert [job.id for job in sdk.fine_tuning.jobs.list(metadata={"l": ""})] == [ids[3]]
     nothing = http.get("/v1/fine_tuning/jobs?metadata=null").json()["data"]
     assert [job["id"] for job in nothing] == [ids[4], ids[2]]
-    for query, status in [("limit=0", 422), ("limit=101", 422), ("after=ftjob-none", 404)]:
+    for query, status in [("limit=0", 400), ("limit=101", 400), ("after=ftjob-none", 404)]:
         assert http.get(f"/v1/fine_tuning/jobs?{query}").status_code == status
 
 
@@ -241,7 +251,7 @@ def test_a_validation_file_is_checked_too(http: httpx.Client) -> None:
     good, bad = send(http), send(http, b'{"text": 5}\n')
     job = create(http, good, validation_file=send(http, chats(3))).json()
     assert job["data"]["validation_file"]["examples"] == 3
-    for file, status in [(bad, 422), (good, 422), ("file-none", 404)]:
+    for file, status in [(bad, 400), (good, 400), ("file-none", 404)]:
         answer = create(http, good, validation_file=file)
         assert (answer.status_code, answer.json()["error"]["param"]) == (status, "validation_file")
 
@@ -278,7 +288,7 @@ BAD_DATA: list[tuple[bytes, str]] = [
 def test_data_that_is_wrong_is_named_line_by_line(http: httpx.Client, data: bytes, sentence: str) -> None:
     answer = create(http, send(http, data))
     error = answer.json()["error"]
-    assert (answer.status_code, error["param"]) == (422, "training_file"), answer.text
+    assert (answer.status_code, error["param"]) == (400, "training_file"), answer.text
     assert sentence in error["message"]
     assert jobs(http) == []
 
@@ -297,51 +307,50 @@ def supervised(**fields: Any) -> dict[str, Any]:
 
 
 BAD_BODIES: list[tuple[dict[str, Any], int, str | None]] = [
-    ({"model": "gpt-4o-mini"}, 422, "model"),
-    ({"model": "ft:toy:x:1"}, 422, "model"),
-    ({"model": "../../etc"}, 422, "model"),
-    ({"model": None}, 422, "model"),
+    ({"model": "gpt-4o-mini"}, 400, "model"),
+    ({"model": "ft:toy:x:1"}, 400, "model"),
+    ({"model": "../../etc"}, 400, "model"),
+    ({"model": None}, 400, "model"),
     ({"training_file": "file-none"}, 404, "training_file"),
     ({"training_file": "../../../etc/passwd"}, 404, "training_file"),
     ({"training_file": "https://example.org/x"}, 404, "training_file"),
-    ({"training_file": "x" * 10_000}, 422, "training_file"),
-    ({"training_file": 5}, 422, "training_file"),
-    ({"unknown": 1}, 422, None),
-    ({"integrations": [{"type": "wandb", "wandb": {"project": "x"}}]}, 422, "integrations"),
-    ({"suffix": "a/b"}, 422, "suffix"),
-    ({"suffix": ""}, 422, "suffix"),
-    ({"suffix": "x" * 65}, 422, "suffix"),
-    ({"suffix": "toy"}, 422, "suffix"),
-    ({"seed": -1}, 422, "seed"),
-    ({"seed": 2**40}, 422, "seed"),
-    ({"seed": "1"}, 422, "seed"),
-    ({"metadata": {"k": "v" * 513}}, 422, "metadata.k"),
-    ({"metadata": {str(i): "" for i in range(17)}}, 422, "metadata"),
-    ({"metadata": {"k": 1}}, 422, "metadata.k"),
-    (supervised(n_epochs=0), 422, "method.supervised.hyperparameters.n_epochs"),
-    (supervised(n_epochs=10**9), 422, "method.supervised.hyperparameters.n_epochs"),
-    (supervised(batch_size=0), 422, "method.supervised.hyperparameters.batch_size"),
+    ({"training_file": "x" * 10_000}, 400, "training_file"),
+    ({"training_file": 5}, 400, "training_file"),
+    ({"unknown": 1}, 400, "unknown"),
+    ({"integrations": [{"type": "wandb", "wandb": {"project": "x"}}]}, 400, "integrations"),
+    ({"suffix": ""}, 400, "suffix"),
+    ({"suffix": "x" * 65}, 400, "suffix"),
+    ({"suffix": "toy"}, 400, "suffix"),
+    ({"seed": -1}, 400, "seed"),
+    ({"seed": 2**40}, 400, "seed"),
+    ({"seed": "1"}, 400, "seed"),
+    ({"metadata": {"k": "v" * 513}}, 400, "metadata.k"),
+    ({"metadata": {str(i): "" for i in range(17)}}, 400, "metadata"),
+    ({"metadata": {"k": 1}}, 400, "metadata.k"),
+    (supervised(n_epochs=0), 400, "method.supervised.hyperparameters.n_epochs"),
+    (supervised(n_epochs=10**9), 400, "method.supervised.hyperparameters.n_epochs"),
+    (supervised(batch_size=0), 400, "method.supervised.hyperparameters.batch_size"),
     (
         supervised(learning_rate_multiplier=-1),
-        422,
+        400,
         "method.supervised.hyperparameters.learning_rate_multiplier",
     ),
-    (supervised(beta=1), 422, "method.supervised.hyperparameters"),
-    ({"hyperparameters": {"n_epochs": 10**9}}, 422, "hyperparameters.n_epochs"),
-    ({"hyperparameters": {"batch_size": "all"}}, 422, "hyperparameters.batch_size"),
-    ({"hyperparameters": {"output_dir": "/tmp/x; rm -rf /"}}, 422, "hyperparameters"),
-    ({"method": {"type": "dpo"}}, 422, "method.type"),
-    ({"method": {"type": "supervised", "dpo": {}}}, 422, "method"),
-    ({"peft": {"type": "lora", "r": 0}}, 422, "peft.r"),
-    ({"peft": {"type": "lora", "r": 10**9}}, 422, "peft.r"),
-    ({"peft": {"type": "lora", "r": 4, "target_modules": ["__import__('os')"]}}, 422, "peft.target_modules"),
-    ({"peft": {"type": "lora", "target_modules": ["(a+)+$"]}}, 422, "peft.target_modules"),
-    ({"peft": {"type": "lora", "lora_alpha": 0}}, 422, "peft.lora_alpha"),
-    ({"peft": {"type": "magic"}}, 422, "peft.type"),
-    ({"peft": {"type": "lora", "base_model_name_or_path": "hub/name"}}, 422, "peft"),
-    ({"peft": {"type": "prefix", "num_virtual_tokens": 10**9}}, 422, "peft.num_virtual_tokens"),
-    ({"peft": {"type": "lora", "max_seconds": 10**9}}, 422, "peft.max_seconds"),
-    ({"method": {"type": "supervised", "peft": {"type": "lora", "r": 0}}}, 422, "method.peft.r"),
+    (supervised(beta=1), 400, "method.supervised.hyperparameters"),
+    ({"hyperparameters": {"n_epochs": 10**9}}, 400, "hyperparameters.n_epochs"),
+    ({"hyperparameters": {"batch_size": "all"}}, 400, "hyperparameters.batch_size"),
+    ({"hyperparameters": {"output_dir": "/tmp/x; rm -rf /"}}, 400, "hyperparameters"),
+    ({"method": {"type": "dpo"}}, 400, "method.type"),
+    ({"method": {"type": "supervised", "dpo": {}}}, 400, "method"),
+    ({"peft": {"type": "lora", "r": 0}}, 400, "peft.r"),
+    ({"peft": {"type": "lora", "r": 10**9}}, 400, "peft.r"),
+    ({"peft": {"type": "lora", "r": 4, "target_modules": ["__import__('os')"]}}, 400, "peft.target_modules"),
+    ({"peft": {"type": "lora", "target_modules": ["(a+)+$"]}}, 400, "peft.target_modules"),
+    ({"peft": {"type": "lora", "lora_alpha": 0}}, 400, "peft.lora_alpha"),
+    ({"peft": {"type": "magic"}}, 400, "peft.type"),
+    ({"peft": {"type": "lora", "base_model_name_or_path": "hub/name"}}, 400, "peft"),
+    ({"peft": {"type": "prefix", "num_virtual_tokens": 10**9}}, 400, "peft.num_virtual_tokens"),
+    ({"peft": {"type": "lora", "max_seconds": 10**9}}, 400, "peft.max_seconds"),
+    ({"method": {"type": "supervised", "peft": {"type": "lora", "r": 0}}}, 400, "method.peft.r"),
 ]
 
 
@@ -375,7 +384,7 @@ def test_numbers_that_are_none_are_refused(http: httpx.Client, raw: str) -> None
         content=raw + ", " + json.dumps(rest)[1:],
         headers={"content-type": "application/json"},
     )
-    assert answer.status_code in (400, 422), answer.text
+    assert answer.status_code == 400, answer.text
     assert jobs(http) == []
 
 
@@ -384,7 +393,7 @@ def test_results_are_no_training_data(http: httpx.Client, system: System) -> Non
     Worker(system, job).finish()
     (result, _) = finished(http, job)["result_files"]
     answer = create(http, result)
-    assert (answer.status_code, answer.json()["error"]["param"]) == (422, "training_file")
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "training_file")
 
 
 def test_unfinished_jobs_are_capped(http: httpx.Client, system: System) -> None:
@@ -403,7 +412,7 @@ def test_an_answer_to_a_new_job_says_where_it_is(http: httpx.Client) -> None:
         answer = create(http, file, headers={"idempotency-key": "where"})
         assert answer.status_code == 200
         assert http.get(answer.headers["location"]).json()["id"] == answer.json()["id"]
-    assert create(http, file, metadata={f"k{i}": "v" for i in range(17)}).status_code == 422
+    assert create(http, file, metadata={f"k{i}": "v" for i in range(17)}).status_code == 400
     http.post(f"/v1/fine_tuning/jobs/{answer.json()['id']}/cancel")
 
 
@@ -458,10 +467,10 @@ def test_one_key_fifty_times_in_parallel_is_one_job(http: httpx.Client, system: 
     assert len(set(ids)) == 1
     assert len(jobs(http)) == 1
     changed = create(http, file, headers={"idempotency-key": "k"}, seed=1)
-    assert (changed.status_code, changed.json()["error"]["param"]) == (422, "Idempotency-Key")
+    assert (changed.status_code, changed.json()["error"]["param"]) == (400, "Idempotency-Key")
     assert create(http, file, headers={"idempotency-key": "l"}).json()["id"] not in ids
     for wrong in ("", "x" * 256):
-        assert create(http, file, headers={"idempotency-key": wrong}).status_code == 422
+        assert create(http, file, headers={"idempotency-key": wrong}).status_code == 400
     http.post(f"/v1/fine_tuning/jobs/{ids[0]}/cancel")
     again = create(http, file, headers={"idempotency-key": "k"}).json()
     assert (again["id"], again["status"]) == (ids[0], "cancelled")
@@ -507,7 +516,7 @@ def test_events_stream_until_the_job_is_over_and_go_on_where_they_were_cut(
     until(lambda: bool(system.app.state.services.event_streams.borrowed_tokens))
     worker.event("Step 1", step=1)
     http.post(f"/v1/fine_tuning/jobs/{job}/cancel")
-    thread.join(15)
+    thread.join(PATIENCE)
     assert not thread.is_alive()
     assert seen[-1] == "data: [DONE]"
     told = [json.loads(line[6:])["message"] for line in seen if line.startswith("data: {")]
@@ -528,7 +537,7 @@ def test_streams_are_capped_and_ids_checked(http: httpx.Client, system: System) 
     path = f"/v1/fine_tuning/jobs/{job}/events"
     for last in ("x", "ftevent-other-1", f"{job}-1", "ftevent-" + job[6:] + "-x"):
         answer = http.get(path, params={"stream": "true"}, headers={"last-event-id": last})
-        assert (answer.status_code, answer.json()["error"]["param"]) == (422, "Last-Event-ID")
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "Last-Event-ID")
         assert http.get(path, params={"after": last}).json()["error"]["param"] == "after"
     following = system.app.state.services.event_streams
     most, following.total_tokens = following.total_tokens, 1

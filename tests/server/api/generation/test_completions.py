@@ -8,8 +8,9 @@ import openai
 import pytest
 
 from server.engine.fake import FakeEngine
-from tests.server.api.conftest import System, until
+from tests.server.api.conftest import System
 from tests.server.api.generation.tokenizers import byte_level_tokenizer
+from tests.waiting import until
 
 TOKENIZER = byte_level_tokenizer()
 

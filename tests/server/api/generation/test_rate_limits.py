@@ -3,8 +3,9 @@
 import math
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import httpx
@@ -13,7 +14,8 @@ import pytest
 
 from server.api.http.rate_limits import duration
 from server.engine.fake import Behaviour, FakeEngine
-from tests.server.api.conftest import System, until
+from tests.server.api.conftest import System
+from tests.waiting import until
 
 BODY = {"model": "toy", "prompt": [1, 2, 3, 4], "max_tokens": 6}  # takes 10 tokens
 
@@ -51,7 +53,7 @@ def test_every_answer_says_what_is_left(system: System, limited: Callable[..., L
         asked: tuple[dict[str, Any], ...] = ({}, {"stream": True}, {"n": 1.5})
         for number, fields in enumerate(asked, 1):
             answer = ask(client, **fields)
-            assert answer.status_code == (422 if "n" in fields else 200)
+            assert answer.status_code == (400 if "n" in fields else 200)
             assert answer.headers["x-ratelimit-limit-requests"] == "60"
             assert answer.headers["x-ratelimit-limit-tokens"] == "6000"
             assert int(answer.headers["x-ratelimit-remaining-requests"]) in {60 - number, 61 - number}
@@ -110,7 +112,7 @@ def test_a_bad_request_is_one_of_the_minutes_and_takes_no_tokens(
 ) -> None:
     with system.http(limited(requests_per_minute=3, tokens_per_minute=1000).key) as client:
         bad = [ask(client, model="unknown"), ask(client, temperature=9), ask(client, max_tokens=10**6)]
-        assert [answer.status_code for answer in bad] == [404, 422, 400]
+        assert [answer.status_code for answer in bad] == [404, 400, 400]
         assert {answer.headers["x-ratelimit-remaining-tokens"] for answer in bad} == {"1000"}
         assert ask(client).status_code == 429
         assert ask(client, temperature=9).status_code == 429
@@ -202,6 +204,76 @@ def test_the_openai_client_waits_and_succeeds(system: System, limited: Callable[
     assert refused.value.code == "rate_limit_exceeded"
 
 
+@pytest.fixture
+def client_of(system: System) -> Iterator[Callable[[Limited], tuple[openai.OpenAI, list[int]]]]:
+    """The unchanged SDK with its own two retries, and the statuses of its attempts."""
+    with ExitStack() as stack:
+
+        def client(tenant: Limited) -> tuple[openai.OpenAI, list[int]]:
+            attempts: list[int] = []
+            hooks = {"response": [lambda response: attempts.append(response.status_code)]}
+            http = stack.enter_context(openai.DefaultHttpxClient(event_hooks=hooks))
+            sdk = openai.OpenAI(base_url=f"{system.url}/v1", api_key=tenant.key, http_client=http)
+            return sdk, attempts
+
+        yield client
+
+
+ClientOf = Callable[[Limited], tuple[openai.OpenAI, list[int]]]
+
+
+def test_the_sdk_waits_as_long_as_the_tokens_need(
+    limited: Callable[..., Limited], client_of: ClientOf
+) -> None:
+    sdk, attempts = client_of(limited(tokens_per_minute=600))
+    for _ in range(3):
+        sdk.completions.create(model="toy", prompt=[1, 2, 3, 4], max_tokens=196)
+    start = time.monotonic()
+    sdk.completions.create(model="toy", prompt=[1, 2, 3, 4], max_tokens=6)  # ten flow in a second
+    assert attempts in ([200, 200, 200, 429, 200], [200, 200, 200, 200])  # on a machine that was busy
+    assert len(attempts) == 4 or time.monotonic() - start > 0.2
+
+
+def test_the_sdk_does_not_repeat_what_never_fits(
+    limited: Callable[..., Limited], client_of: ClientOf
+) -> None:
+    sdk, attempts = client_of(limited(tokens_per_minute=100))
+    with pytest.raises(openai.RateLimitError, match="Request too large"):
+        sdk.completions.create(model="toy", prompt=[1, 2, 3, 4], max_tokens=200)
+    assert attempts == [429]
+
+
+def test_the_sdk_comes_back_when_another_request_has_ended(
+    system: System, engine: FakeEngine, limited: Callable[..., Limited], client_of: ClientOf
+) -> None:
+    tenant = limited(concurrent_requests=1)
+    sdk, attempts = client_of(tenant)
+    engine.behaviour = Behaviour(step_seconds=0.05)
+    with system.http(tenant.key) as other, ThreadPoolExecutor(1) as pool:
+        running = pool.submit(ask, other, max_tokens=10)
+        until(lambda: engine.running == 1)
+        sdk.completions.create(model="toy", prompt="hi", max_tokens=1)
+        assert running.result().status_code == 200
+    assert attempts[-1] == 200
+    assert set(attempts[:-1]) <= {429}
+
+
+def test_tokens_that_wait(system: System, engine: FakeEngine, limited: Callable[..., Limited]) -> None:
+    engine.behaviour = Behaviour(step_seconds=4.0)  # of the clock: the first tokens come with the next one
+    until(lambda: time.monotonic() % 4 < 1)
+    with system.http(limited(queued_tokens=25).key) as client, ThreadPoolExecutor(2) as pool:
+        waiting = [pool.submit(ask, client) for _ in range(2)]
+        until(lambda: engine.running == 2)
+        refused = ask(client)
+        assert refused.status_code == 429
+        said = refused.json()["error"]["message"]
+        assert "on queued tokens: Limit 25, Used 20, Requested 10. Please try again in 1s." in said
+        assert refused.headers["retry-after"] == "1"
+        engine.behaviour = Behaviour(step_seconds=0.05)
+        assert [answer.result().status_code for answer in waiting] == [200, 200]
+        assert ask(client).status_code == 200
+
+
 def test_refusals_are_counted_by_limit(system: System, limited: Callable[..., Limited]) -> None:
     def counted() -> dict[str, float]:
         with system.http() as client:
@@ -219,6 +291,7 @@ def test_refusals_are_counted_by_limit(system: System, limited: Callable[..., Li
         "requests": 2,
         "tokens": 0,
         "concurrent": 0,
+        "queued": 0,
         "size": 1,
     }
 

@@ -12,7 +12,8 @@ import pytest
 
 from server.api.http import connection
 from server.engine.fake import FakeEngine
-from tests.server.api.conftest import System, started, until
+from tests.server.api.conftest import System, started
+from tests.waiting import until
 
 GET = b"GET /healthz HTTP/1.1\r\nHost: x\r\n"
 
@@ -209,7 +210,7 @@ def test_rows_end_at_their_deadline_though_nobody_reads(
     rows = system.app.state.services.engine
     with closing(stalled(system, key, 1.0)) as client:
         until(lambda: rows.rows > 0)
-        until(lambda: rows.rows == 0, seconds=10)
+        until(lambda: rows.rows == 0)
         assert b"data: [DONE]" not in read_all(client)
 
 
@@ -221,7 +222,7 @@ def test_a_client_that_reads_nothing_for_long_is_given_up(
     rows = system.app.state.services.engine
     with closing(stalled(system, key, 500.0)) as client:
         until(lambda: rows.rows > 0)
-        until(lambda: rows.rows == 0, seconds=10)
+        until(lambda: rows.rows == 0)
         assert b"data: [DONE]" not in read_all(client)
 
 

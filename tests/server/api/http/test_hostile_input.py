@@ -32,9 +32,9 @@ def refused(answer: httpx.Response, status: int, param: str | None = None) -> st
 
 
 BAD_VALUES: dict[str, list[Any]] = {
-    "max_tokens": [0, -1, 2**63, "5", 1.5, True, [], {}],
+    "max_tokens": [-1, 2**63, "5", 1.5, True, [], {}],
     "temperature": [-0.1, 2.1, "1", True, 10**400],
-    "top_p": [0, 1.1, -1],
+    "top_p": [1.1, -1],
     "top_k": [-2, 1.5, 2**40],
     "min_p": [-0.1, 1.1],
     "presence_penalty": [-2.1, 2.1],
@@ -43,9 +43,9 @@ BAD_VALUES: dict[str, list[Any]] = {
     "seed": [2**63, -(2**63) - 1, 0.5],
     "n": [0, 9, 10**9],
     "logprobs": [-1, 21, True],
-    "best_of": [2, 0],
-    "stop": [[""], ["x"] * 9, "x" * 257, 5, ["a", 5], ["x"] * 19_000],
-    "stop_token_ids": [[-1], [10_000], ["1"], [1] * 9, "1"],
+    "best_of": [9, 0],
+    "stop": [[""], ["x"] * 65, "x" * 257, 5, ["a", 5], ["x"] * 19_000],
+    "stop_token_ids": [[-1], [10_000], ["1"], [1] * 65, "1"],
     "logit_bias": [
         *({"x": 1}, {"-1": 1}, {"9999": 1}, {"1": 101}, {"1": "2"}, [1], {"²": 1}),
         {str(i): 1 for i in range(301)},
@@ -63,19 +63,20 @@ BAD_VALUES: dict[str, list[Any]] = {
     "adapters": [[{"name": "a"}] * 5, [{"name": 5}], {}],
     "metadata": [[], {"a": 1}, {f"k{i}": "v" for i in range(17)}],
     "echo": ["yes"],
+    "prompt_logprobs": [-1, 21, True, "1"],
     "model": [5, "", "x" * 513],
 }
 OUT_OF_RANGE = [(field, value) for field, values in BAD_VALUES.items() for value in values]
 
 
 @pytest.mark.parametrize(("field", "value"), OUT_OF_RANGE)
-def test_a_field_out_of_range_is_422_and_named(
+def test_a_field_out_of_range_is_400_and_named(
     http: httpx.Client, engine: FakeEngine, field: str, value: Any
 ) -> None:
     body = json.dumps({"model": "toy", "prompt": "x"} | {field: value})
     with processor_seconds(1):
         answer = http.post(URL, content=body, headers=JSON)
-    message = refused(answer, 422)
+    message = refused(answer, 400)
     assert field in message
     assert answer.json()["error"]["param"].split(".")[0] == field
     assert engine.seen == []
@@ -83,9 +84,9 @@ def test_a_field_out_of_range_is_422_and_named(
 
 @pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e309", "-1e999"])
 @pytest.mark.parametrize("field", ["temperature", "top_p", "presence_penalty"])
-def test_numbers_that_are_not_finite_are_422(http: httpx.Client, field: str, number: str) -> None:
+def test_numbers_that_are_not_finite_are_400(http: httpx.Client, field: str, number: str) -> None:
     body = f'{{"model": "toy", "prompt": "x", "{field}": {number}}}'
-    refused(http.post(URL, content=body, headers=JSON), 422, field)
+    refused(http.post(URL, content=body, headers=JSON), 400, field)
 
 
 @pytest.mark.parametrize(
@@ -104,11 +105,11 @@ def test_numbers_that_are_not_finite_are_422(http: httpx.Client, field: str, num
         (b"[" * 10_000 + b"]" * 10_000, 400),
         (b'{"a":' * 10_000 + b"1" + b"}" * 10_000, 400),
         (b'{"model": "toy", "prompt": "x", "max_tokens": ' + b"9" * 5000 + b"}", 400),
-        (b'{"model": "toy"}', 422),
-        (b'{"prompt": "x"}', 422),
-        (b'{"model": "toy", "prompt": "x", "unknown_field\\u0007": 1}', 422),
-        (b'{"model": "toy", "prompt": "x", "tenant_id": "other"}', 422),
-        (b"{" + b",".join(b'"k%d":1' % i for i in range(60_000)) + b"}", 422),
+        (b'{"model": "toy"}', 400),
+        (b'{"prompt": "x"}', 400),
+        (b'{"model": "toy", "prompt": "x", "unknown_field\\u0007": 1}', 400),
+        (b'{"model": "toy", "prompt": "x", "tenant_id": "other"}', 400),
+        (b"{" + b",".join(b'"k%d":1' % i for i in range(60_000)) + b"}", 400),
         (b'{"model": "toy", "prompt": "' + b"x" * (1 << 20) + b'"}', 413),
     ],
 )
@@ -160,9 +161,9 @@ def test_a_prompt_over_the_context_is_400_with_both_counts(http: httpx.Client, e
 
 
 @pytest.mark.parametrize("seconds", ["0", "-1", "nan", "inf", "soon", ""])
-def test_a_deadline_that_is_none_is_422(http: httpx.Client, seconds: str) -> None:
+def test_a_deadline_that_is_none_is_400(http: httpx.Client, seconds: str) -> None:
     body = {"model": "toy", "prompt": "x"}
-    refused(http.post(URL, json=body, headers={"x-request-timeout": seconds}), 422)
+    refused(http.post(URL, json=body, headers={"x-request-timeout": seconds}), 400)
 
 
 @pytest.mark.parametrize(
@@ -183,17 +184,15 @@ def test_unknown_routes_and_methods_have_the_same_shape(http: httpx.Client) -> N
     refused(http.get("/"), 404)
     for method, path, allowed in (
         ("PUT", URL, "POST"),
-        ("PUT", "/v1/adapters", "GET, POST"),
-        ("PATCH", "/v1/models/toy", "GET, DELETE"),
-        ("HEAD", "/v1/files", "GET, POST"),
+        ("PUT", "/v1/adapters", "GET, POST, HEAD"),
+        ("PATCH", "/v1/models/toy", "GET, DELETE, HEAD"),
+        ("HEAD", URL, "POST"),
     ):
         answer = http.request(method, path)
         assert answer.status_code == 405
         assert answer.headers["allow"] == allowed
         if method != "HEAD":
             refused(answer, 405)
-    refused(http.get("/docs"), 404)
-    refused(http.get("/openapi.json"), 404)
 
 
 @pytest.mark.parametrize(
@@ -212,7 +211,7 @@ def test_a_query_value_of_another_kind_is_refused_and_not_repeated(
     http: httpx.Client, path: str, value: str
 ) -> None:
     answer = http.get(path.format(value))
-    message = refused(answer, 422, path.rpartition("?")[2].partition("=")[0])
+    message = refused(answer, 400, path.rpartition("?")[2].partition("=")[0])
     assert len(value) < 9 or value not in message
 
 

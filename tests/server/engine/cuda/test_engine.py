@@ -14,6 +14,7 @@ from server.kernels import token_blocks as gpu
 from server.messages import AdapterRef, Generate, Sampling, Use
 from tests.fixtures.engine import Driver, Stand, run
 from tests.fixtures.gpu import DEVICE, needs_triton, record_by_repeating
+from tests.server.engine.scores import ScoringDriver
 from tests.server.engine.test_mixed_methods import kinds
 
 pytestmark = [
@@ -190,6 +191,29 @@ def test_steps_begun_ahead_serve_those_that_stay(on_gpu: Pair, monkeypatch: pyte
     assert ahead.wasted == 2, "who ends by a token or is cancelled is computed once more, and nobody else"
     assert plain.engine.model.lookahead.taken == 0
     assert ours.engine.blocks.refs == [0] * len(ours.engine.blocks.refs)
+
+
+def test_prompts_are_scored_beside_replayed_steps(on_gpu: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that ask for prompt logprobs come while steps of others are begun ahead."""
+    monkeypatch.setattr("server.engine.cuda.cuda_graphs.RECORD_AFTER", 1)
+    scores, tokens = [], []
+    for s in on_gpu("llama"):
+        refs = [None, s.adapter("a1", 1), kinds(s, ["bottleneck"])["bottleneck"]]
+        driver = ScoringDriver(s.engine)
+        driver.submit(command(s, 1, None, tokens=12))
+        for _ in range(3):
+            driver.step()
+        for i, ref in enumerate(refs):
+            sampling = Sampling(max_tokens=2, temperature=0.0, prompt_logprobs=2, ignore_eos=True, seed=0)
+            driver.submit(Generate(f"score-{i}", "tenant", s.prompt(i, 20), sampling, ref))
+        driver.finish(600)
+        scores.append([driver.scores[f"score-{i}"] for i in range(len(refs))])
+        tokens.append(driver.rows["row-1"].tokens)
+    assert tokens[0] == tokens[1]
+    for found, expected in zip(*scores, strict=True):
+        assert len(found.logprobs) == 19
+        assert found.logprobs == pytest.approx(expected.logprobs, abs=1e-4)
+        assert found.ranks == expected.ranks
 
 
 def test_steps_ahead_where_memory_is_short(on_gpu: Pair, monkeypatch: pytest.MonkeyPatch) -> None:

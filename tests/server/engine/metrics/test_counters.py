@@ -17,6 +17,7 @@ from server.metrics import Metrics
 from server.metrics.labels import WAITS
 from tests.fixtures.engine import Driver, Stand, run
 from tests.fixtures.models import build_tiny
+from tests.waiting import PATIENCE
 
 TOP = 8
 
@@ -54,7 +55,7 @@ def test_rows_that_ran_are_told_by_phase_tenant_and_adapter(
 
     def read_once_asked(*given: Any) -> None:
         """No adapter is there before its rows wait for it, however slow the steps are."""
-        assert asked.wait(60)
+        assert asked.wait(PATIENCE)
         read(*given)
 
     monkeypatch.setattr(engine.loader.objects, "read_sync", read_once_asked)

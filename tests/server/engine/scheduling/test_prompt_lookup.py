@@ -32,7 +32,7 @@ def test_what_repeats_itself_goes_on_for_as_long_as_it_may() -> None:
 @pytest.fixture(autouse=True)
 def guesses_pay(monkeypatch: pytest.MonkeyPatch) -> None:
     """On whatever machine, beside whatever else runs on it."""
-    monkeypatch.setattr(StepCost, "timed", lambda _seconds: StepCost({1: 1.0, 64: 4.0}))
+    monkeypatch.setattr("server.engine.engine.StepCost", lambda: StepCost({1: 1.0, 64: 4.0}))
 
 
 def test_new_tokens_are_read_once() -> None:

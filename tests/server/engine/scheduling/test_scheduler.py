@@ -4,8 +4,9 @@ from typing import Any
 import pytest
 
 from server.engine.scheduling.kv_blocks import BLOCK, BlockPool
+from server.engine.scheduling.overtaking import MAX_OVERTAKEN_STEPS
 from server.engine.scheduling.row import Row
-from server.engine.scheduling.scheduler import MAX_OVERTAKEN_STEPS, Scheduler
+from server.engine.scheduling.scheduler import Scheduler
 from server.errors import DeadlineExceeded, InvalidAdapter
 from server.messages import AdapterRef, Generate, Sampling
 from tests.fixtures.slots import Loader, make_cache
@@ -22,6 +23,7 @@ class World:
             self.cache, self.pool, max_seqs=max_seqs, max_batch_tokens=tokens, max_context=512
         )
         self.count = 0
+        self.used = 0  # tokens of the last step
 
     def add(
         self,
@@ -41,7 +43,8 @@ class World:
 
     def step(self, now: float = 0.0) -> list[Row]:
         batch = self.scheduler.schedule(now)
-        assert sum(row.scheduled for row in batch) <= self.scheduler.max_batch_tokens
+        self.used = sum(row.scheduled for row in batch)
+        assert self.used <= self.scheduler.max_batch_tokens
         assert len({id(row) for row in batch}) == len(batch)
         for row in batch:
             assert row.scheduled > 0
@@ -63,7 +66,7 @@ def test_a_row_runs_from_prompt_to_removal() -> None:
     world.scheduler.remove(row)
     assert world.pool.available == world.pool.count
     assert world.scheduler.waiting == 0
-    assert not world.scheduler.queues.by_tenant
+    assert not world.scheduler.queues.classes[1].by_tenant
 
 
 def test_a_long_prompt_is_chunked_beside_decoding_rows() -> None:
@@ -184,7 +187,7 @@ def test_tenants_share_by_weight_whatever_their_queue(weight: float, share: floa
     served = {"flood": 0, "modest": 0}
     for _ in range(200):
         for tenant, least, own in (("flood", 40, 1.0), ("modest", 8, weight)):
-            queue = world.scheduler.queues.by_tenant.get(tenant)
+            queue = world.scheduler.queues.classes[1].by_tenant.get(tenant)
             for _ in range(least - (len(queue.rows) if queue else 0)):
                 world.add(tenant=tenant, length=8, weight=own)
         for row in world.step():

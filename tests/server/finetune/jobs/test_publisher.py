@@ -33,6 +33,7 @@ from server.finetune.jobs.job import Job, JobError, StoredFile, result_prefix
 from server.finetune.jobs.jobs import Jobs
 from server.finetune.jobs.publisher import Publisher
 from tests.fixtures.jobs import RECIPE, fixed, result, taken
+from tests.fixtures.services import held_to
 
 pytestmark = pytest.mark.anyio
 ID = "ftjob-1"
@@ -89,7 +90,7 @@ class System:
         self.redis, self.objects = redis, objects
         self.jobs = Jobs(redis)
         self.files = FileStore(redis, objects)
-        self.registry = Registry(objects, redis, max_adapters)
+        self.registry = Registry(objects, redis, held_to(adapters=max_adapters))
         self.gate = Gate(self.registry)
         self.publisher = Publisher(self.jobs, self.files, self.registry, objects, self.gate)
 
@@ -98,7 +99,7 @@ class System:
         await self.jobs.create(fixed(id_, **fields))
         job = await taken(self.jobs, id_)
         adapter = [await self.put(job, name) for name in ("adapter_config.json", "adapter_model.safetensors")]
-        reports = [await self.put(job, name) for name in ("metrics.csv", "loss.png")]
+        reports = [await self.put(job, name) for name in ("loss.png", "metrics.csv")]
         found = result(adapter, reports, better=better, evaluation={"loss": 1.0})
         assert await self.jobs.trained(id_, job.fence, found)
         return job

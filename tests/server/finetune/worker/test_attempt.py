@@ -3,7 +3,7 @@
 import asyncio
 import signal
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from server.finetune.jobs.leases import MAX_ATTEMPTS
 from server.finetune.worker import attempt as module
 from server.finetune.worker.attempt import EXIT_SAVED, Attempt
 from tests.fixtures.jobs import RECIPE, fixed, lapse, result, taken
+from tests.waiting import eventually
 
 pytestmark = pytest.mark.anyio
 ID = "ftjob-1"
@@ -68,7 +69,7 @@ class Trial:
     async def running(self, job: Job, body: str, **options: Any) -> AsyncIterator[psutil.Process]:
         """The child, once it is ready; at the end of the block the attempt must end as well."""
         run = asyncio.create_task(self.run(job, body, **options))
-        await until(lambda: self.ready.exists() or run.done())
+        await eventually(lambda: self.ready.exists() or run.done())
         child = psutil.Process(int(self.ready.read_text().split()[2]))
         try:
             yield child
@@ -91,12 +92,6 @@ def trial(jobs: Jobs, tmp_path: Path) -> Trial:
 async def job(jobs: Jobs) -> Job:
     await jobs.create(fixed())
     return await taken(jobs)
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(20):
-        while not condition():  # noqa: ASYNC110 - it is another process's doing
-            await asyncio.sleep(0.02)
 
 
 async def state(jobs: Jobs) -> tuple[str, str]:
@@ -216,7 +211,7 @@ async def test_resumed_before_it_has_paused_it_goes_on(trial: Trial, job: Job, j
     saves = f"while not (folder / 'save').exists(): time.sleep(0.02)\nsys.exit({EXIT_SAVED})"
     async with trial.running(job, f"{asked}\n{saves}"):
         await jobs.pause("t", ID)
-        await until((trial.folder / "asked").exists)
+        await eventually((trial.folder / "asked").exists)
         await jobs.resume("t", ID)
         (trial.folder / "save").touch()
     assert await state(jobs) == ("queued", "queued")
@@ -270,7 +265,7 @@ async def failed(jobs: Jobs, code: str, said: str) -> None:
 
 async def test_nothing_is_left_when_the_worker_is_interrupted(trial: Trial, job: Job) -> None:
     run = asyncio.create_task(trial.run(job, STUBBORN))
-    await until(trial.ready.exists)
+    await eventually(trial.ready.exists)
     child = psutil.Process(int(trial.ready.read_text().split()[2]))
     run.cancel()
     await asyncio.wait([run])

@@ -22,7 +22,8 @@ from server.finetune.worker import worker as worker_module
 from server.finetune.worker.attempt import EXIT_SAVED
 from server.finetune.worker.worker import Worker
 from tests.fixtures.jobs import fixed, result
-from tests.fixtures.workers import Plant, plant, stop, until
+from tests.fixtures.workers import Plant, plant, stop
+from tests.waiting import until
 
 pytestmark = pytest.mark.anyio
 ID = "ftjob-1"

@@ -7,6 +7,7 @@ import uuid
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from server.api.http.audited import end_change
 from server.api.http.error_responses import error_response
 from server.errors import PolypeftError, QuotaExceeded
 from server.logs import request_id
@@ -46,6 +47,7 @@ class RequestMiddleware:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                await end_change(state, status)
                 rates = state.get("rates")
                 message["headers"] = [*message["headers"], *extra_headers, *(rates.headers if rates else ())]
             elif trace is not None:
@@ -63,6 +65,7 @@ class RequestMiddleware:
                 failure = PolypeftError("The server failed on this request; its id is in x-request-id.")
                 await error_response(failure)(scope, receive, send_with_id)
         finally:
+            await end_change(state, status)  # of a client that left before it was answered
             route = getattr(
                 scope.get("route"), "path", "other"
             )  # the template, so that no caller's text becomes a label

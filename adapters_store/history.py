@@ -1,4 +1,7 @@
-"""An adapter's audit log: who changed what. The scripts that make the changes write the entries."""
+"""An adapter's history: how its versions and aliases changed. The scripts that make the changes write it.
+
+It also has what the server did by itself, such as purges; the audit log (server/audit/) is about callers.
+"""
 
 from typing import Any
 
@@ -10,7 +13,7 @@ MAX_ENTRIES = 200  # of one adapter; older ones are dropped
 KEPT_SECONDS = 90 * 24 * 3600  # after the adapter's last version was purged
 
 
-class AuditEntry(msgspec.Struct, frozen=True):
+class HistoryEntry(msgspec.Struct, frozen=True):
     """One change. It moved each alias from `before` to `after`; None: the alias does not exist."""
 
     id: str
@@ -23,13 +26,13 @@ class AuditEntry(msgspec.Struct, frozen=True):
     removed: tuple[int, ...]
 
 
-def decode_entry(record: bytes) -> AuditEntry:
+def decode_entry(record: bytes) -> HistoryEntry:
     """An entry from the JSON that the scripts write."""
     raw: dict[str, Any] = msgspec.json.decode(record)
     before = {alias: from_text(text) for alias, text in raw["before"].items()}
     after = {alias: from_text(text) for alias, text in raw["after"].items()}
     names = sorted({*before, *after})
-    return AuditEntry(
+    return HistoryEntry(
         id=raw["id"],
         time=raw["time"] / 1000,
         actor=raw["actor"],

@@ -9,7 +9,17 @@ import pytest
 
 from tests.server.api.conftest import CONTEXT, System, started
 
-FIELDS = ("requests_per_minute", "tokens_per_minute", "concurrent_requests", "max_context", "max_n")
+REQUESTS = ("requests_per_minute", "tokens_per_minute", "concurrent_requests", "max_context", "max_n")
+FIELDS = (
+    *REQUESTS,
+    "queued_tokens",
+    "adapters",
+    "adapter_bytes",
+    "file_bytes",
+    "jobs",
+    "training_tokens_per_day",
+    "priority",
+)
 UNSET = dict.fromkeys(FIELDS)
 
 
@@ -29,7 +39,15 @@ def test_a_new_tenant_has_the_defaults(operator: httpx.Client, route: str) -> No
     shown = operator.get(route).json()
     assert shown["object"] == "tenant.limits"
     assert shown["set"] == UNSET
-    assert shown["in_force"] == UNSET | {"max_context": CONTEXT, "max_n": 8}
+    assert shown["in_force"] == UNSET | {
+        "max_context": CONTEXT,
+        "max_n": 8,
+        "adapters": 20,
+        "adapter_bytes": 64 << 30,
+        "file_bytes": 4 << 30,
+        "jobs": 8,
+        "priority": "interactive",
+    }
 
 
 def test_put_replaces_all(operator: httpx.Client, route: str) -> None:
@@ -54,7 +72,12 @@ def test_put_replaces_all(operator: httpx.Client, route: str) -> None:
         ({"requests_per_minute": "5"}, "requests_per_minute should be a valid integer, not '5'."),
         ({"requests_per_minute": True}, "requests_per_minute should be a valid integer, not True."),
         ({"requests_per_second": 5}, "'requests_per_second' is not a field of this request."),
-        ({"priority": 1}, "'priority' is not a field of this request."),
+        ({"priority": 1}, "priority should be 'interactive', 'standard' or 'batch', not 1."),
+        ({"priority": "urgent"}, "priority should be 'interactive', 'standard' or 'batch', not 'urgent'."),
+        ({"adapters": -1}, "adapters should be greater than or equal to 0, not -1."),
+        ({"file_bytes": 2**60}, "less than or equal to 1125899906842624, not 1152921504606846976."),
+        ({"jobs": 1.0}, "jobs should be a valid integer, not 1.0."),
+        ({"queued_tokens": 0}, "queued_tokens should be greater than or equal to 1, not 0."),
     ],
 )
 def test_a_wrong_limit_is_a_sentence(
@@ -62,7 +85,7 @@ def test_a_wrong_limit_is_a_sentence(
 ) -> None:
     operator.put(route, json={"requests_per_minute": 3})
     refused = operator.put(route, json=body)
-    assert (refused.status_code, said in refused.json()["error"]["message"]) == (422, True), refused.text
+    assert (refused.status_code, said in refused.json()["error"]["message"]) == (400, True), refused.text
     assert operator.get(route).json()["set"] == UNSET | {"requests_per_minute": 3}
 
 
@@ -102,7 +125,7 @@ def test_tenants_see_their_own_limits(system: System, operator: httpx.Client) ->
         assert (seen["max_context_tokens"], seen["max_n"]) == (64, 2)
         for extra in ({"n": 3}, {"max_tokens": 64}):
             answer = tenant.post("/v1/completions", json={"model": "toy", "prompt": "hi"} | extra)
-            assert answer.status_code in {400, 422}
+            assert answer.status_code == 400
             limit = (
                 "n must be at most 2, not 3." if "n" in extra else "max_context, your limit, is 64 tokens;"
             )
@@ -125,3 +148,18 @@ def test_defaults_hold_for_all_but_those_with_their_own(valkey_url: str) -> None
                 body = {"model": "toy", "prompt": "hi", "max_tokens": 1}
                 codes = [client.post("/v1/completions", json=body).status_code for _ in range(allowed + 1)]
             assert codes == [200] * allowed + [429]
+
+
+def test_of_two_changes_none_is_lost(operator: httpx.Client, route: str) -> None:
+    """What the commands do: change what was read, on condition that it is still so."""
+    first, second = operator.get(route), operator.get(route)
+    assert first.headers["etag"] == second.headers["etag"]
+    mine = operator.put(route, json={"max_n": 1}, headers={"If-Match": first.headers["etag"]})
+    assert mine.status_code == 200
+    late = operator.put(route, json={"jobs": 3}, headers={"If-Match": second.headers["etag"]})
+    assert (late.status_code, late.json()["error"]["code"]) == (412, "precondition_failed")
+    merged = mine.json()["set"] | {"jobs": 3}
+    assert (
+        operator.put(route, json=merged, headers={"If-Match": mine.headers["etag"]}).json()["set"] == merged
+    )
+    assert operator.put(route, json={}, headers={"If-None-Match": "*"}).status_code == 400

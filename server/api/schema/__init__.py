@@ -1,0 +1,1 @@
+"""What /openapi.json and /docs show of the routes, read off them."""
