@@ -7,11 +7,13 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from pydantic import BaseModel
+from pydantic import BaseModel, TypeAdapter
 
+from server.api.schema.objects import ChatCompletion
 from server.engine.fake import FakeEngine
 from tests.server.api.conftest import System, started
 from tests.server.api.generation.tokenizers import byte_level_tokenizer
+from tests.server.api.schema.test_openai_schemas import validate
 
 TOKENIZER = byte_level_tokenizer()
 HELLO: list[Any] = [{"role": "user", "content": "hello"}]
@@ -85,6 +87,18 @@ def test_text_and_several_calls(sdk: openai.OpenAI, engine: FakeEngine) -> None:
         model="toy", messages=HELLO, tools=[WEATHER, CLOCK], parallel_tool_calls=False
     )
     assert len(single.choices[0].message.tool_calls or []) == 1
+
+
+@pytest.mark.parametrize("shape", [{"tools": [WEATHER]}, {"functions": [WEATHER["function"]]}])
+def test_answers_are_valid_in_openais_document_and_ours(
+    http: httpx.Client, engine: FakeEngine, shape: dict[str, Any]
+) -> None:
+    says(engine, CALL)
+    whole = post(http, **shape).json()
+    validate(whole, "CreateChatCompletionResponse")
+    TypeAdapter(ChatCompletion).validate_python(whole)
+    for line in post(http, stream=True, **shape).text.split("\n\n")[:-2]:
+        validate(json.loads(line.removeprefix("data: ")), "CreateChatCompletionStreamResponse")
 
 
 @pytest.mark.parametrize("chunk_tokens", [1, 7, 500])
@@ -257,6 +271,50 @@ def test_a_response_format_is_for_answers_without_calls(http: httpx.Client, engi
         == "{}"
     )
     assert all("answer: %json" in (row.sampling.grammar or "") for row in engine.seen)
+
+
+def test_structured_outputs_beside_functions_are_json(http: httpx.Client, engine: FakeEngine) -> None:
+    says(engine, "{}")
+    for fields in ({"structured_outputs": {"json": {"type": "object"}}}, {"guided_json": {"type": "object"}}):
+        choice = post(http, tools=[WEATHER], **fields).json()["choices"][0]
+        assert choice["message"]["content"] == "{}"
+    assert all("answer: %json" in (row.sampling.grammar or "") for row in engine.seen)
+    assert post(http, tools=[WEATHER], tool_choice="none", guided_regex="[{}]+").status_code == 200
+    error = post(http, tools=[WEATHER], guided_regex="a").json()["error"]
+    assert (error["param"], "beside tools" in error["message"]) == ("structured_outputs", True)
+
+
+def test_formats_that_nobody_enforces_are_annotations_of_arguments(
+    http: httpx.Client, engine: FakeEngine
+) -> None:
+    given = {"properties": {"a": {"type": "string", "format": "password"}}}
+    assert post(http, max_tokens=2, **function(parameters=given)).status_code == 200
+    assert "password" not in (engine.seen[0].sampling.grammar or "password")
+
+
+def test_an_answer_is_continued_where_there_are_functions(http: httpx.Client, engine: FakeEngine) -> None:
+    says(engine, CALL)
+    begun = [*HELLO, {"role": "assistant", "content": "I look.\n"}]
+    choice = post(http, messages=begun, tools=[WEATHER], continue_final_message=True).json()["choices"][0]
+    assert choice["message"]["tool_calls"][0]["function"]["arguments"] == ARGUMENTS
+    prompt = TOKENIZER.decode(engine.seen[0].prompt, special=True)
+    assert "You may call functions" in prompt
+    assert prompt.endswith("<|assistant|>I look.\n")
+
+
+def test_the_usage_so_far_is_in_each_chunk_of_a_call(http: httpx.Client, engine: FakeEngine) -> None:
+    says(engine, CALL)
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    lines = post(http, stream=True, stream_options=options, tools=[STRICT]).text.split("\n\n")[:-2]
+    counts = [json.loads(line[6:])["usage"]["completion_tokens"] for line in lines]
+    assert counts == sorted(counts)
+    assert counts[-1] == len(engine.behaviour.script or [])
+
+
+def test_tokenize_counts_functions_as_a_chat_does(http: httpx.Client, engine: FakeEngine) -> None:
+    assert post(http, tools=[WEATHER], max_tokens=2).status_code == 200
+    body = {"messages": HELLO, "tools": [WEATHER]}
+    assert http.post("/tokenize", json=body).json()["tokens"] == engine.seen[0].prompt
 
 
 def test_logprobs_are_of_all_tokens(http: httpx.Client, engine: FakeEngine) -> None:
