@@ -84,6 +84,8 @@ class Settings(BaseSettings):
     """Memory for keys and values of the running rows and the prefix cache."""
     lookup_tokens: int = Field(default=7, ge=0, le=7)
     """Tokens a row may guess ahead out of its own text, on a CPU: the same answers, sooner; 0: none."""
+    tool_format: Literal["auto", "hermes", "llama3", "mistral", "mistral-args", "json"] = "auto"
+    """How the model writes function calls; auto: as its chat template does."""
     prefix_cache: bool = True
     """Reuse the keys and values of a prompt's beginning, within one tenant and adapter."""
 

@@ -209,7 +209,7 @@ def build_services(settings: Settings) -> Services:
     return Services(
         settings=settings,
         operator_secret=operator_key(settings),
-        tokenizer=Tokenizer.load(resolve_model(settings)),
+        tokenizer=Tokenizer.load(resolve_model(settings), settings.tool_format),
         redis=redis,
         objects=objects,
         registry=Registry(

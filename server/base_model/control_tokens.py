@@ -12,7 +12,7 @@ the template's source, such as <tool_call>. An assistant's message may contain t
 
 import re
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -29,10 +29,11 @@ _QUOTED = re.compile(f"{MARK}([\U00010000-\U0001ffff])")
 class ControlTokens:
     """The control tokens of one tokenizer and chat template. Immutable, so threads may share it."""
 
-    def __init__(self, backend: Any, template: str, plain_chat: str) -> None:
+    def __init__(self, backend: Any, template: str, chats: Sequence[str]) -> None:
         """`backend`: a tokenizers.Tokenizer. `template`: its source, "" if there is none.
 
-        `plain_chat`: a chat rendered by the template in which each message is MARK; "" if that fails.
+        `chats`: rendered by the template, with MARK for each text; the first has plain messages only, and is
+        "" if that fails; others may have function calls.
         """
         added: dict[int, AddedToken] = backend.get_added_tokens_decoder()
         ids = {i: token for i, token in added.items() if _is_control(token, template)}
@@ -43,7 +44,7 @@ class ControlTokens:
         self._reader, self._real = self._build_reader(backend, added, ids.keys())
         unknown = backend.token_to_id(getattr(backend.model, "unk_token", None) or "")
         self._never_text = ids.keys() - self._real.keys() - {unknown}
-        around_turns = {token for _, token in self._found(plain_chat)}
+        around_turns = {token for _, token in self._found(chats[0])}
         self._not_spoken = around_turns | {token.content for token in ids.values() if token.special}
         self._longest = max(map(len, self._tokens), default=0)
         self._heads = {token[:at] for token in self._tokens for at in range(1, len(token))}
@@ -51,7 +52,8 @@ class ControlTokens:
         # a template may put a message into the middle of a token, as <|...|>
         self._around = any(
             self._head_at_end(before) and self._tail_at_start(after)
-            for before, after in pairwise(plain_chat.split(MARK))
+            for chat in chats
+            for before, after in pairwise(chat.split(MARK))
         )
 
     def quoted(self, text: str, role: str) -> str:

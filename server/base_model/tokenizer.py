@@ -17,11 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from jinja2.exceptions import TemplateError
-from tokenizers.pre_tokenizers import ByteLevel
 
+from server.base_model.chat_tools import ChatTools, probe
 from server.base_model.control_tokens import MARK, ControlTokens
+from server.base_model.pieces import is_byte_level, piece_of
 from server.errors import InvalidRequest, StartupError
 
+log = logging.getLogger(__name__)
 # of a tokenizer's config, what `info` tells
 _INFO = (
     "add_bos_token",
@@ -50,24 +52,38 @@ def forbid_torch() -> None:
 class Tokenizer:
     """A model folder's tokenizer. Immutable after `load`, so threads may share it."""
 
-    def __init__(self, hf: Any, chat_template: str | None) -> None:
+    def __init__(
+        self, hf: Any, chat_template: str | dict[str, str] | None, tool_format: str = "auto"
+    ) -> None:
+        """`tool_format`: how the model writes function calls (tool_formats/); auto: as its template does."""
         backend = hf.backend_tokenizer
         backend.no_truncation()
         backend.no_padding()
         self._hf = hf
         self._backend = backend  # its own encode and decode change no state, unlike transformers'
         self._chat_template = chat_template
-        self.byte_level = _is_byte_level(json.loads(backend.to_str())["decoder"])
+        self.byte_level = is_byte_level(json.loads(backend.to_str())["decoder"])
         self._literals = [token or "" for token in hf.convert_ids_to_tokens(list(range(len(hf))))]
         self.longest = max(map(len, self._literals))  # no token has more characters
-        self._special = {i for i, token in hf.added_tokens_decoder.items() if token.special}
-        self.pieces = [self._piece(i) for i in range(len(self._literals))]
+        added = hf.added_tokens_decoder.items()
+        self._special = {i for i, token in added if token.special}
+        self._added = {token.content: (i, bool(token.special)) for i, token in added}
+        self.pieces = [
+            b"" if i in self._special else piece_of(literal, byte_level=self.byte_level)
+            for i, literal in enumerate(self._literals)
+        ]
         self.end: int | None = hf.eos_token_id
         self.lead = self.encode("")  # the tokens before every prompt
-        self._control = ControlTokens(backend, chat_template or "", self._plain_chat())
+        source = _source(chat_template)
+        roles = [("system", "user", "assistant", "user"), ("user", "assistant", "user")]
+        chats = [self._sample([{"role": role, "content": MARK} for role in some]) for some in roles]
+        self.tools = ChatTools(source, tool_format, takes_system=bool(chats[0]))
+        self.pieces_with_markers = self._pieces_with_markers()
+        plain_chat = next(filter(None, chats), "")
+        self._control = ControlTokens(backend, source, [plain_chat, *self._tool_chats()])
 
     @classmethod
-    def load(cls, folder: Path) -> "Tokenizer":
+    def load(cls, folder: Path, tool_format: str = "auto") -> "Tokenizer":
         """Read `folder`. Raises StartupError for a tokenizer that is missing, damaged or not supported."""
         from transformers import AutoTokenizer  # here, because it takes a second, and torch unless forbidden
 
@@ -79,7 +95,7 @@ class Tokenizer:
             ) from error
         if not hf.is_fast:
             raise StartupError("This model's tokenizer has no tokenizer.json and is not supported.")
-        return cls(hf, hf.chat_template)
+        return cls(hf, hf.chat_template, tool_format)
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Token ids of a raw `text`, in which control tokens such as <|im_end|> count as such.
@@ -138,53 +154,106 @@ class Tokenizer:
         }
 
     def render_chat(
-        self, messages: list[dict[str, str]], *, answer: bool = True, open_end: bool = False
+        self,
+        messages: list[dict[str, Any]],
+        tools: list[dict[str, Any]] | None = None,
+        *,
+        answer: bool = True,
+        open_end: bool = False,
     ) -> str:
         """`messages` rendered by the model's template, for `encode_chat`: control tokens in them are quoted.
 
-        `answer`: with the beginning of the assistant's next message. `open_end`: the last message does not
-        end, so that the answer continues it. Raises InvalidRequest if there is no
-        template, or if it refuses the messages.
+        Messages as in chat_tools.py; `tools` are OpenAI's, the functions that may be called. `answer`: with
+        the beginning of the assistant's next message. `open_end`: the last message does not end, so that the
+        answer continues it. Raises InvalidRequest if there is no template, or if it refuses the messages.
         """
         if self._chat_template is None:
             raise InvalidRequest(
                 "The base model has no chat template; use /v1/completions.", param="messages"
             )
-        return self._render([self.quoted(message) for message in messages], answer, open_end)
+        messages, tools = self.tools.prepared(messages, tools or [])
+        quoted = [self.quoted(message) for message in messages]
+        quoted_tools = None if tools is None else [self._quoted(tool) for tool in tools]
+        try:
+            return self._render(quoted, quoted_tools, answer=answer, open_end=open_end)
+        except TemplateError as error:
+            reason = str(error)
+        except Exception as error:  # whatever an operation of the template raises on such values
+            if open_end and isinstance(error, ValueError):  # what transformers raises, beside the template
+                raise InvalidRequest(
+                    "The model's chat template cannot leave the last message open.",
+                    param="continue_final_message",
+                ) from None
+            log.debug("The chat template failed", exc_info=error)
+            reason = "it fails on them"
+        raise InvalidRequest(f"The model's chat template refuses these messages: {reason}", param="messages")
 
-    def quoted(self, message: dict[str, str]) -> dict[str, str]:
-        """`message` with control tokens quoted in every field but the role, which is checked before."""
+    def quoted(self, message: dict[str, Any]) -> dict[str, Any]:
+        """`message` with control tokens quoted in every text but the role, which is checked before."""
         role = message["role"]
         return {
-            name: text if name == "role" else self._control.quoted(text, role)
-            for name, text in message.items()
+            name: value
+            if name == "role"
+            else self._control.quoted(value, role)
+            if name == "content"
+            else self._quoted(value)
+            for name, value in message.items()
         }
 
-    def _plain_chat(self) -> str:
-        """A rendered chat in which each message is MARK; "" if there is no template, or it refuses that."""
-        system, user, answer = ({"role": role, "content": MARK} for role in ("system", "user", "assistant"))
-        for messages in ([system, user, answer, user], [user, answer, user]):
-            with suppress(Exception):  # `render_chat` reports what a template raises
-                return self._render(messages, answer=False) if self._chat_template else ""
+    def _quoted(self, value: Any) -> Any:
+        """A JSON value of a caller's with the control tokens in all its texts quoted."""
+        if isinstance(value, str):
+            return self._control.quoted(value, "tool")
+        if isinstance(value, list):
+            return [self._quoted(item) for item in value]
+        if isinstance(value, dict):
+            return {self._quoted(key): self._quoted(item) for key, item in value.items()}
+        return value
+
+    def _tool_chats(self) -> list[str]:
+        """A chat with functions, calls and results as the template renders it; none if it does not."""
+        if not self.tools.native:
+            return []
+        tool = {"name": MARK, "description": MARK, "parameters": {MARK: MARK}}
+        tools = [{"type": "function", "function": tool}]
+        if chat := self._sample(*self.tools.prepared(probe(MARK), tools)):
+            return [chat]
+        self.tools.take_text_arguments()
+        chat = self._sample(*self.tools.prepared(probe(MARK), tools))
+        return [chat] if chat else []
+
+    def _sample(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> str:
+        """`messages` rendered; "" if there is no template, or it refuses them."""
+        with suppress(Exception):  # `render_chat` reports what a template raises
+            return self._render(messages, tools, answer=False) if self._chat_template else ""
         return ""
 
-    def _render(self, messages: list[dict[str, str]], answer: bool, open_end: bool = False) -> str:
-        try:
-            text: str = self._hf.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=answer, continue_final_message=open_end
-            )
-        except TemplateError as error:
-            raise InvalidRequest(
-                f"The model's chat template refuses these messages: {error}", param="messages"
-            ) from error
-        except ValueError:
-            if not open_end:
-                raise
-            raise InvalidRequest(
-                "The model's chat template cannot leave the last message open.",
-                param="continue_final_message",
-            ) from None
+    def _render(
+        self,
+        messages: list[dict[str, Any]],
+        tools: list[dict[str, Any]] | None,
+        *,
+        answer: bool,
+        open_end: bool = False,
+    ) -> str:
+        text: str = self._hf.apply_chat_template(
+            messages,
+            tools=tools,
+            tokenize=False,
+            add_generation_prompt=answer,
+            continue_final_message=open_end,
+        )
         return text
+
+    def added_token(self, text: str) -> tuple[int, bool] | None:
+        """Id of the added token of this text, and whether it is special; None if there is none."""
+        return self._added.get(text)
+
+    def _pieces_with_markers(self) -> list[bytes | str]:
+        """`pieces` in which the markers of calls have their text, special tokens or not."""
+        added = [self._added.get(marker, (0, False)) for marker in self.tools.format.markers]
+        shown = {i for i, special in added if special}
+        return self._showing(shown) if shown else self.pieces
 
     def token_text(self, token: int) -> tuple[str, bytes]:
         """A token's text and bytes for logprobs; ("", b"") for an id that does not exist.
@@ -203,41 +272,13 @@ class Tokenizer:
     @cached_property
     def all_pieces(self) -> list[bytes | str]:
         """`pieces`, and special tokens as they are written."""
-        return [self._literals[i] if i in self._special else piece for i, piece in enumerate(self.pieces)]
+        return self._showing(self._special)
 
-    def _piece(self, token: int) -> bytes | str:
-        """What a token adds to a text: bytes, perhaps part of a character, or a whole text."""
-        literal = self._literals[token]
-        if token in self._special:
-            return b""
-        if self.byte_level:
-            known = all(char in _BYTES for char in literal)
-            return bytes(_BYTES[char] for char in literal) if known else literal.encode()
-        if len(literal) == 6 and literal.startswith("<0x") and literal.endswith(">"):
-            return bytes([int(literal[3:5], 16)])
-        return literal.replace("\u2581", " ")
+    def _showing(self, tokens: set[int]) -> list[bytes | str]:
+        """`pieces`, and these tokens as they are written."""
+        return [self._literals[i] if i in tokens else piece for i, piece in enumerate(self.pieces)]
 
 
-def _byte_characters() -> dict[str, int]:
-    """The byte that each character of GPT-2's alphabet means. Printable ones mean themselves."""
-    alphabet = sorted(ByteLevel.alphabet())
-    bytes_ = {char: ord(char) for char in alphabet if ord(char) < 256}
-    others = sorted(set(range(256)) - set(bytes_.values()))
-    return bytes_ | dict(zip(alphabet[len(bytes_) :], others, strict=True))
-
-
-_BYTES = _byte_characters()
-
-
-def _is_byte_level(decoder: dict[str, Any] | None) -> bool:
-    """Whether tokens are bytes (GPT-2, Llama 3, Qwen); else text with byte fallback (Llama 2, Gemma).
-
-    Raises StartupError for a decoder of another kind.
-    """
-    parts = (decoder or {}).get("decoders", [decoder or {"type": "none"}])
-    kinds = {part["type"] for part in parts}
-    if not kinds & {"ByteLevel", "ByteFallback"}:
-        raise StartupError(
-            f"This model's tokenizer decodes by {'+'.join(sorted(kinds))}, which is not supported."
-        )
-    return "ByteLevel" in kinds
+def _source(template: str | dict[str, str] | None) -> str:
+    """The source of a template, or of all templates of a folder that has several."""
+    return "\n".join(template.values()) if isinstance(template, dict) else template or ""

@@ -51,8 +51,7 @@ class Grammars:
     def _compile(self, grammar: str) -> LLMatcher:
         matcher = self._matcher_of(grammar).deep_copy()
         if matcher.is_error():
-            place = "tools" if grammar.startswith(GRAMMAR_HEADER) else "response_format"
-            raise InvalidField(f"{place} cannot be compiled for this model.", param=place)
+            raise InvalidField("What the answer must match cannot be compiled for this model.")
         return matcher
 
     def _make_matcher(self, grammar: str) -> LLMatcher:

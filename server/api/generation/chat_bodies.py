@@ -7,6 +7,7 @@ from pydantic import BeforeValidator, FailFast, Field, ValidationInfo, field_val
 from server.api.generation.bodies import CHANGES_OUTPUT, Count, SamplingBody
 from server.api.http.body_model import Body, at_most, at_most_entries, caps
 from server.api.structured_output.structured_outputs import ResponseFormat
+from server.api.tools.bodies import FunctionCall, FunctionChoice, Functions, ToolCalls, ToolChoice, Tools
 from server.errors import InvalidField
 
 MAX_ANNOTATIONS = 256
@@ -42,16 +43,16 @@ class Annotation(Body):
 
 
 class Message(Body):
-    """A message of the conversation: text only, no tool calls."""
+    """A message of the conversation: text, an assistant's calls, or the result of one."""
 
-    refused: ClassVar[dict[str, str]] = dict.fromkeys(
-        ("tool_calls", "tool_call_id", "function_call", "audio"),
-        "this server calls no tools and hears no audio",
-    )
+    refused: ClassVar[dict[str, str]] = {"audio": "this server hears no audio"}
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Content
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    content: Content | None = None  # tools/conversation.py checks what each role needs
     name: str | None = None  # not shown to the model: its template does not use it
+    tool_calls: ToolCalls | None = None
+    tool_call_id: Annotated[str, Field(min_length=1, max_length=512)] | None = None
+    function_call: FunctionCall | None = None
     refusal: str | None = None
     # of an earlier answer that a client sends back: not shown to the model
     annotations: Annotated[list[Annotation], BeforeValidator(at_most_entries(MAX_ANNOTATIONS))] | None = None
@@ -76,28 +77,12 @@ class Message(Body):
             return "".join(p.text if isinstance(p, TextPart) else p.refusal for p in self.content)
         return self.content or self.refusal or ""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _empty_answer(cls, data: Any) -> Any:
-        """An answer without content, such as a refusal, comes back so."""
-        if isinstance(data, dict) and data.get("role") == "assistant" and data.get("content") is None:
-            return data | {"content": ""}
-        return data
-
 
 class ChatBody(SamplingBody):
     """The body of chat completions."""
 
     refused: ClassVar[dict[str, str]] = SamplingBody.refused | dict.fromkeys(
-        (
-            "tools",
-            "functions",
-            "function_call",
-            "audio",
-            "prediction",
-            "web_search_options",
-        ),
-        CHANGES_OUTPUT,
+        ("audio", "prediction", "web_search_options"), CHANGES_OUTPUT
     )
 
     messages: Annotated[list[Message], FailFast(), Field(min_length=1)]  # _messages checks the cap
@@ -105,10 +90,13 @@ class ChatBody(SamplingBody):
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0)] | None = None
     response_format: ResponseFormat | None = None
+    tools: Tools | None = None  # what is done with these five: server/api/tools/
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    functions: Functions | None = None
+    function_call: FunctionChoice | None = None
     add_generation_prompt: bool = True
     continue_final_message: bool = False
-    parallel_tool_calls: bool | None = None
-    tool_choice: Literal["none"] | None = None
     # taken and without effect: hints for models that reason, and modes that are off
     reasoning_effort: Annotated[str, Field(max_length=16)] | None = None
     verbosity: Literal["low", "medium", "high"] | None = None

@@ -45,6 +45,7 @@ class Choice:
     shows_end: bool = False  # the last piece has the token that ended the choice, with its logprobs
     keep_stop: bool = False  # the text that ends the answer is part of it
     show_special: bool = False  # special tokens are part of the text
+    show_markers: bool = False  # of the special tokens, those that mark calls are
     completion_tokens: int = 0
     cached_tokens: int = 0
     finished: bool = False
@@ -53,7 +54,7 @@ class Choice:
     _unsent: deque[TokenInfo] = field(default_factory=deque)  # tokens whose text is not sent yet
 
     def __post_init__(self) -> None:
-        self._detokenizer = detokenizer(self.tokenizer, special=self.show_special)
+        self._detokenizer = detokenizer(self.tokenizer, special=self.show_special, markers=self.show_markers)
         self._scanner = StopScanner(self.stops, kept=self.keep_stop)
 
     def feed(self, chunk: Chunk) -> Piece:

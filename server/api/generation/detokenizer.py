@@ -7,9 +7,14 @@ from server.base_model.tokenizer import Tokenizer
 REPLACEMENT = "\ufffd"
 
 
-def detokenizer(tokenizer: Tokenizer, *, special: bool = False) -> "Detokenizer":
-    """A new Detokenizer for one choice; `special`: which shows special tokens."""
-    pieces = tokenizer.all_pieces if special else tokenizer.pieces
+def detokenizer(tokenizer: Tokenizer, *, special: bool = False, markers: bool = False) -> "Detokenizer":
+    """A new Detokenizer for one choice, which shows special tokens: all (`special`), or those that mark calls
+    (`markers`).
+    """
+    if special:
+        pieces = tokenizer.all_pieces
+    else:
+        pieces = tokenizer.pieces_with_markers if markers else tokenizer.pieces
     return (_ByteLevel if tokenizer.byte_level else _ByteFallback)(pieces)
 
 

@@ -44,6 +44,7 @@ class RouteOptions:
     shows_end: bool = False  # as in Choice
     grammar: str | None = None  # as in Sampling
     best_of: int | None = None  # rows of each prompt, if more than n
+    with_calls: bool = False  # the answer may have calls of functions
 
 
 async def build_generation(
@@ -99,20 +100,21 @@ async def build_generation(
             )
             for i in range(n)
         ]
-    choices = [_choice(deps.tokenizer, body, i, shows_end=options.shows_end) for i in range(len(rows))]
+    choices = [_choice(deps.tokenizer, body, options, i) for i in range(len(rows))]
     key: str = request.state.caller.key.id
     return Generation(deps, request_id, target, options.prompts, rows, choices, key, request.state.rates)
 
 
-def _choice(tokenizer: Tokenizer, body: SamplingBody, index: int, *, shows_end: bool) -> Choice:
+def _choice(tokenizer: Tokenizer, body: SamplingBody, options: RouteOptions, index: int) -> Choice:
     return Choice(
         index,
         tokenizer,
         body.stop,
         body.min_tokens,
-        shows_end,
+        options.shows_end,
         keep_stop=body.include_stop_str_in_output,
         show_special=not body.skip_special_tokens,
+        show_markers=options.with_calls,
     )
 
 

@@ -10,6 +10,8 @@ from server.api.generation.chat_bodies import Message
 from server.api.http.body_model import at_most
 from server.api.http.request_limits import check_chars
 from server.api.services import Services
+from server.api.tools.conversation import conversation
+from server.base_model.chat_tools import tools_chars
 from server.errors import ContextTooLong, InvalidField, shown
 from server.tenancy.tenants import Tenant
 
@@ -54,16 +56,24 @@ async def text_tokens(deps: Services, tenant_id: str, text: str, *, special: boo
 
 
 async def chat_prompt(
-    deps: Services, tenant: Tenant, messages: list[Message], *, answer: bool = True, open_end: bool = False
+    deps: Services,
+    tenant: Tenant,
+    messages: list[Message],
+    tools: list[dict[str, Any]] | None = None,
+    *,
+    answer: bool = True,
+    open_end: bool = False,
 ) -> list[int]:
-    """The token ids of the conversation as the base's chat template renders it, with the beginning of an
-    `answer`, or with an `open_end` for the answer to continue. Raises ContextTooLong.
+    """The token ids of the conversation, with the functions `tools`, as the base's chat template renders it:
+    with the beginning of an `answer`, or with an `open_end` for the answer to continue.
+
+    Raises InvalidRequest, ContextTooLong.
     """
-    plain = [{"role": _role(m), "content": m.text} for m in messages]
-    chars = sum(len(m["content"]) for m in plain)
+    plain = conversation(messages)
+    chars = sum(len(m["content"]) for m in plain) + tools_chars(plain, tools or [])
     check_chars(deps, chars, "messages")
     tokenizer = deps.tokenizer
-    render = partial(tokenizer.render_chat, plain, answer=answer and not open_end, open_end=open_end)
+    render = partial(tokenizer.render_chat, plain, tools, answer=answer and not open_end, open_end=open_end)
     return await off_loop(deps, tenant.id, chars, lambda: tokenizer.encode_chat(render()))
 
 
@@ -122,7 +132,3 @@ def in_vocabulary(tokens: list[int], size: int, param: str = "prompt") -> list[i
                 f"{param} has the token id {shown(token)}; they run from 0 to {size - 1}.", param=param
             )
     return tokens
-
-
-def _role(message: Message) -> str:
-    return "system" if message.role == "developer" else message.role

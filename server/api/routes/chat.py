@@ -20,9 +20,13 @@ from server.api.http.json_body import json_body
 from server.api.http.rate_limits import rate_limited
 from server.api.http.streaming import open_stream, while_connected
 from server.api.schema.objects import STREAM, ChatCompletion
-from server.api.structured_output.response_format import grammar_for
+from server.api.structured_output.response_format import schema_of
 from server.api.structured_output.structured_grammar import structured_grammar
+from server.api.tools.answer import Answer, AnswerWithCalls, Delta, TextAnswer, add_delta
+from server.api.tools.answer_grammar import answer_grammar
+from server.api.tools.tool_use import ToolUse, tool_use
 
+OPENING: Delta = {"role": "assistant", "refusal": None, "content": None}  # of a choice's first delta
 router = APIRouter(dependencies=[Depends(current_tenant), Depends(rate_limited)])
 
 
@@ -34,12 +38,19 @@ async def create_chat_completion(
     body: Annotated[ChatBody, Depends(json_body(ChatBody))],
 ) -> Response:
     """One object with all choices, or a stream of chunks."""
+    use = tool_use(body)
     target = await resolve(deps, tenant, body.model, body.adapters, sticky_key(request, body.user))
     max_tokens = body.max_completion_tokens or body.max_tokens
     prompt = await chat_prompt(
-        deps, tenant, body.messages, answer=body.add_generation_prompt, open_end=body.continue_final_message
+        deps,
+        tenant,
+        body.messages,
+        use.shown if use else None,
+        answer=body.add_generation_prompt,
+        open_end=body.continue_final_message,
     )
     keep = kept_tokens(body.truncate_prompt_tokens, deps.max_context, max_tokens)
+    structure = await structured_grammar(body.structure) or await schema_of(body.response_format)
     options = RouteOptions(
         prefix="chatcmpl",
         prompts=[last(prompt, keep)],
@@ -47,10 +58,11 @@ async def create_chat_completion(
         default_max_tokens=None,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         prompt_logprobs=body.prompt_logprobs,
-        grammar=await structured_grammar(body.structure) or await grammar_for(body.response_format),
+        grammar=await answer_grammar(use, structure, deps.tokenizer),
+        with_calls=use is not None,
     )
     generation = await build_generation(deps, tenant, request, target, body, options)
-    answer = _Chat(generation, body)
+    answer = _Chat(generation, body, use, constrained=options.grammar is not None)
     if body.stream:
         return await open_stream(request, answer.events(), target.headers, deadline=generation.deadline)
     return json_response(await while_connected(request.receive, answer.full_object()), headers=target.headers)
@@ -59,9 +71,17 @@ async def create_chat_completion(
 class _Chat:
     """Renders a generation as `chat.completion` and `chat.completion.chunk` objects."""
 
-    def __init__(self, generation: Generation, body: ChatBody) -> None:
+    def __init__(
+        self, generation: Generation, body: ChatBody, use: ToolUse | None, *, constrained: bool
+    ) -> None:
+        """`use`: functions that may be called; `constrained`: a grammar holds the answer to their format."""
         self._generation = generation
         self._body = body
+        format_ = generation.deps.tokenizer.tools.format
+        self._answers: list[Answer] = [
+            TextAnswer() if use is None else AnswerWithCalls(format_, use, constrained=constrained)
+            for _ in generation.choices
+        ]
 
     async def full_object(self) -> dict[str, Any]:
         """The answer without streaming, once every choice has finished."""
@@ -69,9 +89,13 @@ class _Chat:
         async with aclosing(self._generation.pieces()) as pieces:
             async for piece in pieces:
                 answer = answers[piece.index]
-                answer["message"]["content"] += piece.text
+                for delta in self._deltas(piece):
+                    add_delta(answer["message"], delta)
                 answer["logprobs"] = add_logprobs(answer["logprobs"], self._logprobs(piece))
-                answer["finish_reason"] = piece.finish
+                answer["finish_reason"] = self._finish(piece)
+        for answer in answers:
+            if not answer["message"].keys() & {"tool_calls", "function_call"}:
+                answer["message"]["content"] = answer["message"]["content"] or ""
         whole = self._object("chat.completion", answers) | {"usage": usage_object(self._generation.usage)}
         if (count := self._body.prompt_logprobs) is not None:
             whole["prompt_logprobs"] = await vllm_prompt_logprobs(self._generation, 0, count)
@@ -88,13 +112,16 @@ class _Chat:
             async for piece in pieces:
                 if extra and continuous:
                     extra = {"usage": usage_object(self._generation.usage)}
-                role = {} if piece.index in begun else {"role": "assistant", "refusal": None}
-                begun.add(piece.index)
-                if piece.text or piece.tokens or role:
-                    delta = role | ({"content": piece.text} if piece.text or role else {})
-                    yield self._chunk(piece.index, delta, self._logprobs(piece), None) | extra
+                deltas = self._deltas(piece)
+                if piece.index not in begun and (deltas or piece.tokens or piece.finish is not None):
+                    begun.add(piece.index)
+                    deltas = [OPENING | (deltas[0] if deltas else {"content": ""}), *deltas[1:]]
+                logprobs = self._logprobs(piece)  # of all the piece's tokens, in its first chunk
+                for delta in deltas or ([{}] if piece.tokens else []):
+                    yield self._chunk(piece.index, delta, logprobs, None) | extra
+                    logprobs = None
                 if piece.finish is not None:  # alone in a chunk, as OpenAI has it: clients rely on that
-                    yield self._chunk(piece.index, {}, None, piece.finish) | extra
+                    yield self._chunk(piece.index, {}, None, self._finish(piece)) | extra
         if with_usage:
             usage = usage_object(self._generation.usage)
             yield self._object("chat.completion.chunk", []) | {"usage": usage}
@@ -116,8 +143,14 @@ class _Chat:
         }
 
     def _empty(self, index: int) -> dict[str, Any]:
-        message = {"role": "assistant", "content": "", "refusal": None}
+        message = {"role": "assistant", "content": None, "refusal": None}
         return {"index": index, "message": message, "logprobs": None, "finish_reason": None}
+
+    def _deltas(self, piece: Piece) -> list[Delta]:
+        return self._answers[piece.index].deltas(piece.text, last=piece.finish is not None)
+
+    def _finish(self, piece: Piece) -> str | None:
+        return piece.finish and self._answers[piece.index].finish_reason(piece.finish)
 
     def _logprobs(self, piece: Piece) -> dict[str, Any] | None:
         if not self._body.logprobs:

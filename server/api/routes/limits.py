@@ -11,7 +11,8 @@ from server.api.http.error_responses import json_response
 from server.api.http.request_limits import max_body_bytes, max_prompt_chars
 from server.api.routes import completions, uploads
 from server.api.routes.adapters import adapters
-from server.api.structured_output import response_format
+from server.api.structured_output import compilation
+from server.api.tools import bodies, tool_use
 from server.finetune.jobs.jobs import IDEMPOTENCY_SECONDS
 from server.tenancy.limits import tightest
 from server.tenancy.tenant_keys import MAX_KEYS
@@ -84,7 +85,9 @@ async def get_limits(deps: Deps, caller: CurrentCaller) -> Response:
             "send_seconds": connection.SEND_SECONDS,
             "max_metadata": MAX_METADATA,
             "max_prompt_logprobs": MAX_PROMPT_LOGPROBS,
-            "max_schema_chars": response_format.MAX_SCHEMA_CHARS,
+            "max_schema_chars": compilation.MAX_SCHEMA_CHARS,
+            "max_tools": bodies.MAX_TOOLS,
+            "max_tools_chars": tool_use.MAX_TOOLS_CHARS,
             "page": adapters.MAX_PAGE,
             "max_part_bytes": uploads.MAX_PART_BYTES,
             "upload_seconds": LIFE_SECONDS,

@@ -18,6 +18,7 @@ from server.api.http.body_model import Body
 from server.api.http.dependencies import CurrentCaller, CurrentTenant, Deps, current_tenant
 from server.api.http.error_responses import json_response
 from server.api.http.json_body import json_body, validate
+from server.api.tools.tool_use import tool_use
 from server.errors import InvalidField
 
 router = APIRouter(dependencies=[Depends(current_tenant)])
@@ -32,7 +33,8 @@ class TokenizeBody(Body):
 
     model: Model | None = None
     prompt: str | None = None
-    messages: list[Any] | None = None  # ChatBody checks them
+    messages: list[Any] | None = None  # ChatBody checks them and the functions
+    tools: list[Any] | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool = True
     continue_final_message: Literal[False] = False
@@ -61,8 +63,11 @@ async def tokenize(
     if body.model is not None:
         await resolve(deps, tenant, body.model)
     if body.messages is not None:
-        chat = validate(ChatBody, {"model": deps.base.id, "messages": body.messages}, deps.settings)
-        tokens = await chat_prompt(deps, tenant, chat.messages, answer=body.add_generation_prompt)
+        sent = {"model": deps.base.id, "messages": body.messages, "tools": body.tools}
+        chat = validate(ChatBody, sent, deps.settings)
+        use = tool_use(chat)
+        shown = use.shown if use else None
+        tokens = await chat_prompt(deps, tenant, chat.messages, shown, answer=body.add_generation_prompt)
         tokens = [*deps.tokenizer.lead, *tokens] if body.add_special_tokens else tokens
     else:
         special = body.add_special_tokens is not False

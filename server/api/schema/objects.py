@@ -36,10 +36,23 @@ class Completion(TypedDict):
     usage: Usage
 
 
+class Function(TypedDict):
+    name: str
+    arguments: str
+
+
+class ToolCall(TypedDict):
+    id: str
+    type: Literal["function"]
+    function: Function
+
+
 class AssistantMessage(TypedDict):
     role: Literal["assistant"]
     content: str | None
     refusal: str | None
+    tool_calls: NotRequired[list[ToolCall]]
+    function_call: NotRequired[Function]
 
 
 class ChatChoice(TypedDict):

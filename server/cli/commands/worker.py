@@ -17,6 +17,7 @@ SETTINGS = (
     "redis_url",
     "device",
     "dtype",
+    "tool_format",
     "threads",
     "max_training_disk_bytes",
     "metrics_port",

@@ -5,8 +5,10 @@ see the same tokens. An answer includes its end token, so that the model learns 
 
 Chat: the base's template renders the conversation. An answer starts where the rendering of the messages
 before it, with the prompt for the assistant's turn, ends; it ends with the first special token after its text
-(<|im_end|>). A template that renders a turn differently once others follow is refused.
+or its calls (<|im_end|>). A template that renders a turn differently once others follow is refused.
 """
+
+from typing import Any
 
 import msgspec
 
@@ -103,26 +105,38 @@ def _answer(rendered: str, after: int, record: Chat, turn: int, tokenizer: Token
     """
     before = _render(record, turn, tokenizer, answer=True)
     through = _render(record, turn + 1, tokenizer, answer=False)
-    field, text = record.fields[turn], tokenizer.quoted(record.messages[turn])["content"].strip()
+    field = record.fields[turn]
     if not (rendered.startswith(through) and through.startswith(before) and after <= len(before)):
         raise LineError(
             field,
             f"The base's chat template does not render {field}, or what is before it, alike whether or not "
             "more follows; give weight 0 to every assistant turn but the last, or use prompt and completion.",
         )
-    start = through.find(text, len(before))
-    end = tokenizer.up_to_special(through[start + len(text) :])
-    if start < 0 or end is None:
+    said = _end_of_content(through, len(before), record.messages[turn], tokenizer)
+    end = None if said is None else tokenizer.up_to_special(through[said:])
+    if said is None or end is None:
         raise LineError(
             field, f"The base's chat template does not render {field} as it is, with a token at its end."
         )
-    return len(before), start + len(text) + end
+    return len(before), said + end
+
+
+def _end_of_content(through: str, start: int, message: dict[str, Any], tokenizer: Tokenizer) -> int | None:
+    """Where an assistant's text, or the last of its calls, ends in what is rendered from `start` on."""
+    calls = message.get("tool_calls", [])
+    if not calls:
+        text = tokenizer.quoted(message)["content"].strip()
+        found = through.find(text, start)
+        return None if found < 0 else found + len(text)
+    if not all(call["name"] in through[start:] for call in calls):
+        return None
+    return through.rfind("}", start) + 1 or None  # every format ends the arguments so
 
 
 def _render(record: Chat, count: int, tokenizer: Tokenizer, *, answer: bool) -> str:
     """The rendering of the first `count` messages. Raises LineError."""
     try:
-        return tokenizer.render_chat(record.messages[:count], answer=answer)
+        return tokenizer.render_chat(record.messages[:count], record.tools, answer=answer)
     except InvalidRequest as error:
         raise LineError(record.fields[count - 1], error.message) from None
 

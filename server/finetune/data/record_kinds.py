@@ -1,6 +1,7 @@
 """The kinds of records in a training file, and their checks field by field. No tokenizer.
 
-    {"messages": [{"role", "content", "weight"?}]}    OpenAI's: trains on assistant turns, except of weight 0
+    {"messages": [{"role", "content", "weight"?}]}    OpenAI's: trains on assistant turns, except of weight 0;
+                                                      with functions: tool_records.py
     {"prompt": ..., "completion": ...}                texts or, as in trl, lists of messages
     {"text": ...}                                     trains on all of it
 
@@ -14,6 +15,7 @@ import msgspec
 
 from server.errors import shown
 from server.finetune.data.jsonl import LineError, described
+from server.finetune.data.tool_records import calls_of, result_id, tools_of
 
 RecordKind = Literal["messages", "prompt_completion", "text"]
 FIELDS: dict[RecordKind, tuple[str, ...]] = {
@@ -21,21 +23,23 @@ FIELDS: dict[RecordKind, tuple[str, ...]] = {
     "prompt_completion": ("prompt", "completion"),
     "text": ("text",),
 }
-ROLES = ("system", "developer", "user", "assistant", "tool")
-_NO_TOOLS = "this server calls no tools"
-_REFUSED = dict.fromkeys(("tools", "functions", "parallel_tool_calls"), _NO_TOOLS)
-_REFUSED_IN_MESSAGE = dict.fromkeys(("tool_calls", "tool_call_id", "function_call"), _NO_TOOLS) | {
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+TOOL_FIELDS = ("tools", "functions", "parallel_tool_calls")
+_REFUSED = dict.fromkeys(TOOL_FIELDS, "functions go with messages")
+_REFUSED_IN_MESSAGE = {
     "refusal": "an answer that refuses stands in content",
     "audio": "this server hears no audio",
 }
+_MESSAGE_FIELDS = ("role", "content", "name", "weight", "tool_calls", "tool_call_id", "function_call")
 
 
 class Chat(msgspec.Struct, frozen=True):
     """`targets`: indices in `messages` of the assistant turns to learn; at least one, and never 0."""
 
-    messages: list[dict[str, str]]
+    messages: list[dict[str, Any]]  # for Tokenizer.render_chat
     fields: list[str]  # the path of each message in the line, such as "completion[0]"
     targets: list[int]
+    tools: list[dict[str, Any]] = []  # functions, for Tokenizer.render_chat
 
 
 class Pair(msgspec.Struct, frozen=True):
@@ -56,6 +60,19 @@ class _Message(msgspec.Struct, frozen=True):
     role: str
     content: str
     weight: int  # 0 for all other roles than assistant
+    tool_calls: list[dict[str, str]] = []
+    tool_call_id: str | None = None
+    function: str = ""  # of which it is the result
+
+    @property
+    def plain(self) -> dict[str, Any]:
+        """For Tokenizer.render_chat."""
+        plain: dict[str, Any] = {"role": self.role, "content": self.content}
+        if self.tool_calls:
+            plain["tool_calls"] = self.tool_calls
+        if self.tool_call_id is not None:
+            plain |= {"tool_call_id": self.tool_call_id, "name": self.function}
+        return plain
 
 
 def record_kind(line: dict[str, Any]) -> RecordKind:
@@ -74,23 +91,29 @@ def record_kind(line: dict[str, Any]) -> RecordKind:
 def read_record(shape: RecordKind, line: dict[str, Any], max_messages: int) -> Chat | Pair | Text:
     """The checked record. Raises LineError for the first field that is missing, unknown or wrong."""
     present = _without_nulls(line)
-    _check_fields(present, FIELDS[shape], "", _REFUSED)
+    chat = shape == "messages" or isinstance(present.get("prompt"), list)
+    known = FIELDS[shape] + (TOOL_FIELDS if chat else ())
+    _check_fields(present, known, "", {} if chat else _REFUSED)
     for field in FIELDS[shape]:
         if field not in present:
             raise LineError(field, f"{field} is required.")
     if shape == "messages":
-        return _chat("messages", [], _messages("messages", present["messages"], max_messages, weighted=True))
+        turns = _messages("messages", present["messages"], max_messages, weighted=True)
+        return _chat("messages", [], turns, tools_of(present))
     if shape == "text":
         return Text(_learnable("text", present["text"]))
-    return _prompt_completion(present["prompt"], present["completion"], max_messages)
+    return _prompt_completion(present, max_messages)
 
 
-def _prompt_completion(prompt: Any, completion: Any, max_messages: int) -> Chat | Pair:
+def _prompt_completion(line: dict[str, Any], max_messages: int) -> Chat | Pair:
+    prompt, completion = line["prompt"], line["completion"]
     if isinstance(prompt, str) and isinstance(completion, str):
         return Pair(prompt, _learnable("completion", completion))
     if isinstance(prompt, list) and isinstance(completion, list):
-        context = _messages("prompt", prompt, max_messages, weighted=False)
-        return _chat("completion", context, _messages("completion", completion, max_messages, weighted=True))
+        calls: dict[str, str] = {}  # of the prompt, which the completion may answer
+        context = _messages("prompt", prompt, max_messages, weighted=False, calls=calls)
+        turns = _messages("completion", completion, max_messages, weighted=True, calls=calls)
+        return _chat("completion", context, turns, tools_of(line))
     raise LineError(
         "prompt",
         "prompt and completion must both be text, or both be lists of messages, not "
@@ -98,7 +121,7 @@ def _prompt_completion(prompt: Any, completion: Any, max_messages: int) -> Chat 
     )
 
 
-def _chat(field: str, context: list[_Message], turns: list[_Message]) -> Chat:
+def _chat(field: str, context: list[_Message], turns: list[_Message], tools: list[dict[str, Any]]) -> Chat:
     """A conversation whose targets are in `turns`, the value of `field`. Raises LineError."""
     if not any(turn.role == "assistant" for turn in turns):
         raise LineError(field, f"{field} has no assistant turn, so there is nothing to learn.")
@@ -112,36 +135,46 @@ def _chat(field: str, context: list[_Message], turns: list[_Message]) -> Chat:
     if targets[0] + len(context) == 0:
         raise LineError(f"{field}[0]", f"{field}[0] is an assistant turn with nothing before it to answer.")
     for i in targets:
-        _learnable(f"{field}[{i}].content", turns[i].content)
+        if not turns[i].tool_calls:
+            _learnable(f"{field}[{i}].content", turns[i].content)
     messages = [*context, *turns]
     return Chat(
-        [{"role": message.role, "content": message.content} for message in messages],
+        [message.plain for message in messages],
         [message.field for message in messages],
         [len(context) + i for i in targets],
+        tools,
     )
 
 
-def _messages(field: str, value: Any, limit: int, *, weighted: bool) -> list[_Message]:
+def _messages(
+    field: str, value: Any, limit: int, *, weighted: bool, calls: dict[str, str] | None = None
+) -> list[_Message]:
+    """`calls`: names of functions by the ids of calls before, to which those of these messages are added."""
     if not isinstance(value, list):
         raise LineError(field, f"{field} must be a list of messages, not {described(value)}.")
     if not value:
         raise LineError(field, f"{field} has no messages.")
     if len(value) > limit:
         raise LineError(field, f"{field} must have at most {limit} messages, not {len(value)}.")
-    return [_message(f"{field}[{i}]", message, weighted) for i, message in enumerate(value)]
+    calls = {} if calls is None else calls
+    return [_message(f"{field}[{i}]", message, weighted, calls) for i, message in enumerate(value)]
 
 
-def _message(path: str, value: Any, weighted: bool) -> _Message:
+def _message(path: str, value: Any, weighted: bool, calls: dict[str, str]) -> _Message:
     if not isinstance(value, dict):
         raise LineError(path, f"{path} must be an object with role and content, not {described(value)}.")
     present = _without_nulls(value)
-    _check_fields(present, ("role", "content", "name", "weight"), path, _REFUSED_IN_MESSAGE)
+    _check_fields(present, _MESSAGE_FIELDS, path, _REFUSED_IN_MESSAGE)
     role = present.get("role")
     if role not in ROLES:
         raise LineError(
             f"{path}.role", f"{path}.role must be one of {', '.join(ROLES)}, not {described(role)}."
         )
-    content = _content(f"{path}.content", present.get("content"))
+    called = calls_of(path, present)
+    if called and role != "assistant":
+        raise LineError(path, f"{path} has calls, which only an assistant makes.")
+    answered = result_id(path, present, role, calls)
+    content = _content(f"{path}.content", present.get("content", "" if called else None))
     if not isinstance(present.get("name", ""), str):  # accepted, but not shown to the model, as in serving
         raise LineError(f"{path}.name", f"{path}.name must be text, not {described(present['name'])}.")
     if "weight" in present and (role != "assistant" or not weighted):
@@ -149,7 +182,9 @@ def _message(path: str, value: Any, weighted: bool) -> _Message:
     weight = present.get("weight", int(role == "assistant"))
     if isinstance(weight, bool) or weight not in (0, 1):
         raise LineError(f"{path}.weight", f"{path}.weight must be 0 or 1, not {described(weight)}.")
-    return _Message(path, "system" if role == "developer" else role, content, int(weight))
+    calls |= {call["id"]: call["name"] for call in called}
+    role = {"developer": "system", "function": "tool"}.get(role, role)
+    return _Message(path, role, content, int(weight), called, answered, calls.get(answered or "", ""))
 
 
 def _content(path: str, value: Any) -> str:

@@ -44,6 +44,7 @@ def run_training(
     base_id: str,
     device: torch.device | None = None,
     threads: int | None = None,
+    tool_format: str = "auto",
 ) -> TrainingOutput:
     """Train by `recipe` on JSONL files that were checked before; all output goes to the folder `work`.
 
@@ -53,7 +54,7 @@ def run_training(
     """
     if threads:
         torch.set_num_threads(threads)
-    tokenizer = Tokenizer.load(base)
+    tokenizer = Tokenizer.load(base, tool_format)
     examples, held_out = _examples(recipe, training, validation, tokenizer)
     model = AdapterModel(
         base, base_id, recipe, init_text=_init_text(recipe, examples, tokenizer), device=device

@@ -134,6 +134,7 @@ class TrainingProcess:
                 resume,
                 base_id=job.model,
                 device=choose_placement(self._settings).device,
+                tool_format=self._settings.tool_format,
             )
         finally:
             reporter.close()

@@ -35,7 +35,7 @@ CONTEXT = 256
 Files = list[tuple[str, tuple[str, bytes, str]]]
 
 
-def toy_base() -> Base:
+def toy_base(context: int = CONTEXT) -> Base:
     sites = {
         f"model.layers.{i}.self_attn.{name}": Site(
             f"model.layers.{i}.self_attn.{name}", "linear", HIDDEN, HIDDEN, bias=False
@@ -43,7 +43,7 @@ def toy_base() -> Base:
         for i in range(2)
         for name in ("q_proj", "v_proj")
     }
-    return Base("toy", "llama", "b" * 64, 2, HIDDEN, 2, 8, VOCABULARY, CONTEXT, sites)
+    return Base("toy", "llama", "b" * 64, 2, HIDDEN, 2, 8, VOCABULARY, context, sites)
 
 
 @dataclass
@@ -77,8 +77,8 @@ def system(valkey_url: str) -> Iterator[System]:
 
 
 @contextmanager
-def started(valkey_url: str, **given: Any) -> Iterator[System]:
-    """A system of its own on an empty Valkey; `given` are settings."""
+def started(valkey_url: str, context: int = CONTEXT, **given: Any) -> Iterator[System]:
+    """A system of its own on an empty Valkey; `context` is the base's, `given` are settings."""
     folder = Path(tempfile.mkdtemp(prefix="pp"))
     model = folder / "model"
     byte_level_tokenizer(model)
@@ -96,7 +96,7 @@ def started(valkey_url: str, **given: Any) -> Iterator[System]:
         **given,
     )
     settings.run_dir.mkdir(parents=True)
-    with running(settings) as system:
+    with running(settings, context=context) as system:
         yield system
     shutil.rmtree(folder)
 
@@ -104,8 +104,14 @@ def started(valkey_url: str, **given: Any) -> Iterator[System]:
 class running:  # noqa: N801 - used as a context manager
     """Server and fake engine in one thread's loop, until the block ends."""
 
-    def __init__(self, settings: Settings, build: Callable[[Settings], FastAPI] = build_app) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        build: Callable[[Settings], FastAPI] = build_app,
+        context: int = CONTEXT,
+    ) -> None:
         self._settings = settings
+        self._base = toy_base(context)
         self._build = build
         self._up: threading.Event = threading.Event()
         self._system: System | None = None
@@ -126,7 +132,7 @@ class running:  # noqa: N801 - used as a context manager
 
     async def _main(self) -> None:
         app = self._build(self._settings)
-        engine = FakeEngine(self._settings.engine_socket, toy_base(), {"max_seqs": 8, "max_queue": 8})
+        engine = FakeEngine(self._settings.engine_socket, self._base, {"max_seqs": 8, "max_queue": 8})
         await engine.start()
         config = server_config(app, self._settings.model_copy(update={"port": 0}))
         self._server = server = uvicorn.Server(config)

@@ -10,6 +10,7 @@ from llguidance import LLMatcher, LLParserLimits
 
 from server.engine import structured_output as grammar
 from server.engine.structured_output import Grammars, consume, mask_logits
+from server.errors import InvalidField
 from server.messages import GRAMMAR_HEADER
 from tests.fixtures.cost import processor_seconds
 from tests.server.api.generation.tokenizers import VOCABULARY, byte_level_tokenizer
@@ -82,3 +83,20 @@ def _allowed(matcher: LLMatcher) -> list[int]:
     logits = torch.zeros(1, VOCABULARY)
     mask_logits(logits, [(0, matcher)])
     return [int(token) for token in torch.isfinite(logits[0]).nonzero()]
+
+
+def test_a_grammar_is_compiled_like_a_schema(tmp_path: Path) -> None:
+    end = byte_level_tokenizer(tmp_path).end
+    assert end is not None
+    grammars = Grammars(tmp_path, VOCABULARY, frozenset({end}))
+    try:
+        matcher = grammars.compile(f'{GRAMMAR_HEADER}\nstart: "a" "b"').result()
+        for text in "ab":
+            (token,) = _allowed(matcher)
+            assert byte_level_tokenizer().decode([token]) == text
+            assert consume(matcher, token)
+        assert _allowed(matcher) == [end]
+        with pytest.raises(InvalidField, match="must match cannot be compiled"):
+            grammars.compile(f"{GRAMMAR_HEADER}\nstart: nothing").result()
+    finally:
+        grammars.close()

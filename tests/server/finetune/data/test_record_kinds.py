@@ -9,6 +9,9 @@ from server.finetune.data.record_kinds import Chat, Pair, Text, read_record, rec
 
 USER = {"role": "user", "content": "hi"}
 ASSISTANT = {"role": "assistant", "content": "hello"}
+CALL: dict[str, Any] = {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+RESULT = {"role": "tool", "tool_call_id": "call_1", "content": "4"}
+TOOL: dict[str, Any] = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
 
 
 def read(line: dict[str, Any], max_messages: int = 8) -> Chat | Pair | Text:
@@ -48,6 +51,41 @@ def test_of_message_lists_only_the_completion_is_learnt() -> None:
     )
 
 
+def test_calls_and_results_are_what_serving_takes() -> None:
+    called = {"id": "call_1", "name": "f", "arguments": "{}"}
+    line: dict[str, Any] = {
+        "messages": [USER, {"role": "assistant", "content": None, "tool_calls": [CALL]}, RESULT, ASSISTANT],
+        "tools": [TOOL],
+        "parallel_tool_calls": False,
+    }
+    record = read(line)
+    assert isinstance(record, Chat)
+    assert record.messages == [
+        USER,
+        {"role": "assistant", "content": "", "tool_calls": [called]},
+        RESULT | {"name": "f"},
+        ASSISTANT,
+    ]
+    assert (record.targets, record.tools) == ([1, 3], [TOOL])
+    split = read({"prompt": line["messages"][:2], "completion": line["messages"][2:], "tools": [TOOL]})
+    assert isinstance(split, Chat)
+    assert (split.messages, split.targets, split.tools) == (record.messages, [3], [TOOL])
+    deprecated = {
+        "messages": [
+            USER,
+            {"role": "assistant", "function_call": CALL["function"]},
+            {"role": "function", "name": "f", "content": "4"},
+            ASSISTANT,
+        ],
+        "functions": [TOOL["function"]],
+    }
+    old = read(deprecated)
+    assert isinstance(old, Chat)
+    assert old.tools == [TOOL]
+    assert [message["role"] for message in old.messages] == ["user", "assistant", "tool", "assistant"]
+    assert read(turns(tool_calls=[])) == chat(USER, ASSISTANT)
+
+
 def turns(**changes: Any) -> dict[str, Any]:
     """A conversation whose answer is changed."""
     return {"messages": [USER, ASSISTANT | changes]}
@@ -61,7 +99,7 @@ def turns(**changes: Any) -> dict[str, Any]:
         ({"text": "a", "messages": []}, "", "fields of messages and of text"),
         ({"text": "a", "completion": "b"}, "", "fields of prompt_completion and of text"),
         ({"text": "a", "id": 1}, "", "'id' is not a field here; known are text."),
-        ({"text": "a", "tools": []}, "tools", "calls no tools"),
+        ({"text": "a", "tools": []}, "tools", "functions go with messages"),
         ({"text": 1}, "text", "text must be text, not 1."),
         ({"text": {"a": "b"}}, "text", "not an object"),
         ({"text": " \n\u2003"}, "text", "text is blank"),
@@ -99,7 +137,6 @@ def turns(**changes: Any) -> dict[str, Any]:
         (turns(weight=[]), "messages[1].weight", "0 or 1, not a list"),
         (turns(weight=float("inf")), "messages[1].weight", "0 or 1, not inf"),
         ({"messages": [USER | {"weight": 0}, ASSISTANT]}, "messages[0].weight", "only for assistant turns"),
-        (turns(tool_calls=[]), "messages[1].tool_calls", "calls no tools"),
         (turns(refusal="no"), "messages[1].refusal", "not supported"),
         (turns(trust_remote_code=True), "messages[1]", "'trust_remote_code' is not a field here"),
     ],
@@ -109,6 +146,61 @@ def test_what_is_wrong_is_refused_by_its_field(line: dict[str, Any], field: str,
         read(line)
     assert refused.value.field == field
     assert reason in refused.value.reason
+
+
+CALLS = "messages[1].tool_calls"
+BAD_NAME = CALL | {"function": {"name": "f g", "arguments": ""}}
+
+
+def nested(levels: int) -> dict[str, Any]:
+    return {"items": nested(levels - 1)} if levels else {}
+
+
+def defined(**function: Any) -> dict[str, Any]:
+    return turns() | {"tools": [{"type": "function", "function": function}]}
+
+
+@pytest.mark.parametrize(
+    ("line", "field", "reason"),
+    [
+        (turns(tool_calls=[{}]), f"{CALLS}[0]", '{"id": ...'),
+        (turns(tool_calls={}), CALLS, "a list of at most 128 calls"),
+        (
+            turns(tool_calls=[CALL | {"function": {"name": "f"}}]),
+            f"{CALLS}[0].function",
+            "name and arguments",
+        ),
+        (turns(tool_calls=[BAD_NAME]), f"{CALLS}[0].function.name", "letters, digits"),
+        (
+            turns(function_call={"name": "f", "arguments": {}}),
+            "messages[1].function_call.arguments",
+            "JSON as text",
+        ),
+        ({"messages": [USER | {"tool_calls": [CALL]}, ASSISTANT]}, "messages[0]", "only an assistant makes"),
+        (
+            {"messages": [USER, RESULT, ASSISTANT]},
+            "messages[1].tool_call_id",
+            "a call before it, not 'call_1'",
+        ),
+        (
+            {"messages": [USER | {"tool_call_id": "call_1"}, ASSISTANT]},
+            "messages[0].tool_call_id",
+            "only for the results",
+        ),
+        (turns() | {"tools": {}}, "tools", "at most 128 functions"),
+        (turns() | {"tools": [TOOL["function"]]}, "tools[0]", '{"type": "function"'),
+        (defined(name="f", x=1), "tools[0].function", "'x' is not a field"),
+        (defined(), "tools[0].function.name", "not None"),
+        (defined(name="f", parameters=nested(200)), "tools[0].function", "deeper than 128 levels"),
+        (turns() | {"functions": [TOOL["function"]], "tools": []}, "functions", "cannot go with tools"),
+        (turns() | {"functions": [1]}, "functions[0]", "must be an object, not 1"),
+        (turns() | {"parallel_tool_calls": 1}, "parallel_tool_calls", "true or false"),
+    ],
+)
+def test_what_is_wrong_with_functions_is_refused_by_its_field(
+    line: dict[str, Any], field: str, reason: str
+) -> None:
+    test_what_is_wrong_is_refused_by_its_field(line, field, reason)
 
 
 def test_a_callers_names_and_values_are_cut_in_messages() -> None:
