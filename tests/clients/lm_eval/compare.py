@@ -1,7 +1,7 @@
 """lm-evaluation-harness against a running Polypeft and against its own `hf` backend: the same figures.
 
     python -m venv /tmp/lm-eval && /tmp/lm-eval/bin/pip install "lm-eval[api,hf]==0.4.13" peft
-    POLYPEFT_API_KEY=pp-... /tmp/lm-eval/bin/python clients/lm_eval/compare.py --folder MODEL_FOLDER \
+    POLYPEFT_API_KEY=pp-... /tmp/lm-eval/bin/python tests/clients/lm_eval/compare.py --folder MODEL_FOLDER \
         [--adapter NAME=FOLDER]
 
 Three tasks over local data, in tasks/: multiple choice, perplexity and generation. The harness scores
