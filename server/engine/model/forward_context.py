@@ -171,10 +171,13 @@ class ForwardContext:
         self.in_place, self.chunks = 0, [PrefillChunk(0, count, count, torch.tensor([0]), positions)]
 
     def begin_timing(self, count: int, blocks: list[int]) -> None:
-        """Set a step of `count` tokens on a CPU, without adapters, all of one past."""
+        """Set a step of `count` tokens on a CPU, without adapters, all of one past: that in `blocks`."""
         zeros = torch.zeros(count, dtype=torch.int64)
         self.in_place, self.chunks, self.kv_positions, self.row_lengths = count, [], None, None
         self.tables, self.lengths = torch.tensor([blocks] * count), zeros + len(blocks) * BLOCK
+        for name in (*HOOKS, *AT_HEAD.values()):
+            setattr(self, name, [])
+        self.timed = False
 
     def begin_pass(self) -> None:
         """Called before each run of the model's layers."""

@@ -91,8 +91,8 @@ def test_timing_leaves_no_trace(stand: Callable[..., Stand]) -> None:
 
 
 def test_timing_takes_no_block_from_a_row_nor_from_the_prefix_cache(stand: Callable[..., Stand]) -> None:
-    s = stand("llama", 0)
-    rows = [s.generate(4, None)]  # of 70 tokens
+    s = stand("llama", 1)
+    rows = [s.generate(9, None), s.generate(4, s.refs[0])]  # of 70 tokens; an adapter acts in the last step
     before = s.alone(rows)
     while not s.engine.scheduler.step_cost.complete:
         s.engine.use_idle_time()
