@@ -33,6 +33,7 @@ QUIET = {
     "engine_restarts",
     "rejections",
     "valkey_errors",
+    "fairness_gap",  # nobody waits beside another; tests/server/engine/scheduling/test_fairness_bound.py
     "ledger_lag",  # records wait a moment
     "ledger_pending",
     "ledger_lost",
