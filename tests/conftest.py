@@ -3,6 +3,7 @@
 from functools import cache
 
 import httpx
+import hypothesis
 import pytest
 
 from tests.fixtures.gpu import interpret_without_gpu
@@ -12,6 +13,9 @@ interpret_without_gpu()
 httpx._transports.default.create_ssl_context = cache(  # type: ignore[attr-defined]
     httpx.create_ssl_context
 )
+# No test asserts a time, so none has a deadline either: an example that builds a tokenizer takes longer.
+hypothesis.settings.register_profile("polypeft", deadline=None)
+hypothesis.settings.load_profile("polypeft")
 
 pytest_plugins = [
     "tests.fixtures.services",
