@@ -74,7 +74,7 @@ class Lines:
 
     def event(self, event: dict[str, Any]) -> None:
         self._away = False
-        data = event.get("data", {})
+        data = event.get("data") or {}  # an older server sends null
         if "train_loss" in data:
             due = (
                 event["created_at"] - self._last_step_line_at >= STEP_LINE_SECONDS
@@ -111,7 +111,7 @@ class Bar:
         return self._progress
 
     def event(self, event: dict[str, Any]) -> None:
-        data = event.get("data", {})
+        data = event.get("data") or {}  # an older server sends null
         if event["type"] == "metrics":
             self._metrics |= data
         self._draw("training" if self._metrics else "waiting")

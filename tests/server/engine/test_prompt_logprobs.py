@@ -92,14 +92,14 @@ def test_a_preempted_row_sends_each_score_once(stand: Callable[..., Stand]) -> N
     (expected,) = score(s.engine, [command])
     driver = ScoringDriver(s.engine)
     driver.submit(command)
-    preempted = 0
+    preempted_at: set[int] = set()
     while s.engine.busy:
         driver.step()
         row = s.engine.scheduler.running.get("row")
-        if row and row.computed in {32, 64}:
+        if row and row.computed < 80 and row.computed not in preempted_at:
+            preempted_at.add(row.computed)
             s.engine.scheduler._preempt(row, 0.0)
-            preempted += 1
-    assert preempted > 1
+    assert len(preempted_at) > 1
     found = driver.scores["row"]
     assert found.logprobs == pytest.approx(expected.logprobs, abs=1e-5)
     assert [[t for t, _ in top] for top in found.tops] == [[t for t, _ in top] for top in expected.tops]
