@@ -104,6 +104,7 @@ def worked(site: Site, request: pytest.FixtureRequest) -> Site:
         asyncio.run(use(site.server, site.keys, "llama", seconds))
     with site.server.sdk(first) as sdk:
         until(lambda: _done(sdk), site.worker.log, 240)
+    assert [_asked(site, first, site.keys[first][0]) for _ in range(3)] == [200] * 3  # a miss, perhaps; hits
     kill_the_engine(site)
     spoil_the_disk(site)
     stop_the_store(site)

@@ -292,7 +292,7 @@ def test_a_refused_job_leaves_no_file_and_a_known_file_is_not_sent_again(
         (("--lora-alpha", "1e999"), "peft.lora_alpha is '1e999'; expected float"),
         (("--method", "bitfit", "--r", "4"), "'r' is not a field of peft"),
         (("--target-modules", "c_attn"), "peft.target_modules is ['c_attn']; 'c_attn' is no linear layer"),
-        (("--name", "../x"), "suffix '../x' must have"),
+        (("--name", "x" * 65), "suffix "),
         (("--name", "\udcff"), "'\\udcff' cannot be sent"),
         (("--seed", "-1"), "seed "),
         (("--publish", "maybe"), "peft.publish is 'maybe'"),
