@@ -21,18 +21,6 @@ Found = list[dict[str, Any]]
 
 
 @pytest.fixture
-def operator(system: System) -> Iterator[httpx.Client]:
-    with system.http(system.operator) as client:
-        yield client
-
-
-@pytest.fixture
-def tenant(operator: httpx.Client) -> dict[str, Any]:
-    made: dict[str, Any] = operator.post("/admin/tenants", json={"name": "audited"}).json()
-    return made
-
-
-@pytest.fixture
 def http(system: System, tenant: dict[str, Any]) -> Iterator[httpx.Client]:
     with system.http(tenant["key"]) as client:
         yield client

@@ -20,18 +20,6 @@ OPERATORS_KEYS = "/admin/tenants/operator/keys"
 
 
 @pytest.fixture
-def operator(system: System) -> Iterator[httpx.Client]:
-    with system.http(system.operator) as client:
-        yield client
-
-
-@pytest.fixture
-def tenant(operator: httpx.Client) -> dict[str, Any]:
-    made: dict[str, Any] = operator.post("/admin/tenants", json={"name": "keeper"}).json()
-    return made
-
-
-@pytest.fixture
 def http(system: System, tenant: dict[str, Any]) -> Iterator[httpx.Client]:
     """With the tenant's first key, which has all scopes."""
     with system.http(tenant["key"]) as client:
