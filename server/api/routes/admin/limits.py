@@ -13,11 +13,9 @@ from server.api.http.error_responses import json_response
 from server.api.http.etags import MatchOnly, etag_header
 from server.api.http.json_body import json_body
 from server.api.routes import own_limits
-from server.api.routes.own_limits import LimitsBody, RequestLimitsBody, tenant_limits_object
+from server.api.routes.own_limits import LimitsBody, LimitsOfRequests, tenant_limits_object
 
 router = APIRouter(prefix="/admin/tenants/{tenant_id}", dependencies=[Depends(operator)])
-
-RequestLimits = Annotated[RequestLimitsBody, Depends(json_body(RequestLimitsBody))]
 
 
 @router.get("/limits")
@@ -46,7 +44,12 @@ async def get_key_limits(deps: Deps, tenant_id: str, key_id: str) -> Response:
 
 @router.put("/keys/{key_id}/limits")
 async def set_key_limits(
-    deps: Deps, change: CurrentChange, tenant_id: str, key_id: str, condition: MatchOnly, body: RequestLimits
+    deps: Deps,
+    change: CurrentChange,
+    tenant_id: str,
+    key_id: str,
+    condition: MatchOnly,
+    body: LimitsOfRequests,
 ) -> Response:
     tenant = await deps.tenants.get(tenant_id)
     change.of(key_id, **body.model_dump(exclude_none=True))
@@ -61,7 +64,12 @@ async def get_adapter_limits(deps: Deps, tenant_id: str, adapter: str) -> Respon
 
 @router.put("/adapters/{adapter}/limits")
 async def set_adapter_limits(
-    deps: Deps, change: CurrentChange, tenant_id: str, adapter: str, condition: MatchOnly, body: RequestLimits
+    deps: Deps,
+    change: CurrentChange,
+    tenant_id: str,
+    adapter: str,
+    condition: MatchOnly,
+    body: LimitsOfRequests,
 ) -> Response:
     tenant = await deps.tenants.get(tenant_id)
     change.of(adapter, **body.model_dump(exclude_none=True))
